@@ -1,0 +1,89 @@
+"""Safetensors headers: every tensor's name, dtype, shape and place, from the first bytes of a file.
+
+Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header length, a JSON header, then the data).
+The header is read by hand because the library maps the whole file to answer the same question, and does not tell a
+truncated download from a damaged one.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+#: The library's own limit on a header's size.
+_MAX_HEADER = 100_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: where its bytes lie (``offset`` from the start of the file) and how they are to be read."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file: kilobytes, whatever the size of the file.
+
+    Raises:
+        ValueError: if the file is not safetensors, is damaged, or is shorter than its header says.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
+            raise _not_safetensors(path, size, "it does not start with a header")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        tensors = {name: _entry(path, 8 + length, value) for name, value in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _not_safetensors(path, size, f"its header cannot be read ({error})") from error
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+    if end > size:
+        raise ValueError(
+            f"{path} is truncated: it has {size:,} bytes and its header promises {end:,}, so some weights are missing. "
+            "The download was interrupted or the disk was full: delete this file and download it again."
+        )
+    return tensors
+
+
+def _entry(path: Path, data_start: int, value: dict) -> StoredTensor:
+    begin, end = value["data_offsets"]
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {value['dtype']}")
+    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    if end - begin != prod(shape) * dtype.itemsize or begin < 0:
+        raise ValueError(f"a tensor of shape {list(shape)} in {value['dtype']} cannot take {end - begin} bytes")
+    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+
+
+def _not_safetensors(path: Path, size: int, why: str) -> ValueError:
+    return ValueError(
+        f"{path} ({size:,} bytes) is not a readable safetensors file: {why}. Weights cannot be taken from it. If it is a Git LFS "
+        "pointer or an interrupted download, download the file itself again."
+    )

@@ -1,0 +1,144 @@
+"""Build a part's module and stream its weights from disk straight into the dtype and device it will run in."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .headers import StoredTensor
+from .layout import PARTS, Part
+
+#: Bytes read at a time where stored and target dtype differ: all the memory that a cast needs beside the target.
+_CHUNK = 16 << 20
+
+
+def load_module(part: Part, dtype: torch.dtype, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
+    """Build the unmodified diffusers or transformers module of ``part`` and fill it from disk.
+
+    The module is built without memory for its weights; each tensor is then allocated once, in its final dtype and on its final
+    device, and read into place. Peak memory is the loaded part plus one small buffer.
+
+    Args:
+        on_progress: called with (bytes read, bytes in all) as files are read.
+
+    Returns:
+        The module in eval mode, without gradients.
+
+    Raises:
+        ValueError: if tensors are missing, left over, or of another shape than the config says.
+    """
+    module = _empty_module(part)
+    # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
+    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    slots = module.state_dict(keep_vars=True)
+    # Tied weights have several names in the module and any of them on disk (T5's token embedding).
+    names: dict[int, list[str]] = {}
+    for slot, parameter in slots.items():
+        names.setdefault(id(parameter), []).append(slot)
+    _check_names(part, slots, names.values())
+    total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
+    with _open_files() as open_file:
+        for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+            kept = any(word in name.split(".") for word in keep)
+            wanted = torch.float32 if kept else (dtype if stored.dtype.is_floating_point else stored.dtype)
+            target = torch.empty(stored.shape, dtype=wanted, device=device)
+            for count in _read_into(open_file(stored.file), stored, target):
+                done += count
+                if on_progress is not None:
+                    on_progress(done, total)
+            for slot in names[id(slots[name])]:
+                _assign(module, slot, target)
+    return module.to(device).requires_grad_(False).eval()
+
+
+def _empty_module(part: Part) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    if part.kind == "text_encoder":
+        from transformers import T5Config, T5EncoderModel
+
+        with init_empty_weights():
+            module = T5EncoderModel(T5Config.from_dict(dict(part.config)))
+        # The empty weights are distinct again: the token embedding has two names and one tensor.
+        module.encoder.embed_tokens.weight = module.shared.weight
+        return module
+    import diffusers
+
+    with init_empty_weights():
+        return getattr(diffusers, PARTS[part.kind][1]).from_config(dict(part.config))
+
+
+def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable[list[str]]) -> None:
+    missing = sorted(group[0] for group in groups if not any(name in part.tensors for name in group))
+    unknown = sorted(set(part.tensors) - set(slots))
+    wrong = sorted(n for n in set(part.tensors) & set(slots) if part.tensors[n].shape != tuple(slots[n].shape))
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights in {part.folder} are not those of its config.json: of {len(slots)} tensors, {'; '.join(problems)}. The model "
+            f"would not be the one that was trained. Download the {PARTS[part.kind][0]} folder again from one repository."
+        )
+
+
+@contextmanager
+def _open_files() -> Iterator[Callable]:
+    """Keep the file being read open, closing it when the next begins: tensors are read in the order they lie in."""
+    current: list = [None, None]
+
+    def open_file(path):
+        if current[0] != path:
+            if current[1] is not None:
+                current[1].close()
+            current[:] = [path, path.open("rb", buffering=0)]
+        return current[1]
+
+    try:
+        yield open_file
+    finally:
+        if current[1] is not None:
+            current[1].close()
+
+
+def _read_into(file, stored: StoredTensor, target: torch.Tensor) -> Iterator[int]:
+    """Fill ``target`` with the stored tensor, cast as it comes; yields the bytes of each piece read.
+
+    Plain reads and not a memory map: a map counts as the process's memory until the system takes it back, which doubles the
+    peak of a cast.
+    """
+    file.seek(stored.offset)
+    if stored.dtype == target.dtype and target.device.type == "cpu":
+        yield _fill(file, target, stored)
+        return
+    flat = target.view(-1)
+    step = max(1, _CHUNK // stored.dtype.itemsize)
+    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+    for start in range(0, flat.numel(), step):
+        piece = buffer[: min(step, flat.numel() - start)]
+        count = _fill(file, piece, stored)
+        flat[start : start + piece.numel()].copy_(piece)
+        yield count
+
+
+def _fill(file, tensor: torch.Tensor, stored: StoredTensor) -> int:
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{stored.file} ended while a tensor was read: it is truncated or being written. Download it again.")
+        done += count
+    return done
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

@@ -1,0 +1,151 @@
+"""Pixels and frames to latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+
+#: Pixels per transformer token in space: 8 of the VAE times a patch of 2 (every released CogVideoX).
+SIZE_STEP = 16
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
+    return (frames - 1) // TEMPORAL_COMPRESSION + 1
+
+
+def pixel_frames(latent_frame_count: int) -> int:
+    """Pixel frames that ``latent_frame_count`` latent frames decode to: ``4 * (T - 1) + 1``."""
+    return (latent_frame_count - 1) * TEMPORAL_COMPRESSION + 1
+
+
+def check_frames(frames: int, step: int = 16) -> None:
+    """Refuse a clip length that is not ``step * N + 1`` frames (16 for CogVideoX-1.5, 8 for CogVideoX 1.0).
+
+    Raises:
+        ValueError: with the two nearest lengths that work.
+    """
+    if frames >= 1 and frames % step == 1:
+        return
+    below = max(1, (frames - 1) // step * step + 1)
+    near = f"{below} or {below + step}" if frames > 0 else f"1 or {step + 1}"
+    raise ValueError(
+        f"The clip length is {frames} frames, but this model makes {step}N+1 frames: the first frame stands alone and the "
+        f"others are compressed in groups, so any other length would be cut or stretched. Set it to {near}."
+    )
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture size that the model's patches do not divide.
+
+    Raises:
+        ValueError: with the nearest sizes that work.
+    """
+    for name, value in (("width", width), ("height", height)):
+        if value < SIZE_STEP or value % SIZE_STEP:
+            below = max(SIZE_STEP, value // SIZE_STEP * SIZE_STEP)
+            above = max(value // SIZE_STEP + 1, 1) * SIZE_STEP
+            near = f"{below}" if above == below else f"{below} or {above}"
+            raise ValueError(
+                f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 times and "
+                f"the transformer reads it in patches of 2 x 2. Set it to {near}."
+            )
+
+
+def empty_latent(width: int, height: int, frames: int, batch_size: int = 1) -> torch.Tensor:
+    """The latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 + 1``.
+
+    Args:
+        width, height: pixels, multiples of 16.
+        frames: pixel frames, 16N+1.
+        batch_size: videos, at least 1.
+
+    Raises:
+        ValueError: for sizes, lengths or batches that the model cannot make.
+    """
+    check_size(width, height)
+    check_frames(frames)
+    if batch_size < 1:
+        raise ValueError(f"The batch size is {batch_size}, so there would be no video to make. Set it to 1 or more.")
+    shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    return torch.zeros(batch_size, LATENT_CHANNELS, *shape)
+
+
+def check_latent(samples: torch.Tensor, patch_size: int = 1) -> None:
+    """Refuse what is not a CogVideoX video latent ``[B, 16, T, H/8, W/8]``.
+
+    Args:
+        samples: the ``samples`` of a LATENT.
+        patch_size: the transformer's patch, which H/8 and W/8 must divide by; 1 where no transformer is involved.
+
+    Raises:
+        ValueError: for a wrong rank, channel count or size.
+    """
+    shape = list(samples.shape)
+    if samples.ndim != 5:
+        raise ValueError(
+            f"The latent has the shape {shape}, {samples.ndim} dimensions, but a CogVideoX latent is a video with 5: "
+            f"[batch, {LATENT_CHANNELS}, frames, height/8, width/8]. Image latents do not fit; use Empty CogVideoX-1.5 Latent."
+        )
+    if shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"The latent has {shape[1]} channels, but CogVideoX's has {LATENT_CHANNELS}: it was made for, or by, another model. "
+            "Use Empty CogVideoX-1.5 Latent, or a latent encoded with a CogVideoX VAE."
+        )
+    if 0 in shape:
+        raise ValueError(f"The latent is empty (shape {shape}), so there is nothing to work on. Check the node that made it.")
+    if shape[3] % patch_size or shape[4] % patch_size:
+        step = SPATIAL_COMPRESSION * patch_size
+        raise ValueError(
+            f"The latent is {shape[4]}x{shape[3]} cells ({shape[4] * 8}x{shape[3] * 8} pixels), but the transformer reads patches of "
+            f"{patch_size}x{patch_size} cells. Use a width and a height that are multiples of {step} pixels."
+        )
+
+
+def padding_frames(latent_frame_count: int, config: Mapping) -> int:
+    """Latent frames that the sampler puts in front (and takes away after) so that ``patch_size_t`` divides their number."""
+    patch = config.get("patch_size_t") or 1
+    return -latent_frame_count % patch
+
+
+def rotary_embedding(
+    config: Mapping, latent_frame_count: int, height: int, width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rotary position tables ``(cos, sin)``, each float32 ``[tokens, head_dim]``, or None for sin-cos models.
+
+    The grids are the reference pipeline's (diffusers ``CogVideoXPipeline``): CogVideoX-1.5 slices a grid of absolute positions;
+    1.0 stretches the picture over the grid it was trained on. Pictures larger than the sliced grid, where the reference stops with a
+    shape error, take the positions that follow.
+
+    Args:
+        config: the transformer's config.
+        latent_frame_count: latent frames, padding included.
+        height, width: latent cells.
+    """
+    if not config.get("use_rotary_positional_embeddings"):
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    patch, patch_t = config["patch_size"], config.get("patch_size_t")
+    grid = (height // patch, width // patch)
+    base = (config["sample_height"] // patch, config["sample_width"] // patch)
+    if patch_t:
+        return get_3d_rotary_pos_embed(
+            embed_dim=config["attention_head_dim"],
+            crops_coords=None,
+            grid_size=grid,
+            temporal_size=(latent_frame_count + patch_t - 1) // patch_t,
+            grid_type="slice",
+            max_size=(max(base[0], grid[0]), max(base[1], grid[1])),
+            device=device,
+        )
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    return get_3d_rotary_pos_embed(
+        embed_dim=config["attention_head_dim"],
+        crops_coords=get_resize_crop_region_for_grid(grid, base[1], base[0]),
+        grid_size=grid,
+        temporal_size=latent_frame_count,
+        device=device,
+    )

@@ -1,0 +1,149 @@
+"""What flows between nodes: small frozen handles that say what is to be run and how. Weights load when they are first used."""
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
+from .checkpoint.loading import load_module
+from .precision.policy import DtypePlan, Hardware, dtype_name, plan_dtypes
+from .variants import Variant
+
+logger = logging.getLogger(__name__)
+
+# One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for the VAE.
+_turn = threading.RLock()
+_loaded: "weakref.WeakSet[Weights]" = weakref.WeakSet()
+
+
+class Weights:
+    """The weights of one part in one dtype on one device: nothing until ``running`` is first entered, then kept.
+
+    Shared by every copy of a handle, and freed with the last of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, kind: str, dtype: torch.dtype, device: torch.device):
+        self._checkpoint, self.kind, self.dtype, self.device = checkpoint, kind, dtype, device
+        self._module: nn.Module | None = None
+
+    @property
+    def part(self) -> Part:
+        """The part on disk.
+
+        Raises:
+            ValueError: if the checkpoint does not hold it.
+        """
+        return self._checkpoint.part(self.kind)
+
+    @property
+    def config(self) -> Mapping:
+        return self.part.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weights take in the dtype they run in."""
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.part.tensors.values()) * self.dtype.itemsize
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._module is not None
+
+    @contextmanager
+    def running(self, on_load: Callable[[int, int], None] | None = None) -> Iterator[nn.Module]:
+        """Have the module on its device for the length of a ``with`` block, loading it if this is the first time.
+
+        Args:
+            on_load: called with (bytes read, bytes in all) while loading; an exception it raises stops the load cleanly.
+        """
+        with _turn:
+            for other in list(_loaded):
+                if other is not self and other.device.type != "cpu":
+                    other.park()
+            if self._module is None:
+                part = self.part
+                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.folder.name, dtype_name(self.dtype))
+                self._module = load_module(part, self.dtype, self.device, on_load)
+                _loaded.add(self)
+            yield self._module.to(self.device)
+
+    def park(self) -> None:
+        """Move the weights to the host's memory."""
+        with _turn:
+            if self._module is not None:
+                self._module.to("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """COGVIDEOX_MODEL: the transformer, its noise schedule and the scale of the latents it works on."""
+
+    variant: Variant
+    scheduler_config: Mapping
+    latent_scale: float
+    weights: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """COGVIDEOX_TEXT_ENCODER: T5, its tokenizer, and the number of tokens a prompt is padded to."""
+
+    tokenizer_folder: Path
+    tokens: int
+    weights: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class VAE:
+    """COGVIDEOX_VAE: the checkpoint's own autoencoder."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Handles:
+    """A checkpoint's three handles and the dtype plan they follow."""
+
+    model: Model
+    text_encoder: TextEncoder
+    vae: VAE
+    plan: DtypePlan
+
+
+def open_handles(folder: Path | str, dtype: str = "auto", hardware: Hardware | None = None) -> Handles:
+    """Open a checkpoint for running: configs and headers only, no weights.
+
+    Args:
+        folder: a checkpoint in diffusers layout.
+        dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        hardware: where to run; by default the GPU if there is one.
+
+    Raises:
+        ValueError: if it is not a CogVideoX checkpoint, is incomplete, or cannot run in ``dtype``.
+    """
+    checkpoint = open_checkpoint(folder)
+    hardware = hardware or Hardware.detect()
+    plan = plan_dtypes(checkpoint, dtype, hardware)
+
+    def weights(kind: str) -> Weights:
+        run = plan.run_dtype(kind) if kind in checkpoint.parts else plan.run_dtype("transformer")
+        return Weights(checkpoint, kind, run, hardware.device)
+
+    return Handles(
+        Model(checkpoint.variant, checkpoint.scheduler_config, _latent_scale(checkpoint), weights("transformer")),
+        TextEncoder(checkpoint.tokenizer_folder, checkpoint.text_tokens, weights("text_encoder")),
+        VAE(weights("vae")),
+        plan,
+    )
+
+
+def _latent_scale(checkpoint: Checkpoint) -> float:
+    # 0.7 in every released model but 2b (1.15258426); the VAE's config says.
+    config = checkpoint.parts["vae"].config if "vae" in checkpoint.parts else {}
+    return config.get("scaling_factor", 0.7 if checkpoint.variant.trained_dtype == torch.bfloat16 else 1.15258426)

@@ -1,0 +1,1 @@
+"""In which dtype each part of a checkpoint runs, and why."""

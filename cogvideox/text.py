@@ -1,0 +1,97 @@
+"""Prompt to embeddings: T5 as the reference pipeline runs it (padded to the maximum, no attention mask)."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .handles import TextEncoder
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's embeddings ``[1, tokens, width]`` and what its writer should know.
+
+    Attributes:
+        cut: the end of the prompt that did not fit, or "".
+        notes: sentences for the user, such as that the prompt was cut or is not English.
+    """
+
+    embeddings: torch.Tensor
+    cut: str
+    notes: tuple[str, ...]
+
+
+def encode_prompt(encoder: TextEncoder, prompt: str, on_load: Callable[[int, int], None] | None = None) -> EncodedPrompt:
+    """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
+
+    Args:
+        on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
+
+    Returns:
+        Embeddings ``[1, tokens, width]`` in the encoder's dtype, on the CPU (released models: 226 x 4096).
+
+    Raises:
+        ValueError: if the tokenizer is missing or the checkpoint holds no text encoder.
+    """
+    tokenizer = _load_tokenizer(encoder)
+    ids = tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=encoder.tokens,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
+    ).input_ids
+    whole = tokenizer(prompt).input_ids
+    cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
+    notes = []
+    if cut:
+        notes.append(f'The prompt has {len(whole)} tokens and the model reads {encoder.tokens}: this end was cut off: "{cut}"')
+    note = language_note(prompt)
+    if note:
+        notes.append(note)
+    with encoder.weights.running(on_load) as module, torch.no_grad():
+        embeddings = module(ids.to(encoder.weights.device))[0]
+    return EncodedPrompt(embeddings.to("cpu", copy=True), cut, tuple(notes))
+
+
+def _load_tokenizer(encoder: TextEncoder):
+    folder = encoder.tokenizer_folder
+    if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        raise ValueError(
+            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ from the same repository into "
+            "the checkpoint's folder."
+        )
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(folder)
+
+
+# Words that mark a language, none of them an English word: enough to notice a sentence, silent on a list of names.
+_FOREIGN = set(
+    """der das und ein eine einen einem mit auf im ist nicht durch von zu über eines
+    le la les une et avec dans sur est qui aux du pour au des
+    el los las una con por para del que es y su sus en
+    il gli di della nel nella che sono con un
+    os uma com na no da em do ao pelo
+    het een van op met en
+    i w na z się jest do""".split()
+) - {"no", "do", "i", "on", "an", "a", "in", "is", "to", "as", "van", "at", "z", "w"}
+_ENGLISH = set("the a an of in on with and is are to at by from as its his her their into through while over under".split())
+
+
+def language_note(prompt: str) -> str | None:
+    """A sentence if the prompt does not look English (the only language CogVideoX was trained on), else None.
+
+    Scripts other than Latin are seen by their letters, Latin ones by their commonest words. A hint, never an obstacle.
+    """
+    letters = [letter for letter in prompt if letter.isalpha()]
+    foreign_letters = sum(ord(letter) > 0x24F for letter in letters)
+    words = re.findall(r"[^\W\d_]+", prompt.lower())
+    foreign_words = sum(word in _FOREIGN for word in words)
+    english_words = sum(word in _ENGLISH for word in words)
+    if foreign_letters * 5 > len(letters) or (foreign_words >= 2 and foreign_words > english_words):
+        return "The prompt does not look English, and CogVideoX understands only English: translate it for a picture that follows it."
+    return None

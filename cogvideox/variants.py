@@ -1,0 +1,89 @@
+"""The CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
+
+Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and the
+official repository zai-org/CogVideo (Apache-2.0).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
+LATENT_CHANNELS = 16
+#: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
+SPATIAL_COMPRESSION = 8
+TEMPORAL_COMPRESSION = 4
+#: Tokens of the text encoder when a config does not say (all released models: 226).
+DEFAULT_TEXT_TOKENS = 226
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a CogVideoX transformer is, read from its architecture.
+
+    Attributes:
+        name: the released model it has the shape of, or the family and "custom size".
+        trained_dtype: the dtype its weights were trained in: the one in which its activations are known to be finite.
+        image_to_video: it takes the latent of a start image beside the noise (32 input channels).
+        frame_step: a clip has ``frame_step * N + 1`` frames.
+        max_frames: the longest clip of the model card, in frames.
+        sizes: a text saying which sizes (pixels) the model card gives.
+        fps: frames per second of the training clips.
+    """
+
+    name: str
+    trained_dtype: torch.dtype
+    image_to_video: bool
+    frame_step: int
+    max_frames: int
+    default_frames: int
+    default_size: tuple[int, int]
+    sizes: str
+    fps: int
+
+    def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
+        """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or None."""
+        said = []
+        if frames > self.max_frames:
+            said.append(f"{frames} frames (the model card goes up to {self.max_frames})")
+        if not self._trained_size(width, height):
+            said.append(f"{width}x{height} (the model card gives {self.sizes})")
+        if not said:
+            return None
+        return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
+
+    def _trained_size(self, width: int, height: int) -> bool:
+        if self.frame_step == 16 and self.image_to_video:
+            short, long = sorted((width, height))
+            return short == 768 and long <= 1360 and long % 16 == 0
+        return (width, height) == self.default_size
+
+
+_SIZES_1_5 = {False: "1360x768", True: "a short side of 768 and a long side of 768 to 1360, a multiple of 16"}
+
+
+def identify(config: Mapping) -> Variant:
+    """Name the variant from a transformer's ``config.json`` (already known to be a CogVideoX one).
+
+    ``patch_size_t`` marks the 1.5 family at any size; without it, rotary positions mark the bf16-trained 5b line and
+    sin-cos positions the fp16-trained 2b line.
+    """
+    image = config.get("in_channels", LATENT_CHANNELS) == 2 * LATENT_CHANNELS
+    shape = (config.get("num_layers", 30), config.get("num_attention_heads", 30))
+    suffix = "-I2V" if image else ""
+    if config.get("patch_size_t"):
+        line, full, dtype = "CogVideoX1.5", ("-5B", (42, 48)), torch.bfloat16
+    elif config.get("use_rotary_positional_embeddings"):
+        line, full, dtype = "CogVideoX", ("-5b", (42, 48)), torch.bfloat16
+    else:
+        line, full, dtype = "CogVideoX", ("-2b", (30, 30)), torch.float16
+    size, full_shape = full
+    if shape == full_shape:
+        name = f"{line}{size}{suffix}"
+    else:
+        line = line if line.endswith("1.5") else f"{line}{size}"
+        name = f"{line}{suffix} (custom size: {shape[0]} layers x {shape[1]} heads)"
+    if line == "CogVideoX1.5":
+        return Variant(name, dtype, image, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
+    return Variant(name, dtype, image, 8, 49, 49, (720, 480), "720x480", 8)

@@ -1,0 +1,68 @@
+"""CogVideoX-1.5 Black Frame Check: no black video is saved unseen."""
+
+from ..cogvideox.black_frames import check_black_frames, enforce
+from . import host
+from .base import Node
+
+
+class BlackFrameCheck(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Black Frame Check"
+    DESCRIPTION = (
+        "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which turn black when saved. "
+        "Works behind any model."
+    )
+    SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video"]
+    RETURN_TYPES = ("IMAGE", "BOOLEAN", "INT", "STRING")
+    RETURN_NAMES = ("images", "is_black", "black_frame_count", "report")
+    OUTPUT_TOOLTIPS = (
+        "The frames, unchanged.",
+        "True if the verdict is black.",
+        "How many frames are black.",
+        "The verdict and the black frames, as text.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        share = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "The frames to check, from any node."}),
+                "action": (
+                    ["stop", "warn", "pass"],
+                    {
+                        "tooltip": "What to do when the video is black. stop: an error that says why, and nothing is saved. warn: log it and go on. pass: only report."
+                    },
+                ),
+            },
+            "optional": {
+                "pixel_black_threshold": (
+                    "FLOAT",
+                    {
+                        "default": 0.10,
+                        **share,
+                        "tooltip": "A pixel is black if its luma is at most this share of white (blackdetect's pixel_black_th).",
+                    },
+                ),
+                "picture_black_ratio": (
+                    "FLOAT",
+                    {
+                        "default": 0.98,
+                        **share,
+                        "tooltip": "A frame is black if at least this share of its pixels is black (blackdetect's picture_black_ratio_th).",
+                    },
+                ),
+                "video_black_ratio": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **share,
+                        "tooltip": "The video is black if at least this share of its frames is black, or any value is NaN or Inf.",
+                    },
+                ),
+            },
+        }
+
+    def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):
+        report = check_black_frames(images, pixel_black_threshold, picture_black_ratio, video_black_ratio, on_frame=host.progress())
+        enforce(report, action)
+        return images, report.verdict == "black", len(report.black_frames), report.text

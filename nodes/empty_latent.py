@@ -1,0 +1,43 @@
+"""Empty CogVideoX-1.5 Latent: the size and length of the video to make."""
+
+from ..cogvideox.geometry import SIZE_STEP, empty_latent
+from .base import Node
+
+
+class EmptyLatent(Node):
+    DISPLAY_NAME = "Empty CogVideoX-1.5 Latent"
+    DESCRIPTION = "The size and length of the video to make: an empty latent, which the sampler fills with noise to start from."
+    SEARCH_ALIASES = ["cogvideo latent", "cogvideox size", "empty latent video", "resolution", "frames"]
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("An empty video latent, for the sampler's latent_image.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        size = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
+        return {
+            "required": {
+                "width": ("INT", {"default": 1360, **size, "tooltip": "Width in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."}),
+                "height": (
+                    "INT",
+                    {"default": 768, **size, "tooltip": "Height in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."},
+                ),
+                "length": (
+                    "INT",
+                    {
+                        "default": 81,
+                        "min": 1,
+                        "max": 16001,
+                        "step": 16,
+                        "tooltip": "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained.",
+                    },
+                ),
+                "batch_size": (
+                    "INT",
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "Videos to make at once. Each takes as much memory as the first."},
+                ),
+            }
+        }
+
+    def execute(self, width, height, length, batch_size=1):
+        return ({"samples": empty_latent(width, height, length, batch_size)},)

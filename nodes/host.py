@@ -1,0 +1,88 @@
+"""The only file that knows ComfyUI: model folders, device, progress, interruption, room on the device.
+
+Without ComfyUI each function answers with plain torch, so that every node also runs in a script and in a test.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..cogvideox.checkpoint.layout import is_checkpoint
+from ..cogvideox.precision.policy import Hardware
+
+IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
+#: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
+_MODEL_FOLDERS = ("CogVideo", "diffusers")
+
+if IN_COMFYUI:
+    import comfy.model_management
+    import comfy.utils
+    import folder_paths
+
+    folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
+
+
+def checkpoints() -> dict[str, Path]:
+    """The CogVideoX checkpoints that ComfyUI's model folders hold, by folder name; the first folder of a name counts."""
+    found: dict[str, Path] = {}
+    for root in _roots():
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            if folder.name not in found and folder.is_dir() and is_checkpoint(folder):
+                found[folder.name] = folder
+    return found
+
+
+def checkpoint_path(name: str) -> Path:
+    """The folder of the checkpoint called ``name``; outside ComfyUI ``name`` is a path.
+
+    Raises:
+        ValueError: if ComfyUI's model folders hold no such checkpoint.
+    """
+    if not IN_COMFYUI:
+        return Path(name)
+    found = checkpoints()
+    if name in found:
+        return found[name]
+    places = " or ".join(str(root) for root in _roots())
+    if not found:
+        raise ValueError(
+            f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example zai-org/CogVideoX1.5-5B from "
+            "huggingface.co, into a folder of its own there, then press R to refresh."
+        )
+    raise ValueError(
+        f"There is no CogVideoX checkpoint called {name!r} in {places}. Choose one that is there ({', '.join(found)}), or put {name} there and "
+        "press R to refresh."
+    )
+
+
+def _roots() -> list[Path]:
+    if not IN_COMFYUI:
+        return []
+    known = folder_paths.folder_names_and_paths
+    return list(dict.fromkeys(Path(path) for name in _MODEL_FOLDERS if name in known for path in folder_paths.get_folder_paths(name)))
+
+
+def hardware() -> Hardware:
+    """The device ComfyUI runs models on, or torch's default."""
+    return Hardware.detect(comfy.model_management.get_torch_device() if IN_COMFYUI else None)
+
+
+def make_room(nbytes: int, device: torch.device) -> None:
+    """Have ComfyUI unload other models until ``nbytes`` fit on the device."""
+    if IN_COMFYUI and device.type != "cpu":
+        comfy.model_management.free_memory(nbytes, device)
+
+
+def progress() -> Callable[..., None]:
+    """A callback ``(done, total, ...)`` that moves the node's progress bar and stops the run if the user pressed Cancel."""
+    if not IN_COMFYUI:
+        return lambda done, total, *_: None
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int, *_) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return report

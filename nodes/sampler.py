@@ -1,0 +1,112 @@
+"""CogVideoX-1.5 Sampler: noise and a prompt to video latents."""
+
+import logging
+
+from ..cogvideox.sampling import SCHEDULERS, sample
+from . import host
+from .base import Node
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Sampler"
+    DESCRIPTION = (
+        "Makes the video's latents from noise and a prompt, step by step, exactly as diffusers' CogVideoXPipeline does for the same seed. "
+        "Can be cancelled between two steps."
+    )
+    SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("The finished latents, for CogVideoX-1.5 VAE Decode.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader."}),
+                "positive": ("CONDITIONING", {"tooltip": "What the video shows."}),
+                "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual. Not used at cfg 1."}),
+                "latent_image": (
+                    "LATENT",
+                    {"tooltip": "Size and length of the video (an empty latent), or the latents of a video to start from with denoise below 1."},
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "control_after_generate": True,
+                        "tooltip": "The same seed, prompt and settings give the same video, here and in diffusers.",
+                    },
+                ),
+                "steps": ("INT", {"default": 50, "min": 1, "max": 1000, "tooltip": "Denoising steps. The model card uses 50."}),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 6.0,
+                        "min": 1.0,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "round": 0.01,
+                        "tooltip": "Classifier-free guidance: how strictly the prompt is followed. The model card uses 6; 1 switches it off and halves the time.",
+                    },
+                ),
+                "scheduler": (
+                    list(SCHEDULERS),
+                    {
+                        "tooltip": "ddim: deterministic steps, as the checkpoint is set up. dpm: DPM-Solver++ (SDE), as the model card recommends for 5B models."
+                    },
+                ),
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "1 makes the video from noise. Below 1 starts from the latents given and runs that share of the steps.",
+                    },
+                ),
+            },
+            "optional": {
+                "dynamic_cfg": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Change the guidance from step to step along a cosine, as the reference's use_dynamic_cfg does. Recommended with dpm.",
+                    },
+                ),
+            },
+        }
+
+    def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False):
+        if latent_image.get("noise_mask") is not None:
+            logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
+        host.make_room(model.weights.nbytes, model.weights.device)
+        samples = sample(
+            model,
+            _embeddings(positive, "positive"),
+            _embeddings(negative, "negative"),
+            latent_image["samples"],
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            scheduler=scheduler,
+            denoise=denoise,
+            dynamic_cfg=dynamic_cfg,
+            on_step=host.progress(),
+            on_load=host.progress(),
+        )
+        return ({"samples": samples},)
+
+
+def _embeddings(conditioning, name):
+    """The embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {name} conditioning holds {len(conditioning)} prompts side by side (Conditioning Combine makes such), and CogVideoX reads one. "
+            "Write them as one prompt, or mix them with Conditioning Average."
+        )
+    return conditioning[0][0]

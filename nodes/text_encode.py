@@ -1,0 +1,50 @@
+"""CogVideoX-1.5 Text Encode: a prompt to conditioning."""
+
+import logging
+
+from ..cogvideox.handles import TextEncoder
+from ..cogvideox.text import encode_prompt
+from . import host
+from .base import Node
+
+logger = logging.getLogger(__name__)
+
+
+class TextEncode(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Text Encode"
+    DESCRIPTION = (
+        "Encodes a prompt with T5 as CogVideoX was trained with it: 226 tokens, padded, no mask. Write English, in full sentences; the model was "
+        "trained on long descriptions. A prompt that is too long is cut, and the log says which part."
+    )
+    SEARCH_ALIASES = ["cogvideo prompt", "cogvideox prompt", "t5 encode", "clip text encode", "positive", "negative"]
+    RETURN_TYPES = ("CONDITIONING",)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("The prompt's embeddings, for the sampler's positive or negative input.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "text_encoder": (
+                    "COGVIDEOX_TEXT_ENCODER,CLIP",
+                    {"tooltip": "The text encoder of the model loader, or a T5 loaded by ComfyUI's CLIP loader."},
+                ),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "tooltip": "What the video shows, in English. At most 226 tokens (about 150 words). For the negative prompt: what it should not.",
+                    },
+                ),
+            }
+        }
+
+    def execute(self, text_encoder, prompt):
+        if not isinstance(text_encoder, TextEncoder):
+            return (text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(prompt)),)
+        host.make_room(text_encoder.weights.nbytes, text_encoder.weights.device)
+        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress())
+        for note in encoded.notes:
+            logger.warning("%s", note)
+        return ([[encoded.embeddings, {}]],)

@@ -1,0 +1,27 @@
+"""CogVideoX-1.5 VAE Decode: latents to frames."""
+
+from ..cogvideox.vae import decode
+from . import host
+from .base import Node
+
+
+class VAEDecode(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 VAE Decode"
+    DESCRIPTION = "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does."
+    SEARCH_ALIASES = ["cogvideo decode", "cogvideox vae", "latent to image", "decode video"]
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("The video's frames, for CogVideoX-1.5 Black Frame Check and Create Video.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "samples": ("LATENT", {"tooltip": "The sampler's latents."}),
+                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+            }
+        }
+
+    def execute(self, samples, vae):
+        host.make_room(vae.weights.nbytes, vae.weights.device)
+        return (decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress()),)
