@@ -53,19 +53,19 @@ def check_size(width: int, height: int) -> None:
             )
 
 
-def empty_latent(width: int, height: int, frames: int, batch_size: int = 1) -> torch.Tensor:
+def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
     """The latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 + 1``.
 
     Args:
         width, height: pixels, multiples of 16.
-        frames: pixel frames, 16N+1.
+        frames: pixel frames, ``frame_step * N + 1``.
         batch_size: videos, at least 1.
 
     Raises:
         ValueError: for sizes, lengths or batches that the model cannot make.
     """
     check_size(width, height)
-    check_frames(frames)
+    check_frames(frames, frame_step)
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}, so there would be no video to make. Set it to 1 or more.")
     shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)

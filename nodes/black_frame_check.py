@@ -30,7 +30,8 @@ class BlackFrameCheck(Node):
                 "action": (
                     ["stop", "warn", "pass"],
                     {
-                        "tooltip": "What to do when the video is black. stop: an error that says why, and nothing is saved. warn: log it and go on. pass: only report."
+                        "tooltip": "What to do when the video is black. stop: an error that says why, and nothing is saved. "
+                        "warn: log it and go on. pass: only report."
                     },
                 ),
             },

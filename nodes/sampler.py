@@ -50,13 +50,15 @@ class Sampler(Node):
                         "max": 100.0,
                         "step": 0.1,
                         "round": 0.01,
-                        "tooltip": "Classifier-free guidance: how strictly the prompt is followed. The model card uses 6; 1 switches it off and halves the time.",
+                        "tooltip": "Classifier-free guidance: how strictly the prompt is followed. The model card uses 6; "
+                        "1 switches it off and halves the time.",
                     },
                 ),
                 "scheduler": (
                     list(SCHEDULERS),
                     {
-                        "tooltip": "ddim: deterministic steps, as the checkpoint is set up. dpm: DPM-Solver++ (SDE), as the model card recommends for 5B models."
+                        "tooltip": "ddim: deterministic steps, as the checkpoint is set up. "
+                        "dpm: DPM-Solver++ with added noise, which the reference's own script uses for the 5B models."
                     },
                 ),
                 "denoise": (
@@ -75,7 +77,8 @@ class Sampler(Node):
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Change the guidance from step to step along a cosine, as the reference's use_dynamic_cfg does. Recommended with dpm.",
+                        "tooltip": "Change the guidance from step to step along a cosine, as the reference's use_dynamic_cfg does. "
+                        "Its script switches it on with dpm.",
                     },
                 ),
             },

@@ -34,7 +34,7 @@ class TextEncode(Node):
                     {
                         "multiline": True,
                         "dynamicPrompts": True,
-                        "tooltip": "What the video shows, in English. At most 226 tokens (about 150 words). For the negative prompt: what it should not.",
+                        "tooltip": "What the video shows, in English; for the negative prompt, what it should not. At most 226 tokens (150 words).",
                     },
                 ),
             }

@@ -1,0 +1,38 @@
+# One command each, from a fresh clone. The environment is made on first use, in .venv.
+PYTHON ?= python3
+# A CPU build where the package index has one; pass TORCH=torch to take the newest build for your GPU.
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := demo
+MODEL ?= $(DEMO)/tiny-checkpoint
+
+.PHONY: test demo lint clean
+
+test: $(VENV)/installed lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# A tiny checkpoint with random weights shows that everything runs, not what the model can paint.
+demo: $(VENV)/installed
+	mkdir -p $(DEMO)
+ifeq ($(MODEL),$(DEMO)/tiny-checkpoint)
+	$(RUN) -W ignore -m tests.tiny_checkpoint $(MODEL)
+	$(RUN) generate.py --model $(MODEL) --prompt "A panda plays the guitar in a bamboo forest." \
+		--width 240 --height 160 --frames 33 --steps 10 --seed 7 --output $(DEMO)/demo.mp4
+else
+	$(RUN) generate.py --model "$(MODEL)" --prompt "A panda plays the guitar in a bamboo forest." --output $(DEMO)/demo.mp4
+endif
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check ".[standalone,test]"
+	rm -rf build *.egg-info
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,173 @@
+"""The black-frame check: which frames of a clip are black, as ffmpeg's ``blackdetect`` sees them, and which hold NaN or Inf.
+
+A pixel's luma is BT.601's ``0.299 R + 0.587 G + 0.114 B`` in full range; it is black if its luma, rounded to 8 bits, is at most
+``pixel_black_threshold * 255`` (25 at the default 0.10). A frame is black if at least ``picture_black_ratio`` of its pixels are.
+Source: ffmpeg's vf_blackdetect (defaults ``pixel_black_th`` 0.10, ``picture_black_ratio_th`` 0.98) behind swscale's RGB to full-range
+luma; against ffmpeg 9 the per-pixel decision differs for 4 of 4,194,304 dark colours, all of them exactly half a grey level.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_LUMA = (0.299, 0.587, 0.114)
+#: Pixels looked at together: small enough for the processor's cache, large enough to amortise a call.
+_BLOCK = 1 << 18
+
+
+class BlackVideoError(RuntimeError):
+    """The video is black; the message says which frames, the likely cause and the fix."""
+
+
+@dataclass(frozen=True)
+class BlackFrameReport:
+    """What the check saw.
+
+    Attributes:
+        ratios: per frame, the share of black pixels, 0..1.
+        nonfinite: indices of the frames that hold NaN or Inf.
+        picture_black_ratio, video_black_ratio: the thresholds in force.
+    """
+
+    ratios: tuple[float, ...]
+    nonfinite: tuple[int, ...]
+    picture_black_ratio: float
+    video_black_ratio: float
+
+    @property
+    def black_frames(self) -> tuple[int, ...]:
+        """Indices of the black frames, counted from 0."""
+        return tuple(index for index, ratio in enumerate(self.ratios) if ratio >= self.picture_black_ratio)
+
+    @property
+    def verdict(self) -> str:
+        """``ok``, ``partly black`` or ``black`` (enough black frames, or any value that is not finite)."""
+        black = len(self.black_frames)
+        if self.nonfinite or (black and black >= self.video_black_ratio * len(self.ratios)):
+            return "black"
+        return "partly black" if black else "ok"
+
+    @property
+    def text(self) -> str:
+        """The verdict for people: frames as ranges, counted from 0."""
+        total, black = len(self.ratios), self.black_frames
+        lines = [f"verdict: {self.verdict}"]
+        if black:
+            lines.append(f"{len(black)} of {total} frames are black: {frame_ranges(black)}")
+        else:
+            darkest = max(range(total), key=self.ratios.__getitem__)
+            lines.append(f"none of {total} frames is black; the darkest is frame {darkest} with {self.ratios[darkest]:.1%} black pixels")
+        if self.nonfinite:
+            lines.append(f"{len(self.nonfinite)} of {total} frames hold NaN or Inf, which is saved as black: {frame_ranges(self.nonfinite)}")
+        return "\n".join(lines)
+
+    @property
+    def advice(self) -> str:
+        """The likely cause of a black video and what to do about it; "" where the verdict is not black."""
+        if self.verdict != "black":
+            return ""
+        if self.nonfinite:
+            return (
+                "Likely cause: the model ran in a dtype too small for its activations. CogVideoX-1.5 was trained in bf16; in fp16 activations "
+                "pass 65504, become Inf and then NaN. Set dtype to auto in CogVideoX-1.5 Model Loader and run again."
+            )
+        return (
+            "Every value is finite, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, the prompt asks "
+            "for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to be dark, set "
+            "action to warn."
+        )
+
+
+def check_black_frames(
+    images: torch.Tensor,
+    pixel_black_threshold: float = 0.10,
+    picture_black_ratio: float = 0.98,
+    video_black_ratio: float = 1.0,
+    on_frame: Callable[[int, int], None] | None = None,
+) -> BlackFrameReport:
+    """Look at every pixel of a clip once, in blocks: constant extra memory, and the input stays as it is.
+
+    Args:
+        images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1, on any device.
+        pixel_black_threshold: share of white up to which a pixel's luma is black, 0..1.
+        picture_black_ratio: share of black pixels from which a frame is black, 0..1.
+        video_black_ratio: share of black frames from which the video is black, 0..1.
+        on_frame: called with (frames done, frames in all) after each frame.
+
+    Raises:
+        ValueError: for thresholds outside 0..1 or what is not a batch of RGB frames.
+    """
+    _check_input(images, pixel_black_threshold, picture_black_ratio, video_black_ratio)
+    # Luma that rounds to at most this many 255ths is black. Half a grey level rounds up, as swscale rounds it (hence .4995, which lies
+    # between that and the next lower luma an 8-bit colour can have).
+    limit = (math.floor(pixel_black_threshold * 255) + 0.4995) / 255
+    luma_of = torch.tensor(_LUMA, device=images.device)
+    pixels = images.shape[1] * images.shape[2]
+    ratios, nonfinite = [], []
+    for index, image in enumerate(images):
+        black, finite = 0, True
+        for rows in image[..., :3].split(max(1, _BLOCK // images.shape[2])):
+            dark, rows_finite = _count_dark(rows, limit, luma_of)
+            black, finite = black + dark, finite and rows_finite
+        ratios.append(black / pixels)
+        if not finite:
+            nonfinite.append(index)
+        if on_frame is not None:
+            on_frame(index + 1, len(images))
+    return BlackFrameReport(tuple(ratios), tuple(nonfinite), picture_black_ratio, video_black_ratio)
+
+
+def _count_dark(rows: torch.Tensor, limit: float, luma_of: torch.Tensor) -> tuple[int, bool]:
+    """Black pixels of ``[rows, W, 3]``, and whether all values are finite. A value that is not counts as black: so it is saved."""
+    low, high = (bound.item() for bound in rows.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = ~rows.isfinite().all(-1).view(-1)
+        return (bad | (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit)).sum().item(), False
+    # Luma lies between the darkest and the brightest channel, so a block that is all bright or all dark is decided by them.
+    if low > limit * (1 + 1e-5):
+        return 0, True
+    if high < limit * (1 - 1e-5):
+        return rows.numel() // 3, True
+    return (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit).sum().item(), True
+
+
+def enforce(report: BlackFrameReport, action: str) -> None:
+    """Act on a report: ``stop`` raises if the video is black, ``warn`` logs, ``pass`` does nothing.
+
+    Raises:
+        BlackVideoError: if ``action`` is ``stop`` and the verdict is ``black``.
+        ValueError: for an unknown action.
+    """
+    if action not in ("stop", "warn", "pass"):
+        raise ValueError(f"The action is {action!r}, which is not known here. Choose stop, warn or pass.")
+    if action == "stop" and report.verdict == "black":
+        raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.text}\n{report.advice}")
+    if action == "warn" and report.verdict != "ok":
+        logger.warning("%s\n%s", report.text, report.advice)
+
+
+def frame_ranges(frames: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` -> ``0-2, 5``."""
+    ranges: list[list[int]] = []
+    for frame in frames:
+        if ranges and frame == ranges[-1][1] + 1:
+            ranges[-1][1] = frame
+        else:
+            ranges.append([frame, frame])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
+
+
+def _check_input(images: torch.Tensor, *thresholds: float) -> None:
+    if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape or not images.is_floating_point():
+        raise ValueError(
+            f"The images are {images.dtype} with the shape {list(images.shape)}, but frames are floating point [frames, height, width, 3] in 0..1. "
+            "Connect the IMAGE output of a decoder."
+        )
+    for name, value in zip(("pixel_black_threshold", "picture_black_ratio", "video_black_ratio"), thresholds, strict=True):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is {value}, but it is a share between 0 and 1. The default follows ffmpeg's blackdetect.")

@@ -1,0 +1,52 @@
+"""Frames to a video file, through PyAV."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def write_mp4(images: torch.Tensor, path: Path | str, fps: int, on_frame: Callable[[int, int], None] | None = None) -> None:
+    """Write frames as H.264 in an mp4 that every player opens (yuv420p, BT.709).
+
+    Args:
+        images: float ``[F, H, W, 3]`` in 0..1, H and W even.
+        fps: frames per second.
+        on_frame: called with (frames written, frames in all).
+
+    Raises:
+        ValueError: for a path that is not an mp4, or in a folder that does not exist.
+    """
+    import av
+
+    path = Path(path)
+    check_output(path)
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.color_range = 1
+        for attribute in ("colorspace", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, attribute, 1)
+        for index, image in enumerate(images):
+            pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+            if on_frame is not None:
+                on_frame(index + 1, len(images))
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def check_output(path: Path | str) -> None:
+    """Refuse an output path that could not be written, so that it is known before the run and not after.
+
+    Raises:
+        ValueError: for a path that is not an mp4, or in a folder that does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"The output is {path}, but only mp4 files are written. Give it a name that ends in .mp4.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"The output is {path}, but the folder {path.absolute().parent} does not exist. Create it or choose another.")

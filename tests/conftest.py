@@ -1,0 +1,64 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvideox.handles import open_handles
+from cogvideox.precision.policy import Hardware
+from tests.tiny_checkpoint import build_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CPU = Hardware(torch.device("cpu"), "CPU", bf16=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """``checkpoints(variant)``: the folder of a tiny checkpoint of that variant, built once."""
+    built = {}
+
+    def get(variant="1.5"):
+        if variant not in built:
+            built[variant] = build_checkpoint(tmp_path_factory.mktemp("checkpoints") / f"tiny-{variant}", variant)
+        return built[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoints):
+    """The folder of a tiny CogVideoX-1.5 text-to-video checkpoint. Tests that change files copy it first."""
+    return checkpoints("1.5")
+
+
+@pytest.fixture(scope="session")
+def handles(tiny):
+    return open_handles(tiny, "fp32", CPU)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny):
+    """The unmodified reference pipeline on the tiny checkpoint, in fp32."""
+    from diffusers import CogVideoXPipeline
+
+    pipe = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The pack, loaded as ComfyUI loads a custom node: from its folder, under a name that is not its own."""
+    name = "custom_nodes_cogvideox"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

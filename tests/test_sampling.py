@@ -1,0 +1,233 @@
+"""The sampler makes the reference pipeline's latents, bit for bit, and refuses what it cannot run."""
+
+import dataclasses
+
+import pytest
+import torch
+from einops import rearrange
+
+from cogvideox.geometry import empty_latent
+from cogvideox.handles import open_handles
+from cogvideox.sampling import sample
+from tests.conftest import CPU
+from tests.tiny_checkpoint import TEXT_WIDTH
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
+
+
+def reference(pipeline, prompts, shape, *, scheduler="ddim", cfg=6.0, dynamic_cfg=False, seed=1, steps=STEPS):
+    """The unmodified pipeline's latents for a LATENT shape, in our layout: padding removed, and unscaled as it does before its VAE."""
+    import diffusers
+
+    classes = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
+    pipeline.scheduler = classes[scheduler].from_config(pipeline.scheduler.config)
+    batch, _, length, height, width = shape
+    positive, negative = (prompt.expand(batch, -1, -1) for prompt in prompts)
+    latents = pipeline(
+        prompt_embeds=positive.to(pipeline.transformer.dtype),
+        negative_prompt_embeds=negative.to(pipeline.transformer.dtype),
+        height=height * 8,
+        width=width * 8,
+        num_frames=4 * (length - 1) + 1,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        use_dynamic_cfg=dynamic_cfg,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
+    ).frames
+    latents = latents[:, latents.shape[1] - length :]
+    return rearrange(1 / pipeline.vae_scaling_factor_image * latents, "b t c h w -> b c t h w").float()
+
+
+SHAPES = {
+    "odd": (1, 16, 5, 6, 10),
+    "even": (1, 16, 4, 6, 10),
+    "square": (1, 16, 3, 8, 8),
+    "batch": (2, 16, 3, 6, 8),
+    "tall": (1, 16, 2, 12, 6),
+    "one frame": (1, 16, 1, 6, 10),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dynamic_cfg", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("cfg", [1.0, 6.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_latents_equal_the_pipelines_bit_for_bit(handles, pipeline, prompts, scheduler, cfg, dynamic_cfg, shape):
+    settings = dict(scheduler=scheduler, cfg=cfg, dynamic_cfg=dynamic_cfg)
+    ours = sample(handles.model, *prompts, torch.zeros(shape), seed=1, steps=STEPS, **settings)
+    assert torch.equal(ours, reference(pipeline, prompts, shape, **settings))
+    assert ours.shape == shape
+
+
+@pytest.mark.parametrize("variant", ["5b", "2b"])
+def test_the_1_0_models_equal_their_pipeline_too(checkpoints, prompts, variant):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(checkpoints(variant), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    shape = (1, 16, 3, 60, 90) if variant == "5b" else (1, 16, 3, 6, 10)
+    ours = sample(open_handles(checkpoints(variant), "fp32", CPU).model, *prompts, torch.zeros(shape), seed=1, steps=2)
+    assert torch.equal(ours, reference(pipeline, prompts, shape, steps=2))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_bf16_equals_the_pipeline_in_bf16(tiny, prompts, scheduler):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["odd"]), seed=1, steps=STEPS, scheduler=scheduler)
+    assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
+
+
+@pytest.mark.parametrize("denoise", [0.5, 0.75])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_denoise_below_1_equals_the_video_to_video_pipeline(pipeline, handles, prompts, scheduler, denoise):
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXVideoToVideoPipeline
+
+    # 8 latent frames: the pipeline counts given latents as if they were pixels, and wants the quarter of them to be even too.
+    start = torch.randn(1, 16, 8, 6, 10, generator=torch.Generator().manual_seed(3))
+    ours = sample(handles.model, *prompts, start, seed=1, steps=STEPS, denoise=denoise, scheduler=scheduler)
+    classes = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+    v2v = CogVideoXVideoToVideoPipeline(**pipeline.components)
+    v2v.scheduler = classes[scheduler].from_config(pipeline.scheduler.config)
+    v2v.set_progress_bar_config(disable=True)
+    # The pipeline wants pixels or latents that are noisy already: add the noise its `prepare_latents` would add.
+    v2v.scheduler.set_timesteps(STEPS)
+    generator = torch.Generator("cpu").manual_seed(1)
+    scaled = 0.7 * rearrange(start, "b c t h w -> b t c h w")
+    noise = torch.randn(scaled.shape, generator=generator)
+    first = v2v.get_timesteps(STEPS, v2v.scheduler.timesteps, denoise, "cpu")[0][:1]
+    expected = v2v(
+        latents=v2v.scheduler.add_noise(scaled, noise, first),
+        prompt_embeds=prompts[0],
+        negative_prompt_embeds=prompts[1],
+        height=48,
+        width=80,
+        num_inference_steps=STEPS,
+        strength=denoise,
+        guidance_scale=6.0,
+        generator=generator,
+        output_type="latent",
+    ).frames
+    assert torch.equal(ours, rearrange(1 / 0.7 * expected, "b t c h w -> b c t h w"))
+
+
+def test_denoise_below_1_keeps_the_frame_count_of_an_odd_clip_and_stays_near_it(handles, prompts):
+    start = torch.randn(SHAPES["odd"], generator=torch.Generator().manual_seed(3))
+    ours = sample(handles.model, *prompts, start, seed=1, steps=20, denoise=0.05)
+    assert ours.shape == start.shape
+    assert (ours - start).norm() < 0.6 * start.norm()
+
+
+def test_denoise_of_an_empty_latent_starts_from_noise_and_says_so(handles, prompts, caplog):
+    empty = torch.zeros(SHAPES["even"])
+    ours = sample(handles.model, *prompts, empty, seed=1, steps=2, denoise=0.5)
+    assert torch.equal(ours, sample(handles.model, *prompts, empty, seed=1, steps=2))
+    assert "there is no video to start from" in caplog.text
+
+
+def test_the_same_seed_gives_the_same_video_and_another_does_not(handles, prompts):
+    run = [sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=seed, steps=2, scheduler="dpm") for seed in (7, 7, 8)]
+    assert torch.equal(run[0], run[1])
+    assert not torch.equal(run[0], run[2])
+
+
+def test_the_largest_seed_of_the_widget_works(handles, prompts):
+    sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=0xFFFFFFFFFFFFFFFF, steps=1)
+
+
+def test_guidance_1_needs_and_reads_no_negative_prompt(handles, prompts):
+    shape = torch.zeros(SHAPES["even"])
+    without = sample(handles.model, prompts[0], None, shape, seed=1, steps=2, cfg=1.0)
+    assert torch.equal(without, sample(handles.model, *prompts, shape, seed=1, steps=2, cfg=1.0))
+    with pytest.raises(ValueError, match="needs a negative prompt"):
+        sample(handles.model, prompts[0], None, shape, seed=1, steps=2, cfg=6.0)
+
+
+def test_progress_is_told_at_every_step_with_the_predicted_video(handles, prompts):
+    seen = []
+    sample(
+        handles.model,
+        *prompts,
+        torch.zeros(SHAPES["odd"]),
+        seed=1,
+        steps=3,
+        on_step=lambda done, total, clean: seen.append((done, total, clean.shape)),
+    )
+    assert seen == [(step, 3, (1, 16, 6, 6, 10)) for step in (1, 2, 3)]
+
+
+def test_a_run_can_be_interrupted_between_steps_and_the_model_used_again(handles, prompts):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done, *_):
+        if done == 2:
+            raise Cancelled
+
+    before = sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3)
+    with pytest.raises(Cancelled):
+        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, on_step=cancel)
+    assert torch.equal(before, sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3))
+
+
+def test_sizes_beyond_the_rotary_grid_warn_and_run(handles, prompts, caplog):
+    """The reference stops with a shape error above 96 x 170 latent cells; the positions simply go on."""
+    config = {**handles.model.weights.config, "sample_height": 8, "sample_width": 8}
+    small = dataclasses.replace(handles.model, weights=_WithConfig(handles.model.weights, config))
+    ours = sample(small, *prompts, torch.zeros(1, 16, 2, 12, 10), seed=1, steps=2)
+    assert torch.equal(ours, sample(handles.model, *prompts, torch.zeros(1, 16, 2, 12, 10), seed=1, steps=2))
+    assert "was not trained for 80x96" in caplog.text
+
+
+class _WithConfig:
+    """Weights whose config says something else."""
+
+    def __init__(self, weights, config):
+        self._weights, self.config = weights, config
+
+    def __getattr__(self, name):
+        return getattr(self._weights, name)
+
+
+def run(handles, **changes):
+    settings = dict(prompts=(torch.zeros(1, 226, TEXT_WIDTH),) * 2, latents=torch.zeros(SHAPES["even"]), seed=1, steps=1) | changes
+    return sample(handles.model, *settings.pop("prompts"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=1001), "steps is 1001"),
+        (dict(denoise=0.0, latents=torch.ones(SHAPES["even"])), "leaves no step to run"),
+        (dict(denoise=1.5), "denoise is 1.5"),
+        (dict(scheduler="euler"), "'euler'"),
+        (dict(latents=torch.zeros(1, 16, 6, 10)), "4 dimensions"),
+        (dict(latents=torch.zeros(1, 4, 3, 6, 10)), "4 channels"),
+        (dict(latents=torch.zeros(1, 16, 3, 7, 10)), "multiples of 16"),
+        (dict(prompts=(torch.zeros(1, 226, 768),) * 2), r"reads \[batch, tokens, 32\]"),
+        (dict(prompts=(torch.zeros(226, 32),) * 2), r"shape \[226, 32\]"),
+        (dict(prompts=(torch.zeros(3, 226, 32),) * 2), "3 prompts and the latent 1 videos"),
+        (dict(prompts=(torch.zeros(1, 226, 32), torch.zeros(1, 77, 32))), "77 tokens"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(handles, changes, said):
+    with pytest.raises(ValueError, match=said):
+        run(handles, **changes)
+
+
+def test_an_image_to_video_checkpoint_is_refused_for_text_to_video_before_its_weights_are_read(checkpoints, prompts):
+    model = open_handles(checkpoints("1.5-i2v"), "fp32", CPU).model
+    with pytest.raises(ValueError, match="image-to-video model") as caught:
+        sample(model, *prompts, empty_latent(80, 48, 17), seed=1, steps=1)
+    assert "CogVideoX1.5-5B" in str(caught.value)
+    assert not model.weights.is_loaded
