@@ -64,11 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
     from cogvideox.black_frames import check_black_frames, enforce
-
     from cogvideox.geometry import empty_latent
     from cogvideox.handles import open_handles
     from cogvideox.precision.policy import Hardware
-    from cogvideox.sampling import sample
+    from cogvideox.sampling import plan_steps, sample
     from cogvideox.text import encode_prompt
     from cogvideox.vae import decode
     from cogvideox.video import check_output, write_mp4
@@ -82,6 +81,8 @@ def generate(options: argparse.Namespace) -> int:
     )
     frames = variant.default_frames if options.frames is None else options.frames
     latent = empty_latent(width, height, frames, frame_step=variant.frame_step)
+
+    plan_steps(handles.model, latent, steps=options.steps, scheduler=options.scheduler)
 
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):

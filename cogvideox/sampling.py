@@ -59,9 +59,12 @@ def sample(
     Raises:
         ValueError: for input the model cannot run with, before any weight is read.
     """
+    starts_from_noise = not latents.any().item()
+    if starts_from_noise and denoise < 1.0:
+        logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
+        denoise = 1.0
+    noise_schedule, timesteps = plan_steps(model, latents, steps=steps, scheduler=scheduler, denoise=denoise)
     config = _full_config(model.weights.config)
-    check_latent(latents, config["patch_size"])
-    _check_model(model, config)
     batch = latents.shape[0]
     guided = cfg > 1.0
     if guided and negative is None:
@@ -74,12 +77,6 @@ def sample(
                 f"The negative prompt has {prompts[0].shape[1]} tokens and the positive one {prompts[1].shape[1]}; the model reads both in one "
                 "batch, so they must be of equal length. Encode both with CogVideoX-1.5 Text Encode."
             )
-    noise_schedule = make_scheduler(model.scheduler_config, scheduler)
-    starts_from_noise = not latents.any().item()
-    if starts_from_noise and denoise < 1.0:
-        logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
-        denoise = 1.0
-    timesteps = schedule_timesteps(noise_schedule, steps, denoise)
     _warn_outside_model_card(model, latents)
 
     device, dtype = model.weights.device, model.weights.dtype
@@ -104,6 +101,22 @@ def sample(
         )[:, padding:]
         # The reference unscales in the model's own dtype, just before the VAE.
         return rearrange(1 / model.latent_scale * result, "b t c h w -> b c t h w").to("cpu", torch.float32).contiguous()
+
+
+def plan_steps(model: Model, latents: torch.Tensor, *, steps: int = 50, scheduler: str = "ddim", denoise: float = 1.0):
+    """Check all of a run that needs no prompt, reading no weights: to be called before minutes are spent on encoding one.
+
+    Returns:
+        The diffusers scheduler, set to ``steps``, and the timesteps that will run, ``[n]``.
+
+    Raises:
+        ValueError: for a latent, checkpoint or setting the sampler cannot run with.
+    """
+    config = _full_config(model.weights.config)
+    check_latent(latents, config["patch_size"])
+    _check_model(model, config)
+    noise_schedule = make_scheduler(model.scheduler_config, scheduler)
+    return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
 
 
 def denoise_latents(

@@ -1,0 +1,293 @@
+"""Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their dtype."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogvideox.checkpoint.headers import read_header
+from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
+from cogvideox.checkpoint.loading import load_module
+from cogvideox.handles import open_handles
+from cogvideox.text import encode_prompt
+from cogvideox.vae import decode
+from cogvideox.variants import identify
+from tests.conftest import CPU, ROOT
+from tests.tiny_checkpoint import build_checkpoint
+
+CLASSES = {
+    "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+}
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of the tiny checkpoint to break."""
+    return shutil.copytree(tiny, tmp_path / "checkpoint")
+
+
+def change_config(file, **changes):
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_headers_say_what_the_library_says(tiny, kind):
+    from safetensors import safe_open
+
+    for file in (tiny / kind).glob("*.safetensors"):
+        with safe_open(file, "pt") as theirs:
+            ours = read_header(file)
+            assert set(ours) == set(theirs.keys())
+            for name, tensor in ours.items():
+                assert tensor.shape == tuple(theirs.get_slice(name).get_shape())
+                assert tensor.dtype == theirs.get_tensor(name).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_weights_equal_from_pretrained_in_every_dtype(tiny, kind, dtype):
+    import importlib
+
+    library, name = CLASSES[kind]
+    theirs = getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
+    ours = load_module(open_checkpoint(tiny).part(kind), dtype, torch.device("cpu")).state_dict()
+    assert set(ours) == set(theirs)
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype, key
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_one_file_without_index_loads_like_shards(tiny, tmp_path):
+    """The same weights in one safetensors file."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    single = shutil.copytree(tiny, tmp_path / "single", ignore=shutil.ignore_patterns("transformer"))
+    CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(single / "transformer")
+    assert [file.name for file in (single / "transformer").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    one, many = (load_module(open_checkpoint(path).part("transformer"), torch.bfloat16, torch.device("cpu")) for path in (single, tiny))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+
+
+def test_loading_needs_little_more_than_the_loaded_weights():
+    """An fp32 T5 loaded as bf16: peak memory under 1.15 x the bf16 weights."""
+    script = """
+import resource, sys, tempfile, json
+from pathlib import Path
+import torch
+from tests.tiny_checkpoint import build_text_encoder
+from cogvideox.checkpoint.layout import _open_part
+from cogvideox.checkpoint.loading import load_module
+folder = Path(sys.argv[1])
+part = _open_part(folder, "text_encoder")
+load_module(_open_part(Path(sys.argv[2]), "text_encoder"), torch.bfloat16, torch.device("cpu"))  # imports, first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+module = load_module(part, torch.bfloat16, torch.device("cpu"))
+peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+weights = {p.data_ptr(): p.nbytes for p in module.parameters()}
+print(json.dumps([peak, sum(weights.values())]))
+"""
+    import tempfile
+
+    from tests.tiny_checkpoint import build_text_encoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_text_encoder(vocabulary=32128, width=2048, layers=6).save_pretrained(f"{folder}/big/text_encoder", max_shard_size="300MB")
+        build_text_encoder().save_pretrained(f"{folder}/small/text_encoder")
+        command = [sys.executable, "-c", script, f"{folder}/big", f"{folder}/small"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    peak, weights = json.loads(done.stdout)
+    assert weights > 250e6
+    assert peak < 1.15 * weights
+
+
+def test_parts_load_when_first_used_and_only_then(tiny):
+    handles = open_handles(tiny, "fp32", CPU)
+    parts = (handles.model.weights, handles.text_encoder.weights, handles.vae.weights)
+    assert [part.is_loaded for part in parts] == [False, False, False]
+    decode(handles.vae, torch.zeros(1, 16, 1, 2, 2))
+    assert [part.is_loaded for part in parts] == [False, False, True]
+
+
+def test_a_loaded_part_is_not_loaded_again_and_is_freed_with_its_last_handle(tiny):
+    import gc
+    import weakref
+
+    handles = open_handles(tiny, "fp32", CPU)
+    reads = []
+    for _ in range(2):
+        encode_prompt(handles.text_encoder, "a cat", on_load=lambda done, total: reads.append((done, total)))
+    assert reads[-1][0] == reads[-1][1]
+    assert len({done for done, _ in reads}) == len(reads)
+    with handles.text_encoder.weights.running() as module:
+        alive = weakref.ref(module)
+    del handles, module
+    gc.collect()
+    assert alive() is None
+
+
+def test_an_interrupted_load_leaves_nothing_behind(tiny):
+    handles = open_handles(tiny, "fp32", CPU)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompt(handles.text_encoder, "a cat", on_load=stop)
+    assert not handles.text_encoder.weights.is_loaded
+    assert encode_prompt(handles.text_encoder, "a cat").embeddings.isfinite().all()
+
+
+OFFICIAL = {
+    "CogVideoX1.5-5B": (dict(num_layers=42, num_attention_heads=48, patch_size_t=2, use_rotary_positional_embeddings=True), torch.bfloat16),
+    "CogVideoX1.5-5B-I2V": (
+        dict(num_layers=42, num_attention_heads=48, patch_size_t=2, in_channels=32, use_rotary_positional_embeddings=True),
+        torch.bfloat16,
+    ),
+    "CogVideoX-5b": (dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True), torch.bfloat16),
+    "CogVideoX-5b-I2V": (dict(num_layers=42, num_attention_heads=48, in_channels=32, use_rotary_positional_embeddings=True), torch.bfloat16),
+    "CogVideoX-2b": (dict(num_layers=30, num_attention_heads=30), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_released_models_are_named_by_their_architecture(name):
+    config, trained = OFFICIAL[name]
+    variant = identify({"in_channels": 16} | config)
+    assert (variant.name, variant.trained_dtype, variant.image_to_video) == (name, trained, "I2V" in name)
+
+
+@given(width=st.integers(48, 90).map(lambda n: n * 16), frames=st.integers(0, 10).map(lambda n: 16 * n + 1))
+def test_what_the_model_card_allows_is_not_warned_of(width, frames):
+    image = identify(OFFICIAL["CogVideoX1.5-5B-I2V"][0])
+    assert (image.outside_model_card(width, 768, frames) is None) == (width <= 1360)
+    assert (image.outside_model_card(768, width, frames) is None) == (width <= 1360)
+    text = identify({"in_channels": 16} | OFFICIAL["CogVideoX1.5-5B"][0])
+    assert (text.outside_model_card(width, 768, frames) is None) == (width == 1360)
+    assert "177 frames" in text.outside_model_card(1360, 768, 177)
+
+
+def test_is_checkpoint_looks_at_the_config_alone(tiny, tmp_path):
+    assert is_checkpoint(tiny)
+    assert not is_checkpoint(tmp_path)
+    assert not is_checkpoint(tmp_path / "nowhere")
+
+
+class TestRefusals:
+    """Each error says what is wrong, why it matters and what to do."""
+
+    def refused(self, folder, *said):
+        with pytest.raises(ValueError) as caught:
+            open_checkpoint(folder)
+        for words in said:
+            assert words in str(caught.value)
+
+    def test_no_such_folder(self, tmp_path):
+        self.refused(tmp_path / "nowhere", "There is no", "Check the path")
+
+    def test_a_file(self, tiny):
+        self.refused(tiny / "model_index.json", "is a file", "folders in diffusers layout")
+
+    def test_an_empty_folder(self, tmp_path):
+        self.refused(tmp_path, "is empty", "CogVideoX1.5-5B")
+
+    def test_another_pipeline(self, copy):
+        shutil.rmtree(copy / "transformer")
+        change_config(copy / "model_index.json", _class_name="StableDiffusionPipeline")
+        self.refused(copy, "not a CogVideoX checkpoint", "StableDiffusionPipeline")
+
+    def test_a_config_of_another_model(self, copy):
+        change_config(copy / "transformer" / "config.json", _class_name="FluxTransformer2DModel")
+        self.refused(copy, "FluxTransformer2DModel", "another model's transformer", "Choose a CogVideoX checkpoint")
+
+    def test_a_config_that_does_not_fit_the_weights(self, copy):
+        change_config(copy / "transformer" / "config.json", in_channels=32)
+        self.refused(copy, "do not fit its config.json", "patch_embed.proj.weight", "(128, 256)")
+
+    def test_a_text_encoder_of_another_kind(self, copy):
+        change_config(copy / "text_encoder" / "config.json", architectures=["CLIPTextModel"])
+        self.refused(copy, "CLIPTextModel", "text encoder")
+
+    def test_no_config(self, copy):
+        (copy / "vae" / "config.json").unlink()
+        self.refused(copy, "has no config.json", "VAE")
+
+    def test_a_config_that_is_not_json(self, copy):
+        (copy / "vae" / "config.json").write_text("<html>")
+        self.refused(copy, "not valid JSON", "Download this file again")
+
+    def test_shards_without_an_index(self, copy):
+        next((copy / "transformer").glob("*.index.json")).unlink()
+        self.refused(copy, "3 shards", "no index", "Download the index")
+
+    def test_a_missing_shard(self, copy):
+        (copy / "text_encoder" / "model-00002-of-00003.safetensors").unlink()
+        self.refused(copy, "lacks 1 of 3 shards", "model-00002-of-00003.safetensors")
+
+    def test_a_truncated_shard(self, copy):
+        shard = copy / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        self.refused(copy, "truncated", "-00002-of-00003", "download it again")
+
+    def test_a_git_lfs_pointer(self, copy):
+        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+        self.refused(copy, "not a readable safetensors file", "Git LFS")
+
+    @given(data=st.binary(max_size=200))
+    def test_any_bytes_that_are_not_safetensors(self, tmp_path_factory, data):
+        file = tmp_path_factory.mktemp("bytes") / "x.safetensors"
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match="not a readable safetensors file|truncated"):
+            read_header(file)
+
+    def test_a_header_that_lies_about_sizes(self, tmp_path):
+        header = json.dumps({"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 8]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        with pytest.raises(ValueError, match="cannot take 8 bytes"):
+            read_header(tmp_path / "x.safetensors")
+
+    def test_pickles_are_not_opened(self, copy):
+        for file in (copy / "vae").glob("*.safetensors"):
+            file.rename(file.with_suffix(".bin"))
+        self.refused(copy, "may run code when opened", "diffusion_pytorch_model.bin")
+
+    def test_no_noise_schedule(self, copy):
+        shutil.rmtree(copy / "scheduler")
+        self.refused(copy, "scheduler_config.json", "noise schedule")
+
+    def test_a_missing_part_is_told_when_it_is_needed(self, copy):
+        shutil.rmtree(copy / "text_encoder")
+        handles = open_handles(copy, "fp32", CPU)
+        assert "text encoder: not in this folder" in handles.plan.text
+        decode(handles.vae, torch.zeros(1, 16, 1, 2, 2))
+        with pytest.raises(ValueError, match="no text encoder"):
+            encode_prompt(handles.text_encoder, "a cat")
+
+    def test_missing_and_unknown_tensors_are_named(self, tiny, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        folder = shutil.copytree(tiny, tmp_path / "renamed")
+        file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["decoder.surprise"] = tensors.pop("decoder.conv_in.conv.weight")
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=r"1 missing \(decoder\.conv_in\.conv\.weight\); 1 unknown \(decoder\.surprise\)"):
+            decode(open_handles(folder, "fp32", CPU).vae, torch.zeros(1, 16, 1, 2, 2))
+
+
+def test_the_builder_makes_what_the_official_folders_hold(tiny, tmp_path):
+    files = {str(file.relative_to(tiny)) for file in tiny.rglob("*") if file.is_file()}
+    assert "transformer/diffusion_pytorch_model-00001-of-00003.safetensors" in files
+    assert "text_encoder/model.safetensors.index.json" in files
+    assert "vae/diffusion_pytorch_model.safetensors" in files
+    again = build_checkpoint(tmp_path / "again")
+    for file in files:
+        if file.endswith(".safetensors"):
+            assert (again / file).read_bytes() == (tiny / file).read_bytes()

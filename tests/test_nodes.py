@@ -1,0 +1,230 @@
+"""The nodes keep their contract, explain themselves, and work together without ComfyUI."""
+
+import pytest
+import torch
+
+CONTRACT = {
+    "CogVideoX15ModelLoader": (
+        "CogVideoX-1.5 Model Loader",
+        {"model": "COMBO", "dtype": "COMBO"},
+        {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE", "report": "STRING"},
+    ),
+    "CogVideoX15TextEncode": (
+        "CogVideoX-1.5 Text Encode",
+        {"text_encoder": "COGVIDEOX_TEXT_ENCODER,CLIP", "prompt": "STRING"},
+        {"conditioning": "CONDITIONING"},
+    ),
+    "CogVideoX15EmptyLatent": (
+        "Empty CogVideoX-1.5 Latent",
+        {"width": "INT", "height": "INT", "length": "INT", "batch_size": "INT"},
+        {"latent": "LATENT"},
+    ),
+    "CogVideoX15Sampler": (
+        "CogVideoX-1.5 Sampler",
+        {
+            "model": "COGVIDEOX_MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "latent_image": "LATENT",
+            "seed": "INT",
+            "steps": "INT",
+            "cfg": "FLOAT",
+            "scheduler": "COMBO",
+            "denoise": "FLOAT",
+            "dynamic_cfg": "BOOLEAN",
+        },
+        {"latent": "LATENT"},
+    ),
+    "CogVideoX15VAEDecode": ("CogVideoX-1.5 VAE Decode", {"samples": "LATENT", "vae": "COGVIDEOX_VAE"}, {"images": "IMAGE"}),
+    "CogVideoX15BlackFrameCheck": (
+        "CogVideoX-1.5 Black Frame Check",
+        {
+            "images": "IMAGE",
+            "action": "COMBO",
+            "pixel_black_threshold": "FLOAT",
+            "picture_black_ratio": "FLOAT",
+            "video_black_ratio": "FLOAT",
+        },
+        {"images": "IMAGE", "is_black": "BOOLEAN", "black_frame_count": "INT", "report": "STRING"},
+    ),
+}
+DEFAULTS = {
+    "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
+    "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False},
+    "CogVideoX15BlackFrameCheck": {"pixel_black_threshold": 0.10, "picture_black_ratio": 0.98, "video_black_ratio": 1.0},
+}
+COMBOS = {
+    ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
+    ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
+    ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
+}
+
+
+def inputs(node):
+    types = node.INPUT_TYPES()
+    return types["required"] | types.get("optional", {})
+
+
+@pytest.fixture(params=CONTRACT)
+def node_id(request):
+    return request.param
+
+
+def test_every_node_is_in_the_contract(pack):
+    assert set(pack.NODE_CLASS_MAPPINGS) == set(CONTRACT) == set(pack.NODE_DISPLAY_NAME_MAPPINGS)
+
+
+def test_ids_sockets_and_their_order_are_the_contracts(pack, node_id):
+    node, (name, wanted, outputs) = pack.NODE_CLASS_MAPPINGS[node_id], CONTRACT[node_id]
+    assert pack.NODE_DISPLAY_NAME_MAPPINGS[node_id] == name
+    kinds = {key: spec[0] if isinstance(spec[0], str) else "COMBO" for key, spec in inputs(node).items()}
+    assert list(kinds.items()) == list(wanted.items())
+    assert list(zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True)) == list(outputs.items())
+    assert node.CATEGORY == "CogVideoX-1.5"
+    assert callable(getattr(node(), node.FUNCTION))
+    for key, value in DEFAULTS.get(node_id, {}).items():
+        assert inputs(node)[key][1]["default"] == value
+    for (owner, key), choices in COMBOS.items():
+        if owner == node_id:
+            assert inputs(node)[key][0] == choices
+
+
+def test_every_node_explains_itself(pack, node_id):
+    node = pack.NODE_CLASS_MAPPINGS[node_id]
+    assert len(node.DESCRIPTION) > 60
+    assert len(node.SEARCH_ALIASES) >= 3
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    assert all(node.OUTPUT_TOOLTIPS)
+    for key, spec in inputs(node).items():
+        assert len(spec[1]["tooltip"]) > 15, key
+
+
+def call(pack, node_id, **values):
+    node = pack.NODE_CLASS_MAPPINGS[node_id]()
+    return getattr(node, node.FUNCTION)(**values)
+
+
+@pytest.fixture(scope="module")
+def loaded(pack, tiny):
+    return call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp32")
+
+
+def test_a_prompt_becomes_frames_through_the_nodes(pack, loaded):
+    model, text_encoder, vae, report = loaded
+    assert "transformer: stored bf16" in report
+    (positive,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda plays the guitar")
+    (negative,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="")
+    (empty,) = call(pack, "CogVideoX15EmptyLatent", width=80, height=48, length=17, batch_size=2)
+    (latent,) = call(
+        pack,
+        "CogVideoX15Sampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=empty,
+        seed=1,
+        steps=2,
+        cfg=6.0,
+        scheduler="ddim",
+        denoise=1.0,
+    )
+    (images,) = call(pack, "CogVideoX15VAEDecode", samples=latent, vae=vae)
+    checked, is_black, count, text = call(pack, "CogVideoX15BlackFrameCheck", images=images, action="stop")
+    assert positive[0][0].shape == (1, 226, 32)
+    assert latent["samples"].shape == empty["samples"].shape == (2, 16, 5, 6, 10)
+    assert checked is images
+    assert images.shape == (34, 48, 80, 3)
+    assert (is_black, count) == (False, 0)
+    assert "verdict: ok" in text
+
+
+def test_a_black_video_is_stopped_before_it_is_saved(pack):
+    with pytest.raises(RuntimeError, match="not passed on to be saved"):
+        call(pack, "CogVideoX15BlackFrameCheck", images=torch.full((5, 16, 16, 3), float("nan")), action="stop")
+    _, is_black, count, _ = call(pack, "CogVideoX15BlackFrameCheck", images=torch.zeros(5, 16, 16, 3), action="pass")
+    assert (is_black, count) == (True, 5)
+
+
+def test_combined_conditionings_are_refused_with_a_sentence(pack, loaded):
+    entry = [torch.zeros(1, 226, 32), {}]
+    settings = dict(latent_image={"samples": torch.zeros(1, 16, 2, 2, 2)}, seed=1, steps=1, cfg=6.0, scheduler="ddim", denoise=1.0)
+    with pytest.raises(ValueError, match="2 prompts side by side"):
+        call(pack, "CogVideoX15Sampler", model=loaded[0], positive=[entry, entry], negative=[entry], **settings)
+
+
+def test_comfyuis_own_text_encoder_can_be_connected(pack):
+    class Clip:
+        def tokenize(self, text):
+            return {"t5xxl": text}
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[torch.zeros(1, 226, 4096), tokens]]
+
+    (conditioning,) = call(pack, "CogVideoX15TextEncode", text_encoder=Clip(), prompt="a cat")
+    assert conditioning[0][1] == {"t5xxl": "a cat"}
+
+
+def test_a_note_about_the_prompt_reaches_the_log(pack, loaded, caplog):
+    call(pack, "CogVideoX15TextEncode", text_encoder=loaded[1], prompt="一只熊猫在竹林里弹吉他")
+    assert "only English" in caplog.text
+
+
+def test_the_handles_of_one_load_do_not_change_while_they_are_used(pack, loaded):
+    """ComfyUI caches node outputs: the same handles must give the same frames in any order, any number of times."""
+    _, _, vae, _ = loaded
+    latent = {"samples": torch.randn(1, 16, 3, 2, 2)}
+    first = call(pack, "CogVideoX15VAEDecode", samples=latent, vae=vae)[0]
+    call(pack, "CogVideoX15TextEncode", text_encoder=loaded[1], prompt="x")
+    assert torch.equal(first, call(pack, "CogVideoX15VAEDecode", samples=latent, vae=vae)[0])
+
+
+class TestModelFolders:
+    """The model list, with ComfyUI's folders stood in for by two of our own."""
+
+    @pytest.fixture
+    def host(self, pack, tmp_path, monkeypatch):
+        import sys
+
+        host = sys.modules[f"{pack.__name__}.nodes.host"]
+        roots = [tmp_path / "CogVideo", tmp_path / "diffusers"]
+        for root in roots:
+            root.mkdir()
+        monkeypatch.setattr(host, "IN_COMFYUI", True)
+        monkeypatch.setattr(host, "_roots", lambda: roots)
+        return host
+
+    def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
+        import json
+
+        for root in host._roots():
+            (root / "tiny").symlink_to(tiny)
+        (host._roots()[1] / "other").symlink_to(tiny)
+        flux = host._roots()[1] / "flux" / "transformer"
+        flux.mkdir(parents=True)
+        (flux / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+        (host._roots()[0] / "notes.txt").write_text("x")
+        assert list(host.checkpoints()) == ["tiny", "other"]
+        assert host.checkpoint_path("tiny").parent.name == "CogVideo"
+        assert pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()["required"]["model"][0] == ["tiny", "other"]
+
+    def test_an_empty_model_folder_says_what_to_download_and_where(self, pack, host):
+        said = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS(model="CogVideoX1.5-5B")
+        assert "zai-org/CogVideoX1.5-5B" in said
+        assert str(host._roots()[0]) in said
+
+    def test_a_checkpoint_that_is_gone_names_those_that_are_there(self, pack, host, tiny):
+        (host._roots()[0] / "tiny").symlink_to(tiny)
+        loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
+        assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
+        assert loader.VALIDATE_INPUTS(model="tiny") is True
+
+    def test_a_changed_file_is_noticed(self, pack, host, tiny):
+        import os
+        import shutil
+
+        folder = shutil.copytree(tiny, host._roots()[0] / "tiny")
+        loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
+        before = loader.IS_CHANGED(model="tiny", dtype="auto")
+        assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
+        os.utime(folder / "vae" / "config.json", (1, 1))
+        assert loader.IS_CHANGED(model="tiny", dtype="auto") != before
