@@ -1,0 +1,90 @@
+"""A real ComfyUI for the tests: started once, in a folder of its own, with the pack and a tiny checkpoint in it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.tiny_checkpoint import build_checkpoint
+
+
+class Comfy:
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout."""
+
+    def __init__(self, checkout: Path, python: str, base: Path):
+        self.base = base
+        build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
+        (base / "custom_nodes").mkdir()
+        (base / "custom_nodes" / "a pack with spaces").symlink_to(ROOT)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.log = base / "log.txt"
+        command = [python, str(checkout / "main.py"), "--cpu", "--base-directory", str(base), "--port", self.url.rsplit(":", 1)[1]]
+        self._log_file = self.log.open("w")
+        self._process = subprocess.Popen(command, cwd=checkout, stdout=self._log_file, stderr=subprocess.STDOUT)
+        self._wait_until_up()
+
+    def _wait_until_up(self) -> None:
+        for _ in range(120):
+            if self._process.poll() is not None:
+                break
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        self._log_file.close()
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            text = error.read()
+        return json.loads(text) if text else {}
+
+    def wait(self, prompt_id: str, seconds: float = 180) -> dict:
+        """The history entry of a queued prompt, once it has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            history = self.get(f"/history/{prompt_id}")
+            if history:
+                return history[prompt_id]
+            time.sleep(0.2)
+        raise RuntimeError(f"the prompt did not end in {seconds} s:\n{self.log.read_text()[-3000:]}")
+
+    def run(self, prompt: dict) -> dict:
+        queued = self.post("/prompt", {"prompt": prompt})
+        if "prompt_id" not in queued:
+            raise RuntimeError(json.dumps(queued))
+        return self.wait(queued["prompt_id"])
+
+    def replace_checkpoint(self, variant: str) -> None:
+        folder = self.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
+        shutil.rmtree(folder)
+        build_checkpoint(folder, variant)
+
+
+def from_environment(base: Path) -> Comfy | None:
+    """A server from ``COMFYUI_PATH`` and ``COMFYUI_PYTHON``, or None where there is no checkout."""
+    if "COMFYUI_PATH" not in os.environ:
+        return None
+    return Comfy(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFYUI_PYTHON", sys.executable), base)

@@ -1,0 +1,114 @@
+"""The pack in a real ComfyUI: listed, executed through the HTTP API, cached, cancelled, and its errors read."""
+
+import copy
+import time
+
+import av
+import pytest
+
+from tests import workflows
+from tests.comfyui.server import from_environment
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    server = from_environment(tmp_path_factory.mktemp("comfyui"))
+    if server is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def prompt():
+    """The example workflow as the page queues it, small and short."""
+    prompt = copy.deepcopy(workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.name == "text_to_video.json"))))
+    for node in prompt.values():
+        small = {"width": 160, "height": 96, "length": 17, "steps": 3}
+        node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
+    return prompt
+
+
+def error_of(history):
+    assert history["status"]["status_str"] == "error"
+    return next(message[1] for message in history["status"]["messages"] if message[0] == "execution_error")
+
+
+def node_of(prompt, kind):
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
+    for node_id in pack.NODE_CLASS_MAPPINGS:
+        info = comfy.get(f"/object_info/{node_id}")[node_id]
+        assert info["category"] == "CogVideoX-1.5"
+        assert info["search_aliases"]
+        assert info["output_tooltips"]
+    assert comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["required"]["model"][0] == ["CogVideoX1.5-5B"]
+    assert "IMPORT FAILED" not in comfy.log.read_text()
+
+
+def test_the_example_is_in_the_template_list(comfy):
+    assert comfy.get("/workflow_templates")["a pack with spaces"] == ["text_to_video"]
+
+
+def test_the_workflow_runs_and_the_saved_video_opens(comfy, prompt):
+    history = comfy.run(prompt)
+    assert history["status"]["status_str"] == "success"
+    saved = next(output["images"][0] for output in history["outputs"].values() if "images" in output)
+    with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (160, 96, 16)
+        assert sum(1 for _ in container.decode(video=0)) == 17
+    report = next(output["text"][0] for output in history["outputs"].values() if "text" in output)
+    assert "transformer: stored bf16" in report
+
+
+def test_a_second_run_with_another_prompt_loads_nothing_again(comfy, prompt):
+    comfy.run(prompt)
+    before = comfy.log.read_text().count("Loading the ")
+    prompt["2"]["inputs"]["prompt"] = "a city at night"
+    history = comfy.run(prompt)
+    cached = next(message[1]["nodes"] for message in history["status"]["messages"] if message[0] == "execution_cached")
+    assert {"1", "3", "4"} <= set(cached)
+    assert comfy.log.read_text().count("Loading the ") == before
+
+
+def test_cancel_stops_the_sampler_between_steps(comfy, prompt):
+    node_of(prompt, "CogVideoX15Sampler").update(steps=1000, seed=int(time.time()))
+    queued = comfy.post("/prompt", {"prompt": prompt})
+    time.sleep(4)
+    comfy.post("/interrupt", {})
+    history = comfy.wait(queued["prompt_id"], 30)
+    assert "execution_interrupted" in [message[0] for message in history["status"]["messages"]]
+    node_of(prompt, "CogVideoX15Sampler").update(steps=2)
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_a_wrong_length_is_told_in_the_dialog(comfy, prompt):
+    node_of(prompt, "CogVideoX15EmptyLatent")["length"] = 80
+    assert "Set it to 65 or 81" in error_of(comfy.run(prompt))["exception_message"]
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_when_queued(comfy, prompt):
+    node_of(prompt, "CogVideoX15ModelLoader")["model"] = "CogVideoX-Nonsense"
+    answer = comfy.post("/prompt", {"prompt": prompt})
+    assert "There is no CogVideoX checkpoint called 'CogVideoX-Nonsense'" in str(answer["node_errors"])
+
+
+def test_the_black_frame_check_sits_behind_any_node(comfy):
+    prompt = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 5, "color": 0}},
+        "2": {"class_type": "CogVideoX15BlackFrameCheck", "inputs": {"images": ["1", 0], "action": "stop"}},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
+    }
+    assert "5 of 5 frames are black: 0-4" in error_of(comfy.run(prompt))["exception_message"]
+    prompt["2"]["inputs"]["action"] = "pass"
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_the_checkpoint_can_change_on_disk_between_runs(comfy, prompt):
+    """Last: it leaves an image-to-video checkpoint behind."""
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
+    comfy.replace_checkpoint("1.5-i2v")
+    assert "image-to-video model" in error_of(comfy.run(prompt))["exception_message"]
