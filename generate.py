@@ -1,6 +1,7 @@
-"""Make a video from a prompt with CogVideoX-1.5, without ComfyUI: the same engine as the nodes."""
+"""Make a video from a prompt with CogVideoX-1.5, or check what a checkpoint or config would do, without ComfyUI: the same engine as the nodes."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -8,17 +9,23 @@ from pathlib import Path
 
 from cogvideox.dependencies import DependencyError, require_dependencies
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
+  python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
+  python generate.py --check sat/configs/inference.yaml --fix
+  python generate.py --check my_workflow.json --json
 
 A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
-and a black video is not written (see --on-black)."""
+and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
+"""
+#: Exit status of --check where the checked thing would give a wrong picture.
+MISMATCH_STATUS = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True, help="what the video shows, in English, at most 226 tokens")
+    what.add_argument("--prompt", help="what the video shows, in English, at most 226 tokens")
     what.add_argument("--negative", default="", metavar="PROMPT", help="what it should not show (default: empty)")
     what.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5)")
     what.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5)")
@@ -26,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same video (default: 0)")
     what.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE.mp4", help="where to write it (default: out.mp4)")
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", required=True, type=Path, metavar="FOLDER", help="a CogVideoX checkpoint in diffusers layout")
+    how.add_argument("--model", type=Path, metavar="FOLDER", help="a CogVideoX checkpoint in diffusers layout")
     how.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50, as the model card)")
     how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
     how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
@@ -35,7 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["auto", "bf16", "fp16", "fp32"],
         default="auto",
-        help="auto: what the weights were trained in, where the device computes in it (default)",
+        help="auto: what the weights were trained in where the device has it, else the fastest that gives the same picture (default)",
+    )
+    how.add_argument(
+        "--on-mismatch",
+        choices=["fix", "warn", "stop"],
+        default="fix",
+        help="if the dtype does not suit the weights or the device: run so that the picture is right, run as chosen, or stop (default: fix)",
+    )
+    how.add_argument(
+        "--on-nan",
+        choices=["heal", "stop"],
+        default="heal",
+        help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
     )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
@@ -44,15 +63,34 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
+    check = parser.add_argument_group("only check, make nothing")
+    check.add_argument(
+        "--check",
+        type=Path,
+        metavar="PATH",
+        help="say how a checkpoint folder would run here (with --dtype and --on-mismatch), or whether a SAT inference.yaml (or its folder) or a "
+        "ComfyUI workflow JSON would run weights trained in bf16 in fp16",
+    )
+    check.add_argument("--scan", action="store_true", help="read every weight too: NaN, Inf, and what an fp16 copy would lose")
+    check.add_argument("--fix", action="store_true", help="write the remedy into a SAT inference.yaml, keeping a .bak")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.check is None:
+        for name in ("prompt", "model"):
+            if getattr(options, name) is None:
+                parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
+        for name in ("scan", "fix", "json"):
+            if getattr(options, name):
+                parser.error(f"--{name} goes with --check PATH")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         require_dependencies()
-        return generate(options)
+        return generate(options) if options.check is None else check(options)
     except (ValueError, RuntimeError, DependencyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -66,14 +104,14 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.geometry import empty_latent
     from cogvideox.handles import open_handles
-    from cogvideox.precision.policy import Hardware
+    from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
     from cogvideox.text import encode_prompt
     from cogvideox.vae import decode
     from cogvideox.video import check_output, write_mp4
 
     check_output(options.output)
-    handles = open_handles(options.model, options.dtype, Hardware.detect(options.device))
+    handles = open_handles(options.model, options.dtype, Hardware.detect(options.device), options.on_mismatch)
     print(handles.plan.text, flush=True)
     variant = handles.model.variant
     width, height = (
@@ -86,7 +124,7 @@ def generate(options: argparse.Namespace) -> int:
 
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
-        encoded = encode_prompt(handles.text_encoder, prompt, on_load=_bar("loading text encoder", "B"))
+        encoded = encode_prompt(handles.text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
             print(f"{name}: {note}")
@@ -99,16 +137,43 @@ def generate(options: argparse.Namespace) -> int:
         cfg=options.cfg,
         scheduler=options.scheduler,
         dynamic_cfg=options.dynamic_cfg,
+        on_nan=options.on_nan,
         on_step=_bar("sampling", "step"),
         on_load=_bar("loading transformer", "B"),
     )
-    images = decode(handles.vae, latent, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B"))
+    images = decode(handles.vae, latent, on_nan=options.on_nan, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B"))
     report = check_black_frames(images)
     print(report.text)
     enforce(report, options.on_black)
     write_mp4(images, options.output, variant.fps, on_frame=_bar("writing", "frame"))
     print(f"{options.output}: {len(images)} frames of {width}x{height} at {variant.fps} fps")
     return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check a checkpoint, a SAT config or a workflow; prints the report."""
+    from cogvideox.checkpoint.layout import open_checkpoint
+    from cogvideox.configs.check import check_config, fix_config, is_config
+    from cogvideox.precision.hardware import Hardware
+    from cogvideox.precision.policy import plan_dtypes, scan_parts
+    from cogvideox.precision.verdict import MISMATCH
+
+    backup = None
+    if is_config(options.check):
+        if options.scan:
+            raise ValueError(f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder.")
+        report, backup = fix_config(options.check) if options.fix else (check_config(options.check), None)
+    else:
+        if options.fix:
+            raise ValueError(f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another --dtype.")
+        checkpoint = open_checkpoint(options.check)
+        report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
+        if options.scan:
+            report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
+    if backup is not None and not options.json:
+        print(f"written; the file as it was is {backup}")
+    return MISMATCH_STATUS if report.verdict == MISMATCH else 0
 
 
 def _bar(label: str, unit: str) -> Callable[..., None]:

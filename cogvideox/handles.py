@@ -13,7 +13,8 @@ from torch import nn
 
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
-from .precision.policy import DtypePlan, Hardware, dtype_name, plan_dtypes
+from .precision.hardware import Hardware
+from .precision.policy import DtypePlan, Precision, plan_dtypes
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,22 @@ _loaded: "weakref.WeakSet[Weights]" = weakref.WeakSet()
 
 
 class Weights:
-    """The weights of one part in one dtype on one device: nothing until ``running`` is first entered, then kept.
+    """The weights of one part as they run on one device: nothing until ``running`` is first entered, then kept.
 
     Shared by every copy of a handle, and freed with the last of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kind: str, dtype: torch.dtype, device: torch.device):
-        self._checkpoint, self.kind, self.dtype, self.device = checkpoint, kind, dtype, device
+    def __init__(self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware):
+        self._checkpoint, self.kind, self.precision, self.hardware = checkpoint, kind, precision, hardware
         self._module: nn.Module | None = None
+
+    def at(self, precision: Precision) -> "Weights":
+        """The same part, to be run otherwise; nothing is shared and nothing loaded."""
+        return Weights(self._checkpoint, self.kind, precision, self.hardware)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hardware.device
 
     @property
     def part(self) -> Part:
@@ -49,7 +58,7 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes the weights take in the dtype they run in."""
-        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.part.tensors.values()) * self.dtype.itemsize
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.part.tensors.values()) * self.precision.dtype.itemsize
 
     @property
     def is_loaded(self) -> bool:
@@ -68,8 +77,8 @@ class Weights:
                     other.park()
             if self._module is None:
                 part = self.part
-                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.folder.name, dtype_name(self.dtype))
-                self._module = load_module(part, self.dtype, self.device, on_load)
+                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.folder.name, self.precision.name)
+                self._module = load_module(part, self.precision, self.device, on_load)
                 _loaded.add(self)
             yield self._module.to(self.device)
 
@@ -78,6 +87,11 @@ class Weights:
         with _turn:
             if self._module is not None:
                 self._module.to("cpu")
+
+    def release(self) -> None:
+        """Free the weights; the next ``running`` loads them again."""
+        with _turn:
+            self._module = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,34 +122,36 @@ class VAE:
 
 @dataclass(frozen=True, eq=False)
 class Handles:
-    """A checkpoint's three handles and the dtype plan they follow."""
+    """A checkpoint, its three handles and the dtype plan they follow."""
 
+    checkpoint: Checkpoint
     model: Model
     text_encoder: TextEncoder
     vae: VAE
     plan: DtypePlan
 
 
-def open_handles(folder: Path | str, dtype: str = "auto", hardware: Hardware | None = None) -> Handles:
+def open_handles(folder: Path | str, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix") -> Handles:
     """Open a checkpoint for running: configs and headers only, no weights.
 
     Args:
         folder: a checkpoint in diffusers layout.
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         hardware: where to run; by default the GPU if there is one.
+        on_mismatch: ``fix``, ``warn`` or ``stop``: what to do where ``dtype`` would give a wrong picture.
 
     Raises:
-        ValueError: if it is not a CogVideoX checkpoint, is incomplete, or cannot run in ``dtype``.
+        ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch`` is ``stop``.
     """
     checkpoint = open_checkpoint(folder)
     hardware = hardware or Hardware.detect()
-    plan = plan_dtypes(checkpoint, dtype, hardware)
+    plan = plan_dtypes(checkpoint, dtype, hardware, on_mismatch)
 
     def weights(kind: str) -> Weights:
-        run = plan.run_dtype(kind) if kind in checkpoint.parts else plan.run_dtype("transformer")
-        return Weights(checkpoint, kind, run, hardware.device)
+        return Weights(checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware)
 
     return Handles(
+        checkpoint,
         Model(checkpoint.variant, checkpoint.scheduler_config, _latent_scale(checkpoint), weights("transformer")),
         TextEncoder(checkpoint.tokenizer_folder, checkpoint.text_tokens, weights("text_encoder")),
         VAE(weights("vae")),

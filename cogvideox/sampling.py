@@ -7,6 +7,7 @@ Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled 
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,6 +15,8 @@ from torch import nn
 
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
+from .precision.policy import Precision
+from .precision.sentinel import Sentinel, check_finite
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION
 
 logger = logging.getLogger(__name__)
@@ -37,8 +40,10 @@ def sample(
     scheduler: str = "ddim",
     denoise: float = 1.0,
     dynamic_cfg: bool = False,
+    on_nan: str = "heal",
     on_step: StepCallback | None = None,
     on_load: Callable[[int, int], None] | None = None,
+    on_heal: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
     """Denoise a batch of video latents.
 
@@ -51,14 +56,19 @@ def sample(
             ``CogVideoXVideoToVideoPipeline`` does with its ``strength``.
         cfg: classifier-free guidance (https://huggingface.co/papers/2207.12598); 1 switches it off.
         dynamic_cfg: the reference's cosine schedule of the guidance.
+        on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer way to run and goes on,
+            ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
+        on_heal: called with a sentence for the user when a step had to be healed.
 
     Returns:
-        float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in.
+        float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
 
     Raises:
         ValueError: for input the model cannot run with, before any weight is read.
+        NonFiniteError: for a step that is not finite and is not, or cannot be, healed.
     """
+    check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
     starts_from_noise = not latents.any().item()
     if starts_from_noise and denoise < 1.0:
         logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
@@ -79,16 +89,17 @@ def sample(
             )
     _warn_outside_model_card(model, latents)
 
-    device, dtype = model.weights.device, model.weights.dtype
+    device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    with model.weights.running(on_load) as transformer, torch.no_grad():
+    with Sentinel(model.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
+        dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
         noise = _draw_noise(start, generator)
         noisy = noise if denoise >= 1.0 else noise_schedule.add_noise(start, noise, timesteps[:1].to(device))
         result = denoise_latents(
-            transformer,
+            sentinel,
             noise_schedule,
             timesteps.to(device),
             noisy * noise_schedule.init_noise_sigma,
@@ -120,7 +131,7 @@ def plan_steps(model: Model, latents: torch.Tensor, *, steps: int = 50, schedule
 
 
 def denoise_latents(
-    transformer: nn.Module,
+    sentinel: Sentinel,
     scheduler,
     timesteps: torch.Tensor,
     latents: torch.Tensor,
@@ -129,24 +140,29 @@ def denoise_latents(
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     cfg: float,
     dynamic_cfg: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
     on_step: StepCallback | None = None,
 ) -> torch.Tensor:
-    """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape and dtype.
+    """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape, in the dtype that the model then runs in.
 
     Args:
+        sentinel: the transformer, entered.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
         prompt_embeds: ``[B, tokens, width]``, or ``[2B, ...]`` (negative first) where ``cfg`` > 1.
         generator: source of the noise that the DPM scheduler adds.
     """
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
-    for index, timestep in enumerate(timesteps):
-        model_input = torch.cat([latents] * 2) if guided else latents
-        model_input = scheduler.scale_model_input(model_input, timestep)
+
+    def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+        # A step that is done again draws the same noise again.
+        generator.set_state(drawn)
+        timestep, earlier = timesteps[index], timesteps[index - 1] if index > 0 else None
+        current = latents.to(precision.activations)
+        model_input = scheduler.scale_model_input(torch.cat([current] * 2) if guided else current, timestep)
         prediction = transformer(
             hidden_states=model_input,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=prompt_embeds.to(precision.activations),
             timestep=timestep.expand(model_input.shape[0]),
             image_rotary_emb=rotary,
             return_dict=False,
@@ -154,11 +170,13 @@ def denoise_latents(
         if guided:
             scale = dynamic_guidance(cfg, scheduler.num_inference_steps, timestep.item()) if dynamic_cfg else cfg
             prediction = guide(*prediction.chunk(2), scale)
-        earlier = timesteps[index - 1] if index > 0 else None
-        stepped, clean = _step(scheduler, prediction, previous_clean, timestep, earlier, latents, generator)
-        previous_clean, latents = clean, stepped.to(latents.dtype)
+        stepped, clean = _step(scheduler, prediction, previous_clean, timestep, earlier, current, generator)
+        return stepped.to(current.dtype), clean
+
+    for index in range(total):
+        latents, previous_clean = sentinel.run(partial(step, index, generator.get_state()), f"step {index + 1} of {total}")
         if on_step is not None:
-            on_step(index + 1, total, rearrange(clean, "b t c h w -> b c t h w"))
+            on_step(index + 1, total, rearrange(previous_clean, "b t c h w -> b c t h w"))
     return latents
 
 
@@ -247,6 +265,11 @@ def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batc
             f"The {name} conditioning holds {shape[0]} prompts and the latent {batch} videos, so it is not clear which belongs to which. Use one "
             "prompt for all, or as many as videos."
         )
+    check_finite(
+        embeddings,
+        f"The {name} conditioning",
+        "The text encoder that made it ran in a dtype too small for its values: encode the prompt with CogVideoX-1.5 Model Loader's own.",
+    )
     return embeddings.expand(batch, -1, -1)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .handles import TextEncoder
+from .precision.sentinel import Sentinel
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,26 @@ class EncodedPrompt:
     notes: tuple[str, ...]
 
 
-def encode_prompt(encoder: TextEncoder, prompt: str, on_load: Callable[[int, int], None] | None = None) -> EncodedPrompt:
+def encode_prompt(
+    encoder: TextEncoder,
+    prompt: str,
+    on_nan: str = "heal",
+    on_load: Callable[[int, int], None] | None = None,
+    on_heal: Callable[[str], None] | None = None,
+) -> EncodedPrompt:
     """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
 
     Args:
+        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop`` raises.
         on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
+        on_heal: called with a sentence for the user when the encoding had to be healed.
 
     Returns:
-        Embeddings ``[1, tokens, width]`` in the encoder's dtype, on the CPU (released models: 226 x 4096).
+        Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
 
     Raises:
         ValueError: if the tokenizer is missing or the checkpoint holds no text encoder.
+        NonFiniteError: if the embeddings are not finite and are not, or cannot be, healed.
     """
     tokenizer = _load_tokenizer(encoder)
     ids = tokenizer(
@@ -52,8 +62,8 @@ def encode_prompt(encoder: TextEncoder, prompt: str, on_load: Callable[[int, int
     note = language_note(prompt)
     if note:
         notes.append(note)
-    with encoder.weights.running(on_load) as module, torch.no_grad():
-        embeddings = module(ids.to(encoder.weights.device))[0]
+    with Sentinel(encoder.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
+        embeddings = sentinel.run(lambda module, _: module(ids.to(encoder.weights.device))[0], "encoding the prompt")
     return EncodedPrompt(embeddings.to("cpu", copy=True), cut, tuple(notes))
 
 

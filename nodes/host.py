@@ -10,16 +10,19 @@ from pathlib import Path
 import torch
 
 from ..cogvideox.checkpoint.layout import is_checkpoint
-from ..cogvideox.precision.policy import Hardware
+from ..cogvideox.precision.hardware import Hardware
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
 _MODEL_FOLDERS = ("CogVideo", "diffusers")
 
 if IN_COMFYUI:
+    import comfy.cli_args
     import comfy.model_management
     import comfy.utils
+    import comfy_execution.utils
     import folder_paths
+    from server import PromptServer
 
     folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
 
@@ -65,8 +68,31 @@ def _roots() -> list[Path]:
 
 
 def hardware() -> Hardware:
-    """The device ComfyUI runs models on, or torch's default."""
-    return Hardware.detect(comfy.model_management.get_torch_device() if IN_COMFYUI else None)
+    """The device ComfyUI runs models on and the dtypes it was started with, or torch's default."""
+    return Hardware.detect(comfy.model_management.get_torch_device(), forced_dtypes(comfy.cli_args.args)) if IN_COMFYUI else Hardware.detect()
+
+
+def forced_dtypes(arguments) -> dict[str, tuple[torch.dtype, str]]:
+    """What ComfyUI's own flags ask for: per part, the dtype and the flag. ``arguments`` is ``comfy.cli_args.args``."""
+    short = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    flags = {"transformer": "unet", "text_encoder": "text-enc", "vae": "vae"}
+    forced: dict[str, tuple[torch.dtype, str]] = {}
+    for kind, suffix in flags.items():
+        # The general flags come first: ComfyUI turns --force-fp16 into --fp16-unet itself.
+        for flag in ("force-fp32", "force-fp16", *(f"{name}-{suffix}" for name in short)):
+            if kind not in forced and getattr(arguments, flag.replace("-", "_"), False) and (kind == "transformer" or flag != "force-fp16"):
+                forced[kind] = (short[flag.replace("force-", "").split("-")[0]], f"--{flag}")
+    return forced
+
+
+def show(text: str) -> None:
+    """Show a text on the node that is running, where ComfyUI's page can; it is the caller's to log it too if it must not be missed."""
+    if not IN_COMFYUI:
+        return
+    context = comfy_execution.utils.get_executing_context()
+    server = getattr(PromptServer, "instance", None)
+    if context is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, context.node_id)
 
 
 def make_room(nbytes: int, device: torch.device) -> None:

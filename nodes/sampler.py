@@ -2,6 +2,7 @@
 
 import logging
 
+from ..cogvideox.precision.sentinel import ON_NAN
 from ..cogvideox.sampling import SCHEDULERS, sample
 from . import host
 from .base import Node
@@ -13,7 +14,7 @@ class Sampler(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Sampler"
     DESCRIPTION = (
         "Makes the video's latents from noise and a prompt, step by step, exactly as diffusers' CogVideoXPipeline does for the same seed. "
-        "Can be cancelled between two steps."
+        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Can be cancelled between two steps."
     )
     SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
     RETURN_TYPES = ("LATENT",)
@@ -81,10 +82,18 @@ class Sampler(Node):
                         "Its script switches it on with dpm.",
                     },
                 ),
+                "on_nan": (
+                    list(ON_NAN),
+                    {
+                        "default": "heal",
+                        "tooltip": "If a step gives NaN or Inf. heal: repeat that step in the next safer way to run, finish the run, and say so. "
+                        "stop: an error that names the module.",
+                    },
+                ),
             },
         }
 
-    def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False):
+    def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
         if latent_image.get("noise_mask") is not None:
             logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
         host.make_room(model.weights.nbytes, model.weights.device)
@@ -99,8 +108,10 @@ class Sampler(Node):
             scheduler=scheduler,
             denoise=denoise,
             dynamic_cfg=dynamic_cfg,
+            on_nan=on_nan,
             on_step=host.progress(),
             on_load=host.progress(),
+            on_heal=host.show,
         )
         return ({"samples": samples},)
 

@@ -44,7 +44,7 @@ class TextEncode(Node):
         if not isinstance(text_encoder, TextEncoder):
             return (text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(prompt)),)
         host.make_room(text_encoder.weights.nbytes, text_encoder.weights.device)
-        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress())
+        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show)
         for note in encoded.notes:
             logger.warning("%s", note)
         return ([[encoded.embeddings, {}]],)

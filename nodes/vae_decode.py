@@ -24,4 +24,4 @@ class VAEDecode(Node):
 
     def execute(self, samples, vae):
         host.make_room(vae.weights.nbytes, vae.weights.device)
-        return (decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress()),)
+        return (decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show),)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import Hardware
+from cogvideox.precision.hardware import Hardware
 from tests.tiny_checkpoint import build_checkpoint
 
 ROOT = Path(__file__).parent.parent
-CPU = Hardware(torch.device("cpu"), "CPU", bf16=True)
+CPU = Hardware(torch.device("cpu"), "CPU")
 
 
 @pytest.fixture(scope="session", autouse=True)

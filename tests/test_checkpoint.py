@@ -14,6 +14,8 @@ from cogvideox.checkpoint.headers import read_header
 from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.handles import open_handles
+from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
+from cogvideox.precision.range_safe import make_range_safe
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
@@ -58,7 +60,7 @@ def test_weights_equal_from_pretrained_in_every_dtype(tiny, kind, dtype):
 
     library, name = CLASSES[kind]
     theirs = getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
-    ours = load_module(open_checkpoint(tiny).part(kind), dtype, torch.device("cpu")).state_dict()
+    ours = load_module(open_checkpoint(tiny).part(kind), Precision(dtype), torch.device("cpu")).state_dict()
     assert set(ours) == set(theirs)
     for key in ours:
         assert ours[key].dtype == theirs[key].dtype, key
@@ -72,8 +74,20 @@ def test_one_file_without_index_loads_like_shards(tiny, tmp_path):
     single = shutil.copytree(tiny, tmp_path / "single", ignore=shutil.ignore_patterns("transformer"))
     CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(single / "transformer")
     assert [file.name for file in (single / "transformer").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
-    one, many = (load_module(open_checkpoint(path).part("transformer"), torch.bfloat16, torch.device("cpu")) for path in (single, tiny))
+    one, many = (load_module(open_checkpoint(path).part("transformer"), Precision(torch.bfloat16), torch.device("cpu")) for path in (single, tiny))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "text_encoder"])
+def test_range_safe_weights_read_from_disk_are_those_made_in_memory(tiny, kind):
+    part, cpu = open_checkpoint(tiny).part(kind), torch.device("cpu")
+    read = load_module(part, RANGE_SAFE_FP16, cpu)
+    made = make_range_safe(load_module(part, Precision(torch.float32), cpu))
+    ours, theirs = (dict((*module.named_parameters(), *module.named_buffers())) for module in (read, made))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    half = sum(tensor.nbytes // tensor.dtype.itemsize * 2 for tensor in part.tensors.values())
+    assert sum({tensor.data_ptr(): tensor.nbytes for tensor in ours.values()}.values()) < 1.05 * half
 
 
 def test_loading_needs_little_more_than_the_loaded_weights():
@@ -85,11 +99,12 @@ import torch
 from tests.tiny_checkpoint import build_text_encoder
 from cogvideox.checkpoint.layout import _open_part
 from cogvideox.checkpoint.loading import load_module
+from cogvideox.precision.policy import Precision
 folder = Path(sys.argv[1])
 part = _open_part(folder, "text_encoder")
-load_module(_open_part(Path(sys.argv[2]), "text_encoder"), torch.bfloat16, torch.device("cpu"))  # imports, first
+load_module(_open_part(Path(sys.argv[2]), "text_encoder"), Precision(torch.bfloat16), torch.device("cpu"))  # imports, first
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-module = load_module(part, torch.bfloat16, torch.device("cpu"))
+module = load_module(part, Precision(torch.bfloat16), torch.device("cpu"))
 peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 weights = {p.data_ptr(): p.nbytes for p in module.parameters()}
 print(json.dumps([peak, sum(weights.values())]))

@@ -1,5 +1,7 @@
 """The command line makes a video file, and says in a sentence why it could not."""
 
+import json
+
 import av
 import numpy as np
 import pytest
@@ -73,6 +75,80 @@ def test_help_names_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     said = capsys.readouterr().out
-    for option in ("--prompt", "--model", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler", "--dtype", "--output"):
+    for option in (
+        "--prompt",
+        "--model",
+        "--width",
+        "--height",
+        "--frames",
+        "--steps",
+        "--cfg",
+        "--seed",
+        "--scheduler",
+        "--dtype",
+        "--output",
+        "--check",
+        "--scan",
+    ):
         assert option in said
-    assert "example:" in said
+    assert "examples:" in said
+
+
+class TestCheck:
+    def test_a_checkpoint_that_runs_well_ends_with_status_0(self, tiny, capsys):
+        code, said, _ = run(capsys, "--check", tiny, "--device", "cpu")
+        assert code == 0
+        assert "transformer: stored bf16" in said
+
+    def test_a_mismatch_is_told_by_the_status(self, tiny, capsys):
+        code, said, _ = run(capsys, "--check", tiny, "--dtype", "fp16")
+        assert code == generate.MISMATCH_STATUS
+        assert "[mismatch, fixed] transformer" in said
+
+    def test_json_is_only_json(self, tiny, capsys):
+        code, said, _ = run(capsys, "--check", tiny, "--dtype", "fp32", "--json", "--scan")
+        report = json.loads(said)
+        assert (code, report["verdict"]) == (0, "ok")
+        assert report["weights"]
+
+    def test_a_sat_config_is_checked_and_fixed(self, tmp_path, capsys):
+        config = tmp_path / "inference.yaml"
+        config.write_text("args:\n  # the frames a second\n  sampling_fps: 16\n  fp16: True # why not\n")
+        code, said, _ = run(capsys, "--check", config)
+        assert code == generate.MISMATCH_STATUS
+        assert "bf16: True" in said
+        code, said, _ = run(capsys, "--check", tmp_path, "--fix")
+        assert code == 0
+        assert "inference.yaml.bak" in said
+        assert config.read_text() == "args:\n  # the frames a second\n  sampling_fps: 16\n  bf16: True # why not\n"
+        assert run(capsys, "--check", config)[0] == 0
+
+    def test_a_workflow_is_checked(self, tmp_path, capsys):
+        workflow = tmp_path / "workflow.json"
+        node = {"class_type": "CogVideoXModelLoader", "inputs": {"model": "CogVideoX_1_5.safetensors", "base_precision": "fp16"}}
+        workflow.write_text(json.dumps({"7": node}))
+        code, said, _ = run(capsys, "--check", workflow, "--json")
+        assert code == generate.MISMATCH_STATUS
+        assert "CogVideoXModelLoader" in said
+        json.loads(said)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [(("--fix",), "rewrites only those"), (("--check", "nowhere"), "There is no nowhere")],
+    )
+    def test_errors_are_sentences(self, tiny, capsys, arguments, said):
+        code, _, error = run(capsys, "--check", tiny, *arguments)
+        assert code == 1
+        assert said in error
+
+    @pytest.mark.parametrize("arguments", [(), ("--prompt", "x"), ("--model", "x", "--prompt", "x", "--scan")])
+    def test_options_that_do_not_go_together_are_refused(self, capsys, arguments):
+        with pytest.raises(SystemExit):
+            run(capsys, *arguments)
+        assert "--check PATH" in capsys.readouterr().err
+
+
+def test_a_mismatch_can_stop_the_run_before_it_starts(tiny, capsys):
+    code, _, error = run(capsys, "--prompt", "x", "--model", tiny, "--dtype", "fp16", "--on-mismatch", "stop")
+    assert code == 1
+    assert "was trained in bf16" in error

@@ -6,7 +6,7 @@ import torch
 CONTRACT = {
     "CogVideoX15ModelLoader": (
         "CogVideoX-1.5 Model Loader",
-        {"model": "COMBO", "dtype": "COMBO"},
+        {"model": "COMBO", "dtype": "COMBO", "on_mismatch": "COMBO", "scan_weights": "BOOLEAN"},
         {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE", "report": "STRING"},
     ),
     "CogVideoX15TextEncode": (
@@ -32,6 +32,7 @@ CONTRACT = {
             "scheduler": "COMBO",
             "denoise": "FLOAT",
             "dynamic_cfg": "BOOLEAN",
+            "on_nan": "COMBO",
         },
         {"latent": "LATENT"},
     ),
@@ -49,13 +50,16 @@ CONTRACT = {
     ),
 }
 DEFAULTS = {
+    "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
     "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
-    "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False},
+    "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"},
     "CogVideoX15BlackFrameCheck": {"pixel_black_threshold": 0.10, "picture_black_ratio": 0.98, "video_black_ratio": 1.0},
 }
 COMBOS = {
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
+    ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
+    ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
 }
 
@@ -136,6 +140,48 @@ def test_a_prompt_becomes_frames_through_the_nodes(pack, loaded):
     assert images.shape == (34, 48, 80, 3)
     assert (is_black, count) == (False, 0)
     assert "verdict: ok" in text
+
+
+def test_the_loader_fixes_warns_or_stops_where_the_dtype_does_not_suit_the_weights(pack, tiny):
+    report = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp16")[3]
+    assert "[mismatch, fixed] transformer" in report
+    model, _, _, report = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp16", on_mismatch="warn")
+    assert "[mismatch] transformer" in report
+    assert not model.weights.precision.range_safe
+    with pytest.raises(ValueError, match="was trained in bf16"):
+        call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp16", on_mismatch="stop")
+
+
+def test_the_loader_scans_the_weights_when_asked(pack, tiny):
+    assert "no NaN" not in call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="auto")[3]
+    report = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="auto", scan_weights=True)[3]
+    assert report.count("no NaN") == 3
+
+
+def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monkeypatch):
+    """NaN from a block in every dtype but fp32, through the nodes."""
+    import sys
+
+    handles, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.handles", "nodes.host"))
+    real, shown = handles.load_module, []
+
+    def load(part, precision, *rest):
+        module = real(part, precision, *rest)
+        if part.kind == "transformer" and precision.name != "fp32":
+            module.proj_out.register_forward_hook(lambda _m, _a, output: output * float("nan"))
+        return module
+
+    monkeypatch.setattr(handles, "load_module", load)
+    monkeypatch.setattr(host, "show", shown.append)
+    model, text_encoder, _, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="bf16")
+    (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
+    (empty,) = call(pack, "CogVideoX15EmptyLatent", width=80, height=48, length=17)
+    inputs = dict(model=model, positive=prompt, negative=prompt, latent_image=empty, seed=1, steps=2, cfg=6.0, scheduler="ddim", denoise=1.0)
+    (latent,) = call(pack, "CogVideoX15Sampler", **inputs)
+    assert latent["samples"].isfinite().all()
+    assert shown[-1].startswith("step 1 of 2: the transformer in bf16 gave NaN or Inf; the first module")
+    with pytest.raises(RuntimeError, match="step 1 of 2"):
+        call(pack, "CogVideoX15Sampler", **inputs, on_nan="stop")
 
 
 def test_a_black_video_is_stopped_before_it_is_saved(pack):

@@ -6,6 +6,7 @@ For the tests and for ``make demo``. Run as a script: ``python -m tests.tiny_che
 import argparse
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ STORED = {"transformer": torch.bfloat16, "text_encoder": torch.float32, "vae": t
 TEXT_WIDTH = 32
 
 
-def build_checkpoint(folder: Path | str, variant: str = "1.5", seed: int = 0, stored: dict | None = None) -> Path:
+def build_checkpoint(
+    folder: Path | str, variant: str = "1.5", seed: int = 0, stored: dict | None = None, change: Callable[[dict], None] | None = None
+) -> Path:
     """Write a checkpoint of 2 layers x 2 heads that diffusers' pipelines open with ``from_pretrained``.
 
     Args:
         variant: a key of ``VARIANTS``.
-        stored: dtype on disk by part, where it should differ from ``STORED``.
+        stored: dtype on disk by part, where it should differ from ``STORED``; None leaves it as ``change`` made it.
+        change: called with the modules by part before they are written.
     """
     import diffusers
 
@@ -34,10 +38,14 @@ def build_checkpoint(folder: Path | str, variant: str = "1.5", seed: int = 0, st
     stored = STORED | (stored or {})
     torch.manual_seed(seed)
     parts = {"transformer": build_transformer(variant), "text_encoder": build_text_encoder(), "vae": build_vae()}
+    if change is not None:
+        change(parts)
     for name, module in parts.items():
-        size = sum(p.numel() for p in module.parameters()) * stored[name].itemsize
+        if stored[name] is not None:
+            module.to(stored[name])
+        size = sum(p.nbytes for p in module.parameters())
         shards = 1 if name == "vae" else 3
-        module.to(stored[name]).save_pretrained(folder / name, max_shard_size=int(size / shards * 1.1) if shards > 1 else "10GB")
+        module.save_pretrained(folder / name, max_shard_size=int(size / shards * 1.1) if shards > 1 else "10GB")
     build_tokenizer(folder / "tokenizer")
     build_scheduler(variant).save_pretrained(folder / "scheduler")
     index = {

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -70,6 +71,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             "The download was interrupted or the disk was full: delete this file and download it again."
         )
     return tensors
+
+
+def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
+    """Read from ``file``, unbuffered, until ``view`` is full.
+
+    Raises:
+        ValueError: if the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{path} ended while a tensor was read: it is truncated or being written. Download it again.")
+        done += count
 
 
 def _entry(path: Path, data_start: int, value: dict) -> StoredTensor:

@@ -6,18 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .headers import StoredTensor
+from ..precision.policy import Precision
+from ..precision.range_safe import ScaledWeight, make_range_safe
+from .headers import StoredTensor, fill
 from .layout import PARTS, Part
 
 #: Bytes read at a time where stored and target dtype differ: all the memory that a cast needs beside the target.
 _CHUNK = 16 << 20
 
 
-def load_module(part: Part, dtype: torch.dtype, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
+def load_module(part: Part, precision: Precision, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
     """Build the unmodified diffusers or transformers module of ``part`` and fill it from disk.
 
     The module is built without memory for its weights; each tensor is then allocated once, in its final dtype and on its final
-    device, and read into place. Peak memory is the loaded part plus one small buffer.
+    device, and read into place. Peak memory is the loaded part plus one small buffer; where weights are made range-safe, plus one tensor.
 
     Args:
         on_progress: called with (bytes read, bytes in all) as files are read.
@@ -29,26 +31,41 @@ def load_module(part: Part, dtype: torch.dtype, device: torch.device, on_progres
         ValueError: if tensors are missing, left over, or of another shape than the config says.
     """
     module = _empty_module(part)
-    # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
-    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     slots = module.state_dict(keep_vars=True)
     # Tied weights have several names in the module and any of them on disk (T5's token embedding).
     names: dict[int, list[str]] = {}
     for slot, parameter in slots.items():
         names.setdefault(id(parameter), []).append(slot)
     _check_names(part, slots, names.values())
+    # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
+    plain_fp16 = precision == Precision(torch.float16)
+    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if plain_fp16 else ()
+    if precision.range_safe:
+        make_range_safe(module)
     total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
     with _open_files() as open_file:
         for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            kept = any(word in name.split(".") for word in keep)
-            wanted = torch.float32 if kept else (dtype if stored.dtype.is_floating_point else stored.dtype)
-            target = torch.empty(stored.shape, dtype=wanted, device=device)
+            owners = _owners(module, names[id(slots[name])])
+            range_safe = isinstance(owners[0][0], ScaledWeight) and owners[0][1] == "weight"
+            if range_safe or not stored.dtype.is_floating_point:
+                wanted = stored.dtype
+            else:
+                kept = any(word in name.split(".") for word in keep)
+                wanted = torch.float32 if kept else precision.activations
+            target = torch.empty(stored.shape, dtype=wanted, device="cpu" if range_safe else device)
             for count in _read_into(open_file(stored.file), stored, target):
                 done += count
                 if on_progress is not None:
                     on_progress(done, total)
-            for slot in names[id(slots[name])]:
-                _assign(module, slot, target)
+            if range_safe:
+                owners[0][0].load_weight(target, device)
+                continue
+            parameter = nn.Parameter(target, requires_grad=False)
+            for owner, leaf in owners:
+                if leaf in owner._parameters:
+                    owner._parameters[leaf] = parameter
+                else:
+                    owner._buffers[leaf] = target
     return module.to(device).requires_grad_(False).eval()
 
 
@@ -112,33 +129,24 @@ def _read_into(file, stored: StoredTensor, target: torch.Tensor) -> Iterator[int
     """
     file.seek(stored.offset)
     if stored.dtype == target.dtype and target.device.type == "cpu":
-        yield _fill(file, target, stored)
+        fill(file, _bytes(target), stored.file)
+        yield stored.nbytes
         return
     flat = target.view(-1)
     step = max(1, _CHUNK // stored.dtype.itemsize)
     buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
     for start in range(0, flat.numel(), step):
         piece = buffer[: min(step, flat.numel() - start)]
-        count = _fill(file, piece, stored)
+        fill(file, _bytes(piece), stored.file)
         flat[start : start + piece.numel()].copy_(piece)
-        yield count
+        yield piece.nbytes
 
 
-def _fill(file, tensor: torch.Tensor, stored: StoredTensor) -> int:
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise ValueError(f"{stored.file} ended while a tensor was read: it is truncated or being written. Download it again.")
-        done += count
-    return done
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
+def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
+    """The modules that hold the tensor of these names, and what they call it."""
+    paths = [name.rpartition(".") for name in names]
+    return [(module.get_submodule(path), leaf) for path, _, leaf in paths]

@@ -1,123 +1,299 @@
-"""The dtype policy: what is stored, what was trained, what this device computes in, and what will run."""
+"""The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a verdict."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
-from ..checkpoint.layout import PARTS, Checkpoint
+from ..checkpoint.layout import PARTS, Checkpoint, Part
+from ..variants import Variant
+from .audit import WeightAudit, scan_weights
+from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
+from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
-#: The loader's choices. ``auto`` is the trained dtype where the device can compute in it, else float32.
+#: The loader's choices. ``auto`` is the trained dtype where the device has it natively, else the next best that gives the same picture.
 CHOICES: dict[str, torch.dtype | None] = {
     "auto": None,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8 (e4m3fn)",
-    torch.float8_e5m2: "fp8 (e5m2)",
-}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``bf16``."""
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+#: What to do where the choice would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
+ON_MISMATCH = ("fix", "warn", "stop")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """The device a model will run on, and the 16-bit dtypes it computes in."""
+class Precision:
+    """How a part runs: the dtype of its weights and matrix products, and whether what lies between them is kept in range.
 
-    device: torch.device
-    name: str
-    bf16: bool
-    fp16: bool = True
+    Attributes:
+        range_safe: matrix products in ``dtype``, all else in fp32 (``range_safe.make_range_safe``); only with float16.
+    """
 
-    @classmethod
-    def detect(cls, device: torch.device | str | None = None) -> "Hardware":
-        """Ask torch what ``device`` (default: the GPU if there is one) can compute in."""
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = accelerator or "cpu"
-        device = torch.device(device)
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls(device, torch.cuda.get_device_name(device), bf16)
-        if device.type == "mps":
-            return cls(device, "Apple GPU (MPS)", torch.backends.mps.is_macos_or_newer(14, 0))
-        return cls(device, device.type.upper(), True)
+    dtype: torch.dtype
+    range_safe: bool = False
 
-    def computes_in(self, dtype: torch.dtype) -> bool:
-        return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, True)
+    @property
+    def name(self) -> str:
+        return f"range-safe {dtype_name(self.dtype)}" if self.range_safe else dtype_name(self.dtype)
+
+    @property
+    def activations(self) -> torch.dtype:
+        """The dtype that goes in and comes out."""
+        return torch.float32 if self.range_safe else self.dtype
+
+
+RANGE_SAFE_FP16 = Precision(torch.float16, range_safe=True)
+FP32 = Precision(torch.float32)
 
 
 @dataclass(frozen=True)
-class PartDtypes:
-    """One part's dtypes: bytes on disk by dtype, the dtype of the variant's training, and the one it will run in."""
+class PartPlan:
+    """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about that.
+
+    Attributes:
+        changed: what ``fix`` made of the choice, or "".
+    """
 
     kind: str
     stored: Mapping[torch.dtype, int]
     trained: torch.dtype
-    run: torch.dtype
+    run: Precision
+    findings: tuple[Finding, ...] = ()
+    changed: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return worst(self.findings)
 
     @property
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({_size(count)})" for dtype, count in self.stored.items())
-        return f"{PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {dtype_name(self.run)}"
+        label = f"{self.verdict}, fixed" if self.changed else self.verdict
+        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}"]
+        if self.changed:
+            lines.append(f"    changed: {self.changed}")
+        for finding in self.findings:
+            lines += [f"    why: {finding.reason}"] + ([f"    do: {finding.remedy}"] if finding.remedy else [])
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class DtypePlan:
-    """The dtypes of a whole checkpoint on one device. ``text`` is for people."""
+    """How a whole checkpoint runs on one device. ``text`` is for people, ``as_dict`` for scripts.
+
+    Attributes:
+        audits: what a scan of the weights found, where one was made.
+    """
 
     variant: str
     hardware: Hardware
-    parts: tuple[PartDtypes, ...]
+    choice: str
+    parts: tuple[PartPlan, ...]
     absent: tuple[str, ...]
-    notes: tuple[str, ...]
+    audits: tuple[WeightAudit, ...] = ()
 
-    def run_dtype(self, kind: str) -> torch.dtype:
+    def precision(self, kind: str) -> Precision:
         return next(part.run for part in self.parts if part.kind == kind)
 
     @property
+    def verdict(self) -> str:
+        """The worst verdict of the parts; ``mismatch`` too if a scan found weights that are not finite."""
+        damaged = any(audit.damaged for audit in self.audits)
+        return MISMATCH if damaged else worst(finding for part in self.parts for finding in part.findings)
+
+    @property
     def text(self) -> str:
-        lines = [f"{self.variant} on {self.hardware.name}", *(part.text for part in self.parts)]
-        lines += [f"{PARTS[kind][0]}: not in this folder" for kind in self.absent]
-        return "\n".join([*lines, *self.notes])
+        lines = [f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}", *(part.text for part in self.parts)]
+        lines += [f"[absent] {PARTS[kind][0]}: not in this folder" for kind in self.absent]
+        return "\n".join([*lines, *(audit.text for audit in self.audits)])
+
+    def as_dict(self) -> dict:
+        """The plan as JSON has it: dtypes by name, sizes in bytes."""
+        hardware = self.hardware
+        return {
+            "variant": self.variant,
+            "device": {"type": hardware.device.type, "name": hardware.name, "bf16": hardware.bf16, "fp16": hardware.fp16, "fp8": hardware.fp8},
+            "dtype": self.choice,
+            "verdict": self.verdict,
+            "parts": [
+                {
+                    "part": part.kind,
+                    "stored": {dtype_name(dtype): count for dtype, count in part.stored.items()},
+                    "trained": dtype_name(part.trained),
+                    "runs_in": dtype_name(part.run.dtype),
+                    "range_safe": part.run.range_safe,
+                    "verdict": part.verdict,
+                    "findings": [asdict(finding) for finding in part.findings],
+                    "changed": part.changed,
+                }
+                for part in self.parts
+            ],
+            "absent": list(self.absent),
+            "weights": [audit.as_dict() for audit in self.audits],
+        }
 
 
-def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware) -> DtypePlan:
-    """Decide in which dtype each part of ``checkpoint`` runs.
+def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mismatch: str = "fix") -> DtypePlan:
+    """Decide how each part of ``checkpoint`` runs, from headers alone.
 
     Args:
         choice: one of ``CHOICES``.
+        on_mismatch: one of ``ON_MISMATCH``: what to do where the choice would give a wrong picture.
 
     Raises:
-        ValueError: for an unknown choice, or a dtype that the device cannot compute in.
+        ValueError: for an unknown choice, or a mismatch if ``on_mismatch`` is ``stop``.
     """
     if choice not in CHOICES:
-        raise ValueError(f"The dtype is {choice!r}, which is not known here. Choose one of {', '.join(CHOICES)}.")
-    trained = checkpoint.variant.trained_dtype
-    notes = []
-    run = CHOICES[choice]
-    if run is None:
-        run = trained if hardware.computes_in(trained) else torch.float32
-        if run != trained:
-            notes.append(f"{hardware.name} cannot compute in {dtype_name(trained)}, so auto runs in fp32: right, and slower.")
-    elif not hardware.computes_in(run):
-        raise ValueError(f"dtype {choice} was chosen, but {hardware.name} cannot compute in it, so the run would fail or crawl. Choose auto or fp32.")
-    if run == torch.float16 and trained != torch.float16:
-        notes.append(
-            f"WARNING: {checkpoint.variant.name} was trained in {dtype_name(trained)}; in fp16 its activations can pass 65504 and the video "
-            "turns black. Choose auto."
+        raise ValueError(f"The dtype is {choice!r}, which is not known here, so nothing can be planned. Choose one of {', '.join(CHOICES)}.")
+    if on_mismatch not in ON_MISMATCH:
+        raise ValueError(f"on_mismatch is {on_mismatch!r}, which is not known here. Choose one of {', '.join(ON_MISMATCH)}.")
+    parts = []
+    for kind, part in checkpoint.parts.items():
+        asked, asker = CHOICES[choice], _Asker(f"dtype {choice} was chosen", "Choose auto")
+        if asked is None and kind in hardware.forced:
+            asked, flag = hardware.forced[kind]
+            asker = _Asker(f"ComfyUI was started with {flag}", f"Start ComfyUI without {flag}")
+        plan = _plan_part(kind, part, checkpoint.variant, asked, asker, hardware)
+        if plan.changed and on_mismatch != "fix":
+            plan = replace(plan, run=Precision(asked), changed="")
+        parts.append(plan)
+    mismatches = [finding for part in parts for finding in part.findings if finding.verdict == MISMATCH]
+    if mismatches and on_mismatch == "stop":
+        raise ValueError(
+            "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
+            + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
         )
-    parts = tuple(PartDtypes(kind, part.stored, trained, run) for kind, part in checkpoint.parts.items())
     absent = tuple(kind for kind in PARTS if kind not in checkpoint.parts)
-    return DtypePlan(checkpoint.variant.name, hardware, parts, absent, tuple(notes))
+    return DtypePlan(checkpoint.variant.name, hardware, choice, tuple(parts), absent)
+
+
+def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None) -> DtypePlan:
+    """Read every weight of ``checkpoint`` once and add to its plan what was found, against the dtype each part is to run in.
+
+    Args:
+        on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
+    """
+    total = sum(sum(part.stored.values()) for part in checkpoint.parts.values())
+    audits, before = [], 0
+    for kind, part in checkpoint.parts.items():
+        report = None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
+        audits.append(scan_weights(part.tensors, plan.precision(kind).dtype, PARTS[kind][0], report))
+        before += sum(part.stored.values())
+    return replace(plan, audits=tuple(audits))
+
+
+def safer(kind: str, precision: Precision, hardware: Hardware) -> list[Precision]:
+    """The ways to run a part that hold larger values than ``precision`` does, fastest first: range-safe fp16, bf16 where native, fp32.
+
+    The VAE's convolutions are not made range-safe: it goes straight to fp32.
+    """
+    ladder = [FP32]
+    if kind != "vae":
+        ladder = [RANGE_SAFE_FP16, *([Precision(torch.bfloat16)] if hardware.bf16 == NATIVE else []), FP32]
+    if precision in ladder:
+        return ladder[ladder.index(precision) + 1 :]
+    return ladder if precision.dtype == torch.float16 else [FP32]
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Whose wish a dtype is, and how to take it back."""
+
+    said: str
+    undo: str
+
+
+def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hardware) -> Precision:
+    """What ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is, else fp32."""
+    dtype = variant.trained_dtype
+    if hardware.support(dtype) != NATIVE:
+        dtype = torch.float16 if dtype == torch.bfloat16 and hardware.fp16 == NATIVE else torch.float32
+    if dtype == torch.float16 and kind == "vae" and not hardware.half_convolutions:
+        dtype = torch.float32
+    return Precision(dtype, range_safe=dtype == torch.float16 and kind != "vae" and trained != torch.float16)
+
+
+def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | None, asker: _Asker, hardware: Hardware) -> PartPlan:
+    """Plan a part for the dtype asked for (None: ``auto``), with the fix where it does not suit."""
+    # T5 was trained in bf16 whatever transformer reads its embeddings.
+    trained = torch.bfloat16 if kind == "text_encoder" else variant.trained_dtype
+    automatic = _automatic(kind, trained, variant, hardware)
+    if asked is None:
+        run, findings = automatic, _automatic_findings(kind, trained, automatic, hardware)
+    else:
+        run, findings = _asked_findings(kind, trained, variant, asked, asker, automatic, hardware)
+    changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
+    return PartPlan(kind, part.stored, trained, run, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
+
+
+def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:
+    if run.range_safe:
+        why = "was trained in bf16" if hardware.bf16 == NATIVE else f"was trained in bf16, which {hardware.name} has not natively"
+        who = "T5" if kind == "text_encoder" else "It"
+        return [Finding(PARTS[kind][0], OK, f"{who} {why}: range-safe fp16 cannot overflow, and is closer to fp32 than bf16 is.")]
+    if run == FP32 and kind == "vae" and not hardware.half_convolutions:
+        return [Finding(PARTS[kind][0], OK, f"Convolutions in fp16 give NaN on {hardware.name}, so it runs in fp32.")]
+    if run == FP32 and trained != torch.float32:
+        return [Finding(PARTS[kind][0], OK, f"{hardware.name} computes faster in fp32 than in 16 bits: right, and slower than on other cards.")]
+    return []
+
+
+def _asked_findings(
+    kind: str, trained: torch.dtype, variant: Variant, asked: torch.dtype, asker: _Asker, automatic: Precision, hardware: Hardware
+) -> tuple[Precision, list[Finding]]:
+    """Judge a dtype that somebody asked for, and say how to run instead where it would give a wrong picture."""
+    where, dtype, support = PARTS[kind][0], dtype_name(asked), hardware.support(asked)
+    undo = f"{asker.undo}: then it runs in {automatic.name} here."
+    if support == ABSENT:
+        return automatic, [Finding(where, MISMATCH, f"{asker.said}, but {hardware.name} has no {dtype}: it would fail or crawl.", undo)]
+    if asked == torch.float16 and kind == "vae" and not hardware.half_convolutions:
+        return FP32, [Finding(where, MISMATCH, f"{asker.said}, but convolutions in fp16 give NaN on {hardware.name}.", undo)]
+    run, findings = Precision(asked), []
+    if asked == torch.float16 and kind == "vae":
+        findings.append(Finding(where, OK, "Every chunk of frames is checked, and one that is not finite is decoded again in fp32."))
+    elif asked == torch.float16 and trained != torch.float16:
+        who = "T5" if kind == "text_encoder" else variant.name
+        reason = (
+            f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass 65504, become Inf, then NaN, "
+            "and the video turns black."
+        )
+        remedy = f"{asker.undo}, or leave on_mismatch at fix: range-safe fp16 cannot overflow."
+        run, findings = RANGE_SAFE_FP16, [Finding(where, MISMATCH, reason, remedy)]
+    elif asked == torch.bfloat16 and trained == torch.float16 and kind == "transformer":
+        reason = f"{variant.name} was trained in fp16, and bf16 keeps 8 of its 11 significant bits: the video is finite, but coarser."
+        findings.append(Finding(where, WARNING, reason, undo))
+    if support == EMULATED:
+        findings.append(Finding(where, WARNING, f"{hardware.name} only emulates {dtype}: right, but slow.", undo))
+    return run, findings
+
+
+def _stored_findings(kind: str, stored: Mapping[torch.dtype, int], trained: torch.dtype) -> list[Finding]:
+    """What an earlier cast of the file has already cost."""
+    name = PARTS[kind][0]
+    if any(dtype in _FP8 for dtype in stored):
+        bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in _FP8)
+        return [
+            Finding(
+                name,
+                WARNING,
+                f"The file is an fp8 copy: its weights keep {bits} significant bits and lost the rest, whatever they run in.",
+                "For full quality download the original weights.",
+            )
+        ]
+    if torch.float16 in stored and trained == torch.bfloat16 and kind == "transformer":
+        return [
+            Finding(
+                name,
+                WARNING,
+                "The file is an fp16 copy of weights trained in bf16: magnitudes under 5.96e-8 became zero and those over 65504 Inf, and that is "
+                "lost whatever they run in.",
+                "Usually little is lost; scan_weights tells, and the original file is in bf16.",
+            )
+        ]
+    return []
 
 
 def _size(count: int) -> str:

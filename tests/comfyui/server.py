@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -11,8 +12,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import websocket
+
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint
+
+#: ComfyUI's protocol.py: the binary message that carries a text for a node.
+_TEXT_EVENT = 3
+_ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class Comfy:
@@ -77,10 +84,30 @@ class Comfy:
             raise RuntimeError(json.dumps(queued))
         return self.wait(queued["prompt_id"])
 
-    def replace_checkpoint(self, variant: str) -> None:
+    def run_listening(self, prompt: dict) -> tuple[dict, dict[str, list[str]]]:
+        """The history of a prompt, and the texts that were shown on its nodes while it ran, by node id, as the page receives them."""
+        client = "the-tests"
+        shown: dict[str, list[str]] = {}
+        socket = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=180)
+        try:
+            queued = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+            while True:
+                message = socket.recv()
+                if isinstance(message, bytes):
+                    kind, length = struct.unpack(">II", message[:8])
+                    if kind == _TEXT_EVENT:
+                        shown.setdefault(message[8 : 8 + length].decode(), []).append(message[8 + length :].decode())
+                    continue
+                event = json.loads(message)
+                if event["type"] in _ENDS and event["data"].get("prompt_id") == queued:
+                    return self.wait(queued), shown
+        finally:
+            socket.close()
+
+    def replace_checkpoint(self, variant: str = "1.5", **build) -> None:
         folder = self.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
         shutil.rmtree(folder)
-        build_checkpoint(folder, variant)
+        build_checkpoint(folder, variant, **build)
 
 
 def from_environment(base: Path) -> Comfy | None:

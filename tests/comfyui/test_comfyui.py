@@ -1,6 +1,8 @@
 """The pack in a real ComfyUI: listed, executed through the HTTP API, cached, cancelled, and its errors read."""
 
 import copy
+import json
+import struct
 import time
 
 import av
@@ -8,6 +10,7 @@ import pytest
 
 from tests import workflows
 from tests.comfyui.server import from_environment
+from tests.loud_models import loud_stream
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,18 @@ def prompt():
         small = {"width": 160, "height": 96, "length": 17, "steps": 3}
         node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
     return prompt
+
+
+def add_sparse_tensor(folder, nbytes):
+    """Give a part in shards one more, with a hole of zeros in it."""
+    header = json.dumps({"shared.large": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}).encode()
+    with (folder / "large.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + nbytes)
+    index = next(folder.glob("*.index.json"))
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["shared.large"] = "large.safetensors"
+    index.write_text(json.dumps(listed))
 
 
 def error_of(history):
@@ -74,7 +89,52 @@ def test_a_second_run_with_another_prompt_loads_nothing_again(comfy, prompt):
     assert comfy.log.read_text().count("Loading the ") == before
 
 
-def test_cancel_stops_the_sampler_between_steps(comfy, prompt):
+def test_the_loader_shows_its_report_on_the_node_and_scans_when_asked(comfy, prompt):
+    node_of(prompt, "CogVideoX15ModelLoader").update(dtype="fp16", scan_weights=True)
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    loader = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15ModelLoader")
+    (report,) = shown[loader]
+    assert "[mismatch, fixed] transformer: stored bf16" in report
+    assert report.count("no NaN") == 3
+    assert "changed: runs in range-safe fp16 instead of fp16" in comfy.log.read_text()
+
+
+def test_stop_refuses_fp16_for_weights_trained_in_bf16_in_the_dialog(comfy, prompt):
+    node_of(prompt, "CogVideoX15ModelLoader").update(dtype="fp16", on_mismatch="stop")
+    assert "was trained in bf16" in error_of(comfy.run(prompt))["exception_message"]
+
+
+def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node(comfy, prompt):
+    comfy.replace_checkpoint(change=lambda parts: loud_stream(parts["transformer"], 3e4, gate=10.0))
+    node_of(prompt, "CogVideoX15ModelLoader").update(dtype="fp16", on_mismatch="warn")
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    sampler = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15Sampler")
+    (told,) = shown[sampler]
+    assert told.startswith("step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks")
+    assert told in comfy.log.read_text()
+    assert "verdict: ok" in str(history["outputs"])
+    node_of(prompt, "CogVideoX15Sampler").update(on_nan="stop")
+    assert "on_nan is stop" in error_of(comfy.run(prompt))["exception_message"]
+    comfy.replace_checkpoint()
+
+
+def test_cancel_stops_the_scan(comfy, prompt):
+    """A sparse checkpoint of several gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
+    comfy.replace_checkpoint()
+    folder = comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
+    add_sparse_tensor(folder / "text_encoder", 40 << 30)
+    node_of(prompt, "CogVideoX15ModelLoader").update(scan_weights=True, dtype="fp32")
+    queued = comfy.post("/prompt", {"prompt": prompt})
+    time.sleep(2)
+    comfy.post("/interrupt", {})
+    history = comfy.wait(queued["prompt_id"], 10)
+    assert "execution_interrupted" in [message[0] for message in history["status"]["messages"]]
+    comfy.replace_checkpoint()
+
+
+def test_cancel_stops_the_sampler_the_sampler_between_steps(comfy, prompt):
     node_of(prompt, "CogVideoX15Sampler").update(steps=1000, seed=int(time.time()))
     queued = comfy.post("/prompt", {"prompt": prompt})
     time.sleep(4)

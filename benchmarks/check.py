@@ -1,0 +1,91 @@
+"""How long the dtype check of a checkpoint of the real size takes: headers and configs only, 11 GB in three shards. Limit: 20 ms.
+
+The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer; the other side of the table reads as many bytes of one of
+them as the check would have to if it read weights (a tenth of them, to be done soon).
+"""
+
+import json
+import statistics
+import struct
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import CogVideoXTransformer3DModel
+
+from cogvideox.checkpoint.layout import open_checkpoint
+from cogvideox.precision.hardware import Hardware
+from cogvideox.precision.policy import plan_dtypes
+
+CONFIG = dict(
+    num_attention_heads=48,
+    attention_head_dim=64,
+    num_layers=42,
+    in_channels=16,
+    out_channels=16,
+    patch_size_t=2,
+    patch_bias=False,
+    time_embed_dim=512,
+    text_embed_dim=4096,
+    use_rotary_positional_embeddings=True,
+    sample_width=300,
+    sample_height=300,
+    sample_frames=81,
+)
+SHARDS = 3
+
+
+def write_sparse_checkpoint(folder: Path) -> int:
+    """Write configs, headers and holes in the place of weights; returns the bytes of the weights."""
+    with init_empty_weights():
+        model = CogVideoXTransformer3DModel(**CONFIG)
+    transformer = folder / "transformer"
+    transformer.mkdir(parents=True)
+    model.save_config(transformer)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "CogVideoXDDIMScheduler"}))
+    tensors = list(model.state_dict().items())
+    total, weight_map = 0, {}
+    for number in range(SHARDS):
+        name, offset, header = f"diffusion_pytorch_model-{number + 1:05}-of-{SHARDS:05}.safetensors", 0, {}
+        for key, tensor in tensors[number::SHARDS]:
+            size = tensor.numel() * 2
+            header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+            offset, weight_map[key] = offset + size, name
+        text = json.dumps(header).encode()
+        with (transformer / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + offset)
+        total += offset
+    (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "CogVideoX1.5-5B"
+        total = write_sparse_checkpoint(folder)
+        hardware = Hardware(torch.device("cpu"), "CPU")
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            plan = plan_dtypes(open_checkpoint(folder), "fp16", hardware)
+            times.append(time.perf_counter() - start)
+        shard = max((folder / "transformer").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        start = time.perf_counter()
+        with shard.open("rb", buffering=0) as file:
+            buffer, left = bytearray(64 << 20), total // 10
+            while left > 0:
+                left -= file.readinto(buffer)
+        read = (time.perf_counter() - start) * 10
+    print(plan.text)
+    print(f"\n{total / 1e9:.2f} GB of weights in {SHARDS} shards")
+    print(f"check, first call    {times[0] * 1e3:9.1f} ms")
+    print(f"check, median of 20  {statistics.median(times) * 1e3:9.1f} ms")
+    print(f"reading the weights  {read * 1e3:9.1f} ms  (from a warm cache)  {read / times[0]:.0f} x the check's first call")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a device computes in: bf16, fp16 and fp8, natively, by emulation, or not at all.
+
+Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at 5.3, 6.0, 6.2 and from
+7.0; fp8 tensor cores from 8.9), AMD's CDNA and RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3), Apple's Metal feature
+set (bfloat from macOS 14).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
+
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8 (e4m3fn)",
+    torch.float8_e5m2: "fp8 (e5m2)",
+}
+# Turing cards without tensor cores, whose half-precision convolutions are known to give NaN.
+_BROKEN_HALF_CONVOLUTIONS = ("GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX")
+_OLD_ROCM = ("gfx8", "gfx900", "gfx906", "gfx10")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``bf16``."""
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device a model will run on and what it computes in.
+
+    Attributes:
+        name: what to call it.
+        bf16, fp16: ``native``, ``emulated`` (right but slow) or ``absent``.
+        fp8: ``native`` or ``absent``, for matrix products; weights can be stored in fp8 on any device.
+        half_convolutions: whether convolutions in fp16 give right results (they do not on GTX 16xx).
+        forced: per part, the dtype that the program around us was started with and the flag that said so; ``auto`` follows it.
+    """
+
+    device: torch.device
+    name: str
+    bf16: str = NATIVE
+    fp16: str = NATIVE
+    fp8: str = ABSENT
+    half_convolutions: bool = True
+    forced: Mapping[str, tuple[torch.dtype, str]] = field(default_factory=dict)
+
+    def support(self, dtype: torch.dtype) -> str:
+        """``native``, ``emulated`` or ``absent``."""
+        return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, NATIVE)
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} (bf16 {self.bf16}, fp16 {self.fp16}, fp8 {self.fp8})"
+
+    @classmethod
+    def detect(cls, device: torch.device | str | None = None, forced: Mapping[str, tuple[torch.dtype, str]] | None = None) -> "Hardware":
+        """Ask torch what ``device`` (default: the GPU if there is one) computes in.
+
+        Raises:
+            ValueError: for a device that torch does not know or does not find.
+        """
+        if device is None:
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            device = accelerator or "cpu"
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The device is {device!r}, which torch does not know, so nothing can run there. Give cpu, cuda, cuda:1, mps …"
+            ) from error
+        forced = dict(forced or {})
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    f"The device is {device}, but this torch ({torch.__version__}) sees no GPU, so nothing can run there. Install the torch build "
+                    "for your card, or choose cpu."
+                )
+            name = torch.cuda.get_device_name(device)
+            if torch.version.hip:
+                return cls(device, name, forced=forced, **rocm_support(torch.cuda.get_device_properties(device).gcnArchName))
+            with torch.cuda.device(device):
+                emulates = torch.cuda.is_bf16_supported()
+            return cls(device, name, forced=forced, **cuda_support(name, torch.cuda.get_device_capability(device), emulates))
+        if device.type == "mps":
+            return cls(device, "Apple GPU (MPS)", NATIVE if torch.backends.mps.is_macos_or_newer(14, 0) else ABSENT, forced=forced)
+        if device.type == "cpu":
+            return cls(device, "CPU", forced=forced, **_cpu_support())
+        if device.type == "xpu":
+            return cls(device, torch.xpu.get_device_name(device), NATIVE if torch.xpu.is_bf16_supported() else EMULATED, forced=forced)
+        return cls(device, device.type.upper(), forced=forced)
+
+
+def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
+    """What an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the arguments of ``Hardware``."""
+    fast_fp16 = capability >= (7, 0) or capability in {(5, 3), (6, 0), (6, 2)}
+    return dict(
+        bf16=NATIVE if capability >= (8, 0) else EMULATED if emulates_bf16 else ABSENT,
+        fp16=NATIVE if fast_fp16 else EMULATED,
+        fp8=NATIVE if capability >= (8, 9) else ABSENT,
+        half_convolutions=not any(card in name for card in _BROKEN_HALF_CONVOLUTIONS),
+    )
+
+
+def rocm_support(architecture: str) -> dict:
+    """What an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of ``Hardware``."""
+    old = architecture.startswith(_OLD_ROCM)
+    fp8 = architecture.startswith(("gfx94", "gfx95", "gfx12"))
+    return dict(bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT)
+
+
+def _cpu_support() -> dict:
+    def has(*instructions: str) -> str:
+        return NATIVE if any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in instructions) else EMULATED
+
+    return dict(bf16=has("avx512_bf16", "amx_tile"), fp16=has("amx_fp16"))

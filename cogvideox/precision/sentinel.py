@@ -1,0 +1,241 @@
+"""The sentinel: no result that is not finite gets past it, and no finished work is lost to one.
+
+What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds NaN or Inf is
+made again with a probe at every module, which names the first one whose output is not finite. Then the part goes on from there in the next
+safer way to run: range-safe fp16, bf16 where native, fp32.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..checkpoint.layout import PARTS
+from .hardware import dtype_name
+from .policy import Precision, safer
+
+logger = logging.getLogger(__name__)
+
+#: What to do about a result that is not finite.
+ON_NAN = ("heal", "stop")
+Result = TypeVar("Result", torch.Tensor, tuple)
+
+
+class NonFiniteError(RuntimeError):
+    """A result was not finite and could not be, or was not to be, healed. The message says where, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first module whose output was not finite.
+
+    Attributes:
+        module: its path in the model (``transformer_blocks.3.ff.net.2``), "" for the model itself.
+        kind: its class.
+        dtype: what its output was computed in.
+        largest: the largest finite magnitude that went into it.
+        input_finite: whether what went in was finite; if not, the sum or product just before it was the first to fail.
+        weights: ``finite``, ``damaged`` (they hold NaN or Inf) or ``overflown`` (cast to fp16, some became Inf).
+    """
+
+    module: str
+    kind: str
+    dtype: torch.dtype
+    largest: float
+    input_finite: bool
+    weights: str
+
+    @property
+    def text(self) -> str:
+        name = f"{self.module or 'the model'} ({self.kind})"
+        if self.weights == "damaged":
+            return f"the weights of {name} themselves hold NaN or Inf"
+        if self.weights == "overflown":
+            return f"the weights of {name} pass 65504, and cast to fp16 they are Inf"
+        where = f"{name} in {dtype_name(self.dtype)}"
+        if self.input_finite:
+            return f"the first module whose output was not finite is {where}; the largest magnitude before, in its input, was {self.largest:.4g}"
+        return (
+            f"the first module whose output was not finite is {where}, and its input was not either: the sum or product just before it overflowed; "
+            f"the largest finite magnitude there was {self.largest:.4g}"
+        )
+
+
+class Sentinel:
+    """Runs a part's module piece by piece, inside a ``with`` block, and heals or stops at a result that is not finite.
+
+    Attributes:
+        weights: what the part runs with at present: the handle's own, or after healing a safer copy that lives as long as the block.
+        module: its module, on the device.
+    """
+
+    def __init__(
+        self,
+        weights,
+        on_nan: str = "heal",
+        on_load: Callable[[int, int], None] | None = None,
+        on_heal: Callable[[str], None] | None = None,
+    ):
+        """Args:
+            weights: a ``handles.Weights``.
+            on_nan: ``heal`` or ``stop``.
+            on_load: called with (bytes read, bytes in all) whenever weights have to be loaded.
+            on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
+
+        Raises:
+            ValueError: for an unknown ``on_nan``.
+        """
+        if on_nan not in ON_NAN:
+            raise ValueError(f"on_nan is {on_nan!r}, which is not known here. Choose one of {', '.join(ON_NAN)}.")
+        self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
+        self._running = ExitStack()
+
+    def __enter__(self) -> "Sentinel":
+        self.module = self._running.enter_context(self.weights.running(self._on_load))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.module = None
+        self._running.close()
+
+    def run(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
+        """Do a piece of work and return its result, which is finite.
+
+        Args:
+            work: takes the module and how it runs, and returns a tensor, or a tuple whose first entry is checked. It may be called again,
+                with the same module or another, and must then start from the same state.
+            where: what the work is, for messages: ``step 12 of 50``.
+
+        Raises:
+            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it finite.
+        """
+        result = work(self.module, self.weights.precision)
+        if is_finite(result):
+            return result
+        del result
+        with _probes(self.module, self.weights.precision) as found:
+            result = work(self.module, self.weights.precision)
+        culprit = found[0] if found else None
+        name, ran = PARTS[self.weights.kind][0], self.weights.precision
+        if culprit:
+            cause = culprit.text
+        elif is_finite(result):
+            cause = "run again it is finite, so it was a passing fault, as unstable memory or an overclocked card makes"
+        else:
+            cause = "every module's output is finite, so it is what is done with them after that overflows"
+        fact = f"{where}: the {name} in {ran.name} gave NaN or Inf; {cause}."
+        if self._on_nan == "stop":
+            raise NonFiniteError(f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. {_advice(culprit, ran)}")
+        if is_finite(result):
+            self._tell(f"{fact} The run goes on with the second result.")
+            return result
+        del result
+        for precision in safer(self.weights.kind, ran, self.weights.hardware):
+            self._tell(f"{fact} Going on from here in {precision.name}; nothing that was finished is lost.")
+            self._switch(precision)
+            result = work(self.module, precision)
+            if is_finite(result):
+                return result
+            fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
+        raise NonFiniteError(f"{fact} In {ran.name}, {cause}. There is no safer way to run left. {_advice(culprit, ran)}")
+
+    def _switch(self, precision: Precision) -> None:
+        """Free the module in use and have the part's weights loaded anew to run in ``precision``."""
+        self.module = None
+        self._running.close()
+        self.weights.release()
+        self.weights = self.weights.at(precision)
+        self.module = self._running.enter_context(self.weights.running(self._on_load))
+
+    def _tell(self, text: str) -> None:
+        logger.warning("%s", text)
+        if self._on_heal is not None:
+            self._on_heal(text)
+
+
+def is_finite(result: torch.Tensor | tuple) -> bool:
+    """Whether a tensor, or the first entry of a tuple, holds neither NaN nor Inf. Waits for the device once."""
+    return (result[0] if isinstance(result, tuple) else result).isfinite().all().item()
+
+
+def check_finite(tensor: torch.Tensor, what: str, remedy: str) -> None:
+    """Refuse an input that is not finite, before time is spent on it.
+
+    Raises:
+        ValueError: naming ``what`` it is and the ``remedy``.
+    """
+    if not is_finite(tensor):
+        bad = (~tensor.isfinite()).sum().item()
+        raise ValueError(f"{what} holds {bad:,} values that are NaN or Inf (of {tensor.numel():,}), which would end in a black video. {remedy}")
+
+
+def _advice(culprit: Culprit | None, ran: Precision) -> str:
+    if culprit and culprit.weights == "damaged":
+        return "The file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, lists what is wrong in it)."
+    if ran.dtype == torch.float16 and not ran.range_safe:
+        return "Set on_nan to heal, or in the loader dtype to auto or on_mismatch to fix."
+    return "Set on_nan to heal, or check the inputs and the weights (scan_weights in the loader, or generate.py --check PATH --scan)."
+
+
+@contextmanager
+def _probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
+    """Watch the output of every module below ``module``; the list given holds the first culprit, once there is one."""
+    found: list[Culprit] = []
+
+    def probe(name: str):
+        def look(child: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if found:
+                return
+            outputs = list(_tensors(output))
+            if all(is_finite(tensor) for tensor in outputs):
+                return
+            inputs = list(_tensors((args, kwargs)))
+            found.append(
+                Culprit(
+                    module=name,
+                    kind=type(child).__name__,
+                    dtype=outputs[0].dtype,
+                    largest=max((_largest_finite(tensor) for tensor in inputs), default=0.0),
+                    input_finite=all(is_finite(tensor) for tensor in inputs),
+                    weights=_weights_state(child, precision),
+                )
+            )
+
+        return look
+
+    hooks = [child.register_forward_hook(probe(name), with_kwargs=True) for name, child in module.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weights_state(module: nn.Module, precision: Precision) -> str:
+    own = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.is_floating_point()]
+    if all(is_finite(tensor) for tensor in own):
+        return "finite"
+    plain_fp16 = precision == Precision(torch.float16)
+    return "overflown" if plain_fp16 and not any(tensor.isnan().any().item() for tensor in own) else "damaged"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    if torch.is_tensor(value):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _largest_finite(tensor: torch.Tensor) -> float:
+    # float32: a reduction in fp8 or fp16 is not to be had on every device.
+    return torch.where(tensor.isfinite(), tensor, 0).float().abs().max().item()
