@@ -1,292 +1,431 @@
-"""The weight audit: every weight read once, for what is wrong with it and what a cast would lose.
+"""The weight audit: what lies in a checkpoint's weights that a dtype cannot hold. Every weight is read once.
 
-A magnitude's order is that of its bits, the sign masked away, so everything is counted on the integers as they lie in the file: a few passes
-of NumPy's vectorised comparisons over pieces that fit the processor's cache, in as many threads as there are cores, each reading for itself.
-Casts are made only of the values that could still change the result. Source of the limits: IEEE 754-2019 (binary16), round to nearest even.
+The scan is nearly as quick as reading the file (``benchmarks/scan.py``): a few workers take turns at reading, block by block in
+the order the weights lie in, and each looks at its block while the next one reads. Everything is decided on bit patterns: without
+its sign, a float's pattern read as an integer is ordered as its magnitude, so every question ("does fp16 flush it?") is a compare
+with one integer. Those integers are found by asking torch's own cast, not written down.
 """
 
-import os
-import queue
+from __future__ import annotations
+
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from ..checkpoint.headers import StoredTensor, fill
-from .hardware import dtype_name
+from ..checkpoint.headers import StoredTensor
 
-#: Bytes read and looked at together, by one thread.
-_PIECE = 512 << 10
-_THREADS = max(1, min(4, os.cpu_count() or 1))
-#: Rounding errors within this share of the largest that can occur are not told apart.
-_NEAR = 0.998
-#: The largest fp16 number; what fp16 rounds to zero (a tie goes to even); what it keeps as a subnormal.
-_FP16_LARGEST, _FP16_ZERO, _FP16_SUBNORMAL = 65504.0, 2.0**-25, float(np.nextafter(2.0**-14 - 2.0**-25, 0))
-#: Tensors that are named where weights are not finite.
-_NAMED = 3
+#: The dtypes a part can run in, and what to call them.
+TARGETS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+#: Bytes read at a time. Small enough that a block is still in the processor's cache when it is looked at, large enough that a
+#: worker seldom has to wait for the interpreter while another holds it.
+_BLOCK = 1 << 21
+#: Values of a block looked at alone where something rare was seen in them. At most torch's grain (32768): more would start its own threads.
+_TILE = 1 << 15
+_STARTS = np.arange(0, _BLOCK, _TILE)
+#: Reading is one at a time, so more workers than this only wait.
+_MOST_WORKERS = 4
+#: A rounding error this close to the largest possible one is taken for it; the search ends there.
+_CLOSE = 0.998
+#: Tensors named in an audit.
+_NAMED = 5
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True)
 class WeightAudit:
-    """What a scan of one part found.
+    """What one part's weights hold. Counts are of single weights, of either sign; a weight that is ±0 is in none of them.
 
     Attributes:
-        name: what the part is called.
-        target: the dtype it is about to be cast to.
+        name: the part, for people (``transformer``).
+        target: the dtype the part is to run in.
         values: floating-point weights read.
-        nan, inf: weights that are not finite.
-        beyond: finite ones with a magnitude over 65504, which an fp16 copy turns into Inf.
-        flushed: those not zero that an fp16 copy makes zero.
-        subnormal: those not zero that an fp16 copy keeps only as subnormals, with fewer significant bits.
-        rounding: the largest relative rounding error of the cast to ``target``, over weights it leaves finite and not zero, to within 0.2 %
-            of itself; 0 if the cast is exact.
-        damaged_in: names of the first tensors that hold NaN or Inf.
+        nan, inf: weights that are NaN or ±Inf as stored.
+        beyond_fp16: finite weights beyond 65504, the largest fp16 number. (Up to 65520 a cast rounds to it, from there on to Inf.)
+        flushed: weights that a cast to fp16 turns to zero: up to 2^-25, half the smallest fp16 number (a tie goes to the even zero).
+        subnormal: weights that are subnormal in fp16: not zero but below 2^-14, with fewer than its 11 bits of precision left.
+        overflowed, vanished: finite weights that the cast to ``target`` turns to Inf, and weights that it turns to zero.
+        rounding: the largest relative error ``|cast(w) - w| / |w|`` of the cast to ``target`` among the weights that it keeps finite
+            and not zero (the others are counted above); 0.0 if it is exact. Never below the true value and at most 0.2 % above it.
+        worst: (tensor, what is wrong with it) of the first few tensors with NaN or Inf, then of those beyond fp16.
     """
 
     name: str
     target: torch.dtype
-    values: int
-    nan: int
-    inf: int
-    beyond: int
-    flushed: int
-    subnormal: int
-    rounding: float
-    damaged_in: tuple[str, ...]
+    values: int = 0
+    nan: int = 0
+    inf: int = 0
+    beyond_fp16: int = 0
+    flushed: int = 0
+    subnormal: int = 0
+    overflowed: int = 0
+    vanished: int = 0
+    rounding: float = 0.0
+    worst: tuple[tuple[str, str], ...] = ()
 
     @property
     def damaged(self) -> bool:
-        """Whether weights are not finite: the file is broken, or an earlier cast overflowed."""
+        """Whether there are weights that no dtype can run: NaN or Inf."""
         return bool(self.nan or self.inf)
 
     @property
     def text(self) -> str:
-        """What was found, for people."""
-        lines = [f"[{'mismatch' if self.damaged else 'ok'}] {self.name}, {self.values:,} weights read: "]
+        """Three lines for people: is it sound, what would fp16 do to it, what does the dtype it runs in do."""
+        named = ", ".join(f"{tensor} ({what})" for tensor, what in self.worst)
+        sound = "no NaN, no Inf."
         if self.damaged:
-            lines[0] += f"{self.nan:,} NaN and {self.inf:,} Inf (in {', '.join(self.damaged_in)})"
-            lines.append("    why: weights that are not finite make every video black.")
-            lines.append("    do: The file is damaged or was cast from a wider dtype: download the original.")
-        else:
-            lines[0] += "no NaN, no Inf"
-        lines.append(
-            f"    an fp16 copy would turn {self._count(self.beyond)} into Inf, flush {self._count(self.flushed)} to zero, and keep "
-            f"{self._count(self.subnormal)} only as subnormals"
-        )
-        exact = f"the cast to {dtype_name(self.target)} is exact"
-        lines.append(f"    the cast to {dtype_name(self.target)} rounds by at most {self.rounding:.3%}" if self.rounding else f"    {exact}")
+            sound = f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the weights again. In: {named}."
+        lines = [f"{self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
+        fp16 = [
+            f"{what} {_number(count)} ({_percent(count / max(self.values, 1))})"
+            for what, count in (("overflow at", self.beyond_fp16), ("flush to zero", self.flushed), ("keep only as subnormals", self.subnormal))
+            if count
+        ]
+        lines.append(f"An fp16 copy would {_listed(fp16) if fp16 else 'hold every weight in its normal range'}.")
+        if self.beyond_fp16 and not self.damaged:
+            lines[-1] += f" Beyond 65504: {named}."
+        cast = [f"rounds by at most {_percent(self.rounding)}"] if self.rounding else []
+        cast += [f"turns {_number(self.overflowed)} to Inf"] if self.overflowed else []
+        cast += [f"turns {_number(self.vanished)} to zero"] if self.vanished else []
+        lines.append(f"The cast to {TARGETS[self.target]} {_listed(cast) if cast else 'is exact'}.")
         return "\n".join(lines)
 
-    def _count(self, count: int) -> str:
-        return f"{count:,} ({count / self.values:.2g} of all)" if count else "none"
-
     def as_dict(self) -> dict:
-        """The same as JSON has it."""
-        return asdict(self) | {"target": dtype_name(self.target), "damaged_in": list(self.damaged_in)}
+        """For JSON: plain numbers and strings, all finite."""
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return plain | {"target": TARGETS[self.target], "worst": [list(entry) for entry in self.worst], "damaged": self.damaged}
 
 
 def scan_weights(
-    tensors: Mapping[str, StoredTensor], target: torch.dtype, name: str = "weights", on_progress: Callable[[int, int], None] | None = None
+    tensors: Mapping[str, StoredTensor],
+    target: torch.dtype,
+    name: str = "",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> WeightAudit:
-    """Read every weight once, in constant memory.
+    """Read every floating-point weight once and count what it would lose. Integers and booleans are passed over.
+
+    Memory is constant: some 6 MB for each of at most four threads, as many as torch uses here.
 
     Args:
-        tensors: by name, where they lie (``Part.tensors``). Integers and booleans are passed over.
-        target: the floating dtype the weights are about to be cast to.
-        on_progress: called with (bytes done, bytes in all); an exception it raises stops the scan.
+        tensors: every tensor by name, as ``Part.tensors`` has it.
+        target: the dtype they are to run in: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
+        name: what to call the part in ``WeightAudit.text``.
+        on_progress: called in the calling thread with (bytes done, bytes in all), last with both equal. What it raises stops the
+            scan and is passed on.
 
     Raises:
-        ValueError: if a file ends before its header says, or ``target`` is not a floating dtype.
+        ValueError: if ``target`` is another dtype, or a file ends before its weights do.
     """
-    if not target.is_floating_point:
-        raise ValueError(f"The weights are to be scanned for a cast to {dtype_name(target)}, but no model runs in that. Give a floating dtype.")
-    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
-    pieces, stop, results = _pieces(tensors), threading.Event(), queue.SimpleQueue()
-    turn, rounding = threading.Lock(), _Rounding(target)
-
-    def work() -> None:
-        with _Reader() as reader:
-            while not stop.is_set():
-                with turn:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                try:
-                    results.put((*piece, reader.count(*piece, rounding)))
-                except Exception as error:  # raised again where the results are awaited
-                    results.put((*piece, error))
-
-    threads = [threading.Thread(target=work, name="weight scan", daemon=True) for _ in range(_THREADS)]
-    counts, damaged_in = np.zeros(6, np.int64), {}
+    if target not in TARGETS:
+        raise ValueError(
+            f"The weights were to be audited for {target}, which no part can run in, so what the cast would do is unknown. "
+            f"Choose {', '.join(map(str, TARGETS))}."
+        )
+    runs = _runs(tensors)
+    total = sum(run.end - run.starts[0] for run in runs)
+    reader, progress = _Reader(runs), _Progress(total, on_progress)
+    workers = max(1, min(_MOST_WORKERS, torch.get_num_threads(), -(-total // _BLOCK)))
+    tallies = [_Tally() for _ in range(workers)]
     try:
-        for thread in threads:
-            thread.start()
-        while done < total:
-            tensor_name, _, _, nbytes, found = results.get()
-            if isinstance(found, Exception):
-                raise found
-            counts += found
-            if found[1] or found[2]:
-                damaged_in[tensor_name] = None
-            done += nbytes
-            if on_progress is not None:
-                on_progress(done, total)
+        with ThreadPoolExecutor(workers, "weight-audit") as pool:
+            helpers = [pool.submit(_work, reader, target, tally, progress.add) for tally in tallies[1:]]
+            _work(reader, target, tallies[0], progress.add_and_tell)
+        for helper in helpers:
+            helper.result()
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    values, nan, inf, beyond, flushed, subnormal = counts.tolist()
-    names = tuple(sorted(damaged_in))
-    if len(names) > _NAMED:
-        names = (*names[:_NAMED], f"and {len(names) - _NAMED} more tensors")
-    return WeightAudit(name, target, values, nan, inf, beyond, flushed, subnormal, rounding.largest, names)
+        reader.close()
+    progress.tell()
+    return _audit(name, target, tallies, [tensor for run in runs for tensor in run.names])
 
 
-def _pieces(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor, int, int]]:
-    """Every tensor, in the order it lies on disk, as pieces: (name, tensor, place in the file, bytes)."""
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-        step = _PIECE if tensor.dtype.is_floating_point else max(1, tensor.nbytes)
-        for start in range(0, tensor.nbytes, step):
-            yield name, tensor, tensor.offset + start, min(step, tensor.nbytes - start)
+@dataclass
+class _Run:
+    """Tensors of one dtype that lie one after the other in a file: read as one, however small they are."""
+
+    file: Path
+    dtype: torch.dtype
+    starts: list[int]
+    names: list[str]
+    end: int
+
+
+def _runs(tensors: Mapping[str, StoredTensor]) -> list[_Run]:
+    runs: list[_Run] = []
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+        if not stored.dtype.is_floating_point or not stored.nbytes:
+            continue
+        if not runs or (runs[-1].file, runs[-1].dtype, runs[-1].end) != (stored.file, stored.dtype, stored.offset):
+            runs.append(_Run(stored.file, stored.dtype, [], [], stored.offset))
+        runs[-1].starts.append(stored.offset)
+        runs[-1].names.append(name)
+        runs[-1].end = stored.offset + stored.nbytes
+    return runs
 
 
 @dataclass(frozen=True)
-class _Format:
-    """Where the magnitudes of a stored dtype, as integers, pass the limits.
+class _Block:
+    """A piece of a run, read at once."""
 
-    Attributes:
-        bits: the integer type of its bits.
-        magnitude: the mask without the sign.
-        finite: the largest finite number.
-        inf: Inf, or None where the dtype has none.
-        largest, zero, subnormal: the largest that fp16 holds, that it makes zero, that it keeps as a subnormal.
-    """
+    run: _Run
+    offset: int
+    nbytes: int
 
-    dtype: torch.dtype
-    bits: type
-    magnitude: int
-    finite: int
-    inf: int | None
-    largest: int
-    zero: int
-    subnormal: int
-
-    @classmethod
-    @cache
-    def of(cls, dtype: torch.dtype) -> "_Format":
-        bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
-        magnitude = (1 << (8 * dtype.itemsize - 1)) - 1
-        finite = _bits_of(dtype, torch.finfo(dtype).max)
-        has_inf = dtype != torch.float8_e4m3fn
-        limits = (_bits_of(dtype, limit) for limit in (_FP16_LARGEST, _FP16_ZERO, _FP16_SUBNORMAL))
-        return cls(dtype, bits, magnitude, finite, finite + 1 if has_inf else None, *limits)
-
-    def values(self, bits: np.ndarray) -> torch.Tensor:
-        """The numbers of these bits, in float64."""
-        return torch.from_numpy(bits.view(np.uint8)).view(self.dtype).double()
-
-
-def _bits_of(dtype: torch.dtype, limit: float) -> int:
-    """The bits of the largest number of ``dtype`` that is at most ``limit``, for 0 <= limit."""
-    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    largest = min(limit, torch.finfo(dtype).max)
-    bits = torch.tensor([largest], dtype=torch.float64).to(dtype).view(signed).item()
-    # The cast rounds to nearest: one too high at most.
-    return bits - (torch.tensor([bits], dtype=signed).view(dtype).double().item() > limit)
-
-
-class _Rounding:
-    """The largest relative error of casts to one dtype, over values that it leaves finite and not zero. Shared by all threads."""
-
-    def __init__(self, target: torch.dtype):
-        self._target, info = target, torch.finfo(target)
-        self._eps, self._smallest_normal, self._max = info.eps, info.smallest_normal, info.max
-        #: What is rounded to zero: at most half the smallest subnormal.
-        self._zero = info.smallest_normal * info.eps / 2
-        self.largest = 0.0
-        self._lock = threading.Lock()
-
-    def add(self, form: _Format, bits: np.ndarray, magnitudes: np.ndarray, low: int, mask: np.ndarray) -> None:
-        """Take a piece's rounding errors into account, if they can still matter; ``low`` is its smallest magnitude."""
-        info = torch.finfo(form.dtype)
-        if info.eps >= self._eps and info.smallest_normal * info.eps >= 2 * self._zero:
-            return
-        # A normal number is rounded by at most u / (1 + u), u = eps / 2 (0 where the target has as many significant bits).
-        unit = self._eps / 2 if info.eps < self._eps else 0.0
-        if self.largest < _NEAR * unit / (1 + unit):
-            self._look(form, bits[magnitudes <= form.finite])
-        # A subnormal of size x is rounded by at most zero / x; between half and all of the smallest one, to that one.
-        largest = max(self.largest, self._zero / self._smallest_normal)
-        reach = 2 * self._zero / (1 + largest) if largest > 1 / 3 else min(self._zero / largest, self._smallest_normal)
-        zero_bits, reach_bits = _bits_of(form.dtype, self._zero), _bits_of(form.dtype, reach)
-        if low > reach_bits or reach_bits <= zero_bits:
-            return
-        np.less_equal(magnitudes, reach_bits, out=mask)
-        if np.count_nonzero(mask) > np.count_nonzero(magnitudes <= zero_bits):
-            self._look(form, bits[mask & (magnitudes > zero_bits)])
-
-    def _look(self, form: _Format, bits: np.ndarray) -> None:
-        values = form.values(bits)
-        cast = values.to(self._target).double()
-        kept = cast.isfinite() & (cast != 0)
-        if kept.any():
-            error = ((cast[kept] - values[kept]) / values[kept]).abs().max().item()
-            with self._lock:
-                self.largest = max(self.largest, error)
+    def pieces(self) -> Iterator[tuple[str, slice]]:
+        """The tensors in it: (name, which of the block's values)."""
+        size, starts = self.run.dtype.itemsize, self.run.starts
+        first, last = bisect_right(starts, self.offset), bisect_right(starts, self.offset + self.nbytes - 1)
+        edges = [self.offset, *starts[first:last], self.offset + self.nbytes]
+        for index, (begin, end) in enumerate(pairwise(edges), first - 1):
+            yield self.run.names[index], slice((begin - self.offset) // size, (end - self.offset) // size)
 
 
 class _Reader:
-    """One thread's file and buffers: reads a piece and counts what is in it."""
+    """Hands out the blocks to whoever asks next, in order: one file open, one read at a time, as a disk likes it."""
 
-    def __init__(self):
-        self._file: BinaryIO | None = None
-        self._path: Path | None = None
-        self._raw, self._magnitudes, self._mask = (np.empty(_PIECE, np.uint8) for _ in range(3))
+    def __init__(self, runs: list[_Run]):
+        self._blocks = (_Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK))
+        self._lock = threading.Lock()
+        self._file = self._path = None
+        self._stopped = False
 
-    def __enter__(self) -> "_Reader":
-        return self
+    def fill(self, buffer: memoryview) -> _Block | None:
+        """Read the next block to the start of ``buffer``; None when there is none, or the scan was stopped."""
+        with self._lock:
+            block = None if self._stopped else next(self._blocks, None)
+            if block is None:
+                return None
+            if self._path != block.run.file:
+                self._close()
+                self._file, self._path = block.run.file.open("rb", buffering=0), block.run.file
+            if self._file.tell() != block.offset:
+                self._file.seek(block.offset)
+            done = 0
+            while done < block.nbytes:
+                count = self._file.readinto(buffer[done : block.nbytes])
+                if not count:
+                    raise ValueError(
+                        f"{block.run.file} ended while its weights were read: it is truncated or being written. Download it again."
+                    )
+                done += count
+            return block
 
-    def __exit__(self, *_) -> None:
+    def stop(self) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
+        self._file = self._path = None
 
-    def count(self, _name: str, tensor: StoredTensor, offset: int, nbytes: int, rounding: _Rounding) -> tuple[int, ...]:
-        """(values, NaN, Inf, beyond fp16, flushed by fp16, subnormal in fp16) of a piece."""
-        if not tensor.dtype.is_floating_point:
-            return (0,) * 6
-        form = _Format.of(tensor.dtype)
-        bits = self._read(tensor.file, offset, nbytes).view(form.bits)
-        magnitudes = self._magnitudes[:nbytes].view(form.bits)
-        mask = self._mask[: len(bits)].view(bool)
 
-        def up_to(limit: int) -> int:
-            return np.count_nonzero(np.less_equal(magnitudes, limit, out=mask))
+class _Progress:
+    """Counts what all workers did; only the caller's own thread tells of it, as an interface expects it."""
 
-        np.bitwise_and(bits, form.bits(form.magnitude), out=magnitudes)
-        nan = inf = beyond = zeros = flushed = 0
-        if magnitudes.max() > form.largest:
-            above = len(bits) - up_to(form.largest)
-            not_finite = len(bits) - up_to(form.finite)
-            nan = not_finite if form.inf is None else len(bits) - up_to(form.inf)
-            inf, beyond = not_finite - nan, above - not_finite
-        subnormal = up_to(form.subnormal)
-        low = int(magnitudes.min())
-        if low <= form.zero:
-            zeros = up_to(0)
-            flushed = up_to(form.zero) - zeros
-        rounding.add(form, bits, magnitudes, low, mask)
-        return len(bits), nan, inf, beyond, flushed, subnormal - flushed - zeros
+    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None):
+        self._total, self._on_progress = total, on_progress
+        self._done = self._told = 0
+        self._lock = threading.Lock()
 
-    def _read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
-        if path != self._path:
-            if self._file is not None:
-                self._file.close()
-            self._file, self._path = path.open("rb", buffering=0), path
-        self._file.seek(offset)
-        fill(self._file, memoryview(self._raw[:nbytes]), path)
-        return self._raw[:nbytes]
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+
+    def add_and_tell(self, count: int) -> None:
+        self.add(count)
+        self.tell()
+
+    def tell(self) -> None:
+        done = self._done
+        if self._on_progress is not None and done != self._told:
+            self._told = done
+            self._on_progress(done, self._total)
+
+
+@dataclass
+class _Tally:
+    """What one worker has seen."""
+
+    values: int = 0
+    flushed: int = 0
+    subnormal: int = 0
+    overflowed: int = 0
+    vanished: int = 0
+    rounding: float = 0.0
+    #: tensor -> its NaN, Inf and values beyond fp16
+    extremes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[str]) -> WeightAudit:
+    extremes: dict[str, tuple[int, ...]] = {}
+    for tally in tallies:
+        for tensor, counts in tally.extremes.items():
+            extremes[tensor] = tuple(map(sum, zip(counts, extremes.get(tensor, (0, 0, 0)), strict=True)))
+    nan, inf, beyond = (sum(counts[kind] for counts in extremes.values()) for kind in range(3))
+    place = {tensor: index for index, tensor in enumerate(order)} if extremes else {}
+    first = sorted(extremes, key=lambda tensor: (not any(extremes[tensor][:2]), place[tensor]))[:_NAMED]
+    kinds = ("NaN", "Inf", "beyond 65504")
+    worst = tuple((tensor, ", ".join(f"{n:,} {kind}" for n, kind in zip(extremes[tensor], kinds, strict=True) if n)) for tensor in first)
+    summed = {what: sum(getattr(tally, what) for tally in tallies) for what in ("values", "flushed", "subnormal", "overflowed", "vanished")}
+    return WeightAudit(
+        name, target, nan=nan, inf=inf, beyond_fp16=beyond, rounding=max(tally.rounding for tally in tallies), worst=worst, **summed
+    )
+
+
+def _work(reader: _Reader, target: torch.dtype, tally: _Tally, on_block: Callable[[int], None]) -> None:
+    """Scan blocks until there are no more. Every array is made once: fresh memory costs more than all that is done in it."""
+    raw, doubled, mask = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.bool_)
+    try:
+        while (block := reader.fill(memoryview(raw))) is not None:
+            unsigned = _UNSIGNED[block.run.dtype.itemsize]
+            words, out = raw[: block.nbytes].view(unsigned), doubled[: block.nbytes].view(unsigned)
+            # Doubling drops the sign and keeps the order.
+            np.add(words, words, out=out)
+            _look(block, out, mask[: out.size], words, _ruler(block.run.dtype, target), tally)
+            on_block(block.nbytes)
+    finally:
+        # However this one ended: where it failed, the others need not go on.
+        reader.stop()
+
+
+def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Add a block to ``tally``. What nearly every block needs runs over all of it; the rest only over the tiles that need it.
+
+    Args:
+        doubled: the block's bit patterns, doubled.
+        mask, spare: memory to work in, as long as ``doubled``.
+    """
+    tally.values += doubled.size
+    starts = _STARTS[: -(-doubled.size // _TILE)]
+    # Patterns of 2.0 and above have their top bit set and so are negative here: one pass tells that there are none of them, hence
+    # neither NaN nor Inf nor anything large, and finds the smallest magnitudes.
+    lows = np.minimum.reduceat(doubled.view(_SIGNED[doubled.itemsize]), starts)
+    if lows.min() < 0:
+        lows = np.minimum.reduceat(doubled, starts)
+        if doubled.max() >= ruler.beyond_fp16:
+            _count_extremes(block, doubled, mask, ruler, tally)
+    lows = lows.view(doubled.dtype)
+    if lows.min() < ruler.normal_fp16:
+        tally.subnormal += _count(np.less, doubled, ruler.normal_fp16, mask)
+        for tile, low in _tiles(lows, ruler.kept_fp16):
+            _count_lost(doubled[tile], low, mask[: _TILE], ruler, tally)
+    if not ruler.exact:
+        _round(doubled, lows, mask, spare, ruler, tally)
+
+
+def _tiles(lows: np.ndarray, below: np.unsignedinteger) -> Iterator[tuple[slice, np.unsignedinteger]]:
+    """The tiles whose smallest value lies below a bound, and that value."""
+    for index in np.flatnonzero(lows < below):
+        yield slice(index * _TILE, (index + 1) * _TILE), lows[index]
+
+
+def _count(compare: np.ufunc, doubled: np.ndarray, bound: np.unsignedinteger, mask: np.ndarray) -> int:
+    return int(np.count_nonzero(compare(doubled, bound, out=mask[: doubled.size])))
+
+
+def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    for name, piece in block.pieces():
+        values = doubled[piece]
+        beyond = _count(np.greater_equal, values, ruler.beyond_fp16, mask)
+        if not beyond:
+            continue
+        nan = _count(np.greater_equal, values, ruler.nan, mask)
+        nonfinite = _count(np.greater_equal, values, ruler.nonfinite, mask)
+        tally.overflowed += _count(np.greater_equal, values, ruler.overflowed, mask) - nonfinite
+        before = tally.extremes.get(name, (0, 0, 0))
+        tally.extremes[name] = (before[0] + nan, before[1] + nonfinite - nan, before[2] + beyond - nonfinite)
+
+
+def _count_lost(values: np.ndarray, low: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Tell zeros and what fp16 flushes to zero from the subnormals they were counted with."""
+    zeros = values.size - int(np.count_nonzero(values)) if low == 0 else 0
+    lost = _count(np.less, values, ruler.kept_fp16, mask)
+    tally.subnormal -= lost
+    tally.flushed += lost - zeros
+    if ruler.kept == ruler.kept_fp16:
+        tally.vanished += lost - zeros
+    elif low < ruler.kept:
+        tally.vanished += _count(np.less, values, ruler.kept, mask) - zeros
+
+
+def _round(doubled: np.ndarray, lows: np.ndarray, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Raise ``tally.rounding`` to the largest error in a block; errors are worked out only where they could be larger than it."""
+    # Bits that the cast drops: where they are zero in every value, as in fp32 files made from bf16, it is exact.
+    if tally.rounding < _CLOSE * ruler.normal_error and np.bitwise_or.reduce(doubled) & ruler.dropped:
+        for start in _STARTS[: lows.size]:
+            _raise_error(doubled[start : start + _TILE], ruler.normal, ruler.overflowed, mask, spare, ruler, tally)
+            if tally.rounding >= _CLOSE * ruler.normal_error:
+                break
+    # Below the target's normal range the error is at most half a step whatever the value, hence relatively larger the smaller it is.
+    if tally.rounding < _CLOSE * ruler.subnormal_error:
+        for tile, _ in _tiles(lows, ruler.could_exceed(tally.rounding)):
+            _raise_error(doubled[tile], ruler.kept, ruler.could_exceed(tally.rounding), mask, spare, ruler, tally)
+
+
+def _raise_error(
+    values: np.ndarray, low: np.unsignedinteger, high: np.unsignedinteger, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally
+) -> None:
+    if low >= high:
+        return
+    # Unsigned, what lies below `low` wraps to the far end: one compare tests both bounds.
+    within = np.less(np.subtract(values, low, out=spare[: values.size]), high - low, out=mask[: values.size])
+    if within.any():
+        tally.rounding = max(tally.rounding, ruler.error(values[within]))
+
+
+@dataclass(frozen=True)
+class _Ruler:
+    """A pair of dtypes as bounds on doubled bit patterns: each is the first that is no longer what came before it.
+
+    From zero upwards: ``kept_fp16`` (no longer zero in fp16), ``normal_fp16``, ``beyond_fp16`` (above 65504), ``nonfinite``, ``nan``;
+    for the target ``kept``, ``normal``, ``overflowed``.
+
+    Attributes:
+        exact: whether the target holds every finite value of the stored dtype.
+        dropped: the mantissa bits that the target has no room for.
+        normal_error, subnormal_error: the largest relative errors possible in the target's normal range, and below it.
+    """
+
+    stored: torch.dtype
+    target: torch.dtype
+    kept_fp16: np.unsignedinteger
+    normal_fp16: np.unsignedinteger
+    beyond_fp16: np.unsignedinteger
+    nonfinite: np.unsignedinteger
+    nan: np.unsignedinteger
+    kept: np.unsignedinteger
+    normal: np.unsignedinteger
+    overflowed: np.unsignedinteger
+    exact: bool
+    dropped: np.unsignedinteger
+    normal_error: float
+    subnormal_error: float
+
+    def error(self, doubled: np.ndarray) -> float:
+        """The largest relative error of the cast among these patterns, which must not be empty."""
+        weights = _values(doubled // 2, self.stored)
+        exact = weights.double()
+        return ((weights.to(self.target).double() - exact).abs_() / exact).max().item()
+
+    def could_exceed(self, error: float) -> np.unsignedinteger:
+        """The bound below which values that are subnormal in the target can have a larger relative error than ``error``."""
+        if not error:
+            return self.normal
+        info = torch.finfo(self.target)
+        bound = torch.tensor([info.smallest_normal * info.eps / 2 / error], dtype=torch.float64).to(self.stored)
+        # One pattern more for the rounding of the bound itself.
+        pattern = int(bound.numpy().view(self.normal.dtype)[0]) if self.stored != torch.bfloat16 else int(bound.view(torch.int16).item())
+        return min(self.normal, self.normal.dtype.type(2 * (pattern + 2)))

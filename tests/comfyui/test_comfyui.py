@@ -114,17 +114,16 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
     (told,) = shown[sampler]
     assert told.startswith("step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks")
     assert told in comfy.log.read_text()
-    assert "verdict: ok" in str(history["outputs"])
     node_of(prompt, "CogVideoX15Sampler").update(on_nan="stop")
     assert "on_nan is stop" in error_of(comfy.run(prompt))["exception_message"]
     comfy.replace_checkpoint()
 
 
 def test_cancel_stops_the_scan(comfy, prompt):
-    """A sparse checkpoint of several gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
+    """A sparse checkpoint of 400 gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
     comfy.replace_checkpoint()
     folder = comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
-    add_sparse_tensor(folder / "text_encoder", 40 << 30)
+    add_sparse_tensor(folder / "text_encoder", 400 << 30)
     node_of(prompt, "CogVideoX15ModelLoader").update(scan_weights=True, dtype="fp32")
     queued = comfy.post("/prompt", {"prompt": prompt})
     time.sleep(2)
