@@ -5,7 +5,7 @@ Serves the claim that range-safe fp16 takes at most 1.25 times the time of plain
 1. Measured on this machine: time, peak memory, weights, and the error against fp32. On a CUDA device the full model at full size; on
    the CPU a small one.
 2. Counted from the shapes of the full model at 81 frames of 1360x768, on the meta device: every operation's matrix FLOPs and the bytes
-   it reads and writes, and the most activation memory alive at once.
+   it reads and writes, and the most memory alive at once beyond weights and inputs. Attention counts as one fused operation.
 3. Estimated from the counts for cards that are not here (a roofline): an operation takes as long as its FLOPs, or its bytes, or a
    kernel's launch, whichever is longest.
 
@@ -177,17 +177,17 @@ def print_measured(size: dict, device: str, repeats: int) -> None:
             if repeat == 0:
                 truth = result if side == "fp32" else truth
                 error[side] = None if truth is None else ((result - truth).norm() / truth.norm()).item()
-    name = torch.cuda.get_device_name(device) if cuda else "this machine's CPU"
+    name = torch.cuda.get_device_name(device) if cuda else device
     print(f"MEASURED on {name}, torch {torch.__version__}, median of {repeats}: {', '.join(f'{value} {key}' for key, value in size.items())}")
-    if not cuda:
+    if device == "cpu":
         print("(A CPU emulates fp16, so these times say little about a GPU; the errors do.)")
-    print(f"{'':16} {'time':>10} {'/ fp16':>7} {'peak memory':>12} {'weights':>10} {'error against fp32':>19}")
+    print(f"{'':16} {'time':>10} {'/ fp16':>7} {'peak memory':>12} {'weights':>11} {'error against fp32':>19}")
     median = {side: statistics.median(values) for side, values in seconds.items()}
     for side, value in median.items():
         ratio = f"{value / median['fp16']:.2f}" if "fp16" in median else "-"
         memory = f"{peak[side] / 1e9:.2f} GB" if cuda else "-"
         off = "-" if error[side] is None else f"{error[side]:.1e}"
-        print(f"{side:16} {value * 1e3:7.0f} ms {ratio:>7} {memory:>12} {weights[side] / 1e9:7.3f} GB {off:>19}")
+        print(f"{side:16} {value * 1e3:7.0f} ms {ratio:>7} {memory:>12} {weights[side] / 1e6:8.1f} MB {off:>19}")
     print()
 
 
@@ -198,13 +198,14 @@ def measure(side: str, device: str, layers: int, heads: int, frames: int, width:
         model = build(side, device, layers, heads)
         model(**step_inputs(side, model.config, device, frames=1, width=64, height=64))  # warms up
         inputs = step_inputs(side, model.config, device, frames, width, height)
+        if device != "cpu":
+            torch.accelerator.synchronize()
         if cuda:
-            torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         result = model(**inputs)[0]
-        if cuda:
-            torch.cuda.synchronize(device)
+        if device != "cpu":
+            torch.accelerator.synchronize()
         elapsed = time.perf_counter() - start
         return result.float().cpu(), elapsed, torch.cuda.max_memory_allocated(device) if cuda else 0, weight_bytes(model)
     finally:
@@ -328,7 +329,7 @@ def print_estimated(counts: dict, shares: dict) -> None:
     print(
         "ESTIMATED, not measured: a roofline over the counted operations, one after another, in seconds a step,\n"
         f"if matrix products reach {tensor} of the tensor cores' peak and {fp32} of fp32's, memory {memory} of its peak, and no kernel takes under "
-        f"{LAUNCH * 1e6:.0f} us.\n(Time only: whether a step fits a card's memory is another question.)"
+        f"{LAUNCH * 1e6:.0f} us.\n(Where products reach less, range-safe / fp16 is smaller. Whether a step fits a card's memory is another question.)"
     )
     print(f"{'':16}" + "".join(f"{side:>17}" for side in counts) + f"{'range-safe / fp16':>20}{'fp32 / range-safe':>20}")
     for name, card in CARDS.items():
