@@ -1,7 +1,7 @@
 """How long the dtype check of a checkpoint of the real size takes: headers and configs only, 11 GB in three shards. Limit: 20 ms.
 
-The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer; the other side of the table reads as many bytes of one of
-them as the check would have to if it read weights (a tenth of them, to be done soon).
+The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer. The other side reads the shards, as a check of weights
+would have to (a tenth of the bytes, to be done soon; holes, so no disk is waited for).
 """
 
 import json
@@ -84,7 +84,7 @@ def main() -> None:
     print(f"\n{total / 1e9:.2f} GB of weights in {SHARDS} shards")
     print(f"check, first call    {times[0] * 1e3:9.1f} ms")
     print(f"check, median of 20  {statistics.median(times) * 1e3:9.1f} ms")
-    print(f"reading the weights  {read * 1e3:9.1f} ms  (from a warm cache)  {read / times[0]:.0f} x the check's first call")
+    print(f"reading the weights  {read * 1e3:9.1f} ms  {read / times[0]:.0f} x the check's first call")
 
 
 if __name__ == "__main__":
