@@ -77,7 +77,7 @@ class Weights:
                     other.park()
             if self._module is None:
                 part = self.part
-                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.folder.name, self.precision.name)
+                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name)
                 self._module = load_module(part, self.precision, self.device, on_load)
                 _loaded.add(self)
             yield self._module.to(self.device)
@@ -131,19 +131,29 @@ class Handles:
     plan: DtypePlan
 
 
-def open_handles(folder: Path | str, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix") -> Handles:
+def open_handles(
+    path: Path | str,
+    dtype: str = "auto",
+    hardware: Hardware | None = None,
+    on_mismatch: str = "fix",
+    text_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    tokenizer: Path | str | None = None,
+) -> Handles:
     """Open a checkpoint for running: configs and headers only, no weights.
 
     Args:
-        folder: a checkpoint in diffusers layout.
+        path: a checkpoint in any layout that ``open_checkpoint`` knows.
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         hardware: where to run; by default the GPU if there is one.
         on_mismatch: ``fix``, ``warn`` or ``stop``: what to do where ``dtype`` would give a wrong picture.
+        text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
+        tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
         ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch`` is ``stop``.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(path, text_encoder, vae, tokenizer)
     hardware = hardware or Hardware.detect()
     plan = plan_dtypes(checkpoint, dtype, hardware, on_mismatch)
 
@@ -153,13 +163,12 @@ def open_handles(folder: Path | str, dtype: str = "auto", hardware: Hardware | N
     return Handles(
         checkpoint,
         Model(checkpoint.variant, checkpoint.scheduler_config, _latent_scale(checkpoint), weights("transformer")),
-        TextEncoder(checkpoint.tokenizer_folder, checkpoint.text_tokens, weights("text_encoder")),
+        TextEncoder(checkpoint.tokenizer, checkpoint.text_tokens, weights("text_encoder")),
         VAE(weights("vae")),
         plan,
     )
 
 
 def _latent_scale(checkpoint: Checkpoint) -> float:
-    # 0.7 in every released model but 2b (1.15258426); the VAE's config says.
     config = checkpoint.parts["vae"].config if "vae" in checkpoint.parts else {}
-    return config.get("scaling_factor", 0.7 if checkpoint.variant.trained_dtype == torch.bfloat16 else 1.15258426)
+    return config.get("scaling_factor", checkpoint.variant.latent_scale)

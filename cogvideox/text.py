@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checkpoint.layout import has_tokenizer
 from .handles import TextEncoder
 from .precision.sentinel import Sentinel
 
@@ -69,14 +70,15 @@ def encode_prompt(
 
 def _load_tokenizer(encoder: TextEncoder):
     folder = encoder.tokenizer_folder
-    if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+    if not has_tokenizer(folder):
         raise ValueError(
-            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ from the same repository into "
-            "the checkpoint's folder."
+            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a CogVideoX repository into "
+            "the checkpoint's folder, or beside the text encoder's file."
         )
-    from transformers import T5Tokenizer
+    import transformers
 
-    return T5Tokenizer.from_pretrained(folder)
+    fast = not (folder / "spiece.model").is_file()
+    return getattr(transformers, "T5TokenizerFast" if fast else "T5Tokenizer").from_pretrained(folder)
 
 
 # Words that mark a language, none of them an English word: enough to notice a sentence, silent on a list of names.

@@ -42,6 +42,28 @@ class Variant:
     sizes: str
     fps: int
 
+    @property
+    def latent_scale(self) -> float:
+        """``scaling_factor`` of the VAE it was trained with."""
+        return 0.7 if self.trained_dtype == torch.bfloat16 else 1.15258426
+
+    @property
+    def scheduler_config(self) -> dict:
+        """The noise schedule it was trained with, as ``scheduler_config.json`` of the releases has it."""
+        return {
+            "_class_name": "CogVideoXDDIMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "set_alpha_to_one": True,
+            "clip_sample": False,
+            "timestep_spacing": "trailing",
+            "snr_shift_scale": 1.0 if self.trained_dtype == torch.bfloat16 else 3.0,
+        }
+
     def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
         """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or None."""
         said = []

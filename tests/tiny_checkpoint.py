@@ -100,10 +100,10 @@ def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT
     )
 
 
-def build_vae() -> torch.nn.Module:
+def build_vae(channels: tuple[int, ...] = (8, 8, 8, 16), groups: int = 4) -> torch.nn.Module:
     from diffusers import AutoencoderKLCogVideoX
 
-    return AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 16), norm_num_groups=4, layers_per_block=1, latent_channels=16, scaling_factor=0.7)
+    return AutoencoderKLCogVideoX(block_out_channels=channels, norm_num_groups=groups, layers_per_block=1, latent_channels=16, scaling_factor=0.7)
 
 
 def build_scheduler(variant: str = "1.5"):

@@ -35,13 +35,38 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file: where its bytes lie (``offset`` from the start of the file) and how they are to be read."""
+    """One tensor in a file: where its bytes lie (``offset`` from the start of the file) and how they are to be read.
+
+    Attributes:
+        more: where the bytes go on, as (offset, bytes), for a tensor that is put together from rows of another.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    more: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where its bytes lie, in their order: (offset, bytes)."""
+        return ((self.offset, self.nbytes - sum(size for _, size in self.more)), *self.more)
+
+    def rows(self, *numbers: int, of: int) -> "StoredTensor":
+        """A view of some of ``of`` equal pieces of the first dimension: a tensor of its own, and no byte is read.
+
+        Raises:
+            ValueError: if the first dimension cannot be divided so.
+        """
+        if not self.shape or self.shape[0] % of or self.more:
+            raise ValueError(
+                f"A tensor of shape {list(self.shape)} in {self.file} cannot be split into {of} equal pieces, so it is not what its name says."
+            )
+        size = self.nbytes // of
+        (offset, nbytes), *more = _joined([(self.offset + number * size, size) for number in numbers])
+        shape = (self.shape[0] // of * len(numbers), *self.shape[1:])
+        return StoredTensor(self.file, self.dtype, shape, offset, nbytes + sum(count for _, count in more), tuple(more))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -85,6 +110,17 @@ def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
         if not count:
             raise ValueError(f"{path} ended while a tensor was read: it is truncated or being written. Download it again.")
         done += count
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of which none follows right on the one before."""
+    joined: list[tuple[int, int]] = []
+    for offset, nbytes in ranges:
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = (joined[-1][0], joined[-1][1] + nbytes)
+        else:
+            joined.append((offset, nbytes))
+    return joined
 
 
 def _entry(path: Path, data_start: int, value: dict) -> StoredTensor:

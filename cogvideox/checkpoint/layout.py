@@ -1,6 +1,6 @@
-"""The folders checkpoints come in: which files hold which part, seen from configs and headers alone.
+"""The layouts checkpoints come in: which files hold which part, seen from configs, headers and shapes alone.
 
-The diffusers layout, as the official releases have it::
+Folders as diffusers has them (the official releases)::
 
     model_index.json
     transformer/   config.json + one safetensors file, or shards and their index
@@ -8,12 +8,15 @@ The diffusers layout, as the official releases have it::
     tokenizer/     spiece.model
     vae/           config.json + the same
     scheduler/     scheduler_config.json
+
+with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors files with the names of
+diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt``).
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +24,9 @@ import torch
 
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
 from .headers import StoredTensor, read_header
+from .naming import FoundPart, find_parts
+from .pickles import read_pickle_header
+from .shapes import infer_config
 
 #: part -> (what to call it, the class in its config.json)
 PARTS = {
@@ -28,9 +34,19 @@ PARTS = {
     "text_encoder": ("text encoder", "T5EncoderModel"),
     "vae": ("VAE", "AutoencoderKLCogVideoX"),
 }
+#: What to do where a part is not there.
+_INSTEAD = {
+    "transformer": "Choose another checkpoint.",
+    "text_encoder": "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's CLIPLoader (t5xxl, "
+    "type cogvideox) to CogVideoX-1.5 Text Encode.",
+    "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
+}
+_TRANSFORMER_FOLDERS = ("transformer", "transformer_T2V", "transformer_I2V")
+_SAT_WEIGHTS = "mp_rank_00_model_states.pt"
+_SAT_STEPS = ("1000", "1", ".")
 _WHERE = (
     "A CogVideoX checkpoint is a folder with transformer/, text_encoder/, tokenizer/, vae/ and scheduler/ in it, such as "
-    "zai-org/CogVideoX1.5-5B on huggingface.co."
+    "zai-org/CogVideoX1.5-5B on huggingface.co, or a single safetensors file of its transformer."
 )
 
 
@@ -40,13 +56,15 @@ class Part:
 
     Attributes:
         kind: ``transformer``, ``text_encoder`` or ``vae``.
-        folder: where it lies.
-        config: its ``config.json``.
-        tensors: every tensor by name.
+        source: the folder or file it comes from.
+        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``single file`` (T5).
+        config: its ``config.json``, or what its shapes say.
+        tensors: every tensor, by the name that the module has for it.
     """
 
     kind: str
-    folder: Path
+    source: Path
+    layout: str
     config: Mapping
     tensors: Mapping[str, StoredTensor]
 
@@ -59,37 +77,42 @@ class Part:
         return dict(sorted(count.items(), key=lambda item: -item[1]))
 
     @property
-    def fingerprint(self) -> tuple:
-        """Changes when a file of the part is replaced: ``(path, size, mtime)`` of each."""
-        files = sorted({tensor.file for tensor in self.tensors.values()} | {self.folder / "config.json"})
-        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    def files(self) -> list[Path]:
+        """Every file it is read from."""
+        config = {self.source / "config.json"} if self.source.is_dir() else set()
+        return sorted({tensor.file for tensor in self.tensors.values()} | config)
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint in diffusers layout, opened but not read: ``open_checkpoint`` makes one."""
+    """A checkpoint, opened but not read: ``open_checkpoint`` makes one.
 
-    folder: Path
+    Attributes:
+        path: the folder or file it was opened from.
+        tokenizer: the folder of the tokenizer.
+    """
+
+    path: Path
     variant: Variant
     scheduler_config: Mapping
+    tokenizer: Path
     parts: Mapping[str, Part] = field(repr=False)
 
     def part(self, kind: str) -> Part:
         """The part ``kind``.
 
         Raises:
-            ValueError: if the folder does not hold it.
+            ValueError: if there is none, saying what to use instead.
         """
         if kind not in self.parts:
-            raise ValueError(
-                f"{self.folder} holds no {PARTS[kind][0]}: there is no folder {kind}/ in it. The step you asked for needs it. "
-                f"Download {kind}/ from the same repository into this folder."
-            )
+            raise ValueError(f"{self.path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}")
         return self.parts[kind]
 
     @property
-    def tokenizer_folder(self) -> Path:
-        return self.folder / "tokenizer"
+    def fingerprint(self) -> tuple:
+        """Changes when a file of it is replaced: ``(path, size, mtime)`` of each."""
+        files = {file for part in self.parts.values() for file in part.files}
+        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files))
 
     @property
     def text_tokens(self) -> int:
@@ -97,34 +120,130 @@ class Checkpoint:
         return self.part("transformer").config.get("max_text_seq_length") or DEFAULT_TEXT_TOKENS
 
 
+def open_checkpoint(
+    path: Path | str, text_encoder: Path | str | None = None, vae: Path | str | None = None, tokenizer: Path | str | None = None
+) -> Checkpoint:
+    """Open a checkpoint in any of the layouts: configs and headers, a few hundred kilobytes.
+
+    Args:
+        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a transformer.
+        text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
+        tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
+
+    Raises:
+        ValueError: if it is not a CogVideoX checkpoint, or a file of it is missing, truncated or damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"There is no {path}, so there is nothing to load. Check the path. {_WHERE}")
+    parts = _open_file(path) if path.is_file() else _open_folder(path)
+    if "transformer" not in parts:
+        kinds = ", ".join(PARTS[kind][0] for kind in parts)
+        raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
+    for kind, source in (("text_encoder", text_encoder), ("vae", vae)):
+        if source is not None:
+            parts[kind] = open_part(source, kind)
+    transformer = parts["transformer"]
+    _check_shapes(transformer)
+    variant = identify(transformer.config)
+    if "vae" in parts and "scaling_factor" not in parts["vae"].config:
+        # Two numbers that no shape shows: those of the release the transformer belongs to.
+        known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.image_to_video and variant.frame_step == 16}
+        parts["vae"] = replace(parts["vae"], config={**parts["vae"].config, **known})
+    root = transformer.source.parent if transformer.source != path or path.is_file() or path.name in _TRANSFORMER_FOLDERS else path
+    return Checkpoint(path, variant, _scheduler_config(root, transformer, variant), _tokenizer(root, parts, tokenizer), parts)
+
+
+def open_part(path: Path | str, kind: str) -> Part:
+    """Open one part from a file or a folder of its own.
+
+    Raises:
+        ValueError: if it is not there, or another part or model.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"There is no {path}, so there is no {PARTS[kind][0]} to load. Check the path.")
+    if path.is_dir():
+        return _open_part(path, kind)
+    parts = _open_file(path)
+    if kind not in parts:
+        raise ValueError(f"{path} holds a {', '.join(PARTS[found][0] for found in parts)} and no {PARTS[kind][0]}. Choose another file.")
+    return parts[kind]
+
+
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a CogVideoX checkpoint, by its transformer's config (one small file is read)."""
+    """Whether a folder is a CogVideoX checkpoint in diffusers layout, by its transformer's config (one small file is read)."""
+    return bool(transformer_folders(folder))
+
+
+def transformer_folders(folder: Path) -> list[Path]:
+    """The folders of CogVideoX transformers in a checkpoint's folder, by their configs."""
+    return [Path(folder) / name for name in _TRANSFORMER_FOLDERS if _is_transformer_folder(Path(folder) / name)]
+
+
+def _is_transformer_folder(folder: Path) -> bool:
     try:
-        config = json.loads((Path(folder) / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("_class_name") == TRANSFORMER_CLASS
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Open a checkpoint in diffusers layout: configs and headers, a few hundred kilobytes.
+def sat_weights(folder: Path) -> Path | None:
+    """The file of a SAT transformer in its folder, or in ``transformer/`` of it, or None."""
+    for place in (folder, folder / "transformer"):
+        latest = place / "latest"
+        named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
+        for step in (*named, *_SAT_STEPS):
+            if (place / step / _SAT_WEIGHTS).is_file():
+                return place / step / _SAT_WEIGHTS
+    return None
 
-    Raises:
-        ValueError: if it is not a CogVideoX checkpoint, or a file of it is missing, truncated or damaged.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.exists():
-        raise ValueError(f"There is no {folder}, so there is nothing to load. Check the path. {_WHERE}")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; this loader opens folders in diffusers layout. {_WHERE}")
-    if not any(folder.iterdir()):
-        raise ValueError(f"{folder} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {_WHERE}")
-    if not (folder / "transformer").is_dir():
-        raise ValueError(f"{folder} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(folder)}. {_WHERE}")
-    parts = {kind: _open_part(folder, kind) for kind in PARTS if (folder / kind).is_dir()}
-    transformer = parts["transformer"]
-    _check_shapes(transformer)
-    return Checkpoint(folder, identify(transformer.config), _scheduler_config(folder), parts)
+
+def _open_folder(path: Path) -> dict[str, Part]:
+    if not any(path.iterdir()):
+        raise ValueError(f"{path} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {_WHERE}")
+    sat = sat_weights(path)
+    if sat is not None:
+        return _open_sat(path, sat)
+    if path.name in _TRANSFORMER_FOLDERS and (path / "config.json").is_file():
+        root, transformer = path.parent, path
+    else:
+        found = [path / name for name in _TRANSFORMER_FOLDERS if (path / name).is_dir()]
+        if not found:
+            raise ValueError(f"{path} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(path)}. {_WHERE}")
+        if len(found) > 1:
+            names = " and ".join(folder.name for folder in found)
+            raise ValueError(f"{path} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the path of one of them.")
+        root, transformer = path, found[0]
+    parts = {"transformer": _open_part(transformer, "transformer")}
+    return parts | {kind: _open_part(root / kind, kind) for kind in ("text_encoder", "vae") if (root / kind).is_dir()}
+
+
+def _open_sat(folder: Path, weights: Path) -> dict[str, Part]:
+    """SAT's transformer, and beside it (or beside the folder it is in) its VAE, and T5 where its guide puts it."""
+    parts = _open_file(weights)
+    for root in (folder, folder.parent):
+        if "vae" not in parts and (root / "vae" / "3d-vae.pt").is_file():
+            parts["vae"] = open_part(root / "vae" / "3d-vae.pt", "vae")
+        if "text_encoder" not in parts and (root / "t5-v1_1-xxl" / "config.json").is_file():
+            parts["text_encoder"] = _open_part(root / "t5-v1_1-xxl", "text_encoder")
+    return parts
+
+
+def _open_file(file: Path) -> dict[str, Part]:
+    """The parts that a single file holds, with configs from its shapes."""
+    tensors = read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
+    parts: dict[str, Part] = {}
+    for found in find_parts(tensors, file):
+        if found.kind not in parts:
+            config = infer_config(found.kind, found.tensors, file)
+            parts[found.kind] = Part(found.kind, file, _file_layout(found), config, found.tensors)
+    return parts
+
+
+def _file_layout(found: FoundPart) -> str:
+    return "diffusers file" if found.layout == "diffusers" else found.layout
 
 
 def _pipeline_name(folder: Path) -> str:
@@ -133,8 +252,8 @@ def _pipeline_name(folder: Path) -> str:
     return f" (its model_index.json says {name})" if name else ""
 
 
-def _open_part(folder: Path, kind: str) -> Part:
-    here, (name, class_name) = folder / kind, PARTS[kind]
+def _open_part(here: Path, kind: str) -> Part:
+    name, class_name = PARTS[kind]
     config_file = here / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{here} has no config.json, so how to build the {name} is unknown. Download config.json from the same repository into it.")
@@ -148,7 +267,7 @@ def _open_part(folder: Path, kind: str) -> Part:
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
-    return Part(kind, here, config, tensors)
+    return Part(kind, here, "diffusers", config, tensors)
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:
@@ -183,14 +302,32 @@ def _weight_files(here: Path, name: str) -> list[Path]:
     return singles
 
 
-def _scheduler_config(folder: Path) -> dict:
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
-            "Download scheduler/ from the same repository into the checkpoint's folder."
-        )
-    return _read_json(file)
+def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> Mapping:
+    """The checkpoint's own noise schedule; that of the release, where the layout has none."""
+    file = root / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        return _read_json(file)
+    if transformer.layout != "diffusers":
+        return variant.scheduler_config
+    raise ValueError(
+        f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
+        "Download scheduler/ from the same repository into the checkpoint's folder."
+    )
+
+
+def _tokenizer(root: Path, parts: Mapping[str, Part], given: Path | str | None) -> Path:
+    """The folder with the tokenizer's files: the checkpoint's, the text encoder's, else the one given."""
+    places = [root / "tokenizer"]
+    if "text_encoder" in parts:
+        source = parts["text_encoder"].source
+        places += [source.parent / "tokenizer", source if source.is_dir() else source.parent]
+    places += [Path(given).expanduser()] if given is not None else []
+    return next((place for place in places if has_tokenizer(place)), places[0])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether T5's tokenizer lies in a folder, as SentencePiece or in the format of tokenizers."""
+    return any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json"))
 
 
 def _check_shapes(part: Part) -> None:
@@ -207,7 +344,7 @@ def _check_shapes(part: Part) -> None:
         seen = part.tensors[name].shape if name in part.tensors else "missing"
         if seen != shape:
             raise ValueError(
-                f"The weights in {part.folder} do not fit its config.json: {name} is {seen}, and the config says {shape}. They come "
+                f"The weights in {part.source} do not fit its config.json: {name} is {seen}, and the config says {shape}. They come "
                 "from different models. Download the whole transformer/ folder from one repository."
             )
 

@@ -96,9 +96,11 @@ def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable
         if names
     ]
     if problems:
+        origin = "config.json" if part.layout == "diffusers" else "shapes"
         raise ValueError(
-            f"The weights in {part.folder} are not those of its config.json: of {len(slots)} tensors, {'; '.join(problems)}. The model "
-            f"would not be the one that was trained. Download the {PARTS[part.kind][0]} folder again from one repository."
+            f"The weights in {part.source} (layout: {part.layout}) are not those of the {PARTS[part.kind][0]} that its {origin} would make: of "
+            f"{len(slots)} tensors, {'; '.join(problems)}. The model would not be the one that was trained. Download it again, whole, from one "
+            "repository."
         )
 
 
@@ -127,19 +129,21 @@ def _read_into(file, stored: StoredTensor, target: torch.Tensor) -> Iterator[int
     Plain reads and not a memory map: a map counts as the process's memory until the system takes it back, which doubles the
     peak of a cast.
     """
-    file.seek(stored.offset)
-    if stored.dtype == target.dtype and target.device.type == "cpu":
-        fill(file, _bytes(target), stored.file)
-        yield stored.nbytes
-        return
-    flat = target.view(-1)
-    step = max(1, _CHUNK // stored.dtype.itemsize)
-    buffer = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
-    for start in range(0, flat.numel(), step):
-        piece = buffer[: min(step, flat.numel() - start)]
-        fill(file, _bytes(piece), stored.file)
-        flat[start : start + piece.numel()].copy_(piece)
-        yield piece.nbytes
+    flat, done = target.view(-1), 0
+    in_place = stored.dtype == target.dtype and target.device.type == "cpu"
+    step = flat.numel() if in_place else max(1, _CHUNK // stored.dtype.itemsize)
+    buffer = None if in_place else torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+    for offset, nbytes in stored.ranges:
+        file.seek(offset)
+        end = done + nbytes // stored.dtype.itemsize
+        while done < end:
+            count = min(step, end - done)
+            piece = flat[done : done + count] if buffer is None else buffer[:count]
+            fill(file, _bytes(piece), stored.file)
+            if buffer is not None:
+                flat[done : done + count].copy_(piece)
+            done += count
+            yield piece.nbytes
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -107,7 +107,7 @@ class DtypePlan:
     @property
     def text(self) -> str:
         lines = [f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}", *(part.text for part in self.parts)]
-        lines += [f"[absent] {PARTS[kind][0]}: not in this folder" for kind in self.absent]
+        lines += [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
         return "\n".join([*lines, *(audit.text for audit in self.audits)])
 
     def as_dict(self) -> dict:

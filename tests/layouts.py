@@ -1,0 +1,105 @@
+"""Writers of the layouts that checkpoints come in, from the same modules: each renames or fuses by its own rules, backwards from the reader's."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny_checkpoint import build_checkpoint, build_vae
+
+
+def build_modules(folder: Path, variant: str = "1.5", **build) -> tuple[Path, dict[str, torch.nn.Module]]:
+    """A checkpoint in diffusers layout whose VAE has the groups of the released ones, and its modules as they were written."""
+    kept = {}
+
+    def keep(parts):
+        parts["vae"] = build_vae((32, 32, 32, 64), 32)
+        kept.update(parts)
+
+    return build_checkpoint(folder, variant, change=keep, **build), kept
+
+
+def comfy_names(state: dict) -> dict:
+    """diffusers' transformer -> ComfyUI core's."""
+    rules = [
+        (r"^transformer_blocks\.", "blocks."),
+        (r"\.attn1\.to_([qkv])\.", r".\1."),
+        (r"\.attn1\.to_out\.0\.", ".attn_out."),
+        (r"\.attn1\.norm_", ".norm_"),
+        (r"\.ff\.net\.0\.proj\.", ".ff_proj."),
+        (r"\.ff\.net\.2\.", ".ff_out."),
+        (r"^(time|ofs)_embedding\.linear_", r"\1_embedding_linear_"),
+    ]
+    return {_apply(rules, name): value for name, value in state.items()}
+
+
+def sat_names(state: dict) -> dict:
+    """diffusers' transformer -> SAT's, under its prefix, with q, k, v and the modulations fused."""
+    rules = [
+        (
+            r"^transformer_blocks\.(\d+)\.attn1\.norm_([qk])",
+            lambda m: f"mixins.adaln_layer.{'query' if m[2] == 'q' else 'key'}_layernorm_list.{m[1]}",
+        ),
+        (r"^transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"transformer.layers.\1.attention.dense"),
+        (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"transformer.layers.\1.mlp.dense_h_to_4h"),
+        (r"^transformer_blocks\.(\d+)\.ff\.net\.2", r"transformer.layers.\1.mlp.dense_4h_to_h"),
+        (r"^transformer_blocks\.(\d+)\.norm1\.norm", r"transformer.layers.\1.input_layernorm"),
+        (r"^transformer_blocks\.(\d+)\.norm2\.norm", r"transformer.layers.\1.post_attention_layernorm"),
+        (r"^(time|ofs)_embedding\.linear_1", r"\1_embed.0"),
+        (r"^(time|ofs)_embedding\.linear_2", r"\1_embed.2"),
+        (r"^patch_embed\.pos_embedding", "mixins.pos_embed.pos_embedding"),
+        (r"^patch_embed\.", "mixins.patch_embed."),
+        (r"^norm_out\.norm", "mixins.final_layer.norm_final"),
+        (r"^norm_out\.linear", "mixins.final_layer.adaLN_modulation.1"),
+        (r"^proj_out", "mixins.final_layer.linear"),
+        (r"^norm_final", "transformer.final_layernorm"),
+    ]
+    fused = {}
+    for name, value in state.items():
+        block = re.match(r"transformer_blocks\.(\d+)\.(attn1\.to_q|norm1\.linear)\.(weight|bias)", name)
+        if block and block[2] == "attn1.to_q":
+            parts = [state[name.replace("to_q", f"to_{part}")] for part in "qkv"]
+            fused[f"transformer.layers.{block[1]}.attention.query_key_value.{block[3]}"] = torch.cat(parts)
+        elif block:
+            one, two = value.chunk(6), state[name.replace("norm1", "norm2")].chunk(6)
+            fused[f"mixins.adaln_layer.adaLN_modulations.{block[1]}.1.{block[3]}"] = torch.cat([*one[:3], *two[:3], *one[3:], *two[3:]])
+        elif not re.search(r"attn1\.to_[kv]\.|norm2\.linear", name):
+            fused[_apply(rules, name)] = value
+    return {f"model.diffusion_model.{name}": value for name, value in fused.items()}
+
+
+def sat_vae_names(state: dict) -> dict:
+    """diffusers' VAE -> SAT's, among weights of the loss that are not the VAE's."""
+    rules = [
+        (r"^decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{3 - int(m[1])}"),
+        (r"^encoder\.down_blocks\.", "encoder.down."),
+        (r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}"),
+        (r"\.resnets\.", ".block."),
+        (r"\.(down|up)samplers\.0\.", r".\1sample."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    ]
+    return {_apply(rules, name): value for name, value in state.items()} | {"loss.discriminator.weight": torch.ones(3)}
+
+
+def write_sat(folder: Path, modules: dict) -> Path:
+    """SAT's folders, as the authors release them."""
+    (folder / "transformer" / "1000").mkdir(parents=True)
+    (folder / "transformer" / "latest").write_text("1000")
+    state = sat_names(modules["transformer"].state_dict()) | {"model.diffusion_model.mixins.pos_embed.freqs_sin": torch.ones(2, 3)}
+    torch.save({"module": state, "iteration": 1000}, folder / "transformer" / "1000" / "mp_rank_00_model_states.pt")
+    if "vae" in modules:
+        (folder / "vae").mkdir()
+        torch.save({"state_dict": sat_vae_names(modules["vae"].state_dict())}, folder / "vae" / "3d-vae.pt")
+    return folder
+
+
+def write_file(file: Path, state: dict, prefix: str = "") -> Path:
+    save_file({prefix + name: value.contiguous().clone() for name, value in state.items()}, file)
+    return file
+
+
+def _apply(rules, name: str) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
