@@ -33,7 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same video (default: 0)")
     what.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE.mp4", help="where to write it (default: out.mp4)")
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", type=Path, metavar="FOLDER", help="a CogVideoX checkpoint in diffusers layout")
+    how.add_argument("--model", type=Path, metavar="PATH", help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file")
+    how.add_argument("--text-encoder", type=Path, metavar="PATH", help="a T5-XXL encoder, file or folder (default: the checkpoint's own)")
+    how.add_argument("--vae", type=Path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)")
+    how.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="T5's tokenizer, where neither checkpoint nor text encoder brings one")
     how.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50, as the model card)")
     how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
     how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
@@ -102,8 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
     from cogvideox.black_frames import check_black_frames, enforce
+    from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import open_handles
+    from cogvideox.handles import make_handles
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
     from cogvideox.text import encode_prompt
@@ -111,7 +115,8 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.video import check_output, write_mp4
 
     check_output(options.output)
-    handles = open_handles(options.model, options.dtype, Hardware.detect(options.device), options.on_mismatch)
+    checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
+    handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
     print(handles.plan.text, flush=True)
     variant = handles.model.variant
     width, height = (
@@ -166,7 +171,7 @@ def check(options: argparse.Namespace) -> int:
     else:
         if options.fix:
             raise ValueError(f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another --dtype.")
-        checkpoint = open_checkpoint(options.check)
+        checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))

@@ -153,7 +153,11 @@ def open_handles(
     Raises:
         ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch`` is ``stop``.
     """
-    checkpoint = open_checkpoint(path, text_encoder, vae, tokenizer)
+    return make_handles(open_checkpoint(path, text_encoder, vae, tokenizer), dtype, hardware, on_mismatch)
+
+
+def make_handles(checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix") -> Handles:
+    """The handles of a checkpoint that is open already: ``open_handles`` in one step."""
     hardware = hardware or Hardware.detect()
     plan = plan_dtypes(checkpoint, dtype, hardware, on_mismatch)
 

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from ..cogvideox.checkpoint.layout import is_checkpoint
+from ..cogvideox.checkpoint.catalogue import Entry, find_entry, list_checkpoints, list_parts
 from ..cogvideox.precision.hardware import Hardware
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
-_MODEL_FOLDERS = ("CogVideo", "diffusers")
+_FOLDERS = ("CogVideo", "diffusers")
+_PART_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
 
 if IN_COMFYUI:
+    import comfy
     import comfy.cli_args
     import comfy.model_management
     import comfy.utils
@@ -27,44 +29,70 @@ if IN_COMFYUI:
     folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
 
 
-def checkpoints() -> dict[str, Path]:
-    """The CogVideoX checkpoints that ComfyUI's model folders hold, by folder name; the first folder of a name counts."""
-    found: dict[str, Path] = {}
-    for root in _roots():
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if folder.name not in found and folder.is_dir() and is_checkpoint(folder):
-                found[folder.name] = folder
-    return found
+def checkpoints() -> list[Entry]:
+    """The CogVideoX checkpoints in ComfyUI's model folders: folders of diffusers and SAT, and single files."""
+    return list_checkpoints(_roots(*_FOLDERS), _roots("CogVideo", "diffusion_models"))
 
 
-def checkpoint_path(name: str) -> Path:
-    """The folder of the checkpoint called ``name``; outside ComfyUI ``name`` is a path.
+def parts(kind: str) -> list[Entry]:
+    """The files of text encoders or VAEs that CogVideoX can use, the largest (least cut down) first."""
+    return sorted(list_parts(kind, _roots(_PART_FOLDERS[kind])), key=lambda entry: -entry.path.stat().st_size)
+
+
+def checkpoint_path(choice: str) -> Path:
+    """Where the checkpoint lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
 
     Raises:
         ValueError: if ComfyUI's model folders hold no such checkpoint.
     """
     if not IN_COMFYUI:
-        return Path(name)
+        return Path(choice)
     found = checkpoints()
-    if name in found:
-        return found[name]
-    places = " or ".join(str(root) for root in _roots())
+    entry = find_entry(found, choice)
+    if entry is not None:
+        return entry.path
+    places = " or ".join(str(root) for root in _roots(*_FOLDERS))
     if not found:
         raise ValueError(
             f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example zai-org/CogVideoX1.5-5B from "
             "huggingface.co, into a folder of its own there, then press R to refresh."
         )
     raise ValueError(
-        f"There is no CogVideoX checkpoint called {name!r} in {places}. Choose one that is there ({', '.join(found)}), or put {name} there and "
-        "press R to refresh."
+        f"There is no CogVideoX checkpoint called {choice!r} in {places}. Choose one that is there ({', '.join(entry.name for entry in found)}), or "
+        f"put {choice} there and press R to refresh."
     )
 
 
-def _roots() -> list[Path]:
+def part_path(kind: str, choice: str) -> Path:
+    """Where the text encoder or VAE lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
+
+    Raises:
+        ValueError: if ComfyUI's model folders hold no such file.
+    """
+    if not IN_COMFYUI:
+        return Path(choice)
+    entry = find_entry(parts(kind), choice)
+    if entry is None:
+        places = " or ".join(str(root) for root in _roots(_PART_FOLDERS[kind]))
+        there = ", ".join(entry.name for entry in parts(kind)) or "none"
+        raise ValueError(
+            f"There is no {kind.replace('_', ' ')} for CogVideoX called {choice!r} in {places} (there: {there}). Choose another, or auto."
+        )
+    return entry.path
+
+
+def tokenizer_folder() -> Path | None:
+    """The T5 tokenizer that ComfyUI ships, for text encoders in files of their own."""
+    folder = Path(comfy.__file__).parent / "text_encoders" / "t5_tokenizer" if IN_COMFYUI and comfy.__file__ else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _roots(*names: str) -> list[Path]:
+    """The folders that ComfyUI registers under these names."""
     if not IN_COMFYUI:
         return []
     known = folder_paths.folder_names_and_paths
-    return list(dict.fromkeys(Path(path) for name in _MODEL_FOLDERS if name in known for path in folder_paths.get_folder_paths(name)))
+    return list(dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name)))
 
 
 def hardware() -> Hardware:

@@ -2,7 +2,8 @@
 
 import logging
 
-from ..cogvideox.handles import open_handles
+from ..cogvideox.checkpoint.layout import PARTS, open_checkpoint
+from ..cogvideox.handles import make_handles
 from ..cogvideox.precision.policy import CHOICES, ON_MISMATCH, scan_parts
 from ..cogvideox.precision.verdict import OK
 from . import host
@@ -10,12 +11,16 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
+#: Of a part: the checkpoint's own, or one that is found.
+_AUTO = "auto"
+
 
 class ModelLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Model Loader"
     DESCRIPTION = (
-        "Opens a CogVideoX checkpoint (a folder in diffusers layout in models/CogVideo or models/diffusers), checks what its weights are stored "
-        "in and were trained in, and decides in which dtype each part runs. Weights are read when a node first needs them, not here."
+        "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a single file in "
+        "models/diffusion_models), checks what its weights are stored in and were trained in, and decides in which dtype each part runs. Weights are "
+        "read when a node first needs them, not here."
     )
     SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")
@@ -32,8 +37,11 @@ class ModelLoader(Node):
         return {
             "required": {
                 "model": (
-                    list(host.checkpoints()),
-                    {"tooltip": "A CogVideoX checkpoint folder in models/CogVideo or models/diffusers. Only real CogVideoX checkpoints are listed."},
+                    [entry.label for entry in host.checkpoints()],
+                    {
+                        "tooltip": "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or SAT), or a single file in "
+                        "models/diffusion_models. Only real CogVideoX checkpoints are listed, with what they are."
+                    },
                 ),
                 "dtype": (
                     list(CHOICES),
@@ -62,25 +70,60 @@ class ModelLoader(Node):
                         "files; can be cancelled.",
                     },
                 ),
+                **{
+                    f"{kind}_name": (
+                        [_AUTO, *(entry.label for entry in host.parts(kind))],
+                        {
+                            "default": _AUTO,
+                            "tooltip": f"{what} auto: the checkpoint's own; where it has none, the largest file found in {where}.",
+                        },
+                    )
+                    for kind, what, where in (
+                        ("text_encoder", "A T5-XXL encoder in a file of its own, such as t5xxl_fp16.safetensors.", "models/text_encoders"),
+                        ("vae", "A CogVideoX VAE in a file of its own.", "models/vae"),
+                    )
+                },
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model):
+    def VALIDATE_INPUTS(cls, model, text_encoder_name=_AUTO, vae_name=_AUTO):
         try:
             host.checkpoint_path(model)
+            _chosen_parts(text_encoder_name, vae_name)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model, **_):
-        folder = host.checkpoint_path(model)
-        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*/*")))
+    def IS_CHANGED(cls, model, text_encoder_name=_AUTO, vae_name=_AUTO, **_):
+        try:
+            return _open(model, text_encoder_name, vae_name)[0].fingerprint
+        except ValueError as error:
+            return str(error)
 
-    def execute(self, model, dtype="auto", on_mismatch="fix", scan_weights=False):
-        handles = open_handles(host.checkpoint_path(model), dtype, host.hardware(), on_mismatch)
-        plan = scan_parts(handles.checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
-        logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", plan.text)
-        host.show(plan.text)
-        return handles.model, handles.text_encoder, handles.vae, plan.text
+    def execute(self, model, dtype="auto", on_mismatch="fix", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
+        checkpoint, notes = _open(model, text_encoder_name, vae_name)
+        handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch)
+        plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
+        report = "\n".join([plan.text, *notes])
+        logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", report)
+        host.show(report)
+        return handles.model, handles.text_encoder, handles.vae, report
+
+
+def _chosen_parts(text_encoder_name, vae_name):
+    chosen = {"text_encoder": text_encoder_name, "vae": vae_name}
+    return {kind: host.part_path(kind, name) for kind, name in chosen.items() if name != _AUTO}
+
+
+def _open(model, text_encoder_name, vae_name):
+    """The checkpoint with the parts chosen, or found where it has none, and what to say about that."""
+    path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
+    checkpoint = open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen)
+    for kind in ("text_encoder", "vae"):
+        found = host.parts(kind) if kind not in checkpoint.parts else []
+        if found:
+            chosen[kind] = found[0].path
+            notes.append(f"{PARTS[kind][0]}: the checkpoint has none, so {found[0].label} is used.")
+    return (open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen) if notes else checkpoint), notes

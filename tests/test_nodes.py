@@ -6,7 +6,7 @@ import torch
 CONTRACT = {
     "CogVideoX15ModelLoader": (
         "CogVideoX-1.5 Model Loader",
-        {"model": "COMBO", "dtype": "COMBO", "on_mismatch": "COMBO", "scan_weights": "BOOLEAN"},
+        {"model": "COMBO", "dtype": "COMBO", "on_mismatch": "COMBO", "scan_weights": "BOOLEAN", "text_encoder_name": "COMBO", "vae_name": "COMBO"},
         {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE", "report": "STRING"},
     ),
     "CogVideoX15TextEncode": (
@@ -236,30 +236,37 @@ class TestModelFolders:
         for root in roots:
             root.mkdir()
         monkeypatch.setattr(host, "IN_COMFYUI", True)
-        monkeypatch.setattr(host, "_roots", lambda: roots)
+        folders = {"CogVideo": roots[:1], "diffusers": roots[1:]}
+        for name in ("diffusion_models", "text_encoders", "vae"):
+            (tmp_path / name).mkdir()
+            folders[name] = [tmp_path / name]
+        monkeypatch.setattr(host, "_roots", lambda *names: [root for name in names for root in folders[name]])
+        monkeypatch.setattr(host, "tokenizer_folder", lambda: None)
         return host
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
         import json
 
-        for root in host._roots():
+        for root in host._roots("CogVideo", "diffusers"):
             (root / "tiny").symlink_to(tiny)
-        (host._roots()[1] / "other").symlink_to(tiny)
-        flux = host._roots()[1] / "flux" / "transformer"
+        (host._roots("CogVideo", "diffusers")[1] / "other").symlink_to(tiny)
+        flux = host._roots("CogVideo", "diffusers")[1] / "flux" / "transformer"
         flux.mkdir(parents=True)
         (flux / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-        (host._roots()[0] / "notes.txt").write_text("x")
-        assert list(host.checkpoints()) == ["tiny", "other"]
+        (host._roots("CogVideo", "diffusers")[0] / "notes.txt").write_text("x")
+        what = "CogVideoX1.5 (custom size: 2 layers x 2 heads) · bf16 · diffusers"
+        assert [entry.label for entry in host.checkpoints()] == [f"tiny · {what}", f"other · {what}"]
         assert host.checkpoint_path("tiny").parent.name == "CogVideo"
-        assert pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()["required"]["model"][0] == ["tiny", "other"]
+        assert host.checkpoint_path("tiny · what it was before") == host.checkpoint_path("tiny")
+        assert pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()["required"]["model"][0] == [f"tiny · {what}", f"other · {what}"]
 
     def test_an_empty_model_folder_says_what_to_download_and_where(self, pack, host):
         said = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert "zai-org/CogVideoX1.5-5B" in said
-        assert str(host._roots()[0]) in said
+        assert str(host._roots("CogVideo", "diffusers")[0]) in said
 
     def test_a_checkpoint_that_is_gone_names_those_that_are_there(self, pack, host, tiny):
-        (host._roots()[0] / "tiny").symlink_to(tiny)
+        (host._roots("CogVideo", "diffusers")[0] / "tiny").symlink_to(tiny)
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert loader.VALIDATE_INPUTS(model="tiny") is True
@@ -268,7 +275,7 @@ class TestModelFolders:
         import os
         import shutil
 
-        folder = shutil.copytree(tiny, host._roots()[0] / "tiny")
+        folder = shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         before = loader.IS_CHANGED(model="tiny", dtype="auto")
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before

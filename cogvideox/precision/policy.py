@@ -54,6 +54,7 @@ class PartPlan:
     """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about that.
 
     Attributes:
+        origin: the file it comes from and whose names that has, "" for a folder in diffusers layout.
         changed: what ``fix`` made of the choice, or "".
     """
 
@@ -61,6 +62,7 @@ class PartPlan:
     stored: Mapping[torch.dtype, int]
     trained: torch.dtype
     run: Precision
+    origin: str = ""
     findings: tuple[Finding, ...] = ()
     changed: str = ""
 
@@ -71,8 +73,9 @@ class PartPlan:
     @property
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({_size(count)})" for dtype, count in self.stored.items())
+        origin = f" ({self.origin})" if self.origin else ""
         label = f"{self.verdict}, fixed" if self.changed else self.verdict
-        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}"]
+        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{origin}"]
         if self.changed:
             lines.append(f"    changed: {self.changed}")
         for finding in self.findings:
@@ -121,6 +124,7 @@ class DtypePlan:
             "parts": [
                 {
                     "part": part.kind,
+                    "origin": part.origin,
                     "stored": {dtype_name(dtype): count for dtype, count in part.stored.items()},
                     "trained": dtype_name(part.trained),
                     "runs_in": dtype_name(part.run.dtype),
@@ -226,7 +230,8 @@ def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | Non
     else:
         run, findings = _asked_findings(kind, trained, variant, asked, asker, automatic, hardware)
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
-    return PartPlan(kind, part.stored, trained, run, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
+    origin = "" if part.layout == "diffusers" else f"{part.source.name}, {part.layout}"
+    return PartPlan(kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
 
 
 def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:

@@ -1,0 +1,189 @@
+"""What of a model folder is CogVideoX: each checkpoint, text encoder and VAE once, with what it is, seen in configs and headers.
+
+What a file is, is remembered by its path, size and time, so that a list that was made once is made again in milliseconds.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..precision.hardware import dtype_name
+from ..variants import identify
+from .headers import read_header
+from .layout import open_part, sat_weights, transformer_folders
+from .naming import find_parts
+from .pickles import read_pickle_header
+from .shapes import infer_config
+
+logger = logging.getLogger(__name__)
+
+#: Between the name of an entry and what it is.
+SEPARATOR = " · "
+# One of these names stands in the header of every CogVideoX file; looking for it costs less than parsing the header.
+_MARKERS = {
+    "transformer": b"patch_embed.text_proj.weight",
+    "text_encoder": b"encoder.block.0.layer.0.SelfAttention.q.weight",
+    "vae": b"norm1.conv_y.conv.weight",
+}
+_known: dict[tuple[str, int, int], dict[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint or part that can be chosen.
+
+    Attributes:
+        name: its path below the folder it was found in, with forward slashes: what is chosen by.
+        what: ``CogVideoX1.5-5B-I2V · bf16 · diffusers``, without what the name says already.
+        path: where it lies.
+    """
+
+    name: str
+    what: str
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}{SEPARATOR}{self.what}" if self.what else self.name
+
+
+def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -> list[Entry]:
+    """Every checkpoint below the roots: folders of diffusers and SAT one level below ``folder_roots``, single files anywhere below
+    ``file_roots``; the first of a name counts."""
+    entries: dict[str, Entry] = {}
+    for root in folder_roots:
+        for folder in _subfolders(root):
+            for entry in _folder_entries(folder):
+                entries.setdefault(entry.name, entry)
+    for entry in _file_entries(file_roots, "transformer"):
+        entries.setdefault(entry.name, entry)
+    return list(entries.values())
+
+
+def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
+    """Every file below the roots that holds a part of ``kind``."""
+    entries: dict[str, Entry] = {}
+    for entry in _file_entries(roots, kind):
+        entries.setdefault(entry.name, entry)
+    return list(entries.values())
+
+
+def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
+    """The entry that was chosen by its label or its name; what it is may have changed since."""
+    name = chosen.split(SEPARATOR)[0]
+    return next((entry for entry in entries if entry.name == name), None)
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def _folder_entries(folder: Path) -> list[Entry]:
+    found = transformer_folders(folder)
+    places = [folder] if len(found) == 1 else found
+    if not found:
+        weights = sat_weights(folder)
+        if weights is None:
+            return []
+        what = _remember(weights, _describe_file).get("transformer")
+        return [Entry(folder.name, _without(what, folder.name), folder)] if what else []
+    entries = []
+    for place, transformer in zip(places, found, strict=True):
+        name = folder.name if place == folder else f"{folder.name}/{place.name}"
+        what = _remember(transformer / "config.json", _describe_folder).get("transformer", "")
+        entries.append(Entry(name, _without(what, name), place))
+    return entries
+
+
+def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
+    entries = []
+    for root in roots:
+        for path, stat in sorted(_files(root).items()):
+            what = _remember(path, _describe_file, stat).get(kind)
+            if what:
+                name = Path(path).relative_to(root).as_posix()
+                entries.append(Entry(name, _without(what, name), Path(path)))
+    return entries
+
+
+def _files(root: Path) -> dict[str, os.stat_result]:
+    """Every safetensors file below a root, with its size and time from the same look at the folder; less those of parts in folders of their own."""
+    found, todo = {}, [str(root)]
+    while todo:
+        try:
+            with os.scandir(todo.pop()) as entries:
+                here = {}
+                for entry in entries:
+                    if entry.name == "config.json":
+                        here = None
+                        break
+                    if entry.is_dir():
+                        todo.append(entry.path)
+                    elif entry.name.endswith(".safetensors"):
+                        here[entry.path] = entry.stat()
+                found |= here or {}
+        except OSError as error:
+            logger.info("A folder is passed over: %s", error)
+    return found
+
+
+def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat: os.stat_result | None = None) -> dict[str, str]:
+    """What ``describe`` says of a file, by kind; asked once as long as the file stays the same."""
+    stat = stat or os.stat(path)
+    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    if key not in _known:
+        try:
+            _known[key] = describe(Path(path))
+        except (OSError, ValueError) as error:
+            # What cannot be read is not offered; opening it would say why.
+            logger.info("%s is passed over: %s", path, error)
+            _known[key] = {}
+    return _known[key]
+
+
+def _describe_folder(config: Path) -> dict[str, str]:
+    variant = identify(json.loads(config.read_text(encoding="utf-8"))).name
+    try:
+        stored = open_part(config.parent, "transformer").stored
+    except ValueError:
+        # Offered all the same: to be told what is missing is more use than to look for it in vain.
+        return {"transformer": SEPARATOR.join([variant, "incomplete", "diffusers"])}
+    return {"transformer": SEPARATOR.join([variant, _dtypes(stored), "diffusers"])}
+
+
+def _describe_file(path: Path) -> dict[str, str]:
+    """The CogVideoX parts of a file: kind -> what it is."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = file.read(min(length, 100_000_000)) if length < path.stat().st_size else b""
+        if not any(marker in head for marker in _MARKERS.values()):
+            return {}
+        tensors = read_header(path)
+    else:
+        tensors = read_pickle_header(path)
+    described = {}
+    for part in find_parts(tensors, path):
+        stored: dict[torch.dtype, int] = {}
+        for tensor in part.tensors.values():
+            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
+        names = {"transformer": lambda part=part: identify(infer_config("transformer", part.tensors, path)).name, "vae": lambda: "CogVideoX VAE"}
+        name = names.get(part.kind, lambda: "T5 encoder")()
+        described.setdefault(part.kind, SEPARATOR.join([name, _dtypes(stored), part.layout]))
+    return described
+
+
+def _dtypes(stored: dict[torch.dtype, int]) -> str:
+    """The dtype that most bytes are in."""
+    return dtype_name(max(stored, key=stored.__getitem__)).split(" ")[0]
+
+
+def _without(what: str, name: str) -> str:
+    """What it is, less what its name says already."""
+    first, *rest = what.split(SEPARATOR)
+    return SEPARATOR.join(rest if first in name else [first, *rest])
