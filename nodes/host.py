@@ -11,6 +11,7 @@ import torch
 
 from ..cogvideox.checkpoint.catalogue import Entry, find_entry, list_checkpoints, list_parts
 from ..cogvideox.precision.hardware import Hardware
+from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
@@ -18,7 +19,6 @@ _FOLDERS = ("CogVideo", "diffusers")
 _PART_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
 
 if IN_COMFYUI:
-    import comfy
     import comfy.cli_args
     import comfy.model_management
     import comfy.utils
@@ -83,7 +83,7 @@ def part_path(kind: str, choice: str) -> Path:
 
 def tokenizer_folder() -> Path | None:
     """The T5 tokenizer that ComfyUI ships, for text encoders in files of their own."""
-    folder = Path(comfy.__file__).parent / "text_encoders" / "t5_tokenizer" if IN_COMFYUI and comfy.__file__ else None
+    folder = Path(comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer" if IN_COMFYUI else None
     return folder if folder is not None and folder.is_dir() else None
 
 
@@ -111,6 +111,40 @@ def forced_dtypes(arguments) -> dict[str, tuple[torch.dtype, str]]:
             if kind not in forced and getattr(arguments, flag.replace("-", "_"), False) and (kind == "transformer" or flag != "force-fp16"):
                 forced[kind] = (short[flag.replace("force-", "").split("-")[0]], f"--{flag}")
     return forced
+
+
+def encode_with_clip(clip, prompt: str, length: int = DEFAULT_TEXT_TOKENS) -> torch.Tensor:
+    """The embeddings that ComfyUI's own T5 gives, as CogVideoX was trained with them: ``length`` tokens, padding included, no mask.
+
+    The T5 inside a CLIP is asked directly: what the CLIP's type (cogvideox, sd3, mochi, …) does around it, such as other lengths, masks or
+    weighted words, is not what CogVideoX wants.
+
+    Returns:
+        float32 ``[1, length, 4096]`` on the CPU.
+
+    Raises:
+        ValueError: if the CLIP holds no T5-XXL.
+    """
+    # Models of one encoder call it by its name, and their tokenizers clip_ and its name.
+    model, tokenizer = (
+        next((getattr(holder, name) for name in ("t5xxl", "clip_t5xxl") if getattr(holder, name, None) is not None), None)
+        for holder in (clip.cond_stage_model, clip.tokenizer)
+    )
+    if model is None or tokenizer is None:
+        raise ValueError(
+            f"The CLIP that is connected is a {type(clip.cond_stage_model).__name__} without a T5-XXL, and CogVideoX reads T5-XXL's embeddings only. "
+            "Load a t5xxl file in CLIPLoader with type cogvideox, or use the text_encoder of CogVideoX-1.5 Model Loader."
+        )
+    ids = tokenizer.tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
+    clip.cond_stage_model.reset_clip_options()
+    clip.load_model()
+    clip.cond_stage_model.set_clip_options({"execution_device": clip.patcher.load_device})
+    masks = model.enable_attention_masks
+    try:
+        model.enable_attention_masks = False
+        return model.encode([ids])[0].float().cpu()
+    finally:
+        model.enable_attention_masks = masks
 
 
 def show(text: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 
 from ..cogvideox.handles import TextEncoder
+from ..cogvideox.precision.sentinel import check_finite
 from ..cogvideox.text import encode_prompt
 from . import host
 from .base import Node
@@ -42,7 +43,9 @@ class TextEncode(Node):
 
     def execute(self, text_encoder, prompt):
         if not isinstance(text_encoder, TextEncoder):
-            return (text_encoder.encode_from_tokens_scheduled(text_encoder.tokenize(prompt)),)
+            embeddings = host.encode_with_clip(text_encoder, prompt)
+            check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")
+            return ([[embeddings, {}]],)
         host.make_room(text_encoder.weights.nbytes, text_encoder.weights.device)
         encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show)
         for note in encoded.notes:

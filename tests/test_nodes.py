@@ -1,5 +1,7 @@
 """The nodes keep their contract, explain themselves, and work together without ComfyUI."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -198,16 +200,36 @@ def test_combined_conditionings_are_refused_with_a_sentence(pack, loaded):
         call(pack, "CogVideoX15Sampler", model=loaded[0], positive=[entry, entry], negative=[entry], **settings)
 
 
+class Clip:
+    """What ComfyUI's CLIPLoader gives, as far as it is used; ``names`` are the encoders inside."""
+
+    def __init__(self, *names):
+        self.loaded, self.patcher = False, SimpleNamespace(load_device="cpu")
+        t5 = SimpleNamespace(enable_attention_masks=True, encode=self._encode)
+        model = {"reset_clip_options": lambda: None, "set_clip_options": lambda options: None}
+        self.cond_stage_model = SimpleNamespace(**model, **dict.fromkeys(names, t5))
+        self.tokenizer = SimpleNamespace(**{name: SimpleNamespace(tokenizer=self._tokenize) for name in names})
+
+    def _tokenize(self, prompt, padding, max_length, truncation):
+        return {"input_ids": [len(prompt), 1] + [0] * (max_length - 2)}
+
+    def load_model(self):
+        self.loaded = True
+
+    def _encode(self, tokens):
+        assert self.loaded
+        assert not self.cond_stage_model.t5xxl.enable_attention_masks
+        return torch.tensor(tokens)[..., None].expand(-1, -1, 4096), None
+
+
 def test_comfyuis_own_text_encoder_can_be_connected(pack):
-    class Clip:
-        def tokenize(self, text):
-            return {"t5xxl": text}
-
-        def encode_from_tokens_scheduled(self, tokens):
-            return [[torch.zeros(1, 226, 4096), tokens]]
-
-    (conditioning,) = call(pack, "CogVideoX15TextEncode", text_encoder=Clip(), prompt="a cat")
-    assert conditioning[0][1] == {"t5xxl": "a cat"}
+    clip = Clip("t5xxl", "clip_l")
+    (conditioning,) = call(pack, "CogVideoX15TextEncode", text_encoder=clip, prompt="a cat")
+    assert conditioning[0][0].shape == (1, 226, 4096)
+    assert conditioning[0][0][0, :3, 0].tolist() == [5, 1, 0]
+    assert clip.cond_stage_model.t5xxl.enable_attention_masks  # as it was
+    with pytest.raises(ValueError, match="without a T5-XXL"):
+        call(pack, "CogVideoX15TextEncode", text_encoder=Clip("clip_l"), prompt="a cat")
 
 
 def test_a_note_about_the_prompt_reaches_the_log(pack, loaded, caplog):

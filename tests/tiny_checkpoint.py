@@ -81,7 +81,7 @@ def build_transformer(variant: str = "1.5", **changes) -> torch.nn.Module:
     return CogVideoXTransformer3DModel(**config | VARIANTS[variant] | changes)
 
 
-def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT_WIDTH) -> torch.nn.Module:
+def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT_WIDTH, inner: int | None = None) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -89,7 +89,7 @@ def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT
             vocab_size=vocabulary,
             d_model=width,
             d_kv=16,
-            d_ff=2 * width,
+            d_ff=inner or 2 * width,
             num_layers=layers,
             num_heads=2,
             feed_forward_proj="gated-gelu",

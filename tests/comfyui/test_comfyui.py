@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 
 import av
@@ -10,6 +13,7 @@ import pytest
 
 from tests import workflows
 from tests.comfyui.server import from_environment
+from tests.conftest import ROOT
 from tests.loud_models import loud_stream
 
 
@@ -117,6 +121,13 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
     node_of(prompt, "CogVideoX15Sampler").update(on_nan="stop")
     assert "on_nan is stop" in error_of(comfy.run(prompt))["exception_message"]
     comfy.replace_checkpoint()
+
+
+def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has(comfy):
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "clip_script.py"), str(ROOT), "--cpu"]
+    done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("relative L2") == 9
 
 
 def test_cancel_stops_the_scan(comfy, prompt):

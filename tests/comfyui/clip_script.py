@@ -1,0 +1,74 @@
+"""Run by ComfyUI's interpreter in its checkout: a small T5 with the same weights in ComfyUI's own classes and in ours gives the same embeddings.
+
+Arguments: the folder of the pack, and --cpu for ComfyUI.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(sys.argv.pop(1))
+# The checkout and not this folder, which has a server.py too.
+sys.path[0] = str(Path.cwd())
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.sd  # noqa: E402
+import comfy.supported_models_base  # noqa: E402
+import comfy.text_encoders.cogvideo  # noqa: E402
+import comfy.text_encoders.genmo  # noqa: E402
+import comfy.text_encoders.sd3_clip  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def load(name, file, **options):
+    """A module from a file: ComfyUI has packages of the same names as ours."""
+    spec = importlib.util.spec_from_file_location(name, file, **options)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pack = load("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+tiny = load("tiny_checkpoint", ROOT / "tests" / "tiny_checkpoint.py")
+
+SIZES = {"d_model": 4096, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2}
+PROMPTS = ["a panda plays the guitar in a bamboo forest", "", "word " * 400]
+
+
+def clip_of(module, tokenizer, **options):
+    clip = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(tokenizer, module),
+        model_options={"t5xxl_model_config": SIZES, "dtype": torch.float32},
+        parameters=0,
+    )
+    clip.load_sd(STATE)
+    return clip
+
+
+torch.manual_seed(0)
+t5 = tiny.build_text_encoder(vocabulary=32128, layers=2, width=4096, inner=64)
+STATE = {name: value.clone() for name, value in t5.state_dict().items()}
+with tempfile.TemporaryDirectory() as name:
+    folder = tiny.build_checkpoint(Path(name) / "tiny")
+    save_file(STATE, Path(name) / "t5xxl.safetensors")
+    layout, handles, text = (sys.modules[f"pack.cogvideox.{part}"] for part in ("checkpoint.layout", "handles", "text"))
+    host = sys.modules["pack.nodes.host"]
+    (folder / "tokenizer" / "spiece.model").unlink()
+    checkpoint = layout.open_checkpoint(folder, text_encoder=Path(name) / "t5xxl.safetensors", tokenizer=host.tokenizer_folder())
+    ours = handles.make_handles(checkpoint, "fp32").text_encoder
+    clips = {
+        "cogvideox": clip_of(comfy.text_encoders.cogvideo.cogvideo_te(), comfy.text_encoders.cogvideo.CogVideoXTokenizer),
+        "sd3": clip_of(comfy.text_encoders.sd3_clip.sd3_clip(clip_l=False, clip_g=False, t5=True), comfy.text_encoders.sd3_clip.SD3Tokenizer),
+        "mochi": clip_of(comfy.text_encoders.genmo.mochi_te(), comfy.text_encoders.genmo.MochiT5Tokenizer),
+    }
+    for kind, clip in clips.items():
+        for prompt in PROMPTS:
+            theirs = pack.NODE_CLASS_MAPPINGS["CogVideoX15TextEncode"]().run(text_encoder=clip, prompt=prompt)[0][0][0]
+            wanted = text.encode_prompt(ours, prompt).embeddings
+            error = ((theirs - wanted).norm() / wanted.norm()).item()
+            print(f"{kind} {len(prompt)}: {list(theirs.shape)} relative L2 {error:.1e}")
+            assert theirs.shape == wanted.shape == (1, 226, 4096)
+            assert error < 1e-5
