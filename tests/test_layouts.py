@@ -9,7 +9,7 @@ import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.checkpoint.loading import load_module
-from cogvideox.geometry import empty_latent
+from cogvideox.geometry import empty_latent, rotary_embedding
 from cogvideox.handles import open_handles
 from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
 from cogvideox.sampling import sample
@@ -218,3 +218,76 @@ class TestRefusals:
         file = layouts.write_file(tmp_path / "x.safetensors", state)
         with pytest.raises(ValueError, match="cannot be told from its shapes"):
             open_part(file, "vae")
+
+
+def fp8_state(state, dtype, scaled=None):
+    """Linear weights of blocks in fp8, as the casts in use have them; with ``scaled``, multiplied up to fp8's range first."""
+    cast = {}
+    for name, value in state.items():
+        if value.ndim != 2 or not name.startswith(("transformer_blocks.", "encoder.block.")) or "relative_attention_bias" in name:
+            cast[name] = value
+            continue
+        scale = value.float().abs().max() / torch.finfo(dtype).max if scaled else torch.tensor(1.0)
+        cast[name] = (value.float() / scale).to(dtype)
+        if scaled:
+            cast[f"{name.removesuffix('.weight')}.{scaled}"] = scale
+    return cast
+
+
+def widened(state):
+    """The weights that an fp8 file stands for, in float32."""
+    scales = {f"{name.rpartition('.')[0]}.weight": value for name, value in state.items() if name.endswith(("scale_weight", "weight_scale"))}
+    return {name: value.float() * scales.get(name, 1.0) for name, value in state.items() if not name.endswith(("scale_weight", "weight_scale"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scaled", [None, "scale_weight", "weight_scale"])
+@pytest.mark.parametrize("kind", ["transformer", "text_encoder"])
+def test_fp8_files_stay_in_fp8_in_memory_and_compute_as_the_widened_weights_do(tmp_path, source, dtype, scaled, kind):
+    state = fp8_state(source[1][kind].state_dict(), dtype, scaled)
+    file = layouts.write_file(tmp_path / "fp8.safetensors", state | ({"scaled_fp8": torch.zeros(2)} if scaled else {}))
+    wide = layouts.write_file(tmp_path / "wide.safetensors", widened(state))
+    part, truth = open_part(file, kind), load_module(open_part(wide, kind), FP32, DEVICE)
+    ids = torch.arange(64)[None] % 200
+
+    def run(module, activations):
+        if kind == "text_encoder":
+            return module(ids)[0].float()
+        config = module.config
+        torch.manual_seed(1)
+        return module(
+            hidden_states=torch.randn(1, 4, config.in_channels, 6, 10).to(activations),
+            encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH).to(activations),
+            timestep=torch.tensor([500]),
+            image_rotary_emb=rotary_embedding(config, 4, 6, 10, DEVICE),
+            return_dict=False,
+        )[0].float()
+
+    fp8_bytes = sum(tensor.nbytes for tensor in part.tensors.values() if tensor.dtype == dtype)
+    assert fp8_bytes > 10_000
+    with torch.no_grad():
+        wanted = run(truth, torch.float32)
+        for precision, limit in ((FP32, 0 if not scaled else 1e-6), (BF16, None), (RANGE_SAFE_FP16, 2e-3)):
+            module = load_module(part, precision, DEVICE)
+            kept = sum(tensor.nbytes for tensor in module.parameters() if tensor.dtype == dtype)
+            assert kept == fp8_bytes
+            made = run(module, precision.activations)
+            if limit is None:
+                assert torch.equal(made, run(load_module(open_part(wide, kind), BF16, DEVICE), torch.bfloat16))
+            else:
+                assert (made - wanted).norm() / wanted.norm() <= limit
+    assert (
+        "weights kept in fp8" in open_handles(source[0], "auto", CPU, **({kind: file} if kind != "transformer" else {})).plan.text
+        or kind == "transformer"
+    )
+
+
+def test_an_fp8_checkpoint_samples_in_bf16_and_in_range_safe_fp16(tmp_path, source):
+    state = fp8_state(source[1]["transformer"].state_dict(), torch.float8_e4m3fn)
+    file = layouts.write_file(tmp_path / "fp8.safetensors", layouts.comfy_names(state), "model.diffusion_model.")
+    truth = latents(open_handles(file, "fp32", CPU))
+    for dtype, limit in (("bf16", 0.05), ("fp16", 2e-3)):
+        opened = open_handles(file, dtype, CPU)
+        assert ((latents(opened) - truth).norm() / truth.norm()) < limit
+        assert "weights kept in fp8" in opened.plan.text
+        assert opened.model.weights.nbytes < 0.75 * open_handles(source[0], dtype, CPU).model.weights.nbytes

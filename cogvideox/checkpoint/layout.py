@@ -24,7 +24,7 @@ import torch
 
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
 from .headers import StoredTensor, read_header
-from .naming import FoundPart, find_parts
+from .naming import FoundPart, find_parts, split_scales
 from .pickles import read_pickle_header
 from .shapes import infer_config
 
@@ -60,6 +60,7 @@ class Part:
         layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``single file`` (T5).
         config: its ``config.json``, or what its shapes say.
         tensors: every tensor, by the name that the module has for it.
+        scales: what fp8 weights are to be multiplied by, by the weight's name.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Part:
     layout: str
     config: Mapping
     tensors: Mapping[str, StoredTensor]
+    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
     def stored(self) -> dict[torch.dtype, int]:
@@ -233,12 +235,12 @@ def _open_sat(folder: Path, weights: Path) -> dict[str, Part]:
 
 def _open_file(file: Path) -> dict[str, Part]:
     """The parts that a single file holds, with configs from its shapes."""
-    tensors = read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
+    stored = read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
     parts: dict[str, Part] = {}
-    for found in find_parts(tensors, file):
+    for found in find_parts(stored, file):
         if found.kind not in parts:
-            config = infer_config(found.kind, found.tensors, file)
-            parts[found.kind] = Part(found.kind, file, _file_layout(found), config, found.tensors)
+            tensors, scales = split_scales(found.tensors)
+            parts[found.kind] = Part(found.kind, file, _file_layout(found), infer_config(found.kind, tensors, file), tensors, scales)
     return parts
 
 

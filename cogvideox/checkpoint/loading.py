@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..precision.fp8 import FP8_DTYPES, Fp8Linear, as_rows
 from ..precision.policy import Precision
 from ..precision.range_safe import ScaledWeight, make_range_safe
 from .headers import StoredTensor, fill
@@ -42,24 +43,27 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
     keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if plain_fp16 else ()
     if precision.range_safe:
         make_range_safe(module)
+    else:
+        _keep_fp8(module, part)
     total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
     with _open_files() as open_file:
         for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
             owners = _owners(module, names[id(slots[name])])
-            range_safe = isinstance(owners[0][0], ScaledWeight) and owners[0][1] == "weight"
-            if range_safe or not stored.dtype.is_floating_point:
-                wanted = stored.dtype
-            else:
-                kept = any(word in name.split(".") for word in keep)
-                wanted = torch.float32 if kept else precision.activations
-            target = torch.empty(stored.shape, dtype=wanted, device="cpu" if range_safe else device)
+            # Layers that keep a weight in a form of their own take it as it is stored.
+            takes = owners[0][1] == "weight" and isinstance(owners[0][0], ScaledWeight | Fp8Linear)
+            kept = any(word in name.split(".") for word in keep)
+            wanted = stored.dtype if takes or not stored.dtype.is_floating_point else torch.float32 if kept else precision.activations
+            target = torch.empty(stored.shape, dtype=wanted, device="cpu" if takes else device)
             for count in _read_into(open_file(stored.file), stored, target):
                 done += count
                 if on_progress is not None:
                     on_progress(done, total)
-            if range_safe:
-                owners[0][0].load_weight(target, device)
+            if takes:
+                scale = {"scale": _read(part.scales[name])} if name in part.scales else {}
+                owners[0][0].load_weight(target, device, **scale)
                 continue
+            if name in part.scales:
+                target.copy_(target.float() * as_rows(_read(part.scales[name]).to(device)))
             parameter = nn.Parameter(target, requires_grad=False)
             for owner, leaf in owners:
                 if leaf in owner._parameters:
@@ -148,6 +152,24 @@ def _read_into(file, stored: StoredTensor, target: torch.Tensor) -> Iterator[int
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _keep_fp8(module: nn.Module, part: Part) -> None:
+    """Put a Linear that keeps its weight in fp8 in the place of each whose weight is stored so."""
+    for name, stored in part.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and stored.dtype in FP8_DTYPES and isinstance(module.get_submodule(path), nn.Linear):
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, Fp8Linear(module.get_submodule(path)))
+
+
+def _read(stored: StoredTensor) -> torch.Tensor:
+    """A small tensor, on the host."""
+    target = torch.empty(stored.shape, dtype=stored.dtype)
+    with stored.file.open("rb", buffering=0) as file:
+        for _ in _read_into(file, stored, target):
+            pass
+    return target
 
 
 def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:

@@ -55,6 +55,17 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     return found
 
 
+#: How the scales of fp8 weights are named, and what else files of scaled weights hold that is of no use here.
+_SCALES = (".scale_weight", ".weight_scale")
+_SCALE_EXTRAS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model")
+
+
+def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The weights among the tensors of a part, and the scales of fp8 weights, by the weight's name."""
+    scales = {f"{name[: -len(end)]}.weight": tensor for name, tensor in tensors.items() for end in _SCALES if name.endswith(end)}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_SCALE_EXTRAS))}, scales
+
+
 def _prefixes(tensors: Tensors, markers: tuple[str, ...]) -> list[str]:
     """Every prefix under which all ``markers`` stand, the longest first."""
     first = markers[0]

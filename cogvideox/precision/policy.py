@@ -9,6 +9,7 @@ import torch
 from ..checkpoint.layout import PARTS, Checkpoint, Part
 from ..variants import Variant
 from .audit import WeightAudit, scan_weights
+from .fp8 import FP8_DTYPES
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
@@ -21,7 +22,6 @@ CHOICES: dict[str, torch.dtype | None] = {
 }
 #: What to do where the choice would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
 ON_MISMATCH = ("fix", "warn", "stop")
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class PartPlan:
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({_size(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
+        kept = ", weights kept in fp8" if any(dtype in FP8_DTYPES for dtype in self.stored) else ""
         label = f"{self.verdict}, fixed" if self.changed else self.verdict
-        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{origin}"]
+        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{kept}{origin}"]
         if self.changed:
             lines.append(f"    changed: {self.changed}")
         for finding in self.findings:
@@ -278,8 +279,8 @@ def _asked_findings(
 def _stored_findings(kind: str, stored: Mapping[torch.dtype, int], trained: torch.dtype) -> list[Finding]:
     """What an earlier cast of the file has already cost."""
     name = PARTS[kind][0]
-    if any(dtype in _FP8 for dtype in stored):
-        bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in _FP8)
+    if any(dtype in FP8_DTYPES for dtype in stored):
+        bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in FP8_DTYPES)
         return [
             Finding(
                 name,

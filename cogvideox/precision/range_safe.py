@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .fp8 import FP8_DTYPES, as_rows
+
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
 _TOKEN_EXPONENT = 6
 _ROW_EXPONENT = 9
@@ -80,8 +82,15 @@ class RangeSafeLinear(ScaledWeight):
                 safe.bias.data.copy_(linear.bias.data)
         return safe
 
-    def load_weight(self, weight: torch.Tensor, device: torch.device) -> None:
+    def load_weight(self, weight: torch.Tensor, device: torch.device, scale: torch.Tensor | None = None) -> None:
+        """Take a finite weight; one in fp8 stays in fp8, its rows scaled when they are widened to fp16, and may have a ``scale`` of its own."""
         norms, largest = _row_norms_and_column_maxima(weight, None, device)
+        if weight.dtype in FP8_DTYPES:
+            # fp8's magnitudes, at most 17 binades wide and with at most 4 bits, lose nothing to a power of two on their way into fp16.
+            exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
+            self.scaled_weight, self.widening = nn.Parameter(weight.to(device), requires_grad=False), 2.0**-exponent
+            self.row_scale = 2.0**exponent * (torch.ones(1, device=device) if scale is None else as_rows(scale).flatten().to(device))
+            return
         self.column_scale = _column_scale(largest)
         if self.column_scale is not None:
             norms, _ = _row_norms_and_column_maxima(weight, self.column_scale, device)
@@ -91,7 +100,10 @@ class RangeSafeLinear(ScaledWeight):
         """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale`` ``[..., 1]`` too."""
         if token_scale is None:
             x, token_scale = scale_tokens(x if self.column_scale is None else x * self.column_scale)
-        y = F.linear(x, self.scaled_weight)
+        weight = self.scaled_weight
+        if weight.dtype != torch.float16:
+            weight = weight.half().mul_(self.widening)
+        y = F.linear(x, weight)
         if self.row_scale.numel() == 1:
             token_scale = token_scale * self.row_scale
         else:

@@ -216,7 +216,8 @@ def _probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
 
 
 def _weights_state(module: nn.Module, precision: Precision) -> str:
-    own = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.is_floating_point()]
+    # Widened: what is in fp8 cannot be asked itself.
+    own = [tensor.float() for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.is_floating_point()]
     if all(is_finite(tensor) for tensor in own):
         return "finite"
     plain_fp16 = precision == Precision(torch.float16)
