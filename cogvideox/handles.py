@@ -13,7 +13,6 @@ from torch import nn
 
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
-from .precision.fp8 import FP8_DTYPES
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes
 from .variants import Variant
@@ -58,9 +57,9 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take as they run; weights stored in fp8 stay so."""
+        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so."""
         run = self.precision.dtype.itemsize
-        return sum(t.nbytes if t.dtype in FP8_DTYPES else t.nbytes // t.dtype.itemsize * run for t in self.part.tensors.values())
+        return sum(t.nbytes if t.is_packed else t.nbytes // t.dtype.itemsize * run for t in self.part.tensors.values())
 
     @property
     def is_loaded(self) -> bool:

@@ -103,3 +103,22 @@ def _apply(rules, name: str) -> str:
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
+
+
+def write_gguf(file: Path, state: dict, quantization: str) -> Path:
+    """A GGUF file as the tools in use write them: matrices of blocks quantized, the rest in fp16 or fp32, shapes of convolutions noted."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[quantization]
+    writer = gguf.GGUFWriter(str(file), arch="cogvideox")
+    for name, value in state.items():
+        array = value.float().numpy()
+        if value.ndim == 2 and "block" in name and value.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array if value.ndim < 2 else array.astype("float16"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

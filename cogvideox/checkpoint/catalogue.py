@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ..dependencies import DependencyError
 from ..precision.hardware import dtype_name
 from ..variants import identify
-from .headers import read_header
-from .layout import open_part, sat_weights, transformer_folders
+from .layout import open_part, read_any_header, sat_weights, stored_bytes, transformer_folders
 from .naming import find_parts
-from .pickles import read_pickle_header
 from .shapes import infer_config
 
 logger = logging.getLogger(__name__)
@@ -25,11 +24,10 @@ logger = logging.getLogger(__name__)
 #: Between the name of an entry and what it is.
 SEPARATOR = " · "
 # One of these names stands in the header of every CogVideoX file; looking for it costs less than parsing the header.
-_MARKERS = {
-    "transformer": b"patch_embed.text_proj.weight",
-    "text_encoder": b"encoder.block.0.layer.0.SelfAttention.q.weight",
-    "vae": b"norm1.conv_y.conv.weight",
-}
+_MARKERS = (b"patch_embed.text_proj.weight", b"encoder.block.0.layer.0.SelfAttention.q.weight", b"norm1.conv_y.conv.weight")
+_LISTED = (".safetensors", ".gguf")
+#: Bytes at the start of a GGUF file that hold the names of its first tensors.
+_GGUF_HEAD = 1 << 20
 _known: dict[tuple[str, int, int], dict[str, str]] = {}
 
 
@@ -112,7 +110,7 @@ def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
 
 
 def _files(root: Path) -> dict[str, os.stat_result]:
-    """Every safetensors file below a root, with its size and time from the same look at the folder; less those of parts in folders of their own."""
+    """Every safetensors and GGUF file below a root, less those of parts in folders of their own, with size and time from the same look."""
     found, todo = {}, [str(root)]
     while todo:
         try:
@@ -124,7 +122,7 @@ def _files(root: Path) -> dict[str, os.stat_result]:
                         break
                     if entry.is_dir():
                         todo.append(entry.path)
-                    elif entry.name.endswith(".safetensors"):
+                    elif entry.name.endswith(_LISTED):
                         here[entry.path] = entry.stat()
                 found |= here or {}
         except OSError as error:
@@ -139,7 +137,7 @@ def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat
     if key not in _known:
         try:
             _known[key] = describe(Path(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DependencyError) as error:
             # What cannot be read is not offered; opening it would say why.
             logger.info("%s is passed over: %s", path, error)
             _known[key] = {}
@@ -158,29 +156,23 @@ def _describe_folder(config: Path) -> dict[str, str]:
 
 def _describe_file(path: Path) -> dict[str, str]:
     """The CogVideoX parts of a file: kind -> what it is."""
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head = file.read(min(length, 100_000_000)) if length < path.stat().st_size else b""
-        if not any(marker in head for marker in _MARKERS.values()):
-            return {}
-        tensors = read_header(path)
-    else:
-        tensors = read_pickle_header(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else _GGUF_HEAD
+        head = file.read(min(length, 100_000_000))
+    if path.suffix in _LISTED and not any(marker in head for marker in _MARKERS):
+        return {}
     described = {}
-    for part in find_parts(tensors, path):
-        stored: dict[torch.dtype, int] = {}
-        for tensor in part.tensors.values():
-            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
+    for part in find_parts(read_any_header(path), path):
+        stored = stored_bytes(part.tensors)
         names = {"transformer": lambda part=part: identify(infer_config("transformer", part.tensors, path)).name, "vae": lambda: "CogVideoX VAE"}
         name = names.get(part.kind, lambda: "T5 encoder")()
         described.setdefault(part.kind, SEPARATOR.join([name, _dtypes(stored), part.layout]))
     return described
 
 
-def _dtypes(stored: dict[torch.dtype, int]) -> str:
+def _dtypes(stored: dict[torch.dtype | str, int]) -> str:
     """The dtype that most bytes are in."""
-    return dtype_name(max(stored, key=stored.__getitem__)).split(" ")[0]
+    return dtype_name(next(iter(stored), torch.float32)).split(" (")[0]
 
 
 def _without(what: str, name: str) -> str:

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 import torch
 
+from ..precision.packed import FP8_DTYPES
+
 #: The library's own limit on a header's size.
 _MAX_HEADER = 100_000_000
 
@@ -39,6 +41,7 @@ class StoredTensor:
 
     Attributes:
         more: where the bytes go on, as (offset, bytes), for a tensor that is put together from rows of another.
+        quantization: GGUF's number of the quantization, for bytes (``uint8``) that stand for numbers of this shape.
     """
 
     file: Path
@@ -47,6 +50,28 @@ class StoredTensor:
     offset: int
     nbytes: int
     more: tuple[tuple[int, int], ...] = ()
+    quantization: int | None = None
+
+    @property
+    def kind(self) -> torch.dtype | str:
+        """How it is stored: its dtype, or ``GGUF Q4_K``."""
+        if self.quantization is None:
+            return self.dtype
+        from gguf import GGMLQuantizationType
+
+        return f"GGUF {GGMLQuantizationType(self.quantization).name}"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is in fp8 or quantized, and so stays as it is in memory."""
+        return self.dtype in FP8_DTYPES or self.quantization is not None
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape of what lies in the file: of its bytes, where it is quantized."""
+        if self.quantization is None:
+            return self.shape
+        return (self.shape[0], self.nbytes // self.shape[0]) if self.shape else (self.nbytes,)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -66,7 +91,7 @@ class StoredTensor:
         size = self.nbytes // of
         (offset, nbytes), *more = _joined([(self.offset + number * size, size) for number in numbers])
         shape = (self.shape[0] // of * len(numbers), *self.shape[1:])
-        return StoredTensor(self.file, self.dtype, shape, offset, nbytes + sum(count for _, count in more), tuple(more))
+        return StoredTensor(self.file, self.dtype, shape, offset, nbytes + sum(count for _, count in more), tuple(more), self.quantization)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
+from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
 from .naming import FoundPart, find_parts, split_scales
 from .pickles import read_pickle_header
@@ -71,12 +72,9 @@ class Part:
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
-    def stored(self) -> dict[torch.dtype, int]:
-        """Bytes on disk by dtype, largest first."""
-        count: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
-            count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.nbytes
-        return dict(sorted(count.items(), key=lambda item: -item[1]))
+    def stored(self) -> dict[torch.dtype | str, int]:
+        """Bytes on disk by dtype (GGUF's quantizations by name), largest first."""
+        return stored_bytes(self.tensors)
 
     @property
     def files(self) -> list[Path]:
@@ -120,6 +118,14 @@ class Checkpoint:
     def text_tokens(self) -> int:
         """Tokens a prompt is padded or cut to (``max_text_seq_length`` of the transformer; 226 in released models)."""
         return self.part("transformer").config.get("max_text_seq_length") or DEFAULT_TEXT_TOKENS
+
+
+def stored_bytes(tensors: Mapping[str, StoredTensor]) -> dict[torch.dtype | str, int]:
+    """Bytes by dtype (GGUF's quantizations by name), largest first."""
+    count: dict[torch.dtype | str, int] = {}
+    for tensor in tensors.values():
+        count[tensor.kind] = count.get(tensor.kind, 0) + tensor.nbytes
+    return dict(sorted(count.items(), key=lambda item: -item[1]))
 
 
 def open_checkpoint(
@@ -235,13 +241,24 @@ def _open_sat(folder: Path, weights: Path) -> dict[str, Part]:
 
 def _open_file(file: Path) -> dict[str, Part]:
     """The parts that a single file holds, with configs from its shapes."""
-    stored = read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
+    stored = read_any_header(file)
     parts: dict[str, Part] = {}
     for found in find_parts(stored, file):
         if found.kind not in parts:
             tensors, scales = split_scales(found.tensors)
             parts[found.kind] = Part(found.kind, file, _file_layout(found), infer_config(found.kind, tensors, file), tensors, scales)
     return parts
+
+
+def read_any_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors, GGUF or torch file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if file.suffix == ".gguf":
+        return read_gguf_header(file)
+    return read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
 
 
 def _file_layout(found: FoundPart) -> str:

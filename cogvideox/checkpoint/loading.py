@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..precision.fp8 import FP8_DTYPES, Fp8Linear, as_rows
+from ..precision.packed import PackedLinear, PackedWeight
 from ..precision.policy import Precision
-from ..precision.range_safe import ScaledWeight, make_range_safe
+from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
 from .headers import StoredTensor, fill
 from .layout import PARTS, Part
 
@@ -44,26 +44,34 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
     if precision.range_safe:
         make_range_safe(module)
     else:
-        _keep_fp8(module, part)
+        _keep_packed(module, part)
     total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
     with _open_files() as open_file:
         for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
             owners = _owners(module, names[id(slots[name])])
-            # Layers that keep a weight in a form of their own take it as it is stored.
-            takes = owners[0][1] == "weight" and isinstance(owners[0][0], ScaledWeight | Fp8Linear)
+            owner, is_weight = owners[0][0], owners[0][1] == "weight"
+            # What is packed is read as it is; so is what range-safe layers scale for themselves.
+            as_stored = stored.is_packed or not stored.dtype.is_floating_point or (is_weight and isinstance(owner, ScaledWeight))
             kept = any(word in name.split(".") for word in keep)
-            wanted = stored.dtype if takes or not stored.dtype.is_floating_point else torch.float32 if kept else precision.activations
-            target = torch.empty(stored.shape, dtype=wanted, device="cpu" if takes else device)
+            wanted = stored.dtype if as_stored else torch.float32 if kept else precision.activations
+            target = torch.empty(stored.raw_shape, dtype=wanted, device="cpu" if as_stored else device)
             for count in _read_into(open_file(stored.file), stored, target):
                 done += count
                 if on_progress is not None:
                     on_progress(done, total)
-            if takes:
-                scale = {"scale": _read(part.scales[name])} if name in part.scales else {}
-                owners[0][0].load_weight(target, device, **scale)
+            if stored.is_packed:
+                scale = _read(part.scales[name]) if name in part.scales else None
+                packed = PackedWeight(target.to(device), scale, stored.quantization)
+                if is_weight and isinstance(owner, PackedLinear):
+                    owner.packed = packed
+                    continue
+                if is_weight and isinstance(owner, RangeSafeLinear):
+                    owner.load_packed(packed)
+                    continue
+                target = packed.scaled(precision.activations).reshape(stored.shape)
+            if is_weight and isinstance(owner, ScaledWeight):
+                owner.load_weight(target, device)
                 continue
-            if name in part.scales:
-                target.copy_(target.float() * as_rows(_read(part.scales[name]).to(device)))
             parameter = nn.Parameter(target, requires_grad=False)
             for owner, leaf in owners:
                 if leaf in owner._parameters:
@@ -154,13 +162,13 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _keep_fp8(module: nn.Module, part: Part) -> None:
-    """Put a Linear that keeps its weight in fp8 in the place of each whose weight is stored so."""
+def _keep_packed(module: nn.Module, part: Part) -> None:
+    """Put a Linear that keeps its weight packed in the place of each whose weight is stored so."""
     for name, stored in part.tensors.items():
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and stored.dtype in FP8_DTYPES and isinstance(module.get_submodule(path), nn.Linear):
+        if leaf == "weight" and stored.is_packed and isinstance(module.get_submodule(path), nn.Linear):
             parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, Fp8Linear(module.get_submodule(path)))
+            setattr(module.get_submodule(parent), child, PackedLinear(module.get_submodule(path)))
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ _BROKEN_HALF_CONVOLUTIONS = ("GTX 16", "T500", "T550", "T600", "T1000", "T1200",
 _OLD_ROCM = ("gfx8", "gfx900", "gfx906", "gfx10")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``bf16``."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """``torch.bfloat16`` -> ``bf16``; what is a name already (``GGUF Q4_K``) stays."""
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 

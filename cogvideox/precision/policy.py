@@ -9,8 +9,8 @@ import torch
 from ..checkpoint.layout import PARTS, Checkpoint, Part
 from ..variants import Variant
 from .audit import WeightAudit, scan_weights
-from .fp8 import FP8_DTYPES
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
+from .packed import FP8_DTYPES
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
 #: The loader's choices. ``auto`` is the trained dtype where the device has it natively, else the next best that gives the same picture.
@@ -59,7 +59,7 @@ class PartPlan:
     """
 
     kind: str
-    stored: Mapping[torch.dtype, int]
+    stored: Mapping[torch.dtype | str, int]
     trained: torch.dtype
     run: Precision
     origin: str = ""
@@ -74,7 +74,8 @@ class PartPlan:
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({_size(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
-        kept = ", weights kept in fp8" if any(dtype in FP8_DTYPES for dtype in self.stored) else ""
+        packed = next((dtype_name(dtype).split(" (")[0] for dtype in self.stored if isinstance(dtype, str) or dtype in FP8_DTYPES), "")
+        kept = f", weights kept in {packed}" if packed else ""
         label = f"{self.verdict}, fixed" if self.changed else self.verdict
         lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{kept}{origin}"]
         if self.changed:
@@ -276,9 +277,13 @@ def _asked_findings(
     return run, findings
 
 
-def _stored_findings(kind: str, stored: Mapping[torch.dtype, int], trained: torch.dtype) -> list[Finding]:
+def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained: torch.dtype) -> list[Finding]:
     """What an earlier cast of the file has already cost."""
     name = PARTS[kind][0]
+    quantized = ", ".join(dtype for dtype in stored if isinstance(dtype, str))
+    if quantized:
+        reason = f"The file is a quantized copy ({quantized}): the rest of its weights' precision is lost, whatever they run in."
+        return [Finding(name, WARNING, reason, "For full quality download the original weights.")]
     if any(dtype in FP8_DTYPES for dtype in stored):
         bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in FP8_DTYPES)
         return [

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fp8 import FP8_DTYPES, as_rows
+from .packed import PackedWeight
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
 _TOKEN_EXPONENT = 6
@@ -71,6 +71,7 @@ class RangeSafeLinear(ScaledWeight):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_buffer("column_scale", None, persistent=False)
+        self.packed: PackedWeight | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> "RangeSafeLinear":
@@ -82,27 +83,27 @@ class RangeSafeLinear(ScaledWeight):
                 safe.bias.data.copy_(linear.bias.data)
         return safe
 
-    def load_weight(self, weight: torch.Tensor, device: torch.device, scale: torch.Tensor | None = None) -> None:
-        """Take a finite weight; one in fp8 stays in fp8, its rows scaled when they are widened to fp16, and may have a ``scale`` of its own."""
+    def load_weight(self, weight: torch.Tensor, device: torch.device) -> None:
         norms, largest = _row_norms_and_column_maxima(weight, None, device)
-        if weight.dtype in FP8_DTYPES:
-            # fp8's magnitudes, at most 17 binades wide and with at most 4 bits, lose nothing to a power of two on their way into fp16.
-            exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
-            self.scaled_weight, self.widening = nn.Parameter(weight.to(device), requires_grad=False), 2.0**-exponent
-            self.row_scale = 2.0**exponent * (torch.ones(1, device=device) if scale is None else as_rows(scale).flatten().to(device))
-            return
         self.column_scale = _column_scale(largest)
         if self.column_scale is not None:
             norms, _ = _row_norms_and_column_maxima(weight, self.column_scale, device)
         self.scaled_weight, self.row_scale = _scale_rows(weight, self.column_scale, norms, device)
 
+    def load_packed(self, packed: PackedWeight) -> None:
+        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened."""
+        # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to nothing by that in fp16.
+        norms, _ = _row_norms_and_column_maxima(packed.widen(torch.float32), None, packed.data.device)
+        exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
+        self.packed, self.scaled_weight, self.widening = packed, None, 2.0**-exponent
+        scale = 1.0 if packed.scale is None else packed.scale.flatten()
+        self.row_scale = 2.0**exponent * scale * torch.ones(1, device=packed.data.device)
+
     def forward(self, x: torch.Tensor, token_scale: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale`` ``[..., 1]`` too."""
         if token_scale is None:
             x, token_scale = scale_tokens(x if self.column_scale is None else x * self.column_scale)
-        weight = self.scaled_weight
-        if weight.dtype != torch.float16:
-            weight = weight.half().mul_(self.widening)
+        weight = self.scaled_weight if self.packed is None else self.packed.widen(torch.float32).mul_(self.widening).half()
         y = F.linear(x, weight)
         if self.row_scale.numel() == 1:
             token_scale = token_scale * self.row_scale
