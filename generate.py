@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cogvideox.choices import DTYPES, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -14,6 +15,8 @@ EXAMPLE = """examples:
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
   python generate.py --check my_workflow.json --json
+  python generate.py --download t2v models
+  python generate.py --convert CogVideoX1.5-5B-SAT models/CogVideoX1.5-5B --dtype bf16
 
 A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
 and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
@@ -40,29 +43,29 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50, as the model card)")
     how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
     how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
-    how.add_argument("--scheduler", choices=["ddim", "dpm"], default="ddim", help="default: ddim")
+    how.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="default: ddim")
     how.add_argument(
         "--dtype",
-        choices=["auto", "bf16", "fp16", "fp32"],
+        choices=DTYPES,
         default="auto",
         help="auto: what the weights were trained in where the device has it, else the fastest that gives the same picture (default)",
     )
     how.add_argument(
         "--on-mismatch",
-        choices=["fix", "warn", "stop"],
+        choices=ON_MISMATCH,
         default="fix",
         help="if the dtype does not suit the weights or the device: run so that the picture is right, run as chosen, or stop (default: fix)",
     )
     how.add_argument(
         "--on-nan",
-        choices=["heal", "stop"],
+        choices=ON_NAN,
         default="heal",
         help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
     )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
         "--on-black",
-        choices=["stop", "warn", "pass"],
+        choices=ON_BLACK,
         default="stop",
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
@@ -77,23 +80,38 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--scan", action="store_true", help="read every weight too: NaN, Inf, and what an fp16 copy would lose")
     check.add_argument("--fix", action="store_true", help="write the remedy into a SAT inference.yaml, keeping a .bak")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
+    files = parser.add_argument_group("get and convert checkpoints")
+    files.add_argument(
+        "--download",
+        nargs="+",
+        metavar=("t2v|i2v", "DIR"),
+        help="download CogVideoX1.5-5B (t2v) or its image-to-video model (i2v), 31 GB, into DIR (default: models); goes on where it stopped",
+    )
+    files.add_argument(
+        "--convert",
+        nargs=2,
+        type=Path,
+        metavar=("SRC", "DST"),
+        help="write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one DST.safetensors; with --dtype, cast",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if options.check is None:
+    work = next((work for name, work in _WORK.items() if getattr(options, name) is not None), generate)
+    if work is generate:
         for name in ("prompt", "model"):
             if getattr(options, name) is None:
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-        for name in ("scan", "fix", "json"):
-            if getattr(options, name):
-                parser.error(f"--{name} goes with --check PATH")
+    for name in ("scan", "fix", "json"):
+        if getattr(options, name) and work is not check:
+            parser.error(f"--{name} goes with --check PATH")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         require_dependencies()
-        return generate(options) if options.check is None else check(options)
+        return work(options)
     except (ValueError, RuntimeError, DependencyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -179,6 +197,32 @@ def check(options: argparse.Namespace) -> int:
     if backup is not None and not options.json:
         print(f"written; the file as it was is {backup}")
     return MISMATCH_STATUS if report.verdict == MISMATCH else 0
+
+
+def download(options: argparse.Namespace) -> int:
+    """Download a checkpoint; prints where it is."""
+    from cogvideox.checkpoint.download import download_checkpoint
+
+    which, *folder = options.download
+    if len(folder) > 1:
+        raise ValueError(f"--download takes what to download and at most one folder, but {len(folder)} were given. Quote a folder with spaces.")
+    print(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=_bar('downloading', 'B'))}")
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Convert a checkpoint; prints what was written and what a cast lost."""
+    from cogvideox.checkpoint.convert import convert_checkpoint
+    from cogvideox.checkpoint.layout import open_checkpoint
+    from cogvideox.precision.policy import CHOICES
+
+    source, destination = options.convert
+    checkpoint = open_checkpoint(source, options.text_encoder, options.vae, options.tokenizer)
+    print(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=_bar("converting", "B")).text)
+    return 0
+
+
+_WORK = {"check": check, "download": download, "convert": convert}
 
 
 def _bar(label: str, unit: str) -> Callable[..., None]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .choices import ON_BLACK
+
 logger = logging.getLogger(__name__)
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -143,7 +145,7 @@ def enforce(report: BlackFrameReport, action: str) -> None:
         BlackVideoError: if ``action`` is ``stop`` and the verdict is ``black``.
         ValueError: for an unknown action.
     """
-    if action not in ("stop", "warn", "pass"):
+    if action not in ON_BLACK:
         raise ValueError(f"The action is {action!r}, which is not known here. Choose stop, warn or pass.")
     if action == "stop" and report.verdict == "black":
         raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.text}\n{report.advice}")

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from .choices import SCHEDULERS
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .precision.policy import Precision
@@ -20,9 +21,6 @@ from .precision.sentinel import Sentinel, check_finite
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION
 
 logger = logging.getLogger(__name__)
-
-#: widget value -> diffusers class
-SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 
 #: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the device).
 StepCallback = Callable[[int, int, torch.Tensor], None]

@@ -1,6 +1,6 @@
 """CogVideoX-1.5 Black Frame Check: no black video is saved unseen."""
 
-from ..cogvideox.black_frames import check_black_frames, enforce
+from ..cogvideox.choices import ON_BLACK
 from . import host
 from .base import Node
 
@@ -28,7 +28,7 @@ class BlackFrameCheck(Node):
             "required": {
                 "images": ("IMAGE", {"tooltip": "The frames to check, from any node."}),
                 "action": (
-                    ["stop", "warn", "pass"],
+                    list(ON_BLACK),
                     {
                         "tooltip": "What to do when the video is black. stop: an error that says why, and nothing is saved. "
                         "warn: log it and go on. pass: only report."
@@ -64,6 +64,8 @@ class BlackFrameCheck(Node):
         }
 
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):
+        from ..cogvideox.black_frames import check_black_frames, enforce
+
         report = check_black_frames(images, pixel_black_threshold, picture_black_ratio, video_black_ratio, on_frame=host.progress())
         enforce(report, action)
         return images, report.verdict == "black", len(report.black_frames), report.text

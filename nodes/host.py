@@ -6,12 +6,13 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..cogvideox.checkpoint.catalogue import Entry, find_entry, list_checkpoints, list_parts
-from ..cogvideox.precision.hardware import Hardware
-from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
+if TYPE_CHECKING:
+    from ..cogvideox.checkpoint.catalogue import Entry
+    from ..cogvideox.precision.hardware import Hardware
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
@@ -29,13 +30,17 @@ if IN_COMFYUI:
     folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
 
 
-def checkpoints() -> list[Entry]:
+def checkpoints() -> "list[Entry]":
     """The CogVideoX checkpoints in ComfyUI's model folders: folders of diffusers and SAT, and single files."""
+    from ..cogvideox.checkpoint.catalogue import list_checkpoints
+
     return list_checkpoints(_roots(*_FOLDERS), _roots("CogVideo", "diffusion_models"))
 
 
-def parts(kind: str) -> list[Entry]:
+def parts(kind: str) -> "list[Entry]":
     """The files of text encoders or VAEs that CogVideoX can use, the largest (least cut down) first."""
+    from ..cogvideox.checkpoint.catalogue import list_parts
+
     return sorted(list_parts(kind, _roots(_PART_FOLDERS[kind])), key=lambda entry: -entry.path.stat().st_size)
 
 
@@ -45,6 +50,8 @@ def checkpoint_path(choice: str) -> Path:
     Raises:
         ValueError: if ComfyUI's model folders hold no such checkpoint.
     """
+    from ..cogvideox.checkpoint.catalogue import find_entry
+
     if not IN_COMFYUI:
         return Path(choice)
     found = checkpoints()
@@ -69,6 +76,8 @@ def part_path(kind: str, choice: str) -> Path:
     Raises:
         ValueError: if ComfyUI's model folders hold no such file.
     """
+    from ..cogvideox.checkpoint.catalogue import find_entry
+
     if not IN_COMFYUI:
         return Path(choice)
     entry = find_entry(parts(kind), choice)
@@ -79,6 +88,11 @@ def part_path(kind: str, choice: str) -> Path:
             f"There is no {kind.replace('_', ' ')} for CogVideoX called {choice!r} in {places} (there: {there}). Choose another, or auto."
         )
     return entry.path
+
+
+def download_folder() -> Path:
+    """Where downloaded checkpoints go: the first of ComfyUI's CogVideo folders, or ``models`` here."""
+    return _roots("CogVideo")[0] if IN_COMFYUI else Path("models")
 
 
 def tokenizer_folder() -> Path | None:
@@ -95,8 +109,10 @@ def _roots(*names: str) -> list[Path]:
     return list(dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name)))
 
 
-def hardware() -> Hardware:
+def hardware() -> "Hardware":
     """The device ComfyUI runs models on and the dtypes it was started with, or torch's default."""
+    from ..cogvideox.precision.hardware import Hardware
+
     return Hardware.detect(comfy.model_management.get_torch_device(), forced_dtypes(comfy.cli_args.args)) if IN_COMFYUI else Hardware.detect()
 
 
@@ -113,7 +129,7 @@ def forced_dtypes(arguments) -> dict[str, tuple[torch.dtype, str]]:
     return forced
 
 
-def encode_with_clip(clip, prompt: str, length: int = DEFAULT_TEXT_TOKENS) -> torch.Tensor:
+def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
     """The embeddings that ComfyUI's own T5 gives, as CogVideoX was trained with them: ``length`` tokens, padding included, no mask.
 
     The T5 inside a CLIP is asked directly: what the CLIP's type (cogvideox, sd3, mochi, …) does around it, such as other lengths, masks or

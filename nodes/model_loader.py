@@ -2,10 +2,7 @@
 
 import logging
 
-from ..cogvideox.checkpoint.layout import PARTS, open_checkpoint
-from ..cogvideox.handles import make_handles
-from ..cogvideox.precision.policy import CHOICES, ON_MISMATCH, scan_parts
-from ..cogvideox.precision.verdict import OK
+from ..cogvideox.choices import DTYPES, ON_MISMATCH
 from . import host
 from .base import Node
 
@@ -44,7 +41,7 @@ class ModelLoader(Node):
                     },
                 ),
                 "dtype": (
-                    list(CHOICES),
+                    list(DTYPES),
                     {
                         "default": "auto",
                         "tooltip": "The dtype to run in. auto: the one the weights were trained in where your card has it, else the fastest that "
@@ -103,6 +100,10 @@ class ModelLoader(Node):
             return str(error)
 
     def execute(self, model, dtype="auto", on_mismatch="fix", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
+        from ..cogvideox.handles import make_handles
+        from ..cogvideox.precision.policy import scan_parts
+        from ..cogvideox.precision.verdict import OK
+
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
@@ -119,6 +120,8 @@ def _chosen_parts(text_encoder_name, vae_name):
 
 def _open(model, text_encoder_name, vae_name):
     """The checkpoint with the parts chosen, or found where it has none, and what to say about that."""
+    from ..cogvideox.checkpoint.layout import PARTS, open_checkpoint
+
     path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
     checkpoint = open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen)
     for kind in ("text_encoder", "vae"):

@@ -2,8 +2,7 @@
 
 import logging
 
-from ..cogvideox.precision.sentinel import ON_NAN
-from ..cogvideox.sampling import SCHEDULERS, sample
+from ..cogvideox.choices import ON_NAN, SCHEDULERS
 from . import host
 from .base import Node
 
@@ -94,6 +93,8 @@ class Sampler(Node):
         }
 
     def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
+        from ..cogvideox.sampling import sample
+
         if latent_image.get("noise_mask") is not None:
             logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
         host.make_room(model.weights.nbytes, model.weights.device)

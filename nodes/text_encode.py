@@ -2,9 +2,6 @@
 
 import logging
 
-from ..cogvideox.handles import TextEncoder
-from ..cogvideox.precision.sentinel import check_finite
-from ..cogvideox.text import encode_prompt
 from . import host
 from .base import Node
 
@@ -42,8 +39,13 @@ class TextEncode(Node):
         }
 
     def execute(self, text_encoder, prompt):
+        from ..cogvideox.handles import TextEncoder
+        from ..cogvideox.precision.sentinel import check_finite
+        from ..cogvideox.text import encode_prompt
+        from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
+
         if not isinstance(text_encoder, TextEncoder):
-            embeddings = host.encode_with_clip(text_encoder, prompt)
+            embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
             check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")
             return ([[embeddings, {}]],)
         host.make_room(text_encoder.weights.nbytes, text_encoder.weights.device)

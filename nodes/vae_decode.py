@@ -1,6 +1,5 @@
 """CogVideoX-1.5 VAE Decode: latents to frames."""
 
-from ..cogvideox.vae import decode
 from . import host
 from .base import Node
 
@@ -23,5 +22,7 @@ class VAEDecode(Node):
         }
 
     def execute(self, samples, vae):
+        from ..cogvideox.vae import decode
+
         host.make_room(vae.weights.nbytes, vae.weights.device)
         return (decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show),)

@@ -148,6 +148,27 @@ class TestCheck:
         assert "--check PATH" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_downloaded_when_asked_for(tmp_path, capsys, monkeypatch):
+    import cogvideox.checkpoint.download as module
+
+    asked = []
+    monkeypatch.setattr(module, "download_checkpoint", lambda which, folder, on_progress: asked.append((which, str(folder))) or folder / "x")
+    assert run(capsys, "--download", "t2v", tmp_path)[0] == 0
+    assert run(capsys, "--download", "i2v")[1] == "complete: models/x\n"
+    assert asked == [("t2v", str(tmp_path)), ("i2v", "models")]
+    assert "at most one folder" in run(capsys, "--download", "t2v", "a", "b")[2]
+    monkeypatch.undo()
+    assert "'t3v'" in run(capsys, "--download", "t3v", tmp_path)[2]
+
+
+def test_a_checkpoint_is_converted(tiny, tmp_path, capsys):
+    code, said, _ = run(capsys, "--convert", tiny, tmp_path / "x.safetensors", "--dtype", "fp32")
+    assert code == 0
+    assert "x.safetensors" in said
+    assert run(capsys, "--check", tmp_path / "x.safetensors", "--dtype", "fp32")[0] == 0
+    assert "There is no" in run(capsys, "--convert", tmp_path / "nowhere", tmp_path / "y")[2]
+
+
 def test_a_mismatch_can_stop_the_run_before_it_starts(tiny, capsys):
     code, _, error = run(capsys, "--prompt", "x", "--model", tiny, "--dtype", "fp16", "--on-mismatch", "stop")
     assert code == 1

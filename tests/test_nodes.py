@@ -51,7 +51,13 @@ CONTRACT = {
         {"images": "IMAGE", "is_black": "BOOLEAN", "black_frame_count": "INT", "report": "STRING"},
     ),
 }
+CONTRACT["CogVideoX15Downloader"] = (
+    "CogVideoX-1.5 Downloader",
+    {"checkpoint": "COMBO", "download": "BOOLEAN"},
+    {"model_name": "STRING", "report": "STRING"},
+)
 DEFAULTS = {
+    "CogVideoX15Downloader": {"download": False},
     "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
     "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
     "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"},

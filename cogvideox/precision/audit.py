@@ -8,8 +8,9 @@ with one integer. Those integers are found by asking torch's own cast, not writt
 
 from __future__ import annotations
 
+import math
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,7 @@ TARGETS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 #: Bytes read at a time. Small enough that a block is still in the processor's cache when it is looked at, large enough that a
 #: worker seldom has to wait for the interpreter while another holds it.
-_BLOCK = 1 << 21
+_BLOCK = 1 << 22
 #: Values of a block looked at alone where something rare was seen in them. At most torch's grain (32768): more would start its own threads.
 _TILE = 1 << 15
 _STARTS = np.arange(0, _BLOCK, _TILE)
@@ -56,7 +57,7 @@ class WeightAudit:
         subnormal: weights that are subnormal in fp16: not zero but below 2^-14, with fewer than its 11 bits of precision left.
         overflowed, vanished: finite weights that the cast to ``target`` turns to Inf, and weights that it turns to zero.
         rounding: the largest relative error ``|cast(w) - w| / |w|`` of the cast to ``target`` among the weights that it keeps finite
-            and not zero (the others are counted above); 0.0 if it is exact. Never below the true value and at most 0.2 % above it.
+            and not zero (the others are counted above); 0.0 if it is exact. To within 0.2 %, rounded up.
         worst: (tensor, what is wrong with it) of the first few tensors with NaN or Inf, then of those beyond fp16.
     """
 
@@ -85,7 +86,8 @@ class WeightAudit:
         sound = "no NaN, no Inf."
         if self.damaged:
             sound = f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the weights again. In: {named}."
-        lines = [f"{self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
+        label = "mismatch" if self.damaged else "ok"
+        lines = [f"[{label}] {self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
         fp16 = [
             f"{what} {_number(count)} ({_percent(count / max(self.values, 1))})"
             for what, count in (("overflow at", self.beyond_fp16), ("flush to zero", self.flushed), ("keep only as subnormals", self.subnormal))
@@ -98,7 +100,7 @@ class WeightAudit:
         cast += [f"turns {_number(self.overflowed)} to Inf"] if self.overflowed else []
         cast += [f"turns {_number(self.vanished)} to zero"] if self.vanished else []
         lines.append(f"The cast to {TARGETS[self.target]} {_listed(cast) if cast else 'is exact'}.")
-        return "\n".join(lines)
+        return "\n    ".join(lines)
 
     def as_dict(self) -> dict:
         """For JSON: plain numbers and strings, all finite."""
@@ -114,7 +116,7 @@ def scan_weights(
 ) -> WeightAudit:
     """Read every floating-point weight once and count what it would lose. Integers and booleans are passed over.
 
-    Memory is constant: some 6 MB for each of at most four threads, as many as torch uses here.
+    Memory is constant: 8 MB for each of at most four threads (as many as torch uses here), and a little more where something rare is found.
 
     Args:
         tensors: every tensor by name, as ``Part.tensors`` has it.
@@ -148,6 +150,23 @@ def scan_weights(
     return _audit(name, target, tallies, [tensor for run in runs for tensor in run.names])
 
 
+def _number(count: int) -> str:
+    """12345 -> ``12,345``, 1234567 -> ``1.23 M``."""
+    if count < 1_000_000:
+        return f"{count:,}"
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _percent(share: float) -> str:
+    """Two digits, and never an exponent: ``0.39 %``, ``98 %``."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %" if percent >= 1e-4 else "under 0.0001 %"
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 @dataclass
 class _Run:
     """Tensors of one dtype that lie one after the other in a file: read as one, however small they are."""
@@ -160,15 +179,20 @@ class _Run:
 
 
 def _runs(tensors: Mapping[str, StoredTensor]) -> list[_Run]:
+    places = [
+        (stored.file, offset, nbytes, stored.dtype, name)
+        for name, stored in tensors.items()
+        if stored.dtype.is_floating_point
+        for offset, nbytes in stored.ranges
+        if nbytes
+    ]
     runs: list[_Run] = []
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-        if not stored.dtype.is_floating_point or not stored.nbytes:
-            continue
-        if not runs or (runs[-1].file, runs[-1].dtype, runs[-1].end) != (stored.file, stored.dtype, stored.offset):
-            runs.append(_Run(stored.file, stored.dtype, [], [], stored.offset))
-        runs[-1].starts.append(stored.offset)
+    for file, offset, nbytes, dtype, name in sorted(places, key=lambda place: place[:2]):
+        if not runs or (runs[-1].file, runs[-1].dtype, runs[-1].end) != (file, dtype, offset):
+            runs.append(_Run(file, dtype, [], [], offset))
+        runs[-1].starts.append(offset)
         runs[-1].names.append(name)
-        runs[-1].end = stored.offset + stored.nbytes
+        runs[-1].end = offset + nbytes
     return runs
 
 
@@ -195,7 +219,7 @@ class _Reader:
     def __init__(self, runs: list[_Run]):
         self._blocks = (_Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK))
         self._lock = threading.Lock()
-        self._file = self._path = None
+        self._file = self._run = None
         self._stopped = False
 
     def fill(self, buffer: memoryview) -> _Block | None:
@@ -204,18 +228,13 @@ class _Reader:
             block = None if self._stopped else next(self._blocks, None)
             if block is None:
                 return None
-            if self._path != block.run.file:
-                self._close()
-                self._file, self._path = block.run.file.open("rb", buffering=0), block.run.file
-            if self._file.tell() != block.offset:
-                self._file.seek(block.offset)
+            if self._run is not block.run:
+                self._begin(block.run)
             done = 0
             while done < block.nbytes:
                 count = self._file.readinto(buffer[done : block.nbytes])
                 if not count:
-                    raise ValueError(
-                        f"{block.run.file} ended while its weights were read: it is truncated or being written. Download it again."
-                    )
+                    raise ValueError(f"{block.run.file} ended while its weights were read: it is truncated or being written. Download it again.")
                 done += count
             return block
 
@@ -226,10 +245,17 @@ class _Reader:
         with self._lock:
             self._close()
 
+    def _begin(self, run: _Run) -> None:
+        if self._run is None or self._run.file != run.file:
+            self._close()
+            self._file = run.file.open("rb", buffering=0)
+        self._file.seek(run.starts[0])
+        self._run = run
+
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._file = self._path = None
+        self._file = self._run = None
 
 
 class _Progress:
@@ -268,6 +294,13 @@ class _Tally:
     #: tensor -> its NaN, Inf and values beyond fp16
     extremes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
+    def meet(self, error: float, possible: float) -> None:
+        """Take in an error. Once it is close to the largest ``possible``, that is taken instead, and nothing is left to search for.
+
+        So the result does not depend on which worker met which block first.
+        """
+        self.rounding = max(self.rounding, possible if error >= _CLOSE * possible else error)
+
 
 def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[str]) -> WeightAudit:
     extremes: dict[str, tuple[int, ...]] = {}
@@ -280,56 +313,59 @@ def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[st
     kinds = ("NaN", "Inf", "beyond 65504")
     worst = tuple((tensor, ", ".join(f"{n:,} {kind}" for n, kind in zip(extremes[tensor], kinds, strict=True) if n)) for tensor in first)
     summed = {what: sum(getattr(tally, what) for tally in tallies) for what in ("values", "flushed", "subnormal", "overflowed", "vanished")}
-    return WeightAudit(
-        name, target, nan=nan, inf=inf, beyond_fp16=beyond, rounding=max(tally.rounding for tally in tallies), worst=worst, **summed
-    )
+    return WeightAudit(name, target, nan=nan, inf=inf, beyond_fp16=beyond, rounding=max(tally.rounding for tally in tallies), worst=worst, **summed)
 
 
 def _work(reader: _Reader, target: torch.dtype, tally: _Tally, on_block: Callable[[int], None]) -> None:
     """Scan blocks until there are no more. Every array is made once: fresh memory costs more than all that is done in it."""
-    raw, doubled, mask = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.bool_)
+    # torch's memory begins at a multiple of 64 bytes and numpy's at one of 16: reading into the latter takes twice as long.
+    buffer, mask = (torch.empty(_BLOCK, dtype=dtype, device="cpu").numpy() for dtype in (torch.uint8, torch.bool))
+    view = memoryview(buffer)
     try:
-        while (block := reader.fill(memoryview(raw))) is not None:
-            unsigned = _UNSIGNED[block.run.dtype.itemsize]
-            words, out = raw[: block.nbytes].view(unsigned), doubled[: block.nbytes].view(unsigned)
+        while (block := reader.fill(view)) is not None:
+            patterns = buffer[: block.nbytes].view(_UNSIGNED[block.run.dtype.itemsize])
             # Doubling drops the sign and keeps the order.
-            np.add(words, words, out=out)
-            _look(block, out, mask[: out.size], words, _ruler(block.run.dtype, target), tally)
+            np.add(patterns, patterns, out=patterns)
+            _look(block, patterns, mask, _ruler(block.run.dtype, target), tally)
             on_block(block.nbytes)
     finally:
         # However this one ended: where it failed, the others need not go on.
         reader.stop()
 
 
-def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
-    """Add a block to ``tally``. What nearly every block needs runs over all of it; the rest only over the tiles that need it.
+def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Add a block to ``tally``: a few passes over all of it, and more only over the tiles that hold something rare.
 
     Args:
         doubled: the block's bit patterns, doubled.
-        mask, spare: memory to work in, as long as ``doubled``.
+        mask: memory to work in, at least as long as ``doubled``.
     """
     tally.values += doubled.size
     starts = _STARTS[: -(-doubled.size // _TILE)]
     # Patterns of 2.0 and above have their top bit set and so are negative here: one pass tells that there are none of them, hence
     # neither NaN nor Inf nor anything large, and finds the smallest magnitudes.
     lows = np.minimum.reduceat(doubled.view(_SIGNED[doubled.itemsize]), starts)
-    if lows.min() < 0:
+    low = np.minimum.reduce(lows)
+    if low < 0:
         lows = np.minimum.reduceat(doubled, starts)
-        if doubled.max() >= ruler.beyond_fp16:
+        low = np.minimum.reduce(lows)
+        if np.maximum.reduce(doubled) >= ruler.beyond_fp16:
             _count_extremes(block, doubled, mask, ruler, tally)
-    lows = lows.view(doubled.dtype)
-    if lows.min() < ruler.normal_fp16:
+    if low < ruler.normal_fp16:
         tally.subnormal += _count(np.less, doubled, ruler.normal_fp16, mask)
-        for tile, low in _tiles(lows, ruler.kept_fp16):
-            _count_lost(doubled[tile], low, mask[: _TILE], ruler, tally)
-    if not ruler.exact:
-        _round(doubled, lows, mask, spare, ruler, tally)
-
-
-def _tiles(lows: np.ndarray, below: np.unsignedinteger) -> Iterator[tuple[slice, np.unsignedinteger]]:
-    """The tiles whose smallest value lies below a bound, and that value."""
-    for index in np.flatnonzero(lows < below):
-        yield slice(index * _TILE, (index + 1) * _TILE), lows[index]
+    if tally.rounding < ruler.normal_error:
+        _round_normal(doubled, ruler, tally)
+    bound = ruler.kept_fp16
+    if tally.rounding < ruler.subnormal_error:
+        bound = max(bound, _could_exceed(ruler, tally.rounding))
+    if low >= bound:
+        return
+    small = np.flatnonzero(lows < bound)
+    if small.size > lows.size // 4:
+        _look_small(doubled, low == 0, bound, mask, ruler, tally)
+    else:
+        for tile in small:
+            _look_small(doubled[tile * _TILE : (tile + 1) * _TILE], lows[tile] == 0, bound, mask, ruler, tally)
 
 
 def _count(compare: np.ufunc, doubled: np.ndarray, bound: np.unsignedinteger, mask: np.ndarray) -> int:
@@ -349,54 +385,68 @@ def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler:
         tally.extremes[name] = (before[0] + nan, before[1] + nonfinite - nan, before[2] + beyond - nonfinite)
 
 
-def _count_lost(values: np.ndarray, low: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
-    """Tell zeros and what fp16 flushes to zero from the subnormals they were counted with."""
-    zeros = values.size - int(np.count_nonzero(values)) if low == 0 else 0
-    lost = _count(np.less, values, ruler.kept_fp16, mask)
-    tally.subnormal -= lost
-    tally.flushed += lost - zeros
-    if ruler.kept == ruler.kept_fp16:
-        tally.vanished += lost - zeros
-    elif low < ruler.kept:
-        tally.vanished += _count(np.less, values, ruler.kept, mask) - zeros
-
-
-def _round(doubled: np.ndarray, lows: np.ndarray, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
-    """Raise ``tally.rounding`` to the largest error in a block; errors are worked out only where they could be larger than it."""
+def _round_normal(doubled: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Meet the errors of the values in the target's normal range, tile by tile until the largest possible is found: mostly at once."""
     # Bits that the cast drops: where they are zero in every value, as in fp32 files made from bf16, it is exact.
-    if tally.rounding < _CLOSE * ruler.normal_error and np.bitwise_or.reduce(doubled) & ruler.dropped:
-        for start in _STARTS[: lows.size]:
-            _raise_error(doubled[start : start + _TILE], ruler.normal, ruler.overflowed, mask, spare, ruler, tally)
-            if tally.rounding >= _CLOSE * ruler.normal_error:
-                break
-    # Below the target's normal range the error is at most half a step whatever the value, hence relatively larger the smaller it is.
-    if tally.rounding < _CLOSE * ruler.subnormal_error:
-        for tile, _ in _tiles(lows, ruler.could_exceed(tally.rounding)):
-            _raise_error(doubled[tile], ruler.kept, ruler.could_exceed(tally.rounding), mask, spare, ruler, tally)
-
-
-def _raise_error(
-    values: np.ndarray, low: np.unsignedinteger, high: np.unsignedinteger, mask: np.ndarray, spare: np.ndarray, ruler: _Ruler, tally: _Tally
-) -> None:
-    if low >= high:
+    if not np.bitwise_or.reduce(doubled) & ruler.dropped:
         return
-    # Unsigned, what lies below `low` wraps to the far end: one compare tests both bounds.
-    within = np.less(np.subtract(values, low, out=spare[: values.size]), high - low, out=mask[: values.size])
-    if within.any():
-        tally.rounding = max(tally.rounding, ruler.error(values[within]))
+    for start in range(0, doubled.size, _TILE):
+        values = doubled[start : start + _TILE]
+        # Unsigned, what lies below the range wraps to the far end: one compare tests both bounds.
+        values = values[values - ruler.normal < ruler.overflowed - ruler.normal]
+        if values.size:
+            tally.meet(_error(values, ruler.stored, ruler.target), ruler.normal_error)
+        if tally.rounding >= ruler.normal_error:
+            return
 
 
-@dataclass(frozen=True)
+def _look_small(doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+    """Tell apart what lies below ``bound``: zeros, what fp16 and the target flush to zero, what the target rounds coarsely.
+
+    The last look at ``doubled``: it is overwritten if there are ``zeros_too``.
+    """
+    zeros = 0
+    if zeros_too:
+        # One less, zero wraps to the far end. So however many zeros there are, they are not picked out.
+        zeros = doubled.size - int(np.count_nonzero(doubled))
+        np.subtract(doubled, 1, out=doubled)
+    shift = type(bound)(zeros_too)
+    small = doubled[np.less(doubled, bound - shift, out=mask[: doubled.size])] + shift
+    small.sort()
+    flushed, vanished = int(small.searchsorted(ruler.kept_fp16)), int(small.searchsorted(ruler.kept))
+    tally.subnormal -= zeros + flushed
+    tally.flushed += flushed
+    tally.vanished += vanished
+    rest = small[vanished:]
+    while tally.rounding < ruler.subnormal_error:
+        # The smallest have the largest errors: after the first of them, little is left that could exceed those.
+        rest = rest[: rest.searchsorted(_could_exceed(ruler, tally.rounding))]
+        if not rest.size:
+            break
+        tally.meet(_error(rest[:_TILE], ruler.stored, ruler.target), ruler.subnormal_error)
+        rest = rest[_TILE:]
+
+
+def _error(doubled: np.ndarray, stored: torch.dtype, target: torch.dtype) -> float:
+    weights = _values(doubled >> 1, stored)
+    exact = weights.double()
+    return ((weights.to(target).double() - exact).abs_() / exact).max().item()
+
+
+def _values(patterns: np.ndarray, stored: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(patterns.view(_SIGNED[patterns.itemsize])).view(stored)
+
+
+@dataclass(frozen=True, eq=False)
 class _Ruler:
-    """A pair of dtypes as bounds on doubled bit patterns: each is the first that is no longer what came before it.
-
-    From zero upwards: ``kept_fp16`` (no longer zero in fp16), ``normal_fp16``, ``beyond_fp16`` (above 65504), ``nonfinite``, ``nan``;
-    for the target ``kept``, ``normal``, ``overflowed``.
+    """A stored dtype and a target as bounds on doubled bit patterns. Each bound is the first pattern of its kind.
 
     Attributes:
-        exact: whether the target holds every finite value of the stored dtype.
+        kept_fp16, normal_fp16: no longer zero, no longer subnormal as fp16.
+        beyond_fp16, nonfinite, nan: above 65504, Inf or NaN, NaN.
+        kept, normal, overflowed: no longer zero, no longer subnormal, no longer finite in the target.
         dropped: the mantissa bits that the target has no room for.
-        normal_error, subnormal_error: the largest relative errors possible in the target's normal range, and below it.
+        normal_error, subnormal_error: the largest relative error that is possible among normal and among subnormal numbers of the target.
     """
 
     stored: torch.dtype
@@ -409,23 +459,55 @@ class _Ruler:
     kept: np.unsignedinteger
     normal: np.unsignedinteger
     overflowed: np.unsignedinteger
-    exact: bool
     dropped: np.unsignedinteger
     normal_error: float
     subnormal_error: float
 
-    def error(self, doubled: np.ndarray) -> float:
-        """The largest relative error of the cast among these patterns, which must not be empty."""
-        weights = _values(doubled // 2, self.stored)
-        exact = weights.double()
-        return ((weights.to(self.target).double() - exact).abs_() / exact).max().item()
 
-    def could_exceed(self, error: float) -> np.unsignedinteger:
-        """The bound below which values that are subnormal in the target can have a larger relative error than ``error``."""
-        if not error:
-            return self.normal
-        info = torch.finfo(self.target)
-        bound = torch.tensor([info.smallest_normal * info.eps / 2 / error], dtype=torch.float64).to(self.stored)
-        # One pattern more for the rounding of the bound itself.
-        pattern = int(bound.numpy().view(self.normal.dtype)[0]) if self.stored != torch.bfloat16 else int(bound.view(torch.int16).item())
-        return min(self.normal, self.normal.dtype.type(2 * (pattern + 2)))
+@lru_cache(maxsize=64)
+def _ruler(stored: torch.dtype, target: torch.dtype) -> _Ruler:
+    """Find the bounds by asking torch's cast, so that they hold for what is going to be done and not for what should be."""
+    unsigned = _UNSIGNED[stored.itemsize]
+
+    def first(is_past: Callable[[torch.Tensor], torch.Tensor]) -> np.unsignedinteger:
+        largest = 2 ** (8 * stored.itemsize - 1) - 1
+        found = bisect_left(range(largest), True, 0, largest, key=lambda p: bool(is_past(_values(np.array([p], unsigned), stored))))
+        return unsigned(2 * found)
+
+    half, own, other = torch.float16, torch.finfo(stored), torch.finfo(target)
+    # `~(a < b)` and not `a >= b`: NaN comes last, so it is past every bound.
+    kept = first(lambda w: w.to(target) != 0)
+    normal = first(lambda w: ~(w.double() < other.smallest_normal))
+    dropped = max(0, round(math.log2(other.eps / own.eps)))
+    return _Ruler(
+        stored,
+        target,
+        kept_fp16=first(lambda w: w.to(half) != 0),
+        normal_fp16=first(lambda w: ~(w.to(half) < torch.finfo(half).smallest_normal)),
+        beyond_fp16=first(lambda w: ~(w.double() <= torch.finfo(half).max)),
+        nonfinite=first(lambda w: ~w.double().isfinite()),
+        nan=first(lambda w: w.double().isnan()),
+        kept=kept,
+        normal=normal,
+        overflowed=first(lambda w: ~w.to(target).isfinite()),
+        dropped=unsigned((2**dropped - 1) * 2),
+        # The error is at most half a unit in the last place, and relatively largest just above a power of two: u / (1 + u). float64 is
+        # cast by way of float32 and can exceed that by 2^-24, which is lost in what _CLOSE allows.
+        normal_error=other.eps / (2 + other.eps) if dropped else 0.0,
+        # Subnormals: the first that is kept was nearly halfway to zero.
+        subnormal_error=_error(np.array([kept]), stored, target) if kept < normal else 0.0,
+    )
+
+
+@lru_cache(maxsize=64)
+def _could_exceed(ruler: _Ruler, error: float) -> np.unsignedinteger:
+    """The bound below which subnormal numbers of the target can have a larger relative error than ``error``.
+
+    They lie in equal steps, so the error is at most half a step whatever the value: relatively larger the smaller the value is.
+    """
+    if not error:
+        return ruler.normal
+    info, bits = torch.finfo(ruler.target), {2: torch.int16, 4: torch.int32, 8: torch.int64}[ruler.stored.itemsize]
+    bound = torch.tensor(info.smallest_normal * info.eps / 2 / error, dtype=torch.float64, device="cpu").to(ruler.stored)
+    # Two patterns more: the bound itself is rounded, and is to be excluded.
+    return min(ruler.normal, type(ruler.normal)(2 * (bound.view(bits).item() + 2)))

@@ -3,25 +3,22 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoint.layout import PARTS, Checkpoint, Part
+from ..choices import DTYPES, ON_MISMATCH
 from ..variants import Variant
-from .audit import WeightAudit, scan_weights
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
 from .packed import FP8_DTYPES
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
-#: The loader's choices. ``auto`` is the trained dtype where the device has it natively, else the next best that gives the same picture.
-CHOICES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
-#: What to do where the choice would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
-ON_MISMATCH = ("fix", "warn", "stop")
+if TYPE_CHECKING:
+    from .audit import WeightAudit
+
+#: The dtypes that can be chosen; None for ``auto``.
+CHOICES: dict[str, torch.dtype | None] = dict(zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class DtypePlan:
     choice: str
     parts: tuple[PartPlan, ...]
     absent: tuple[str, ...]
-    audits: tuple[WeightAudit, ...] = ()
+    audits: tuple["WeightAudit", ...] = ()
 
     def precision(self, kind: str) -> Precision:
         return next(part.run for part in self.parts if part.kind == kind)
@@ -182,12 +179,15 @@ def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[i
     Args:
         on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
     """
-    total = sum(sum(part.stored.values()) for part in checkpoint.parts.values())
+    from .audit import scan_weights
+
+    sizes = {kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point) for kind, part in checkpoint.parts.items()}
+    total = sum(sizes.values())
     audits, before = [], 0
     for kind, part in checkpoint.parts.items():
         report = None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
         audits.append(scan_weights(part.tensors, plan.precision(kind).dtype, PARTS[kind][0], report))
-        before += sum(part.stored.values())
+        before += sizes[kind]
     return replace(plan, audits=tuple(audits))
 
 

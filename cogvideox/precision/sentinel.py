@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import PARTS
+from ..choices import ON_NAN
 from .hardware import dtype_name
 from .policy import Precision, safer
 
 logger = logging.getLogger(__name__)
 
-#: What to do about a result that is not finite.
-ON_NAN = ("heal", "stop")
 Result = TypeVar("Result", torch.Tensor, tuple)
 
 

@@ -1,0 +1,12 @@
+"""What a person can choose, in the nodes' widgets and on the command line alike. Imports nothing, so that the nodes appear in milliseconds."""
+
+#: In which dtype to run: ``auto`` is the trained one where the device has it natively, else the next best that gives the same picture.
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+#: What to do where the dtype would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
+ON_MISMATCH = ("fix", "warn", "stop")
+#: What to do about a result that is not finite.
+ON_NAN = ("heal", "stop")
+#: Noise schedulers, and the diffusers class of each.
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+#: What to do about a black video.
+ON_BLACK = ("stop", "warn", "pass")

@@ -1,0 +1,74 @@
+"""CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, if and only if it is switched on."""
+
+import logging
+
+from . import host
+from .base import Node
+
+logger = logging.getLogger(__name__)
+
+#: choice in the graph -> what the engine calls it
+CHECKPOINTS = {
+    "CogVideoX1.5-5B (text to video, 31 GB)": "t2v",
+    "CogVideoX1.5-5B-I2V (image to video, 31 GB)": "i2v",
+}
+
+
+class Downloader(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Downloader"
+    DESCRIPTION = (
+        "Downloads a CogVideoX-1.5 checkpoint from huggingface.co into models/CogVideo: only the files that are needed and not there yet, each "
+        "checked. Looks at the free space first, can be cancelled, and goes on where it stopped. Does nothing until download is switched on."
+    )
+    SEARCH_ALIASES = ["download cogvideo", "cogvideox download", "huggingface", "get model", "checkpoint downloader"]
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("model_name", "report")
+    OUTPUT_TOOLTIPS = (
+        "The name to choose in CogVideoX-1.5 Model Loader.",
+        "What was downloaded and where it is, or what would be. Also shown on the node.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "checkpoint": (
+                    list(CHECKPOINTS),
+                    {"tooltip": "What to download: the model that makes videos from a prompt, or the one that starts from an image."},
+                ),
+                "download": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Off: nothing is downloaded and the network is not touched; the node only says what it would do. On: running "
+                        "the graph downloads what is missing. Running it again after a cancel goes on where it stopped.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint, download=False):
+        """A checkpoint that was deleted since is downloaded again; one that is there is left alone."""
+        from ..cogvideox.checkpoint.download import checkpoint_folder
+        from ..cogvideox.checkpoint.layout import is_checkpoint
+
+        return download, is_checkpoint(checkpoint_folder(CHECKPOINTS[checkpoint], host.download_folder()))
+
+    def execute(self, checkpoint, download=False):
+        from ..cogvideox.checkpoint.download import REPOSITORIES, checkpoint_folder, download_checkpoint
+
+        which, folder = CHECKPOINTS[checkpoint], host.download_folder()
+        target = checkpoint_folder(which, folder)
+        if download:
+            download_checkpoint(which, folder, on_progress=host.progress())
+            report = f"{REPOSITORIES[which]} is complete in {target}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
+        else:
+            report = (
+                f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} (about 31 GB, less what is "
+                f"there already) from huggingface.co into {target}."
+            )
+        logger.info("%s", report)
+        host.show(report)
+        return target.name, report
