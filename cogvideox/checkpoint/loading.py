@@ -1,7 +1,8 @@
 """Build a part's module and stream its weights from disk straight into the dtype and device it will run in."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,18 +10,19 @@ from torch import nn
 from ..precision.packed import PackedLinear, PackedWeight
 from ..precision.policy import Precision
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
-from .headers import StoredTensor, fill
+from .headers import StoredTensor
 from .layout import PARTS, Part
 
-#: Bytes read at a time where stored and target dtype differ: all the memory that a cast needs beside the target.
-_CHUNK = 16 << 20
+#: Bytes cast at a time, between two reports of progress.
+_CHUNK = 32 << 20
 
 
 def load_module(part: Part, precision: Precision, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
     """Build the unmodified diffusers or transformers module of ``part`` and fill it from disk.
 
-    The module is built without memory for its weights; each tensor is then allocated once, in its final dtype and on its final
-    device, and read into place. Peak memory is the loaded part plus one small buffer; where weights are made range-safe, plus one tensor.
+    The module is built without memory for its weights. A tensor that stays in the host's memory as it is stored is mapped from the file, and read
+    when it is first used; any other is allocated once, in its final dtype and on its final device, and cast into place. Peak memory is the
+    loaded part plus one tensor.
 
     Args:
         on_progress: called with (bytes read, bytes in all) as files are read.
@@ -46,38 +48,42 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
     else:
         _keep_packed(module, part)
     total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
-    with _open_files() as open_file:
-        for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            owners = _owners(module, names[id(slots[name])])
-            owner, is_weight = owners[0][0], owners[0][1] == "weight"
-            # What is packed is read as it is; so is what range-safe layers scale for themselves.
-            as_stored = stored.is_packed or not stored.dtype.is_floating_point or (is_weight and isinstance(owner, ScaledWeight))
-            kept = any(word in name.split(".") for word in keep)
-            wanted = stored.dtype if as_stored else torch.float32 if kept else precision.activations
-            target = torch.empty(stored.raw_shape, dtype=wanted, device="cpu" if as_stored else device)
-            for count in _read_into(open_file(stored.file), stored, target):
-                done += count
-                if on_progress is not None:
-                    on_progress(done, total)
-            if stored.is_packed:
-                scale = _read(part.scales[name]) if name in part.scales else None
-                packed = PackedWeight(target.to(device), scale, stored.quantization)
-                if is_weight and isinstance(owner, PackedLinear):
-                    owner.packed = packed
-                    continue
-                if is_weight and isinstance(owner, RangeSafeLinear):
-                    owner.load_packed(packed)
-                    continue
-                target = packed.scaled(precision.activations).reshape(stored.shape)
-            if is_weight and isinstance(owner, ScaledWeight):
-                owner.load_weight(target, device)
+    files = _MappedFiles()
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+
+    for name, stored in sorted(part.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+        owners = _owners(module, names[id(slots[name])])
+        owner, is_weight = owners[0][0], owners[0][1] == "weight"
+        if stored.is_packed:
+            scale = _read(part.scales[name]) if name in part.scales else None
+            packed = PackedWeight(files.read(stored, stored.dtype, device, report), scale, stored.quantization)
+            if is_weight and isinstance(owner, PackedLinear):
+                owner.packed = packed
                 continue
-            parameter = nn.Parameter(target, requires_grad=False)
-            for owner, leaf in owners:
-                if leaf in owner._parameters:
-                    owner._parameters[leaf] = parameter
-                else:
-                    owner._buffers[leaf] = target
+            if is_weight and isinstance(owner, RangeSafeLinear):
+                owner.load_packed(packed)
+                continue
+            tensor = packed.scaled(precision.activations).reshape(stored.shape)
+        elif is_weight and isinstance(owner, ScaledWeight):
+            # It is scaled from what is stored, on the host.
+            owner.load_weight(files.read(stored, stored.dtype, torch.device("cpu"), report), device)
+            files.give_back(stored)
+            continue
+        else:
+            kept = any(word in name.split(".") for word in keep)
+            wanted = torch.float32 if kept else precision.activations if stored.dtype.is_floating_point else stored.dtype
+            tensor = files.read(stored, wanted, device, report)
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for owner, leaf in owners:
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = parameter
+            else:
+                owner._buffers[leaf] = tensor
     return module.to(device).requires_grad_(False).eval()
 
 
@@ -116,50 +122,49 @@ def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable
         )
 
 
-@contextmanager
-def _open_files() -> Iterator[Callable]:
-    """Keep the file being read open, closing it when the next begins: tensors are read in the order they lie in."""
-    current: list = [None, None]
+class _MappedFiles:
+    """Files mapped into memory. A page that is written to becomes the process's own; the file never changes."""
 
-    def open_file(path):
-        if current[0] != path:
-            if current[1] is not None:
-                current[1].close()
-            current[:] = [path, path.open("rb", buffering=0)]
-        return current[1]
+    def __init__(self):
+        self._maps: dict[Path, tuple[mmap.mmap, torch.Tensor]] = {}
 
-    try:
-        yield open_file
-    finally:
-        if current[1] is not None:
-            current[1].close()
+    def read(self, stored: StoredTensor, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], None]) -> torch.Tensor:
+        """A tensor in ``dtype`` on ``device``. One that is to stay as it is on the host is a view of the file, read when it is used."""
+        shape = stored.raw_shape
+        if not stored.nbytes:
+            return torch.empty(shape, dtype=dtype, device=device)
+        whole = self._map(stored.file)[1]
+        aligned = all(offset % stored.dtype.itemsize == 0 for offset, _ in stored.ranges)
+        if dtype == stored.dtype and device.type == "cpu" and aligned and not stored.more:
+            on_read(stored.nbytes)
+            return whole[stored.offset : stored.offset + stored.nbytes].view(dtype).view(shape)
+        target = torch.empty(shape, dtype=dtype, device=device)
+        flat, filled = target.view(-1), 0
+        for start, nbytes in stored.ranges:
+            for offset in range(start, start + nbytes, _CHUNK):
+                piece = whole[offset : min(offset + _CHUNK, start + nbytes)]
+                piece = (piece if aligned else piece.clone()).view(stored.dtype)
+                flat[filled : filled + piece.numel()].copy_(piece)
+                filled += piece.numel()
+                on_read(piece.nbytes)
+        self.give_back(stored)
+        return target
 
+    def give_back(self, stored: StoredTensor) -> None:
+        """Tell the system that a tensor's pages are not needed: a map counts as the process's memory until then, which doubles the peak of a
+        cast. A page that a neighbour shares is read again when that is used."""
+        mapped = self._map(stored.file)[0]
+        if hasattr(mapped, "madvise"):
+            for offset, nbytes in stored.ranges:
+                page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_DONTNEED, page, offset + nbytes - page)
 
-def _read_into(file, stored: StoredTensor, target: torch.Tensor) -> Iterator[int]:
-    """Fill ``target`` with the stored tensor, cast as it comes; yields the bytes of each piece read.
-
-    Plain reads and not a memory map: a map counts as the process's memory until the system takes it back, which doubles the
-    peak of a cast.
-    """
-    flat, done = target.view(-1), 0
-    in_place = stored.dtype == target.dtype and target.device.type == "cpu"
-    step = flat.numel() if in_place else max(1, _CHUNK // stored.dtype.itemsize)
-    buffer = None if in_place else torch.empty(min(step, flat.numel()), dtype=stored.dtype)
-    for offset, nbytes in stored.ranges:
-        file.seek(offset)
-        end = done + nbytes // stored.dtype.itemsize
-        while done < end:
-            count = min(step, end - done)
-            piece = flat[done : done + count] if buffer is None else buffer[:count]
-            fill(file, _bytes(piece), stored.file)
-            if buffer is not None:
-                flat[done : done + count].copy_(piece)
-            done += count
-            yield piece.nbytes
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    def _map(self, path: Path) -> tuple[mmap.mmap, torch.Tensor]:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._maps[path]
 
 
 def _keep_packed(module: nn.Module, part: Part) -> None:
@@ -172,12 +177,8 @@ def _keep_packed(module: nn.Module, part: Part) -> None:
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:
-    """A small tensor, on the host."""
-    target = torch.empty(stored.shape, dtype=stored.dtype)
-    with stored.file.open("rb", buffering=0) as file:
-        for _ in _read_into(file, stored, target):
-            pass
-    return target
+    """A small tensor, on the host, as it is stored."""
+    return _MappedFiles().read(stored, stored.dtype, torch.device("cpu"), lambda count: None).clone()
 
 
 def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
