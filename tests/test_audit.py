@@ -340,15 +340,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     with (tmp_path / "weights").open("wb") as file:
         file.truncate(size)
     script = """
-import sys, resource, torch
+import sys, torch
 from pathlib import Path
 from cogvideox.checkpoint.headers import StoredTensor
 from cogvideox.precision.audit import scan_weights
 file, size = Path(sys.argv[1]), int(sys.argv[2])
 torch.randn(1000).bfloat16().double().max()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tests.memory import peak_kilobytes
+before = peak_kilobytes()
 audited = scan_weights({"w": StoredTensor(file, torch.float32, (size // 4,), 0, size)}, torch.bfloat16)
-print(audited.values, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(audited.values, peak_kilobytes() - before)
 """
     command = [sys.executable, "-c", script, str(tmp_path / "weights"), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -93,7 +93,7 @@ def test_range_safe_weights_read_from_disk_are_those_made_in_memory(tiny, kind):
 def test_loading_needs_little_more_than_the_loaded_weights():
     """An fp32 T5 loaded as bf16: peak memory under 1.15 x the bf16 weights."""
     script = """
-import resource, sys, tempfile, json
+import sys, tempfile, json
 from pathlib import Path
 import torch
 from tests.tiny_checkpoint import build_text_encoder
@@ -103,9 +103,10 @@ from cogvideox.precision.policy import Precision
 folder = Path(sys.argv[1])
 part = open_part(folder / "text_encoder", "text_encoder")
 load_module(open_part(Path(sys.argv[2]) / "text_encoder", "text_encoder"), Precision(torch.bfloat16), torch.device("cpu"))  # imports, first
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tests.memory import peak_kilobytes
+before = peak_kilobytes()
 module = load_module(part, Precision(torch.bfloat16), torch.device("cpu"))
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+peak = (peak_kilobytes() - before) * 1024
 weights = {p.data_ptr(): p.nbytes for p in module.parameters()}
 print(json.dumps([peak, sum(weights.values())]))
 """

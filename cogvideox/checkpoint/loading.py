@@ -33,13 +33,7 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
     Raises:
         ValueError: if tensors are missing, left over, or of another shape than the config says.
     """
-    module = _empty_module(part)
-    slots = module.state_dict(keep_vars=True)
-    # Tied weights have several names in the module and any of them on disk (T5's token embedding).
-    names: dict[int, list[str]] = {}
-    for slot, parameter in slots.items():
-        names.setdefault(id(parameter), []).append(slot)
-    _check_names(part, slots, names.values())
+    module, slots, names = empty_module(part)
     # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
     plain_fp16 = precision == Precision(torch.float16)
     keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if plain_fp16 else ()
@@ -87,7 +81,26 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
     return module.to(device).requires_grad_(False).eval()
 
 
-def _empty_module(part: Part) -> nn.Module:
+def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Mapping[int, list[str]]]:
+    """The module of ``part`` without memory for its weights, which are known to be the ones on disk.
+
+    Returns:
+        The module; its tensors by name; and the names of each by its ``id``, as tied weights have several, and any of them on disk (T5's token
+        embedding).
+
+    Raises:
+        ValueError: if tensors are missing, left over, or of another shape than the config says.
+    """
+    module = _build(part)
+    slots = module.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for slot, parameter in slots.items():
+        names.setdefault(id(parameter), []).append(slot)
+    _check_names(part, slots, names.values())
+    return module, slots, names
+
+
+def _build(part: Part) -> nn.Module:
     from accelerate import init_empty_weights
 
     if part.kind == "text_encoder":

@@ -3,6 +3,7 @@
 Arguments: the folder of the pack, and --cpu for ComfyUI.
 """
 
+import importlib
 import importlib.util
 import sys
 import tempfile
@@ -54,7 +55,7 @@ STATE = {name: value.clone() for name, value in t5.state_dict().items()}
 with tempfile.TemporaryDirectory() as name:
     folder = tiny.build_checkpoint(Path(name) / "tiny")
     save_file(STATE, Path(name) / "t5xxl.safetensors")
-    layout, handles, text = (sys.modules[f"pack.cogvideox.{part}"] for part in ("checkpoint.layout", "handles", "text"))
+    layout, handles, text = (importlib.import_module(f"pack.cogvideox.{part}") for part in ("checkpoint.layout", "handles", "text"))
     host = sys.modules["pack.nodes.host"]
     (folder / "tokenizer" / "spiece.model").unlink()
     checkpoint = layout.open_checkpoint(folder, text_encoder=Path(name) / "t5xxl.safetensors", tokenizer=host.tokenizer_folder())

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 import av
 import pytest
 
-from tests import workflows
+from tests import layouts, workflows
 from tests.comfyui.server import from_environment
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
+from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_vae
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
         assert info["category"] == "CogVideoX-1.5"
         assert info["search_aliases"]
         assert info["output_tooltips"]
-    assert comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["required"]["model"][0] == ["CogVideoX1.5-5B"]
+    listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["required"]["model"][0]
+    assert len(listed) == 1
+    assert listed[0].startswith("CogVideoX1.5-5B · ")
     assert "IMPORT FAILED" not in comfy.log.read_text()
 
 
@@ -123,6 +127,35 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
     comfy.replace_checkpoint()
 
 
+def test_a_single_file_with_a_text_encoder_and_a_vae_in_files_of_their_own(comfy, prompt):
+    """ComfyUI's names in models/diffusion_models, found parts where the loader says auto, and ComfyUI's own tokenizer."""
+    models = comfy.base / "models"
+    for name in ("diffusion_models", "text_encoders", "vae"):
+        (models / name).mkdir(exist_ok=True)
+    state = layouts.comfy_names(build_transformer("1.5").bfloat16().state_dict())
+    layouts.write_file(models / "diffusion_models" / "cog.safetensors", state, "model.diffusion_model.")
+    layouts.write_file(models / "text_encoders" / "t5xxl_tiny.safetensors", build_text_encoder(vocabulary=32128).state_dict())
+    layouts.write_file(models / "vae" / "cog_vae.safetensors", build_vae((32, 32, 32, 64), 32).state_dict())
+    listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]
+    choice = next(label for label in listed["required"]["model"][0] if label.startswith("cog.safetensors"))
+    assert choice.endswith(" · bf16 · ComfyUI")
+    assert listed["optional"]["text_encoder_name"][0] == ["auto", "t5xxl_tiny.safetensors · T5 encoder · fp32 · single file"]
+    node_of(prompt, "CogVideoX15ModelLoader").update(model=choice)
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    assert any("text encoder: the checkpoint has none, so t5xxl_tiny.safetensors" in text for texts in shown.values() for text in texts)
+    for name in ("diffusion_models", "text_encoders", "vae"):
+        shutil.rmtree(models / name)
+
+
+def test_the_downloader_does_nothing_until_it_is_switched_on(comfy):
+    choice = comfy.get("/object_info/CogVideoX15Downloader")["CogVideoX15Downloader"]["input"]["required"]["checkpoint"][0][0]
+    history, shown = comfy.run_listening({"1": {"class_type": "CogVideoX15Downloader", "inputs": {"checkpoint": choice, "download": False}}})
+    assert history["status"]["status_str"] == "success"
+    assert "Nothing was downloaded" in shown["1"][0]
+    assert [path.name for path in (comfy.base / "models" / "CogVideo").iterdir()] == ["CogVideoX1.5-5B"]
+
+
 def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has(comfy):
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "clip_script.py"), str(ROOT), "--cpu"]
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
@@ -144,7 +177,7 @@ def test_cancel_stops_the_scan(comfy, prompt):
     comfy.replace_checkpoint()
 
 
-def test_cancel_stops_the_sampler_the_sampler_between_steps(comfy, prompt):
+def test_cancel_stops_the_sampler_between_steps(comfy, prompt):
     node_of(prompt, "CogVideoX15Sampler").update(steps=1000, seed=int(time.time()))
     queued = comfy.post("/prompt", {"prompt": prompt})
     time.sleep(4)
