@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write:
@@ -115,7 +115,8 @@ def main() -> None:
         weights = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         results: dict[str, list[list[float]]] = {side: [] for side in SIDES}
         for turn in range(options.rounds + 1):
-            for side in SIDES:
+            # What the side before leaves of the system's memory matters, so the order turns too.
+            for side in SIDES if turn % 2 else reversed(SIDES):
                 done = subprocess.run([sys.executable, "-c", COMMON, folder, side], capture_output=True, text=True, check=True)
                 # The first turn warms the page cache.
                 if turn:
