@@ -199,13 +199,14 @@ def _is_transformer_folder(folder: Path) -> bool:
 
 def sat_weights(folder: Path) -> Path | None:
     """The file of a SAT transformer in its folder, or in ``transformer/`` of it, or None."""
-    for place in (folder, folder / "transformer"):
-        latest = place / "latest"
-        named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
-        for step in (*named, *_SAT_STEPS):
-            if (place / step / _SAT_WEIGHTS).is_file():
-                return place / step / _SAT_WEIGHTS
-    return None
+    return sat_step(folder) or sat_step(folder / "transformer")
+
+
+def sat_step(folder: Path) -> Path | None:
+    """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of those that releases have."""
+    latest = folder / "latest"
+    named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
+    return next((file for step in (*named, *_SAT_STEPS) if (file := folder / step / _SAT_WEIGHTS).is_file()), None)
 
 
 def _open_folder(path: Path) -> dict[str, Part]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.layout import sat_step
 from ..precision.verdict import Finding
 from ..variants import Variant, identify
 from .report import BLACK, SAT, WHERE, ConfigReport, first_lines, read_file
@@ -259,14 +260,7 @@ def _checkpoint(config: _SatConfig) -> Path | None:
     if not isinstance(load, str) or not load:
         return None
     # SAT resolves it against the folder it is started in: the file's own, or the one above configs/.
-    for folder in (here / load, here.parent / load):
-        latest = folder / "latest"
-        named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
-        for step in (*named, "1000", "1", "."):
-            file = folder / step / "mp_rank_00_model_states.pt"
-            if file.is_file():
-                return file
-    return None
+    return sat_step(here / load) or sat_step(here.parent / load)
 
 
 def _stored(file: Path) -> Variant | None:
