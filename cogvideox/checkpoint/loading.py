@@ -1,9 +1,7 @@
 """Build a part's module and stream its weights from disk straight into the dtype and device it will run in."""
 
 import mmap
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,9 +15,6 @@ from .layout import PARTS, Part
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20
-#: Have all pages of a range mapped in one call: mapped one by one, as they are touched, they cost more than the cast. Linux 5.14 on; from its
-#: `asm-generic/mman-common.h`, as Python's mmap does not name it.
-_MADV_POPULATE_READ = 22
 
 
 def load_module(part: Part, precision: Precision, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
@@ -70,8 +65,6 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
             tensor = packed.scaled(precision.activations).reshape(stored.shape)
         elif is_weight and isinstance(owner, ScaledWeight):
             # It is scaled from what is stored, on the host.
-            for offset, nbytes in stored.ranges:
-                files.populate(stored.file, offset, offset + nbytes)
             owner.load_weight(files.read(stored, stored.dtype, torch.device("cpu"), report), device)
             files.give_back(stored)
             continue
@@ -162,23 +155,13 @@ class _MappedFiles:
         flat, filled = target.view(-1), 0
         for start, nbytes in stored.ranges:
             for offset in range(start, start + nbytes, _CHUNK):
-                end = min(offset + _CHUNK, start + nbytes)
-                self.populate(stored.file, offset, end)
-                piece = whole[offset:end]
+                piece = whole[offset : min(offset + _CHUNK, start + nbytes)]
                 piece = (piece if aligned else piece.clone()).view(stored.dtype)
                 flat[filled : filled + piece.numel()].copy_(piece)
                 filled += piece.numel()
                 on_read(piece.nbytes)
         self.give_back(stored)
         return target
-
-    def populate(self, path: Path, start: int, end: int) -> None:
-        """Map the bytes from ``start`` to ``end`` of a file at once, as they are about to be read."""
-        mapped = self._map(path)[0]
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if sys.platform == "linux":
-            with suppress(OSError):  # An older kernel, which maps the pages as they are touched.
-                mapped.madvise(_MADV_POPULATE_READ, page, end - page)
 
     def give_back(self, stored: StoredTensor) -> None:
         """Tell the system that a tensor's pages are not needed: a map counts as the process's memory until then, which doubles the peak of a
