@@ -1,4 +1,7 @@
-"""Make a video from a prompt with CogVideoX-1.5, or check what a checkpoint or config would do, without ComfyUI: the same engine as the nodes."""
+"""Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
+
+Or only check what a checkpoint or config would do, download or convert one.
+"""
 
 import argparse
 import json
@@ -12,6 +15,8 @@ from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
+  python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." --lora style.safetensors:0.8
+  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --prompt "The same scene in snow."
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
   python generate.py --check my_workflow.json --json
@@ -30,9 +35,21 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", help="what the video shows, in English, at most 226 tokens")
     what.add_argument("--negative", default="", metavar="PROMPT", help="what it should not show (default: empty)")
-    what.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5)")
-    what.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5)")
-    what.add_argument("--frames", type=int, metavar="N", help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5)")
+    what.add_argument(
+        "--image", type=Path, metavar="FILE", help="the image the video starts from, for image-to-video checkpoints; scaled and cropped"
+    )
+    what.add_argument("--end-image", type=Path, metavar="FILE", help="the image it ends with, for checkpoints fine-tuned for interpolation")
+    what.add_argument("--video", type=Path, metavar="FILE", help="the video to start from, for text-to-video checkpoints; scaled and cropped")
+    what.add_argument(
+        "--strength", type=float, metavar="SHARE", help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)"
+    )
+    what.add_argument(
+        "--width", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)"
+    )
+    what.add_argument(
+        "--height", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)"
+    )
+    what.add_argument("--frames", type=int, metavar="N", help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it)")
     what.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same video (default: 0)")
     what.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE.mp4", help="where to write it (default: out.mp4)")
     how = parser.add_argument_group("how to make it")
@@ -40,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--text-encoder", type=Path, metavar="PATH", help="a T5-XXL encoder, file or folder (default: the checkpoint's own)")
     how.add_argument("--vae", type=Path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)")
     how.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="T5's tokenizer, where neither checkpoint nor text encoder brings one")
+    how.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_lora,
+        metavar="PATH[:STRENGTH]",
+        help="a LoRA of this model, and how strongly it is applied (default: 1); can be given several times",
+    )
     how.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50, as the model card)")
     how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
     how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
@@ -97,6 +122,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    """``PATH`` or ``PATH:STRENGTH``; a colon that no number follows belongs to the path, as in ``C:\\style.safetensors``."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon and path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -105,6 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("prompt", "model"):
             if getattr(options, name) is None:
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
+    for name, needed in (("strength", "video"), ("end_image", "image")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
+    if options.image is not None and options.video is not None:
+        parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
     for name in ("scan", "fix", "json"):
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
@@ -122,29 +161,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
+    import torch
+
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import make_handles
+    from cogvideox.handles import make_handles, with_lora
+    from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
     from cogvideox.text import encode_prompt
-    from cogvideox.vae import decode
-    from cogvideox.video import check_output, write_mp4
+    from cogvideox.vae import decode, encode, image_latents
+    from cogvideox.video import check_output, read_image, read_video, write_mp4
 
     check_output(options.output)
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
     print(handles.plan.text, flush=True)
-    variant = handles.model.variant
-    width, height = (
-        given if given is not None else usual for given, usual in zip((options.width, options.height), variant.default_size, strict=True)
-    )
-    frames = variant.default_frames if options.frames is None else options.frames
+    model, variant = handles.model, handles.model.variant
+    for path, strength in options.lora:
+        model = with_lora(model, path, strength)
+        print(model.loras[-1].text)
+
+    start, end = (None if path is None else check_images(read_image(path), str(path)) for path in (options.image, options.end_image))
+    usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
+    width, height = (given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True))
+    clip, frames = None, variant.default_frames if options.frames is None else options.frames
+    if options.video is not None:
+        clip, note = fit_length(read_video(options.video, options.frames), variant.frame_step)
+        clip, frames = fit_size(clip, width, height), len(clip)
+        if note:
+            print(note)
     latent = empty_latent(width, height, frames, frame_step=variant.frame_step)
+    denoise = 1.0 if clip is None else 0.8 if options.strength is None else options.strength
+    # All that can be wrong is told now: shapes are enough to know it.
+    image = None if start is None else torch.zeros_like(latent)
+    plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
 
-    plan_steps(handles.model, latent, steps=options.steps, scheduler=options.scheduler)
-
+    how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
+    if start is not None:
+        start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
+        image = image_latents(handles.vae, start, frames, end, **how)
+    if clip is not None:
+        latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
         encoded = encode_prompt(handles.text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
@@ -152,9 +211,11 @@ def generate(options: argparse.Namespace) -> int:
         for note in encoded.notes:
             print(f"{name}: {note}")
     latent = sample(
-        handles.model,
+        model,
         *prompts,
         latent,
+        image_latents=image,
+        denoise=denoise,
         seed=options.seed,
         steps=options.steps,
         cfg=options.cfg,

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
+from .lora import Lora, open_lora
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes
 from .variants import Variant
@@ -97,12 +98,21 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """COGVIDEOX_MODEL: the transformer, its noise schedule and the scale of the latents it works on."""
+    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and the LoRAs it runs with.
+
+    Attributes:
+        latent_scale: what a VAE latent is multiplied by.
+        image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V, which was trained so
+            (``invert_scale_latents`` of the VAE's config).
+        loras: applied in this order whenever the transformer runs; the weights are never changed.
+    """
 
     variant: Variant
     scheduler_config: Mapping
     latent_scale: float
+    image_latent_scale: float
     weights: Weights
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +126,14 @@ class TextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class VAE:
-    """COGVIDEOX_VAE: the checkpoint's own autoencoder."""
+    """COGVIDEOX_VAE: the checkpoint's own autoencoder.
+
+    Attributes:
+        frame_step: the clips its transformer makes have ``frame_step * N + 1`` frames.
+    """
 
     weights: Weights
+    frame_step: int = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,13 +182,28 @@ def make_handles(checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware
 
     return Handles(
         checkpoint,
-        Model(checkpoint.variant, checkpoint.scheduler_config, _latent_scale(checkpoint), weights("transformer")),
+        Model(checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer")),
         TextEncoder(checkpoint.tokenizer, checkpoint.text_tokens, weights("text_encoder")),
-        VAE(weights("vae")),
+        VAE(weights("vae"), checkpoint.variant.frame_step),
         plan,
     )
 
 
-def _latent_scale(checkpoint: Checkpoint) -> float:
+def with_lora(model: Model, path: Path | str, strength: float = 1.0) -> Model:
+    """The model with one more LoRA; the one given is not changed, and they share their weights.
+
+    Raises:
+        ValueError: if the file is not a LoRA, or not one of this model.
+    """
+    return replace(model, loras=(*model.loras, open_lora(path, model.weights.part, strength)))
+
+
+def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:
+    """What latents, and the latents of start images, are multiplied by."""
     config = checkpoint.parts["vae"].config if "vae" in checkpoint.parts else {}
-    return config.get("scaling_factor", checkpoint.variant.latent_scale)
+    scale = config.get("scaling_factor", checkpoint.variant.latent_scale)
+    # Folders that share one VAE between several transformers have the flag of only one of them: the family decides there.
+    whole = checkpoint.parts["transformer"].source == checkpoint.path / "transformer" and "vae" in checkpoint.parts
+    own = whole and checkpoint.parts["vae"].source == checkpoint.path / "vae"
+    inverted = config.get("invert_scale_latents", False) if own else checkpoint.variant.inverts_image_latents
+    return scale, 1 / scale if inverted else scale

@@ -6,7 +6,7 @@ Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled 
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,12 +16,15 @@ from torch import nn
 from .choices import SCHEDULERS
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
+from .lora import applied
 from .precision.policy import Precision
 from .precision.sentinel import Sentinel, check_finite
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION
 
 logger = logging.getLogger(__name__)
 
+#: ``ofs`` of the reference's image-to-video pipeline.
+_OFS = 2.0
 #: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the device).
 StepCallback = Callable[[int, int, torch.Tensor], None]
 
@@ -32,6 +35,7 @@ def sample(
     negative: torch.Tensor | None,
     latents: torch.Tensor,
     *,
+    image_latents: torch.Tensor | None = None,
     seed: int,
     steps: int = 50,
     cfg: float = 6.0,
@@ -46,9 +50,11 @@ def sample(
     """Denoise a batch of video latents.
 
     Args:
-        positive, negative: prompt embeddings ``[1 or B, tokens, width]``; ``negative`` is not read at ``cfg`` 1 and may be None.
+        positive, negative: prompt embeddings ``[1 or B, tokens, width]``; ``negative`` is not read at ``cfg`` 1 and may be None. Those of
+            unequal length (prompts joined by Conditioning Concat) run one after the other.
         latents: ``[B, 16, T, H/8, W/8]``, unscaled. All zeros means "start from noise"; anything else is the video that
             ``denoise`` < 1 starts from.
+        image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled: ``vae.image_latents``.
         seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline.
         steps: steps of the whole schedule; ``denoise`` < 1 runs the last ``int(steps * denoise)`` of them, as
             ``CogVideoXVideoToVideoPipeline`` does with its ``strength``.
@@ -57,7 +63,7 @@ def sample(
         on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer way to run and goes on,
             ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
-        on_heal: called with a sentence for the user when a step had to be healed.
+        on_heal: called with a sentence for the user when a step had to be healed, or the model was not trained for what is asked.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -71,7 +77,7 @@ def sample(
     if starts_from_noise and denoise < 1.0:
         logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
         denoise = 1.0
-    noise_schedule, timesteps = plan_steps(model, latents, steps=steps, scheduler=scheduler, denoise=denoise)
+    noise_schedule, timesteps = plan_steps(model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise)
     config = _full_config(model.weights.config)
     batch = latents.shape[0]
     guided = cfg > 1.0
@@ -80,28 +86,32 @@ def sample(
     prompts = [_check_embeddings(positive, "positive", config, batch)]
     if guided:
         prompts.insert(0, _check_embeddings(negative, "negative", config, batch))
-        if prompts[0].shape != prompts[1].shape:
-            raise ValueError(
-                f"The negative prompt has {prompts[0].shape[1]} tokens and the positive one {prompts[1].shape[1]}; the model reads both in one "
-                "batch, so they must be of equal length. Encode both with CogVideoX-1.5 Text Encode."
-            )
-    _warn_outside_model_card(model, latents)
+    for note in _outside_training(model, latents, image_latents):
+        logger.warning("%s", note)
+        if on_heal is not None:
+            on_heal(note)
 
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    with Sentinel(model.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
+    with Sentinel(model.weights, on_nan, on_load, on_heal, partial(applied, model.loras)) as sentinel, torch.no_grad():
         dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
         noise = _draw_noise(start, generator)
+        if image_latents is not None:
+            image = rearrange(image_latents, "b c t h w -> b t c h w").expand(batch, -1, -1, -1, -1).to(device, dtype)
+            # The reference's padding: zeros, as in every frame but the start image's. An end image stays the last.
+            image = model.image_latent_scale * torch.cat([image[:, :1], image.new_zeros(batch, padding, *image.shape[2:]), image[:, 1:]], dim=1)
         noisy = noise if denoise >= 1.0 else noise_schedule.add_noise(start, noise, timesteps[:1].to(device))
         result = denoise_latents(
             sentinel,
             noise_schedule,
             timesteps.to(device),
             noisy * noise_schedule.init_noise_sigma,
-            torch.cat(prompts).to(device, dtype),
+            [prompt.to(device, dtype) for prompt in _batches(prompts)],
+            image=image if image_latents is not None else None,
+            ofs=_OFS if config["ofs_embed_dim"] is not None else None,
             rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
             cfg=cfg,
             dynamic_cfg=dynamic_cfg,
@@ -112,7 +122,9 @@ def sample(
         return rearrange(1 / model.latent_scale * result, "b t c h w -> b c t h w").to("cpu", torch.float32).contiguous()
 
 
-def plan_steps(model: Model, latents: torch.Tensor, *, steps: int = 50, scheduler: str = "ddim", denoise: float = 1.0):
+def plan_steps(
+    model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None = None, *, steps: int = 50, scheduler: str = "ddim", denoise: float = 1.0
+):
     """Check all of a run that needs no prompt, reading no weights: to be called before minutes are spent on encoding one.
 
     Returns:
@@ -123,7 +135,7 @@ def plan_steps(model: Model, latents: torch.Tensor, *, steps: int = 50, schedule
     """
     config = _full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
-    _check_model(model, config)
+    _check_image(model, config, latents, image_latents)
     noise_schedule = make_scheduler(model.scheduler_config, scheduler)
     return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
 
@@ -133,8 +145,10 @@ def denoise_latents(
     scheduler,
     timesteps: torch.Tensor,
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    prompts: Sequence[torch.Tensor],
     *,
+    image: torch.Tensor | None = None,
+    ofs: float | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     cfg: float,
     dynamic_cfg: bool = False,
@@ -146,7 +160,9 @@ def denoise_latents(
     Args:
         sentinel: the transformer, entered.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
-        prompt_embeds: ``[B, tokens, width]``, or ``[2B, ...]`` (negative first) where ``cfg`` > 1.
+        prompts: embeddings ``[B, tokens, width]``; where ``cfg`` > 1 one ``[2B, tokens, width]`` (negative first), or two, run one by one.
+        image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
+        ofs: what 1.5's image-to-video models are told besides the timestep.
         generator: source of the noise that the DPM scheduler adds.
     """
     guided = cfg > 1.0
@@ -157,14 +173,22 @@ def denoise_latents(
         generator.set_state(drawn)
         timestep, earlier = timesteps[index], timesteps[index - 1] if index > 0 else None
         current = latents.to(precision.activations)
-        model_input = scheduler.scale_model_input(torch.cat([current] * 2) if guided else current, timestep)
-        prediction = transformer(
-            hidden_states=model_input,
-            encoder_hidden_states=prompt_embeds.to(precision.activations),
-            timestep=timestep.expand(model_input.shape[0]),
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0].float()
+
+        def predict(prompt: torch.Tensor) -> torch.Tensor:
+            copies = prompt.shape[0] // current.shape[0]
+            model_input = scheduler.scale_model_input(torch.cat([current] * copies), timestep)
+            if image is not None:
+                model_input = torch.cat([model_input, torch.cat([image.to(current.dtype)] * copies)], dim=2)
+            return transformer(
+                hidden_states=model_input,
+                encoder_hidden_states=prompt.to(precision.activations),
+                timestep=timestep.expand(model_input.shape[0]),
+                ofs=None if ofs is None else current.new_full((1,), ofs),
+                image_rotary_emb=rotary,
+                return_dict=False,
+            )[0].float()
+
+        prediction = torch.cat([predict(prompt) for prompt in prompts])
         if guided:
             scale = dynamic_guidance(cfg, scheduler.num_inference_steps, timestep.item()) if dynamic_cfg else cfg
             prediction = guide(*prediction.chunk(2), scale)
@@ -242,12 +266,48 @@ def _full_config(config: Mapping) -> Mapping:
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(config)
 
 
-def _check_model(model: Model, config: Mapping) -> None:
-    if config["in_channels"] != LATENT_CHANNELS:
+def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:
+    takes_image = config["in_channels"] == 2 * LATENT_CHANNELS
+    if config["in_channels"] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+        raise ValueError(
+            f"{model.variant.name} has {config['in_channels']} input channels; text-to-video models have {LATENT_CHANNELS} and image-to-video ones "
+            f"{2 * LATENT_CHANNELS}, so it is an extension that is not known here. Load an official checkpoint or a fine-tune of one."
+        )
+    if takes_image and image_latents is None:
         raise ValueError(
             f"{model.variant.name} is an image-to-video model ({config['in_channels']} input channels) and no start image is connected: with "
-            "text alone it makes noise. Load a text-to-video checkpoint such as CogVideoX1.5-5B."
+            "text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load a text-to-video checkpoint such as "
+            "CogVideoX1.5-5B."
         )
+    if image_latents is not None:
+        if not takes_image:
+            raise ValueError(
+                f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. Load an image-to-video "
+                "checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and denoise below 1 to start from a video."
+            )
+        check_latent(image_latents)
+        check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
+        if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
+            image, video = (
+                f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} frames)"
+                for tensor in (image_latents, latents)
+            )
+            raise ValueError(
+                f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover the video. Give the sampler the "
+                "latent that CogVideoX-1.5 Image to Video gives, or one of the same size, length and batch."
+            )
+    if config["use_learned_positional_embeddings"]:
+        trained = (config["sample_height"], config["sample_width"])
+        if tuple(latents.shape[3:]) != trained:
+            raise ValueError(
+                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the latent is {latents.shape[4] * 8}x"
+                f"{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, which takes others."
+            )
+
+
+def _batches(prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Prompts of one length as one batch, others one by one."""
+    return [torch.cat(prompts)] if len({prompt.shape[1] for prompt in prompts}) == 1 else prompts
 
 
 def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batch: int) -> torch.Tensor:
@@ -257,6 +317,12 @@ def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batc
         raise ValueError(
             f"The {name} conditioning has the shape {shape}, but this model reads [batch, tokens, {width}]: it was made by another model's text "
             "encoder. Encode the prompt with CogVideoX-1.5 Text Encode and this checkpoint's text encoder."
+        )
+    fixed = config["use_learned_positional_embeddings"] or not config["use_rotary_positional_embeddings"]
+    if fixed and shape[1] != config["max_text_seq_length"]:
+        raise ValueError(
+            f"The {name} conditioning has {shape[1]} tokens, and this model has positions for exactly {config['max_text_seq_length']}. Write one "
+            "prompt instead of joining several (Conditioning Concat); Conditioning Average works."
         )
     if shape[0] not in (1, batch):
         raise ValueError(
@@ -271,8 +337,16 @@ def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batc
     return embeddings.expand(batch, -1, -1)
 
 
-def _warn_outside_model_card(model: Model, latents: torch.Tensor) -> None:
+def _outside_training(model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None) -> list[str]:
+    """What of a run the model was not trained for, in sentences."""
     height, width = (size * SPATIAL_COMPRESSION for size in latents.shape[3:])
-    note = model.variant.outside_model_card(width, height, pixel_frames(latents.shape[2]))
-    if note:
-        logger.warning(note)
+    notes = [model.variant.outside_model_card(width, height, pixel_frames(latents.shape[2]))]
+    if image_latents is not None and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
+        # No weight tells; those who train for it say so in the name.
+        names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
+        if not any("interp" in name.lower() for name in names):
+            notes.append(
+                f"An end image is connected. {model.variant.name} as released was trained with a start image only: unless this is a fine-tune for "
+                "interpolation, the end will not be met."
+            )
+    return [note for note in notes if note]

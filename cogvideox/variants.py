@@ -48,6 +48,11 @@ class Variant:
         return 0.7 if self.trained_dtype == torch.bfloat16 else 1.15258426
 
     @property
+    def inverts_image_latents(self) -> bool:
+        """``invert_scale_latents``: 1.5-5B-I2V was trained with start images whose latents were divided by the scale."""
+        return self.image_to_video and self.frame_step == 16
+
+    @property
     def scheduler_config(self) -> dict:
         """The noise schedule it was trained with, as ``scheduler_config.json`` of the releases has it."""
         return {
@@ -74,6 +79,13 @@ class Variant:
         if not said:
             return None
         return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
+
+    def size_for(self, width: int, height: int) -> tuple[int, int]:
+        """The trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was trained in several shapes."""
+        if not self.inverts_image_latents:
+            return self.default_size
+        long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))
+        return (long, 768) if width >= height else (768, long)
 
     def _trained_size(self, width: int, height: int) -> bool:
         if self.frame_step == 16 and self.image_to_video:

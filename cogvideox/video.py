@@ -1,6 +1,7 @@
-"""Frames to a video file, through PyAV."""
+"""Frames to a video file and back, through PyAV; images through Pillow."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,6 +38,47 @@ def write_mp4(images: torch.Tensor, path: Path | str, fps: int, on_frame: Callab
                 on_frame(index + 1, len(images))
         for packet in stream.encode():
             container.mux(packet)
+
+
+def read_video(path: Path | str, limit: int | None = None) -> torch.Tensor:
+    """Read the frames of a video file.
+
+    Args:
+        limit: frames to read at most.
+
+    Returns:
+        float32 ``[F, H, W, 3]`` in 0..1.
+
+    Raises:
+        ValueError: if it is not there, or no video.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in islice(container.decode(video=0), limit)]
+    except (OSError, IndexError, av.error.FFmpegError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({error}). Check the path, or convert it to mp4.") from error
+    if not frames:
+        raise ValueError(f"{path} holds no frames. Choose another video.")
+    return torch.stack(frames).float() / 255
+
+
+def read_image(path: Path | str) -> torch.Tensor:
+    """Read an image file, turned as its EXIF data says: float32 ``[1, H, W, 3]`` in 0..1.
+
+    Raises:
+        ValueError: if it is not there, or no image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            pixels = ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}). Check the path, or convert it to PNG.") from error
+    flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return flat.view(1, pixels.height, pixels.width, 3).float() / 255
 
 
 def check_output(path: Path | str) -> None:

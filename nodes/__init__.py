@@ -3,15 +3,21 @@
 from .black_frame_check import BlackFrameCheck
 from .downloader import Downloader
 from .empty_latent import EmptyLatent
+from .image_to_video import ImageToVideo
+from .lora_loader import LoraLoader
 from .model_loader import ModelLoader
 from .sampler import Sampler
 from .text_encode import TextEncode
 from .vae_decode import VAEDecode
+from .vae_encode import VAEEncode
 
 _NODES = {
     "CogVideoX15ModelLoader": ModelLoader,
     "CogVideoX15TextEncode": TextEncode,
     "CogVideoX15EmptyLatent": EmptyLatent,
+    "CogVideoX15ImageToVideo": ImageToVideo,
+    "CogVideoX15VAEEncode": VAEEncode,
+    "CogVideoX15LoraLoader": LoraLoader,
     "CogVideoX15Sampler": Sampler,
     "CogVideoX15VAEDecode": VAEDecode,
     "CogVideoX15BlackFrameCheck": BlackFrameCheck,

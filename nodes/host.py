@@ -90,6 +90,33 @@ def part_path(kind: str, choice: str) -> Path:
     return entry.path
 
 
+def loras() -> list[str]:
+    """The LoRAs in ComfyUI's folders that can be CogVideoX's, by their path below the folder."""
+    from ..cogvideox.checkpoint.catalogue import list_loras
+
+    return [entry.name for entry in list_loras(_lora_roots())]
+
+
+def lora_path(choice: str) -> Path:
+    """Where the LoRA lies that was chosen by its name; outside ComfyUI ``choice`` is a path.
+
+    Raises:
+        ValueError: if ComfyUI's folders hold no such file.
+    """
+    if not IN_COMFYUI:
+        return Path(choice)
+    found = next((root / choice for root in _lora_roots() if (root / choice).is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"There is no LoRA called {choice!r} in {' or '.join(map(str, _lora_roots()))}. Put it there and press R to refresh, or choose another."
+        )
+    return found
+
+
+def _lora_roots() -> list[Path]:
+    return _roots("loras") + [root / "loras" for root in _roots("CogVideo")]
+
+
 def download_folder() -> Path:
     """Where downloaded checkpoints go: the first of ComfyUI's CogVideo folders, or ``models`` here."""
     return _roots("CogVideo")[0] if IN_COMFYUI else Path("models")

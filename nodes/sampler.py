@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 class Sampler(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Sampler"
     DESCRIPTION = (
-        "Makes the video's latents from noise and a prompt, step by step, exactly as diffusers' CogVideoXPipeline does for the same seed. "
+        "Makes the video's latents from noise and a prompt, and from an image or a video, step by step, exactly as diffusers' pipelines do for "
+        "the same seed. "
         "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Can be cancelled between two steps."
     )
     SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
@@ -103,6 +104,7 @@ class Sampler(Node):
             _embeddings(positive, "positive"),
             _embeddings(negative, "negative"),
             latent_image["samples"],
+            image_latents=_image_latents(positive, negative),
             seed=seed,
             steps=steps,
             cfg=cfg,
@@ -115,6 +117,17 @@ class Sampler(Node):
             on_heal=host.show,
         )
         return ({"samples": samples},)
+
+
+def _image_latents(positive, negative):
+    """The start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it."""
+    given = [conditioning[0][1].get("concat_latent_image") for conditioning in (positive, negative)]
+    if given[0] is not None and given[1] is not None and (given[0].shape != given[1].shape or not given[0].equal(given[1])):
+        raise ValueError(
+            "The positive and the negative conditioning hold different start images, and a video starts from one. Connect both to the same "
+            "CogVideoX-1.5 Image to Video."
+        )
+    return given[0] if given[0] is not None else given[1]
 
 
 def _embeddings(conditioning, name):

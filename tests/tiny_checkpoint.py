@@ -15,6 +15,7 @@ VARIANTS = {
     "1.5": dict(in_channels=16, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False),
     "1.5-i2v": dict(in_channels=32, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, ofs_embed_dim=64),
     "5b": dict(in_channels=16, use_rotary_positional_embeddings=True),
+    "5b-i2v": dict(in_channels=32, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True),
     "2b": dict(in_channels=16, use_rotary_positional_embeddings=False),
 }
 #: dtype on disk, as the official folders have it
@@ -37,7 +38,7 @@ def build_checkpoint(
     folder = Path(folder)
     stored = STORED | (stored or {})
     torch.manual_seed(seed)
-    parts = {"transformer": build_transformer(variant), "text_encoder": build_text_encoder(), "vae": build_vae()}
+    parts = {"transformer": build_transformer(variant), "text_encoder": build_text_encoder(), "vae": build_vae(invert=variant == "1.5-i2v")}
     if change is not None:
         change(parts)
     for name, module in parts.items():
@@ -100,10 +101,17 @@ def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT
     )
 
 
-def build_vae(channels: tuple[int, ...] = (8, 8, 8, 16), groups: int = 4) -> torch.nn.Module:
+def build_vae(channels: tuple[int, ...] = (8, 8, 8, 16), groups: int = 4, invert: bool = False) -> torch.nn.Module:
     from diffusers import AutoencoderKLCogVideoX
 
-    return AutoencoderKLCogVideoX(block_out_channels=channels, norm_num_groups=groups, layers_per_block=1, latent_channels=16, scaling_factor=0.7)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=channels,
+        norm_num_groups=groups,
+        layers_per_block=1,
+        latent_channels=16,
+        scaling_factor=0.7,
+        invert_scale_latents=invert,
+    )
 
 
 def build_scheduler(variant: str = "1.5"):

@@ -6,6 +6,7 @@ What a file is, is remembered by its path, size and time, so that a list that wa
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ..dependencies import DependencyError
 from ..precision.hardware import dtype_name
 from ..variants import identify
+from .headers import read_header
 from .layout import open_part, read_any_header, sat_weights, stored_bytes, transformer_folders
 from .naming import find_parts
 from .shapes import infer_config
@@ -28,7 +30,10 @@ _MARKERS = (b"patch_embed.text_proj.weight", b"encoder.block.0.layer.0.SelfAtten
 _LISTED = (".safetensors", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
-_known: dict[tuple[str, int, int], dict[str, str]] = {}
+#: A layer of a CogVideoX block as a LoRA names it, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
+_LORA_LAYER = re.compile(r"(^|[._])(transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._]")
+_OTHER_LORAS = ("attn2", "down_blocks", "up_blocks", "single_transformer_blocks")
+_known: dict[tuple[str, str, int, int], dict[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,17 @@ def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
     entries: dict[str, Entry] = {}
     for entry in _file_entries(roots, kind):
         entries.setdefault(entry.name, entry)
+    return list(entries.values())
+
+
+def list_loras(roots: Iterable[Path]) -> list[Entry]:
+    """Every file below the roots that can be a LoRA of a CogVideoX transformer, by the names in its header."""
+    entries: dict[str, Entry] = {}
+    for root in roots:
+        for path, stat in sorted(_files(root).items()):
+            if "lora" in _remember(path, _describe_lora, stat):
+                entry = Entry(Path(path).relative_to(root).as_posix(), "", Path(path))
+                entries.setdefault(entry.name, entry)
     return list(entries.values())
 
 
@@ -133,7 +149,7 @@ def _files(root: Path) -> dict[str, os.stat_result]:
 def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat: os.stat_result | None = None) -> dict[str, str]:
     """What ``describe`` says of a file, by kind; asked once as long as the file stays the same."""
     stat = stat or os.stat(path)
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    key = (describe.__name__, str(path), stat.st_size, stat.st_mtime_ns)
     if key not in _known:
         try:
             _known[key] = describe(Path(path))
@@ -168,6 +184,13 @@ def _describe_file(path: Path) -> dict[str, str]:
         name = names.get(part.kind, lambda: "T5 encoder")()
         described.setdefault(part.kind, SEPARATOR.join([name, _dtypes(stored), part.layout]))
     return described
+
+
+def _describe_lora(path: Path) -> dict[str, str]:
+    """``lora`` for a LoRA whose layers are called as CogVideoX's; whether their sizes fit is seen when it is applied to a model."""
+    names = read_header(path) if path.suffix == ".safetensors" else ()
+    fits = any("lora" in name and _LORA_LAYER.search(name) for name in names)
+    return {"lora": ""} if fits and not any(mark in name for name in names for mark in _OTHER_LORAS) else {}
 
 
 def _dtypes(stored: dict[torch.dtype | str, int]) -> str:

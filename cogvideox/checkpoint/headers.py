@@ -123,6 +123,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a safetensors file noted in its header: texts by name, none if nothing.
+
+    Raises:
+        ValueError: if it is not JSON.
+    """
+    with path.open("rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+
+
 def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
     """Read from ``file``, unbuffered, until ``view`` is full.
 

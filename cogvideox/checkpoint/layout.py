@@ -156,7 +156,7 @@ def open_checkpoint(
     variant = identify(transformer.config)
     if "vae" in parts and "scaling_factor" not in parts["vae"].config:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
-        known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.image_to_video and variant.frame_step == 16}
+        known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
         parts["vae"] = replace(parts["vae"], config={**parts["vae"].config, **known})
     root = transformer.source.parent if transformer.source != path or path.is_file() or path.name in _TRANSFORMER_FOLDERS else path
     return Checkpoint(path, variant, _scheduler_config(root, transformer, variant), _tokenizer(root, parts, tokenizer), parts)

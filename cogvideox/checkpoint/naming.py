@@ -113,6 +113,14 @@ def _from_comfy(name: str, tensor: StoredTensor) -> _Renamed:
         yield re.sub(r"^(time|ofs)_embedding_linear_", r"\1_embedding.linear_", name), tensor
 
 
+def comfy_name(name: str) -> str:
+    """What ComfyUI's core calls a module or tensor of diffusers' transformer: ``transformer_blocks.0.attn1.to_q`` -> ``blocks.0.q``."""
+    name = re.sub(r"^transformer_blocks\.", "blocks.", name)
+    for comfy, module in _COMFY_BLOCK.items():
+        name = re.sub(rf"^(blocks\.\d+)\.{re.escape(module)}(?=\.|$)", rf"\1.{comfy}", name)
+    return re.sub(r"^(time|ofs)_embedding\.linear_", r"\1_embedding_linear_", name)
+
+
 _SAT_LAYER = {
     "attention.dense": "attn1.to_out.0",
     "mlp.dense_h_to_4h": "ff.net.0.proj",

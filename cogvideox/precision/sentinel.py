@@ -7,7 +7,7 @@ safer way to run: range-safe fp16, bf16 where native, fp32.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,12 +78,14 @@ class Sentinel:
         on_nan: str = "heal",
         on_load: Callable[[int, int], None] | None = None,
         on_heal: Callable[[str], None] | None = None,
+        prepare: Callable[[nn.Module, Precision], AbstractContextManager] | None = None,
     ):
         """Args:
             weights: a ``handles.Weights``.
             on_nan: ``heal`` or ``stop``.
             on_load: called with (bytes read, bytes in all) whenever weights have to be loaded.
             on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
+            prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is run.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
@@ -91,10 +93,11 @@ class Sentinel:
         if on_nan not in ON_NAN:
             raise ValueError(f"on_nan is {on_nan!r}, which is not known here. Choose one of {', '.join(ON_NAN)}.")
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
+        self._prepare = prepare
         self._running = ExitStack()
 
     def __enter__(self) -> "Sentinel":
-        self.module = self._running.enter_context(self.weights.running(self._on_load))
+        self._run()
         return self
 
     def __exit__(self, *error) -> None:
@@ -148,7 +151,14 @@ class Sentinel:
         self._running.close()
         self.weights.release()
         self.weights = self.weights.at(precision)
-        self.module = self._running.enter_context(self.weights.running(self._on_load))
+        self._run()
+
+    def _run(self) -> None:
+        with ExitStack() as running:
+            module = running.enter_context(self.weights.running(self._on_load))
+            if self._prepare is not None:
+                running.enter_context(self._prepare(module, self.weights.precision))
+            self.module, self._running = module, running.pop_all()
 
     def _tell(self, text: str) -> None:
         logger.warning("%s", text)

@@ -1,0 +1,96 @@
+"""Images and clips that come in: checked, fitted to the size and length a model makes."""
+
+import torch
+from einops import rearrange
+
+from .geometry import SIZE_STEP
+from .precision.sentinel import check_finite
+
+#: How far bicubic and lanczos resampling, which sharpen edges, go beyond 0..1 in practice: such images are clamped.
+_OVERSHOOT = 0.1
+_CHANNELS = {1: "is grey (1 channel)", 2: "is grey with alpha (2 channels)", 4: "has an alpha channel (4 channels)"}
+
+
+def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1.
+
+    Args:
+        name: what it is, for messages: ``start_image``.
+
+    Returns:
+        The images as float32, clamped to 0..1 where resampling went a little beyond.
+
+    Raises:
+        ValueError: for another shape, alpha, grey, NaN, Inf, or values outside 0..1.
+    """
+    shape = list(images.shape)
+    if images.ndim != 4 or 0 in shape:
+        raise ValueError(f"The {name} has the shape {shape}, but an image is [frames, height, width, 3]. Connect an IMAGE, such as of Load Image.")
+    if shape[3] != 3:
+        what = _CHANNELS.get(shape[3], f"has {shape[3]} channels")
+        remedy = "Join it with a background colour first" if shape[3] == 4 else "Convert it to RGB first"
+        raise ValueError(f"The {name} {what}, and the VAE was trained on RGB (3 channels): what lies under would be guessed. {remedy}.")
+    check_finite(images, f"The {name}", "Check the node that made it.")
+    low, high = (value.item() for value in images.aminmax())
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        raise ValueError(
+            f"The {name} has values from {low:.3g} to {high:.3g}, but an IMAGE goes from 0 to 1: the video would be glaring or black. "
+            f"{'Divide it by 255.' if high > 2 else 'Bring it to 0..1 first.'}"
+        )
+    return images.float().clamp(0, 1)
+
+
+def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Scale and centre-crop images ``[F, H, W, 3]`` to ``width`` x ``height``, with Lanczos' filter, as core's nodes do.
+
+    Unlike theirs it does not round to 8 bits on the way. Images of that size are returned as they are.
+    """
+    old_height, old_width = images.shape[1:3]
+    if (old_width, old_height) == (width, height):
+        return images
+    from PIL import Image
+
+    old, new = old_width / old_height, width / height
+    left = round((old_width - old_width * (new / old)) / 2) if old > new else 0
+    top = round((old_height - old_height * (old / new)) / 2) if old < new else 0
+    cropped = images[:, top : old_height - top, left : old_width - left].cpu()
+    # One colour at a time: Pillow has a float mode for a single channel only.
+    scaled = torch.empty(len(images), 3, height, width)
+    for place, plane in zip(scaled.flatten(0, 1), rearrange(cropped, "f h w c -> (f c) h w"), strict=True):
+        resized = Image.fromarray(plane.contiguous().numpy()).resize((width, height), Image.Resampling.LANCZOS)
+        place.copy_(torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.float32).view(height, width))
+    return rearrange(scaled, "f c h w -> f h w c").clamp(0, 1).contiguous()
+
+
+def fit_grid(images: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+    """Centre-crop images to multiples of 16 pixels; with a sentence if something was cut.
+
+    Raises:
+        ValueError: if they are smaller than that.
+    """
+    height, width = images.shape[1:3]
+    new_height, new_width = (size // SIZE_STEP * SIZE_STEP for size in (height, width))
+    if not (new_height and new_width):
+        raise ValueError(f"The images are {width}x{height} pixels, and the smallest that the model can read is 16x16. Scale them up first.")
+    if (new_height, new_width) == (height, width):
+        return images, None
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    note = f"The images are {width}x{height}; the model reads multiples of {SIZE_STEP} pixels, so they were cropped to {new_width}x{new_height}."
+    return images[:, top : top + new_height, left : left + new_width], note
+
+
+def fit_length(images: torch.Tensor, step: int) -> tuple[torch.Tensor, str | None]:
+    """Cut a clip, or repeat its last frame, to the nearest ``step * N + 1`` frames; with a sentence if that changed it.
+
+    A clip never becomes a single frame: up to ``step`` frames are filled up.
+    """
+    count = len(images)
+    blocks = max(1, (count - 1 + step // 2 - 1) // step) if count > 1 else 0
+    wanted = blocks * step + 1
+    if wanted == count:
+        return images, None
+    rule = f"The clip has {count} frames and this model makes {step}N+1, so"
+    if wanted < count:
+        return images[:wanted], f"{rule} the last {count - wanted} were cut: {wanted} are left."
+    missing = wanted - count
+    return torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]), f"{rule} the last was repeated {missing} times."

@@ -1,0 +1,84 @@
+"""CogVideoX-1.5 Image to Video: the image a video starts from."""
+
+from ..cogvideox.geometry import SIZE_STEP
+from . import host
+from .base import Node
+
+
+class ImageToVideo(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Image to Video"
+    DESCRIPTION = (
+        "The image a video starts from, and its size and length, for image-to-video checkpoints (CogVideoX1.5-5B-I2V, CogVideoX-5b-I2V). The image "
+        "is scaled and centre-cropped to the size, encoded with the checkpoint's own VAE, and put into both conditionings."
+    )
+    SEARCH_ALIASES = ["cogvideo i2v", "cogvideox image to video", "start image", "first frame", "end image", "first last frame", "animate image"]
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+    RETURN_NAMES = ("positive", "negative", "latent")
+    OUTPUT_TOOLTIPS = (
+        "The positive conditioning with the start image, for the sampler.",
+        "The negative conditioning with the start image, for the sampler.",
+        "An empty video latent of this size, for the sampler's latent_image.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        size = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
+        trained = (
+            "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
+        )
+        return {
+            "required": {
+                "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
+                "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual."}),
+                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+                "start_image": (
+                    "IMAGE",
+                    {"tooltip": "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several images the first is used."},
+                ),
+                "width": ("INT", {"default": 1360, **size, "tooltip": f"Width in pixels, {trained}"}),
+                "height": ("INT", {"default": 768, **size, "tooltip": f"Height in pixels, {trained}"}),
+                "length": (
+                    "INT",
+                    {
+                        "default": 81,
+                        "min": 1,
+                        "max": 16001,
+                        "step": 16,
+                        "tooltip": "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained.",
+                    },
+                ),
+                "batch_size": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 64,
+                        "tooltip": "Videos to make at once from the one image. Each takes as much memory as the first.",
+                    },
+                ),
+            },
+            "optional": {
+                "end_image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The last frame, for checkpoints that were fine-tuned to go from one image to another. The released ones were "
+                        "not, and the sampler says so."
+                    },
+                ),
+            },
+        }
+
+    def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
+        from ..cogvideox.geometry import empty_latent
+        from ..cogvideox.pictures import check_images, fit_size
+        from ..cogvideox.vae import image_latents
+
+        samples = empty_latent(width, height, length, batch_size, vae.frame_step)
+        start, end = (
+            None if image is None else fit_size(check_images(image, name)[:1], width, height)
+            for name, image in (("start_image", start_image), ("end_image", end_image))
+        )
+        host.make_room(vae.weights.nbytes, vae.weights.device)
+        latents = image_latents(vae, start, length, end, on_load=host.progress(), on_heal=host.show)
+        with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
+        return *with_image, {"samples": samples}

@@ -1,0 +1,67 @@
+"""CogVideoX-1.5 LoRA Loader: a LoRA for the transformer."""
+
+import logging
+
+from . import host
+from .base import Node
+
+logger = logging.getLogger(__name__)
+
+
+class LoraLoader(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 LoRA Loader"
+    DESCRIPTION = (
+        "Has the transformer run with a LoRA (formats of diffusers, peft, finetrainers, kohya and CogVideoX-Fun). It is added while the model runs "
+        "and the weights stay as they are: nodes can be chained, another branch of the graph can use another LoRA, and taking the node away restores "
+        "the model exactly. Works with every dtype and file format."
+    )
+    SEARCH_ALIASES = ["cogvideo lora", "cogvideox lora", "load lora", "style", "adapter"]
+    RETURN_TYPES = ("COGVIDEOX_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The transformer with the LoRA, for the sampler or another LoRA loader.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader or another LoRA loader."}),
+                "lora_name": (
+                    host.loras(),
+                    {"tooltip": "A LoRA trained on this CogVideoX model, in models/loras or models/CogVideo/loras."},
+                ),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -100.0,
+                        "max": 100.0,
+                        "step": 0.05,
+                        "round": 0.001,
+                        "tooltip": "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name):
+        try:
+            host.lora_path(lora_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name, **_):
+        path = host.lora_path(lora_name)
+        stat = path.stat() if path.exists() else None
+        return str(path), stat and (stat.st_size, stat.st_mtime_ns)
+
+    def execute(self, model, lora_name, strength=1.0):
+        from ..cogvideox.handles import with_lora
+
+        changed = with_lora(model, host.lora_path(lora_name), strength)
+        report = changed.loras[-1].text
+        logger.info("%s", report)
+        host.show(report)
+        return (changed,)

@@ -1,0 +1,43 @@
+"""CogVideoX-1.5 VAE Encode: frames to latents."""
+
+import logging
+
+from . import host
+from .base import Node
+
+logger = logging.getLogger(__name__)
+
+
+class VAEEncode(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 VAE Encode"
+    DESCRIPTION = (
+        "Turns a video's frames into latents with the checkpoint's own VAE, for the sampler with denoise below 1 (video to video). A clip that is not "
+        "16N+1 frames long is cut, or its last frame repeated, and one whose sides are not multiples of 16 is cropped; both are said on the node."
+    )
+    SEARCH_ALIASES = ["cogvideo encode", "cogvideox vae encode", "video to video", "v2v", "image to latent"]
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("The clip's latents, for the sampler's latent_image.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "The frames of one video. CogVideoX-1.5 was trained at 1360x768 and 16 frames a second."}),
+                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+            }
+        }
+
+    def execute(self, images, vae):
+        from ..cogvideox.pictures import check_images, fit_grid, fit_length
+        from ..cogvideox.vae import encode
+
+        images, cropped = fit_grid(check_images(images, "images"))
+        images, cut = fit_length(images, vae.frame_step)
+        notes = [note for note in (cropped, cut) if note]
+        for note in notes:
+            logger.warning("%s", note)
+        if notes:
+            host.show("\n".join(notes))
+        host.make_room(vae.weights.nbytes, vae.weights.device)
+        return ({"samples": encode(vae, images, on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show)},)

@@ -1,0 +1,354 @@
+"""LoRAs in every format change the model as peft does, and only while it runs."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogvideox.checkpoint.catalogue import list_loras
+from cogvideox.checkpoint.layout import open_part
+from cogvideox.checkpoint.loading import load_module
+from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.handles import open_handles, with_lora
+from cogvideox.lora import applied, open_lora
+from cogvideox.precision.packed import PackedLinear
+from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
+from cogvideox.sampling import sample
+from tests import layouts
+from tests.conftest import CPU
+from tests.tiny_checkpoint import TEXT_WIDTH
+
+RANK = 3
+#: The layers that trainers choose, and those that some choose too.
+LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")
+OTHERS = ("patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "proj_out", "norm_out.linear")
+
+
+def draw(part, seed=0, rank=RANK, layers=LAYERS, others=OTHERS):
+    """Random halves of every layer: module -> (down, up)."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"transformer_blocks.{block}.{layer}" for block in range(2) for layer in layers] + list(others)
+    halves = {}
+    for name in names:
+        out, *inside = part.tensors[f"{name}.weight"].shape
+        kernel = inside[1:]
+        down = torch.randn(rank, *inside, generator=generator) * inside[0] ** -0.5
+        halves[name] = down, torch.randn(out, rank, *[1 for _ in kernel], generator=generator) * 0.2
+    return halves
+
+
+def write(path, halves, name, down="lora_A.weight", up="lora_B.weight", alpha=None, metadata=None, dtype=torch.float32):
+    tensors = {}
+    for module, (first, second) in halves.items():
+        tensors[f"{name(module)}.{down}"] = first.to(dtype).contiguous()
+        tensors[f"{name(module)}.{up}"] = second.to(dtype).contiguous()
+        if alpha is not None:
+            tensors[f"{name(module)}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, path, metadata)
+    return path
+
+
+def flat(name):
+    return name.replace(".", "_")
+
+
+FORMATS = {
+    "peft": dict(name=lambda m: f"base_model.model.{m}"),
+    "diffusers": dict(name=lambda m: f"transformer.{m}"),
+    "bare names": dict(name=lambda m: m),
+    "a named adapter": dict(name=lambda m: f"transformer.{m}", down="lora_A.default.weight", up="lora_B.default.weight"),
+    "old diffusers": dict(name=lambda m: f"transformer.{m}", down="lora.down.weight", up="lora.up.weight"),
+    "kohya": dict(name=lambda m: f"lora_unet_{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
+    "CogVideoX-Fun": dict(name=lambda m: f"lora_unet__{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
+    "ComfyUI": dict(name=lambda m: f"diffusion_model.{comfy_name(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
+}
+
+
+@pytest.fixture(scope="module")
+def part(tiny):
+    return open_part(tiny / "transformer", "transformer")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(6)
+    return dict(
+        hidden_states=torch.randn(1, 2, 16, 6, 10, generator=generator),
+        encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, generator=generator),
+        timestep=torch.tensor([500]),
+        image_rotary_emb=None,
+        return_dict=False,
+    )
+
+
+def run(module, inputs, dtype=torch.float32):
+    with torch.no_grad():
+        return module(**{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})[0]
+
+
+@pytest.fixture(scope="module")
+def with_peft(tiny):
+    """``with_peft(halves, alpha)``: the unmodified transformer in float64 with a peft adapter of these halves."""
+    from diffusers import CogVideoXTransformer3DModel
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    base = CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.float64)
+
+    def get(*loras):
+        module = copy.deepcopy(base)
+        for number, (halves, alpha, strength) in enumerate(loras):
+            rank = next(iter(halves.values()))[0].shape[0]
+            config = LoraConfig(r=rank, lora_alpha=alpha * strength, target_modules=list(halves), init_lora_weights=False)
+            inject_adapter_in_model(config, module, adapter_name=f"a{number}")
+            state = {f"{n}.lora_{half}.weight": t.double() for n, pair in halves.items() for half, t in zip("AB", pair, strict=True)}
+            set_peft_model_state_dict(module, state, adapter_name=f"a{number}")
+        for layer in module.modules():
+            if hasattr(layer, "active_adapter"):
+                layer.set_adapter([f"a{number}" for number in range(len(loras))])
+        return module.double()
+
+    return get
+
+
+def error(ours, expected):
+    return ((ours.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_what_peft_makes_of_it_in_float64(tmp_path, part, inputs, with_peft, form):
+    halves = draw(part)
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS[form]), part, 0.8)
+    assert set(lora.pairs) == set(halves)
+    module = load_module(part, FP32, torch.device("cpu"))
+    base = run(module, inputs)
+    with applied([lora], module, FP32):
+        ours = run(module, inputs)
+    expected = run(with_peft((halves, RANK, 0.8)), inputs, torch.float64)
+    assert error(ours, expected) < 1e-5
+    assert error(base, expected) > 0.05
+    assert torch.equal(run(module, inputs), base)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.7, 2.5])
+def test_alpha_and_any_strength_scale_it(tmp_path, part, inputs, with_peft, strength):
+    halves = draw(part)
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["kohya"] | {"alpha": 12}), part, strength)
+    module = load_module(part, FP32, torch.device("cpu"))
+    with applied([lora], module, FP32):
+        assert error(run(module, inputs), run(with_peft((halves, 12, strength)), inputs, torch.float64)) < 1e-5
+
+
+def test_alpha_is_read_from_diffusers_metadata_and_from_pefts_config(tmp_path, part):
+    halves = draw(part)
+    metadata = {
+        "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {"ff.net.2": 9}})
+    }
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"], metadata=metadata), part)
+    assert {pair.scale for name, pair in lora.pairs.items() if name.endswith("ff.net.2")} == {3.0}
+    assert {pair.scale for name, pair in lora.pairs.items() if not name.endswith("ff.net.2")} == {2.0}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", halves, **FORMATS["peft"])
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 6, "use_rslora": True}))
+    assert {pair.scale for pair in open_lora(folder, part).pairs.values()} == {6 / RANK**0.5}
+
+
+def test_they_stack(tmp_path, part, inputs, with_peft):
+    first, second = draw(part, 1), draw(part, 2, rank=5, others=())
+    loras = [
+        open_lora(write(tmp_path / "first.safetensors", first, **FORMATS["diffusers"]), part, 0.5),
+        open_lora(write(tmp_path / "second.safetensors", second, **FORMATS["kohya"] | {"alpha": 5}), part, -1.5),
+    ]
+    module = load_module(part, FP32, torch.device("cpu"))
+    with applied(loras, module, FP32):
+        ours = run(module, inputs)
+    assert error(ours, run(with_peft((first, RANK, 0.5), (second, 5, -1.5)), inputs, torch.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "limit"),
+    [(Precision(torch.bfloat16), 2e-2), (Precision(torch.float16), 3e-3), (RANGE_SAFE_FP16, 3e-3)],
+    ids=["bf16", "fp16", "range-safe"],
+)
+def test_it_works_in_every_dtype(tmp_path, part, inputs, with_peft, precision, limit):
+    halves = draw(part)
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"]), part)
+    module = load_module(part, precision, torch.device("cpu"))
+    with applied([lora], module, precision):
+        ours = run(module, inputs, precision.activations)
+    assert error(ours, run(with_peft((halves, RANK, 1.0)), inputs, torch.float64)) < limit
+
+
+def test_a_loud_lora_does_not_overflow_in_range_safe_fp16(tmp_path, part, inputs, with_peft):
+    """Uneven columns make the halves scale per column, also where the layer's own input comes scaled per token."""
+    halves = draw(part, layers=("attn1.to_q", "attn1.to_v", "ff.net.0.proj"), others=())
+    for down, up in halves.values():
+        down[:, ::7] *= 3e4
+        up *= 1e3
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"]), part)
+    module = load_module(part, RANGE_SAFE_FP16, torch.device("cpu"))
+    with applied([lora], module, RANGE_SAFE_FP16):
+        ours = run(module, inputs)
+    assert ours.isfinite().all()
+    assert error(ours, run(with_peft((halves, RANK, 1.0)), inputs, torch.float64)) < 3e-2
+
+
+@pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
+@pytest.mark.parametrize("layout", ["fp8", "gguf"])
+def test_it_works_on_weights_that_stay_packed(tmp_path, tiny, part, inputs, layout, precision):
+    """What the LoRA adds to packed weights is what it adds to the same weights widened."""
+    state = load_module(part, FP32, torch.device("cpu")).state_dict()
+    if layout == "gguf":
+        file = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0")
+    else:
+        small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+        file = layouts.write_file(tmp_path / "model.safetensors", small)
+    packed = open_part(file, "transformer")
+    halves = draw(part)
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"]), packed)
+    module = load_module(packed, precision, torch.device("cpu"))
+    base = run(module, inputs, precision.activations)
+    with applied([lora], module, precision):
+        ours = run(module, inputs, precision.activations)
+    plain = load_module(packed, FP32, torch.device("cpu"))
+    for name, child in list(plain.named_modules()):
+        if isinstance(child, PackedLinear):
+            linear = torch.nn.Linear(child.in_features, child.out_features, child.bias is not None)
+            linear.weight.data, linear.bias = child.packed.scaled(torch.float32), child.bias
+            plain.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = linear
+    with applied([lora], plain, FP32):
+        expected = run(plain, inputs)
+    assert error(ours, expected.double()) < (1e-5 if precision == FP32 else 2e-2)
+    assert torch.equal(run(module, inputs, precision.activations), base)
+
+
+def test_a_convolution_can_have_one(tmp_path, checkpoints, inputs):
+    part = open_part(checkpoints("2b") / "transformer", "transformer")
+    halves = draw(part, layers=(), others=("patch_embed.proj",))
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["CogVideoX-Fun"]), part)
+    module = load_module(part, FP32, torch.device("cpu"))
+    merged = load_module(part, FP32, torch.device("cpu"))
+    down, up = halves["patch_embed.proj"]
+    merged.patch_embed.proj.weight.data = merged.patch_embed.proj.weight + torch.einsum("orkl,rihw->oihw", up, down)
+    with applied([lora], module, FP32):
+        assert error(run(module, inputs), run(merged, inputs).double()) < 1e-5
+
+
+def test_two_branches_of_a_graph_use_their_own_and_the_base_stays_bit_for_bit(tmp_path, tiny, prompts, part):
+    handles = open_handles(tiny, "fp32", CPU)
+    latent = torch.zeros(1, 16, 4, 6, 10)
+
+    def make(model):
+        return sample(model, *prompts, latent, seed=1, steps=2)
+
+    base = make(handles.model)
+    weights = {name: tensor.clone() for name, tensor in handles.model.weights._module.state_dict().items()}
+    files = [write(tmp_path / f"{seed}.safetensors", draw(part, seed), **FORMATS["diffusers"]) for seed in (1, 2)]
+    one, two = (with_lora(handles.model, file) for file in files)
+    results = [make(model) for model in (one, two, one, handles.model, with_lora(handles.model, files[0], 0.0))]
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(results[3], base)
+    assert torch.equal(results[4], base)
+    assert one.weights is two.weights is handles.model.weights
+    assert not handles.model.loras
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in handles.model.weights._module.state_dict().items())
+
+
+def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
+    """A LoRA too loud for fp16: the step is done again in a safer way to run, with the LoRA."""
+    halves = draw(part, layers=("ff.net.2",), others=())
+    for _, up in halves.values():
+        up *= 3e6
+    file, said = write(tmp_path / "loud.safetensors", halves, **FORMATS["diffusers"]), []
+    latent = torch.zeros(1, 16, 4, 6, 10)
+    plain = open_handles(tiny, "fp16", CPU, on_mismatch="warn").model
+    ours = sample(with_lora(plain, file), *prompts, latent, seed=1, steps=2, on_heal=said.append)
+    assert any("range-safe fp16" in text for text in said)
+    expected = sample(with_lora(open_handles(tiny, "fp32", CPU).model, file), *prompts, latent, seed=1, steps=2)
+    assert error(ours, expected.double()) < 5e-2
+
+
+def rewritten(path, change):
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+Q = "transformer.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.update({"transformer.single_blocks.0.q.lora_A.weight": torch.zeros(3, 8)}),
+            r"1 of its \d+ tensors \(transformer.single_blocks.0.q",
+        ),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(128, 5)}), "the ranks 3 and 5"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 64)}), r"holds \[3, 64\].*the layer of this model is \[128, 128\]"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "the down half of transformer_blocks.0.attn1.to_q and not its up half"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(128)}), "it is a DoRA, and only LoRAs"),
+        (lambda t: t.update({f"{Q}.hada_w1_a": torch.zeros(128)}), "it is a LoHa"),
+        (lambda t: t.update({f"{Q}.alpha": torch.zeros(2)}), "an alpha has the shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_names(tmp_path, part, change, said):
+    path = rewritten(write(tmp_path / "lora.safetensors", draw(part), **FORMATS["diffusers"]), change)
+    with pytest.raises(ValueError, match=said):
+        open_lora(path, part)
+
+
+def test_a_lora_of_another_size_of_the_model_is_refused(tmp_path, part):
+    other = {name: (torch.zeros(4, 1920), torch.zeros(1920, 4)) for name in draw(part, others=())}
+    with pytest.raises(ValueError, match="was trained on another model"):
+        open_lora(write(tmp_path / "lora.safetensors", other, **FORMATS["diffusers"]), part)
+
+
+def test_a_model_a_missing_file_and_a_strength_that_is_no_number_are_refused(tmp_path, tiny, part):
+    with pytest.raises(ValueError, match="A model is loaded with"):
+        open_lora(next((tiny / "transformer").glob("*.safetensors")), part)
+    with pytest.raises(ValueError, match="There is no LoRA"):
+        open_lora(tmp_path / "none.safetensors", part)
+    with pytest.raises(ValueError, match="strength"):
+        open_lora(tmp_path / "none.safetensors", part, float("nan"))
+
+
+def test_a_lora_with_nan_is_refused_by_name_and_leaves_no_hook(tmp_path, tiny, prompts, part):
+    halves = draw(part)
+    next(iter(halves.values()))[0][0, 0] = torch.nan
+    model = open_handles(tiny, "fp32", CPU).model
+    broken = with_lora(model, write(tmp_path / "broken.safetensors", halves, **FORMATS["diffusers"]))
+    with pytest.raises(ValueError, match=r"broken.safetensors holds 1 values that are NaN"):
+        sample(broken, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=1)
+    assert not any(module._forward_hooks for module in model.weights._module.modules())
+    sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=1)
+
+
+def test_what_it_holds_for_the_text_encoder_is_left_out_and_said(tmp_path, part):
+    path = write(tmp_path / "lora.safetensors", draw(part), **FORMATS["kohya"])
+    rewritten(path, lambda t: t.update({"lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.zeros(3, 8)}))
+    assert "trains the text encoder too (1 tensors)" in open_lora(path, part).text
+
+
+def test_the_list_holds_loras_of_cogvideox_only(tmp_path, part):
+    for form in FORMATS:
+        write(tmp_path / f"{form}.safetensors", draw(part), **FORMATS[form])
+    save_file(
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(1)}, tmp_path / "sd15.safetensors"
+    )
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
+    ltx = {f"diffusion_model.transformer_blocks.0.{attention}.to_q.lora_A.weight": torch.zeros(1) for attention in ("attn1", "attn2")}
+    save_file(ltx, tmp_path / "ltx.safetensors")
+    assert sorted(entry.name for entry in list_loras([tmp_path])) == sorted(f"{form}.safetensors" for form in FORMATS)

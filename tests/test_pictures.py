@@ -1,0 +1,81 @@
+"""Images and clips that come in are fitted as core's nodes fit them, and what was changed is said."""
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cogvideox.pictures import check_images, fit_grid, fit_length, fit_size
+
+
+@pytest.mark.parametrize(("old", "new"), [((100, 60), (64, 48)), ((60, 100), (64, 48)), ((31, 47), (96, 32)), ((64, 48), (32, 24))])
+def test_scaling_is_pillows_lanczos_of_the_centre(old, new):
+    # Not up to black and white: in 8 bits Pillow clamps between its two passes too.
+    image = 0.3 + 0.4 * torch.rand(1, old[1], old[0], 3, generator=torch.Generator().manual_seed(1))
+    ours = fit_size(image, *new)
+    assert ours.shape == (1, new[1], new[0], 3)
+    pixels = Image.fromarray((image[0].numpy() * 255).round().astype("uint8"))
+    width, height = old
+    wide = width / height > new[0] / new[1]
+    cut = round((width - height * new[0] / new[1]) / 2) if wide else round((height - width * new[1] / new[0]) / 2)
+    box = (cut, 0, width - cut, height) if wide else (0, cut, width, height - cut)
+    theirs = numpy.asarray(pixels.crop(box).resize(new, Image.Resampling.LANCZOS)) / 255
+    assert (ours[0] - torch.from_numpy(theirs)).abs().max() < 2 / 255
+
+
+def test_an_image_of_that_size_is_not_touched():
+    image = torch.rand(1, 48, 64, 3)
+    assert fit_size(image, 64, 48) is image
+
+
+@given(count=st.integers(1, 200), step=st.sampled_from([8, 16]))
+def test_a_clip_becomes_the_nearest_length_that_is_made_and_says_so(count, step):
+    clip = torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 1, 3)
+    fitted, note = fit_length(clip, step)
+    length = len(fitted)
+    assert length % step == 1
+    assert abs(length - count) <= step / 2 or 1 < count <= step + 1
+    assert length > 1 or count == 1
+    assert (note is None) == (length == count)
+    if note:
+        assert str(count) in note
+        assert str(length if length < count else length - count) in note
+    assert fitted[:count, 0, 0, 0].tolist() == list(range(min(count, length)))
+    assert all(frame == count - 1 for frame in fitted[count:, 0, 0, 0].tolist())
+
+
+def test_sides_are_cropped_to_the_grid_at_the_centre_and_it_says_so():
+    image = torch.rand(1, 50, 70, 3)
+    fitted, note = fit_grid(image)
+    assert torch.equal(fitted, image[:, 1:49, 3:67])
+    assert "70x50" in note
+    assert "64x48" in note
+    assert fit_grid(fitted) == (fitted, None)
+    with pytest.raises(ValueError, match="8x32"):
+        fit_grid(torch.rand(1, 32, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (torch.rand(1, 8, 8, 4), "has an alpha channel"),
+        (torch.rand(1, 8, 8, 1), "is grey"),
+        (torch.rand(1, 8, 8, 7), "has 7 channels"),
+        (torch.rand(8, 8, 3), r"shape \[8, 8, 3\]"),
+        (torch.rand(0, 8, 8, 3), "has the shape"),
+        (torch.full((1, 8, 8, 3), torch.nan), "192 values that are NaN"),
+        (torch.full((1, 8, 8, 3), 255.0), "Divide it by 255"),
+        (torch.full((1, 8, 8, 3), -1.0), "from -1 to -1"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_a_sentence(image, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        check_images(image, "start_image")
+    assert "start_image" in str(caught.value)
+
+
+def test_what_resampling_sharpened_beyond_white_is_clamped():
+    image = torch.tensor([-0.05, 0.5, 1.05]).expand(1, 2, 2, 3)
+    assert check_images(image, "images")[0, 0, 0].tolist() == [0.0, 0.5, 1.0]
