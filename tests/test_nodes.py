@@ -51,6 +51,27 @@ CONTRACT = {
         {"images": "IMAGE", "is_black": "BOOLEAN", "black_frame_count": "INT", "report": "STRING"},
     ),
 }
+CONTRACT["CogVideoX15ImageToVideo"] = (
+    "CogVideoX-1.5 Image to Video",
+    {
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "vae": "COGVIDEOX_VAE",
+        "start_image": "IMAGE",
+        "width": "INT",
+        "height": "INT",
+        "length": "INT",
+        "batch_size": "INT",
+        "end_image": "IMAGE",
+    },
+    {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+)
+CONTRACT["CogVideoX15VAEEncode"] = ("CogVideoX-1.5 VAE Encode", {"images": "IMAGE", "vae": "COGVIDEOX_VAE"}, {"latent": "LATENT"})
+CONTRACT["CogVideoX15LoraLoader"] = (
+    "CogVideoX-1.5 LoRA Loader",
+    {"model": "COGVIDEOX_MODEL", "lora_name": "COMBO", "strength": "FLOAT"},
+    {"model": "COGVIDEOX_MODEL"},
+)
 CONTRACT["CogVideoX15Downloader"] = (
     "CogVideoX-1.5 Downloader",
     {"checkpoint": "COMBO", "download": "BOOLEAN"},
@@ -59,6 +80,8 @@ CONTRACT["CogVideoX15Downloader"] = (
 DEFAULTS = {
     "CogVideoX15Downloader": {"download": False},
     "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
+    "CogVideoX15ImageToVideo": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
+    "CogVideoX15LoraLoader": {"strength": 1.0},
     "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
     "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"},
     "CogVideoX15BlackFrameCheck": {"pixel_black_threshold": 0.10, "picture_black_ratio": 0.98, "video_black_ratio": 1.0},

@@ -20,8 +20,9 @@ def ours(workflow, pack):
     return [(node, pack.NODE_CLASS_MAPPINGS[node["type"]]) for node in workflow["nodes"] if node["type"].startswith("CogVideoX15")]
 
 
-def test_there_is_a_workflow_for_text_to_video():
-    assert "text_to_video.json" in [path.name for path in workflows.FILES]
+def test_there_is_a_workflow_for_each_use():
+    names = {path.stem for path in workflows.FILES}
+    assert names == {"text_to_video", "image_to_video", "video_to_video", "text_to_video_lora"}
 
 
 def test_its_nodes_exist_with_their_sockets_in_order(workflow, pack):
@@ -40,7 +41,7 @@ def test_its_widget_values_are_allowed(workflow, pack):
         for name, (kind, options, *_) in combined(node_class).items():
             if kind in ("INT", "FLOAT"):
                 assert options["min"] <= values[name] <= options["max"], (node["type"], name)
-            elif isinstance(kind, list) and (node["type"], name) != ("CogVideoX15ModelLoader", "model"):
+            elif isinstance(kind, list) and name not in ("model", "lora_name"):
                 assert values[name] in kind, (node["type"], name)
         assert [value for value in node.get("widgets_values", []) if value not in ("randomize", "fixed")] == list(values.values())
 
