@@ -46,6 +46,7 @@ def sample(
     on_step: StepCallback | None = None,
     on_load: Callable[[int, int], None] | None = None,
     on_heal: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
     """Denoise a batch of video latents.
 
@@ -63,7 +64,8 @@ def sample(
         on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer way to run and goes on,
             ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
-        on_heal: called with a sentence for the user when a step had to be healed, or the model was not trained for what is asked.
+        on_heal: called with a sentence for the user when a step had to be healed.
+        on_note: called with a sentence for the user where the model was not trained for what is asked.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -88,8 +90,8 @@ def sample(
         prompts.insert(0, _check_embeddings(negative, "negative", config, batch))
     for note in _outside_training(model, latents, image_latents):
         logger.warning("%s", note)
-        if on_heal is not None:
-            on_heal(note)
+        if on_note is not None:
+            on_note(note)
 
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)

@@ -115,6 +115,7 @@ class Sampler(Node):
             on_step=host.progress(),
             on_load=host.progress(),
             on_heal=host.show,
+            on_note=host.show,
         )
         return ({"samples": samples},)
 

@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 class VAEEncode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 VAE Encode"
     DESCRIPTION = (
-        "Turns a video's frames into latents with the checkpoint's own VAE, for the sampler with denoise below 1 (video to video). A clip that is not "
-        "16N+1 frames long is cut, or its last frame repeated, and one whose sides are not multiples of 16 is cropped; both are said on the node."
+        "Turns a video's frames into latents with the checkpoint's own VAE, for the sampler with denoise below 1 (video to video). A clip that is "
+        "not 16N+1 frames long is cut, or its last frame repeated, and one whose sides are not multiples of 16 is cropped; both are said on the node."
     )
     SEARCH_ALIASES = ["cogvideo encode", "cogvideox vae encode", "video to video", "v2v", "image to latent"]
     RETURN_TYPES = ("LATENT",)

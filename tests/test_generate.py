@@ -1,11 +1,14 @@
 """The command line makes a video file, and says in a sentence why it could not."""
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import generate
 from cogvideox.video import write_mp4
@@ -173,3 +176,77 @@ def test_a_mismatch_can_stop_the_run_before_it_starts(tiny, capsys):
     code, _, error = run(capsys, "--prompt", "x", "--model", tiny, "--dtype", "fp16", "--on-mismatch", "stop")
     assert code == 1
     assert "was trained in bf16" in error
+
+
+class TestImagesVideosAndLoras:
+    @pytest.fixture
+    def image(self, tmp_path):
+        path = tmp_path / "start.png"
+        Image.fromarray((np.random.default_rng(1).random((60, 90, 4)) * 255).astype("uint8"), "RGBA").save(path)
+        return path
+
+    @pytest.fixture
+    def video(self, tmp_path):
+        path = tmp_path / "clip.mp4"
+        write_mp4(torch.rand(20, 64, 96, 3, generator=torch.Generator().manual_seed(1)), path, 16)
+        return path
+
+    @pytest.fixture
+    def lora(self, tmp_path):
+        name = "transformer.transformer_blocks.0.attn1.to_out.0"
+        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        return tmp_path / "lora.safetensors"
+
+    def arguments(self, model, output, *more):
+        return ("--prompt", "a panda", "--model", model, "--width", 80, "--height", 48, "--steps", 2, "--output", output, *more)
+
+    def test_an_image_becomes_a_video(self, checkpoints, image, tmp_path, capsys):
+        output = tmp_path / "out.mp4"
+        code, said, error = run(capsys, *self.arguments(checkpoints("1.5-i2v"), output, "--image", image, "--frames", 17))
+        assert (code, output.exists()) == (0, True), error
+        assert "17 frames of 80x48" in said
+
+    def test_an_image_keeps_its_shape_where_no_size_is_given(self):
+        from cogvideox.variants import identify
+
+        i2v = identify({"in_channels": 32, "patch_size_t": 2})
+        assert i2v.size_for(1920, 1080) == (1360, 768)
+        assert i2v.size_for(1080, 1920) == (768, 1360)
+        assert i2v.size_for(500, 500) == (768, 768)
+        assert i2v.size_for(4000, 100) == (1360, 768)
+        assert identify({"in_channels": 32, "use_rotary_positional_embeddings": True}).size_for(500, 500) == (720, 480)
+
+    def test_a_video_becomes_another_of_its_length(self, tiny, video, tmp_path, capsys):
+        code, said, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", "--video", video, "--strength", 0.5))
+        assert code == 0, error
+        assert "the last 3 were cut: 17 are left" in said
+        assert "17 frames of 80x48" in said
+
+    def test_loras_stack_with_their_strengths(self, tiny, lora, tmp_path, capsys):
+        more = ("--frames", 17, "--lora", f"{lora}:0.5", "--lora", lora)
+        code, said, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", *more))
+        assert code == 0, error
+        assert "LoRA lora.safetensors: strength 0.5, rank 2, 1 layers" in said
+        assert "LoRA lora.safetensors: strength 1, rank 2, 1 layers" in said
+
+    def test_a_colon_of_windows_is_no_strength(self):
+        assert generate._lora(r"C:\style.safetensors") == (Path(r"C:\style.safetensors"), 1.0)
+        assert generate._lora(r"C:\style.safetensors:-0.5") == (Path(r"C:\style.safetensors"), -0.5)
+
+    def test_what_does_not_fit_is_said_before_anything_is_loaded(self, checkpoints, tiny, image, video, lora, tmp_path, capsys):
+        output = tmp_path / "out.mp4"
+        for model, more, said in (
+            (checkpoints("1.5-i2v"), (), "no start image is connected"),
+            (tiny, ("--image", image), "text-to-video model and a start image"),
+            (tiny, ("--image", video), "cannot be read as an image"),
+            (tiny, ("--video", image.with_name("none.mp4")), "cannot be read as a video"),
+            (tiny, ("--lora", next((tiny / "transformer").glob("*.safetensors"))), "it is not a LoRA"),
+        ):
+            code, _, error = run(capsys, *self.arguments(model, output, "--frames", 17, *more))
+            assert code == 1
+            assert said in error
+
+    @pytest.mark.parametrize("more", [("--strength", "0.5"), ("--end-image", "x.png"), ("--image", "x.png", "--video", "x.mp4")])
+    def test_options_that_need_or_exclude_each_other(self, tiny, more):
+        with pytest.raises(SystemExit):
+            generate.main([str(argument) for argument in self.arguments(tiny, "out.mp4", *more)])

@@ -1,5 +1,7 @@
 """Image to video and video to video make the unmodified pipelines' latents, bit for bit, and say what does not fit."""
 
+import shutil
+
 import pytest
 import torch
 from einops import rearrange
@@ -99,8 +101,8 @@ def test_the_learned_positions_of_5b_equal_their_pipeline_too_and_take_one_size(
     start = image_latents(handles.vae, image, 9)
     ours = sample(handles.model, *prompts, torch.zeros(shape), image_latents=start, seed=1, steps=STEPS)
     assert torch.equal(ours, reference(pipeline, prompts, image, shape))
+    small = torch.zeros(1, 16, 3, 6, 10)
     with pytest.raises(ValueError, match="learned positions for 720x480 only, and the latent is 80x48"):
-        small = torch.zeros(1, 16, 3, 6, 10)
         sample(handles.model, *prompts, small, image_latents=small, seed=1, steps=1)
 
 
@@ -111,9 +113,6 @@ def test_the_images_latent_is_divided_by_the_scale_only_where_the_model_was_trai
     folder = tmp_path / "shared"
     build_checkpoint(folder, "1.5")
     (folder / "transformer").rename(folder / "transformer_T2V")
-    (checkpoints("1.5-i2v")).joinpath("transformer")
-    import shutil
-
     shutil.copytree(checkpoints("1.5-i2v") / "transformer", folder / "transformer_I2V")
     assert open_handles(folder / "transformer_I2V", "fp32", CPU).model.image_latent_scale == 1 / 0.7
 
@@ -126,7 +125,7 @@ def test_an_end_image_is_the_last_latent_and_is_said_to_be_untrained(i2v, prompt
     assert torch.equal(latents[:, :, -1:], encode(handles.vae, end))
     assert not latents[:, :, 1:-1].any()
     said = []
-    with_end = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, on_heal=said.append)
+    with_end = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, on_note=said.append)
     latents[:, :, -1] = 0
     without = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1)
     assert not torch.equal(with_end, without)
@@ -170,7 +169,7 @@ def test_a_video_goes_to_video_as_the_pipeline_does_from_its_pixels(handles, pip
     theirs = CogVideoXVideoToVideoPipeline(**pipeline.components)
     theirs.set_progress_bar_config(disable=True)
     expected = theirs(
-        video=[frame for frame in clip.permute(0, 3, 1, 2)],
+        video=list(clip.permute(0, 3, 1, 2)),
         prompt_embeds=prompts[0],
         negative_prompt_embeds=prompts[1],
         height=48,

@@ -1,9 +1,12 @@
 """The nodes keep their contract, explain themselves, and work together without ComfyUI."""
 
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 CONTRACT = {
     "CogVideoX15ModelLoader": (
@@ -332,3 +335,100 @@ class TestModelFolders:
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
         os.utime(folder / "vae" / "config.json", (1, 1))
         assert loader.IS_CHANGED(model="tiny", dtype="auto") != before
+
+
+class TestImagesVideosAndLoras:
+    @pytest.fixture(scope="class")
+    def image_model(self, pack, checkpoints):
+        return call(pack, "CogVideoX15ModelLoader", model=str(checkpoints("1.5-i2v")), dtype="fp32")
+
+    def settings(self, **changes):
+        return dict(seed=1, steps=2, cfg=6.0, scheduler="ddim", denoise=1.0) | changes
+
+    def test_an_image_becomes_a_video(self, pack, image_model):
+        model, text_encoder, vae, _ = image_model
+        (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="it moves")
+        sizes = dict(width=80, height=48, length=17, batch_size=2)
+        images = torch.rand(3, 60, 60, 3)
+        positive, negative, latent = call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images, **sizes)
+        assert latent["samples"].shape == (2, 16, 5, 6, 10)
+        assert not latent["samples"].any()
+        image = positive[0][1]["concat_latent_image"]
+        assert torch.equal(image, negative[0][1]["concat_latent_image"])
+        assert image[:, :, 0].any()
+        assert not image[:, :, 1:].any()
+        # The conditioning that came in is not changed, and the first image is the one that counts.
+        assert "concat_latent_image" not in prompt[0][1]
+        other, _, _ = call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images[:1], **sizes)
+        assert torch.equal(other[0][1]["concat_latent_image"], image)
+        (sampled,) = call(pack, "CogVideoX15Sampler", model=model, positive=positive, negative=negative, latent_image=latent, **self.settings())
+        assert sampled["samples"].shape == (2, 16, 5, 6, 10)
+        # A negative prompt that did not pass through the node takes the positive one's image.
+        (again,) = call(pack, "CogVideoX15Sampler", model=model, positive=positive, negative=prompt, latent_image=latent, **self.settings())
+        assert torch.equal(again["samples"], sampled["samples"])
+
+    def test_two_different_start_images_are_refused(self, pack, image_model):
+        model, _, vae, _ = image_model
+        prompt, sizes = [[torch.zeros(1, 226, 32), {}]], dict(width=80, height=48, length=17, batch_size=1)
+        made = [
+            call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=torch.full((1, 48, 80, 3), level), **sizes)
+            for level in (0.2, 0.8)
+        ]
+        inputs = dict(positive=made[0][0], negative=made[1][1], latent_image=made[0][2])
+        with pytest.raises(ValueError, match="different start images"):
+            call(pack, "CogVideoX15Sampler", model=model, **inputs, **self.settings())
+
+    @pytest.mark.parametrize(
+        ("image", "said"),
+        [
+            (torch.rand(1, 8, 8, 4), "alpha"),
+            (torch.rand(1, 8, 8, 1), "grey"),
+            (torch.full((1, 8, 8, 3), torch.nan), "NaN"),
+            (torch.full((1, 8, 8, 3), 9.0), "0 to 1"),
+        ],
+    )
+    def test_what_is_no_image_is_refused_before_the_vae_is_read(self, pack, checkpoints, image, said):
+        vae = call(pack, "CogVideoX15ModelLoader", model=str(checkpoints("1.5-i2v")), dtype="fp32")[2]
+        prompt = [[torch.zeros(1, 226, 32), {}]]
+        with pytest.raises(ValueError, match=said):
+            call(
+                pack,
+                "CogVideoX15ImageToVideo",
+                positive=prompt,
+                negative=prompt,
+                vae=vae,
+                start_image=image,
+                width=80,
+                height=48,
+                length=17,
+                batch_size=1,
+            )
+        assert not vae.weights.is_loaded
+
+    def test_a_video_becomes_latents_and_what_was_changed_is_said(self, pack, loaded, monkeypatch, caplog):
+        said = []
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+        (latent,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(20, 50, 70, 3), vae=loaded[2])
+        assert latent["samples"].shape == (1, 16, 5, 6, 8)
+        assert "cropped to 64x48" in said[0]
+        assert "the last 3 were cut: 17 are left" in said[0]
+        assert "the last 3 were cut" in caplog.text
+        (fitting,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(17, 48, 64, 3), vae=loaded[2])
+        assert len(said) == 1
+        assert fitting["samples"].shape == (1, 16, 5, 6, 8)
+
+    def test_a_lora_changes_its_own_branch_only(self, pack, loaded, tmp_path, tiny):
+        path = tmp_path / "lora.safetensors"
+        name = "transformer.transformer_blocks.0.attn1.to_out.0"
+        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, path)
+        model, text_encoder, *_ = loaded
+        (changed,) = call(pack, "CogVideoX15LoraLoader", model=model, lora_name=str(path), strength=0.5)
+        (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
+        inputs = dict(positive=prompt, negative=prompt, latent_image={"samples": torch.zeros(1, 16, 4, 6, 10)})
+        results = [call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"] for m in (model, changed, model)]
+        assert torch.equal(results[0], results[2])
+        assert not torch.equal(results[0], results[1])
+        node = pack.NODE_CLASS_MAPPINGS["CogVideoX15LoraLoader"]
+        before = node.IS_CHANGED(lora_name=str(path))
+        os.utime(path, (1, 1))
+        assert node.IS_CHANGED(lora_name=str(path)) != before

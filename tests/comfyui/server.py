@@ -28,7 +28,8 @@ class Comfy:
     def __init__(self, checkout: Path, python: str, base: Path):
         self.base = base
         build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
-        (base / "custom_nodes").mkdir()
+        for folder in ("custom_nodes", "input"):
+            (base / folder).mkdir(exist_ok=True)
         (base / "custom_nodes" / "a pack with spaces").symlink_to(ROOT)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -11,12 +11,16 @@ import time
 
 import av
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
+from cogvideox.video import write_mp4
 from tests import layouts, workflows
 from tests.comfyui.server import from_environment
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
-from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_vae
+from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,11 @@ def comfy(tmp_path_factory):
 @pytest.fixture
 def prompt():
     """The example workflow as the page queues it, small and short."""
-    prompt = copy.deepcopy(workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.name == "text_to_video.json"))))
+    return example("text_to_video")
+
+
+def example(name):
+    prompt = copy.deepcopy(workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.stem == name))))
     for node in prompt.values():
         small = {"width": 160, "height": 96, "length": 17, "steps": 3}
         node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
@@ -71,8 +79,8 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
     assert "IMPORT FAILED" not in comfy.log.read_text()
 
 
-def test_the_example_is_in_the_template_list(comfy):
-    assert comfy.get("/workflow_templates")["a pack with spaces"] == ["text_to_video"]
+def test_the_examples_are_in_the_template_list(comfy):
+    assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(path.stem for path in workflows.FILES)
 
 
 def test_the_workflow_runs_and_the_saved_video_opens(comfy, prompt):
@@ -119,7 +127,7 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
     history, shown = comfy.run_listening(prompt)
     assert history["status"]["status_str"] == "success"
     sampler = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15Sampler")
-    (told,) = shown[sampler]
+    told = shown[sampler][-1]
     assert told.startswith("step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks")
     assert told in comfy.log.read_text()
     node_of(prompt, "CogVideoX15Sampler").update(on_nan="stop")
@@ -146,6 +154,66 @@ def test_a_single_file_with_a_text_encoder_and_a_vae_in_files_of_their_own(comfy
     assert any("text encoder: the checkpoint has none, so t5xxl_tiny.safetensors" in text for texts in shown.values() for text in texts)
     for name in ("diffusion_models", "text_encoders", "vae"):
         shutil.rmtree(models / name)
+
+
+@pytest.fixture
+def files(comfy):
+    """What the other examples need: an image-to-video checkpoint, a picture, a clip and a LoRA."""
+    models, name = comfy.base / "models", "transformer.transformer_blocks.0.attn1.to_out.0"
+    if not (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
+        build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
+        Image.new("RGB", (200, 100), (200, 120, 40)).save(comfy.base / "input" / "example.png")
+        write_mp4(torch.rand(20, 64, 96, 3), comfy.base / "input" / "input.mp4", 16)
+        (models / "loras").mkdir(exist_ok=True)
+        for file in ("my_cogvideox_lora", "another"):
+            halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
+            save_file(halves, models / "loras" / f"{file}.safetensors")
+        save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, models / "loras" / "sd15.safetensors")
+    yield
+    shutil.rmtree(models / "CogVideo" / "CogVideoX1.5-5B-I2V")
+
+
+@pytest.mark.parametrize("name", ["image_to_video", "video_to_video", "text_to_video_lora"])
+def test_every_other_example_runs_too(comfy, files, name):
+    prompt = example(name)
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success", history["status"]
+    saved = next(output["images"][0] for key, output in history["outputs"].items() if prompt[key]["class_type"] == "SaveVideo")
+    with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 17
+    texts = [text for told in shown.values() for text in told]
+    if name == "video_to_video":
+        assert any("the last 3 were cut: 17 are left" in text for text in texts)
+    if name == "text_to_video_lora":
+        assert any(text.startswith("LoRA my_cogvideox_lora.safetensors: strength 1, rank 2, 1 layers") for text in texts)
+
+
+def test_the_lora_list_holds_those_of_cogvideox(comfy, files):
+    listed = comfy.get("/object_info/CogVideoX15LoraLoader")["CogVideoX15LoraLoader"]["input"]["required"]["lora_name"][0]
+    assert sorted(listed) == ["another.safetensors", "my_cogvideox_lora.safetensors"]
+
+
+def test_an_end_image_is_said_to_be_untrained_on_the_sampler(comfy, files):
+    prompt = example("image_to_video")
+    image = next(key for key, node in prompt.items() if node["class_type"] == "LoadImage")
+    node_of(prompt, "CogVideoX15ImageToVideo")["end_image"] = [image, 0]
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    assert any("trained with a start image only" in text for told in shown.values() for text in told)
+
+
+@pytest.mark.parametrize("mix", ["ConditioningAverage", "ConditioningConcat"])
+def test_cores_mixing_of_prompts_works_between_our_nodes(comfy, prompt, mix):
+    """Average keeps the length; Concat makes the positive prompt twice as long as the negative one."""
+    sampler = node_of(prompt, "CogVideoX15Sampler")
+    encoder = prompt[sampler["positive"][0]]["inputs"]["text_encoder"]
+    prompt["90"] = {"class_type": "CogVideoX15TextEncode", "inputs": {"text_encoder": encoder, "prompt": "the sun rises over the sea"}}
+    inputs = {"conditioning_to": sampler["positive"], "conditioning_from": ["90", 0]}
+    if mix == "ConditioningAverage":
+        inputs["conditioning_to_strength"] = 0.5
+    prompt["91"] = {"class_type": mix, "inputs": inputs}
+    sampler["positive"] = ["91", 0]
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
 
 
 def test_the_downloader_does_nothing_until_it_is_switched_on(comfy):
