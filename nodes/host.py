@@ -206,6 +206,12 @@ def make_room(nbytes: int, device: torch.device) -> None:
         comfy.model_management.free_memory(nbytes, device)
 
 
+def stop_if_cancelled() -> None:
+    """Stop the run here if the user pressed Cancel."""
+    if IN_COMFYUI:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 def progress() -> Callable[..., None]:
     """A callback ``(done, total, ...)`` that moves the node's progress bar and stops the run if the user pressed Cancel."""
     if not IN_COMFYUI:
@@ -213,7 +219,7 @@ def progress() -> Callable[..., None]:
     bar = comfy.utils.ProgressBar(1)
 
     def report(done: int, total: int, *_) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        stop_if_cancelled()
         bar.update_absolute(done, total)
 
     return report

@@ -71,14 +71,14 @@ class ImageToVideo(Node):
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.geometry import empty_latent
         from ..cogvideox.pictures import check_images, fit_size
-        from ..cogvideox.vae import image_latents
+        from ..cogvideox.vae import WANTED_BYTES, image_latents
 
         samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         start, end = (
             None if image is None else fit_size(check_images(image, name)[:1], width, height)
             for name, image in (("start_image", start_image), ("end_image", end_image))
         )
-        host.make_room(vae.weights.nbytes, vae.weights.device)
-        latents = image_latents(vae, start, length, end, on_load=host.progress(), on_heal=host.show)
+        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        latents = image_latents(vae, start, length, end, on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
         with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
         return *with_image, {"samples": samples}

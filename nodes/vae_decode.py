@@ -6,7 +6,10 @@ from .base import Node
 
 class VAEDecode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 VAE Decode"
-    DESCRIPTION = "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does."
+    DESCRIPTION = (
+        "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does untiled, in as much memory as is free: without "
+        "seams, as nothing is tiled, and without running out. Can be cancelled at any time."
+    )
     SEARCH_ALIASES = ["cogvideo decode", "cogvideox vae", "latent to image", "decode video"]
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
@@ -22,7 +25,9 @@ class VAEDecode(Node):
         }
 
     def execute(self, samples, vae):
-        from ..cogvideox.vae import decode
+        from ..cogvideox.vae import WANTED_BYTES, decode
 
-        host.make_room(vae.weights.nbytes, vae.weights.device)
-        return (decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show),)
+        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        return (
+            decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled),
+        )

@@ -30,7 +30,7 @@ class VAEEncode(Node):
 
     def execute(self, images, vae):
         from ..cogvideox.pictures import check_images, fit_grid, fit_length
-        from ..cogvideox.vae import encode
+        from ..cogvideox.vae import WANTED_BYTES, encode
 
         images, cropped = fit_grid(check_images(images, "images"))
         images, cut = fit_length(images, vae.frame_step)
@@ -39,5 +39,7 @@ class VAEEncode(Node):
             logger.warning("%s", note)
         if notes:
             host.show("\n".join(notes))
-        host.make_room(vae.weights.nbytes, vae.weights.device)
-        return ({"samples": encode(vae, images, on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show)},)
+        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        return (
+            {"samples": encode(vae, images, on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)},
+        )

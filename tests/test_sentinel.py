@@ -169,7 +169,8 @@ def test_a_chunk_of_frames_that_is_not_finite_is_decoded_again_in_fp32(tiny, fau
     calls = fault("vae", "decoder.mid_block", lambda call, precision: call >= 2 and precision != FP32)
     said, chunks = [], []
     images = decode(open_handles(tiny, "bf16", CPU).vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done))
-    assert calls == ["bf16"] * 3 + ["fp32"] * 2
+    # A chunk that is done again needs the one before it for what its convolutions remember.
+    assert calls == ["bf16"] * 4 + ["fp32"] * 3
     assert chunks == [3, 5, 7]
     assert torch.equal(images[:9], in_bf16[:9])
     assert (images[9:] - in_fp32[9:]).abs().max() < 0.05
