@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox.choices import DTYPES, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
+from cogvideox.choices import DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -82,6 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="if the dtype does not suit the weights or the device: run so that the picture is right, run as chosen, or stop (default: fix)",
     )
     how.add_argument(
+        "--memory",
+        choices=MEMORY,
+        default="auto",
+        help="where the weights are while they run: all on the GPU, brought to it by blocks or layers (slower, much less of its memory), or on the "
+        "CPU (default: the fastest that fits)",
+    )
+    how.add_argument(
         "--on-nan",
         choices=ON_NAN,
         default="heal",
@@ -95,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
     check = parser.add_argument_group("only check, make nothing")
+    check.add_argument("--plan", action="store_true", help="say how much memory the video would take in each mode of --memory, and stop")
     check.add_argument(
         "--check",
         type=Path,
@@ -137,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = next((work for name, work in _WORK.items() if getattr(options, name) is not None), generate)
     if work is generate:
         for name in ("prompt", "model"):
-            if getattr(options, name) is None:
+            if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
     for name, needed in (("strength", "video"), ("end_image", "image")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
@@ -167,6 +175,7 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
     from cogvideox.handles import make_handles, with_lora
+    from cogvideox.memory import memory_text
     from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
@@ -176,7 +185,7 @@ def generate(options: argparse.Namespace) -> int:
 
     check_output(options.output)
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
-    handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
+    handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
     print(handles.plan.text, flush=True)
     model, variant = handles.model, handles.model.variant
     for path, strength in options.lora:
@@ -197,6 +206,10 @@ def generate(options: argparse.Namespace) -> int:
     # All that can be wrong is told now: shapes are enough to know it.
     image = None if start is None else torch.zeros_like(latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
+
+    if options.plan:
+        print(memory_text(model, tuple(latent.shape), options.cfg > 1))
+        return 0
 
     how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
     if start is not None:

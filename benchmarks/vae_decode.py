@@ -16,7 +16,7 @@ from cogvideox.strips import Strips
 from cogvideox.vae import _chunks
 from tests.memory import LiveBytes, count_strips
 
-FULL, SMALL = (21, 96, 170), (5, 16, 24)
+FULL, SMALL = (21, 96, 170), (3, 16, 24)
 BUDGETS = {"no limit": None, "8 GB": 8 * 10**9, "6 GB": 6 * 10**9, "4 GB": 4 * 10**9, "2 GB": 2 * 10**9}
 SMALL_BUDGETS = {"no limit": None, "1/2 of untiled": 0.5, "1/4 of untiled": 0.25, "1/8 of untiled": 0.125}
 

@@ -4,6 +4,11 @@
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 #: What to do where the dtype would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
 ON_MISMATCH = ("fix", "warn", "stop")
+#: Where the weights are while a part runs, the fastest first: all on the device; or in the host's memory, with one block, or one layer, at a time on
+#: the device.
+MODES = ("gpu", "offload_blocks", "offload_layers")
+#: ``auto`` is the first of them that fits; ``cpu`` leaves the device alone.
+MEMORY = ("auto", *MODES, "cpu")
 #: What to do about a result that is not finite.
 ON_NAN = ("heal", "stop")
 #: Noise schedulers, and the diffusers class of each.

@@ -13,7 +13,9 @@ from torch import nn
 
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
+from .choices import MEMORY, MODES
 from .lora import Lora, open_lora
+from .memory import free_bytes
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes
 from .variants import Variant
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for the VAE.
 _turn = threading.RLock()
+#: Bytes beside the weights that a text encoder or VAE needs to run.
+_ROOM = 1 << 30
 _loaded: "weakref.WeakSet[Weights]" = weakref.WeakSet()
 
 
@@ -31,17 +35,22 @@ class Weights:
     Shared by every copy of a handle, and freed with the last of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware):
-        self._checkpoint, self.kind, self.precision, self.hardware = checkpoint, kind, precision, hardware
+    def __init__(self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware, memory: str = "auto"):
+        """Args:
+        memory: one of ``choices.MEMORY``: where they are to be while they run.
+        """
+        self._checkpoint, self.kind, self.precision, self.hardware, self.memory = checkpoint, kind, precision, hardware, memory
         self._module: nn.Module | None = None
+        self._mode = MODES[0]
 
     def at(self, precision: Precision) -> "Weights":
         """The same part, to be run otherwise; nothing is shared and nothing loaded."""
-        return Weights(self._checkpoint, self.kind, precision, self.hardware)
+        return Weights(self._checkpoint, self.kind, precision, self.hardware, self.memory)
 
     @property
     def device(self) -> torch.device:
-        return self.hardware.device
+        """Where they run."""
+        return torch.device("cpu") if self.memory == "cpu" else self.hardware.device
 
     @property
     def part(self) -> Part:
@@ -59,41 +68,87 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes the weights take as they run; weights stored in fp8 or quantized stay so."""
-        run = self.precision.dtype.itemsize
-        return sum(t.nbytes if t.is_packed else t.nbytes // t.dtype.itemsize * run for t in self.part.tensors.values())
+        return sum(map(self.bytes_of, self.part.tensors))
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes that one tensor takes as it runs."""
+        tensor = self.part.tensors[name]
+        return tensor.nbytes if tensor.is_packed else tensor.nbytes // tensor.dtype.itemsize * self.precision.dtype.itemsize
+
+    @property
+    def resident(self) -> int:
+        """Bytes that they take on their device now."""
+        with _turn:
+            tensors = () if self._module is None else (*self._module.parameters(), *self._module.buffers())
+            return sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
 
     @property
     def is_loaded(self) -> bool:
         return self._module is not None
 
     @contextmanager
-    def running(self, on_load: Callable[[int, int], None] | None = None) -> Iterator[nn.Module]:
-        """Have the module on its device for the length of a ``with`` block, loading it if this is the first time.
+    def running(self, on_load: Callable[[int, int], None] | None = None, mode: str | None = None) -> Iterator[nn.Module]:
+        """Have the module ready to run on its device for the length of a ``with`` block, loading it if this is the first time.
 
         Args:
             on_load: called with (bytes read, bytes in all) while loading; an exception it raises stops the load cleanly.
+            mode: one of ``choices.MODES``: ``gpu`` has all of it on the device; the others keep it in the host's memory and have diffusers' group
+                offloading bring what is about to run. By default what was chosen, or else the fastest that fits.
         """
         with _turn:
             for other in list(_loaded):
                 if other is not self and other.device.type != "cpu":
                     other.park()
+            mode = mode or self.fitting_mode()
+            if mode != self._mode:
+                # Hooks that offload cannot be taken off again by anything that is public.
+                self._module, self._mode = None, mode
+            offloads = mode != MODES[0] and self.device.type != "cpu"
             if self._module is None:
                 part = self.part
                 logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name)
-                self._module = load_module(part, self.precision, self.device, on_load)
+                self._module = load_module(part, self.precision, torch.device("cpu") if offloads else self.device, on_load)
+                if offloads:
+                    _offload(self._module, mode, self.device)
                 _loaded.add(self)
-            yield self._module.to(self.device)
+            yield self._module if offloads else self._module.to(self.device)
+
+    def fitting_mode(self) -> str:
+        """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
+        if self.kind == "vae":
+            # It is small, and runs strip by strip.
+            return MODES[0]
+        if self.memory in MODES:
+            return self.memory
+        free = free_bytes(self.device)
+        return MODES[0] if free is None or self.nbytes + _ROOM <= free + self.resident else MODES[-1]
 
     def park(self) -> None:
         """Move the weights to the host's memory."""
         with _turn:
-            if self._module is not None:
+            if self._module is not None and self._mode == MODES[0]:
                 self._module.to("cpu")
 
     def release(self) -> None:
         """Free the weights; the next ``running`` loads them again."""
         with _turn:
             self._module = None
+
+
+def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
+    """Have diffusers bring each block, or each layer, of a module in the host's memory to the device when it is about to run."""
+    from diffusers.hooks import apply_group_offloading
+
+    blocks = mode == "offload_blocks" and hasattr(module, "transformer_blocks")
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
+        # The next is on its way while one runs, from memory that is pinned as it goes: all of it pinned would be a second copy of the model.
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=device.type == "cuda",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +207,7 @@ def open_handles(
     dtype: str = "auto",
     hardware: Hardware | None = None,
     on_mismatch: str = "fix",
+    memory: str = "auto",
     text_encoder: Path | str | None = None,
     vae: Path | str | None = None,
     tokenizer: Path | str | None = None,
@@ -163,22 +219,29 @@ def open_handles(
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         hardware: where to run; by default the GPU if there is one.
         on_mismatch: ``fix``, ``warn`` or ``stop``: what to do where ``dtype`` would give a wrong picture.
+        memory: ``auto``, ``gpu``, ``offload_blocks``, ``offload_layers`` or ``cpu``: where the weights are while they run.
         text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
         tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
         ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch`` is ``stop``.
     """
-    return make_handles(open_checkpoint(path, text_encoder, vae, tokenizer), dtype, hardware, on_mismatch)
+    return make_handles(open_checkpoint(path, text_encoder, vae, tokenizer), dtype, hardware, on_mismatch, memory)
 
 
-def make_handles(checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix") -> Handles:
+def make_handles(
+    checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix", memory: str = "auto"
+) -> Handles:
     """The handles of a checkpoint that is open already: ``open_handles`` in one step."""
+    if memory not in MEMORY:
+        raise ValueError(f"memory is {memory!r}, which is not known here. Choose one of {', '.join(MEMORY)}.")
     hardware = hardware or Hardware.detect()
+    if memory == "cpu" and hardware.device.type != "cpu":
+        hardware = Hardware.detect("cpu", hardware.forced)
     plan = plan_dtypes(checkpoint, dtype, hardware, on_mismatch)
 
     def weights(kind: str) -> Weights:
-        return Weights(checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware)
+        return Weights(checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware, memory)
 
     return Handles(
         checkpoint,

@@ -115,8 +115,11 @@ def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
 
 
 @contextmanager
-def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision) -> Iterator[None]:
+def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision, device: torch.device | None = None) -> Iterator[None]:
     """Have the transformer ``module`` run with ``loras`` for the length of a ``with`` block; its weights are not touched.
+
+    Args:
+        device: where it runs, if its weights are not there all the time.
 
     Raises:
         ValueError: if a LoRA's weights hold NaN or Inf, or its file changed.
@@ -134,7 +137,7 @@ def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision) -> I
             layer = module.get_submodule(name)
             # Several LoRAs are one of the sum of their ranks.
             down, up = torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
-            hooks.append(layer.register_forward_hook(_hook(layer, down, up, precision, _device(layer))))
+            hooks.append(layer.register_forward_hook(_hook(layer, down, up, precision, device or _device(layer))))
         yield
     finally:
         for hook in hooks:

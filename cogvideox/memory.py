@@ -1,9 +1,29 @@
-"""What will fit on a device."""
+"""What a run will take on a device, known from shapes alone, and what of it fits."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .choices import MODES
+from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
+from .precision.policy import Precision
+from .precision.range_safe import make_range_safe
+from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+
+if TYPE_CHECKING:
+    from .handles import Model
 
 #: Share of the free memory that is counted on: allocators and convolutions' workspaces take some too.
 _SHARE = 0.85
+#: Bytes beside the weights with which 1360x768x81 is sampled, and decoded at nearly full speed; less works too.
+WANTED_BYTES = 8 * 10**9
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -14,3 +34,170 @@ def free_bytes(device: torch.device) -> int | None:
     # What torch holds and does not use is free too.
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int((free + idle) * _SHARE)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the steps of one run take on the device, in bytes.
+
+    Attributes:
+        weights: of the transformer as it runs.
+        activations: of one step at most, attention included.
+        loras: their weights, which stay on the device in every mode.
+        needed: by mode, all together.
+        free: what there is, what the transformer holds of it already included; None where it is not known.
+    """
+
+    weights: int
+    activations: int
+    loras: int
+    needed: Mapping[str, int]
+    free: int | None
+
+    def fastest(self) -> str:
+        """The fastest mode that fits.
+
+        Raises:
+            ValueError: if none does.
+        """
+        for mode in MODES:
+            if self.free is None or self.needed[mode] <= self.free:
+                return mode
+        least = self.needed[MODES[-1]]
+        raise ValueError(
+            f"This video needs {_gb(least)} on the card even in the smallest mode, and {_gb(self.free)} are free ({self._modes}). Make it smaller or "
+            "shorter, close other programs that use the card, or set memory to cpu in the loader, which takes hours."
+        )
+
+    @property
+    def text(self) -> str:
+        parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras}
+        held = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
+        return f"{self._modes} ({held})" + ("" if self.free is None else f"; {_gb(self.free)} free")
+
+    @property
+    def _modes(self) -> str:
+        return ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
+
+
+def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
+    """What a run of ``model`` takes, from its headers and shapes: no weights are read and nothing is computed.
+
+    Args:
+        shape: of the latent, ``[B, 16, T, H/8, W/8]``.
+        guided: whether ``cfg`` is above 1.
+        tokens: of the prompt; by default as many as the text encoder gives.
+    """
+    weights = model.weights
+    tensors = weights.part.tensors
+    sizes = {name: weights.bytes_of(name) for name in tensors}
+    blocks: dict[str, int] = {}
+    for name, nbytes in sizes.items():
+        if name.startswith("transformer_blocks."):
+            number = name.split(".")[1]
+            blocks[number] = blocks.get(number, 0) + nbytes
+    total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
+    config = full_config(weights.config)
+    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"])
+    packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
+    if packed:
+        # One layer's weight at a time is widened, range-safe by way of fp32.
+        activations += max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
+    loras = sum(lora.nbytes for lora in model.loras)
+    # While one block or layer runs, the next is on its way.
+    held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
+    free = free_bytes(weights.device)
+    return MemoryPlan(
+        total,
+        activations,
+        loras,
+        {mode: held[mode] + activations + loras for mode in MODES},
+        None if free is None else free + weights.resident,
+    )
+
+
+def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:
+    """What a run takes, in a sentence; by default one of the model card's size and length."""
+    (width, height), frames = model.variant.default_size, model.variant.default_frames
+    shape = shape or (1, LATENT_CHANNELS, latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    size = f"{shape[4] * SPATIAL_COMPRESSION}x{shape[3] * SPATIAL_COMPRESSION}, {pixel_frames(shape[2])} frames"
+    return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
+
+
+def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int) -> int:
+    """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing behind) on the meta device."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    batch, _, length, height, width = shape
+    length += padding_frames(length, config)
+    copies = batch * (2 if guided else 1)
+    meta, dtype = torch.device("meta"), precision.activations
+    with meta:
+        module = CogVideoXTransformer3DModel.from_config(dict(config) | {"num_layers": 1})
+    # torch's own: diffusers' warns of modules that are to stay in fp32, of which there are none.
+    nn.Module.to(module, precision.dtype).eval()
+    if precision.range_safe:
+        make_range_safe(module)
+        for norm in module.modules():
+            if isinstance(norm, nn.LayerNorm):
+                # It asks the weights otherwise.
+                norm._range_safe_exponent = 0
+    rotary = rotary_embedding(config, length, height, width, torch.device("cpu"))
+    inputs = dict(
+        hidden_states=torch.empty(copies, length, config["in_channels"], height, width, dtype=dtype, device=meta),
+        encoder_hidden_states=torch.empty(copies, tokens, config["text_embed_dim"], dtype=dtype, device=meta),
+        timestep=torch.empty(copies, dtype=torch.long, device=meta),
+        ofs=None if config["ofs_embed_dim"] is None else torch.empty(1, dtype=dtype, device=meta),
+        image_rotary_emb=None if rotary is None else tuple(table.to(meta) for table in rotary),
+        return_dict=False,
+    )
+    given = sum(tensor.nbytes for tensor in tree_leaves(inputs) if torch.is_tensor(tensor))
+    # Beside them the loop has the noise, what it began with, and the latents of now and next.
+    loop = 5 * batch * LATENT_CHANNELS * length * height * width * dtype.itemsize
+    with torch.no_grad(), LiveBytes() as mode, _FusedAttention():
+        module(**inputs)
+    return mode.peak + given + loop
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device too.
+
+    Attributes:
+        live, peak: bytes now, and at most.
+        paused: while it is set, what is made is not counted.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.paused = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.paused:
+            given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+            for tensor in tree_leaves(result):
+                if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                    storage = tensor.untyped_storage()
+                    given.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._release, storage.nbytes())
+            self.peak = max(self.peak, self.live)
+        return result
+
+    def _release(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its matrix of weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, value = args
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

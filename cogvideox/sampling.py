@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .choices import SCHEDULERS
+from .choices import MODES, SCHEDULERS
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
+from .memory import free_bytes, plan_memory
 from .precision.policy import Precision
-from .precision.sentinel import Sentinel, check_finite
-from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION
+from .precision.sentinel import OutOfMemory, Sentinel, check_finite
+from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def sample(
             ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
         on_heal: called with a sentence for the user when a step had to be healed.
-        on_note: called with a sentence for the user where the model was not trained for what is asked.
+        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -73,6 +74,7 @@ def sample(
     Raises:
         ValueError: for input the model cannot run with, before any weight is read.
         NonFiniteError: for a step that is not finite and is not, or cannot be, healed.
+        OutOfMemory: if memory runs out in the smallest mode too; its ``latents`` are those of the last finished step, as returned otherwise.
     """
     check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
     starts_from_noise = not latents.any().item()
@@ -80,7 +82,7 @@ def sample(
         logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
         denoise = 1.0
     noise_schedule, timesteps = plan_steps(model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise)
-    config = _full_config(model.weights.config)
+    config = full_config(model.weights.config)
     batch = latents.shape[0]
     guided = cfg > 1.0
     if guided and negative is None:
@@ -88,15 +90,28 @@ def sample(
     prompts = [_check_embeddings(positive, "positive", config, batch)]
     if guided:
         prompts.insert(0, _check_embeddings(negative, "negative", config, batch))
-    for note in _outside_training(model, latents, image_latents):
+
+    def tell(note: str) -> None:
         logger.warning("%s", note)
         if on_note is not None:
             on_note(note)
 
+    for note in _outside_training(model, latents, image_latents):
+        tell(note)
+
+    mode = model.weights.memory
+    if mode not in MODES:
+        mode = MODES[0]
+        if free_bytes(model.weights.device) is not None:
+            plan = plan_memory(model, latents.shape, guided, positive.shape[1])
+            mode = plan.fastest()
+            if mode != MODES[0]:
+                tell(f"The whole model does not fit on the card, so it runs in {mode}, which is slower and gives the same video: {plan.text}.")
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    with Sentinel(model.weights, on_nan, on_load, on_heal, partial(applied, model.loras)) as sentinel, torch.no_grad():
+    lora = partial(applied, model.loras, device=device)
+    with Sentinel(model.weights, on_nan, on_load, on_heal, lora, mode) as sentinel, torch.no_grad():
         dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
@@ -106,22 +121,32 @@ def sample(
             # The reference's padding: zeros, as in every frame but the start image's. An end image stays the last.
             image = model.image_latent_scale * torch.cat([image[:, :1], image.new_zeros(batch, padding, *image.shape[2:]), image[:, 1:]], dim=1)
         noisy = noise if denoise >= 1.0 else noise_schedule.add_noise(start, noise, timesteps[:1].to(device))
-        result = denoise_latents(
-            sentinel,
-            noise_schedule,
-            timesteps.to(device),
-            noisy * noise_schedule.init_noise_sigma,
-            [prompt.to(device, dtype) for prompt in _batches(prompts)],
-            image=image if image_latents is not None else None,
-            ofs=_OFS if config["ofs_embed_dim"] is not None else None,
-            rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
-            cfg=cfg,
-            dynamic_cfg=dynamic_cfg,
-            generator=generator,
-            on_step=on_step,
-        )[:, padding:]
-        # The reference unscales in the model's own dtype, just before the VAE.
-        return rearrange(1 / model.latent_scale * result, "b t c h w -> b c t h w").to("cpu", torch.float32).contiguous()
+
+        def finished(latents: torch.Tensor) -> torch.Tensor:
+            # The reference unscales in the model's own dtype, just before the VAE.
+            unscaled = rearrange(1 / model.latent_scale * latents[:, padding:], "b t c h w -> b c t h w")
+            return unscaled.to("cpu", torch.float32).contiguous()
+
+        try:
+            return finished(
+                denoise_latents(
+                    sentinel,
+                    noise_schedule,
+                    timesteps.to(device),
+                    noisy * noise_schedule.init_noise_sigma,
+                    [prompt.to(device, dtype) for prompt in _batches(prompts)],
+                    image=image if image_latents is not None else None,
+                    ofs=_OFS if config["ofs_embed_dim"] is not None else None,
+                    rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
+                    cfg=cfg,
+                    dynamic_cfg=dynamic_cfg,
+                    generator=generator,
+                    on_step=on_step,
+                )
+            )
+        except OutOfMemory as error:
+            error.latents = finished(error.latents)
+            raise
 
 
 def plan_steps(
@@ -135,7 +160,7 @@ def plan_steps(
     Raises:
         ValueError: for a latent, checkpoint or setting the sampler cannot run with.
     """
-    config = _full_config(model.weights.config)
+    config = full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
     _check_image(model, config, latents, image_latents)
     noise_schedule = make_scheduler(model.scheduler_config, scheduler)
@@ -198,7 +223,11 @@ def denoise_latents(
         return stepped.to(current.dtype), clean
 
     for index in range(total):
-        latents, previous_clean = sentinel.run(partial(step, index, generator.get_state()), f"step {index + 1} of {total}")
+        try:
+            latents, previous_clean = sentinel.run(partial(step, index, generator.get_state()), f"step {index + 1} of {total}")
+        except OutOfMemory as error:
+            error.latents = latents
+            raise
         if on_step is not None:
             on_step(index + 1, total, rearrange(previous_clean, "b t c h w -> b c t h w"))
     return latents
@@ -256,16 +285,6 @@ def _step(scheduler, prediction, previous_clean, timestep, earlier, latents, gen
 
 def _draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
-
-
-def _full_config(config: Mapping) -> Mapping:
-    """A transformer's config with the defaults of the class filled in, as old releases leave fields out."""
-    import inspect
-
-    from diffusers import CogVideoXTransformer3DModel
-
-    parameters = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(config)
 
 
 def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:

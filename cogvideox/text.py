@@ -63,7 +63,7 @@ def encode_prompt(
     note = language_note(prompt)
     if note:
         notes.append(note)
-    with Sentinel(encoder.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
+    with Sentinel(encoder.weights, on_nan, on_load, on_heal, mode=encoder.weights.fitting_mode()) as sentinel, torch.no_grad():
         embeddings = sentinel.run(lambda module, _: module(ids.to(encoder.weights.device))[0], "encoding the prompt")
     return EncodedPrompt(embeddings.to("cpu", copy=True), cut, tuple(notes))
 

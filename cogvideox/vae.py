@@ -13,14 +13,12 @@ from .handles import VAE
 from .memory import free_bytes
 from .pictures import check_images
 from .precision.policy import Precision
-from .precision.sentinel import Sentinel, check_finite
+from .precision.sentinel import OutOfMemory, Sentinel, check_finite
 from .strips import Strips
 from .variants import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 logger = logging.getLogger(__name__)
 
-#: Bytes beside the weights with which 1360x768 is decoded at full speed or nearly so; less works too.
-WANTED_BYTES = 8 * 10**9
 #: Where memory is not counted, the budget that the first failure halves; and the one below which there is nothing to be saved.
 _PLENTY, _LEAST = 16 << 30, 64 << 20
 
@@ -54,7 +52,7 @@ def decode(
     Raises:
         ValueError: for a latent that is not a CogVideoX one, or not finite.
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
-        RuntimeError: if memory runs out even with the smallest strips.
+        OutOfMemory: if memory runs out even with the smallest strips.
     """
     check_latent(samples)
     check_finite(samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another.")
@@ -98,7 +96,7 @@ def encode(
     Raises:
         ValueError: for images the VAE cannot read.
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
-        RuntimeError: if memory runs out even with the smallest strips.
+        OutOfMemory: if memory runs out even with the smallest strips.
     """
     images = check_images(images, "images")
     count, height, width = images.shape[:3]
@@ -164,14 +162,14 @@ class _Chunks:
         """Take half the memory from now on.
 
         Raises:
-            RuntimeError: if that is less than the smallest strips need.
+            OutOfMemory: if that is less than the smallest strips need.
         """
         device = self._sentinel.weights.device
         self._budget = (_PLENTY if self._budget is None else self._budget) // 2
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if self._budget < _LEAST:
-            raise RuntimeError(
+            raise OutOfMemory(
                 f"{where}: {device} ran out of memory even with the smallest strips, so something else fills it. Close other programs that use the "
                 "card, or make the video smaller or shorter."
             )

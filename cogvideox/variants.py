@@ -121,3 +121,13 @@ def identify(config: Mapping) -> Variant:
     if line == "CogVideoX1.5":
         return Variant(name, dtype, image, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
     return Variant(name, dtype, image, 8, 49, 49, (720, 480), "720x480", 8)
+
+
+def full_config(config: Mapping) -> Mapping:
+    """A transformer's config with the defaults of the class filled in, as old releases leave fields out."""
+    import inspect
+
+    from diffusers import CogVideoXTransformer3DModel
+
+    parameters = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(config)

@@ -1,7 +1,7 @@
-"""Frames to a video file and back, through PyAV; images through Pillow."""
+"""Files of videos (through PyAV), images (through Pillow) and latents."""
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -79,6 +79,17 @@ def read_image(path: Path | str) -> torch.Tensor:
         raise ValueError(f"{path} cannot be read as an image ({error}). Check the path, or convert it to PNG.") from error
     flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
     return flat.view(1, pixels.height, pixels.width, 3).float() / 255
+
+
+def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unfinished") -> Path:
+    """Write a latent ``[B, 16, T, H/8, W/8]`` so that core's Load Latent reads it; returns the new file, numbered so that none is overwritten."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next(path for number in count(1) if not (path := folder / f"{name}_{number:05}.latent").exists())
+    # The second tensor is what core knows an unscaled latent by.
+    save_file({"latent_tensor": samples.contiguous(), "latent_format_version_0": torch.tensor([])}, path)
+    return path
 
 
 def check_output(path: Path | str) -> None:

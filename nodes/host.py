@@ -4,7 +4,8 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -204,6 +205,22 @@ def make_room(nbytes: int, device: torch.device) -> None:
     """Have ComfyUI unload other models until ``nbytes`` fit on the device."""
     if IN_COMFYUI and device.type != "cpu":
         comfy.model_management.free_memory(nbytes, device)
+
+
+@contextmanager
+def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
+    """Where memory runs out for good, save ``samples``, or what the error brings, where Load Latent finds it, and say so in the error."""
+    from ..cogvideox.precision.sentinel import OutOfMemory
+    from ..cogvideox.video import write_latent
+
+    try:
+        yield
+    except OutOfMemory as error:
+        latents = samples if error.latents is None else error.latents
+        if latents is None:
+            raise
+        path = write_latent(latents, Path(folder_paths.get_input_directory()) if IN_COMFYUI else Path("."))
+        raise RuntimeError(f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path}).") from error
 
 
 def stop_if_cancelled() -> None:

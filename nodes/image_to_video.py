@@ -70,8 +70,9 @@ class ImageToVideo(Node):
 
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.geometry import empty_latent
+        from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.pictures import check_images, fit_size
-        from ..cogvideox.vae import WANTED_BYTES, image_latents
+        from ..cogvideox.vae import image_latents
 
         samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         start, end = (

@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import DTYPES, ON_MISMATCH
+from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH
 from . import host
 from .base import Node
 
@@ -59,6 +59,15 @@ class ModelLoader(Node):
                         "was changed. warn: run as chosen. stop: an error before a second is spent.",
                     },
                 ),
+                "memory": (
+                    list(MEMORY),
+                    {
+                        "default": "auto",
+                        "tooltip": "Where the weights are while they run. auto: the fastest way that fits the video and the card; the report has "
+                        "what each takes. gpu: all on the card. offload_blocks, offload_layers: in the computer's memory, brought to the card piece "
+                        "by piece: slower, in much less of the card's memory, and the same video. cpu: not on the card at all.",
+                    },
+                ),
                 "scan_weights": (
                     "BOOLEAN",
                     {
@@ -99,15 +108,16 @@ class ModelLoader(Node):
         except ValueError as error:
             return str(error)
 
-    def execute(self, model, dtype="auto", on_mismatch="fix", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
+    def execute(self, model, dtype="auto", on_mismatch="fix", memory="auto", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
         from ..cogvideox.handles import make_handles
+        from ..cogvideox.memory import memory_text
         from ..cogvideox.precision.policy import scan_parts
         from ..cogvideox.precision.verdict import OK
 
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
-        handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch)
+        handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
-        report = "\n".join([plan.text, *notes])
+        report = "\n".join([plan.text, *notes, memory_text(handles.model)])
         logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", report)
         host.show(report)
         return handles.model, handles.text_encoder, handles.vae, report

@@ -94,29 +94,31 @@ class Sampler(Node):
         }
 
     def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
+        from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
 
         if latent_image.get("noise_mask") is not None:
             logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
-        host.make_room(model.weights.nbytes, model.weights.device)
-        samples = sample(
-            model,
-            _embeddings(positive, "positive"),
-            _embeddings(negative, "negative"),
-            latent_image["samples"],
-            image_latents=_image_latents(positive, negative),
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            scheduler=scheduler,
-            denoise=denoise,
-            dynamic_cfg=dynamic_cfg,
-            on_nan=on_nan,
-            on_step=host.progress(),
-            on_load=host.progress(),
-            on_heal=host.show,
-            on_note=host.show,
-        )
+        host.make_room(model.weights.nbytes + WANTED_BYTES, model.weights.device)
+        with host.saving_latents():
+            samples = sample(
+                model,
+                _embeddings(positive, "positive"),
+                _embeddings(negative, "negative"),
+                latent_image["samples"],
+                image_latents=_image_latents(positive, negative),
+                seed=seed,
+                steps=steps,
+                cfg=cfg,
+                scheduler=scheduler,
+                denoise=denoise,
+                dynamic_cfg=dynamic_cfg,
+                on_nan=on_nan,
+                on_step=host.progress(),
+                on_load=host.progress(),
+                on_heal=host.show,
+                on_note=host.show,
+            )
         return ({"samples": samples},)
 
 

@@ -7,8 +7,8 @@ from .base import Node
 class VAEDecode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 VAE Decode"
     DESCRIPTION = (
-        "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does untiled, in as much memory as is free: without "
-        "seams, as nothing is tiled, and without running out. Can be cancelled at any time."
+        "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does untiled, in as much memory as is free: "
+        "without seams, as nothing is tiled, and without running out. Can be cancelled at any time."
     )
     SEARCH_ALIASES = ["cogvideo decode", "cogvideox vae", "latent to image", "decode video"]
     RETURN_TYPES = ("IMAGE",)
@@ -25,9 +25,10 @@ class VAEDecode(Node):
         }
 
     def execute(self, samples, vae):
-        from ..cogvideox.vae import WANTED_BYTES, decode
+        from ..cogvideox.memory import WANTED_BYTES
+        from ..cogvideox.vae import decode
 
         host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
-        return (
-            decode(vae, samples["samples"], on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled),
-        )
+        callbacks = dict(on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
+        with host.saving_latents(samples["samples"]):
+            return (decode(vae, samples["samples"], **callbacks),)

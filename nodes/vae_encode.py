@@ -29,8 +29,9 @@ class VAEEncode(Node):
         }
 
     def execute(self, images, vae):
+        from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.pictures import check_images, fit_grid, fit_length
-        from ..cogvideox.vae import WANTED_BYTES, encode
+        from ..cogvideox.vae import encode
 
         images, cropped = fit_grid(check_images(images, "images"))
         images, cut = fit_length(images, vae.frame_step)

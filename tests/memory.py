@@ -2,12 +2,10 @@
 
 import resource
 import sys
-import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from cogvideox.memory import LiveBytes
 from cogvideox.strips import Strips
 
 
@@ -17,35 +15,6 @@ def peak_kilobytes() -> int:
         with open("/proc/self/status") as status:
             return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device too.
-
-    Attributes:
-        live, peak: bytes now, and at most.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.paused = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not self.paused:
-            given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
-            for tensor in tree_leaves(result):
-                if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
-                    storage = tensor.untyped_storage()
-                    given.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._release, storage.nbytes())
-            self.peak = max(self.peak, self.live)
-        return result
-
-    def _release(self, nbytes: int) -> None:
-        self.live -= nbytes
 
 
 def count_strips(vae, latent_or_frames: torch.Tensor, budget: int | None, chunks: list[int], step=Strips.decode) -> int:

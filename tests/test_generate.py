@@ -178,6 +178,14 @@ def test_a_mismatch_can_stop_the_run_before_it_starts(tiny, capsys):
     assert "was trained in bf16" in error
 
 
+def test_the_plan_says_what_each_mode_takes_and_loads_nothing(tiny, tmp_path, capsys):
+    code, said, _ = run(capsys, "--plan", "--model", tiny, "--width", 320, "--height", 160, "--frames", 33, "--output", tmp_path / "out.mp4")
+    assert code == 0
+    assert "memory to sample 320x160, 33 frames: gpu " in said
+    assert "offload_layers" in said
+    assert not (tmp_path / "out.mp4").exists()
+
+
 class TestImagesVideosAndLoras:
     @pytest.fixture
     def image(self, tmp_path):

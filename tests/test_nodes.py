@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 CONTRACT = {
     "CogVideoX15ModelLoader": (
         "CogVideoX-1.5 Model Loader",
-        {"model": "COMBO", "dtype": "COMBO", "on_mismatch": "COMBO", "scan_weights": "BOOLEAN", "text_encoder_name": "COMBO", "vae_name": "COMBO"},
+        {
+            "model": "COMBO",
+            "dtype": "COMBO",
+            "on_mismatch": "COMBO",
+            "memory": "COMBO",
+            "scan_weights": "BOOLEAN",
+            "text_encoder_name": "COMBO",
+            "vae_name": "COMBO",
+        },
         {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE", "report": "STRING"},
     ),
     "CogVideoX15TextEncode": (
@@ -92,6 +100,7 @@ DEFAULTS = {
 COMBOS = {
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
+    ("CogVideoX15ModelLoader", "memory"): ["auto", "gpu", "offload_blocks", "offload_layers", "cpu"],
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],

@@ -15,13 +15,23 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import PARTS
-from ..choices import ON_NAN
+from ..choices import MODES, ON_NAN
 from .hardware import dtype_name
 from .policy import Precision, safer
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result", torch.Tensor, tuple)
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out in the smallest mode too.
+
+    Attributes:
+        latents: what was finished, ``[B, 16, T, H/8, W/8]``, unscaled, where there is such a thing.
+    """
+
+    latents: torch.Tensor | None = None
 
 
 class NonFiniteError(RuntimeError):
@@ -79,6 +89,7 @@ class Sentinel:
         on_load: Callable[[int, int], None] | None = None,
         on_heal: Callable[[str], None] | None = None,
         prepare: Callable[[nn.Module, Precision], AbstractContextManager] | None = None,
+        mode: str | None = None,
     ):
         """Args:
             weights: a ``handles.Weights``.
@@ -86,6 +97,7 @@ class Sentinel:
             on_load: called with (bytes read, bytes in all) whenever weights have to be loaded.
             on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
             prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is run.
+            mode: one of ``choices.MODES``: how much of the weights is on the device at a time. Where it runs out of memory, the next is tried.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
@@ -93,7 +105,7 @@ class Sentinel:
         if on_nan not in ON_NAN:
             raise ValueError(f"on_nan is {on_nan!r}, which is not known here. Choose one of {', '.join(ON_NAN)}.")
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
-        self._prepare = prepare
+        self._prepare, self._mode = prepare, mode
         self._running = ExitStack()
 
     def __enter__(self) -> "Sentinel":
@@ -105,6 +117,39 @@ class Sentinel:
         self._running.close()
 
     def run(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
+        """Do a piece of work and return its result, which is finite; in less memory where it runs out.
+
+        Args and errors are those of ``_run_finite``.
+
+        Raises:
+            RuntimeError: if memory runs out in the smallest mode too.
+        """
+        while True:
+            try:
+                return self._run_finite(work, where)
+            except torch.OutOfMemoryError:
+                if self._mode is None:
+                    raise
+            # Not in there: the error holds on to what was being made.
+            self._make_smaller(where)
+
+    def _make_smaller(self, where: str) -> None:
+        device, name = self.weights.device, PARTS[self.weights.kind][0]
+        if self._mode == MODES[-1]:
+            raise OutOfMemory(
+                f"{where}: {device} ran out of memory, in the smallest mode ({self._mode}) too. Make the video smaller or shorter, or close other "
+                "programs that use the card."
+            )
+        ran, self._mode = self._mode, MODES[MODES.index(self._mode) + 1]
+        self._tell(f"{where}: {device} ran out of memory with the {name} in {ran}. Going on from here in {self._mode}; no finished step is lost.")
+        self.module = None
+        self._running.close()
+        self.weights.release()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._run()
+
+    def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """Do a piece of work and return its result, which is finite.
 
         Args:
@@ -155,7 +200,7 @@ class Sentinel:
 
     def _run(self) -> None:
         with ExitStack() as running:
-            module = running.enter_context(self.weights.running(self._on_load))
+            module = running.enter_context(self.weights.running(self._on_load, self._mode))
             if self._prepare is not None:
                 running.enter_context(self._prepare(module, self.weights.precision))
             self.module, self._running = module, running.pop_all()

@@ -1,0 +1,225 @@
+"""What a run takes is known before it; every mode makes the same video; and where memory runs out, no finished step is lost."""
+
+import gc
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cogvideox.handles as handles_module
+import cogvideox.sampling as sampling_module
+from cogvideox.checkpoint.layout import open_part
+from cogvideox.checkpoint.loading import load_module
+from cogvideox.handles import open_handles, with_lora
+from cogvideox.lora import applied, open_lora
+from cogvideox.memory import LiveBytes, MemoryPlan, plan_memory
+from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
+from cogvideox.precision.sentinel import OutOfMemory
+from cogvideox.sampling import sample
+from cogvideox.text import encode_prompt
+from cogvideox.video import write_latent
+from tests import layouts
+from tests.conftest import CPU
+from tests.tiny_checkpoint import TEXT_WIDTH
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
+
+
+class TestPlan:
+    @pytest.mark.parametrize("cfg", [1.0, 6.0])
+    @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])
+    @pytest.mark.parametrize(
+        ("variant", "dtype"), [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")]
+    )
+    def test_it_is_within_15_percent_of_what_a_run_takes(self, checkpoints, prompts, variant, dtype, shape, cfg):
+        model = open_handles(checkpoints(variant), dtype, CPU).model
+        image = torch.randn(shape) if "i2v" in variant else None
+        latent = torch.zeros(shape)
+        how = dict(image_latents=image, seed=1, steps=1, cfg=cfg)
+        sample(model, *prompts, latent, **how)
+        gc.collect()
+        with LiveBytes() as measured:
+            sample(model, *prompts, latent, **how)
+        plan = plan_memory(model, shape, cfg > 1)
+        assert plan.activations == pytest.approx(measured.peak, rel=0.15)
+        assert plan.weights == pytest.approx(sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15)
+
+    def test_nothing_is_read_or_loaded_for_it(self, tiny):
+        model = open_handles(tiny, "bf16", CPU).model
+        plan = plan_memory(model, (1, 16, 21, 96, 170))
+        assert not model.weights.is_loaded
+        assert plan.needed["gpu"] >= plan.needed["offload_blocks"] > plan.needed["offload_layers"] > plan.activations
+
+    def test_a_lora_counts(self, tiny, tmp_path):
+        name = "transformer.transformer_blocks.0.attn1.to_out.0"
+        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        model = open_handles(tiny, "bf16", CPU).model
+        more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
+        assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
+
+    @pytest.mark.parametrize(("free", "mode"), [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")])
+    def test_auto_is_the_fastest_that_fits(self, free, mode):
+        needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
+        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == mode
+
+    def test_where_nothing_fits_it_says_what_each_would_take(self):
+        needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
+        with pytest.raises(ValueError, match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)"):
+            MemoryPlan(13 * GB, 7 * GB, 0, needed, 5 * GB).fastest()
+
+    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, tiny, prompts, monkeypatch):
+        model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
+        expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan: "offload_blocks")
+        monkeypatch.setattr(sampling_module, "free_bytes", lambda device: 0)
+        ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
+        assert torch.equal(ours, expected)
+        assert any("runs in offload_blocks" in text for text in said)
+
+    def test_an_unknown_mode_is_refused(self, tiny):
+        with pytest.raises(ValueError, match="memory is 'disk'"):
+            open_handles(tiny, "bf16", CPU, memory="disk")
+
+
+class TestModes:
+    @pytest.mark.parametrize("memory", ["gpu", "offload_blocks", "offload_layers", "cpu"])
+    def test_each_makes_the_same_latents(self, tiny, prompts, memory):
+        latent = torch.zeros(1, 16, 4, 6, 10)
+        expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+        assert torch.equal(sample(open_handles(tiny, "fp32", CPU, memory=memory).model, *prompts, latent, seed=1, steps=2), expected)
+
+    @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
+    @pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
+    @pytest.mark.parametrize("stored", ["plain", "fp8"])
+    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(self, tiny, tmp_path, mode, precision, stored):
+        """diffusers' group offloading, applied for good: from the host to the host, as there is no other device here."""
+        part = open_part(tiny / "transformer", "transformer")
+        if stored == "fp8":
+            state = load_module(part, FP32, torch.device("cpu")).state_dict()
+            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+            part = open_part(layouts.write_file(tmp_path / "model.safetensors", small), "transformer")
+        name = "transformer.transformer_blocks.0.attn1.to_q"
+        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        lora, device = open_lora(tmp_path / "lora.safetensors", part), torch.device("cpu")
+        inputs = dict(
+            hidden_states=torch.randn(1, 2, 16, 6, 10, dtype=precision.activations),
+            encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, dtype=precision.activations),
+            timestep=torch.tensor([500]),
+            return_dict=False,
+        )
+        plain, offloaded = (load_module(part, precision, device) for _ in range(2))
+        handles_module._offload(offloaded, mode, device)
+        with torch.no_grad():
+            for _ in range(2):
+                results = []
+                for module in (plain, offloaded):
+                    with applied([lora], module, precision, device):
+                        results.append(module(**inputs)[0])
+                assert torch.equal(*results)
+
+    def test_t5_too(self, tiny):
+        weights = open_handles(tiny, "fp32", CPU).text_encoder.weights
+        ids = torch.tensor([[5, 6, 7, 1, 0, 0]])
+        with weights.running() as module, torch.no_grad():
+            expected = module(ids)[0]
+        offloaded = load_module(weights.part, FP32, torch.device("cpu"))
+        handles_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
+        with torch.no_grad():
+            assert torch.equal(offloaded(ids)[0], expected)
+
+
+class TestOutOfMemory:
+    @pytest.fixture
+    def full(self, monkeypatch):
+        """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1 over all loads."""
+        real, calls = handles_module.load_module, []
+
+        def inject(kind, when):
+            def load(part, *arguments):
+                module = real(part, *arguments)
+
+                def fail(*_):
+                    calls.append(1)
+                    if when(len(calls)):
+                        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+                if part.kind == kind:
+                    module.register_forward_pre_hook(fail)
+                return module
+
+            monkeypatch.setattr(handles_module, "load_module", load)
+            return calls
+
+        return inject
+
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    @pytest.mark.parametrize("call", [1, 3])
+    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, tiny, prompts, full, call, scheduler):
+        latent, said, steps = torch.zeros(1, 16, 4, 6, 10), [], []
+        settings = dict(seed=1, steps=4, scheduler=scheduler)
+        expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, **settings)
+        calls = full("transformer", lambda number: number == call)
+        model = open_handles(tiny, "fp32", CPU).model
+        ours = sample(model, *prompts, latent, **settings, on_heal=said.append, on_step=lambda done, *_: steps.append(done))
+        assert torch.equal(ours, expected)
+        assert steps == [1, 2, 3, 4]
+        assert len(calls) == 5
+        assert said == [
+            f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
+        ]
+
+    def test_where_the_smallest_fails_too_the_finished_latents_come_with_the_error(self, tiny, prompts, full):
+        latent = torch.zeros(1, 16, 4, 6, 10)
+        full("transformer", lambda number: number > 2)
+        model = open_handles(tiny, "fp32", CPU).model
+        with pytest.raises(OutOfMemory, match=r"step 3 of 4: cpu ran out of memory, in the smallest mode \(offload_layers\) too") as caught:
+            sample(model, *prompts, latent, seed=1, steps=4)
+        assert caught.value.latents.shape == latent.shape
+        assert caught.value.latents.any()
+
+    def test_the_text_encoder_steps_down_too(self, tiny, full):
+        expected = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda").embeddings
+        said = []
+        full("text_encoder", lambda number: number == 1)
+        ours = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda", on_heal=said.append).embeddings
+        assert torch.equal(ours, expected)
+        assert "with the text encoder in gpu" in said[0]
+
+    def test_the_nodes_save_the_latents_and_say_where(self, pack, tiny, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def run(node, **inputs):
+            return pack.NODE_CLASS_MAPPINGS[f"CogVideoX15{node}"]().run(**inputs)
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        model, _, vae, _ = run("ModelLoader", model=str(tiny), dtype="fp32")
+        prompt, empty, latent = [[torch.randn(1, 226, 32), {}]], {"samples": torch.zeros(1, 16, 3, 4, 4)}, {"samples": torch.randn(1, 16, 3, 4, 4)}
+        settings = dict(seed=1, steps=3, cfg=1.0, scheduler="ddim", denoise=1.0)
+        run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
+        run("VAEDecode", samples=latent, vae=vae)
+        # The pack has an engine of its own.
+        engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "strips")}
+        real, calls = engine["sampling"]._step, []
+        monkeypatch.setattr(engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given))
+        with pytest.raises(RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"):
+            run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
+        assert load_file(tmp_path / "CogVideoX_unfinished_00001.latent")["latent_tensor"].shape == (1, 16, 3, 4, 4)
+        monkeypatch.setattr(engine["strips"].Strips, "_tick", fail)
+        with pytest.raises(RuntimeError, match=r"CogVideoX_unfinished_00002.latent can be opened with Load Latent"):
+            run("VAEDecode", samples=latent, vae=vae)
+        saved = load_file(tmp_path / "CogVideoX_unfinished_00002.latent")
+        assert torch.equal(saved["latent_tensor"], latent["samples"])
+        assert "latent_format_version_0" in saved
+
+    def test_a_saved_latent_never_overwrites_another(self, tmp_path):
+        paths = [write_latent(torch.zeros(1, 16, 1, 2, 2), tmp_path) for _ in range(3)]
+        assert len(set(paths)) == 3
