@@ -36,9 +36,7 @@ class Weights:
     """
 
     def __init__(self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware, memory: str = "auto"):
-        """Args:
-        memory: one of ``choices.MEMORY``: where they are to be while they run.
-        """
+        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run."""
         self._checkpoint, self.kind, self.precision, self.hardware, self.memory = checkpoint, kind, precision, hardware, memory
         self._module: nn.Module | None = None
         self._mode = MODES[0]
@@ -49,8 +47,7 @@ class Weights:
 
     @property
     def device(self) -> torch.device:
-        """Where they run."""
-        return torch.device("cpu") if self.memory == "cpu" else self.hardware.device
+        return self.hardware.device
 
     @property
     def part(self) -> Part:
@@ -81,6 +78,12 @@ class Weights:
         with _turn:
             tensors = () if self._module is None else (*self._module.parameters(), *self._module.buffers())
             return sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
+
+    @property
+    def free(self) -> int | None:
+        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way; None where it is not known."""
+        free = free_bytes(self.device)
+        return None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
 
     @property
     def is_loaded(self) -> bool:
@@ -120,8 +123,8 @@ class Weights:
             return MODES[0]
         if self.memory in MODES:
             return self.memory
-        free = free_bytes(self.device)
-        return MODES[0] if free is None or self.nbytes + _ROOM <= free + self.resident else MODES[-1]
+        free = self.free
+        return MODES[0] if free is None or self.nbytes + _ROOM <= free else MODES[-1]
 
     def park(self) -> None:
         """Move the weights to the host's memory."""

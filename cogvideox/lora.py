@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint.headers import StoredTensor, fill, read_metadata
+from .checkpoint.headers import StoredTensor, read_metadata, read_tensor
 from .checkpoint.layout import Part, read_any_header
 from .checkpoint.naming import comfy_name
 from .precision.policy import Precision
@@ -181,11 +181,7 @@ def _device(layer: nn.Module) -> torch.device:
 
 def _read(lora: Lora, stored: StoredTensor) -> torch.Tensor:
     """A tensor of a LoRA in fp32, on the host."""
-    data = torch.empty(stored.nbytes, dtype=torch.uint8)
-    with lora.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
-        fill(file, memoryview(data.numpy()), lora.path)
-    tensor = data.view(stored.dtype).reshape(stored.shape).float()
+    tensor = read_tensor(stored).float()
     check_finite(tensor, f"The LoRA {lora.path}", "Its file is damaged, or its training failed: download it again, or choose another.")
     return tensor
 
@@ -288,11 +284,7 @@ def _scale(module: str, rank: int, alpha: float | None, settings: Mapping) -> fl
 def _number(path: Path, stored: StoredTensor) -> float:
     if stored.nbytes != stored.dtype.itemsize:
         raise ValueError(f"{path} is damaged: an alpha has the shape {list(stored.shape)} and should be one number. Download it again.")
-    data = torch.empty(stored.nbytes, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
-        fill(file, memoryview(data.numpy()), path)
-    return data.view(stored.dtype).item()
+    return read_tensor(stored).item()
 
 
 def _few(names: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ class MemoryPlan:
         activations: of one step at most, attention included.
         loras: their weights, which stay on the device in every mode.
         needed: by mode, all together.
-        free: what there is, what the transformer holds of it already included; None where it is not known.
+        free: what there is, what loaded parts hold included, as they make way; None where it is not known.
     """
 
     weights: int
@@ -106,14 +106,7 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     loras = sum(lora.nbytes for lora in model.loras)
     # While one block or layer runs, the next is on its way.
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
-    free = free_bytes(weights.device)
-    return MemoryPlan(
-        total,
-        activations,
-        loras,
-        {mode: held[mode] + activations + loras for mode in MODES},
-        None if free is None else free + weights.resident,
-    )
+    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras for mode in MODES}, weights.free)
 
 
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:

@@ -17,7 +17,7 @@ from .choices import MODES, SCHEDULERS
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
-from .memory import free_bytes, plan_memory
+from .memory import plan_memory
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
@@ -102,7 +102,7 @@ def sample(
     mode = model.weights.memory
     if mode not in MODES:
         mode = MODES[0]
-        if free_bytes(model.weights.device) is not None:
+        if model.weights.free is not None:
             plan = plan_memory(model, latents.shape, guided, positive.shape[1])
             mode = plan.fastest()
             if mode != MODES[0]:

@@ -19,6 +19,9 @@ from torch import nn
 
 #: Bytes of a strip's own tensors where memory is plentiful: enough to keep a GPU busy; on a CPU smaller ones are faster.
 _STRIP_BYTES = {"cpu": 64 << 20, "other": 512 << 20}
+#: On a CPU, PyTorch hands a convolution of one video to oneDNN if channels x frames x rows are more than this (``use_mkldnn`` in
+#: ATen/native/Convolution.cpp), and otherwise to a kernel that takes three times as long.
+_ONEDNN_SIZE = 20480
 #: The least a strip takes, in bytes, before nothing smaller helps.
 _MIN_STRIP_BYTES = 4 << 20
 
@@ -203,6 +206,8 @@ class Strips:
             self._past[key] = self._keep((1, channels, past, height, width))
         kept = self._past[key]
         rows = self._rows(width * (channels * (2 * frames + past) + 4 * out_channels * frames), height)
+        if self._device.type == "cpu" and self._budget is None:
+            rows = min(height, max(rows, _ONEDNN_SIZE // (channels * (past + frames))))
         buffer = torch.empty(1, channels, past + frames, rows + 2, width, device=self._device, dtype=self._dtype)
         for start in range(0, height, rows):
             stop = min(start + rows, height)

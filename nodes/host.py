@@ -4,6 +4,8 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..cogvideox.checkpoint.catalogue import Entry
+    from ..cogvideox.handles import Weights
     from ..cogvideox.precision.hardware import Hardware
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
@@ -201,10 +204,69 @@ def show(text: str) -> None:
         server.send_progress_text(text, context.node_id)
 
 
-def make_room(nbytes: int, device: torch.device) -> None:
-    """Have ComfyUI unload other models until ``nbytes`` fit on the device."""
-    if IN_COMFYUI and device.type != "cpu":
-        comfy.model_management.free_memory(nbytes, device)
+def make_room(weights: "Weights", room: int = 0) -> None:
+    """Tell ComfyUI that a part is about to run on its device, and needs ``room`` bytes beside its weights: it unloads other models for that, and
+    from now on knows of this one, to unload it in its turn when others need room."""
+    if IN_COMFYUI:
+        comfy.model_management.load_models_gpu([_registered.setdefault(weights, _Registered(weights))], memory_required=room)
+
+
+class _Registered:
+    """A part as ComfyUI's list of loaded models has it: what it asks of a ``ModelPatcher``. Lives as long as the part's weights."""
+
+    parent = None
+
+    def __init__(self, weights: "Weights"):
+        self._weights = weakref.ref(weights)
+        self.load_device, self.offload_device, self.clone_base_uuid = weights.device, torch.device("cpu"), uuid.uuid4()
+
+    @property
+    def model(self) -> "Weights | None":
+        return self._weights()
+
+    def model_size(self) -> int:
+        # What is offloaded by blocks or layers is never there as a whole.
+        return self.model.nbytes if self.model.memory in ("auto", "gpu") else 0
+
+    def loaded_size(self) -> int:
+        return min(self.model.resident, self.model_size())
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.loaded_size() else self.offload_device
+
+    def partially_load(self, device, extra_memory=0, force_patch_weights=False) -> int:
+        """Nothing: the engine brings the weights when they run, in the way that fits."""
+        return 0
+
+    def partially_unload(self, device, memory_to_free=0, **_) -> int:
+        freed = self.loaded_size()
+        self.detach()
+        return freed
+
+    def detach(self, unpatch_all=True) -> None:
+        if unpatch_all and self.model is not None:
+            self.model.park()
+
+    def is_clone(self, other) -> bool:
+        return other is self
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def model_patches_to(self, device) -> None:
+        pass
+
+    def model_patches_models(self) -> list:
+        return []
+
+    def model_dtype(self) -> None:
+        return None
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+
+_registered: "weakref.WeakKeyDictionary[Weights, _Registered]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class ImageToVideo(Node):
             None if image is None else fit_size(check_images(image, name)[:1], width, height)
             for name, image in (("start_image", start_image), ("end_image", end_image))
         )
-        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, start, length, end, on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
         with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
         return *with_image, {"samples": samples}

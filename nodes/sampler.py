@@ -99,7 +99,7 @@ class Sampler(Node):
 
         if latent_image.get("noise_mask") is not None:
             logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
-        host.make_room(model.weights.nbytes + WANTED_BYTES, model.weights.device)
+        host.make_room(model.weights, WANTED_BYTES)
         with host.saving_latents():
             samples = sample(
                 model,

@@ -48,7 +48,7 @@ class TextEncode(Node):
             embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
             check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")
             return ([[embeddings, {}]],)
-        host.make_room(text_encoder.weights.nbytes, text_encoder.weights.device)
+        host.make_room(text_encoder.weights)
         encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show)
         for note in encoded.notes:
             logger.warning("%s", note)

@@ -28,7 +28,7 @@ class VAEDecode(Node):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.vae import decode
 
-        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        host.make_room(vae.weights, WANTED_BYTES)
         callbacks = dict(on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
         with host.saving_latents(samples["samples"]):
             return (decode(vae, samples["samples"], **callbacks),)

@@ -40,7 +40,7 @@ class VAEEncode(Node):
             logger.warning("%s", note)
         if notes:
             host.show("\n".join(notes))
-        host.make_room(vae.weights.nbytes + WANTED_BYTES, vae.weights.device)
+        host.make_room(vae.weights, WANTED_BYTES)
         return (
             {"samples": encode(vae, images, on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)},
         )

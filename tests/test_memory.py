@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cogvideox.handles as handles_module
-import cogvideox.sampling as sampling_module
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.handles import open_handles, with_lora
@@ -78,10 +77,19 @@ class TestPlan:
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
         monkeypatch.setattr(MemoryPlan, "fastest", lambda plan: "offload_blocks")
-        monkeypatch.setattr(sampling_module, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 0)
         ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
+
+    def test_what_other_parts_hold_on_the_device_counts_as_free(self, tiny, monkeypatch):
+        """They make way when the transformer runs."""
+        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 1000)
+        opened = open_handles(tiny, "fp32", CPU)
+        before = opened.model.weights.free
+        with opened.text_encoder.weights.running():
+            pass
+        assert opened.model.weights.free - before == opened.text_encoder.weights.resident > 0
 
     def test_an_unknown_mode_is_refused(self, tiny):
         with pytest.raises(ValueError, match="memory is 'disk'"):
@@ -174,6 +182,25 @@ class TestOutOfMemory:
         assert said == [
             f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
         ]
+
+    def test_a_model_that_does_not_even_load_is_loaded_in_the_next_mode(self, tiny, prompts, monkeypatch):
+        latent, said, real, calls = torch.zeros(1, 16, 4, 6, 10), [], handles_module.load_module, []
+        expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+
+        def load(*arguments):
+            calls.append(1)
+            if len(calls) <= 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(*arguments)
+
+        monkeypatch.setattr(handles_module, "load_module", load)
+        ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, on_heal=said.append)
+        assert torch.equal(ours, expected)
+        assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == ["offload_blocks", "offload_layers"]
+        calls.clear()
+        monkeypatch.setattr(handles_module, "load_module", lambda *_: load(calls.clear()))
+        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest mode"):
+            sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
     def test_where_the_smallest_fails_too_the_finished_latents_come_with_the_error(self, tiny, prompts, full):
         latent = torch.zeros(1, 16, 4, 6, 10)

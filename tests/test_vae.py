@@ -73,6 +73,7 @@ def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(strips_module, "_STRIP_BYTES", {"cpu": strip})
         patch.setattr(strips_module, "_MIN_STRIP_BYTES", 1)
+        patch.setattr(strips_module, "_ONEDNN_SIZE", 0)
         for step, given_, expected, chunk in (
             (Strips.decode, latent, vae.decode(latent).sample, vae.num_latent_frames_batch_size),
             (Strips.encode, frames, vae.encode(frames).latent_dist.parameters, vae.num_sample_frames_batch_size),
@@ -91,6 +92,7 @@ def test_a_mean_far_from_zero_does_not_cost_precision(pipeline, monkeypatch):
     vae.decoder.conv_in.conv.bias.data += 300
     latent = torch.randn(1, 16, 3, 8, 6)
     monkeypatch.setattr(strips_module, "_STRIP_BYTES", {"cpu": 20_000})
+    monkeypatch.setattr(strips_module, "_ONEDNN_SIZE", 0)
     with torch.no_grad():
         truth = vae.double().decode(latent.double()).sample
         expected = vae.float().decode(latent).sample
@@ -144,6 +146,7 @@ class TestMemory:
     def test_what_shapes_alone_say_is_what_a_real_run_takes(self, vae, monkeypatch, step, budget):
         monkeypatch.setattr(strips_module, "_STRIP_BYTES", {"cpu": 4 << 20, "other": 4 << 20})
         monkeypatch.setattr(strips_module, "_MIN_STRIP_BYTES", 1 << 20)
+        monkeypatch.setattr(strips_module, "_ONEDNN_SIZE", 0)
         given_ = torch.randn(1, 16, 5, 12, 10) if step is Strips.decode else torch.rand(1, 3, 17, 96, 80)
         chunks = [3, 2] if step is Strips.decode else [9, 8]
         real = count_strips(vae, given_, budget, chunks, step)

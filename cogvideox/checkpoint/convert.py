@@ -22,7 +22,7 @@ import torch
 from ..precision.audit import TARGETS, WeightAudit, scan_weights
 from ..precision.hardware import dtype_name
 from ..precision.packed import PackedWeight
-from .headers import DTYPES, StoredTensor, fill
+from .headers import DTYPES, StoredTensor, fill, read_tensor
 from .layout import PARTS, Checkpoint, Part, has_tokenizer, stored_bytes
 from .loading import empty_module
 
@@ -355,9 +355,8 @@ def _widened(name: str, file: BinaryIO, stored: StoredTensor, scale: StoredTenso
     row = stored.nbytes // rows
     scales = None
     if scale is not None:
-        with _source_errors(scale.file), scale.file.open("rb", buffering=0) as other:
-            (piece,) = _pieces(other, scale, torch.empty(scale.nbytes, dtype=torch.uint8))
-        scales = piece.view(scale.dtype)
+        with _source_errors(scale.file):
+            scales = read_tensor(scale).flatten()
     # Widening takes many times the memory of what is packed.
     for piece in _pieces(file, stored, torch.empty(row * max(1, _CHUNK // 16 // row), dtype=torch.uint8)):
         data = piece.view(stored.dtype).reshape(piece.nbytes // row, -1)

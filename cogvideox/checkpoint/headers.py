@@ -133,6 +133,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
 
 
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """One tensor of a file, on the host, as it is stored.
+
+    Raises:
+        ValueError: if the file ends before.
+        OSError: if it cannot be read.
+    """
+    data, done = torch.empty(stored.nbytes, dtype=torch.uint8), 0
+    with stored.file.open("rb", buffering=0) as file:
+        for offset, nbytes in stored.ranges:
+            file.seek(offset)
+            fill(file, memoryview(data.numpy())[done : done + nbytes], stored.file)
+            done += nbytes
+    return data.view(stored.dtype).view(stored.raw_shape)
+
+
 def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
     """Read from ``file``, unbuffered, until ``view`` is full.
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..precision.packed import PackedLinear, PackedWeight
 from ..precision.policy import Precision
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
-from .headers import StoredTensor
+from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
 
 #: Bytes cast at a time, between two reports of progress.
@@ -54,7 +54,7 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
         owners = _owners(module, names[id(slots[name])])
         owner, is_weight = owners[0][0], owners[0][1] == "weight"
         if stored.is_packed:
-            scale = _read(part.scales[name]) if name in part.scales else None
+            scale = read_tensor(part.scales[name]) if name in part.scales else None
             packed = PackedWeight(files.read(stored, stored.dtype, device, report), scale, stored.quantization)
             if is_weight and isinstance(owner, PackedLinear):
                 owner.packed = packed
@@ -187,11 +187,6 @@ def _keep_packed(module: nn.Module, part: Part) -> None:
         if leaf == "weight" and stored.is_packed and isinstance(module.get_submodule(path), nn.Linear):
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent), child, PackedLinear(module.get_submodule(path)))
-
-
-def _read(stored: StoredTensor) -> torch.Tensor:
-    """A small tensor, on the host, as it is stored."""
-    return _MappedFiles().read(stored, stored.dtype, torch.device("cpu"), lambda count: None).clone()
 
 
 def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:

@@ -106,10 +106,19 @@ class Sentinel:
             raise ValueError(f"on_nan is {on_nan!r}, which is not known here. Choose one of {', '.join(ON_NAN)}.")
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
         self._prepare, self._mode = prepare, mode
+        self.module: nn.Module | None = None
         self._running = ExitStack()
 
     def __enter__(self) -> "Sentinel":
-        self._run()
+        while self.module is None:
+            try:
+                self._start()
+            except torch.OutOfMemoryError:
+                if self._mode is None:
+                    raise
+            if self.module is None:
+                # Not in there: the error holds on to what was being made.
+                self._make_smaller("loading")
         return self
 
     def __exit__(self, *error) -> None:
@@ -126,11 +135,12 @@ class Sentinel:
         """
         while True:
             try:
+                if self.module is None:
+                    self._start()
                 return self._run_finite(work, where)
             except torch.OutOfMemoryError:
                 if self._mode is None:
                     raise
-            # Not in there: the error holds on to what was being made.
             self._make_smaller(where)
 
     def _make_smaller(self, where: str) -> None:
@@ -147,7 +157,6 @@ class Sentinel:
         self.weights.release()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        self._run()
 
     def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """Do a piece of work and return its result, which is finite.
@@ -196,9 +205,9 @@ class Sentinel:
         self._running.close()
         self.weights.release()
         self.weights = self.weights.at(precision)
-        self._run()
+        self._start()
 
-    def _run(self) -> None:
+    def _start(self) -> None:
         with ExitStack() as running:
             module = running.enter_context(self.weights.running(self._on_load, self._mode))
             if self._prepare is not None:

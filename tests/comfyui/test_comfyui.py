@@ -231,6 +231,13 @@ def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has(comfy
     assert done.stdout.count("relative L2") == 9
 
 
+def test_comfyuis_memory_management_and_ours_are_one(comfy):
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "memory_script.py"), str(ROOT), "--cpu"]
+    done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "memory is one" in done.stdout
+
+
 def test_cancel_stops_the_scan(comfy, prompt):
     """A sparse checkpoint of 400 gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
     comfy.replace_checkpoint()
