@@ -128,10 +128,14 @@ class Sentinel:
     def run(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """Do a piece of work and return its result, which is finite; in less memory where it runs out.
 
-        Args and errors are those of ``_run_finite``.
+        Args:
+            work: takes the module and how it runs, and returns a tensor, or a tuple whose first entry is checked. It may be called again,
+                with the same module or another, and must then start from the same state.
+            where: what the work is, for messages: ``step 12 of 50``.
 
         Raises:
-            RuntimeError: if memory runs out in the smallest mode too.
+            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it finite.
+            OutOfMemory: if memory runs out in the smallest mode too.
         """
         while True:
             try:
@@ -159,16 +163,7 @@ class Sentinel:
             torch.cuda.empty_cache()
 
     def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
-        """Do a piece of work and return its result, which is finite.
-
-        Args:
-            work: takes the module and how it runs, and returns a tensor, or a tuple whose first entry is checked. It may be called again,
-                with the same module or another, and must then start from the same state.
-            where: what the work is, for messages: ``step 12 of 50``.
-
-        Raises:
-            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it finite.
-        """
+        """``run``, where memory does not run out."""
         result = work(self.module, self.weights.precision)
         if is_finite(result):
             return result
