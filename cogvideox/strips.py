@@ -205,9 +205,11 @@ class Strips:
         if known is None:
             self._past[key] = self._keep((1, channels, past, height, width))
         kept = self._past[key]
-        rows = self._rows(width * (channels * (2 * frames + past) + 4 * out_channels * frames), height)
-        if self._device.type == "cpu" and self._budget is None:
-            rows = min(height, max(rows, _ONEDNN_SIZE // (channels * (past + frames))))
+        numbers = width * (channels * (2 * frames + past) + 4 * out_channels * frames)
+        rows = self._rows(numbers, height)
+        taller = min(height, _ONEDNN_SIZE // (channels * (past + frames)))
+        if self._device.type == "cpu" and (self._budget is None or taller * numbers * self._dtype.itemsize <= 2 * self._strip_bytes):
+            rows = max(rows, taller)
         buffer = torch.empty(1, channels, past + frames, rows + 2, width, device=self._device, dtype=self._dtype)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
