@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMON = '''
+COMMON = """
 import json, sys, time
 from pathlib import Path
 import torch
@@ -24,16 +24,13 @@ from transformers import T5Config, T5EncoderModel
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.precision.policy import Precision, RANGE_SAFE_FP16
+from tests.memory import peak_kilobytes as peak
 folder, cpu = Path(sys.argv[1]), torch.device("cpu")
 files = sorted(folder.glob("*.safetensors"))
 is_t5 = json.loads((folder / "config.json").read_text()).get("model_type") == "t5"
 kind, theirs = ("text_encoder", T5EncoderModel) if is_t5 else ("transformer", CogVideoXTransformer3DModel)
 with init_empty_weights():
     T5EncoderModel(T5Config(num_layers=1)) if is_t5 else CogVideoXTransformer3DModel(num_layers=1, use_rotary_positional_embeddings=True)
-
-def peak():
-    """Kilobytes at most so far. ru_maxrss would begin at the parent's."""
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 def ours(precision):
     return load_module(open_part(folder, kind), precision, cpu)
@@ -77,7 +74,7 @@ start = time.perf_counter()
 kept = sides[sys.argv[2]]()
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, (peak() - before) * 1024]))
-'''
+"""
 SIDES = {
     "raw read": None,
     "ours, bf16": 2,

@@ -19,18 +19,16 @@ import argparse
 import gc
 import statistics
 import time
-import weakref
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cogvideox.geometry import latent_frames, padding_frames, rotary_embedding
+from cogvideox.memory import FusedAttention, LiveBytes
 from cogvideox.precision.range_safe import make_range_safe
 
 aten = torch.ops.aten
@@ -218,26 +216,21 @@ def measure(side: str, device: str, layers: int, heads: int, frames: int, width:
 # 2. Counted
 
 
-class Counter(TorchDispatchMode):
-    """Records every operation that runs under it, and the bytes of the tensors that operations made and that are alive."""
+class Counter(LiveBytes):
+    """Records every operation that runs under it, beside the bytes that are alive."""
 
     def __init__(self):
         super().__init__()
         self.operations: list[Operation] = []
-        self.live = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         inputs, written = tensor_arguments(func, args, kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in inputs + written}
         new = [tensor for tensor in tensors(result) if tensor.untyped_storage()._cdata not in known]
         # A layer norm on CUDA first makes its input contiguous.
         copy = args[0].nbytes if func is aten.native_layer_norm.default and not args[0].is_contiguous() else 0
-        for tensor in new:
-            storage = tensor.untyped_storage()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.release, storage.nbytes())
         self.peak = max(self.peak, self.live + copy)
         # Views neither make nor write anything.
         if (new or written) and "empty" not in func.__name__:
@@ -246,19 +239,6 @@ class Counter(TorchDispatchMode):
             moved = sum(map(traffic, inputs + written + new)) + 2 * copy
             self.operations.append(Operation(func._overloadpacket.__name__, flops, (new or written)[0].dtype, moved))
         return result
-
-    def release(self, size: int) -> None:
-        self.live -= size
-
-
-class FusedAttention(TorchFunctionMode):
-    """Runs attention as the one fused kernel that every CUDA card has; on the meta device torch would take it apart."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs or {})
-        query, key, value = args
-        return aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=(kwargs or {}).get("scale"))[0]
 
 
 def tensors(values) -> list[torch.Tensor]:

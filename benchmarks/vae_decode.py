@@ -13,7 +13,7 @@ import time
 import torch
 
 from cogvideox.strips import Strips
-from cogvideox.vae import _chunks
+from cogvideox.vae import chunk_lengths
 from tests.memory import LiveBytes, count_strips
 
 FULL, SMALL = (21, 96, 170), (3, 16, 24)
@@ -41,7 +41,7 @@ def theirs(vae, latent: torch.Tensor, tiled: bool, tile: int | None = None) -> t
 
 def ours(vae, latent: torch.Tensor, budget: int | None) -> torch.Tensor:
     strips = Strips(vae, latent.dtype, latent.device, budget)
-    chunks = _chunks(latent.shape[2], vae.num_latent_frames_batch_size)
+    chunks = chunk_lengths(latent.shape[2], vae.num_latent_frames_batch_size)
     return torch.cat([strips.decode(piece) for piece in latent.split(chunks, dim=2)], dim=2)
 
 
@@ -52,7 +52,7 @@ def counted(work, *arguments) -> int:
 
 
 def counted_ours(vae, latent: torch.Tensor, budget: int | None) -> int:
-    return count_strips(vae, latent, budget, _chunks(latent.shape[2], vae.num_latent_frames_batch_size))
+    return count_strips(vae, latent, budget, chunk_lengths(latent.shape[2], vae.num_latent_frames_batch_size))
 
 
 def measure(device: str, dtype: torch.dtype, shape: tuple[int, int, int], tile: int | None, rounds: int) -> None:

@@ -9,7 +9,6 @@ same, kohya's (``lora_unet_<module_with_underscores>.lora_down.weight``, ``.alph
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ from .checkpoint.naming import comfy_name
 from .precision.policy import Precision
 from .precision.range_safe import RangeSafeLinear
 from .precision.sentinel import check_finite
-
-logger = logging.getLogger(__name__)
 
 #: What a LoRA in a folder of its own is called, by peft and by diffusers.
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")

@@ -147,7 +147,7 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
     given = sum(tensor.nbytes for tensor in tree_leaves(inputs) if torch.is_tensor(tensor))
     # Beside them the loop has the noise, what it began with, and the latents of now and next.
     loop = 5 * batch * LATENT_CHANNELS * length * height * width * dtype.itemsize
-    with torch.no_grad(), LiveBytes() as mode, _FusedAttention():
+    with torch.no_grad(), LiveBytes() as mode, FusedAttention():
         module(**inputs)
     return mode.peak + given + loop
 
@@ -182,14 +182,15 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, value = args
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
+        scale = (kwargs or {}).get("scale")
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
 
 
 def _gb(nbytes: int) -> str:

@@ -37,7 +37,8 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
             f"The {name} has values from {low:.3g} to {high:.3g}, but an IMAGE goes from 0 to 1: the video would be glaring or black. "
             f"{'Divide it by 255.' if high > 2 else 'Bring it to 0..1 first.'}"
         )
-    return images.float().clamp(0, 1)
+    images = images.float()
+    return images if low >= 0 and high <= 1 else images.clamp(0, 1)
 
 
 def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:

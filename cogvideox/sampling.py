@@ -99,14 +99,7 @@ def sample(
     for note in _outside_training(model, latents, image_latents):
         tell(note)
 
-    mode = model.weights.memory
-    if mode not in MODES:
-        mode = MODES[0]
-        if model.weights.free is not None:
-            plan = plan_memory(model, latents.shape, guided, positive.shape[1])
-            mode = plan.fastest()
-            if mode != MODES[0]:
-                tell(f"The whole model does not fit on the card, so it runs in {mode}, which is slower and gives the same video: {plan.text}.")
+    mode = _choose_mode(model, latents, guided, positive.shape[1], tell)
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -324,6 +317,19 @@ def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_lat
                 f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the latent is {latents.shape[4] * 8}x"
                 f"{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, which takes others."
             )
+
+
+def _choose_mode(model: Model, latents: torch.Tensor, guided: bool, tokens: int, tell: Callable[[str], None]) -> str:
+    """The memory mode that was chosen, or else the fastest that fits; told if that is not the fastest there is."""
+    if model.weights.memory in MODES:
+        return model.weights.memory
+    if model.weights.free is None:
+        return MODES[0]
+    plan = plan_memory(model, latents.shape, guided, tokens)
+    mode = plan.fastest()
+    if mode != MODES[0]:
+        tell(f"The whole model does not fit on the card, so it runs in {mode}, which is slower and gives the same video: {plan.text}.")
+    return mode
 
 
 def _batches(prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -60,7 +60,7 @@ def decode(
     frames = _decoded_frames(length)
     images = torch.empty(batch, frames, height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION, 3)
     with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
-        chunks = _chunks(length, sentinel.module.num_latent_frames_batch_size)
+        chunks = chunk_lengths(length, sentinel.module.num_latent_frames_batch_size)
         work = _Chunks(sentinel, Strips.decode, budget, on_strip, on_heal)
         for video, latent in enumerate(samples.split(1)):
             start, first = 0, 0
@@ -109,7 +109,7 @@ def encode(
     done, moments = 0, []
     with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
         work = _Chunks(sentinel, Strips.encode, budget, on_strip, on_heal)
-        for index, piece in enumerate(images.split(_chunks(count, sentinel.module.num_sample_frames_batch_size))):
+        for index, piece in enumerate(images.split(chunk_lengths(count, sentinel.module.num_sample_frames_batch_size))):
             encoded = work.run(index, 2.0 * rearrange(piece, "f h w c -> 1 c f h w") - 1.0, f"encoding frames from {done} of {count}")
             # The posterior's mean, which is its mode; the other half is its variance.
             moments.append(encoded.chunk(2, dim=1)[0])
@@ -179,15 +179,13 @@ class _Chunks:
             self._on_heal(text)
 
 
-def image_latents(
-    vae: VAE, start_image: torch.Tensor, frames: int, end_image: torch.Tensor | None = None, on_load: Callable[[int, int], None] | None = None, **how
-) -> torch.Tensor:
+def image_latents(vae: VAE, start_image: torch.Tensor, frames: int, end_image: torch.Tensor | None = None, **how) -> torch.Tensor:
     """The latents that an image-to-video model reads beside the noise: the start image's, zeros, and an end image's if there is one.
 
     Args:
         start_image, end_image: ``[1, H, W, 3]`` in 0..1, H and W multiples of 16.
         frames: of the clip to make.
-        how: ``on_nan``, ``on_heal``, as ``encode`` has them.
+        how: ``on_nan``, ``on_load`` and the other callbacks, as ``encode`` has them.
 
     Returns:
         float32 ``[1, 16, T, H/8, W/8]``, unscaled: ``concat_latent_image`` of a CONDITIONING.
@@ -198,15 +196,15 @@ def image_latents(
     length = latent_frames(frames)
     if end_image is not None and length < 2:
         raise ValueError(f"An end image is connected, but the clip has {frames} frames, so it would end where it starts. Make it longer.")
-    first = encode(vae, start_image, on_load=on_load, **how)
+    first = encode(vae, start_image, **how)
     latents = torch.zeros(1, first.shape[1], length, *first.shape[3:])
     latents[:, :, :1] = first
     if end_image is not None:
-        latents[:, :, -1:] = encode(vae, end_image, on_load=on_load, **how)
+        latents[:, :, -1:] = encode(vae, end_image, **how)
     return latents
 
 
-def _chunks(length: int, size: int) -> list[int]:
+def chunk_lengths(length: int, size: int) -> list[int]:
     """Latent frames per chunk, as the reference cuts them: a remainder joins the first chunk."""
     count = max(length // size, 1)
     return [length - size * (count - 1)] + [size] * (count - 1)

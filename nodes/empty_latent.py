@@ -1,7 +1,7 @@
 """Empty CogVideoX-1.5 Latent: the size and length of the video to make."""
 
-from ..cogvideox.geometry import SIZE_STEP, empty_latent
-from .base import Node
+from ..cogvideox.geometry import empty_latent
+from .base import LENGTH, SIZE, Node
 
 
 class EmptyLatent(Node):
@@ -14,24 +14,14 @@ class EmptyLatent(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        size = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
         return {
             "required": {
-                "width": ("INT", {"default": 1360, **size, "tooltip": "Width in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."}),
+                "width": ("INT", {"default": 1360, **SIZE, "tooltip": "Width in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."}),
                 "height": (
                     "INT",
-                    {"default": 768, **size, "tooltip": "Height in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."},
+                    {"default": 768, **SIZE, "tooltip": "Height in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."},
                 ),
-                "length": (
-                    "INT",
-                    {
-                        "default": 81,
-                        "min": 1,
-                        "max": 16001,
-                        "step": 16,
-                        "tooltip": "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained.",
-                    },
-                ),
+                "length": LENGTH,
                 "batch_size": (
                     "INT",
                     {"default": 1, "min": 1, "max": 64, "tooltip": "Videos to make at once. Each takes as much memory as the first."},

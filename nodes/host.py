@@ -96,9 +96,9 @@ def part_path(kind: str, choice: str) -> Path:
 
 def loras() -> list[str]:
     """The LoRAs in ComfyUI's folders that can be CogVideoX's, by their path below the folder."""
-    from ..cogvideox.checkpoint.catalogue import list_loras
+    from ..cogvideox.checkpoint.catalogue import list_parts
 
-    return [entry.name for entry in list_loras(_lora_roots())]
+    return [entry.name for entry in list_parts("lora", _lora_roots())]
 
 
 def lora_path(choice: str) -> Path:
@@ -289,6 +289,11 @@ def stop_if_cancelled() -> None:
     """Stop the run here if the user pressed Cancel."""
     if IN_COMFYUI:
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def vae_callbacks() -> dict[str, Callable[..., None]]:
+    """What the engine's encode and decode tell, to where a person sees it."""
+    return dict(on_chunk=progress(), on_load=progress(), on_heal=show, on_strip=stop_if_cancelled)
 
 
 def progress() -> Callable[..., None]:

@@ -1,8 +1,7 @@
 """CogVideoX-1.5 Image to Video: the image a video starts from."""
 
-from ..cogvideox.geometry import SIZE_STEP
 from . import host
-from .base import Node
+from .base import LENGTH, SIZE, Node
 
 
 class ImageToVideo(Node):
@@ -22,7 +21,6 @@ class ImageToVideo(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        size = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
         trained = (
             "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
         )
@@ -35,18 +33,9 @@ class ImageToVideo(Node):
                     "IMAGE",
                     {"tooltip": "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several images the first is used."},
                 ),
-                "width": ("INT", {"default": 1360, **size, "tooltip": f"Width in pixels, {trained}"}),
-                "height": ("INT", {"default": 768, **size, "tooltip": f"Height in pixels, {trained}"}),
-                "length": (
-                    "INT",
-                    {
-                        "default": 81,
-                        "min": 1,
-                        "max": 16001,
-                        "step": 16,
-                        "tooltip": "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained.",
-                    },
-                ),
+                "width": ("INT", {"default": 1360, **SIZE, "tooltip": f"Width in pixels, {trained}"}),
+                "height": ("INT", {"default": 768, **SIZE, "tooltip": f"Height in pixels, {trained}"}),
+                "length": LENGTH,
                 "batch_size": (
                     "INT",
                     {
@@ -80,6 +69,6 @@ class ImageToVideo(Node):
             for name, image in (("start_image", start_image), ("end_image", end_image))
         )
         host.make_room(vae.weights, WANTED_BYTES)
-        latents = image_latents(vae, start, length, end, on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
+        latents = image_latents(vae, start, length, end, **host.vae_callbacks())
         with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
         return *with_image, {"samples": samples}

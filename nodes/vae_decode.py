@@ -29,6 +29,5 @@ class VAEDecode(Node):
         from ..cogvideox.vae import decode
 
         host.make_room(vae.weights, WANTED_BYTES)
-        callbacks = dict(on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)
         with host.saving_latents(samples["samples"]):
-            return (decode(vae, samples["samples"], **callbacks),)
+            return (decode(vae, samples["samples"], **host.vae_callbacks()),)

@@ -41,6 +41,4 @@ class VAEEncode(Node):
         if notes:
             host.show("\n".join(notes))
         host.make_room(vae.weights, WANTED_BYTES)
-        return (
-            {"samples": encode(vae, images, on_chunk=host.progress(), on_load=host.progress(), on_heal=host.show, on_strip=host.stop_if_cancelled)},
-        )
+        return ({"samples": encode(vae, images, **host.vae_callbacks())},)

@@ -11,6 +11,7 @@ from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.vae import encode, image_latents
 from tests.conftest import CPU
+from tests.reference import reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint
 
 STEPS = 3
@@ -43,31 +44,14 @@ def i2v(checkpoints):
     return get
 
 
-def reference(pipeline, prompts, start, shape, *, scheduler="ddim", cfg=6.0, seed=1, dtype=torch.float32):
+def reference(pipeline, prompts, start, shape, **settings):
     """The unmodified pipeline's latents, from the same latent of the start image."""
-    import diffusers
     from diffusers.pipelines.cogvideo import pipeline_cogvideox_image2video as module
 
-    classes = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
-    pipeline.scheduler = classes[scheduler].from_config(pipeline.scheduler.config)
-    batch, _, length, height, width = shape
-    positive, negative = (prompt.expand(batch, -1, -1).to(dtype) for prompt in prompts)
+    dtype, (batch, *_, height, width) = pipeline.transformer.dtype, shape
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "retrieve_latents", lambda output, generator=None: start[:, :, :1].to(dtype))
-        latents = pipeline(
-            image=torch.zeros(batch, 3, height * 8, width * 8),
-            prompt_embeds=positive,
-            negative_prompt_embeds=negative,
-            height=height * 8,
-            width=width * 8,
-            num_frames=4 * (length - 1) + 1,
-            num_inference_steps=STEPS,
-            guidance_scale=cfg,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-        ).frames
-    latents = latents[:, latents.shape[1] - length :]
-    return rearrange(1 / pipeline.vae_scaling_factor_image * latents, "b t c h w -> b c t h w").float()
+        return reference_latents(pipeline, prompts, shape, steps=STEPS, image=torch.zeros(batch, 3, height * 8, width * 8), **settings)
 
 
 SHAPES = {"odd": (1, 16, 5, 6, 10), "even": (1, 16, 4, 10, 6), "batch": (2, 16, 3, 6, 8), "one frame": (1, 16, 1, 6, 10)}
@@ -93,7 +77,7 @@ def test_bf16_equals_the_pipeline_in_bf16(checkpoints, prompts):
     shape = SHAPES["odd"]
     start = image_latents(handles.vae, picture(80, 48), 17)
     ours = sample(handles.model, *prompts, torch.zeros(shape), image_latents=start, seed=1, steps=STEPS)
-    assert torch.equal(ours, reference(pipeline, prompts, start, shape, dtype=torch.bfloat16))
+    assert torch.equal(ours, reference(pipeline, prompts, start, shape))
 
 
 def test_the_learned_positions_of_5b_equal_their_pipeline_too_and_take_one_size(i2v, prompts):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox.checkpoint.catalogue import list_loras
+from cogvideox.checkpoint.catalogue import list_parts
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import comfy_name
@@ -351,4 +351,4 @@ def test_the_list_holds_loras_of_cogvideox_only(tmp_path, part):
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
     ltx = {f"diffusion_model.transformer_blocks.0.{attention}.to_q.lora_A.weight": torch.zeros(1) for attention in ("attn1", "attn2")}
     save_file(ltx, tmp_path / "ltx.safetensors")
-    assert sorted(entry.name for entry in list_loras([tmp_path])) == sorted(f"{form}.safetensors" for form in FORMATS)
+    assert sorted(entry.name for entry in list_parts("lora", [tmp_path])) == sorted(f"{form}.safetensors" for form in FORMATS)

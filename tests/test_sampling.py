@@ -10,6 +10,7 @@ from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from tests.conftest import CPU
+from tests.reference import reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH
 
 STEPS = 4
@@ -21,28 +22,8 @@ def prompts():
     return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
 
 
-def reference(pipeline, prompts, shape, *, scheduler="ddim", cfg=6.0, dynamic_cfg=False, seed=1, steps=STEPS):
-    """The unmodified pipeline's latents for a LATENT shape, in our layout: padding removed, and unscaled as it does before its VAE."""
-    import diffusers
-
-    classes = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
-    pipeline.scheduler = classes[scheduler].from_config(pipeline.scheduler.config)
-    batch, _, length, height, width = shape
-    positive, negative = (prompt.expand(batch, -1, -1) for prompt in prompts)
-    latents = pipeline(
-        prompt_embeds=positive.to(pipeline.transformer.dtype),
-        negative_prompt_embeds=negative.to(pipeline.transformer.dtype),
-        height=height * 8,
-        width=width * 8,
-        num_frames=4 * (length - 1) + 1,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        use_dynamic_cfg=dynamic_cfg,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-    ).frames
-    latents = latents[:, latents.shape[1] - length :]
-    return rearrange(1 / pipeline.vae_scaling_factor_image * latents, "b t c h w -> b c t h w").float()
+def reference(pipeline, prompts, shape, *, dynamic_cfg=False, steps=STEPS, **settings):
+    return reference_latents(pipeline, prompts, shape, use_dynamic_cfg=dynamic_cfg, steps=steps, **settings)
 
 
 SHAPES = {

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cogvideox.strips as strips_module
+from benchmarks.vae_decode import build as build_released
 from cogvideox.handles import open_handles
 from cogvideox.strips import Strips
-from cogvideox.vae import _chunks, decode, encode
+from cogvideox.vae import chunk_lengths, decode, encode
 from tests.conftest import CPU
 from tests.memory import count_strips
 from tests.tiny_checkpoint import build_vae
@@ -44,16 +45,24 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     theirs = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=half)
-    latents = torch.randn(1, 16, 5, 6, 8)
-    truth = reference(pipeline, latents)
     ours = open_handles(tiny, dtype, CPU, on_mismatch="warn").vae
     assert ours.weights.precision.dtype == half
-    assert error(decode(ours, latents), truth) < 1.05 * error(reference(theirs, latents), truth)
-    clip = torch.rand(9, 32, 48, 3)
-    pixels = 2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0
-    with torch.no_grad():
-        truth, coarse = (vae.encode(pixels.to(vae.dtype)).latent_dist.mode() for vae in (pipeline.vae, theirs.vae))
-    assert error(encode(ours, clip), truth) < 1.05 * error(coarse, truth)
+    # Over many clips: a single one's error is that of a few hundred roundings, and varies by a fifth either way.
+    errors = {"decode": [0.0, 0.0], "encode": [0.0, 0.0]}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        latents, clip = torch.randn(1, 16, 5, 6, 8, generator=generator), torch.rand(9, 32, 48, 3, generator=generator)
+        pixels = 2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0
+        with torch.no_grad():
+            truth, coarse = (vae.encode(pixels.to(vae.dtype)).latent_dist.mode() for vae in (pipeline.vae, theirs.vae))
+        for way, fine, results in (
+            ("decode", reference(pipeline, latents), (decode(ours, latents), reference(theirs, latents))),
+            ("encode", truth, (encode(ours, clip), coarse)),
+        ):
+            for side, result in enumerate(results):
+                errors[way][side] += error(result, fine) ** 2
+    for mine, reference_error in errors.values():
+        assert mine**0.5 < 1.05 * reference_error**0.5
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,7 +88,7 @@ def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length
             (Strips.encode, frames, vae.encode(frames).latent_dist.parameters, vae.num_sample_frames_batch_size),
         ):
             strips = Strips(vae, torch.float32, torch.device("cpu"), budget)
-            ours = torch.cat([step(strips, piece) for piece in given_.split(_chunks(given_.shape[2], chunk), dim=2)], dim=2)
+            ours = torch.cat([step(strips, piece) for piece in given_.split(chunk_lengths(given_.shape[2], chunk), dim=2)], dim=2)
             assert ours.shape == expected.shape
             assert error(ours, expected) < 1e-5
 
@@ -162,11 +171,7 @@ class TestMemory:
 
     def test_81_frames_of_1360_x_768_fit_into_6_gb(self):
         """The released VAE's shapes, in bf16: without a limit it takes many times that."""
-        from diffusers import AutoencoderKLCogVideoX
-
-        names = {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way in ("down", "up")}
-        with torch.device("meta"):
-            vae = AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), latent_channels=16, layers_per_block=3, **names).bfloat16()
+        vae = build_released("meta", torch.bfloat16)
         latent = torch.empty(1, 16, 5, 96, 170, dtype=torch.bfloat16, device="meta")
         assert count_strips(vae, latent, None, [3, 2]) > 12e9
         assert count_strips(vae, latent, 6_000_000_000, [3, 2]) < 6e9

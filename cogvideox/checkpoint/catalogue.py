@@ -16,7 +16,6 @@ import torch
 from ..dependencies import DependencyError
 from ..precision.hardware import dtype_name
 from ..variants import identify
-from .headers import read_header
 from .layout import open_part, read_any_header, sat_weights, stored_bytes, transformer_folders
 from .naming import find_parts
 from .shapes import infer_config
@@ -30,9 +29,9 @@ _MARKERS = (b"patch_embed.text_proj.weight", b"encoder.block.0.layer.0.SelfAtten
 _LISTED = (".safetensors", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
-#: A layer of a CogVideoX block as a LoRA names it, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
-_LORA_LAYER = re.compile(r"(^|[._])(transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._]")
-_OTHER_LORAS = ("attn2", "down_blocks", "up_blocks", "single_transformer_blocks")
+#: A layer of a CogVideoX block as a LoRA names it in its header, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
+_LORA_LAYER = re.compile(rb'["._](transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._][^"]*lora')
+_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks")
 _known: dict[tuple[str, str, int, int], dict[str, str]] = {}
 
 
@@ -69,21 +68,10 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
 
 
 def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
-    """Every file below the roots that holds a part of ``kind``."""
+    """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the names in its header."""
     entries: dict[str, Entry] = {}
     for entry in _file_entries(roots, kind):
         entries.setdefault(entry.name, entry)
-    return list(entries.values())
-
-
-def list_loras(roots: Iterable[Path]) -> list[Entry]:
-    """Every file below the roots that can be a LoRA of a CogVideoX transformer, by the names in its header."""
-    entries: dict[str, Entry] = {}
-    for root in roots:
-        for path, stat in sorted(_files(root).items()):
-            if "lora" in _remember(path, _describe_lora, stat):
-                entry = Entry(Path(path).relative_to(root).as_posix(), "", Path(path))
-                entries.setdefault(entry.name, entry)
     return list(entries.values())
 
 
@@ -118,7 +106,7 @@ def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
         for path, stat in sorted(_files(root).items()):
-            what = _remember(path, _describe_file, stat).get(kind)
+            what = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
             if what:
                 name = Path(path).relative_to(root).as_posix()
                 entries.append(Entry(name, _without(what, name), Path(path)))
@@ -172,11 +160,10 @@ def _describe_folder(config: Path) -> dict[str, str]:
 
 def _describe_file(path: Path) -> dict[str, str]:
     """The CogVideoX parts of a file: kind -> what it is."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else _GGUF_HEAD
-        head = file.read(min(length, 100_000_000))
-    if path.suffix in _LISTED and not any(marker in head for marker in _MARKERS):
-        return {}
+    if path.suffix in _LISTED:
+        head = _head(path)
+        if not any(marker in head for marker in _MARKERS):
+            return {}
     described = {}
     for part in find_parts(read_any_header(path), path):
         stored = stored_bytes(part.tensors)
@@ -188,9 +175,15 @@ def _describe_file(path: Path) -> dict[str, str]:
 
 def _describe_lora(path: Path) -> dict[str, str]:
     """``lora`` for a LoRA whose layers are called as CogVideoX's; whether their sizes fit is seen when it is applied to a model."""
-    names = read_header(path) if path.suffix == ".safetensors" else ()
-    fits = any("lora" in name and _LORA_LAYER.search(name) for name in names)
-    return {"lora": ""} if fits and not any(mark in name for name in names for mark in _OTHER_LORAS) else {}
+    head = _head(path) if path.suffix == ".safetensors" else b""
+    return {"lora": "LoRA"} if _LORA_LAYER.search(head) and not any(mark in head for mark in _OTHER_LORAS) else {}
+
+
+def _head(path: Path) -> bytes:
+    """The bytes at a file's start that hold its tensors' names (of a GGUF file, the first of them)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else _GGUF_HEAD
+        return file.read(min(length, 100_000_000))
 
 
 def _dtypes(stored: dict[torch.dtype | str, int]) -> str:

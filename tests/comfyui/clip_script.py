@@ -1,39 +1,19 @@
-"""Run by ComfyUI's interpreter in its checkout: a small T5 with the same weights in ComfyUI's own classes and in ours gives the same embeddings.
-
-Arguments: the folder of the pack, and --cpu for ComfyUI.
-"""
+"""Run by ComfyUI's interpreter in its checkout: a small T5 with the same weights in ComfyUI's own classes and in ours gives the same embeddings."""
 
 import importlib
-import importlib.util
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(sys.argv.pop(1))
-# The checkout and not this folder, which has a server.py too.
-sys.path[0] = str(Path.cwd())
-import comfy.options  # noqa: E402
+from inside import pack, tiny  # isort: skip # It comes first: it makes the others importable.
 
-comfy.options.enable_args_parsing()
-import comfy.sd  # noqa: E402
-import comfy.supported_models_base  # noqa: E402
-import comfy.text_encoders.cogvideo  # noqa: E402
-import comfy.text_encoders.genmo  # noqa: E402
-import comfy.text_encoders.sd3_clip  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-
-def load(name, file, **options):
-    """A module from a file: ComfyUI has packages of the same names as ours."""
-    spec = importlib.util.spec_from_file_location(name, file, **options)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pack = load("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-tiny = load("tiny_checkpoint", ROOT / "tests" / "tiny_checkpoint.py")
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.cogvideo
+import comfy.text_encoders.genmo
+import comfy.text_encoders.sd3_clip
+import torch
+from safetensors.torch import save_file
 
 SIZES = {"d_model": 4096, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2}
 PROMPTS = ["a panda plays the guitar in a bamboo forest", "", "word " * 400]

@@ -1,35 +1,16 @@
 """Run by ComfyUI's interpreter in its checkout: ComfyUI's memory management knows of our parts, unloads them for others, and
 forgets those that are gone.
-
-Arguments: the folder of the pack, and --cpu for ComfyUI.
 """
 
 import gc
-import importlib.util
-import sys
+import importlib
 import tempfile
-from pathlib import Path
 
-ROOT = Path(sys.argv.pop(1))
-# The checkout and not this folder, which has a server.py too.
-sys.path[0] = str(Path.cwd())
-import comfy.options  # noqa: E402
+from inside import tiny  # isort: skip # It comes first: it makes the others importable.
 
-comfy.options.enable_args_parsing()
-import comfy.model_management as management  # noqa: E402
-import torch  # noqa: E402
+import comfy.model_management as management
+import torch
 
-
-def load(name, file, **options):
-    """A module from a file: ComfyUI has packages of the same names as ours."""
-    spec = importlib.util.spec_from_file_location(name, file, **options)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pack = load("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-tiny = load("tiny_checkpoint", ROOT / "tests" / "tiny_checkpoint.py")
 handles_module, host = importlib.import_module("pack.cogvideox.handles"), importlib.import_module("pack.nodes.host")
 
 
