@@ -2,9 +2,9 @@
 
 import logging
 
-from ..cogvideox.choices import ON_NAN, SCHEDULERS
+from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,17 @@ class Sampler(Node):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None):
+        from ..cogvideox.sampling import check_guidance, steps_to_run
+
+        return refusal(
+            (steps_to_run, steps, denoise),
+            (check_guidance, cfg),
+            (check_choice, "scheduler", scheduler, SCHEDULERS),
+            (check_choice, "on_nan", on_nan, ON_NAN),
+        )
+
     def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
@@ -114,7 +125,7 @@ class Sampler(Node):
                 denoise=denoise,
                 dynamic_cfg=dynamic_cfg,
                 on_nan=on_nan,
-                on_step=host.progress(),
+                on_step=host.sampling_progress(model.variant.fps),
                 on_load=host.progress(),
                 on_heal=host.show,
                 on_note=host.show,
