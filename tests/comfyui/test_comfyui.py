@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cogvideox.video import write_mp4
-from tests import layouts, workflows
+from tests import layouts, locales, workflows
 from tests.comfyui.server import from_environment
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
@@ -81,6 +81,20 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
 
 def test_the_examples_are_in_the_template_list(comfy):
     assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(path.stem for path in workflows.FILES)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_words_of_both_languages_reach_the_page(comfy, language):
+    served = comfy.get("/i18n")[language]["nodeDefs"]
+    assert {node_id: served[node_id] for node_id in locales.read(language)} == locales.read(language)
+
+
+@pytest.mark.parametrize("page", ["CogVideoX15Sampler.md", "CogVideoX15Sampler/zh.md"])
+def test_the_help_pages_are_served_from_a_folder_with_spaces(comfy, pack, page):
+    """As the page asks for them; it takes HTML for "not found"."""
+    answer = comfy.open(f"/extensions/a%20pack%20with%20spaces/docs/{page}")
+    assert answer.headers.get_content_type() != "text/html"
+    assert answer.read() == (ROOT / pack.WEB_DIRECTORY / "docs" / page).read_bytes()
 
 
 def test_the_workflow_runs_and_the_saved_video_opens(comfy, prompt):
