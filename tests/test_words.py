@@ -119,11 +119,12 @@ def test_links_to_files_lead_somewhere(page):
 
 
 def test_both_readmes_say_the_same():
-    """After a change of one: the other too, in the section that this test names."""
-    english, chinese = (outline((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "README.zh.md"))
+    """After a change of one: the other too, in the section that is named here."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
+    english, chinese = map(outline, texts)
     assert [section["heading"] for section in chinese] == [section["heading"] for section in english]
-    for theirs, ours in zip(english, chinese, strict=True):
-        assert ours == theirs
+    for title, theirs, ours in zip(re.findall(r"(?m)^#+ (.+)$", texts[0]), english, chinese, strict=True):
+        assert ours == theirs, title
 
 
 def test_the_readmes_lead_to_each_other_and_call_nodes_as_the_page_does():
