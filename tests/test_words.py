@@ -1,6 +1,7 @@
 """Every node is told in words, in English and in Chinese: what ComfyUI's page shows on it, its help page, and the README."""
 
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -135,10 +136,21 @@ def test_the_readmes_lead_to_each_other_and_call_nodes_as_the_page_does():
             assert f"| {words['display_name']} |" in text
 
 
-def test_the_folder_to_clone_into_has_no_dot_in_its_name():
-    """The page takes the name of the folder from the module's, ``custom_nodes.<folder>``, cut at dots, and would look for help in another."""
-    (folder,) = re.findall(r"git clone <this repository> (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert "." not in folder
+@pytest.mark.parametrize(
+    ("folder", "asked"),
+    [
+        ("cogvideox15-pack", {"cogvideox15-pack"}),
+        ("cogvideox-1.5", {"cogvideox-1.5", "cogvideox-1"}),
+        ("a pack with spaces", {"a pack with spaces"}),
+        ("视频 {1.5} (new)", {"视频 {1.5} (new)", "视频 {1"}),
+    ],
+)
+def test_the_page_finds_help_whatever_the_folder_is_called(pack, folder, asked):
+    """ComfyUI's page takes the folder's name from that of the module, ``custom_nodes.<folder>``, cut at dots."""
+    pattern = sys.modules[f"{pack.__name__}.nodes.host"].names_in_urls(folder)
+    assert all(re.fullmatch(pattern, name) for name in asked)
+    assert not any(re.fullmatch(pattern, name) for name in ("", "another", f"{folder}x", f"x{folder}"))
+    assert not set("{}") & set(pattern), "aiohttp takes braces for the ends of the pattern"
 
 
 def outline(text: str) -> list[dict]:
