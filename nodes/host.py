@@ -4,6 +4,7 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
+import re
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,6 +36,39 @@ if IN_COMFYUI:
     from server import PromptServer
 
     folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
+
+
+def serve_files() -> None:
+    """Serve the help pages and the example workflows where ComfyUI's page asks for them, whatever the pack's folder is called.
+
+    ComfyUI serves both under the folder's name. But aiohttp finds no static route whose path holds a space or a letter beyond ASCII
+    (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. Those routes, and other packs', come before
+    these, as they are more specific.
+    """
+    server = getattr(PromptServer, "instance", None) if IN_COMFYUI else None
+    if server is None:
+        return
+    pack = Path(__file__).parents[1]
+    for address, folder in (("extensions", "web"), ("workflow_templates", "example_workflows")):
+        server.routes.get(f"/{address}/{{pack:{names_in_urls(pack.name)}}}/{{path:.+}}")(_send_from((pack / folder).resolve()))
+
+
+def names_in_urls(folder: str) -> str:
+    """A regular expression, without braces, for the names under which the page knows the pack in ``folder``: its own, and it cut at dots."""
+    names = {folder, re.split(r"[.@]", folder)[0]} - {""}
+    return "|".join("".join(f"\\U{ord(letter):08x}" for letter in name) for name in sorted(names))
+
+
+def _send_from(root: Path):
+    from aiohttp import web
+
+    async def send(request):
+        path = (root / request.match_info["path"]).resolve()
+        if not (path.is_file() and path.is_relative_to(root)):
+            raise web.HTTPNotFound()
+        return web.FileResponse(path)
+
+    return send
 
 
 def checkpoints() -> "list[Entry]":

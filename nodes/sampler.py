@@ -14,7 +14,8 @@ class Sampler(Node):
     DESCRIPTION = (
         "Makes the video's latents from noise and a prompt, and from an image or a video, step by step, exactly as diffusers' pipelines do for "
         "the same seed. "
-        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Can be cancelled between two steps."
+        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Shows a preview while it runs, where "
+        "ComfyUI's settings have one. Can be cancelled between two steps."
     )
     SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
     RETURN_TYPES = ("LATENT",)

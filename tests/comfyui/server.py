@@ -1,5 +1,6 @@
 """A real ComfyUI for the tests: started once, in a folder of its own, with the pack and a tiny checkpoint in it."""
 
+import http.client
 import json
 import os
 import shutil
@@ -103,8 +104,11 @@ class Comfy:
         self._log_file.close()
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with self.open(path) as answer:
             return json.load(answer)
+
+    def open(self, path: str) -> http.client.HTTPResponse:
+        return urllib.request.urlopen(self.url + path, timeout=30)
 
     def post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})

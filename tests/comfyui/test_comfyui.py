@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -14,7 +15,7 @@ import av
 import pytest
 from PIL import Image
 
-from tests import layouts, workflows
+from tests import layouts, locales, workflows
 from tests.comfyui.prompts import error_of, example, id_of, node_of
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
@@ -47,6 +48,36 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
 
 def test_the_examples_are_in_the_template_list(comfy):
     assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(path.stem for path in workflows.FILES)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_words_of_both_languages_reach_the_page(comfy, language):
+    served = comfy.get("/i18n")[language]["nodeDefs"]
+    assert {node_id: served[node_id] for node_id in locales.read(language)} == locales.read(language)
+
+
+@pytest.mark.parametrize(
+    ("address", "file"),
+    [
+        ("/extensions/{}/docs/CogVideoX15Sampler.md", "web/docs/CogVideoX15Sampler.md"),
+        ("/extensions/{}/docs/CogVideoX15Sampler/zh.md", "web/docs/CogVideoX15Sampler/zh.md"),
+        ("/api/workflow_templates/{}/text_to_video.json", "example_workflows/text_to_video.json"),
+        ("/api/workflow_templates/{}/text_to_video.jpg", "example_workflows/text_to_video.jpg"),
+    ],
+)
+def test_help_pages_and_templates_are_served_from_a_folder_with_spaces(comfy, address, file):
+    """As the page asks for them; it takes HTML for "not found"."""
+    answer = comfy.open(address.format("a%20pack%20with%20spaces"))
+    assert answer.headers.get_content_type() != "text/html"
+    assert answer.read() == (ROOT / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "address", ["/extensions/{}/docs/..%2f..%2fpyproject.toml", "/extensions/{}/docs/%2e%2e/%2e%2e/README.md", "/extensions/{}/docs/"]
+)
+def test_nothing_else_of_the_folder_is_served(comfy, address):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        comfy.open(address.format("a%20pack%20with%20spaces"))
 
 
 def test_the_workflow_runs_and_the_saved_video_opens(comfy, prompt):
