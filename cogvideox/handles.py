@@ -18,6 +18,7 @@ from .lora import Lora, open_lora
 from .memory import free_bytes
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes
+from .speed.joint import join
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ class Weights:
                 part = self.part
                 logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name)
                 self._module = load_module(part, self.precision, torch.device("cpu") if offloads else self.device, on_load)
+                if self.kind == "transformer":
+                    join(self._module)
                 if offloads:
                     _offload(self._module, mode, self.device)
                 _loaded.add(self)

@@ -15,6 +15,7 @@ from .choices import MODES
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
 from .precision.policy import Precision
 from .precision.range_safe import make_range_safe
+from .speed.joint import join
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
             if isinstance(norm, nn.LayerNorm):
                 # It asks the weights otherwise.
                 norm._range_safe_exponent = 0
+    join(module)
     rotary = rotary_embedding(config, length, height, width, torch.device("cpu"))
     inputs = dict(
         hidden_states=torch.empty(copies, length, config["in_channels"], height, width, dtype=dtype, device=meta),
@@ -188,8 +190,8 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, key, value = args
-        scale = (kwargs or {}).get("scale")
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..speed.joint import rotate_, side_by_side
 from .packed import PackedWeight
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
@@ -140,22 +141,27 @@ class RangeSafeAttention:
     ``CogVideoXAttnProcessor2_0``, and returns the same pair.
     """
 
+    #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
+    backend: str | None = None
+
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
         text = encoder_hidden_states.shape[1]
-        both = [encoder_hidden_states, hidden_states]
-        tokens = scale_tokens(*both)
+        joint = side_by_side(encoder_hidden_states, hidden_states)
+        tokens = scale_tokens(joint)
 
         def heads(projection: RangeSafeLinear) -> torch.Tensor:
             """``[B, tokens, heads, channels]``"""
-            projected = projection(*tokens) if projection.column_scale is None else projection(torch.cat(both, dim=1))
+            projected = projection(*tokens) if projection.column_scale is None else projection(joint)
             return projected.unflatten(-1, (attn.heads, -1))
 
         def positioned(projection: RangeSafeLinear, norm: nn.LayerNorm) -> tuple[torch.Tensor, int]:
             x = norm(heads(projection))
             if image_rotary_emb is not None:
-                _rotate_(x[:, text:], *image_rotary_emb)
+                rotate_(x[:, text:], *image_rotary_emb)
             exponent = norm_exponent(norm)
-            return (x if exponent == 0 else x * 2.0**-exponent).half().transpose(1, 2), exponent
+            return (x if exponent == 0 else x * 2.0**-exponent).half(), exponent
 
         query, query_exponent = positioned(attn.to_q, attn.norm_q)
         key, key_exponent = positioned(attn.to_k, attn.norm_k)
@@ -163,16 +169,9 @@ class RangeSafeAttention:
         # One scale per channel, over all tokens: a convex combination of the values keeps their bound.
         value, value_scale = _scale_to(value, torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True), _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
-        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=attention_mask, scale=scale)
-        mixed = attn.to_out[1](attn.to_out[0]((mixed.transpose(1, 2) * value_scale).flatten(2)))
+        mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, scale=scale, backend=self.backend)
+        mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
-
-
-def _rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned by the angles of diffusers' tables
-    ``[tokens, channels]``, which hold each angle twice."""
-    turn = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
 
 
 def make_range_safe(module: nn.Module) -> nn.Module:
@@ -207,23 +206,13 @@ def is_range_safe(module: nn.Module) -> bool:
     return any(isinstance(child, RangeSafeLinear) for child in module.modules())
 
 
-def scale_tokens(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale each token by a power of two to at most 2^6.
-
-    Args:
-        parts: fp32 ``[..., tokens, C]``, taken as one after the other.
+def scale_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each token of ``x``, fp32 ``[..., tokens, C]``, by a power of two to at most 2^6.
 
     Returns:
         fp16 ``[..., tokens, C]``, and the fp32 ``[..., tokens, 1]`` that undoes the scaling.
     """
-    largest = [torch.linalg.vector_norm(part, math.inf, dim=-1, keepdim=True) for part in parts]
-    if len(parts) == 1:
-        return _scale_to(parts[0], largest[0], _TOKEN_EXPONENT)
-    length = sum(part.shape[-2] for part in parts)
-    scaled = torch.empty(*parts[0].shape[:-2], length, parts[0].shape[-1], dtype=torch.float16, device=parts[0].device)
-    places = scaled.split([part.shape[-2] for part in parts], dim=-2)
-    scales = [_scale_to(part, top, _TOKEN_EXPONENT, place)[1] for part, top, place in zip(parts, largest, places, strict=True)]
-    return scaled, torch.cat(scales, dim=-2)
+    return _scale_to(x, torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True), _TOKEN_EXPONENT)
 
 
 def norm_exponent(norm: nn.LayerNorm) -> int:
@@ -240,13 +229,13 @@ def norm_exponent(norm: nn.LayerNorm) -> int:
     return norm._range_safe_exponent
 
 
-def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp16 ``x`` scaled so that ``largest`` (its maxima) stays below 2^exponent, and the fp32 scale that undoes it.
 
     Inf and NaN have no exponent that would shrink them: they stay what they are, for the sentinel to see.
     """
     power = (_exponent(largest) - exponent).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
-    scaled = torch.empty_like(x, dtype=torch.float16) if out is None else out
+    scaled = torch.empty_like(x, dtype=torch.float16)
     torch.mul(x, _power(-power), out=scaled)
     return scaled, _power(power)
 
