@@ -34,7 +34,8 @@ _LOADERS = {
     "CogVideoXVAELoader": "precision",
 }
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
-_MUTED, _BYPASSED = 2, 4
+#: Values of a node's mode on the page.
+MUTED, BYPASSED = 2, 4
 _LINKED = object()  # instead of a widget's value: it comes from another node
 
 
@@ -153,7 +154,7 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
     ]
 
     def is_off(node) -> bool:
-        return node.get("mode") in (_MUTED, _BYPASSED)
+        return node.get("mode") in (MUTED, BYPASSED)
 
     # A subgraph is switched off with the nodes that stand for it.
     muted = {node["type"] for *_, node in nodes if is_off(node)} - {node["type"] for *_, node in nodes if not is_off(node)}
