@@ -7,105 +7,20 @@ nodes stay as they are. What differs between the two: here a clip's size and len
 loader and not before it, the start image travels in the conditioning, and the VAE always comes out of the model loader.
 """
 
-import copy
-import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from ..geometry import SIZE_STEP
-from .workflow import BYPASSED, MUTED, OURS, WIDGETS, graphs, is_2b, is_page, read_workflow, widget_values
+from .graph import AFTER_SEED, PASSING, Changes, Graph, Node, Wire, open_graph
+from .kinds import KINDS
+from .workflow import OURS, WIDGETS, is_2b, read_workflow
 
 PACK = "ComfyUI-CogVideoXWrapper"
 
 
-class Input(NamedTuple):
-    """An input of a node: a widget if it has a default, else a socket."""
-
-    name: str
-    type: str
-    default: object = None
-    optional: bool = False
-
-
-class Kind(NamedTuple):
-    """A node as a workflow's file has to describe it."""
-
-    inputs: tuple[Input, ...]
-    outputs: tuple[tuple[str, str], ...]
-
-
-#: The nodes that are written: ours, in their own order, and two of ComfyUI's.
-KINDS = {
-    OURS: Kind(
-        (
-            Input("model", "COMBO", ""),
-            Input("dtype", "COMBO", "auto"),
-            Input("on_mismatch", "COMBO", "fix", True),
-            Input("memory", "COMBO", "auto", True),
-            Input("scan_weights", "BOOLEAN", False, True),
-            Input("text_encoder_name", "COMBO", "auto", True),
-            Input("vae_name", "COMBO", "auto", True),
-        ),
-        (("model", "COGVIDEOX_MODEL"), ("text_encoder", "COGVIDEOX_TEXT_ENCODER"), ("vae", "COGVIDEOX_VAE"), ("report", "STRING")),
-    ),
-    "CogVideoX15TextEncode": Kind(
-        (Input("text_encoder", "COGVIDEOX_TEXT_ENCODER,CLIP"), Input("prompt", "STRING", "")),
-        (("conditioning", "CONDITIONING"),),
-    ),
-    "CogVideoX15EmptyLatent": Kind(
-        (Input("width", "INT", 1360), Input("height", "INT", 768), Input("length", "INT", 81), Input("batch_size", "INT", 1)),
-        (("latent", "LATENT"),),
-    ),
-    "CogVideoX15ImageToVideo": Kind(
-        (
-            Input("positive", "CONDITIONING"),
-            Input("negative", "CONDITIONING"),
-            Input("vae", "COGVIDEOX_VAE"),
-            Input("start_image", "IMAGE"),
-            Input("width", "INT", 1360),
-            Input("height", "INT", 768),
-            Input("length", "INT", 81),
-            Input("batch_size", "INT", 1),
-            Input("end_image", "IMAGE", None, True),
-        ),
-        (("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent", "LATENT")),
-    ),
-    "CogVideoX15VAEEncode": Kind((Input("images", "IMAGE"), Input("vae", "COGVIDEOX_VAE")), (("latent", "LATENT"),)),
-    "CogVideoX15LoraLoader": Kind(
-        (Input("model", "COGVIDEOX_MODEL"), Input("lora_name", "COMBO", ""), Input("strength", "FLOAT", 1.0)),
-        (("model", "COGVIDEOX_MODEL"),),
-    ),
-    "CogVideoX15Sampler": Kind(
-        (
-            Input("model", "COGVIDEOX_MODEL"),
-            Input("positive", "CONDITIONING"),
-            Input("negative", "CONDITIONING"),
-            Input("latent_image", "LATENT"),
-            Input("seed", "INT", 0),
-            Input("steps", "INT", 50),
-            Input("cfg", "FLOAT", 6.0),
-            Input("scheduler", "COMBO", "ddim"),
-            Input("denoise", "FLOAT", 1.0),
-            Input("dynamic_cfg", "BOOLEAN", False, True),
-            Input("on_nan", "COMBO", "heal", True),
-        ),
-        (("latent", "LATENT"),),
-    ),
-    "CogVideoX15VAEDecode": Kind((Input("samples", "LATENT"), Input("vae", "COGVIDEOX_VAE")), (("images", "IMAGE"),)),
-    "ConditioningAverage": Kind(
-        (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING"), Input("conditioning_to_strength", "FLOAT", 1.0)),
-        (("CONDITIONING", "CONDITIONING"),),
-    ),
-    "ConditioningConcat": Kind(
-        (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING")), (("CONDITIONING", "CONDITIONING"),)
-    ),
-}
-_AFTER_SEED = "control_after_generate"
 _AFTERWARDS = ("fixed", "increment", "decrement", "randomize")
 _MODEL_LOADERS = ("DownloadAndLoadCogVideoModel", "CogVideoXModelLoader", "DownloadAndLoadCogVideoGGUFModel")
 _LORAS = ("CogVideoLoraSelect", "CogVideoLoraSelectComfy")
@@ -152,50 +67,12 @@ _RESIZERS = {
     "CogVideoXFunResizeToClosestBucket": ((), False),
     "ImageScale": (("upscale_method", "width", "height", "crop"), False),
 }
-#: Ways of the resizers to keep to width x height exactly.
-_EXACT = (None, False, "stretch", "crop", "pad", "keep proportion: no", "fill / crop")
+#: Ways of the resizers that end at width x height, whatever comes in.
+_EXACT = (None, False, "stretch", "crop", "pad", "fill / crop")
+#: Their inputs that make the size another.
+_SIZE_INPUTS = {"width", "height", "width_input", "height_input", "get_image_size"}
 _OLD = (WIDGETS.keys() - {OURS}) | _LEFT_OUT.keys() | _REST
 _CONSTANTS = ("INTConstant", "PrimitiveNode", "PrimitiveInt", "Int", "easy int", "ImpactInt")
-#: Nodes of the page that only lead a link elsewhere.
-_PASSING = ("Reroute", "SetNode", "GetNode")
-
-
-class Wire(NamedTuple):
-    """Where an input's value comes from: an output of a node. ``link`` is its number in the page's file."""
-
-    node: object
-    slot: int
-    link: object = None
-
-    @property
-    def key(self) -> tuple:
-        return self.node, self.slot
-
-
-@dataclass
-class Node:
-    """A node of either pack.
-
-    Attributes:
-        id: as the file has it: a number on the page, a text for the API.
-        values: what its widgets are set to, by name.
-        wires: where its inputs come from, by name.
-        raw: what the file says of it; of a new node, what the file says of the one whose place it takes.
-    """
-
-    id: object
-    kind: str
-    values: dict = field(default_factory=dict)
-    wires: dict[str, Wire] = field(default_factory=dict)
-    raw: Mapping = field(default_factory=dict)
-
-    @property
-    def is_off(self) -> bool:
-        return self.raw.get("mode") in (MUTED, BYPASSED)
-
-    @property
-    def where(self) -> str:
-        return f'node {self.id} "{self.kind}"'
 
 
 @dataclass(frozen=True)
@@ -204,8 +81,8 @@ class MigrationReport:
 
     Attributes:
         source, target: the two files.
-        replaced: how many nodes of ComfyUI-CogVideoXWrapper became nodes that run here.
-        kept: how many other nodes are in the new workflow as they were.
+        replaced: how many nodes have one of this pack in their place.
+        kept: how many are in the new workflow as they were.
         differs: what could not be carried over or should be looked at, a sentence each, with the node it is about.
         not_needed: settings that were left out because this pack does the same without being told.
     """
@@ -219,7 +96,7 @@ class MigrationReport:
 
     @property
     def text(self) -> str:
-        return f"{self.target}: {self.replaced} nodes of {PACK} were replaced, {self.kept} others stay as they are.\n{self.notes}"
+        return f"{self.target}: {self.replaced} nodes were replaced, {self.kept} others stay as they are.\n{self.notes}"
 
     @property
     def notes(self) -> str:
@@ -242,12 +119,17 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
     if not source.is_file():
         raise ValueError(f"There is no file {source}, so there is no workflow to migrate. Check the path.")
     _check_target(target)
-    graph = read_workflow(source)
-    migration = (_Page if is_page(graph) else _Api)(graph, source)
+    graph = open_graph(read_workflow(source))
+    migration = _Migration(graph, source)
     migration.convert()
-    report = MigrationReport(source, target, migration.replaced, len(migration.others), tuple(migration.differs), tuple(migration.not_needed))
+    changes = Changes(migration.made, migration.old.keys(), migration.resolve, migration.say)
+    data = graph.write(changes)
+    # Said once of a node, however many others it was asked for.
+    differs, not_needed = (tuple(dict.fromkeys(lines)) for lines in (migration.differs, migration.not_needed))
+    report = MigrationReport(source, target, len(graph.nodes.keys() & migration.made.keys()), len(migration.others), differs, not_needed)
+    graph.add_note(data, f"Migrated from {PACK}", report.notes)
     # A lone surrogate, as JavaScript leaves where it cuts a text, becomes the JSON escape that it came as.
-    content = json.dumps(migration.write(report.notes), ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")
+    content = json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")
     _write(target, content)
     return report
 
@@ -279,40 +161,19 @@ def _write(target: Path, content: bytes) -> None:
 
 
 class _Migration:
-    """The conversion, on nodes that know neither format. ``_Page`` and ``_Api`` read and write them."""
+    """The conversion of one graph."""
 
-    def __init__(self, graph: dict, source: Path):
-        self.graph, self.source = graph, source
-        self.nodes: dict[object, Node] = {node.id: node for node in self.read()}
+    def __init__(self, graph: Graph, source: Path):
+        self.graph, self.source, self.nodes = graph, source, graph.nodes
         self.old = {id_: node for id_, node in self.nodes.items() if self.is_old(node)}
+        self.samplers = [node for node in self.old.values() if node.kind == "CogVideoSampler"]
         self.made: dict[object, Node] = {}
         self.differs: list[str] = []
         self.not_needed: list[str] = []
-        #: Old outputs -> new outputs; old outputs -> the old ones that they only pass on.
+        #: Old outputs -> new outputs.
         self.outputs: dict[tuple, Wire | None] = {}
-        self.passed: dict[tuple, Wire | None] = {}
         self.image_nodes: dict[tuple, Node] = {}
         self.video_nodes: dict[object, Node] = {}
-
-    # What a format does -------------------------------------------------------------------------------------------------------------------------
-
-    def read(self) -> Iterator[Node]:
-        raise NotImplementedError
-
-    def write(self, notes: str) -> dict:
-        raise NotImplementedError
-
-    def new_id(self):
-        raise NotImplementedError
-
-    def widgets(self, node: Node, order: Iterable[str]) -> dict:
-        raise NotImplementedError
-
-    # What both share ----------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def replaced(self) -> int:
-        return len(self.nodes) - len(self.others)
 
     @property
     def others(self) -> list[Node]:
@@ -330,48 +191,17 @@ class _Migration:
 
     def make(self, kind: str, place: Node, values: Mapping, wires: Mapping[str, Wire | None], own_id: bool = True) -> Node:
         """A new node in the place of ``place``, under its id or, if that is taken, under one of its own."""
-        id_ = place.id if own_id and place.id not in self.made else self.new_id()
+        id_ = place.id if own_id and place.id not in self.made else self.graph.new_id(self.made)
         defaults = {entry.name: entry.default for entry in KINDS[kind].inputs if entry.default is not None}
         self.made[id_] = node = Node(id_, kind, defaults | dict(values), {name: wire for name, wire in wires.items() if wire is not None}, place.raw)
         return node
 
-    def trace(self, wire: Wire | None) -> Node | None:
-        """The node that an old wire comes from, past nodes that only pass it on; None if nothing that is switched on."""
-        origin = self.origin(wire)
-        return None if origin is None else self.nodes[origin.node]
-
-    def origin(self, wire: Wire | None) -> Wire | None:
-        """The output at the beginning of an old wire, past nodes that only pass it on; None if nothing that is switched on."""
-        seen = set()
-        while wire is not None and wire.key not in seen:
-            seen.add(wire.key)
-            node = self.nodes.get(wire.node)
-            if node is None or node.raw.get("mode") == MUTED:
-                return None
-            if node.kind in _PASSING or node.raw.get("mode") == BYPASSED:
-                wire = self.before(node, wire.slot)
-            elif wire.key in self.passed:
-                wire = self.passed[wire.key]
-            else:
-                return wire
-        return None
-
-    def before(self, node: Node, slot: int) -> Wire | None:
-        """What a node that passes something on is given."""
-        if node.kind == "GetNode":
-            name = _first(node.raw.get("widgets_values"))
-            node = next((other for other in self.nodes.values() if other.kind == "SetNode" and _first(other.raw.get("widgets_values")) == name), None)
-        if node is None or node.raw.get("mode") != BYPASSED:
-            return next(iter(node.wires.values()), None) if node is not None else None
-        wanted = _type(node.raw.get("outputs"), slot)
-        return next((wire for name, wire in node.wires.items() if _type(node.raw.get("inputs"), name) == wanted), None)
-
     def resolve(self, wire: Wire | None) -> Wire | None:
         """An old wire as it is now; None if what it came from is no more."""
         seen = set()
-        while wire is not None and wire.key in self.passed and wire.key not in seen:
+        while wire is not None and wire.key in self.graph.passed and wire.key not in seen:
             seen.add(wire.key)
-            before = self.passed[wire.key]
+            before = self.graph.passed[wire.key]
             wire = before and before._replace(link=wire.link)
         if wire is None:
             return None
@@ -396,22 +226,21 @@ class _Migration:
 
     def constant(self, wire: Wire | None) -> int | None:
         """The number that comes over a wire, if it stands in the file."""
-        node = self.trace(wire)
+        node = self.graph.trace(wire)
         if node is None or node.kind not in _CONSTANTS:
             return None
-        value = next(iter(self.widgets(node, ("value",)).values()), None)
+        value = next(iter(self.graph.widgets(node, ("value",)).values()), None)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def convert(self) -> None:
-        samplers = [node for node in self.old.values() if node.kind == "CogVideoSampler"]
-        self.refuse(samplers)
+        self.refuse()
         for node in self.old.values():
             if node.kind in ("CogVideoTextEncode", "CogVideoTextEncodeCombine", "CogVideoSampler", "CogVideoDecode"):
                 self.outputs[node.id, 0] = Wire(node.id, 0)
             if node.kind == "CogVideoTextEncode":
-                self.passed[node.id, 1] = node.wires.get("clip")
+                self.graph.passed[node.id, 1] = node.wires.get("clip")
             elif node.kind == "CogVideoXFunResizeToClosestBucket":
-                self.passed[node.id, 0] = node.wires.get("images")
+                self.graph.passed[node.id, 0] = node.wires.get("images")
         for kinds, convert in (
             (_MODEL_LOADERS, self.loader),
             (("CogVideoXVAELoader",), self.vae_loader),
@@ -434,14 +263,19 @@ class _Migration:
                 if entry.default is None and not entry.optional and entry.name not in node.wires:
                     self.say(node, f"nothing is connected to {entry.name}. Connect it.")
 
-    def refuse(self, samplers: list[Node]) -> None:
+    def refuse(self) -> None:
         """Stop where the new workflow would not make the video that the old one made."""
+        if any(kind in _OLD for kind in self.graph.hidden()):
+            raise ValueError(
+                f"{self.source} has nodes of {PACK} in a subgraph or group node, which are not migrated. Open it in ComfyUI, unpack those (right "
+                "click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."
+            )
         nothing = f"{self.source} holds no CogVideoSampler of {PACK}, the node that makes the video there"
-        if not samplers:
+        if not self.samplers:
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())
             have = "It is a workflow of this pack already." if ours else "Choose one that makes a video with that pack."
             raise ValueError(f"{nothing}, so there is nothing to migrate. {have}")
-        for sampler in samplers:
+        for sampler in self.samplers:
             if "pipeline" in sampler.wires or "cogvideo_pipe" in sampler.wires:
                 raise ValueError(
                     f"{self.source} was saved with a {PACK} of before November 2024 ({sampler.where} has an input called pipeline), whose nodes had "
@@ -458,23 +292,23 @@ class _Migration:
     def not_here(self, sampler: Node) -> Iterator[tuple[str, Node, str]]:
         """What a sampler uses that is not in this pack, and cannot be left out: what, the node, what to do."""
         for name, what in _OTHER_VIDEO.items():
-            node = self.trace(sampler.wires.get(name))
+            node = self.graph.trace(sampler.wires.get(name))
             if node is not None:
                 yield what, node, "Delete or mute it"
         model = self.loader_of(sampler)
         for word, what in _OTHER_MODELS.items():
             if model is not None and word in (name := str(model.values.get("model", ""))).lower():
                 yield f"{what}, {name}", model, "Choose another model there"
-        image = self.trace(sampler.wires.get("image_cond_latents"))
+        image = self.graph.trace(sampler.wires.get("image_cond_latents"))
         if image is not None and image.kind != "CogVideoImageEncode":
             yield "image latents of another kind than CogVideoImageEncode's", image, "Put CogVideoImageEncode in its place"
-        start = self.trace(sampler.wires.get("samples"))
+        start = self.graph.trace(sampler.wires.get("samples"))
         known = ("CogVideoImageEncode", "CogVideoSampler", *_EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:
             yield "noise that another node makes", start, "Delete or mute it"
 
     def loader_of(self, sampler: Node) -> Node | None:
-        node = self.trace(sampler.wires.get("model"))
+        node = self.graph.trace(sampler.wires.get("model"))
         return node if node is not None and node.kind in _MODEL_LOADERS else None
 
     # Node by node -------------------------------------------------------------------------------------------------------------------------------
@@ -558,8 +392,8 @@ class _Migration:
             if node.kind in _LORAS:
                 chain.append(node)
                 wire = node.wires.get("prev_lora")
-            elif node.kind in _PASSING:
-                wire = self.before(node, wire.slot)
+            elif node.kind in PASSING:
+                wire = self.graph.before(node, wire.slot)
             else:
                 break
         return chain[::-1]
@@ -579,7 +413,7 @@ class _Migration:
 
     def vae_loader(self, node: Node) -> None:
         """A VAE in a file of its own is chosen in the model loader that it is used with."""
-        consumers = [other for other in self.old.values() if self.trace(other.wires.get("vae")) is node]
+        consumers = [other for other in self.old.values() if self.graph.trace(other.wires.get("vae")) is node]
         loaders = [self.loader_beside(consumer) for consumer in consumers]
         old = next((loader for loader in loaders if loader is not None), None)
         old = old or next((other for other in self.old.values() if other.kind in _MODEL_LOADERS), None)
@@ -597,17 +431,17 @@ class _Migration:
     def loader_beside(self, node: Node) -> Node | None:
         """The model loader of the sampler that a decoder or encoder works with."""
         if node.kind == "CogVideoDecode":
-            sampler = self.trace(node.wires.get("samples"))
+            sampler = self.graph.trace(node.wires.get("samples"))
             return self.loader_of(sampler) if sampler is not None and sampler.kind == "CogVideoSampler" else None
-        for sampler in self.old.values():
-            if sampler.kind == "CogVideoSampler" and node in (self.trace(sampler.wires.get(name)) for name in ("image_cond_latents", "samples")):
+        for sampler in self.samplers:
+            if node in (self.graph.trace(sampler.wires.get(name)) for name in ("image_cond_latents", "samples")):
                 return self.loader_of(sampler)
         return None
 
     def vae(self, node: Node) -> Wire | None:
         """The VAE of an old node, which comes from a model loader now."""
         wire = node.wires.get("vae")
-        now, source, old = self.resolve(wire), self.trace(wire), self.loader_beside(node)
+        now, source, old = self.resolve(wire), self.graph.trace(wire), self.loader_beside(node)
         if (now is not None and (source is None or source.id in self.old)) or old is None:
             return now
         if source is not None:
@@ -636,7 +470,7 @@ class _Migration:
         self.make("ConditioningAverage", node, {"conditioning_to_strength": max(0.0, 1.0 - ratio)}, wires)
 
     def sampler(self, node: Node) -> None:
-        image, start = (self.trace(node.wires.get(name)) for name in ("image_cond_latents", "samples"))
+        image, start = (self.graph.trace(node.wires.get(name)) for name in ("image_cond_latents", "samples"))
         wires = {"model": self.resolve(node.wires.get("model"))}
         wires |= {name: self.resolve(node.wires.get(name)) for name in ("positive", "negative")}
         values = {}
@@ -650,8 +484,8 @@ class _Migration:
             self.keep(node, name, value, wires, values)
         self.keep(node, "denoise_strength", self.setting(node, "denoise_strength", (int, float), 1.0), wires, values, "denoise")
         values["scheduler"] = self.scheduler(node)
-        then = node.values.get(_AFTER_SEED)
-        values[_AFTER_SEED] = then if then in _AFTERWARDS else "fixed"
+        then = node.values.get(AFTER_SEED)
+        values[AFTER_SEED] = then if then in _AFTERWARDS else "fixed"
         if "cfg" in node.wires:
             self.say(node, "cfg comes over a link: see that it is one number, for a list with one a step is not taken here.")
         if image is not None and image.kind == "CogVideoImageEncode":
@@ -772,7 +606,7 @@ class _Migration:
             values["width"], values["height"] = _usual_size(name)
             self.say(sampler, f"nothing gave it a size: {values['width']}x{values['height']} was taken.")
             return Wire(self.make("CogVideoX15EmptyLatent", sampler, values, wires, own_id=False).id, 0)
-        given = self.widgets(source, _EMPTY_LATENTS[source.kind])
+        given = self.graph.widgets(source, _EMPTY_LATENTS[source.kind])
         for side, usual in zip(("width", "height"), _usual_size(name), strict=True):
             wire = source.wires.get(side)
             known = given.get(side) if wire is None else self.constant(wire)
@@ -783,7 +617,7 @@ class _Migration:
         if batch != 1 or "batch_size" in source.wires:
             self.say(source, f"batch_size {batch}: {PACK} made one video whatever it said, and so does this. Set batch_size to make more.")
         consumers = [node for node in self.nodes.values() for wire in node.wires.values() if wire.node == source.id]
-        own = all(node.id in self.old or node.kind in _PASSING for node in consumers)
+        own = all(node.id in self.old or node.kind in PASSING for node in consumers)
         new = self.make("CogVideoX15EmptyLatent", source, values, wires, own_id=own)
         return self.through(sampler.wires["samples"], source, Wire(new.id, 0)) if own else Wire(new.id, 0)
 
@@ -797,266 +631,38 @@ class _Migration:
         return valid, valid == given
 
     def picture_size(self, encode: Node, model: str, values: dict, wires: dict) -> None:
-        """Width and height, which there were those of the start image: what scales it says them."""
-        wire = encode.wires.get("start_image")
-        source = self.trace(wire)
-        order, outputs = _RESIZERS.get("" if source is None else source.kind, ((), False))
-        given = {} if source is None else self.widgets(source, order)
-        method = given.get("keep_proportion", given.get("method"))
-        moved = source is not None and ({"width", "height", "width_input", "height_input", "get_image_size"} & source.wires.keys())
-        known = not moved and method in _EXACT and all(isinstance(given.get(side), int) and given[side] > 0 for side in ("width", "height"))
+        """Set the video's width and height, which there were those of the start image: what scales it says them."""
+        source = self.graph.trace(encode.wires.get("start_image"))
+        order, tells = _RESIZERS.get("" if source is None else source.kind, ((), False))
+        given = self.resized_to(source, order) if order else None
         fits = True
-        for side, usual in zip(("width", "height"), _usual_size(model), strict=True):
-            values[side], fits_side = self.side(source, side, given[side], usual) if known else (usual, True)
-            fits = fits and fits_side
-        if outputs and fits:
-            # The one place where the size is set stays the one place.
+        for side, size, usual in zip(("width", "height"), given or (None, None), _usual_size(model), strict=True):
+            values[side], same = self.side(source, side, size, usual)
+            fits = fits and same
+        if tells and fits:
+            # Where the size is set now, it stays set.
             wires["width"], wires["height"] = (self.resolve(Wire(source.id, slot)) for slot in (1, 2))
-        elif not known:
+        elif given is None:
             self.say(
                 encode,
                 f"the video was as large as its start image; here it is {values['width']}x{values['height']}, and the image is scaled and cropped to "
                 "that. Set width and height.",
             )
 
+    def resized_to(self, node: Node, order: tuple[str, ...]) -> tuple[int, int] | None:
+        """The size that a node scales every picture to, if the file says it."""
+        given = self.graph.widgets(node, order)
+        size = [given.get(side) for side in ("width", "height")]
+        depends = given.get("keep_proportion", given.get("method")) not in _EXACT or given.get("condition", "always") != "always"
+        if depends or _SIZE_INPUTS & node.wires.keys() or not all(type(side) is int and side > 0 for side in size):
+            return None
+        step = next((given[name] for name in ("divisible_by", "multiple_of") if type(given.get(name)) is int and given[name] > 1), 1)
+        return tuple(side - side % step for side in size)
+
     def decode(self, node: Node) -> None:
         self.make("CogVideoX15VAEDecode", node, {}, {"samples": self.resolve(node.wires.get("samples")), "vae": self.vae(node)})
         if self.setting(node, "enable_vae_tiling", bool, True):
             self.not_needed.append(f"{node.where}: tiling (the untiled frames are made in whatever memory is free)")
-
-
-class _Page(_Migration):
-    """A workflow as the page saves it."""
-
-    def read(self) -> Iterator[Node]:
-        inside = list(graphs(self.graph))[1:]
-        hidden = [_is_old_type(node.get("type")) for _, _, graph in inside for node in graph["nodes"] if isinstance(node, dict)]
-        extra = self.graph.get("extra")
-        grouped = extra.get("groupNodes") if isinstance(extra, dict) else None
-        for group in grouped.values() if isinstance(grouped, dict) else []:
-            nodes = group.get("nodes") if isinstance(group, dict) else None
-            hidden += [_is_old_type(node.get("type")) for node in (nodes if isinstance(nodes, list) else []) if isinstance(node, dict)]
-        if any(hidden):
-            raise ValueError(
-                f"{self.source} has nodes of {PACK} in a subgraph or group node, which are not migrated. Open it in ComfyUI, unpack those (right "
-                "click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."
-            )
-        self.links = dict(_page_links(self.graph.get("links")))
-        for raw in self.graph["nodes"]:
-            if _is_page_node(raw):
-                wires = {
-                    socket.get("name"): Wire(*self.links[socket["link"]][:2], socket["link"])
-                    for socket in _dicts(raw.get("inputs"))
-                    if isinstance(socket.get("link"), int) and socket["link"] in self.links
-                }
-                yield Node(raw["id"], raw["type"], widget_values(raw), wires, raw)
-
-    def widgets(self, node: Node, order: Iterable[str]) -> dict:
-        return widget_values(node.raw, tuple(order))
-
-    def new_id(self) -> int:
-        return max([id_ for id_ in (*self.nodes, *self.made) if isinstance(id_, int)], default=0) + 1
-
-    def write(self, notes: str) -> dict:
-        data = copy.deepcopy(self.graph)
-        nodes, places = [], _Places(self.graph)
-        for raw in data["nodes"]:
-            id_ = raw["id"] if _is_page_node(raw) else None
-            if id_ in self.made:
-                nodes.append(self.draw(self.made[id_]))
-            elif id_ not in self.old:
-                nodes.append(raw)
-        for node in self.made.values():
-            if node.id not in self.nodes:
-                nodes.append(self.draw(node) | {"pos": places.beside(node.raw)})
-        self.retype(nodes)
-        links = self.connect(nodes)
-        note = self.note(notes, places, max(_numbers(node.get("id") for node in nodes), default=0) + 1)
-        data["nodes"] = [*nodes, note]
-        as_objects = any(isinstance(link, dict) for link in self.graph.get("links") or [])
-        names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        data["links"] = [self.old_link(link[0]) | dict(zip(names, link, strict=True)) for link in links] if as_objects else links
-        last = {"last_node_id": note["id"], "last_link_id": max([*self.links, *(link[0] for link in links)], default=0)}
-        if isinstance(data.get("state"), dict):
-            data["state"] |= {"lastNodeId": last["last_node_id"], "lastLinkId": last["last_link_id"]}
-        else:
-            data |= last
-        _forget_links(data, {link[0] for link in links})
-        return data
-
-    def old_link(self, id_: int) -> dict:
-        return self.links[id_][2] if id_ in self.links else {}
-
-    def draw(self, node: Node) -> dict:
-        """A new node as the page saves it: where and how the old one was, with the sockets and widgets of ours."""
-        kind, raw = KINDS[node.kind], node.raw
-        widgets = {entry.name: node.values[entry.name] for entry in kind.inputs if entry.default is not None}
-        if _AFTER_SEED in node.values:
-            # The page has it right behind the seed.
-            widgets = {"seed": widgets["seed"], _AFTER_SEED: node.values[_AFTER_SEED]} | widgets
-        inputs = []
-        for entry in kind.inputs:
-            socket = {"name": entry.name, "type": entry.type, "link": None}
-            socket |= {"shape": 7} if entry.optional else {}
-            inputs.append(socket | ({"widget": {"name": entry.name}} if entry.default is not None else {}))
-        look = {name: copy.deepcopy(raw[name]) for name in ("pos", "size", "flags", "order", "mode", "title", "color", "bgcolor") if name in raw}
-        return {
-            "id": node.id,
-            "type": node.kind,
-            **look,
-            "inputs": inputs,
-            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in kind.outputs],
-            "properties": {"Node name for S&R": node.kind},
-            "widgets_values": list(widgets.values()),
-            "widgets_values_named": widgets,
-        }
-
-    def retype(self, nodes: list[dict]) -> None:
-        """Give the nodes that only lead a link elsewhere the new types of what they lead."""
-        for raw in nodes:
-            if raw.get("type") not in _PASSING or not _is_page_node(raw):
-                continue
-            origin = self.origin(self.before(self.nodes[raw["id"]], 0))
-            now = self.outputs.get(origin.key) if origin is not None else None
-            if now is None:
-                continue
-            type_ = KINDS[self.made[now.node].kind].outputs[now.slot][1]
-            for socket in (*_dicts(raw.get("inputs")), *_dicts(raw.get("outputs"))):
-                if socket.get("type") != "*":
-                    socket |= {"name": type_ if socket.get("name") == socket.get("type") else socket.get("name"), "type": type_}
-
-    def connect(self, nodes: list[dict]) -> list[list]:
-        """Join the nodes by links: those of old that lead where they led under their old numbers."""
-        by_id = {raw["id"]: raw for raw in nodes if _is_page_node(raw)}
-        number, used, links = max(self.links, default=0), set(), []
-        for id_, raw in by_id.items():
-            node = self.made.get(id_)
-            for slot, socket in enumerate(_dicts(raw.get("inputs"))):
-                if node is None and socket.get("link") not in self.links:
-                    continue
-                wire = node.wires.get(socket["name"]) if node else self.resolve(self.nodes[id_].wires.get(socket.get("name")))
-                outputs = _dicts(by_id[wire.node].get("outputs")) if wire is not None and wire.node in by_id else []
-                if wire is None or wire.slot >= len(outputs):
-                    if node is None:
-                        self.say(self.nodes[id_], f"{socket.get('name')} is not connected any more: what was connected is left out.")
-                    socket["link"] = None
-                    continue
-                type_ = outputs[wire.slot].get("type")
-                if (
-                    node is None
-                    and type_ in ("COGVIDEOX_MODEL", "COGVIDEOX_VAE")
-                    and type_ not in str(socket.get("type"))
-                    and socket.get("type") != "*"
-                ):
-                    self.say(
-                        self.nodes[id_],
-                        f"{socket.get('name')} is not connected any more: it takes a {socket.get('type')}, and this pack has a {type_}.",
-                    )
-                    socket["link"] = None
-                    continue
-                if wire.link is None or wire.link in used:
-                    number += 1
-                    wire = wire._replace(link=number)
-                used.add(wire.link)
-                socket["link"] = wire.link
-                links.append([wire.link, wire.node, wire.slot, id_, slot, type_])
-        for id_, raw in by_id.items():
-            for slot, socket in enumerate(_dicts(raw.get("outputs"))):
-                now = [link[0] for link in links if link[1] == id_ and link[2] == slot]
-                if sorted(_numbers(socket.get("links") or [])) != sorted(now):
-                    socket["links"] = now
-        return sorted(links)
-
-    def note(self, notes: str, places: "_Places", id_: int) -> dict:
-        lines = notes.count("\n") + sum(len(line) // 90 for line in notes.split("\n")) + 2
-        size = [620, 60 + 16 * lines]
-        return {
-            "id": id_,
-            "type": "Note",
-            "pos": places.above(size),
-            "size": size,
-            "flags": {},
-            "order": 0,
-            "mode": 0,
-            "inputs": [],
-            "outputs": [],
-            "title": f"Migrated from {PACK}",
-            "properties": {},
-            "widgets_values": [notes],
-        }
-
-
-class _Api(_Migration):
-    """A workflow as the API takes it."""
-
-    def read(self) -> Iterator[Node]:
-        for id_, raw in self.graph.items():
-            if isinstance(raw, dict) and isinstance(raw.get("class_type"), str):
-                inputs = raw["inputs"] if isinstance(raw.get("inputs"), dict) else {}
-                wires = {name: Wire(str(value[0]), value[1]) for name, value in inputs.items() if _is_api_link(value)}
-                yield Node(id_, raw["class_type"], {name: value for name, value in inputs.items() if name not in wires}, wires, raw)
-
-    def widgets(self, node: Node, order: Iterable[str]) -> dict:
-        return node.values
-
-    def new_id(self) -> str:
-        return next(id_ for number in itertools.count(1) if (id_ := str(number)) not in self.nodes and id_ not in self.made)
-
-    def write(self, notes: str) -> dict:
-        data = {}
-        for id_, raw in self.graph.items():
-            if id_ in self.made:
-                data[id_] = self.describe(self.made[id_])
-            elif id_ not in self.nodes:
-                data[id_] = raw
-            elif id_ not in self.old:
-                data[id_] = self.rewire(self.nodes[id_])
-        return data | {id_: self.describe(node) for id_, node in self.made.items() if id_ not in data}
-
-    def describe(self, node: Node) -> dict:
-        values = {entry.name: node.values[entry.name] for entry in KINDS[node.kind].inputs if entry.default is not None}
-        title = node.raw.get("_meta")
-        return {
-            "class_type": node.kind,
-            "inputs": values | {name: [wire.node, wire.slot] for name, wire in node.wires.items()},
-            **({"_meta": title} if title is not None and node.id in self.nodes else {}),
-        }
-
-    def rewire(self, node: Node) -> dict:
-        inputs = dict(node.raw["inputs"]) if node.wires else None
-        for name, wire in node.wires.items():
-            now = self.resolve(wire)
-            type_ = KINDS[self.made[now.node].kind].outputs[now.slot][1] if now is not None and now.node in self.made else ""
-            if now is None or type_ in ("COGVIDEOX_MODEL", "COGVIDEOX_VAE"):
-                self.say(node, f"{name} is not connected any more: what was connected is left out, or nothing that this node takes.")
-                del inputs[name]
-            elif now.key != wire.key:
-                inputs[name] = [now.node, now.slot]
-        return node.raw if inputs is None else {**node.raw, "inputs": inputs}
-
-
-class _Places:
-    """Where there is room on the page."""
-
-    def __init__(self, graph: Mapping):
-        self.taken = [
-            (*_pair(raw.get("pos")), *_pair(raw.get("size"), 200)) for raw in graph["nodes"] if isinstance(raw, dict) and raw.get("pos") is not None
-        ]
-        bounds = [group.get("bounding") for group in _dicts(graph.get("groups"))]
-        self.groups = [(*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4]
-
-    def beside(self, raw: Mapping) -> list[float]:
-        """A free place for another node as large as ``raw``, under it."""
-        (x, y), (width, height) = _pair(raw.get("pos")), _pair(raw.get("size"), 200)
-        while any(x < left + wide and left < x + width and y < top + high + 40 and top < y + height + 40 for left, top, wide, high in self.taken):
-            y += 40
-        self.taken.append((x, y, width, height))
-        return [x, y]
-
-    def above(self, size: list[float]) -> list[float]:
-        """A place over everything, at the left."""
-        everything = self.taken + self.groups
-        return [min((box[0] for box in everything), default=0), min((box[1] for box in everything), default=0) - size[1] - 100]
 
 
 def _is_1_5(name: str) -> bool:
@@ -1066,61 +672,3 @@ def _is_1_5(name: str) -> bool:
 
 def _usual_size(model: str) -> tuple[int, int]:
     return (1360, 768) if _is_1_5(model) else (720, 480)
-
-
-def _is_old_type(kind) -> bool:
-    return isinstance(kind, str) and kind in _OLD
-
-
-def _is_page_node(raw) -> bool:
-    return isinstance(raw, dict) and isinstance(raw.get("type"), str) and isinstance(raw.get("id"), int | str)
-
-
-def _is_api_link(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str) and type(value[1]) is int
-
-
-def _page_links(links) -> Iterator[tuple[int, tuple]]:
-    """Number -> (node, slot, the link as it is) of every link, in either form that the page writes."""
-    for link in links if isinstance(links, list) else []:
-        if isinstance(link, dict):
-            fields = (link.get("id"), link.get("origin_id"), link.get("origin_slot"))
-        else:
-            fields = tuple(link[:3]) if isinstance(link, list) and len(link) >= 5 else (None,) * 3
-        if type(fields[0]) is int and isinstance(fields[1], int | str) and type(fields[2]) is int:
-            yield fields[0], (*fields[1:], link)
-
-
-def _forget_links(data: dict, there: set[int]) -> None:
-    """Have the page's bends in links name only links that are there."""
-    extra = data["extra"] if isinstance(data.get("extra"), dict) else {}
-    if isinstance(extra.get("linkExtensions"), list):
-        extra["linkExtensions"] = [entry for entry in extra["linkExtensions"] if isinstance(entry, dict) and entry.get("id") in there]
-    for bend in (*_dicts(data.get("reroutes")), *_dicts(extra.get("reroutes"))):
-        if isinstance(bend.get("linkIds"), list):
-            bend["linkIds"] = [number for number in bend["linkIds"] if number in there]
-
-
-def _dicts(values) -> list[dict]:
-    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
-
-
-def _numbers(values: Iterable) -> list[int]:
-    return [value for value in values if isinstance(value, int)]
-
-
-def _first(values):
-    return values[0] if isinstance(values, list) and values else None
-
-
-def _type(sockets, which: int | str):
-    """The type of a socket, by its number or name."""
-    sockets = _dicts(sockets)
-    found = sockets[which : which + 1] if isinstance(which, int) else [socket for socket in sockets if socket.get("name") == which]
-    return found[0].get("type") if found else None
-
-
-def _pair(value, default: float = 0) -> tuple[float, float]:
-    """Two numbers of the page's, which writes them as a list or as an object with the keys 0 and 1."""
-    pair = [value.get("0"), value.get("1")] if isinstance(value, dict) else value[:2] if isinstance(value, list) else []
-    return tuple(pair) if len(pair) == 2 and all(isinstance(number, int | float) for number in pair) else (default, default)
