@@ -31,7 +31,7 @@ class Wire(NamedTuple):
         return self.node, self.slot
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A node of either pack.
 

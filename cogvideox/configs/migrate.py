@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..geometry import SIZE_STEP
@@ -418,6 +419,7 @@ class _Migration:
         old = next((loader for loader in loaders if loader is not None), None)
         old = old or next((other for other in self.old.values() if other.kind in _MODEL_LOADERS), None)
         if old is None:
+            self.say(node, "left out: there is no model loader, which is where a VAE is chosen here.")
             return
         loader = self.made[old.id]
         name = self.setting(node, "model_name", str, "auto").replace("\\", "/")
