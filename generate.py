@@ -134,8 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         type=Path,
         metavar=("OLD.json", "NEW.json"),
-        help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; as saved or exported for the API) with this pack's nodes, and "
-        "say what could not be carried over; OLD.json stays as it is",
+        help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
+        "and say what could not be carried over; OLD.json stays as it is",
     )
     return parser
 

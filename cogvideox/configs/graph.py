@@ -191,7 +191,7 @@ class _Page(Graph):
         data["links"] = [self._old_link(link[0]) | dict(zip(names, link, strict=True)) for link in links] if as_objects else links
         last_node = max(_numbers(node.get("id") for node in nodes if isinstance(node, dict)), default=0)
         _count(data, last_node, max([*self.links, *(link[0] for link in links)], default=0))
-        _forget_links(data, {link[0] for link in links})
+        _forget_links(data, {link[0] for link in links} & self.links.keys())
         return data
 
     def _wire(self, link) -> Wire | None:
