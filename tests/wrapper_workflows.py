@@ -147,7 +147,7 @@ class Workflow:
     def add(self, kind, name=None, mode=0, **inputs):
         sockets, widgets, _ = NODES[kind]
         assert inputs.keys() <= sockets.keys() | widgets.keys(), (kind, inputs)
-        id_ = 10 + 3 * len(self.nodes)
+        id_ = max(self.nodes, default=7) + 3
         links = {key: (self.names.get(value[0], value[0]), value[1]) for key, value in inputs.items() if isinstance(value, tuple)}
         values = {key: inputs[key] if key in inputs and key not in links else value for key, value in widgets.items()}
         self.nodes[id_] = {"kind": kind, "mode": mode, "values": values, "links": links}

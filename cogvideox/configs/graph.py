@@ -227,7 +227,7 @@ class _Page(Graph):
     def _retype(self, nodes: list[dict], changes: Changes) -> None:
         """Give the nodes that only lead a link elsewhere the new types of what they lead."""
         for raw in nodes:
-            if raw.get("type") not in PASSING or not _is_page_node(raw):
+            if not _is_page_node(raw) or raw["type"] not in PASSING:
                 continue
             now = changes.resolve(self.origin(self.before(self.nodes[raw["id"]], 0)))
             if now is None or now.node not in changes.made:

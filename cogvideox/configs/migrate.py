@@ -504,6 +504,9 @@ class _Migration:
         name = self.setting(node, "scheduler", str, "CogVideoXDDIM")
         if "scheduler" in node.wires:
             self.say(node, f"scheduler came over a link; {name} of the file was taken.")
+        if name == "DDIM" and not is_2b(self.model_of(node)):
+            # What CogVideoXDDIM adds to it, a shift of the noise's strength, is none in the config of all other models.
+            name = "CogVideoXDDIM"
         if name not in _SAME_SCHEDULER:
             near = _NEAR_SCHEDULER.get(name, "ddim")
             self.say(
