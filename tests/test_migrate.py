@@ -604,6 +604,27 @@ def test_what_is_not_here_is_left_out_and_said(migrate, pack):
     assert any("tiling" in line for line in report.not_needed)
 
 
+def test_a_link_that_nothing_here_takes_is_said(migrate, pack):
+    w = text_to_video()
+    w.add("StringConstant", "choice")
+    w.add("INTConstant", "number")
+    w.change("sampler", scheduler=("choice", 0), steps=("number", 0))
+    w.change("loader", precision=("choice", 0), quantization=("choice", 0), load_device=("choice", 0))
+    w.change("positive", strength=("number", 0), force_offload=("number", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert len(said(report, "came over a link")) == 4
+    for name in ("scheduler", "precision", "quantization", "strength"):
+        assert said(report, f"{name} came over a link")
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "steps") == ("INTConstant", "value")
+
+
+def test_weighted_words_of_a_prompt_are_said(migrate):
+    w = text_to_video()
+    w.change("negative", prompt="(blurry:1.3), low quality")
+    assert said(migrate(w)[1], "(word:1.2)")
+
+
 def test_image_settings_that_are_not_here_are_said(migrate):
     w = image_to_video()
     w.change("encode", noise_aug_strength=0.03, strength=0.9, start_percent=0.1, end_percent=0.5, enable_tiling=True)

@@ -73,6 +73,8 @@ _EXACT = (None, False, "stretch", "crop", "pad", "fill / crop")
 #: Their inputs that make the size another.
 _SIZE_INPUTS = {"width", "height", "width_input", "height_input", "get_image_size"}
 _OLD = (WIDGETS.keys() - {OURS}) | _LEFT_OUT.keys() | _REST
+#: Widgets of the old nodes that change nothing about the video.
+_WITHOUT_EFFECT = ("force_offload", "enable_tiling", "enable_vae_tiling", "load_device", "fuse_lora")
 _CONSTANTS = ("INTConstant", "PrimitiveNode", "PrimitiveInt", "Int", "easy int", "ImpactInt")
 
 
@@ -175,6 +177,8 @@ class _Migration:
         self.outputs: dict[tuple, Wire | None] = {}
         self.image_nodes: dict[tuple, Node] = {}
         self.video_nodes: dict[object, Node] = {}
+        #: Widgets whose links were dealt with, as (node, name).
+        self.settled = {(node.id, name) for node in self.old.values() for name in _WITHOUT_EFFECT}
 
     @property
     def others(self) -> list[Node]:
@@ -222,6 +226,7 @@ class _Migration:
     def keep(self, node: Node, name: str, value, wires: dict, values: dict, new_name: str | None = None) -> None:
         """Carry over a widget's value, and its link if it has one."""
         values[new_name or name] = value
+        self.settled.add((node.id, name))
         if name in node.wires:
             wires[new_name or name] = self.resolve(node.wires[name])
 
@@ -255,10 +260,16 @@ class _Migration:
                 if node.kind in kinds:
                     convert(node)
         for node in self.old.values():
-            if node.id not in self.made and node.kind not in ("CogVideoXVAELoader", *_LORAS):
-                self.say(node, f"left out. {_LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
-            elif node.id not in self.made and node.kind in _LORAS:
+            if node.id in self.made:
+                for name in WIDGETS.get(node.kind, ()):
+                    if name in node.wires and (node.id, name) not in self.settled:
+                        self.say(node, f"{name} came over a link, which is no more: {node.values.get(name, 'the default')} was taken.")
+            elif node.kind == "CogVideoImageEncode":
+                self.say(node, "left out: it is switched off.")
+            elif node.kind in _LORAS:
                 self.say(node, "left out: it was connected to no loader.")
+            elif node.kind != "CogVideoXVAELoader":
+                self.say(node, f"left out. {_LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
         for node in self.made.values():
             for entry in KINDS[node.kind].inputs:
                 if entry.default is None and not entry.optional and entry.name not in node.wires:
@@ -357,12 +368,11 @@ class _Migration:
             )
             return name
         image = "I2V" in asked or "nterpolation" in asked
-        line, suffix = ("CogVideoX1.5-5B", "-I2V") if _is_1_5(asked) else ("CogVideoX-5b", "-I2V")
-        name = line + (suffix if image else "")
+        name = ("CogVideoX1.5-5B" if _is_1_5(asked) else "CogVideoX-5b") + ("-I2V" if image else "")
         self.say(
             node,
             f"model {asked} is packed in a way of its own that is not read here, so {name} was chosen: download that, or choose a GGUF or fp8 file "
-            "of the same model. The VAE that came with it, models/CogVideo/VAE/cogvideox_vae.safetensors, is found in models/vae.",
+            "of the same model and put models/CogVideo/VAE/cogvideox_vae.safetensors into models/vae.",
         )
         return name
 
@@ -370,7 +380,8 @@ class _Migration:
         name = {"DownloadAndLoadCogVideoModel": "precision", "CogVideoXModelLoader": "base_precision"}.get(node.kind, "vae_precision")
         dtype = self.setting(node, name, str, "bf16")
         if name in node.wires:
-            self.say(node, f"{name} came over a link and is {dtype} in the file; dtype auto was taken, which is right for every model and card.")
+            self.settled.add((node.id, name))
+            self.say(node, f"{name} came over a link, which is no more: dtype auto was taken, which is right for every model and card.")
             return "auto"
         if dtype == "fp16" and not is_2b(model):
             self.say(
@@ -454,7 +465,9 @@ class _Migration:
         values, wires = {}, {"text_encoder": self.resolve(node.wires.get("clip"))}
         self.keep(node, "prompt", self.setting(node, "prompt", str, ""), wires, values)
         strength = self.setting(node, "strength", (int, float), 1.0)
-        if strength != 1 or "strength" in node.wires:
+        if re.search(r"\([^()]*:\s*\d", values["prompt"]):
+            self.say(node, "weights such as (word:1.2) are not read here: the model sees them as text. Write the prompt without them.")
+        if strength != 1:
             self.say(node, f"strength {strength} is not here: the prompt is used as the model was trained with it, at 1.")
         self.make("CogVideoX15TextEncode", node, values, wires)
 
@@ -467,8 +480,6 @@ class _Migration:
             return
         if ratio > 1:
             self.say(node, f"weighted_average_ratio {ratio} is over 1, which ComfyUI's Conditioning Average does not take; 1 was taken.")
-        if "weighted_average_ratio" in node.wires:
-            self.say(node, f"weighted_average_ratio came over a link; {ratio} of the file was taken.")
         self.make("ConditioningAverage", node, {"conditioning_to_strength": max(0.0, 1.0 - ratio)}, wires)
 
     def sampler(self, node: Node) -> None:
@@ -484,7 +495,8 @@ class _Migration:
             if value != given and name != "cfg":
                 self.say(node, f"{name} {given} became {value}.")
             self.keep(node, name, value, wires, values)
-        self.keep(node, "denoise_strength", self.setting(node, "denoise_strength", (int, float), 1.0), wires, values, "denoise")
+        denoise = min(max(self.setting(node, "denoise_strength", (int, float), 1.0), 0.0), 1.0)
+        self.keep(node, "denoise_strength", denoise, wires, values, "denoise")
         values["scheduler"] = self.scheduler(node)
         then = node.values.get(AFTER_SEED)
         values[AFTER_SEED] = then if then in _AFTERWARDS else "fixed"
@@ -502,8 +514,6 @@ class _Migration:
 
     def scheduler(self, node: Node) -> str:
         name = self.setting(node, "scheduler", str, "CogVideoXDDIM")
-        if "scheduler" in node.wires:
-            self.say(node, f"scheduler came over a link; {name} of the file was taken.")
         if name == "DDIM" and not is_2b(self.model_of(node)):
             # What CogVideoXDDIM adds to it, a shift of the noise's strength, is none in the config of all other models.
             name = "CogVideoXDDIM"
@@ -551,7 +561,7 @@ class _Migration:
             ("end_percent", 1, "showing the image in a part of the steps only"),
         ):
             value = self.setting(node, name, (int, float), float(neutral))
-            if value != neutral or name in node.wires:
+            if value != neutral:
                 self.say(node, f"{name} {value} is not here ({meaning}): the image is used as the model was trained with it.")
         if node.values.get("enable_tiling"):
             self.not_needed.append(f"{node.where}: tiling")
@@ -585,6 +595,7 @@ class _Migration:
     def frames(self, sampler: Node) -> int | None:
         """How many frames a sampler makes, if the file says it."""
         wire = sampler.wires.get("num_frames")
+        self.settled.add((sampler.id, "num_frames"))
         return self.setting(sampler, "num_frames", int, 49) if wire is None else self.constant(wire)
 
     def length(self, sampler: Node, step: int) -> tuple[dict, dict]:
