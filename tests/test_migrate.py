@@ -321,7 +321,7 @@ def test_nodes_that_are_off_stay_off(migrate, mode):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
     """Positions, sizes, titles, colors, groups and view; of other packs' nodes all, with their links under the numbers they had."""
     folder = tmp_path_factory.mktemp("migrate")
@@ -808,6 +808,20 @@ def test_a_file_that_is_there_is_not_overwritten(old, tmp_path):
             migrate_workflow(old, target)
     assert old.read_bytes() == content
     assert (tmp_path / "new.json").read_text() == "mine"
+
+
+def test_a_file_that_comes_up_meanwhile_is_not_overwritten(old, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def slow(handle):
+        (tmp_path / "new.json").write_text("mine")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(ValueError, match="never writes over a file"):
+        migrate_workflow(old, tmp_path / "new.json")
+    assert (tmp_path / "new.json").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "old.json"]
 
 
 def test_paths_that_cannot_be_are_told(old, tmp_path):
