@@ -1,6 +1,6 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
-Or only check what a checkpoint or config would do, download or convert one.
+Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper to this pack.
 """
 
 import argparse
@@ -22,6 +22,7 @@ EXAMPLE = """examples:
   python generate.py --check my_workflow.json --json
   python generate.py --download t2v models
   python generate.py --convert CogVideoX1.5-5B-SAT models/CogVideoX1.5-5B --dtype bf16
+  python generate.py --migrate old_workflow.json new_workflow.json
 
 A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
 and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
@@ -126,6 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar=("SRC", "DST"),
         help="write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one DST.safetensors; with --dtype, cast",
+    )
+    workflows = parser.add_argument_group("bring workflows along")
+    workflows.add_argument(
+        "--migrate",
+        nargs=2,
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
+        "and say what could not be carried over; OLD.json stays as it is",
     )
     return parser
 
@@ -296,7 +306,15 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert}
+def migrate(options: argparse.Namespace) -> int:
+    """Migrate a workflow; prints what became of it."""
+    from cogvideox.configs.migrate import migrate_workflow
+
+    print(migrate_workflow(*options.migrate).text)
+    return 0
+
+
+_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate}
 
 
 def _bar(label: str, unit: str) -> Callable[..., None]:
