@@ -7,6 +7,8 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
 REQUIREMENTS = _ROOT / "requirements.txt"
+#: What is imported, where it is not called as the package is.
+_MODULES = {"protobuf": "google.protobuf"}
 
 
 class DependencyError(RuntimeError):
@@ -20,8 +22,9 @@ def requirements() -> dict[str, str]:
     return dict(line.split(">=") for line in (line.split("#")[0].strip() for line in lines) if line)
 
 
+@cache
 def require_dependencies() -> None:
-    """Check that every required package is installed in a version that works.
+    """Check that every required package is installed in a version that works; once it was so, it is not asked again.
 
     Raises:
         DependencyError: naming package, version found, what is needed and the command to install it.
@@ -37,7 +40,7 @@ def require_dependencies() -> None:
         try:
             # What a package asks for is often more than it takes to run, so only the import tells.
             if needs:
-                import_module(name)
+                import_module(_MODULES.get(name, name))
         except ImportError as error:
             raise _error(
                 f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other packages asked for that version "

@@ -17,7 +17,7 @@ from .layout import PARTS, Part
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20
-#: For a map that may be written to, Windows sets aside memory or page file for every byte, whether one is written or not (Microsoft's documentation of
+#: For a map that may be written to, Windows sets aside memory or page file for every byte, written or not (Microsoft's documentation of
 #: MapViewOfFile): a model of 20 GB would not open where 20 GB are not free. Nothing here writes to weights.
 _ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 
