@@ -134,7 +134,7 @@ class TestPip:
         for line in LINES:
             environment.have(environment.pip(line))
         environment.have(environment.run(ROOT / "install.py"))
-        assert environment.run(ROOT / "install.py") == {}
+        environment.run("-c", "from cogvideox.dependencies import unfit; assert unfit() == []")
         for name in ("transformers", "torch", "numpy", "huggingface-hub", "tokenizers", "av"):
             assert environment.packages[name] == before[name]
 
@@ -147,7 +147,7 @@ def test_the_archive_runs_a_workflow_in_folders_of_any_name(tmp_path):
         models = base / "models" / "CogVideo"
         (models / "CogVideoX1.5-5B").rename(models / "модель 一 (1,5)")
         prompt = workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.stem == "text_to_video")))
-        small = {"width": 160, "height": 96, "length": 17, "steps": 1, "filename_prefix": "видео/我的 video"}
+        small = {"width": 80, "height": 48, "length": 1, "steps": 1, "filename_prefix": "видео/我的 video"}
         for node in prompt.values():
             node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
             if node["class_type"] == "CogVideoX15ModelLoader":
@@ -159,7 +159,7 @@ def test_the_archive_runs_a_workflow_in_folders_of_any_name(tmp_path):
         saved = next(output["images"][0] for output in history["outputs"].values() if "images" in output)
         assert saved["subfolder"] == "видео"
         with av.open(str(base / "output" / saved["subfolder"] / saved["filename"])) as container:
-            assert sum(1 for _ in container.decode(video=0)) == 17
+            assert sum(1 for _ in container.decode(video=0)) == 1
     finally:
         comfy.close()
 
