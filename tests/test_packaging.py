@@ -158,20 +158,6 @@ def test_the_archive_holds_all_that_runs_and_nothing_for_developers(tmp_path):
     assert "--prompt" in done.stdout
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_a_help_page_names_every_input_and_every_choice_of_its_node(pack, page):
-    types = pack.NODE_CLASS_MAPPINGS[page.stem].INPUT_TYPES()
-    text = page.read_text(encoding="utf-8")
-    for name, (kind, *_) in (types["required"] | types.get("optional", {})).items():
-        assert f"`{name}`" in text
-        for choice in kind if isinstance(kind, list) and name != "model" else ():
-            assert f"`{choice}`" in text or f"= {choice}`" in text
-
-
-def test_the_page_finds_the_help(pack):
-    assert (ROOT / pack.WEB_DIRECTORY / "docs").samefile(ROOT / "web" / "docs")
-
-
 class TestDependencies:
     @pytest.fixture(autouse=True)
     def _ask_again(self):
