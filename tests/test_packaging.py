@@ -26,13 +26,13 @@ WORKFLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for pat
 IMPORT = """
 import sys, time, importlib.util
 import torch, einops, safetensors  # ComfyUI has imported these before it looks at a pack
-start = time.perf_counter()
+start = time.process_time()
 spec = importlib.util.spec_from_file_location("pack", "__init__.py", submodule_search_locations=["."])
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = [name for name in ("diffusers", "transformers", "accelerate", "peft", "av") if name in sys.modules]
 print(seconds, heavy)
 """
