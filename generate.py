@@ -335,4 +335,7 @@ def _bar(label: str, unit: str) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
+    # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192 for an arrow, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

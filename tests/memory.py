@@ -1,6 +1,5 @@
 """The most memory a process has had."""
 
-import resource
 import sys
 
 import torch
@@ -10,10 +9,17 @@ from cogvideox.strips import Strips
 
 
 def peak_kilobytes() -> int:
-    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so the system is asked."""
+    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so the system is asked.
+    On Windows what the page file has to back: resident there are the pages of a mapped file too, which no call gives back."""
     if sys.platform == "linux":
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", encoding="ascii") as status:
             return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_pagefile // 1024
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 
 

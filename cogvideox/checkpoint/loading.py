@@ -1,6 +1,8 @@
 """Build a part's module and stream its weights from disk straight into the dtype and device it will run in."""
 
 import mmap
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from .layout import PARTS, Part
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20
+#: For a map that may be written to, Windows sets aside memory or page file for every byte, written or not (Microsoft's documentation of
+#: MapViewOfFile): a model of 20 GB would not open where 20 GB are not free. Nothing here writes to weights.
+_ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 
 
 def load_module(part: Part, precision: Precision, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
@@ -136,7 +141,7 @@ def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable
 
 
 class _MappedFiles:
-    """Files mapped into memory. A page that is written to becomes the process's own; the file never changes."""
+    """Files mapped into memory. A page that is written to becomes the process's own (Windows lets none be written to); the file never changes."""
 
     def __init__(self):
         self._maps: dict[Path, tuple[mmap.mmap, torch.Tensor]] = {}
@@ -175,8 +180,10 @@ class _MappedFiles:
     def _map(self, path: Path) -> tuple[mmap.mmap, torch.Tensor]:
         if path not in self._maps:
             with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+                mapped = mmap.mmap(file.fileno(), 0, access=_ACCESS)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                self._maps[path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
         return self._maps[path]
 
 

@@ -69,14 +69,16 @@ class Told:
 
 
 class Comfy:
-    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout."""
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout.
 
-    def __init__(self, checkout: Path, python: str, base: Path):
+    ``put`` is called with the folder that the pack is to be in; without it that is a link to this one."""
+
+    def __init__(self, checkout: Path, python: str, base: Path, put: Callable[[Path], None] = lambda folder: folder.symlink_to(ROOT)):
         self.base = base
         build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
         for folder in ("custom_nodes", "input"):
             (base / folder).mkdir(exist_ok=True)
-        (base / "custom_nodes" / "a pack with spaces").symlink_to(ROOT)
+        put(base / "custom_nodes" / "a pack with spaces")
         (base / "custom_nodes" / "probe.py").write_text(_PROBE, encoding="utf-8")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -178,8 +180,8 @@ class Comfy:
         build_checkpoint(folder, variant, **build)
 
 
-def from_environment(base: Path) -> Comfy | None:
+def from_environment(base: Path, **options) -> Comfy | None:
     """A server from ``COMFYUI_PATH`` and ``COMFYUI_PYTHON``, or None where there is no checkout."""
     if "COMFYUI_PATH" not in os.environ:
         return None
-    return Comfy(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFYUI_PYTHON", sys.executable), base)
+    return Comfy(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFYUI_PYTHON", sys.executable), base, **options)
