@@ -127,7 +127,7 @@ def sample(
                 denoise_latents(
                     sentinel,
                     noise_schedule,
-                    timesteps.to(device),
+                    timesteps,
                     noisy * noise_schedule.init_noise_sigma,
                     [prompt.to(device, dtype) for prompt in _batches(prompts)],
                     image=image if image_latents is not None else None,
@@ -181,6 +181,7 @@ def denoise_latents(
 
     Args:
         sentinel: the transformer, entered.
+        timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
         prompts: embeddings ``[B, tokens, width]``; where ``cfg`` > 1 one ``[2B, tokens, width]`` (negative first), or two, run one by one.
         image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
@@ -189,6 +190,7 @@ def denoise_latents(
     """
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
+    on_device = timesteps.to(latents.device)
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         # A step that is done again draws the same noise again.
@@ -204,7 +206,7 @@ def denoise_latents(
             return transformer(
                 hidden_states=model_input,
                 encoder_hidden_states=prompt.to(precision.activations),
-                timestep=timestep.expand(model_input.shape[0]),
+                timestep=on_device[index].expand(model_input.shape[0]),
                 ofs=None if ofs is None else current.new_full((1,), ofs),
                 image_rotary_emb=rotary,
                 return_dict=False,

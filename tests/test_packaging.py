@@ -24,24 +24,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
 IMPORT = """
-import sys, time, importlib.util
+import sys, importlib.util
 import torch, einops, safetensors  # ComfyUI has imported these before it looks at a pack
-start = time.process_time()
+before = set(sys.modules)
 spec = importlib.util.spec_from_file_location("pack", "__init__.py", submodule_search_locations=["."])
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()
-seconds = time.process_time() - start
-heavy = [name for name in ("diffusers", "transformers", "accelerate", "peft", "av") if name in sys.modules]
-print(seconds, heavy)
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
 
 
-def test_importing_the_pack_is_quick_and_imports_nothing_heavy():
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT).stdout for _ in range(3)]
-    assert all("[]" in run for run in runs)
-    assert min(float(run.split()[0]) for run in runs) < 0.05
+def test_importing_the_pack_imports_itself_and_the_standard_library():
+    """Milliseconds, then: what takes long to import is imported by the nodes that use it, when they run."""
+    new = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert set(new) - set(sys.stdlib_module_names) == {"pack"}
 
 
 def test_requirements_and_pyproject_name_the_same_packages_and_not_torch():
