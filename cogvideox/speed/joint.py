@@ -6,6 +6,8 @@ order: the result is equal bit for bit. Modules are called as diffusers calls th
 """
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -57,6 +59,29 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         x.copy_(wide.flatten(-2))
 
 
+@contextmanager
+def project_once(module: nn.Module) -> Iterator[None]:
+    """For a run: have each prompt's embeddings projected to the transformer's width at the first step only."""
+    layer = module.patch_embed.text_proj
+    forward, own = layer.forward, layer.__dict__.get("forward")
+    # By identity: the embeddings are kept too, so that none takes the place of another.
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remembered(embeddings: torch.Tensor) -> torch.Tensor:
+        if id(embeddings) not in known:
+            known[id(embeddings)] = embeddings, forward(embeddings)
+        return known[id(embeddings)][1]
+
+    layer.forward = remembered
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
 def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
     """``[B, text tokens, C]`` and ``[B, video tokens, C]`` as ``[B, tokens, C]``: a view where they are neighbours in one tensor, else a copy."""
     neighbours = (
@@ -78,14 +103,17 @@ def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=No
     video_part, text_part = self.attn1(
         hidden_states=video_part, encoder_hidden_states=text_part, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
     )
-    stream = _gated(stream, side_by_side(text_part, video_part), gate, text_gate, text)
+    # What a hook of diffusers gives may be what it keeps for the next step, and must stay as it is.
+    own = not hasattr(self.attn1, "_diffusers_hook")
+    stream = _gated(stream, side_by_side(text_part, video_part), gate, text_gate, text, own)
     video_part, text_part, gate, text_gate = self.norm2(stream[:, text:], stream[:, :text], temb)
-    stream = _gated(stream, self.ff(side_by_side(text_part, video_part)), gate, text_gate, text)
+    stream = _gated(stream, self.ff(side_by_side(text_part, video_part)), gate, text_gate, text, own)
     return stream[:, text:], stream[:, :text]
 
 
-def _gated(stream, change, gate, text_gate, text):
-    """``stream + gate * change``, in the place of ``change``, which nobody needs afterwards."""
+def _gated(stream, change, gate, text_gate, text, own):
+    """``stream + gate * change``, in the place of ``change`` if it is the block's own, as nobody needs it afterwards."""
+    change = change if own else change.clone()
     change[:, text:].mul_(gate)
     change[:, :text].mul_(text_gate)
     return change.add_(stream)
