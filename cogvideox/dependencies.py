@@ -26,14 +26,20 @@ def require_dependencies() -> None:
         DependencyError: naming package, version found, version needed and the command to install it.
     """
     for name, lowest in requirements().items():
-        found = _installed(name)
-        if found is None or _numbers(found) < _numbers(lowest):
+        if not is_at_least(name, lowest):
+            found = _installed(name)
             state = "is not installed" if found is None else f"is installed as {found}, which is too old"
             raise DependencyError(
                 f"The package {name} {state}; CogVideoX-1.5 needs {name} {lowest} or newer. Install it in ComfyUI's Python environment "
                 f'with: python -m pip install "{name}>={lowest}" (portable ComfyUI on Windows: python_embeded\\python.exe -m pip …), '
                 "then restart ComfyUI."
             )
+
+
+def is_at_least(name: str, version: str) -> bool:
+    """Whether a package is installed in a version, or a newer one."""
+    found = _installed(name)
+    return found is not None and _numbers(found) >= _numbers(version)
 
 
 def _installed(name: str) -> str | None:

@@ -247,7 +247,10 @@ def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int, out: torch.
     """
     power = (_exponent(largest) - exponent).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
     scaled = torch.empty_like(x, dtype=torch.float16) if out is None else out
-    torch.mul(x, _power(-power), out=scaled)
+    if torch.compiler.is_compiling():
+        scaled.copy_(x * _power(-power))
+    else:
+        torch.mul(x, _power(-power), out=scaled)
     return scaled, _power(power)
 
 
