@@ -68,8 +68,8 @@ def sample(
             ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
         on_heal: called with a sentence for the user when a step had to be healed.
-        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole, and of what it is made
-            faster with.
+        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole, and
+            about what it is made faster with.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.

@@ -83,8 +83,8 @@ class Cache:
         if self.strength == 0:
             return f"{self.name}: strength 0, nothing is skipped"
         return (
-            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} and {self.end:.0%} of the steps "
-            "are to be skipped; the sampler says how many were"
+            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} and {self.end:.0%} of the "
+            "steps are to be skipped; the sampler says how many were"
         )
 
     def nbytes(self, config: Mapping, shape: Sequence[int], copies: int, tokens: int, itemsize: int) -> int:

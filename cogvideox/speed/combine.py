@@ -23,17 +23,17 @@ def check_combination(model: "Model") -> None:
     if cache is not None and cache.strength > 0:
         if compiled is not None and cache.method in _INSIDE_BLOCKS:
             raise ValueError(
-                f"The cache {cache.method} and compiling do not work together: this cache replaces parts of the blocks, which then cannot be compiled "
-                "as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 Compile away."
+                f"The cache {cache.method} and compiling do not work together: this cache replaces parts of the blocks, which then cannot be "
+                "compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 Compile away."
             )
         if layers and cache.method != "taylorseer" and not is_at_least("diffusers", "0.37"):
             raise ValueError(
-                f"The cache {cache.method} and memory offload_layers do not work together with diffusers {metadata.version('diffusers')}: layers that "
-                "are skipped are not brought to the card when they run again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to "
-                "offload_blocks in the loader."
+                f"The cache {cache.method} and memory offload_layers do not work together with diffusers {metadata.version('diffusers')}: layers "
+                "that were skipped are not brought to the card when they run again. Install diffusers 0.37 or newer, choose taylorseer, or set "
+                "memory to offload_blocks in the loader."
             )
     if compiled is not None and layers:
         raise ValueError(
-            "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, inside of what would be compiled. Set "
-            "memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile away."
+            "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, within what would be compiled. "
+            "Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile away."
         )
