@@ -29,6 +29,8 @@ from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_transforme
 
 LAYERS, STEPS, SHAPE = 4, 8, (1, 16, 4, 4, 6)
 EMPTY = torch.zeros(SHAPE)
+#: The first block of a random model changes by about so much between two of a few steps.
+THRESHOLDS = {"ddim": 0.42, "dpm": 1.01}
 
 
 def build(folder, variant="1.5"):
@@ -77,11 +79,11 @@ class TestReference:
     def test_every_other_step_skipped_is_the_pipeline_with_diffusers_own_hook(self, pipeline, model, prompts, monkeypatch, method, scheduler):
         # A fixed threshold, as diffusers has it.
         monkeypatch.setattr(cache_module, "_GAIN", 0.0)
-        monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", 0.1)
+        monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", THRESHOLDS[scheduler])
         timestep = dict(current_timestep_callback=lambda: pipeline.current_timestep)
         always = (-1, 1001)
         config = {
-            "first_block": lambda: hooks.FirstBlockCacheConfig(threshold=0.1),
+            "first_block": lambda: hooks.FirstBlockCacheConfig(threshold=THRESHOLDS[scheduler]),
             "taylorseer": lambda: hooks.TaylorSeerCacheConfig(
                 cache_interval=2, disable_cache_before_step=1, use_lite_mode=True, taylor_factors_dtype=torch.float32
             ),
