@@ -106,8 +106,9 @@ class Cache:
             # The output and its slope.
             return 2 * copies * config["out_channels"] * length * height * width * torch.float32.itemsize
         # The first block's output and change and what the others added, new beside old for a moment. Or of every layer the last result; of the last
-        # two where they are extrapolated, but then of one half.
-        return stream * (4 if self.method == "first_block" else config["num_layers"])
+        # two where they are extrapolated, of both halves, as those of the conditional one are views.
+        held = {"first_block": 4, "pab": config["num_layers"], "faster_cache": 2 * config["num_layers"]}
+        return stream * held[self.method]
 
 
 class CacheRun:
@@ -201,9 +202,10 @@ class CacheRun:
         due = len(self._skipped) + 1 <= self._cache.strength * (index - self._first + 1) + 1e-9
         self._skips = within and due and self._filled
         if self._cache.method == "first_block":
+            threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
             for hook in self._hooks:
                 if hasattr(hook, "threshold"):
-                    hook.threshold = math.exp(self._log_threshold) if within else -1.0
+                    hook.threshold = threshold
         elif self._cache.method == "taylorseer":
             for hook in self._hooks:
                 hook.disable_cache_before_step = -1 if self._skips else sys.maxsize
@@ -218,6 +220,8 @@ class CacheRun:
             counted = block.attn1 if _PARTS[self._cache.method] else block
             counted.forward = partial(self._count, counted.forward)
         module.enable_cache(self._config())
+        if self._cache.method == "taylorseer":
+            module.forward = partial(_in_tuple, module.forward)
         registries = [vars(child)["_diffusers_hook"] for child in module.modules() if "_diffusers_hook" in vars(child)]
         self._hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
 
@@ -274,23 +278,27 @@ class CacheRun:
             hook.state = state
         self._branch += 1
 
-    def _after_forward(self, module: nn.Module, _, output: Any) -> Any:
+    def _after_forward(self, module: nn.Module, *_) -> None:
         if self._context is None:
-            return None
+            return
         self._context.__exit__(None, None, None)
         self._context = None
         self._filled |= not self._skips
         skipped = self.ran[self._index] - self._ran_before < len(module.transformer_blocks)
         if self._cache.method == "first_block":
-            self._follow(skipped, len(module.transformer_blocks))
+            if self._first <= self._index < self._last:
+                # Towards the threshold below which that share of the steps lies.
+                self._log_threshold += _GAIN * (self._due_share() - skipped)
         elif skipped:
             self._skipped.add(self._index)
-        # TaylorSeer gives what it extrapolates without the tuple around it.
-        return (output,) if torch.is_tensor(output) else None
 
-    def _follow(self, skipped: bool, blocks: int) -> None:
-        """Move ``first_block``'s threshold towards the one below which the share of steps lies that is to be skipped."""
-        if self._first <= self._index < self._last:
-            # The first block always runs.
-            share = min(1.0, self._cache.strength * blocks / (blocks - 1))
-            self._log_threshold += _GAIN * (share - skipped)
+    def _due_share(self) -> float:
+        """Of ``first_block``'s steps, the share that must skip all blocks but the first, which always runs."""
+        blocks = len(self._module.transformer_blocks)
+        return min(1.0, self._cache.strength * blocks / (blocks - 1))
+
+
+def _in_tuple(forward: Callable, *args, **kwargs) -> Any:
+    """The transformer's forward. What TaylorSeer extrapolates comes without the tuple around it."""
+    output = forward(*args, **kwargs)
+    return (output,) if torch.is_tensor(output) else output
