@@ -401,7 +401,7 @@ class TestMemory:
         plan = plan_memory(with_cache(model, cache), SHAPE, cfg > 1, tokens=8)
         assert plan.needed["gpu"] - plan_memory(model, SHAPE, cfg > 1, tokens=8).needed["gpu"] == plan.cache
         # A few percent of what tiny models take is beside it.
-        assert 0.6 * plan.cache <= peaks[1] - peaks[0] <= 1.1 * plan.cache
+        assert 0.45 * plan.cache <= peaks[1] - peaks[0] <= 1.1 * plan.cache
 
     def test_what_it_holds_is_said(self, model):
         assert ", cache " in plan_memory(with_cache(model, Cache("pab")), SHAPE).text

@@ -76,11 +76,12 @@ class TestSharing:
         assert said[-2].startswith("Compiling the transformer's block")
 
     def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs):
-        run(model, prompts, Compiled(dynamic=True))
-        count = len(graphs)
-        larger = (1, 16, 4, 6, 8)
+        # Of sizes that are equal by chance torch assumes that they always are.
+        small, larger = (1, 16, 4, 6, 10), (1, 16, 4, 8, 14)
+        run(model, prompts, Compiled(dynamic=True), shape=small)
+        assert len(graphs) == 1
         assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
-        assert len(graphs) == count
+        assert len(graphs) == 1
 
     def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(self, model, prompts, tmp_path, graphs):
         tensors = {}
@@ -147,7 +148,7 @@ class TestTogether:
         monkeypatch.setattr(handles_module, "load_module", load)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
-        assert any("runs without compiling: its layers come to the card one by one" in text for text in said) == (mode == "offload_layers")
+        assert any("runs without compiling: its layers are brought to the card one by one" in text for text in said) == (mode == "offload_layers")
 
 
 class TestTraces:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..choices import COMPILE_MODES
+from ..precision.range_safe import is_range_safe, norm_exponent
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,10 @@ class CompileRun:
         restore = []
         try:
             for block in module.transformer_blocks:
+                if is_range_safe(block):
+                    # They ask the weights once; a compiler cannot.
+                    norm_exponent(block.attn1.norm_q)
+                    norm_exponent(block.attn1.norm_k)
                 restore.append(_replace_forward(block, partial(self._run, block)))
             callback_handler.register_start_callback(self._on_start)
             restore.append(partial(callback_handler.remove_start_callback, self._on_start))
