@@ -11,7 +11,8 @@ whose effect on a run is not known before; here every method is told how large a
 ``faster_cache`` (https://huggingface.co/papers/2410.19355) extrapolates each block's attention from its last two, and the unconditional half of a
     guided batch from the conditional one.
 
-MagCache needs ratios measured on the model itself; none are published for CogVideoX-1.5, so it is not offered.
+Not offered: MagCache needs ratios measured on the model itself, and none are published for CogVideoX-1.5. SeaCache came after the oldest diffusers
+that is supported. cache-dit counts steps by itself, so that one that is done again would shift all that follow, and does not go with offloading.
 """
 
 import math
