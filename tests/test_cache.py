@@ -314,10 +314,17 @@ class TestTogether:
         expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
         offloads(mode, notes_order)
         offloaded = open_handles(deep, "fp32", CPU).model
+        left = []
         for _ in range(2):
             ours, ours_counted = run(offloaded, prompts, Cache(method, 0.5, 0.2, 1.0))
             assert torch.equal(ours, expected)
             assert ours_counted == counted
+            left.append(inside(offloaded.weights._module))
+        before = inside(handles_module.load_module(offloaded.weights.part, FP32, CPU.device))
+        assert left[0] == left[1]
+        assert {place for place in left[0] if place[1] in ("forward", "_diffusers_hook")} == {
+            place for place in before if place[1] in ("forward", "_diffusers_hook")
+        }
 
     @pytest.fixture
     def offloads(self, monkeypatch):
