@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox.choices import DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
+from cogvideox.choices import CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -95,6 +95,27 @@ def build_parser() -> argparse.ArgumentParser:
         default="heal",
         help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
     )
+    how.add_argument(
+        "--cache",
+        type=_cache,
+        metavar="METHOD[:STRENGTH]",
+        help=f"reuse what changes little from step to step: {', '.join(CACHES)}, and the share of block evaluations to skip (default: 0.6); faster, "
+        "and another video",
+    )
+    how.add_argument(
+        "--cache-range",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="shares of the steps between which --cache may skip (default: 0.1 0.95)",
+    )
+    how.add_argument(
+        "--compile",
+        nargs="?",
+        choices=COMPILE_MODES,
+        const=COMPILE_MODES[0],
+        help="compile the transformer's blocks: faster steps, and a first one that takes a minute or two longer (default mode: default)",
+    )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
         "--on-black",
@@ -149,6 +170,17 @@ def _lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def _cache(text: str) -> tuple[str, float | None]:
+    """``METHOD`` or ``METHOD:STRENGTH``."""
+    method, colon, strength = text.partition(":")
+    if method not in CACHES:
+        raise argparse.ArgumentTypeError(f"{method!r} is not one of {', '.join(CACHES)}")
+    try:
+        return method, float(strength) if colon else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the strength {strength!r} is not a number") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -157,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-    for name, needed in (("strength", "video"), ("end_image", "image")):
+    for name, needed in (("strength", "video"), ("end_image", "image"), ("cache_range", "cache")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.image is not None and options.video is not None:
@@ -184,15 +216,19 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import make_handles, with_lora
+    from cogvideox.handles import make_handles, with_cache, with_compile, with_lora
     from cogvideox.memory import memory_text
     from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
+    from cogvideox.speed.cache import Cache
+    from cogvideox.speed.compiled import Compiled
     from cogvideox.text import encode_prompt
     from cogvideox.vae import decode, encode, image_latents
     from cogvideox.video import check_output, read_image, read_video, write_mp4
 
+    # What a cache skipped and how long compiling took is no warning, and is to be seen.
+    logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
     check_output(options.output)
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
@@ -201,6 +237,16 @@ def generate(options: argparse.Namespace) -> int:
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         print(model.loras[-1].text)
+    if options.cache is not None:
+        method, strength = options.cache
+        given = {} if strength is None else {"strength": strength}
+        if options.cache_range is not None:
+            given["start"], given["end"] = options.cache_range
+        model = with_cache(model, Cache(method, **given))
+        print(model.cache.text)
+    if options.compile is not None:
+        model = with_compile(model, Compiled(options.compile))
+        print(model.compiled.text)
 
     start, end = (None if path is None else check_images(read_image(path), str(path)) for path in (options.image, options.end_image))
     usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])

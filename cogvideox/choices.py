@@ -17,6 +17,10 @@ ON_NAN = ("heal", "stop")
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 #: What to do about a black video.
 ON_BLACK = ("stop", "warn", "pass")
+#: Ways to reuse what changes little from step to step.
+CACHES = ("first_block", "taylorseer", "pab", "faster_cache")
+#: Ways to compile the transformer's blocks, torch's names.
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

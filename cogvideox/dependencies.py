@@ -71,6 +71,12 @@ def unmet_needs(name: str) -> list[str]:
     return unmet
 
 
+def is_at_least(name: str, version: str) -> bool:
+    """Whether a package is installed in a version, or a newer one."""
+    found = installed(name)
+    return found is not None and not is_older(found, version)
+
+
 def installed(name: str) -> str | None:
     """The version of a package, or None."""
     try:

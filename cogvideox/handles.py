@@ -18,6 +18,10 @@ from .lora import Lora, open_lora
 from .memory import free_bytes
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes
+from .speed.attention import check_attention
+from .speed.cache import Cache
+from .speed.combine import check_combination
+from .speed.compiled import Compiled
 from .speed.joint import join
 from .variants import Variant
 
@@ -159,13 +163,16 @@ def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and the LoRAs it runs with.
+    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and what it runs with.
 
     Attributes:
         latent_scale: what a VAE latent is multiplied by.
         image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V, which was trained so
             (``invert_scale_latents`` of the VAE's config).
         loras: applied in this order whenever the transformer runs; the weights are never changed.
+        cache: what is reused from step to step, if anything.
+        compiled: how the blocks are compiled, if they are.
+        attention: the kernel of the attention, one of ``speed.attention.BACKENDS``.
     """
 
     variant: Variant
@@ -174,6 +181,15 @@ class Model:
     image_latent_scale: float
     weights: Weights
     loras: tuple[Lora, ...] = ()
+    cache: Cache | None = None
+    compiled: Compiled | None = None
+    attention: str = "auto"
+
+    def __post_init__(self):
+        """Raises:
+        ValueError: for choices that do not work together.
+        """
+        check_combination(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +280,40 @@ def with_lora(model: Model, path: Path | str, strength: float = 1.0) -> Model:
         ValueError: if the file is not a LoRA, or not one of this model.
     """
     return replace(model, loras=(*model.loras, open_lora(path, model.weights.part, strength)))
+
+
+def with_cache(model: Model, cache: Cache) -> Model:
+    """The model with a step cache; the one given is not changed.
+
+    Raises:
+        ValueError: if it has one already, or one does not go with what else it has.
+    """
+    if model.cache is not None:
+        raise ValueError(
+            f"The model has a cache already ({model.cache.method}), and each would reuse what the other made up. Take one of the nodes CogVideoX-1.5 "
+            "Cache away."
+        )
+    return replace(model, cache=cache)
+
+
+def with_attention(model: Model, attention: str) -> Model:
+    """The model with another attention; the one given is not changed.
+
+    Raises:
+        ValueError: if it will not run here.
+    """
+    precision = model.weights.precision
+    check_attention(attention, model.weights.device, torch.float16 if precision.range_safe else precision.dtype)
+    return replace(model, attention=attention)
+
+
+def with_compile(model: Model, compiled: Compiled) -> Model:
+    """The model with compiled blocks; the one given is not changed.
+
+    Raises:
+        ValueError: if compiling does not go with what else it has.
+    """
+    return replace(model, compiled=compiled)
 
 
 def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:

@@ -45,6 +45,7 @@ class MemoryPlan:
         weights: of the transformer as it runs.
         activations: of one step at most, attention included.
         loras: their weights, which stay on the device in every mode.
+        cache: what a step cache holds.
         needed: by mode, all together.
         free: what there is, what loaded parts hold included, as they make way; None where it is not known.
     """
@@ -54,6 +55,7 @@ class MemoryPlan:
     loras: int
     needed: Mapping[str, int]
     free: int | None
+    cache: int = 0
 
     def fastest(self) -> str:
         """The fastest mode that fits.
@@ -72,7 +74,7 @@ class MemoryPlan:
 
     @property
     def text(self) -> str:
-        parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras}
+        parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras, "cache": self.cache}
         held = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
         return f"{self._modes} ({held})" + ("" if self.free is None else f"; {_gb(self.free)} free")
 
@@ -105,9 +107,14 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
         # One layer's weight at a time is widened, range-safe by way of fp32.
         activations += max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
     loras = sum(lora.nbytes for lora in model.loras)
+    cache = 0
+    if model.cache is not None:
+        batch, channels, length, *size = shape
+        padded, copies = (batch, channels, length + padding_frames(length, config), *size), batch * (2 if guided else 1)
+        cache = model.cache.nbytes(config, padded, copies, tokens or config["max_text_seq_length"], weights.precision.activations.itemsize)
     # While one block or layer runs, the next is on its way.
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
-    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras for mode in MODES}, weights.free)
+    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras + cache for mode in MODES}, weights.free, cache)
 
 
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:

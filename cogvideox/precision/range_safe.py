@@ -235,8 +235,11 @@ def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[to
     Inf and NaN have no exponent that would shrink them: they stay what they are, for the sentinel to see.
     """
     power = (_exponent(largest) - exponent).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
-    scaled = torch.empty_like(x, dtype=torch.float16)
-    torch.mul(x, _power(-power), out=scaled)
+    if torch.compiler.is_compiling():
+        scaled = (x * _power(-power)).half()
+    else:
+        scaled = torch.empty_like(x, dtype=torch.float16)
+        torch.mul(x, _power(-power), out=scaled)
     return scaled, _power(power)
 
 
