@@ -9,6 +9,8 @@ ON_MISMATCH = ("fix", "warn", "stop")
 MODES = ("gpu", "offload_blocks", "offload_layers")
 #: ``auto`` is the first of them that fits; ``cpu`` leaves the device alone.
 MEMORY = ("auto", *MODES, "cpu")
+#: How weights are made smaller while they load: as int8 or fp8 that is widened for each product, or multiplied as it is.
+QUANTIZE = ("int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic")
 #: What to do about a result that is not finite.
 ON_NAN = ("heal", "stop")
 #: Noise schedulers, and the diffusers class of each.
