@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox.choices import DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
+from cogvideox.choices import DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -88,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the weights are while they run: all on the GPU, brought to it by blocks or layers (slower, much less of its memory), or on the "
         "CPU (default: the fastest that fits)",
     )
+    how.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help="keep the weights of attention and feed-forward in a byte each: int8_weight_only (any device, nearest to the original), fp8_weight_only; "
+        "int8_dynamic and fp8_dynamic multiply in int8 and fp8 too, faster where the GPU can, and lose more",
+    )
+    how.add_argument("--quantize-text-encoder", choices=QUANTIZE, metavar="METHOD", help="the same for T5; with a dynamic method, its weights alone")
     how.add_argument(
         "--on-nan",
         choices=ON_NAN,
@@ -174,7 +182,7 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import make_handles, with_lora
+    from cogvideox.handles import make_handles, quantized, with_lora
     from cogvideox.memory import memory_text
     from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
@@ -187,7 +195,11 @@ def generate(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
     print(handles.plan.text, flush=True)
-    model, variant = handles.model, handles.model.variant
+    model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
+    if options.quantize_text_encoder is not None:
+        text_encoder = quantized(text_encoder, options.quantize_text_encoder)
+    if options.quantize is not None:
+        model = quantized(model, options.quantize)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         print(model.loras[-1].text)
@@ -211,6 +223,9 @@ def generate(options: argparse.Namespace) -> int:
         print(memory_text(model, tuple(latent.shape), options.cfg > 1))
         return 0
 
+    for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
+        if handle.weights.method is not None:
+            print(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")), flush=True)
     how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
     if start is not None:
         start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
@@ -219,7 +234,7 @@ def generate(options: argparse.Namespace) -> int:
         latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
-        encoded = encode_prompt(handles.text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
+        encoded = encode_prompt(text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
             print(f"{name}: {note}")

@@ -6,6 +6,7 @@ from .empty_latent import EmptyLatent
 from .image_to_video import ImageToVideo
 from .lora_loader import LoraLoader
 from .model_loader import ModelLoader
+from .quantize import Quantize
 from .sampler import Sampler
 from .text_encode import TextEncode
 from .vae_decode import VAEDecode
@@ -22,6 +23,7 @@ _NODES = {
     "CogVideoX15VAEDecode": VAEDecode,
     "CogVideoX15BlackFrameCheck": BlackFrameCheck,
     "CogVideoX15Downloader": Downloader,
+    "CogVideoX15Quantize": Quantize,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

@@ -88,6 +88,11 @@ CONTRACT["CogVideoX15Downloader"] = (
     {"checkpoint": "COMBO", "download": "BOOLEAN"},
     {"model_name": "STRING", "report": "STRING"},
 )
+CONTRACT["CogVideoX15Quantize"] = (
+    "CogVideoX-1.5 Quantize",
+    {"model": "COGVIDEOX_MODEL", "method": "COMBO", "text_encoder": "COGVIDEOX_TEXT_ENCODER"},
+    {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "report": "STRING"},
+)
 DEFAULTS = {
     "CogVideoX15Downloader": {"download": False},
     "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
@@ -101,6 +106,7 @@ COMBOS = {
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
     ("CogVideoX15ModelLoader", "memory"): ["auto", "gpu", "offload_blocks", "offload_layers", "cpu"],
+    ("CogVideoX15Quantize", "method"): ["int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic"],
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
