@@ -256,7 +256,7 @@ class TestResult:
         module = build_transformer()
         getattr(loud_models, loud)(module, *([] if loud == "outlier_channels" else [1e6])).save_pretrained(tmp_path)
         part, expected = open_part(tmp_path, "transformer"), run(module.double(), inputs, torch.float64)
-        for method in QUANTIZE:
+        for method in ("int8_weight_only", "int8_dynamic", "fp8_dynamic"):
             ours, fp32 = (error(run(load(part, precision, method), inputs), expected) for precision in (RANGE_SAFE_FP16, FP32))
             assert ours < 1.2 * fp32 + 3e-3
 
@@ -305,7 +305,7 @@ class TestMemory:
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
     @TWO
     def test_the_plan_is_within_15_percent(self, tiny, prompts, method, dtype):
-        model, latent = quantized(open_handles(tiny, dtype, CPU).model, method), torch.zeros(1, 16, 4, 20, 24)
+        model, latent = quantized(open_handles(tiny, dtype, CPU).model, method), torch.zeros(1, 16, 4, 16, 16)
         with model.weights.running():
             gc.collect()
         with LiveBytes() as measured:
@@ -352,11 +352,11 @@ class TestMemory:
         assert left_behind(offloaded, lambda: run(offloaded, inputs, precision.activations), monkeypatch) == []
         assert torch.equal(run(offloaded, inputs, precision.activations), expected)
 
-    @pytest.mark.parametrize("memory", ["gpu", "offload_blocks", "offload_layers", "cpu"])
+    @pytest.mark.parametrize("memory", ["offload_blocks", "offload_layers", "cpu"])
     def test_each_mode_makes_the_same_latents(self, tiny, prompts, memory):
         latent = torch.zeros(1, 16, 4, 6, 10)
         expected, ours = (
-            sample(quantized(open_handles(tiny, "fp32", CPU, memory=how).model, "int8_dynamic"), *prompts, latent, seed=1, steps=1)
+            sample(quantized(open_handles(tiny, "fp32", CPU, memory=how).model, "int8_dynamic"), *prompts, latent, seed=1, steps=1, cfg=1.0)
             for how in ("auto", memory)
         )
         assert torch.equal(ours, expected)
@@ -408,7 +408,8 @@ class TestHandles:
 
     @EVERY
     def test_what_is_measured_is_the_relative_l2_error(self, tiny, part, method):
-        plain = {name: load_module(part, FP32, HOST).get_submodule(name).weight.double() for name in LAYERS["transformer"]}
+        module = load_module(part, FP32, HOST)
+        plain = {name: module.get_submodule(name).weight.double() for name in LAYERS["transformer"]}
         text = quantized(open_handles(tiny, "bf16", CPU).model, method).weights.quantization_text()
         rounded = widened(load(part, FP32, method))
         each = {name: error(rounded[name], plain[name]) for name in plain}

@@ -1,6 +1,6 @@
 """Quantizing while loading: int8 and fp8 made of the weights of attention and feed-forward, layer by layer.
 
-Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same. They are 86 % of the
+Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same. They are 85 % of the
 1.5-5B transformer. Modulation (``norm1.linear``, ``norm2.linear``), embeddings of time, ``ofs``, patches and text, ``norm_out`` and ``proj_out``
 stay as they load without it, bit for bit: what they are off by goes into every token, or into the video itself.
 
