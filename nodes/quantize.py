@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 class Quantize(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Quantize"
     DESCRIPTION = (
-        "Has the weights of attention and feed-forward kept in int8 or fp8, a byte each, made of the checkpoint while it loads; the layers that break "
-        "by it stay as they are. Reports what that saves and how far the weights are off. Works with every dtype, memory mode and LoRA; taking the "
-        "node away restores the model exactly. The weights are read here, once."
+        "Keeps the weights of attention and feed-forward in int8 or fp8, a byte each, made of the checkpoint while it loads; the layers that "
+        "rounding breaks stay as they are. Reports what that saves and how far the weights are off. Works with every dtype, memory mode and LoRA; "
+        "taking the node away restores the model exactly. The weights are read here, once."
     )
     SEARCH_ALIASES = ["cogvideo quantize", "cogvideox quantize", "int8", "fp8", "torchao", "low vram"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "STRING")

@@ -46,8 +46,8 @@ class TextEncode(Node):
 
         if text_encoder is None:
             raise ValueError(
-                "No text encoder comes in, so there is nothing to encode the prompt with: CogVideoX-1.5 Quantize gives one only if its own text_encoder "
-                "is connected. Connect that, or the text_encoder of CogVideoX-1.5 Model Loader."
+                "No text encoder comes in, so there is nothing to encode the prompt with: CogVideoX-1.5 Quantize gives one only if its own "
+                "text_encoder is connected. Connect that, or the text_encoder of CogVideoX-1.5 Model Loader."
             )
         if not isinstance(text_encoder, TextEncoder):
             embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
