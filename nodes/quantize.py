@@ -4,7 +4,7 @@ import logging
 
 from ..cogvideox.choices import QUANTIZE
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +48,10 @@ class Quantize(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, method):
-        from ..cogvideox.precision.quantize import METHODS, check_hardware
+    def VALIDATE_INPUTS(cls, method=None):
+        from ..cogvideox.precision.quantize import check_method
 
-        if method is None:
-            # It comes from another node, and is not known yet.
-            return True
-        if method not in METHODS:
-            return f"There is no method {method!r}. Choose one of {', '.join(METHODS)}."
-        try:
-            check_hardware(METHODS[method], host.hardware())
-        except ValueError as error:
-            return str(error)
-        return True
+        return refusal((check_method, method, host.hardware()))
 
     def execute(self, model, method, text_encoder=None):
         from ..cogvideox.handles import quantized

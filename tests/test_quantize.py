@@ -520,7 +520,7 @@ class TestSurface:
         monkeypatch.setattr(host, "hardware", lambda: Hardware(HOST, "Tesla T4", **cuda_support("Tesla T4", (7, 5))))
         assert node.VALIDATE_INPUTS("int8_dynamic") is True
         assert "Tesla T4 has no matrix products of fp8" in node.VALIDATE_INPUTS("fp8_dynamic")
-        assert "There is no method 'int4'" in node.VALIDATE_INPUTS("int4")
+        assert "The method is 'int4', which is not known here" in node.VALIDATE_INPUTS("int4")
         # Linked to another node's output.
         assert node.VALIDATE_INPUTS(None) is True
 

@@ -67,10 +67,9 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
     Raises:
         ValueError: if the name is not known, the device has no such products, or the file is a quantized copy already.
     """
-    if name not in METHODS:
-        raise ValueError(f"The method is {name!r}, which is not known here. Choose one of {', '.join(QUANTIZE)}.")
-    method = METHODS[name] if part.kind == "transformer" else METHODS[name].weight_only
-    check_hardware(method, hardware)
+    if part.kind != "transformer" and name in METHODS:
+        name = METHODS[name].weight_only.name
+    method = check_method(name, hardware)
     packed = sorted({dtype_name(t.kind) for tensor, t in part.tensors.items() if t.is_packed and _LAYERS[part.kind].fullmatch(tensor)})
     if packed:
         raise ValueError(
@@ -80,18 +79,22 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
     return method
 
 
-def check_hardware(method: Method, hardware: Hardware) -> None:
-    """Refuse a method that the device cannot run.
+def check_method(name: str, hardware: Hardware) -> Method:
+    """The method of that name, which the device can run.
 
     Raises:
-        ValueError: naming the device and what to choose instead.
+        ValueError: if it is not known, or the device cannot; naming what to choose instead.
     """
+    if name not in METHODS:
+        raise ValueError(f"The method is {name!r}, which is not known here. Choose one of {', '.join(QUANTIZE)}.")
+    method = METHODS[name]
     eight, instead = dtype_name(method.dtype).split(" ")[0], "Choose int8_weight_only, which runs everywhere and takes as little memory."
     if method.dynamic and getattr(hardware, eight) == ABSENT:
         needs = {"int8": "NVIDIA RTX 20xx and newer, AMD MI200 and newer, CPUs", "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000"}
         raise ValueError(f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} ({needs[eight]} do). {instead}")
     if eight == "fp8" and hardware.device.type == "mps":
         raise ValueError(f"{method.name} keeps weights in fp8, and {hardware.name} has no such dtype. {instead}")
+    return method
 
 
 def quantizes(kind: str, name: str, precision: Precision) -> bool:

@@ -187,7 +187,7 @@ def test_a_quantized_model_and_text_encoder_run_and_the_node_says_how_far_off_th
     assert report.startswith("transformer: int8_dynamic, ")
     assert "text encoder: int8_weight_only, " in report
     inputs["method"] = "int4"
-    assert "There is no method 'int4'" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
+    assert "The method is 'int4', which is not known here" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
 
 
 def test_an_end_image_is_said_to_be_untrained_on_the_sampler(comfy, files):
