@@ -427,10 +427,11 @@ class TestHandles:
 
     @TWO
     def test_a_result_that_is_not_finite_is_healed_with_quantized_weights_and_whole_activations(self, tiny, prompts, monkeypatch, method):
-        real, said = handles_module.load_module, []
+        real, said, ran = handles_module.load_module, [], []
 
         def spoiled(part, precision, *rest):
             module = real(part, precision, *rest)
+            ran.append((precision, rest[-1].method.name))
             if precision != FP32:
                 module.proj_out.register_forward_hook(lambda _m, _a, output: output * float("nan"))
             return module
@@ -441,6 +442,8 @@ class TestHandles:
         monkeypatch.setattr(handles_module, "load_module", spoiled)
         ours = sample(quantized(open_handles(tiny, "bf16", CPU).model, method), *prompts, latent, seed=1, steps=1, cfg=1.0, on_heal=said.append)
         assert "Going on from here in fp32" in said[-1]
+        assert ran[0] == (BF16, method)
+        assert ran[-1] == (FP32, METHODS[method].weight_only.name)
         # The noise and the prompt were rounded to bf16.
         assert error(ours, expected) < 1e-2
 
