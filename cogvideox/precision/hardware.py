@@ -99,13 +99,15 @@ class Hardware:
 
 def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
     """What an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the arguments of ``Hardware``."""
+    # Of Turing; older ones have none either, and newer ones all do.
+    lacks_tensor_cores = any(card in name for card in _BROKEN_HALF_CONVOLUTIONS)
     fast_fp16 = capability >= (7, 0) or capability in {(5, 3), (6, 0), (6, 2)}
     return dict(
         bf16=NATIVE if capability >= (8, 0) else EMULATED if emulates_bf16 else ABSENT,
         fp16=NATIVE if fast_fp16 else EMULATED,
         fp8=NATIVE if capability >= (8, 9) else ABSENT,
-        int8=NATIVE if capability >= (7, 5) else ABSENT,
-        half_convolutions=not any(card in name for card in _BROKEN_HALF_CONVOLUTIONS),
+        int8=NATIVE if capability >= (7, 5) and not lacks_tensor_cores else ABSENT,
+        half_convolutions=not lacks_tensor_cores,
     )
 
 

@@ -90,7 +90,7 @@ def check_method(name: str, hardware: Hardware) -> Method:
     method = METHODS[name]
     eight, instead = dtype_name(method.dtype).split(" ")[0], "Choose int8_weight_only, which runs everywhere and takes as little memory."
     if method.dynamic and getattr(hardware, eight) == ABSENT:
-        needs = {"int8": "NVIDIA RTX 20xx and newer, AMD MI200 and newer, CPUs", "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000"}
+        needs = {"int8": "NVIDIA RTX 20xx and newer, AMD MI200 and MI300, CPUs", "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000"}
         raise ValueError(f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} ({needs[eight]} do). {instead}")
     if eight == "fp8" and hardware.device.type == "mps":
         raise ValueError(f"{method.name} keeps weights in fp8, and {hardware.name} has no such dtype. {instead}")
