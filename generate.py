@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox.choices import CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
+from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -90,10 +90,24 @@ def build_parser() -> argparse.ArgumentParser:
         "CPU (default: the fastest that fits)",
     )
     how.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help="keep the weights of attention and feed-forward in a byte each: int8_weight_only (any device, nearest to the original), fp8_weight_only;"
+        " int8_dynamic and fp8_dynamic multiply in int8 and fp8 too, faster where the GPU can, and lose more",
+    )
+    how.add_argument("--quantize-text-encoder", choices=QUANTIZE, metavar="METHOD", help="the same for T5; with a dynamic method, its weights alone")
+    how.add_argument(
         "--on-nan",
         choices=ON_NAN,
         default="heal",
         help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
+    )
+    how.add_argument(
+        "--attention",
+        choices=BACKENDS,
+        default="auto",
+        help="the kernel of the attention, if this machine has it; all but sage give the same picture up to rounding (default: PyTorch's choice)",
     )
     how.add_argument(
         "--cache",
@@ -216,7 +230,7 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import make_handles, with_cache, with_compile, with_lora
+    from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
     from cogvideox.memory import memory_text
     from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
@@ -233,10 +247,16 @@ def generate(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
     print(handles.plan.text, flush=True)
-    model, variant = handles.model, handles.model.variant
+    model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
+    if options.quantize_text_encoder is not None:
+        text_encoder = quantized(text_encoder, options.quantize_text_encoder)
+    if options.quantize is not None:
+        model = quantized(model, options.quantize)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         print(model.loras[-1].text)
+    if options.attention != "auto":
+        model = with_attention(model, options.attention)
     if options.cache is not None:
         method, strength = options.cache
         given = {} if strength is None else {"strength": strength}
@@ -267,6 +287,9 @@ def generate(options: argparse.Namespace) -> int:
         print(memory_text(model, tuple(latent.shape), options.cfg > 1))
         return 0
 
+    for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
+        if handle.weights.method is not None:
+            print(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")), flush=True)
     how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
     if start is not None:
         start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
@@ -275,7 +298,7 @@ def generate(options: argparse.Namespace) -> int:
         latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
-        encoded = encode_prompt(handles.text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
+        encoded = encode_prompt(text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
             print(f"{name}: {note}")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .choices import MODES
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
 from .precision.policy import Precision
+from .precision.quantize import Method, quantize_empty
 from .precision.range_safe import make_range_safe
 from .speed.joint import join
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
@@ -101,7 +102,7 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
             blocks[number] = blocks.get(number, 0) + nbytes
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
-    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"])
+    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"], weights.method)
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
@@ -125,7 +126,7 @@ def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bo
     return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
 
 
-def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int) -> int:
+def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int, method: Method | None = None) -> int:
     """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing behind) on the meta device."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -144,6 +145,8 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
                 # It asks the weights otherwise.
                 norm._range_safe_exponent = 0
     join(module)
+    if method is not None:
+        quantize_empty(module, method, precision)
     rotary = rotary_embedding(config, length, height, width, torch.device("cpu"))
     inputs = dict(
         hidden_states=torch.empty(copies, length, config["in_channels"], height, width, dtype=dtype, device=meta),

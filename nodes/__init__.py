@@ -10,6 +10,7 @@ from .empty_latent import EmptyLatent
 from .image_to_video import ImageToVideo
 from .lora_loader import LoraLoader
 from .model_loader import ModelLoader
+from .quantize import Quantize
 from .sampler import Sampler
 from .text_encode import TextEncode
 from .vae_decode import VAEDecode
@@ -29,6 +30,7 @@ _NODES = {
     "CogVideoX15Attention": Attention,
     "CogVideoX15Cache": Cache,
     "CogVideoX15Compile": Compile,
+    "CogVideoX15Quantize": Quantize,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

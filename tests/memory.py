@@ -1,6 +1,7 @@
-"""The most memory a process has had."""
+"""What memory is taken, and what is where."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -41,3 +42,19 @@ def count_strips(vae, latent_or_frames: torch.Tensor, budget: int | None, chunks
         for piece in latent_or_frames.split(chunks, dim=2):
             step(strips, piece)
     return mode.peak
+
+
+def left_behind(module: torch.nn.Module, run: Callable[[], object], monkeypatch) -> list[str]:
+    """The tensors of a module with diffusers' offloading hooks that no hook brings to the device while it runs: on a GPU they would be missing."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    brought, real = set(), ModuleGroup.onload_
+
+    def onload(group):
+        tensors = [*(group.parameters or ()), *(group.buffers or ())]
+        brought.update(map(id, [*tensors, *(tensor for owner in group.modules for tensor in (*owner.parameters(), *owner.buffers()))]))
+        return real(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    run()
+    return [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if id(tensor) not in brought]

@@ -88,6 +88,7 @@ CONTRACT["CogVideoX15Downloader"] = (
     {"checkpoint": "COMBO", "download": "BOOLEAN"},
     {"model_name": "STRING", "report": "STRING"},
 )
+CONTRACT["CogVideoX15Attention"] = ("CogVideoX-1.5 Attention", {"model": "COGVIDEOX_MODEL", "attention": "COMBO"}, {"model": "COGVIDEOX_MODEL"})
 CONTRACT["CogVideoX15Cache"] = (
     "CogVideoX-1.5 Cache",
     {"model": "COGVIDEOX_MODEL", "method": "COMBO", "strength": "FLOAT", "start": "FLOAT", "end": "FLOAT"},
@@ -97,6 +98,11 @@ CONTRACT["CogVideoX15Compile"] = (
     "CogVideoX-1.5 Compile",
     {"model": "COGVIDEOX_MODEL", "mode": "COMBO", "dynamic": "BOOLEAN"},
     {"model": "COGVIDEOX_MODEL"},
+)
+CONTRACT["CogVideoX15Quantize"] = (
+    "CogVideoX-1.5 Quantize",
+    {"model": "COGVIDEOX_MODEL", "method": "COMBO", "text_encoder": "COGVIDEOX_TEXT_ENCODER"},
+    {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "report": "STRING"},
 )
 DEFAULTS = {
     "CogVideoX15Cache": {"method": "first_block", "strength": 0.6, "start": 0.1, "end": 0.95},
@@ -115,6 +121,7 @@ COMBOS = {
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
     ("CogVideoX15ModelLoader", "memory"): ["auto", "gpu", "offload_blocks", "offload_layers", "cpu"],
+    ("CogVideoX15Quantize", "method"): ["int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic"],
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],

@@ -18,14 +18,13 @@ unmodified modules of diffusers (``CogVideoXTransformer3DModel``) and transforme
 
 import math
 import types
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..speed.joint import rotate_, side_by_side
-from .packed import PackedWeight
+from .packed import DynamicWeight, PackedWeight, in_pieces
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
 _TOKEN_EXPONENT = 6
@@ -72,7 +71,7 @@ class RangeSafeLinear(ScaledWeight):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_buffer("column_scale", None, persistent=False)
-        self.packed: PackedWeight | None = None
+        self.packed: PackedWeight | DynamicWeight | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> "RangeSafeLinear":
@@ -91,8 +90,12 @@ class RangeSafeLinear(ScaledWeight):
             norms, _ = _row_norms_and_column_maxima(weight, self.column_scale, device)
         self.scaled_weight, self.row_scale = _scale_rows(weight, self.column_scale, norms, device)
 
-    def load_packed(self, packed: PackedWeight) -> None:
-        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened."""
+    def load_packed(self, packed: PackedWeight | DynamicWeight) -> None:
+        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened; one that is not widened
+        needs none."""
+        if isinstance(packed, DynamicWeight):
+            self.packed, self.scaled_weight, self.row_scale = packed, None, None
+            return
         # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to nothing by that in fp16.
         norms, _ = _row_norms_and_column_maxima(packed.widen(torch.float32), None, packed.data.device)
         exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
@@ -102,9 +105,11 @@ class RangeSafeLinear(ScaledWeight):
 
     def forward(self, x: torch.Tensor, token_scale: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale`` ``[..., 1]`` too."""
+        if isinstance(self.packed, DynamicWeight):
+            return self.packed(x, self.bias, token_scale)
         if token_scale is None:
             x, token_scale = scale_tokens(x if self.column_scale is None else x * self.column_scale)
-        weight = self.scaled_weight if self.packed is None else self.packed.widen(torch.float32).mul_(self.widening).half()
+        weight = self.scaled_weight if self.packed is None else self.packed(torch.float16, self.widening)
         y = F.linear(x, weight)
         if self.row_scale.numel() == 1:
             token_scale = token_scale * self.row_scale
@@ -256,24 +261,13 @@ def _power(exponents: torch.Tensor) -> torch.Tensor:
 def _row_norms_and_column_maxima(weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """L1 norms of the rows, on the host, and magnitudes of the columns' largest weights, of a weight whose columns are divided by ``columns``."""
     norms, largest = [], torch.zeros(weight.shape[1], device=device)
-    for _, rows in _pieces(weight, columns, device):
+    for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
         row_norms = rows.sum(-1)
         # Sums of weights near fp32's largest number pass it.
         norms.append(row_norms if row_norms.isfinite().all() else rows.double().sum(-1))
         largest = torch.maximum(largest, rows.amax(0))
     return torch.cat([norm.double() for norm in norms]).cpu(), largest
-
-
-def _pieces(weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; each piece is the receiver's to change."""
-    # On the host a piece should fit its caches.
-    count = max(1, (1 << (18 if device.type == "cpu" else 24)) // weight.shape[1])
-    buffer = torch.empty(min(count, len(weight)), weight.shape[1], device=device)
-    for start in range(0, len(weight), count):
-        place = slice(start, min(start + count, len(weight)))
-        rows = buffer[: place.stop - start].copy_(weight[place])
-        yield place, rows if columns is None else rows.div_(columns)
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
@@ -294,7 +288,7 @@ def _scale_rows(weight: torch.Tensor, columns: torch.Tensor | None, norms: torch
         exponents[:] = used.max() if len(used) else 0
     divisor = _power(-exponents).to(device)[:, None]
     scaled = torch.empty(weight.shape, dtype=torch.float16, device=device)
-    for place, rows in _pieces(weight, columns, device):
+    for place, rows in in_pieces(weight, device, columns):
         scaled[place] = rows.mul_(divisor[place])
     return nn.Parameter(scaled, requires_grad=False), _power(exponents[:1] if shared else exponents).to(device)
 

@@ -7,18 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-#: Choice -> diffusers' name of the backend, None where PyTorch chooses. The exact ones differ by rounding only.
-BACKENDS = {
-    "auto": None,
-    "sdpa": "native",
-    "cudnn": "_native_cudnn",
-    "flash": "flash",
-    "flash3": "_flash_3",
-    "xformers": "xformers",
-    "sage": "sage",
-}
-#: Those that compute in fewer bits, and so change the picture a little: never taken by ``auto``.
-LOSSY = ("sage",)
+from ..choices import BACKENDS
+
 #: Those that also take fp32.
 _FP32 = ("auto", "sdpa", "xformers")
 #: Choice -> the package it needs, and the CUDA compute capabilities it runs on.

@@ -52,9 +52,13 @@ class JointAttention:
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned, in fp32, by the angles of diffusers' tables
     ``[tokens, channels]``, which hold each angle twice."""
-    turn = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]
     wide = x.float().unflatten(-1, (-1, 2))
-    torch.view_as_complex(wide).mul_(turn)
+    if torch.compiler.is_compiling():
+        # Compilers know no complex numbers, and make one pass of this.
+        (one, other), cos, sin = wide.unbind(-1), cos[:, None, ::2], sin[:, None, ::2]
+        x.copy_(torch.stack([one * cos - other * sin, other * cos + one * sin], dim=-1).flatten(-2))
+        return
+    torch.view_as_complex(wide).mul_(torch.complex(cos[:, ::2], sin[:, ::2])[:, None])
     if x.dtype != torch.float32:
         x.copy_(wide.flatten(-2))
 
@@ -84,7 +88,8 @@ def project_once(module: nn.Module) -> Iterator[None]:
 
 def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
     """``[B, text tokens, C]`` and ``[B, video tokens, C]`` as ``[B, tokens, C]``: a view where they are neighbours in one tensor, else a copy."""
-    neighbours = (
+    # What is compiled is joined by the compiler.
+    neighbours = not torch.compiler.is_compiling() and (
         text.stride() == video.stride()
         and text.stride(2) == 1
         and text.untyped_storage()._cdata == video.untyped_storage()._cdata

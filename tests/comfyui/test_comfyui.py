@@ -214,6 +214,23 @@ def test_the_lora_list_holds_those_of_cogvideox(comfy, files):
     assert sorted(listed) == ["another.safetensors", "my_cogvideox_lora.safetensors"]
 
 
+def test_a_quantized_model_and_text_encoder_run_and_the_node_says_how_far_off_they_are(comfy, prompt):
+    loader = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15ModelLoader")
+    for node in prompt.values():
+        for name, number in (("model", 0), ("text_encoder", 1)):
+            if node["inputs"].get(name) == [loader, number]:
+                node["inputs"][name] = ["quantize", number]
+    inputs = {"model": [loader, 0], "text_encoder": [loader, 1], "method": "int8_dynamic"}
+    prompt["quantize"] = {"class_type": "CogVideoX15Quantize", "inputs": inputs}
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    (report,) = shown["quantize"]
+    assert report.startswith("transformer: int8_dynamic, ")
+    assert "text encoder: int8_weight_only, " in report
+    inputs["method"] = "int4"
+    assert "The method is 'int4', which is not known here" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
+
+
 def test_an_end_image_is_said_to_be_untrained_on_the_sampler(comfy, files):
     prompt = example("image_to_video")
     image = next(key for key, node in prompt.items() if node["class_type"] == "LoadImage")
