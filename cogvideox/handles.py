@@ -25,7 +25,6 @@ from .speed.attention import check_attention
 from .speed.cache import Cache
 from .speed.combine import check_combination
 from .speed.compiled import Compiled
-from .speed.joint import join
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -169,8 +168,6 @@ class Weights:
             quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
             self._module, self._mode = load_module(part, self.precision, device, on_load, quantizer), None
             self._losses = {} if quantizer is None else quantizer.losses
-            if self.kind == "transformer":
-                join(self._module)
             _loaded.add(self)
         return self._module
 

@@ -13,6 +13,7 @@ from ..precision.packed import PackedLinear, PackedWeight
 from ..precision.policy import Precision
 from ..precision.quantize import Quantizer
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
+from ..speed.joint import join
 from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
 
@@ -93,6 +94,8 @@ def load_module(
                 owner._parameters[leaf] = parameter
             else:
                 owner._buffers[leaf] = tensor
+    if part.kind == "transformer":
+        join(module)
     return module.to(device).requires_grad_(False).eval()
 
 
