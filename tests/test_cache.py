@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from diffusers import hooks
-from diffusers.models.transformers import cogvideox_transformer_3d as reference_module
 from safetensors.torch import save_file
 
 from cogvideox import handles as handles_module
@@ -23,6 +22,7 @@ from cogvideox.sampling import sample
 from cogvideox.speed import cache as cache_module
 from cogvideox.speed.cache import Cache
 from cogvideox.speed.compiled import Compiled
+from cogvideox.speed.joint import JointAttention
 from tests import layouts
 from tests.conftest import CPU
 from tests.reference import reference_latents
@@ -116,14 +116,14 @@ class TestStrength:
     @pytest.mark.parametrize("method", CACHES)
     def test_it_is_the_share_skipped_between_start_and_end(self, model, prompts, method, monkeypatch):
         """Counted by the attention itself, too: with every method a block that is skipped, or whose attention is, does not run it."""
-        real, calls = reference_module.CogVideoXAttnProcessor2_0.__call__, []
+        real, calls = JointAttention.__call__, []
 
         @functools.wraps(real)
         def counted(*given, **more):
             calls.append(1)
             return real(*given, **more)
 
-        monkeypatch.setattr(reference_module.CogVideoXAttnProcessor2_0, "__call__", counted)
+        monkeypatch.setattr(JointAttention, "__call__", counted)
         shares, steps = [], 20
         for strength in (0.2, 0.4, 0.6, 0.8):
             calls.clear()

@@ -1,0 +1,137 @@
+"""The joined stream is the unmodified transformer, bit for bit; the attention is the one that was chosen."""
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from cogvideox import choices
+from cogvideox.geometry import rotary_embedding
+from cogvideox.handles import open_handles, with_attention
+from cogvideox.sampling import sample
+from cogvideox.speed import attention as attention_module
+from cogvideox.speed.attention import available, check_attention
+from cogvideox.speed.joint import join, project_once, rotate_, side_by_side
+from cogvideox.variants import full_config
+from tests.conftest import CPU
+from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
+
+HOST = torch.device("cpu")
+
+
+def inputs(module, dtype, batch=2, length=4, height=6, width=10):
+    config = full_config(module.config)
+    draw = torch.Generator().manual_seed(1)
+    return dict(
+        hidden_states=torch.randn(batch, length, config["in_channels"], height, width, generator=draw).to(dtype),
+        encoder_hidden_states=torch.randn(batch, config["max_text_seq_length"], config["text_embed_dim"], generator=draw).to(dtype),
+        timestep=torch.full((batch,), 481),
+        ofs=None if config["ofs_embed_dim"] is None else torch.full((1,), 2.0, dtype=dtype),
+        image_rotary_emb=rotary_embedding(config, length, height, width, HOST),
+        return_dict=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@torch.no_grad()
+def test_a_joined_transformer_gives_the_unmodified_ones_numbers_bit_for_bit(variant, dtype):
+    plain, joined = build_transformer(variant).to(dtype).eval(), build_transformer(variant)
+    joined.load_state_dict(plain.state_dict())
+    joined = join(joined.to(dtype).eval())
+    size = {} if variant.startswith("1.5") else {"length": 2, "height": plain.config.sample_height, "width": plain.config.sample_width}
+    given = inputs(plain, dtype, **size)
+    expected = plain(**given)[0]
+    assert expected.isfinite().all()
+    assert torch.equal(joined(**given)[0], expected)
+    # Nor does it write into what it is given.
+    assert all(torch.equal(tensor, inputs(plain, dtype, **size)[name]) for name, tensor in given.items() if torch.is_tensor(tensor))
+
+
+def test_neighbours_are_joined_without_a_copy_and_strangers_with_one():
+    whole = torch.randn(2, 7, 4)
+    text, video = whole[:, :3], whole[:, 3:]
+    assert side_by_side(text, video).data_ptr() == whole.data_ptr()
+    for one, other in ((text, video.clone()), (video, text), (text[:1], video[1:]), (text, whole[:, 4:])):
+        if one.shape[0] == other.shape[0]:
+            assert torch.equal(side_by_side(one, other), torch.cat([one, other], dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_are_diffusers(dtype):
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    x, angles = torch.randn(2, 30, 3, 64).to(dtype), torch.rand(30, 32).repeat_interleave(2, dim=1) * 7
+    expected = apply_rotary_emb(x.transpose(1, 2), (angles.cos(), angles.sin())).transpose(1, 2)
+    rotate_(x, angles.cos(), angles.sin())
+    assert torch.equal(x, expected)
+
+
+@torch.no_grad()
+def test_a_prompt_is_projected_once_a_run_and_afterwards_nothing_is_left():
+    module, calls = build_transformer("1.5").eval(), []
+    layer = module.patch_embed.text_proj
+    given = inputs(module, torch.float32)
+    plain = module(**given)[0]
+    layer.forward = lambda x: (calls.append(x), type(layer).forward(layer, x))[1]
+    before = layer.forward
+    with project_once(module):
+        assert torch.equal(module(**given)[0], plain)
+        assert torch.equal(module(**given)[0], plain)
+        assert len(calls) == 1
+        # Another prompt is another prompt, even one of the same numbers.
+        module(**given | {"encoder_hidden_states": given["encoder_hidden_states"].clone()})
+        assert len(calls) == 2
+    assert layer.forward is before
+    del layer.forward
+    with project_once(module):
+        pass
+    assert "forward" not in vars(layer)
+
+
+class TestAttention:
+    def test_only_what_will_run_is_listed(self):
+        assert available(HOST) == ("auto", "sdpa")
+
+    @pytest.mark.parametrize("choice", [choice for choice in choices.BACKENDS if choice not in ("auto", "sdpa")])
+    def test_what_will_not_run_is_refused_with_what_is_missing(self, handles, choice):
+        with pytest.raises(ValueError, match=r"will not run here: it needs an NVIDIA card.*Choose one of those that will: auto, sdpa"):
+            with_attention(handles.model, choice)
+
+    def test_16_bits_are_asked_for_where_a_kernel_needs_them(self, monkeypatch):
+        monkeypatch.setattr(attention_module, "_missing", lambda choice, device: None)
+        for choice in ("cudnn", "flash", "flash3", "sage"):
+            check_attention(choice, HOST, torch.float16)
+            with pytest.raises(ValueError, match="16 bits only"):
+                check_attention(choice, HOST, torch.float32)
+
+    def test_a_card_too_old_and_a_package_that_is_not_there_are_told(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert available(torch.device("cuda")) == ("auto", "sdpa")
+        with pytest.raises(ValueError, match=r"does not support this card \(compute capability 7.5\)"):
+            check_attention("sage", torch.device("cuda"), torch.float16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        with pytest.raises(ValueError, match="the package flash_attn is not installed"):
+            check_attention("flash", torch.device("cuda"), torch.float16)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+    def test_what_is_chosen_runs_and_afterwards_the_model_is_as_it_was(self, tiny, monkeypatch, dtype):
+        """PyTorch's plain kernel stands for one that a card would have; fp16 runs range-safe."""
+        monkeypatch.setitem(attention_module.BACKENDS, "sdpa", "_native_math")
+        model = open_handles(tiny, dtype, CPU).model
+        used, latents, prompts = [], torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 226, TEXT_WIDTH)
+        real = torch.nn.attention.sdpa_kernel
+        monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda *kind, **more: (used.append(kind), real(*kind, **more))[1])
+        plain = sample(model, *prompts, latents, seed=1, steps=2)
+        assert not used
+        chosen = sample(with_attention(model, "sdpa"), *prompts, latents, seed=1, steps=2)
+        assert used
+        assert ((chosen - plain).norm() / plain.norm()).item() < 2e-3
+        used.clear()
+        assert torch.equal(sample(model, *prompts, latents, seed=1, steps=2), plain)
+        assert not used
+
+
+def test_the_joined_transformer_is_what_a_checkpoint_loads_to(handles):
+    with handles.model.weights.running() as module:
+        assert isinstance(module, CogVideoXTransformer3DModel)
+        assert all("forward" in vars(block) for block in module.transformer_blocks)
