@@ -1,0 +1,301 @@
+// ComfyUI's page in headless Chromium, for test_page.py and pictures.py: reads one JSON command a line, answers each with one JSON line.
+// Needs playwright-core: the folder of the package in PLAYWRIGHT_CORE, or where node finds it; and a Chromium: its path in CHROMIUM.
+import { createRequire } from 'node:module'
+import { createInterface } from 'node:readline'
+
+const { chromium } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE || 'playwright-core')
+const browser = await chromium.launch({ executablePath: process.env.CHROMIUM || '/usr/bin/chromium' })
+const SECONDS = 1000
+let page, problems
+
+const commands = {
+  // The page, ready for a person. What it asks of other hosts is refused at once: the tests need no network.
+  async open({ url, width, height, scale }) {
+    await page?.context().close()
+    const context = await browser.newContext({ viewport: { width, height }, deviceScaleFactor: scale })
+    await context.route(
+      (asked) => asked.origin !== new URL(url).origin,
+      (route) => route.abort()
+    )
+    page = await context.newPage()
+    page.setDefaultTimeout(30 * SECONDS)
+    problems = []
+    page.on('console', (message) => message.type() === 'error' && problems.push({ text: message.text(), url: message.location().url }))
+    page.on('pageerror', (error) => problems.push({ text: String(error), url: '' }))
+    await page.goto(url)
+    await page.waitForFunction(() => window.app?.vueAppReady && window.app.extensionManager, null, { timeout: 90 * SECONDS })
+    await page.waitForFunction(() => !document.querySelector('.p-blockui-mask'))
+  },
+
+  // Console errors and exceptions since the last call.
+  async problems() {
+    return problems.splice(0)
+  },
+
+  // A file from the file manager, let go over the canvas.
+  async drop({ path, x = 600, y = 400 }) {
+    const protocol = await page.context().newCDPSession(page)
+    const data = { items: [], files: [path], dragOperationsMask: 1 }
+    const before = await page.evaluate(() => window.app.extensionManager.workflow.activeWorkflow?.path)
+    for (const type of ['dragEnter', 'dragOver', 'drop']) await protocol.send('Input.dispatchDragEvent', { type, x, y, data })
+    await page.waitForFunction((path) => window.app.extensionManager.workflow.activeWorkflow?.path !== path, before)
+    await protocol.detach()
+    await settle()
+  },
+
+  // A workflow as data, in a tab of its own.
+  async load({ workflow }) {
+    await page.evaluate((workflow) => window.app.loadGraphData(workflow), workflow)
+    await settle()
+  },
+
+  // One node alone on an empty canvas.
+  async alone({ type }) {
+    await page.evaluate((type) => {
+      window.app.graph.clear()
+      const node = window.LiteGraph.createNode(type)
+      node.pos = [100, 100]
+      window.app.graph.add(node)
+    }, type)
+    await settle()
+  },
+
+  // What the graph shows: nodes with their widgets and sockets, and what has no room.
+  async graph() {
+    return page.evaluate(() => {
+      const missing = (node) => !(node.type in window.LiteGraph.registered_node_types) && !node.isSubgraphNode?.()
+      const slot = ({ name, label, localized_name, type, link, hasErrors }) => ({
+        name, label: label ?? localized_name ?? name, type, link, red: !!hasErrors
+      })
+      return window.app.graph.nodes.map((node) => ({
+        id: node.id,
+        type: node.type,
+        title: node.getTitle(),
+        missing: missing(node),
+        red: !!node.has_errors,
+        box: Array.from(node.getBounding()),
+        size: Array.from(node.size),
+        needs: Array.from(node.computeSize()),
+        inputs: (node.inputs ?? []).map(slot),
+        outputs: (node.outputs ?? []).map(slot),
+        widgets: (node.widgets ?? []).map((widget) => ({
+          name: widget.name,
+          label: widget.label ?? widget.name,
+          type: widget.type,
+          value: widget.value,
+          choices: Array.isArray(widget.options?.values) ? widget.options.values : null,
+          hidden: !!widget.hidden,
+          // A note or a prompt: its text, and whether all of it can be seen.
+          text: widget.element?.innerText ?? null,
+          cut: widget.element ? Math.max(...[widget.element, ...widget.element.children].map((e) => e.scrollHeight - e.clientHeight)) : 0
+        }))
+      }))
+    })
+  },
+
+  async set_widgets({ values }) {
+    await page.evaluate((values) => {
+      for (const node of window.app.graph.nodes)
+        for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name]
+    }, values)
+  },
+
+  // What is on the screen over the canvas: dialogs, and the page's box of errors.
+  async messages() {
+    return page.evaluate(() =>
+      [...document.querySelectorAll('[data-testid="error-overlay"], [role="dialog"], .p-toast-message')]
+        .filter((element) => element.checkVisibility())
+        .map((element) => element.innerText)
+    )
+  },
+
+  async fit() {
+    await page.evaluate(() => {
+      window.app.canvas.deselectAll?.()
+      window.app.canvas.fitViewToSelectionAnimated({ duration: 0 })
+    })
+    await settle()
+  },
+
+  // Puts the upper left corner of the graph's rectangle there, at that scale.
+  async look({ x, y, scale }) {
+    await page.evaluate(({ x, y, scale }) => {
+      const view = window.app.canvas.ds
+      view.scale = scale
+      view.offset[0] = -x
+      view.offset[1] = -y
+      window.app.canvas.setDirty(true, true)
+    }, { x, y, scale })
+    await settle()
+  },
+
+  // Tooltips as the mouse finds them: on every input, widget and output of the only node. {"inputs": {name: text}, "outputs": [text]}
+  async tooltips() {
+    const targets = await page.evaluate(() => {
+      const node = window.app.graph.nodes[0]
+      const widgets = (node.widgets ?? []).filter((widget) => !widget.element && !widget.hidden)
+      const [left, top] = node.pos
+      return {
+        inputs: Object.fromEntries([
+          ...node.inputs.flatMap((input, i) => (input.widget ? [] : [[input.name, Array.from(node.getInputPos(i))]])),
+          ...widgets.map((widget) => [widget.name, [left + node.size[0] / 2, top + widget.last_y + 10]])
+        ]),
+        outputs: node.outputs.map((_, i) => Array.from(node.getOutputPos(i))),
+        title: [left + node.size[0] / 2, top - 15]
+      }
+    })
+    const found = { inputs: {}, outputs: [] }
+    for (const [name, position] of Object.entries(targets.inputs)) found.inputs[name] = await tooltipAt(position)
+    for (const position of targets.outputs) found.outputs.push(await tooltipAt(position))
+    found.title = await tooltipAt(targets.title)
+    return found
+  },
+
+  // The side panel's help of the only node, opened with the node's own (i) button.
+  async help() {
+    await page.evaluate(() => window.app.canvas.select(window.app.graph.nodes[0]))
+    const help = page.locator('.node-help-content .markdown-content')
+    if (!(await page.locator('.node-help-content').isVisible())) await page.getByTestId('info-button').click()
+    await help.waitFor()
+    await page.waitForFunction(() => [...document.querySelectorAll('.node-help-content img')].every((image) => image.complete))
+    return help.evaluate((element) => ({
+      text: element.innerText,
+      pictures: [...element.querySelectorAll('img')].map((image) => ({ src: image.getAttribute('src'), width: image.naturalWidth }))
+    }))
+  },
+
+  // The pack's part of the template browser: {name: width of its thumbnail}
+  async templates({ module }) {
+    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
+    const dialog = page.locator('[role="dialog"]')
+    await dialog.getByText(module, { exact: true }).first().click()
+    await page.locator('[data-testid^="template-workflow-"] img').first().waitFor()
+    await page.waitForFunction(() =>
+      [...document.querySelectorAll('[data-testid^="template-workflow-"] img')].every((image) => image.complete && image.naturalWidth)
+    )
+    return page.evaluate(() =>
+      Object.fromEntries(
+        [...document.querySelectorAll('[data-testid^="template-workflow-"]')].map((card) => [
+          card.dataset.testid.replace('template-workflow-', ''),
+          card.querySelector('img')?.naturalWidth
+        ])
+      )
+    )
+  },
+
+  async open_template({ name }) {
+    await page.getByTestId(`template-workflow-${name}`).click()
+    await page.waitForFunction(() => !document.querySelector('[data-testid^="template-workflow-"]'))
+    await settle()
+  },
+
+  // Finds a node by its name, as the search box that a double click on the canvas opens, and adds it. The new node's index.
+  async add_by_search({ name }) {
+    await page.evaluate(() => window.app.graph.clear())
+    await page.mouse.dblclick(700, 500)
+    await page.keyboard.type(name)
+    await page.getByTestId('result-item').first().waitFor()
+    await page.getByTestId('result-item').first().click()
+    await page.mouse.click(700, 500)
+    await settle()
+  },
+
+  // Presses Run and waits for the end. What the page was told meanwhile, and what its nodes show now.
+  async run({ seconds = 120 }) {
+    await page.evaluate(() => {
+      const seen = (window.seen = { progress: {}, previews: 0, end: null })
+      window.forget?.()
+      const listeners = {
+        progress_state: ({ detail }) => {
+          for (const [id, state] of Object.entries(detail.nodes)) (seen.progress[id] ??= []).push([state.value, state.max])
+        },
+        b_preview_with_metadata: () => seen.previews++,
+        execution_success: () => (seen.end = 'success'),
+        execution_error: () => (seen.end = 'error')
+      }
+      for (const [name, listener] of Object.entries(listeners)) window.app.api.addEventListener(name, listener)
+      window.forget = () => Object.entries(listeners).forEach(([name, listener]) => window.app.api.removeEventListener(name, listener))
+    })
+    await page.getByTestId('queue-button').click()
+    await page.waitForFunction(
+      () => window.seen.end || document.querySelector('[data-testid="error-overlay"]'),
+      null,
+      { timeout: seconds * SECONDS }
+    )
+    return page.evaluate(() => window.seen)
+  },
+
+  // The film on the node that saves: its size once it can be played.
+  async video() {
+    await page.waitForFunction(() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2))
+    return page.evaluate(() => {
+      const video = [...document.querySelectorAll('video')].find((video) => video.readyState >= 2)
+      return { width: video.videoWidth, height: video.videoHeight, seconds: video.duration }
+    })
+  },
+
+  // The error as the side panel has it, opened from the box of errors.
+  async error_details() {
+    await page.getByTestId('error-overlay-see-errors').click()
+    await page.getByTestId('properties-panel').waitFor()
+    await settle()
+    return page.getByTestId('properties-panel').innerText()
+  },
+
+  // The graph as the page's Save writes it, and as it is queued.
+  async save() {
+    return page.evaluate(() => window.app.graph.serialize())
+  },
+  async prompt() {
+    return page.evaluate(async () => (await window.app.graphToPrompt()).output)
+  },
+
+  async evaluate({ script, argument }) {
+    return page.evaluate(`(${script})(${JSON.stringify(argument ?? null)})`)
+  },
+
+  // `clip` in pixels of the page, or the rectangle `around` in the graph's own units.
+  async screenshot({ path, clip, around, format = 'png', quality }) {
+    await settle()
+    if (around) {
+      const [x, y, right, bottom] = await page.evaluate(([x, y, width, height]) => {
+        const view = window.app.canvas.ds
+        const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
+        const place = (x, y) => [left + (x + view.offset[0]) * view.scale, top + (y + view.offset[1]) * view.scale]
+        return [...place(x, y), ...place(x + width, y + height)]
+      }, around)
+      clip = { x, y, width: right - x, height: bottom - y }
+    }
+    await page.screenshot({ path, clip, type: format, quality })
+  }
+}
+
+// Two frames drawn, so that what was asked for is on the screen.
+async function settle() {
+  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)))))
+}
+
+async function tooltipAt([graphX, graphY]) {
+  const [x, y] = await page.evaluate(([x, y]) => {
+    const view = window.app.canvas.ds
+    const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
+    return [left + (x + view.offset[0]) * view.scale, top + (y + view.offset[1]) * view.scale]
+  }, [graphX, graphY])
+  await page.mouse.move(x - 2, y)
+  await page.mouse.move(x, y)
+  const tooltip = page.locator('.node-tooltip')
+  await tooltip.waitFor({ timeout: 2 * SECONDS }).catch(() => {})
+  return (await tooltip.isVisible()) ? await tooltip.innerText() : ''
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const { command, ...options } = JSON.parse(line)
+  let answer
+  try {
+    answer = { result: (await commands[command](options)) ?? null }
+  } catch (error) {
+    answer = { error: String(error.stack ?? error) }
+  }
+  process.stdout.write(JSON.stringify(answer) + '\n')
+}
+await browser.close()
