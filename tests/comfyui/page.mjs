@@ -50,13 +50,14 @@ const commands = {
   },
 
   // One node alone on an empty canvas.
-  async alone({ type }) {
-    await page.evaluate((type) => {
+  async alone({ type, width }) {
+    await page.evaluate(([type, width]) => {
       window.app.graph.clear()
       const node = window.LiteGraph.createNode(type)
       node.pos = [100, 100]
       window.app.graph.add(node)
-    }, type)
+      if (width) node.setSize([width, node.computeSize()[1]])
+    }, [type, width])
     await settle()
   },
 
@@ -117,15 +118,19 @@ const commands = {
     await settle()
   },
 
-  // Puts the upper left corner of the graph's rectangle there, at that scale.
-  async look({ x, y, scale }) {
-    await page.evaluate(({ x, y, scale }) => {
-      const view = window.app.canvas.ds
-      view.scale = scale
-      view.offset[0] = -x
-      view.offset[1] = -y
-      window.app.canvas.setDirty(true, true)
-    }, { x, y, scale })
+  // The rectangle of the graph, in its own units, as large as it fits and not larger than life; and nothing around it when `plain`.
+  async look({ area, plain = false }) {
+    await page.evaluate(([area, plain]) => {
+      const { canvas, extensionManager } = window.app
+      if (plain && !extensionManager.focusMode) extensionManager.toggleFocusMode()
+      canvas.deselectAll()
+      const [x, y, width, height] = area
+      const view = canvas.ds
+      view.scale = Math.min(1, (innerWidth - 40) / width, (innerHeight - 40) / height)
+      view.offset[0] = 20 / view.scale - x
+      view.offset[1] = 20 / view.scale - y
+      canvas.setDirty(true, true)
+    }, [area, plain])
     await settle()
   },
 

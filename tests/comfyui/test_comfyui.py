@@ -11,16 +11,12 @@ import time
 
 import av
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 
-from cogvideox.video import write_mp4
 from tests import layouts, workflows
-from tests.comfyui.server import from_environment
+from tests.comfyui.server import add_example_files, from_environment
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
-from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
+from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_vae
 
 
 @pytest.fixture(scope="module")
@@ -158,19 +154,9 @@ def test_a_single_file_with_a_text_encoder_and_a_vae_in_files_of_their_own(comfy
 
 @pytest.fixture
 def files(comfy):
-    """What the other examples need: an image-to-video checkpoint, a picture, a clip and a LoRA."""
-    models, name = comfy.base / "models", "transformer.transformer_blocks.0.attn1.to_out.0"
-    if not (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
-        build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
-        Image.new("RGB", (200, 100), (200, 120, 40)).save(comfy.base / "input" / "example.png")
-        write_mp4(torch.rand(20, 64, 96, 3), comfy.base / "input" / "input.mp4", 16)
-        (models / "loras").mkdir(exist_ok=True)
-        for file in ("my_cogvideox_lora", "another"):
-            halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
-            save_file(halves, models / "loras" / f"{file}.safetensors")
-        save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, models / "loras" / "sd15.safetensors")
+    add_example_files(comfy.base)
     yield
-    shutil.rmtree(models / "CogVideo" / "CogVideoX1.5-5B-I2V")
+    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
 
 
 @pytest.mark.parametrize("name", ["image_to_video", "video_to_video", "text_to_video_lora"])

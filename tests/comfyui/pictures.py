@@ -1,0 +1,87 @@
+"""Makes every picture of ComfyUI's page that the pack shows: of the help pages, the examples' thumbnails, and those of README.md.
+
+Run from the repository's root, with the variables of the browser tests set: ``python -m tests.comfyui.pictures [help] [thumbnails] [readme]``.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from tests import workflows
+from tests.comfyui.page import HOW, Page, available
+from tests.comfyui.server import add_example_files, from_environment
+from tests.conftest import ROOT
+
+#: No badges with the folder that this script puts the pack into.
+PLAIN = {"Comfy.NodeBadge.NodeSourceBadgeMode": "None", "Comfy.NodeBadge.NodeIdBadgeMode": "None"}
+#: What stands in the nodes of the help pages' pictures, and how wide they are in the graph's own units.
+FILLED = {"prompt": "A giant panda sits on a wooden stool in a sunlit bamboo forest and plays a small acoustic guitar."}
+WIDTH = 350
+MARGIN = 10
+SMALL = {"width": 320, "height": 192, "length": 17, "steps": 10}
+
+
+def help_pictures(page: Page) -> None:
+    folder = ROOT / "web" / "docs" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for node_id in json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8")):
+        page.alone(type=node_id, width=WIDTH)
+        page.set_widgets(values=FILLED)
+        shoot(page, folder / f"{node_id}.png", colours=96)
+
+
+def thumbnails(page: Page) -> None:
+    for path in workflows.FILES:
+        page.load(workflow=workflows.read(path))
+        shoot(page, path.with_suffix(".jpg"), width=1215)
+
+
+def readme_pictures(page: Page) -> None:
+    folder = ROOT / "web" / "docs" / "images"
+    page.load(workflow=workflows.read(ROOT / "example_workflows" / "text_to_video.json"))
+    page.set_widgets(values=SMALL)
+    page.run()
+    page.video()
+    shoot(page, folder / "after_a_run.jpg", width=1600)
+
+
+def shoot(page: Page, path: Path, width: int | None = None, colours: int | None = None) -> None:
+    """The whole graph, tightly, as a picture of that width or of as many pixels as it has."""
+    boxes = [node["box"] for node in page.graph()]
+    left, top = (min(box[i] for box in boxes) - MARGIN for i in (0, 1))
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes) + MARGIN for i in (0, 1))
+    page.look(area=[left, top, right - left, bottom - top], plain=True)
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        page.screenshot(path=file.name, around=[left, top, right - left, bottom - top])
+        picture = Image.open(file.name).convert("RGB")
+    if width:
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    if path.suffix == ".png":
+        picture.quantize(colours).save(path, optimize=True)
+    else:
+        picture.save(path, quality=85, optimize=True)
+
+
+def main(parts: list[str]) -> None:
+    if not available():
+        sys.exit(f"no browser: {HOW}")
+    with tempfile.TemporaryDirectory() as base:
+        comfy = from_environment(Path(base))
+        if comfy is None:
+            sys.exit("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter")
+        try:
+            add_example_files(comfy.base)
+            page = Page(comfy, width=2000, height=1300, scale=1.5, **PLAIN)
+            makers = {"help": help_pictures, "thumbnails": thumbnails, "readme": readme_pictures}
+            for part in parts or makers:
+                makers[part](page)
+            page.close()
+        finally:
+            comfy.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
