@@ -55,6 +55,10 @@ def pipeline(tiny):
 
 @pytest.fixture(scope="session")
 def pack():
+    return load_pack()
+
+
+def load_pack():
     """The pack, loaded as ComfyUI loads a custom node: from its folder, under a name that is not its own."""
     name = "custom_nodes_cogvideox"
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
