@@ -36,11 +36,10 @@ const commands = {
   async drop({ path, x = 600, y = 400 }) {
     const protocol = await page.context().newCDPSession(page)
     const data = { items: [], files: [path], dragOperationsMask: 1 }
-    const before = await page.evaluate(() => window.app.extensionManager.workflow.activeWorkflow?.path)
+    const before = await workflowName()
     for (const type of ['dragEnter', 'dragOver', 'drop']) await protocol.send('Input.dispatchDragEvent', { type, x, y, data })
-    await page.waitForFunction((path) => window.app.extensionManager.workflow.activeWorkflow?.path !== path, before)
+    await anotherThan(before)
     await protocol.detach()
-    await settle()
   },
 
   // A workflow as data, in a tab of its own.
@@ -54,8 +53,9 @@ const commands = {
     await page.evaluate(([type, width]) => {
       window.app.graph.clear()
       const node = window.LiteGraph.createNode(type)
-      node.pos = [100, 100]
+      node.pos = [0, 0]
       window.app.graph.add(node)
+      Object.assign(window.app.canvas.ds, { scale: 1, offset: [150, 200] })
       if (width) node.setSize([width, node.computeSize()[1]])
     }, [type, width])
     await settle()
@@ -110,27 +110,22 @@ const commands = {
     )
   },
 
-  async fit() {
-    await page.evaluate(() => {
-      window.app.canvas.deselectAll?.()
-      window.app.canvas.fitViewToSelectionAnimated({ duration: 0 })
-    })
-    await settle()
-  },
-
-  // The rectangle of the graph, in its own units, as large as it fits and not larger than life; and nothing around it when `plain`.
-  async look({ area, plain = false }) {
-    await page.evaluate(([area, plain]) => {
-      const { canvas, extensionManager } = window.app
-      if (plain && !extensionManager.focusMode) extensionManager.toggleFocusMode()
+  // The whole graph as large as it fits and not larger than life, with a margin for the page's menus, or with none of them when `plain`.
+  async fit({ plain = false } = {}) {
+    await page.evaluate((plain) => {
+      const { canvas, extensionManager, graph } = window.app
+      if (plain !== extensionManager.focusMode) extensionManager.toggleFocusMode()
       canvas.deselectAll()
-      const [x, y, width, height] = area
+      const boxes = graph.nodes.map((node) => node.getBounding())
+      const [x, y] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])))
+      const [right, bottom] = [0, 1].map((i) => Math.max(...boxes.map((box) => box[i] + box[i + 2])))
+      const [left, top] = plain ? [20, 60] : [80, 110]
       const view = canvas.ds
-      view.scale = Math.min(1, (innerWidth - 40) / width, (innerHeight - 40) / height)
-      view.offset[0] = 20 / view.scale - x
-      view.offset[1] = 20 / view.scale - y
+      view.scale = Math.min(1, (innerWidth - left - 20) / (right - x), (innerHeight - top - 20) / (bottom - y))
+      view.offset[0] = left / view.scale - x
+      view.offset[1] = top / view.scale - y
       canvas.setDirty(true, true)
-    }, [area, plain])
+    }, plain)
     await settle()
   },
 
@@ -158,7 +153,7 @@ const commands = {
 
   // The side panel's help of the only node, opened with the node's own (i) button.
   async help() {
-    await page.evaluate(() => window.app.canvas.select(window.app.graph.nodes[0]))
+    await page.mouse.click(150 + 60, 200 - 15)
     const help = page.locator('.node-help-content .markdown-content')
     if (!(await page.locator('.node-help-content').isVisible())) await page.getByTestId('info-button').click()
     await help.waitFor()
@@ -189,9 +184,10 @@ const commands = {
   },
 
   async open_template({ name }) {
+    const before = await workflowName()
     await page.getByTestId(`template-workflow-${name}`).click()
+    await anotherThan(before)
     await page.waitForFunction(() => !document.querySelector('[data-testid^="template-workflow-"]'))
-    await settle()
   },
 
   // Finds a node by its name, as the search box that a double click on the canvas opens, and adds it. The new node's index.
@@ -199,9 +195,12 @@ const commands = {
     await page.evaluate(() => window.app.graph.clear())
     await page.mouse.dblclick(700, 500)
     await page.keyboard.type(name)
-    await page.getByTestId('result-item').first().waitFor()
+    await page.getByTestId('result-item').first().filter({ hasText: name }).waitFor()
     await page.getByTestId('result-item').first().click()
-    await page.mouse.click(700, 500)
+    // It hangs on the mouse until a click.
+    await settle()
+    await page.mouse.move(500, 250)
+    await page.mouse.click(500, 250)
     await settle()
   },
 
@@ -278,6 +277,16 @@ const commands = {
 // Two frames drawn, so that what was asked for is on the screen.
 async function settle() {
   await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)))))
+}
+
+async function workflowName() {
+  return page.evaluate(() => window.app.extensionManager.workflow.activeWorkflow?.path)
+}
+
+async function anotherThan(name) {
+  await page.waitForFunction((name) => window.app.extensionManager.workflow.activeWorkflow?.path !== name, name)
+  await page.waitForFunction(() => !window.app.configuringGraph)
+  await settle()
 }
 
 async function tooltipAt([graphX, graphY]) {

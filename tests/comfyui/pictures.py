@@ -53,7 +53,7 @@ def shoot(page: Page, path: Path, width: int | None = None, colours: int | None 
     boxes = [node["box"] for node in page.graph()]
     left, top = (min(box[i] for box in boxes) - MARGIN for i in (0, 1))
     right, bottom = (max(box[i] + box[i + 2] for box in boxes) + MARGIN for i in (0, 1))
-    page.look(area=[left, top, right - left, bottom - top], plain=True)
+    page.fit(plain=True)
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         page.screenshot(path=file.name, around=[left, top, right - left, bottom - top])
         picture = Image.open(file.name).convert("RGB")
@@ -69,7 +69,7 @@ def main(parts: list[str]) -> None:
     if not available():
         sys.exit(f"no browser: {HOW}")
     with tempfile.TemporaryDirectory() as base:
-        comfy = from_environment(Path(base))
+        comfy = from_environment(Path(base), pack="cogvideox15-pack")
         if comfy is None:
             sys.exit("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter")
         try:

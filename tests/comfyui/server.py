@@ -27,14 +27,18 @@ _ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 class Comfy:
-    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout."""
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout.
 
-    def __init__(self, checkout: Path, python: str, base: Path):
+    ``pack`` is the folder's name that the pack is installed in. In one with spaces all works but what the page fetches from it by its address, help
+    and thumbnails, which aiohttp then does not find.
+    """
+
+    def __init__(self, checkout: Path, python: str, base: Path, pack: str = "a pack with spaces"):
         self.base = base
         build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
         for folder in ("custom_nodes", "input"):
             (base / folder).mkdir(exist_ok=True)
-        (base / "custom_nodes" / "a pack with spaces").symlink_to(ROOT)
+        (base / "custom_nodes" / pack).symlink_to(ROOT)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -130,8 +134,8 @@ def add_example_files(base: Path) -> None:
     save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, models / "loras" / "sd15.safetensors")
 
 
-def from_environment(base: Path) -> Comfy | None:
+def from_environment(base: Path, **options) -> Comfy | None:
     """A server from ``COMFYUI_PATH`` and ``COMFYUI_PYTHON``, or None where there is no checkout."""
     if "COMFYUI_PATH" not in os.environ:
         return None
-    return Comfy(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFYUI_PYTHON", sys.executable), base)
+    return Comfy(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFYUI_PYTHON", sys.executable), base, **options)

@@ -12,7 +12,8 @@ from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.server import add_example_files, from_environment
 from tests.conftest import ROOT
 
-PACK = "a pack with spaces"
+#: As the registry calls the folder.
+PACK = "cogvideox15-pack"
 SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 #: What the tiny files of the tests are called, where an example leaves the choice to its user.
 CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
@@ -24,7 +25,7 @@ NOTES = ("MarkdownNote", "Note")
 def comfy(tmp_path_factory):
     if not available():
         pytest.skip(f"no browser: {HOW} to run these tests")
-    server = from_environment(tmp_path_factory.mktemp("comfyui"))
+    server = from_environment(tmp_path_factory.mktemp("comfyui"), pack=PACK)
     if server is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests")
     add_example_files(server.base)
