@@ -10,8 +10,8 @@ FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 BLOCKS = sorted((ROOT / "subgraphs").glob("*.json"))
 #: The ends of the links that come into a subgraph and go out of it.
 INPUTS, OUTPUTS = -10, -20
-#: Widgets that the page adds and no node declares.
-PAGE_WIDGETS = {"control_after_generate", "preview_mode", "preview_markdown", "preview_text", "previewMode"}
+#: Widgets that the page adds and no node declares. They are saved, and not queued.
+PAGE_WIDGETS = {"upload", "control_after_generate", "preview_mode", "preview_markdown", "preview_text", "previewMode"}
 
 
 def read(path: Path) -> dict:
