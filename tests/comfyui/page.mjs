@@ -65,6 +65,8 @@ const commands = {
   async graph() {
     return page.evaluate(() => {
       const missing = (node) => !(node.type in window.LiteGraph.registered_node_types) && !node.isSubgraphNode?.()
+      // A note holds its rendered text and the box to edit it in, which is not seen.
+      const shown = ({ element }) => (element ? [element, ...element.children].filter((part) => part === element || part.tagName !== 'TEXTAREA') : [])
       const slot = ({ name, label, localized_name, type, link, hasErrors }) => ({
         name, label: label ?? localized_name ?? name, type, link, red: !!hasErrors
       })
@@ -88,10 +90,23 @@ const commands = {
           hidden: !!widget.hidden,
           // A note or a prompt: its text, and whether all of it can be seen.
           text: widget.element?.innerText ?? null,
-          cut: widget.element ? Math.max(...[widget.element, ...widget.element.children].map((e) => e.scrollHeight - e.clientHeight)) : 0
+          cut: Math.max(0, ...shown(widget).map((element) => element.scrollHeight - element.clientHeight))
         }))
       }))
     })
+  },
+
+  // A new node to the right of the only one, with its input at that one's output.
+  async join({ type, output, input }) {
+    await page.evaluate(([type, output, input]) => {
+      const { graph } = window.app
+      const [from] = graph.nodes
+      const to = window.LiteGraph.createNode(type)
+      to.pos = [from.pos[0] + from.size[0] + 60, from.pos[1]]
+      graph.add(to)
+      from.connect(from.findOutputSlot(output), to, to.findInputSlot(input))
+    }, [type, output, input])
+    await settle()
   },
 
   async set_widgets({ values }) {

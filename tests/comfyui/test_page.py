@@ -19,6 +19,8 @@ SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
 LOCALES = ("en", "zh")
 NOTES = ("MarkdownNote", "Note")
+#: What a fresh ComfyUI complains of itself while its page opens: files of the user's that are not there yet.
+AT_START = ("/user.css", "/api/userdata/user.css", "/api/userdata?dir=", "/api/userdata/comfy.templates.json", "graph accessed before initialization")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def shots(tmp_path_factory):
 
 
 def complaints(page):
-    """Console errors and exceptions, without those of asking a host that the tests do not let it reach."""
-    return [problem for problem in page.problems() if not ("net::ERR_FAILED" in problem["text"] and page.url not in problem["url"])]
+    """Console errors and exceptions, but for those of asking a host that the tests do not let it reach."""
+    return [problem for problem in page.problems() if "net::ERR_FAILED" not in problem["text"] or problem["url"].startswith("http://127.0.0.1")]
 
 
 def words(locale):
@@ -75,11 +77,18 @@ def check_graph(graph, path):
         assert node["size"][0] >= node["needs"][0] - 1, node["type"]
         assert node["size"][1] >= node["needs"][1] - 1, node["type"]
         for widget in node["widgets"]:
-            if widget["choices"] is not None and widget["name"] not in CHOICES:
+            if widget["name"] == "model":
+                # The tiny checkpoint's entry goes on with its odd size.
+                assert any(choice.startswith(widget["value"].split(" · ")[0] + " · ") for choice in widget["choices"])
+            elif widget["choices"] is not None and widget["name"] not in CHOICES:
                 assert widget["value"] in widget["choices"], (node["type"], widget["name"])
     for one, other in itertools.combinations(graph, 2):
         (x, y, width, height), (left, top, wide, high) = one["box"], other["box"]
         assert x + width <= left or left + wide <= x or y + height <= top or top + high <= y, (one["title"], other["title"])
+
+
+def test_the_page_opens_without_a_complaint_of_ours(browser):
+    assert [problem for problem in complaints(browser) if not any(known in problem["url"] + problem["text"] for known in AT_START)] == []
 
 
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.stem)
@@ -114,6 +123,7 @@ def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pac
     if not (ROOT / "locales" / locale / "nodeDefs.json").exists():
         pytest.skip(f"no locales/{locale}/nodeDefs.json yet")
     page.reload(**{"Comfy.Locale": locale})
+    page.problems()
     for node_id, wanted in words(locale).items():
         page.alone(type=node_id)
         (node,) = page.graph()
@@ -135,6 +145,7 @@ def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pac
 @pytest.mark.parametrize("locale", LOCALES)
 def test_the_help_panel_shows_every_nodes_page_with_its_picture(page, shots, pack, locale):
     page.reload(**{"Comfy.Locale": locale})
+    page.problems()
     for node_id in pack.NODE_CLASS_MAPPINGS:
         source = ROOT / "web" / "docs" / (f"{node_id}/{locale}.md" if locale != "en" else f"{node_id}.md")
         if not source.exists():
@@ -156,6 +167,7 @@ def node_of(graph, kind):
 
 def test_run_makes_a_video_with_progress_and_the_report_on_the_loader(page, shots):
     page.reload()
+    page.problems()
     page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
     page.set_widgets(values=SMALL)
     seen = page.run()
@@ -176,10 +188,28 @@ def test_run_makes_a_video_with_progress_and_the_report_on_the_loader(page, shot
 
 
 def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
-    page.reload()
     page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
     page.set_widgets(values=SMALL | {"length": 80})
     page.run()
     told = page.error_details()
     page.screenshot(path=shots / "error.png")
     assert "Set it to 65 or 81" in told.split("Stack Trace")[0]
+
+
+def test_the_block_is_found_added_and_run_from_the_page(page, shots):
+    """One node from the search box, its frames into a preview: the page runs what tests/workflows.py says it would."""
+    (path,) = workflows.BLOCKS
+    page.reload()
+    page.problems()
+    page.add_by_search(name=path.stem)
+    page.join(type="SaveVideo", output="video", input="video")
+    assert node_of(page.graph(), "SaveVideo")["inputs"][0]["link"] is not None
+    page.set_widgets(values=SMALL)
+    page.screenshot(path=shots / "block.png")
+    seen = page.run()
+    assert seen["end"] == "success"
+    assert page.video()["width"] == 160
+    assert page.messages() == []
+    assert complaints(page) == []
+    queued, known = page.prompt(), workflows.to_api(page.save())
+    assert {name: node["inputs"] for name, node in queued.items()} == {name: node["inputs"] for name, node in known.items()}
