@@ -49,15 +49,15 @@ const commands = {
   },
 
   // One node alone on an empty canvas.
-  async alone({ type, width }) {
-    await page.evaluate(([type, width]) => {
+  async alone({ type, width, height }) {
+    await page.evaluate(([type, width, height]) => {
       window.app.graph.clear()
       const node = window.LiteGraph.createNode(type)
       node.pos = [0, 0]
       window.app.graph.add(node)
       Object.assign(window.app.canvas.ds, { scale: 1, offset: [150, 200] })
-      if (width) node.setSize([width, node.computeSize()[1]])
-    }, [type, width])
+      if (width) node.setSize([width, height ?? node.computeSize()[1]])
+    }, [type, width, height])
     await settle()
   },
 
@@ -166,9 +166,13 @@ const commands = {
     return found
   },
 
-  // The side panel's help of the only node, opened with the node's own (i) button.
-  async help() {
-    await page.mouse.click(150 + 60, 200 - 15)
+  // The side panel's help of the first node of that type, opened with the node's own (i) button.
+  async help({ type }) {
+    const at = await page.evaluate((type) => {
+      const node = window.app.graph.nodes.find((node) => node.type === type)
+      return [node.pos[0] + 60, node.pos[1] - 15]
+    }, type)
+    await page.mouse.click(...(await onScreen(at)))
     const help = page.locator('.node-help-content .markdown-content')
     if (!(await page.locator('.node-help-content').isVisible())) await page.getByTestId('info-button').click()
     await help.waitFor()
@@ -277,12 +281,9 @@ const commands = {
   async screenshot({ path, clip, around, format = 'png', quality }) {
     await settle()
     if (around) {
-      const [x, y, right, bottom] = await page.evaluate(([x, y, width, height]) => {
-        const view = window.app.canvas.ds
-        const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
-        const place = (x, y) => [left + (x + view.offset[0]) * view.scale, top + (y + view.offset[1]) * view.scale]
-        return [...place(x, y), ...place(x + width, y + height)]
-      }, around)
+      const [left, top, wide, high] = around
+      const [x, y] = await onScreen([left, top])
+      const [right, bottom] = await onScreen([left + wide, top + high])
       clip = { x, y, width: right - x, height: bottom - y }
     }
     await page.screenshot({ path, clip, type: format, quality })
@@ -304,12 +305,17 @@ async function anotherThan(name) {
   await settle()
 }
 
-async function tooltipAt([graphX, graphY]) {
-  const [x, y] = await page.evaluate(([x, y]) => {
-    const view = window.app.canvas.ds
-    const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
-    return [left + (x + view.offset[0]) * view.scale, top + (y + view.offset[1]) * view.scale]
-  }, [graphX, graphY])
+// Where a point of the graph is on the page.
+async function onScreen(point) {
+  return page.evaluate(([x, y]) => {
+    const { canvas, ds } = window.app.canvas
+    const { left, top } = canvas.getBoundingClientRect()
+    return [left + (x + ds.offset[0]) * ds.scale, top + (y + ds.offset[1]) * ds.scale]
+  }, point)
+}
+
+async function tooltipAt(point) {
+  const [x, y] = await onScreen(point)
   await page.mouse.move(x - 2, y)
   await page.mouse.move(x, y)
   const tooltip = page.locator('.node-tooltip')

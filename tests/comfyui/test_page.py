@@ -151,7 +151,7 @@ def test_the_help_panel_shows_every_nodes_page_with_its_picture(page, shots, pac
         if not source.exists():
             pytest.skip(f"no {source.relative_to(ROOT)} yet")
         page.alone(type=node_id)
-        shown = page.help()
+        shown = page.help(type=node_id)
         title = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         assert shown["text"].startswith(title), node_id
         assert [picture["src"].rsplit("/", 1)[-1] for picture in shown["pictures"]] == [f"{node_id}.png"]
@@ -205,11 +205,11 @@ def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     page.join(type="SaveVideo", output="video", input="video")
     assert node_of(page.graph(), "SaveVideo")["inputs"][0]["link"] is not None
     page.set_widgets(values=SMALL)
+    queued, known = page.prompt(), workflows.to_api(page.save())
+    assert {name: node["inputs"] for name, node in queued.items()} == {name: node["inputs"] for name, node in known.items()}
     page.screenshot(path=shots / "block.png")
     seen = page.run()
     assert seen["end"] == "success"
     assert page.video()["width"] == 160
     assert page.messages() == []
     assert complaints(page) == []
-    queued, known = page.prompt(), workflows.to_api(page.save())
-    assert {name: node["inputs"] for name, node in queued.items()} == {name: node["inputs"] for name, node in known.items()}
