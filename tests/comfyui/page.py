@@ -36,7 +36,8 @@ class Page:
     def reload(self, **settings) -> None:
         """Open the page anew, in the language and look that the settings say."""
         # A person who has been here before, and whose mouse rests only for a moment before it gets a tooltip.
-        known = {"Comfy.TutorialCompleted": True, "LiteGraph.Node.TooltipDelay": 20, "Comfy.Locale": "en", "Comfy.Minimap.Visible": False}
+        known = {"Comfy.TutorialCompleted": True, "LiteGraph.Node.TooltipDelay": 20, "Comfy.Locale": "en"}
+        known |= {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
         self._comfy.post("/settings", known | settings)
         self.open(url=self._comfy.url, **self._view)
 

@@ -45,14 +45,15 @@ def thumbnails(page: Page) -> None:
 
 
 def readme_pictures(page: Page) -> None:
-    page.load(workflow=workflows.read(ROOT / "example_workflows" / "text_to_video.json"))
+    page.fit()
+    page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
     page.set_widgets(values=SMALL)
     page.fit()
-    page.run()
+    page.run(seconds=300)
     page.video()
     shoot(page, IMAGES / "after_a_run.jpg", width=1400)
     page.fit()
-    page.help(type="CogVideoX15ModelLoader")
+    page.help(type="CogVideoX15BlackFrameCheck")
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         page.screenshot(path=file.name)
         save(Image.open(file.name), IMAGES / "help_beside_the_graph.jpg", width=1400)
