@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .choices import ON_BLACK
+from .choices import ON_BLACK, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,7 @@ def enforce(report: BlackFrameReport, action: str) -> None:
         BlackVideoError: if ``action`` is ``stop`` and the verdict is ``black``.
         ValueError: for an unknown action.
     """
-    if action not in ON_BLACK:
-        raise ValueError(f"The action is {action!r}, which is not known here. Choose stop, warn or pass.")
+    check_choice("action", action, ON_BLACK)
     if action == "stop" and report.verdict == "black":
         raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.text}\n{report.advice}")
     if action == "warn" and report.verdict != "ok":
@@ -171,5 +170,14 @@ def _check_input(images: torch.Tensor, *thresholds: float) -> None:
             "Connect the IMAGE output of a decoder."
         )
     for name, value in zip(("pixel_black_threshold", "picture_black_ratio", "video_black_ratio"), thresholds, strict=True):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} is {value}, but it is a share between 0 and 1. The default follows ffmpeg's blackdetect.")
+        check_share(name, value)
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a threshold that is no share.
+
+    Raises:
+        ValueError: outside 0..1.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value}, but it is a share between 0 and 1. The default follows ffmpeg's blackdetect.")

@@ -42,15 +42,34 @@ def check_size(width: int, height: int) -> None:
     Raises:
         ValueError: with the nearest sizes that work.
     """
-    for name, value in (("width", width), ("height", height)):
-        if value < SIZE_STEP or value % SIZE_STEP:
-            below = max(SIZE_STEP, value // SIZE_STEP * SIZE_STEP)
-            above = max(value // SIZE_STEP + 1, 1) * SIZE_STEP
-            near = f"{below}" if above == below else f"{below} or {above}"
-            raise ValueError(
-                f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 times and "
-                f"the transformer reads it in patches of 2 x 2. Set it to {near}."
-            )
+    check_side("width", width)
+    check_side("height", height)
+
+
+def check_side(name: str, value: int) -> None:
+    """Refuse a width or height in pixels that the model's patches do not divide.
+
+    Raises:
+        ValueError: with the nearest values that work.
+    """
+    if value < SIZE_STEP or value % SIZE_STEP:
+        below = max(SIZE_STEP, value // SIZE_STEP * SIZE_STEP)
+        above = max(value // SIZE_STEP + 1, 1) * SIZE_STEP
+        near = f"{below}" if above == below else f"{below} or {above}"
+        raise ValueError(
+            f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 times and "
+            f"the transformer reads it in patches of 2 x 2. Set it to {near}."
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch without a video.
+
+    Raises:
+        ValueError: for less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"The batch size is {batch_size}, so there would be no video to make. Set it to 1 or more.")
 
 
 def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
@@ -66,8 +85,7 @@ def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, fram
     """
     check_size(width, height)
     check_frames(frames, frame_step)
-    if batch_size < 1:
-        raise ValueError(f"The batch size is {batch_size}, so there would be no video to make. Set it to 1 or more.")
+    check_batch_size(batch_size)
     shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
     return torch.zeros(batch_size, LATENT_CHANNELS, *shape)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
-from .choices import MEMORY, MODES
+from .choices import MEMORY, MODES, check_choice
 from .lora import Lora, open_lora
 from .memory import free_bytes
 from .precision.hardware import Hardware
@@ -236,8 +236,7 @@ def make_handles(
     checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix", memory: str = "auto"
 ) -> Handles:
     """The handles of a checkpoint that is open already: ``open_handles`` in one step."""
-    if memory not in MEMORY:
-        raise ValueError(f"memory is {memory!r}, which is not known here. Choose one of {', '.join(MEMORY)}.")
+    check_choice("memory", memory, MEMORY)
     hardware = hardware or Hardware.detect()
     if memory == "cpu" and hardware.device.type != "cpu":
         hardware = Hardware.detect("cpu", hardware.forced)

@@ -13,20 +13,21 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .choices import MODES, SCHEDULERS
+from .choices import MODES, SCHEDULERS, check_choice
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
 from .memory import plan_memory
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
-from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TRAINED_STEPS, full_config
 
 logger = logging.getLogger(__name__)
 
 #: ``ofs`` of the reference's image-to-video pipeline.
 _OFS = 2.0
-#: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the device).
+#: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the device). ``sample`` gives
+#: those of the video, without padding.
 StepCallback = Callable[[int, int, torch.Tensor], None]
 
 
@@ -84,6 +85,7 @@ def sample(
     noise_schedule, timesteps = plan_steps(model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise)
     config = full_config(model.weights.config)
     batch = latents.shape[0]
+    check_guidance(cfg)
     guided = cfg > 1.0
     if guided and negative is None:
         raise ValueError(f"cfg is {cfg}, which needs a negative prompt to guide away from, and none is connected. Connect one or set cfg to 1.")
@@ -134,7 +136,7 @@ def sample(
                     cfg=cfg,
                     dynamic_cfg=dynamic_cfg,
                     generator=generator,
-                    on_step=on_step,
+                    on_step=None if on_step is None else lambda done, total, clean: on_step(done, total, clean[:, :, padding:]),
                 )
             )
         except OutOfMemory as error:
@@ -242,31 +244,45 @@ def make_scheduler(config: Mapping, name: str):
     Raises:
         ValueError: for a name that is not one of ``SCHEDULERS``.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"The scheduler is {name!r}, which CogVideoX was not made for. Choose one of {', '.join(SCHEDULERS)}.")
+    check_choice("scheduler", name, SCHEDULERS)
     import diffusers
 
     return getattr(diffusers, SCHEDULERS[name]).from_config(dict(config))
 
 
 def schedule_timesteps(scheduler, steps: int, denoise: float) -> torch.Tensor:
-    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run.
+    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run, as ``steps_to_run`` counts them."""
+    count = steps_to_run(steps, denoise, scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps[steps - count :]
+
+
+def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> int:
+    """How many of ``steps`` run at this ``denoise``: ``int(steps * denoise)``, as the reference's video-to-video pipeline counts them.
 
     Raises:
         ValueError: if no step would run, or more than the model was trained with.
     """
-    trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
         raise ValueError(f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card uses 50.")
     if not 0.0 <= denoise <= 1.0:
         raise ValueError(f"denoise is {denoise}, but it is a share between 0 and 1: how much of the video is made anew. Set it to 1 to make all.")
-    scheduler.set_timesteps(steps)
     count = min(int(steps * denoise), steps)
     if count == 0:
         raise ValueError(
             f"denoise {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise denoise to {1 / steps:.3g} or more, or steps."
         )
-    return scheduler.timesteps[steps - count :]
+    return count
+
+
+def check_guidance(cfg: float) -> None:
+    """Refuse a guidance that neither is off nor guides.
+
+    Raises:
+        ValueError: for less than 1, or what is no number.
+    """
+    if not 1.0 <= cfg < math.inf:
+        raise ValueError(f"cfg is {cfg}, but guidance begins at 1, where it is off: less would lead away from the prompt. The model card uses 6.")
 
 
 def _step(scheduler, prediction, previous_clean, timestep, earlier, latents, generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,6 +50,16 @@ class Plane:
         return mean, (shares * (variances + (means - mean).square())).sum(0)
 
 
+class _Held:
+    """Bytes that are held on the device."""
+
+    def __init__(self):
+        self.nbytes = 0
+
+    def add(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+
+
 class Strips:
     """Runs a VAE's encoder or decoder chunk by chunk over one video, keeping what each convolution has to know of the frames before.
 
@@ -66,7 +76,7 @@ class Strips:
     ):
         self.module, self._dtype, self._device, self._on_strip = module, dtype, device, on_strip
         self._groups = module.config.norm_num_groups
-        self._budget, self._held = budget, 0
+        self._budget, self._held = budget, _Held()
         most = _STRIP_BYTES["cpu" if device.type == "cpu" else "other"]
         self._strip_bytes = most if budget is None else max(_MIN_STRIP_BYTES, min(most, budget // 8))
         self._past: dict[str, torch.Tensor] = {}
@@ -272,20 +282,18 @@ class Strips:
 
     def _keep(self, shape: tuple[int, ...]) -> torch.Tensor:
         nbytes = torch.Size(shape).numel() * self._dtype.itemsize
-        fits = self._budget is None or self._held + nbytes + 2 * self._strip_bytes <= self._budget
+        fits = self._budget is None or self._held.nbytes + nbytes + 2 * self._strip_bytes <= self._budget
         if not fits:
             return self._away(shape, self._dtype)
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self._held += nbytes
-        weakref.finalize(tensor, self._let_go, nbytes)
+        self._held.add(nbytes)
+        # Not a method of ours: what a finalizer refers to lives as long as the tensor, and we hold tensors.
+        weakref.finalize(tensor, self._held.add, -nbytes)
         return tensor
 
     def _away(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Room in the host's memory."""
         return torch.empty(shape, dtype=dtype)
-
-    def _let_go(self, nbytes: int) -> None:
-        self._held -= nbytes
 
     def _rows(self, numbers: int, height: int) -> int:
         """Rows of a strip whose tensors hold ``numbers`` numbers a row: as many as its bytes allow."""

@@ -1,10 +1,12 @@
 """Prompt to embeddings: T5 as the reference pipeline runs it (padded to the maximum, no attention mask)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .checkpoint.layout import has_tokenizer
 from .handles import TextEncoder
@@ -31,6 +33,7 @@ def encode_prompt(
     on_nan: str = "heal",
     on_load: Callable[[int, int], None] | None = None,
     on_heal: Callable[[str], None] | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
 ) -> EncodedPrompt:
     """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
 
@@ -38,6 +41,7 @@ def encode_prompt(
         on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop`` raises.
         on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
         on_heal: called with a sentence for the user when the encoding had to be healed.
+        on_layer: called with (layers done, layers in all) after each layer of the encoder; an exception it raises (an interruption) ends the run.
 
     Returns:
         Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
@@ -64,8 +68,25 @@ def encode_prompt(
     if note:
         notes.append(note)
     with Sentinel(encoder.weights, on_nan, on_load, on_heal, mode=encoder.weights.fitting_mode()) as sentinel, torch.no_grad():
-        embeddings = sentinel.run(lambda module, _: module(ids.to(encoder.weights.device))[0], "encoding the prompt")
+
+        def encode(module: nn.Module, _) -> torch.Tensor:
+            with _layers_told(module, on_layer):
+                return module(ids.to(encoder.weights.device))[0]
+
+        embeddings = sentinel.run(encode, "encoding the prompt")
     return EncodedPrompt(embeddings.to("cpu", copy=True), cut, tuple(notes))
+
+
+@contextmanager
+def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Tell of each layer of a T5 encoder that is done."""
+    layers = module.encoder.block if on_layer is not None else ()
+    hooks = [layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers))) for done, layer in enumerate(layers, 1)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _load_tokenizer(encoder: TextEncoder):

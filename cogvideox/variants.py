@@ -14,6 +14,8 @@ LATENT_CHANNELS = 16
 #: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
 SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 4
+#: Timesteps of the noise schedule that every released model was trained with.
+TRAINED_STEPS = 1000
 #: Tokens of the text encoder when a config does not say (all released models: 226).
 DEFAULT_TEXT_TOKENS = 226
 
@@ -57,7 +59,7 @@ class Variant:
         """The noise schedule it was trained with, as ``scheduler_config.json`` of the releases has it."""
         return {
             "_class_name": "CogVideoXDDIMScheduler",
-            "num_train_timesteps": 1000,
+            "num_train_timesteps": TRAINED_STEPS,
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",

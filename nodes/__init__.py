@@ -1,5 +1,6 @@
 """What a person sees in the graph: one file a node."""
 
+from . import host
 from .black_frame_check import BlackFrameCheck
 from .downloader import Downloader
 from .empty_latent import EmptyLatent
@@ -25,3 +26,4 @@ _NODES = {
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
+host.serve_files()

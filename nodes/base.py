@@ -17,6 +17,23 @@ LENGTH = (
 )
 
 
+def refusal(*checks: tuple) -> str | bool:
+    """What ``VALIDATE_INPUTS`` answers when the graph is queued: True, or the engine's sentences about the widgets that cannot run.
+
+    Args:
+        checks: functions of the engine that raise ValueError, each with its arguments. A check with an argument that another node will give,
+            and so is None as yet, is left to the run.
+    """
+    said = []
+    for check, *values in checks:
+        if not any(value is None for value in values):
+            try:
+                check(*values)
+            except ValueError as error:
+                said.append(str(error))
+    return "\n".join(said) or True
+
+
 class Node:
     """A node whose work is ``execute``. Running it first checks the dependencies, so that a missing one is told in a sentence."""
 

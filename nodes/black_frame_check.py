@@ -1,15 +1,15 @@
 """CogVideoX-1.5 Black Frame Check: no black video is saved unseen."""
 
-from ..cogvideox.choices import ON_BLACK
+from ..cogvideox.choices import ON_BLACK, check_choice
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 
 class BlackFrameCheck(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Black Frame Check"
     DESCRIPTION = (
         "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which turn black when saved. "
-        "Works behind any model."
+        "Shows the frames it objects to. Works behind any model."
     )
     SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video"]
     RETURN_TYPES = ("IMAGE", "BOOLEAN", "INT", "STRING")
@@ -63,9 +63,29 @@ class BlackFrameCheck(Node):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
+        from ..cogvideox.black_frames import check_share
+
+        return refusal(
+            (check_choice, "action", action, ON_BLACK),
+            (check_share, "pixel_black_threshold", pixel_black_threshold),
+            (check_share, "picture_black_ratio", picture_black_ratio),
+            (check_share, "video_black_ratio", video_black_ratio),
+        )
+
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):
-        from ..cogvideox.black_frames import check_black_frames, enforce
+        from ..cogvideox.black_frames import BlackVideoError, check_black_frames, enforce
+        from ..cogvideox.contact_sheet import contact_sheet
 
         report = check_black_frames(images, pixel_black_threshold, picture_black_ratio, video_black_ratio, on_frame=host.progress())
-        enforce(report, action)
-        return images, report.verdict == "black", len(report.black_frames), report.text
+        host.show(report.text)
+        sheet = contact_sheet(images, report)
+        pictures = {} if sheet is None else host.pictures(sheet)
+        try:
+            enforce(report, action)
+        except BlackVideoError:
+            host.show_pictures(pictures)
+            raise
+        outputs = images, report.verdict == "black", len(report.black_frames), report.text
+        return {"ui": pictures, "result": outputs} if pictures else outputs

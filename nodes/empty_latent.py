@@ -1,7 +1,7 @@
 """Empty CogVideoX-1.5 Latent: the size and length of the video to make."""
 
-from ..cogvideox.geometry import empty_latent
-from .base import LENGTH, SIZE, Node
+from ..cogvideox.geometry import check_batch_size, check_frames, check_side, empty_latent
+from .base import LENGTH, SIZE, Node, refusal
 
 
 class EmptyLatent(Node):
@@ -28,6 +28,10 @@ class EmptyLatent(Node):
                 ),
             }
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
+        return refusal((check_side, "width", width), (check_side, "height", height), (check_frames, length), (check_batch_size, batch_size))
 
     def execute(self, width, height, length, batch_size=1):
         return ({"samples": empty_latent(width, height, length, batch_size)},)

@@ -4,16 +4,20 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
+import re
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..cogvideox.checkpoint.catalogue import Entry
     from ..cogvideox.handles import Weights
     from ..cogvideox.precision.hardware import Hardware
@@ -32,6 +36,39 @@ if IN_COMFYUI:
     from server import PromptServer
 
     folder_paths.add_model_folder_path("CogVideo", str(Path(folder_paths.models_dir) / "CogVideo"))
+
+
+def serve_files() -> None:
+    """Serve the help pages and the example workflows where ComfyUI's page asks for them, whatever the pack's folder is called.
+
+    ComfyUI serves both under the folder's name. But aiohttp finds no static route whose path holds a space or a letter beyond ASCII
+    (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. Those routes, and other packs', come before
+    these, as they are more specific.
+    """
+    server = getattr(PromptServer, "instance", None) if IN_COMFYUI else None
+    if server is None:
+        return
+    pack = Path(__file__).parents[1]
+    for address, folder in (("extensions", "web"), ("workflow_templates", "example_workflows")):
+        server.routes.get(f"/{address}/{{pack:{names_in_urls(pack.name)}}}/{{path:.+}}")(_send_from((pack / folder).resolve()))
+
+
+def names_in_urls(folder: str) -> str:
+    """A regular expression, without braces, for the names under which the page knows the pack in ``folder``: its own, and it cut at dots."""
+    names = {folder, re.split(r"[.@]", folder)[0]} - {""}
+    return "|".join("".join(f"\\U{ord(letter):08x}" for letter in name) for name in sorted(names))
+
+
+def _send_from(root: Path):
+    from aiohttp import web
+
+    async def send(request):
+        path = (root / request.match_info["path"]).resolve()
+        if not (path.is_file() and path.is_relative_to(root)):
+            raise web.HTTPNotFound()
+        return web.FileResponse(path)
+
+    return send
 
 
 def checkpoints() -> "list[Entry]":
@@ -204,6 +241,26 @@ def show(text: str) -> None:
         server.send_progress_text(text, context.node_id)
 
 
+def pictures(picture: "Image") -> dict:
+    """What a node returns as its ``ui`` to show a picture on it, kept in ComfyUI's temp folder; nothing without ComfyUI."""
+    if not IN_COMFYUI:
+        return {}
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"cogvideox15_{uuid.uuid4().hex}.png"
+    picture.save(folder / name, compress_level=1)
+    return {"images": [{"filename": name, "subfolder": "", "type": "temp"}]}
+
+
+def show_pictures(pictures: dict) -> None:
+    """Show what ``pictures`` gave on the node that is running, now: for a node that is about to raise an error, and so returns nothing."""
+    context = comfy_execution.utils.get_executing_context() if IN_COMFYUI else None
+    server = getattr(PromptServer, "instance", None) if context is not None else None
+    if pictures and server is not None:
+        told = {"node": context.node_id, "display_node": context.node_id, "output": pictures, "prompt_id": context.prompt_id}
+        server.send_sync("executed", told, server.client_id)
+
+
 def make_room(weights: "Weights", room: int = 0) -> None:
     """Tell ComfyUI that a part is about to run on its device, and needs ``room`` bytes beside its weights: it unloads other models for that, and
     from now on knows of this one, to unload it in its turn when others need room."""
@@ -307,3 +364,30 @@ def progress() -> Callable[..., None]:
         bar.update_absolute(done, total)
 
     return report
+
+
+def sampling_progress(fps: int) -> Callable[[int, int, torch.Tensor], None]:
+    """``progress`` for the sampler, with a preview of the video so far, at the model's frames a second, where ComfyUI's setting asks for one.
+
+    The preview is an animated PNG: pages that show it as an image play it, others show its first frame.
+    """
+    if not IN_COMFYUI or comfy.cli_args.args.preview_method == comfy.cli_args.LatentPreviewMethod.NoPreviews:
+        return progress()
+    from ..cogvideox.preview import preview_frames
+    from ..cogvideox.variants import TEMPORAL_COMPRESSION
+
+    size, milliseconds = getattr(comfy.cli_args.args, "preview_size", 512), 1000 * TEMPORAL_COMPRESSION // fps
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int, clean: torch.Tensor) -> None:
+        stop_if_cancelled()
+        frames = preview_frames(clean, size)
+        # The server asks the picture to save itself, and knows of one frame only.
+        frames[0].save = partial(_save_animation, frames, milliseconds)
+        bar.update_absolute(done, total, ("PNG", frames[0], None))
+
+    return report
+
+
+def _save_animation(frames: "list[Image]", milliseconds: int, file, *_, **__) -> None:
+    type(frames[0]).save(frames[0], file, "PNG", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, compress_level=1)

@@ -3,7 +3,7 @@
 import logging
 
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,8 @@ class LoraLoader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, lora_name):
-        try:
-            host.lora_path(lora_name)
-        except ValueError as error:
-            return str(error)
-        return True
+    def VALIDATE_INPUTS(cls, lora_name=None):
+        return refusal((host.lora_path, lora_name))
 
     @classmethod
     def IS_CHANGED(cls, lora_name, **_):

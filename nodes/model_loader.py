@@ -2,9 +2,9 @@
 
 import logging
 
-from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH
+from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,14 @@ class ModelLoader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model, text_encoder_name=_AUTO, vae_name=_AUTO):
-        try:
-            host.checkpoint_path(model)
-            _chosen_parts(text_encoder_name, vae_name)
-        except ValueError as error:
-            return str(error)
-        return True
+    def VALIDATE_INPUTS(cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=_AUTO, vae_name=_AUTO):
+        return refusal(
+            (host.checkpoint_path, model),
+            (check_choice, "dtype", dtype, DTYPES),
+            (check_choice, "on_mismatch", on_mismatch, ON_MISMATCH),
+            (check_choice, "memory", memory, MEMORY),
+            (_chosen_parts, text_encoder_name, vae_name),
+        )
 
     @classmethod
     def IS_CHANGED(cls, model, text_encoder_name=_AUTO, vae_name=_AUTO, **_):

@@ -2,9 +2,9 @@
 
 import logging
 
-from ..cogvideox.choices import ON_NAN, SCHEDULERS
+from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from . import host
-from .base import Node
+from .base import Node, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,8 @@ class Sampler(Node):
     DESCRIPTION = (
         "Makes the video's latents from noise and a prompt, and from an image or a video, step by step, exactly as diffusers' pipelines do for "
         "the same seed. "
-        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Can be cancelled between two steps."
+        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Shows a preview while it runs, where "
+        "ComfyUI's settings have one. Can be cancelled between two steps."
     )
     SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
     RETURN_TYPES = ("LATENT",)
@@ -93,6 +94,17 @@ class Sampler(Node):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None):
+        from ..cogvideox.sampling import check_guidance, steps_to_run
+
+        return refusal(
+            (steps_to_run, steps, denoise),
+            (check_guidance, cfg),
+            (check_choice, "scheduler", scheduler, SCHEDULERS),
+            (check_choice, "on_nan", on_nan, ON_NAN),
+        )
+
     def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
@@ -114,7 +126,7 @@ class Sampler(Node):
                 denoise=denoise,
                 dynamic_cfg=dynamic_cfg,
                 on_nan=on_nan,
-                on_step=host.progress(),
+                on_step=host.sampling_progress(model.variant.fps),
                 on_load=host.progress(),
                 on_heal=host.show,
                 on_note=host.show,

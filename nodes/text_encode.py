@@ -49,7 +49,7 @@ class TextEncode(Node):
             check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")
             return ([[embeddings, {}]],)
         host.make_room(text_encoder.weights)
-        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show)
+        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show, on_layer=host.progress())
         for note in encoded.notes:
             logger.warning("%s", note)
         return ([[encoded.embeddings, {}]],)

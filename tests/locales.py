@@ -1,8 +1,8 @@
 """The English words of the nodes as ComfyUI's page reads them: ``python -m tests.locales`` writes them into locales/en.
 
-The format of ``nodeDefs.json`` is that of the page's own: by node id a ``display_name``, a ``description``, ``inputs`` by name and ``outputs`` by index,
-each with ``name`` and ``tooltip``. Without the file the page shows what the classes declare, which is the same; it is there for translators, and
-as what the page falls back to.
+The format of ``nodeDefs.json`` is that of the page's own: by node id a ``display_name``, a ``description``, ``inputs`` by name and
+``outputs`` by index, each with ``name`` and ``tooltip``. Without the file the page shows what the classes declare, which is the same;
+translators start from it.
 """
 
 import json

@@ -56,20 +56,6 @@ def test_the_registry_accepts_the_metadata():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_a_help_page_names_every_input_and_every_choice_of_its_node(pack, page):
-    types = pack.NODE_CLASS_MAPPINGS[page.stem].INPUT_TYPES()
-    text = page.read_text(encoding="utf-8")
-    for name, (kind, *_) in (types["required"] | types.get("optional", {})).items():
-        assert f"`{name}`" in text
-        for choice in kind if isinstance(kind, list) and name != "model" else ():
-            assert f"`{choice}`" in text or f"= {choice}`" in text
-
-
-def test_the_page_finds_the_help(pack):
-    assert (ROOT / pack.WEB_DIRECTORY / "docs").samefile(ROOT / "web" / "docs")
-
-
 @pytest.mark.parametrize("found", [None, "0.1.0"])
 def test_a_missing_or_old_package_is_told_with_the_command_to_install_it(pack, monkeypatch, found):
     inside = sys.modules[f"{pack.__name__}.cogvideox.dependencies"]

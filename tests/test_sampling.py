@@ -143,7 +143,7 @@ def test_progress_is_told_at_every_step_with_the_predicted_video(handles, prompt
         steps=3,
         on_step=lambda done, total, clean: seen.append((done, total, clean.shape)),
     )
-    assert seen == [(step, 3, (1, 16, 6, 6, 10)) for step in (1, 2, 3)]
+    assert seen == [(step, 3, (1, 16, 5, 6, 10)) for step in (1, 2, 3)]
 
 
 def test_a_run_can_be_interrupted_between_steps_and_the_model_used_again(handles, prompts):

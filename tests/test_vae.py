@@ -1,5 +1,7 @@
 """Frames and latents are the reference's, whatever memory there is for them, and no run is lost to a full card."""
 
+import gc
+
 import pytest
 import torch
 from einops import rearrange
@@ -138,6 +140,25 @@ def test_it_can_be_stopped_between_strips_and_the_vae_used_again(handles):
     with pytest.raises(KeyboardInterrupt):
         decode(handles.vae, latents, on_strip=stop)
     assert torch.equal(decode(handles.vae, latents), expected)
+
+
+def test_nothing_of_a_run_outlives_it(handles):
+    """What the convolutions kept of earlier frames is gone, on whatever device, when the frames are there."""
+
+    def alive():
+        gc.collect()
+        return [thing for thing in gc.get_objects() if type(thing) is Strips]
+
+    before = len(alive())
+    images = decode(handles.vae, torch.randn(1, 16, 3, 4, 6))
+    encode(handles.vae, images)
+    with pytest.raises(KeyboardInterrupt):
+        decode(handles.vae, torch.randn(1, 16, 3, 4, 6), on_chunk=_interrupt)
+    assert len(alive()) == before
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_latent_of_another_model_is_refused(handles):

@@ -129,6 +129,9 @@ def _files(root: Path) -> dict[str, os.stat_result]:
                     elif entry.name.endswith(_LISTED):
                         here[entry.path] = entry.stat()
                 found |= here or {}
+        except FileNotFoundError:
+            # ComfyUI registers folders that need not be there.
+            continue
         except OSError as error:
             logger.info("A folder is passed over: %s", error)
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint.layout import PARTS, Checkpoint, Part
-from ..choices import DTYPES, ON_MISMATCH
+from ..choices import DTYPES, ON_MISMATCH, check_choice
 from ..variants import Variant
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
 from .packed import FP8_DTYPES
@@ -149,10 +149,8 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
     Raises:
         ValueError: for an unknown choice, or a mismatch if ``on_mismatch`` is ``stop``.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"The dtype is {choice!r}, which is not known here, so nothing can be planned. Choose one of {', '.join(CHOICES)}.")
-    if on_mismatch not in ON_MISMATCH:
-        raise ValueError(f"on_mismatch is {on_mismatch!r}, which is not known here. Choose one of {', '.join(ON_MISMATCH)}.")
+    check_choice("dtype", choice, CHOICES)
+    check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
     parts = []
     for kind, part in checkpoint.parts.items():
         asked, asker = CHOICES[choice], _Asker(f"dtype {choice} was chosen", "Choose auto")

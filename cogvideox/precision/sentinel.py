@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import PARTS
-from ..choices import MODES, ON_NAN
+from ..choices import MODES, ON_NAN, check_choice
 from .hardware import dtype_name
 from .policy import Precision, safer
 
@@ -102,8 +102,7 @@ class Sentinel:
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
-        if on_nan not in ON_NAN:
-            raise ValueError(f"on_nan is {on_nan!r}, which is not known here. Choose one of {', '.join(ON_NAN)}.")
+        check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
         self._prepare, self._mode = prepare, mode
         self.module: nn.Module | None = None

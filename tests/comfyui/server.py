@@ -1,5 +1,6 @@
 """A real ComfyUI for the tests: started once, in a folder of its own, with the pack and a tiny checkpoint in it."""
 
+import http.client
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,16 +24,57 @@ from cogvideox.video import write_mp4
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint
 
-#: ComfyUI's protocol.py: the binary message that carries a text for a node.
-_TEXT_EVENT = 3
+#: ComfyUI's protocol.py: the binary messages that carry a text for a node, and a preview with what it is of.
+_TEXT_EVENT, _PREVIEW_EVENT = 3, 4
 _ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
-class Comfy:
-    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout.
+#: A custom node of the tests' own that counts what is alive in the server's process.
+_PROBE = """
+import gc
+from aiohttp import web
+from server import PromptServer
 
-    ``pack`` is the folder's name that the pack is installed in. In one with spaces all works but what the page fetches from it by its address, help
-    and thumbnails, which aiohttp then does not find.
+NODE_CLASS_MAPPINGS = {}
+
+@PromptServer.instance.routes.get("/cogvideox15_test/alive")
+async def alive(_):
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects()]
+    parts = ("CogVideoXTransformer3DModel", "T5EncoderModel", "AutoencoderKLCogVideoX")
+    return web.json_response(
+        {
+            "weights": sum(kind.__name__ == "Weights" and kind.__module__.endswith("cogvideox.handles") for kind in kinds),
+            "modules": sum(kind.__name__ in parts for kind in kinds),
+        }
+    )
+"""
+
+
+@dataclass
+class Told:
+    """What the page was told while a prompt ran.
+
+    Attributes:
+        texts: those shown on nodes, by node id.
+        events: the messages, in order.
+        previews: what each is of, and the picture as a file.
+    """
+
+    history: dict = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    events: list[dict] = field(default_factory=list)
+    previews: list[tuple[dict, bytes]] = field(default_factory=list)
+
+    def progress(self, node: str) -> list[tuple[int, int]]:
+        """The steps of a node's progress bar: (done, in all)."""
+        steps = [event["data"] for event in self.events if event["type"] == "progress"]
+        return [(step["value"], step["max"]) for step in steps if step["node"] == node]
+
+
+class Comfy:
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout. ``pack`` is the name of
+    the folder that the pack is installed in.
     """
 
     def __init__(self, checkout: Path, python: str, base: Path, pack: str = "a pack with spaces"):
@@ -39,6 +83,7 @@ class Comfy:
         for folder in ("custom_nodes", "input"):
             (base / folder).mkdir(exist_ok=True)
         (base / "custom_nodes" / pack).symlink_to(ROOT)
+        (base / "custom_nodes" / "probe.py").write_text(_PROBE, encoding="utf-8")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -65,8 +110,11 @@ class Comfy:
         self._log_file.close()
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with self.open(path) as answer:
             return json.load(answer)
+
+    def open(self, path: str) -> http.client.HTTPResponse:
+        return urllib.request.urlopen(self.url + path, timeout=30)
 
     def post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -94,22 +142,39 @@ class Comfy:
         return self.wait(queued["prompt_id"])
 
     def run_listening(self, prompt: dict) -> tuple[dict, dict[str, list[str]]]:
-        """The history of a prompt, and the texts that were shown on its nodes while it ran, by node id, as the page receives them."""
-        client = "the-tests"
-        shown: dict[str, list[str]] = {}
+        """The history of a prompt, and the texts that were shown on its nodes while it ran, by node id."""
+        told = self.listen(prompt)
+        return told.history, told.texts
+
+    def listen(self, prompt: dict, previews: str = "none", on_event: Callable[[dict], None] | None = None) -> "Told":
+        """Run a prompt and note all that the page would be told.
+
+        Args:
+            previews: ComfyUI's setting of the preview method.
+            on_event: called with each event as it comes.
+        """
+        client, told = "the-tests", Told()
         socket = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=180)
         try:
-            queued = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+            socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+            queued = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": {"preview_method": previews}})["prompt_id"]
             while True:
                 message = socket.recv()
                 if isinstance(message, bytes):
                     kind, length = struct.unpack(">II", message[:8])
+                    head, rest = message[8 : 8 + length].decode(), message[8 + length :]
                     if kind == _TEXT_EVENT:
-                        shown.setdefault(message[8 : 8 + length].decode(), []).append(message[8 + length :].decode())
+                        told.texts.setdefault(head, []).append(rest.decode())
+                    elif kind == _PREVIEW_EVENT:
+                        told.previews.append((json.loads(head), rest))
                     continue
                 event = json.loads(message)
+                told.events.append(event)
+                if on_event is not None:
+                    on_event(event)
                 if event["type"] in _ENDS and event["data"].get("prompt_id") == queued:
-                    return self.wait(queued), shown
+                    told.history = self.wait(queued)
+                    return told
         finally:
             socket.close()
 

@@ -7,43 +7,19 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 
 import av
 import pytest
+from PIL import Image
 
-from tests import layouts, workflows
-from tests.comfyui.server import add_example_files, from_environment
+from tests import layouts, locales, workflows
+from tests.comfyui.prompts import error_of, example, id_of, node_of, small
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
 from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_vae
-
-
-@pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    server = from_environment(tmp_path_factory.mktemp("comfyui"))
-    if server is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests")
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def prompt():
-    """The example workflow as the page queues it, small and short."""
-    return example("text_to_video")
-
-
-def example(name):
-    """The example's twin for scripts, which is what the page queues (test_workflows.py)."""
-    return small(workflows.read(workflows.twin(next(path for path in workflows.FILES if path.stem == name))))
-
-
-def small(prompt):
-    """With a size that a tiny checkpoint is quick with, and the files of the tests where an example leaves the choice to its user."""
-    values = {"width": 160, "height": 96, "length": 17, "steps": 3, "file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
-    for node in prompt.values():
-        node["inputs"] |= {key: value for key, value in values.items() if key in node["inputs"]}
-    return prompt
 
 
 def add_sparse_tensor(folder, nbytes):
@@ -56,15 +32,6 @@ def add_sparse_tensor(folder, nbytes):
     listed = json.loads(index.read_text())
     listed["weight_map"]["shared.large"] = "large.safetensors"
     index.write_text(json.dumps(listed))
-
-
-def error_of(history):
-    assert history["status"]["status_str"] == "error"
-    return next(message[1] for message in history["status"]["messages"] if message[0] == "execution_error")
-
-
-def node_of(prompt, kind):
-    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
 
 
 def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
@@ -81,6 +48,36 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
 
 def test_the_examples_are_in_the_template_list(comfy):
     assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(path.stem for path in workflows.FILES)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_words_of_both_languages_reach_the_page(comfy, language):
+    served = comfy.get("/i18n")[language]["nodeDefs"]
+    assert {node_id: served[node_id] for node_id in locales.read(language)} == locales.read(language)
+
+
+@pytest.mark.parametrize(
+    ("address", "file"),
+    [
+        ("/extensions/{}/docs/CogVideoX15Sampler.md", "web/docs/CogVideoX15Sampler.md"),
+        ("/extensions/{}/docs/CogVideoX15Sampler/zh.md", "web/docs/CogVideoX15Sampler/zh.md"),
+        ("/api/workflow_templates/{}/text_to_video.json", "example_workflows/text_to_video.json"),
+        ("/api/workflow_templates/{}/text_to_video.jpg", "example_workflows/text_to_video.jpg"),
+    ],
+)
+def test_help_pages_and_templates_are_served_from_a_folder_with_spaces(comfy, address, file):
+    """As the page asks for them; it takes HTML for "not found"."""
+    answer = comfy.open(address.format("a%20pack%20with%20spaces"))
+    assert answer.headers.get_content_type() != "text/html"
+    assert answer.read() == (ROOT / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "address", ["/extensions/{}/docs/..%2f..%2fpyproject.toml", "/extensions/{}/docs/%2e%2e/%2e%2e/README.md", "/extensions/{}/docs/"]
+)
+def test_nothing_else_of_the_folder_is_served(comfy, address):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        comfy.open(address.format("a%20pack%20with%20spaces"))
 
 
 def test_the_workflow_runs_and_the_saved_video_opens(comfy, prompt):
@@ -152,13 +149,6 @@ def test_a_single_file_with_a_text_encoder_and_a_vae_in_files_of_their_own(comfy
     assert any("text encoder: the checkpoint has none, so t5xxl_tiny.safetensors" in text for texts in shown.values() for text in texts)
     for name in ("diffusion_models", "text_encoders", "vae"):
         shutil.rmtree(models / name)
-
-
-@pytest.fixture
-def files(comfy):
-    add_example_files(comfy.base)
-    yield
-    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
 
 
 @pytest.mark.parametrize("name", ["image_to_video", "video_to_video", "text_to_video_lora"])
@@ -264,15 +254,32 @@ def test_cancel_stops_the_sampler_between_steps(comfy, prompt):
     assert comfy.run(prompt)["status"]["status_str"] == "success"
 
 
-def test_a_wrong_length_is_told_in_the_dialog(comfy, prompt):
-    node_of(prompt, "CogVideoX15EmptyLatent")["length"] = 80
-    assert "Set it to 65 or 81" in error_of(comfy.run(prompt))["exception_message"]
+BAD_WIDGETS = [
+    ("ModelLoader", "model", "CogVideoX-Nonsense", "There is no CogVideoX checkpoint called 'CogVideoX-Nonsense'"),
+    ("ModelLoader", "dtype", "fp64", "Choose one of auto, bf16, fp16, fp32"),
+    ("EmptyLatent", "length", 80, "Set it to 65 or 81"),
+    ("EmptyLatent", "width", 100, "Set it to 96 or 112"),
+    ("Sampler", "denoise", 0.1, "leaves no step to run"),
+    ("Sampler", "scheduler", "euler", "Choose one of ddim, dpm"),
+    ("BlackFrameCheck", "picture_black_ratio", 98, "it is a share between 0 and 1"),
+]
 
 
-def test_a_checkpoint_that_is_not_there_is_refused_when_queued(comfy, prompt):
-    node_of(prompt, "CogVideoX15ModelLoader")["model"] = "CogVideoX-Nonsense"
+@pytest.mark.parametrize(("kind", "widget", "value", "said"), BAD_WIDGETS)
+def test_a_bad_widget_is_refused_when_queued_with_the_engines_sentence(comfy, prompt, kind, widget, value, said):
+    node_of(prompt, f"CogVideoX15{kind}")[widget] = value
     answer = comfy.post("/prompt", {"prompt": prompt})
-    assert "There is no CogVideoX checkpoint called 'CogVideoX-Nonsense'" in str(answer["node_errors"])
+    (errors,) = [node["errors"] for key, node in answer["node_errors"].items() if key == id_of(prompt, f"CogVideoX15{kind}")]
+    assert any(said in error["details"] for error in errors)
+
+
+def test_an_error_of_the_run_is_the_engines_sentence(comfy, prompt):
+    """A length that another node gives is known only then."""
+    prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}
+    node_of(prompt, "CogVideoX15EmptyLatent")["length"] = ["80", 0]
+    error = error_of(comfy.run(prompt))
+    assert error["exception_message"].startswith("The clip length is 80 frames")
+    assert "Set it to 65 or 81" in error["exception_message"]
 
 
 def test_the_black_frame_check_sits_behind_any_node(comfy):
@@ -281,13 +288,26 @@ def test_the_black_frame_check_sits_behind_any_node(comfy):
         "2": {"class_type": "CogVideoX15BlackFrameCheck", "inputs": {"images": ["1", 0], "action": "stop"}},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
     }
-    assert "5 of 5 frames are black: 0-4" in error_of(comfy.run(prompt))["exception_message"]
+    told = comfy.listen(prompt)
+    assert "5 of 5 frames are black: 0-4" in error_of(told.history)["exception_message"]
+    # The picture is on the node although it gave an error, ...
+    (shown,) = [event["data"]["output"] for event in told.events if event["type"] == "executed"]
+    sheet = shown["images"][0]
+    query = urllib.parse.urlencode(sheet)
+    with urllib.request.urlopen(f"{comfy.url}/view?{query}", timeout=30) as answer, Image.open(answer) as picture:
+        assert picture.getpixel((20, 60)) == (0, 0, 0)
+    assert told.texts["2"][-1].startswith("verdict: black")
+    # ... and where it gives none.
     prompt["2"]["inputs"]["action"] = "pass"
-    assert comfy.run(prompt)["status"]["status_str"] == "success"
+    history = comfy.run(prompt)
+    assert history["status"]["status_str"] == "success"
+    assert history["outputs"]["2"]["images"][0]["type"] == "temp"
+    prompt["1"]["inputs"]["color"] = 0xFFFFFF
+    assert "2" not in comfy.run(prompt)["outputs"]
 
 
 def test_the_checkpoint_can_change_on_disk_between_runs(comfy, prompt):
-    """Last: it leaves an image-to-video checkpoint behind."""
     assert comfy.run(prompt)["status"]["status_str"] == "success"
     comfy.replace_checkpoint("1.5-i2v")
     assert "image-to-video model" in error_of(comfy.run(prompt))["exception_message"]
+    comfy.replace_checkpoint()

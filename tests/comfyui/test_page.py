@@ -3,17 +3,17 @@
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import workflows
 from tests.comfyui.page import HOW, Page, available
-from tests.comfyui.server import add_example_files, from_environment
+from tests.comfyui.server import add_example_files
 from tests.conftest import ROOT
 
-#: As the registry calls the folder.
-PACK = "cogvideox15-pack"
+PACK = "a pack with spaces"
 SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 #: What the tiny files of the tests are called, where an example leaves the choice to its user.
 CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
@@ -24,22 +24,16 @@ AT_START = ("/user.css", "/api/userdata/user.css", "/api/userdata?dir=", "/api/u
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
+def browser(comfy):
     if not available():
         pytest.skip(f"no browser: {HOW} to run these tests")
-    server = from_environment(tmp_path_factory.mktemp("comfyui"), pack=PACK)
-    if server is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests")
-    add_example_files(server.base)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def browser(comfy):
+    # Whatever the tests of other files left.
+    comfy.replace_checkpoint()
+    add_example_files(comfy.base)
     page = Page(comfy)
     yield page
     page.close()
+    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
 
 
 @pytest.fixture

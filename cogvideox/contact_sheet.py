@@ -1,0 +1,59 @@
+"""A picture of the frames that the black-frame check objects to: people look rather than read."""
+
+import math
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, max_pool2d
+
+from .black_frames import BlackFrameReport
+
+#: Frames on a sheet at most, and beside one another; the width of each, in pixels.
+_FRAMES, _COLUMNS, _WIDTH = 20, 5, 192
+_MARGIN, _TEXT = 6, 13
+_GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75), (255, 0, 255)
+
+
+def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image | None:
+    """Draw the frames that are black or hold NaN or Inf, each with its number and what is wrong with it.
+
+    Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 20 frames, 20 are drawn, evenly chosen,
+    the first and the last among them.
+
+    Args:
+        images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1: those that were checked.
+
+    Returns:
+        An RGB picture, or None where there is nothing to object to.
+    """
+    bad = sorted({*report.black_frames, *report.nonfinite})
+    if not bad:
+        return None
+    shown = bad if len(bad) <= _FRAMES else [bad[round(place * (len(bad) - 1) / (_FRAMES - 1))] for place in range(_FRAMES)]
+    height = max(1, round(_WIDTH * images.shape[1] / images.shape[2]))
+    columns = min(_COLUMNS, max(2, len(shown)))
+    cell_width, cell_height = _WIDTH + _MARGIN, height + _TEXT + 2 * _MARGIN
+    head = _TEXT + 3 * _MARGIN
+    size = (columns * cell_width + _MARGIN, head + math.ceil(len(shown) / columns) * cell_height)
+    sheet = Image.new("RGB", size, _GROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+    what = f"{len(bad)} of {len(images)} frames" + (f", {len(shown)} shown" if len(shown) < len(bad) else "")
+    draw.text((_MARGIN, _MARGIN), f"{report.verdict}: {what}", _BAD, font)
+    for place, index in enumerate(shown):
+        left, top = _MARGIN + place % columns * cell_width, head + place // columns * cell_height
+        draw.rectangle((left - 2, top - 2, left + _WIDTH + 1, top + height + 1), outline=_BAD, width=2)
+        sheet.paste(_thumbnail(images[index], (_WIDTH, height)), (left, top))
+        said = "NaN or Inf" if index in report.nonfinite else f"{report.ratios[index]:.1%} black"
+        draw.text((left, top + height + _MARGIN // 2), f"{index} · {said}", _INK, font)
+    return sheet
+
+
+def _thumbnail(frame: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+    """A frame ``[H, W, 3]`` as a picture of ``size``; every broken pixel becomes a magenta spot, so that none is overlooked."""
+    pixels = rearrange(frame[..., :3].to("cpu", torch.float32), "h w c -> c h w")
+    finite = pixels.isfinite()
+    colours = adaptive_avg_pool2d(pixels.where(finite, 0).clamp(0, 1) * 255, size[::-1])
+    broken = max_pool2d(adaptive_max_pool2d((~finite).any(0, keepdim=True).float(), size[::-1]), 5, stride=1, padding=2) > 0
+    colours = torch.where(broken, torch.tensor(_NOT_FINITE, dtype=torch.float32).view(3, 1, 1), colours)
+    return Image.fromarray(rearrange(colours.round().to(torch.uint8), "c h w -> h w c").numpy())

@@ -1,0 +1,67 @@
+"""The pictures people look at: the preview of a video that is being made, and the sheet of frames the check objects to."""
+
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+
+from cogvideox.black_frames import check_black_frames
+from cogvideox.contact_sheet import contact_sheet
+from cogvideox.preview import preview_frames
+
+
+def test_a_preview_has_a_frame_for_each_latent_frame_and_shows_where_and_when_it_is_bright():
+    latents = torch.randn(2, 16, 5, 12, 20, generator=torch.Generator().manual_seed(0)) * 0.05
+    # Channel 9 is the brightest of the factors.
+    latents[0, 9, 3, :, 10:] += 3
+    frames = preview_frames(latents, 512)
+    assert [frame.size for frame in frames] == [(20, 12)] * 5
+    means = torch.tensor([[sum(frame.crop(box).convert("L").tobytes()) / 120 for box in ((0, 0, 10, 12), (10, 0, 20, 12))] for frame in frames])
+    assert means.argmax() == 7  # frame 3, right half
+    assert means[3, 1] > 2 * means[3, 0]
+
+
+@pytest.mark.parametrize(
+    "latents", [torch.zeros(1, 16, 2, 4, 4), torch.full((1, 16, 2, 4, 4), float("nan")), torch.randn(1, 16, 1, 96, 170).bfloat16()]
+)
+def test_a_preview_is_made_of_anything(latents):
+    frames = preview_frames(latents, 64)
+    assert len(frames) == latents.shape[2]
+    assert max(frames[0].size) <= 64
+
+
+def gradient_clip(frames):
+    row = torch.linspace(0.3, 1, 40)
+    return rearrange(row.expand(frames, 3, 24, 40), "f c h w -> f h w c").clone()
+
+
+def test_a_sheet_shows_the_frames_objected_to_and_no_others():
+    images = gradient_clip(6)
+    assert contact_sheet(images, check_black_frames(images)) is None
+    one, three = images.clone(), images.clone()
+    one[2] = 0
+    three[[1, 2, 4]] = 0
+    sheets = [contact_sheet(clip, check_black_frames(clip)) for clip in (one, three)]
+    assert [sheet.width for sheet in sheets] == [402, 600]
+    for sheet in sheets:
+        assert sheet.getpixel((sheet.width // 4, 60)) == (0, 0, 0)
+        # A frame that is well is not there: it would be bright.
+        assert max(sheet.crop((0, 32, 190, sheet.height - 24)).convert("L").getextrema()) < 150
+
+
+def test_a_sheet_makes_a_single_broken_pixel_visible():
+    images = gradient_clip(2)
+    images[1, 7, 30, 1] = float("inf")
+    sheet = contact_sheet(images, check_black_frames(images))
+    magenta = [count for count, colour in sheet.getcolors(1 << 20) if colour == (255, 0, 255)]
+    assert magenta
+    assert magenta[0] >= 25
+
+
+def test_a_sheet_of_a_long_black_video_stays_small_and_has_its_first_and_last_frame():
+    images = torch.zeros(161, 16, 16, 3)
+    images[0, :, :, :] = float("nan")
+    sheet = contact_sheet(images, check_black_frames(images))
+    assert isinstance(sheet, Image.Image)
+    assert sheet.width * sheet.height < 1e6
+    assert (255, 0, 255) in [colour for _, colour in sheet.getcolors(1 << 20)]
