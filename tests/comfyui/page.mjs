@@ -17,6 +17,12 @@ const commands = {
       (asked) => asked.origin !== new URL(url).origin,
       (route) => route.abort()
     )
+    // ComfyUI's own templates and blocks are hundreds, and none of the tests' business.
+    await context.route('**/templates/index*.json', (route) => route.fulfill({ json: [] }))
+    await context.route('**/global_subgraphs', async (route) => {
+      const all = await (await route.fetch()).json()
+      await route.fulfill({ json: Object.fromEntries(Object.entries(all).filter(([, block]) => block.source === 'custom_node')) })
+    })
     page = await context.newPage()
     page.setDefaultTimeout(30 * SECONDS)
     problems = []
@@ -32,8 +38,8 @@ const commands = {
     return problems.splice(0)
   },
 
-  // A file from the file manager, let go over the canvas.
-  async drop({ path, x = 600, y = 400 }) {
+  // A file from the file manager, let go over the canvas, below the graph: some nodes take files themselves.
+  async drop({ path, x = 700, y = 960 }) {
     const protocol = await page.context().newCDPSession(page)
     const data = { items: [], files: [path], dragOperationsMask: 1 }
     const before = await workflowName()

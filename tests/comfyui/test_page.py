@@ -1,14 +1,13 @@
 """The page itself, in a headless Chromium: what a person sees who opens an example, looks for help, presses Run, or makes a mistake."""
 
 import itertools
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests import workflows
+from tests import locales, workflows
 from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.server import add_example_files
 from tests.conftest import ROOT
@@ -17,7 +16,6 @@ PACK = "a pack with spaces"
 SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 #: What the tiny files of the tests are called, where an example leaves the choice to its user.
 CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
-LOCALES = ("en", "zh")
 NOTES = ("MarkdownNote", "Note")
 #: What a fresh ComfyUI complains of itself while its page opens: files of the user's that are not there yet.
 AT_START = ("/user.css", "/api/userdata/user.css", "/api/userdata?dir=", "/api/userdata/comfy.templates.json", "graph accessed before initialization")
@@ -36,9 +34,17 @@ def browser(comfy):
     shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
 
 
+@pytest.fixture(scope="module", params=("en", "zh"))
+def language(browser, request):
+    """The page in that language: ComfyUI's default, or another set by its user."""
+    if request.param != "en":
+        browser.reload(**{"Comfy.Locale": request.param})
+    return request.param
+
+
 @pytest.fixture
 def page(browser):
-    """The page in English; what it complains of is the test's business from here on."""
+    """The page; what it complains of is the test's business from here on."""
     browser.problems()
     return browser
 
@@ -54,11 +60,6 @@ def shots(tmp_path_factory):
 def complaints(page):
     """Console errors and exceptions, but for those of asking a host that the tests do not let it reach."""
     return [problem for problem in page.problems() if "net::ERR_FAILED" not in problem["text"] or problem["url"].startswith("http://127.0.0.1")]
-
-
-def words(locale):
-    """The pack's words in that language, as the page reads them."""
-    return json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
 def check_graph(graph, path):
@@ -112,56 +113,11 @@ def test_the_template_browser_has_them_with_their_thumbnails_and_opens_them(page
     assert complaints(page) == []
 
 
-@pytest.mark.parametrize("locale", LOCALES)
-def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pack, locale):
-    if not (ROOT / "locales" / locale / "nodeDefs.json").exists():
-        pytest.skip(f"no locales/{locale}/nodeDefs.json yet")
-    page.reload(**{"Comfy.Locale": locale})
-    page.problems()
-    for node_id, wanted in words(locale).items():
-        page.alone(type=node_id)
-        (node,) = page.graph()
-        assert node["title"] == wanted["display_name"]
-        labels = {slot["name"]: slot["label"] for slot in node["inputs"] + node["widgets"] if slot["name"] in wanted["inputs"]}
-        assert labels == {name: entry["name"] for name, entry in wanted["inputs"].items()}
-        assert [slot["label"] for slot in node["outputs"]] == [entry["name"] for entry in wanted["outputs"].values()]
-        told = page.tooltips()
-        assert told["title"] == wanted["description"]
-        # The page adds widgets of its own, such as control_after_generate.
-        ours = {name: text for name, text in told["inputs"].items() if name in wanted["inputs"]}
-        assert len(ours) >= len(wanted["inputs"]) - 1, "only a text box has no tooltip that the mouse finds"
-        assert ours == {name: wanted["inputs"][name]["tooltip"] for name in ours}
-        assert told["outputs"] == [entry["tooltip"] for entry in wanted["outputs"].values()]
-    page.screenshot(path=shots / f"words_{locale}.png")
-    assert complaints(page) == []
-
-
-@pytest.mark.parametrize("locale", LOCALES)
-def test_the_help_panel_shows_every_nodes_page_with_its_picture(page, shots, pack, locale):
-    page.reload(**{"Comfy.Locale": locale})
-    page.problems()
-    for node_id in pack.NODE_CLASS_MAPPINGS:
-        source = ROOT / "web" / "docs" / (f"{node_id}/{locale}.md" if locale != "en" else f"{node_id}.md")
-        if not source.exists():
-            pytest.skip(f"no {source.relative_to(ROOT)} yet")
-        page.alone(type=node_id)
-        shown = page.help(type=node_id)
-        title = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        assert shown["text"].startswith(title), node_id
-        assert [picture["src"].rsplit("/", 1)[-1] for picture in shown["pictures"]] == [f"{node_id}.png"]
-        assert all(picture["width"] >= 300 for picture in shown["pictures"]), node_id
-        if node_id == "CogVideoX15BlackFrameCheck":
-            page.screenshot(path=shots / f"help_{locale}.png")
-    assert [problem for problem in complaints(page) if f"/{locale}.md" not in problem["url"]] == []
-
-
 def node_of(graph, kind):
     return next(node for node in graph if node["type"] == kind)
 
 
 def test_run_makes_a_video_with_progress_and_the_report_on_the_loader(page, shots):
-    page.reload()
-    page.problems()
     page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
     page.set_widgets(values=SMALL)
     seen = page.run()
@@ -193,8 +149,6 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
 def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     """One node from the search box, its frames into a preview: the page runs what tests/workflows.py says it would."""
     (path,) = workflows.BLOCKS
-    page.reload()
-    page.problems()
     page.add_by_search(name=path.stem)
     page.join(type="SaveVideo", output="video", input="video")
     assert node_of(page.graph(), "SaveVideo")["inputs"][0]["link"] is not None
@@ -207,3 +161,36 @@ def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     assert page.video()["width"] == 160
     assert page.messages() == []
     assert complaints(page) == []
+
+
+def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pack, language):
+    for node_id, wanted in locales.read(language).items():
+        page.alone(type=node_id)
+        (node,) = page.graph()
+        assert node["title"] == wanted["display_name"]
+        labels = {slot["name"]: slot["label"] for slot in node["inputs"] + node["widgets"] if slot["name"] in wanted["inputs"]}
+        assert labels == {name: entry["name"] for name, entry in wanted["inputs"].items()}
+        assert [slot["label"] for slot in node["outputs"]] == [entry["name"] for entry in wanted["outputs"].values()]
+        told = page.tooltips()
+        assert told["title"] == wanted["description"]
+        # The page adds widgets of its own, such as control_after_generate.
+        ours = {name: text for name, text in told["inputs"].items() if name in wanted["inputs"]}
+        assert len(ours) >= len(wanted["inputs"]) - 1, "only a text box has no tooltip that the mouse finds"
+        assert ours == {name: wanted["inputs"][name]["tooltip"] for name in ours}
+        assert told["outputs"] == [entry["tooltip"] for entry in wanted["outputs"].values()]
+    page.screenshot(path=shots / f"words_{language}.png")
+    assert complaints(page) == []
+
+
+def test_the_help_panel_shows_every_nodes_page_with_its_picture(page, shots, pack, language):
+    for node_id in pack.NODE_CLASS_MAPPINGS:
+        source = ROOT / "web" / "docs" / (f"{node_id}/{language}.md" if language != "en" else f"{node_id}.md")
+        page.alone(type=node_id)
+        shown = page.help(type=node_id)
+        title = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        assert shown["text"].startswith(title), node_id
+        assert [picture["src"].rsplit("/", 1)[-1] for picture in shown["pictures"]] == [f"{node_id}.png"]
+        assert all(picture["width"] >= 300 for picture in shown["pictures"]), node_id
+        if node_id == "CogVideoX15BlackFrameCheck":
+            page.screenshot(path=shots / f"help_{language}.png")
+    assert [problem for problem in complaints(page) if f"/{language}.md" not in problem["url"]] == []
