@@ -189,15 +189,14 @@ const commands = {
     }))
   },
 
-  // The pack's part of the template browser: {name: width of its thumbnail}
-  async templates({ module }) {
+  // The pack's part of the template browser, once all of its cards have their pictures: {name: width of the picture}
+  async templates({ module, count }) {
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
-    const dialog = page.locator('[role="dialog"]')
-    await dialog.getByText(module, { exact: true }).first().click()
-    await page.locator('[data-testid^="template-workflow-"] img').first().waitFor()
-    await page.waitForFunction(() =>
-      [...document.querySelectorAll('[data-testid^="template-workflow-"] img')].every((image) => image.complete && image.naturalWidth)
-    )
+    await page.locator('[role="dialog"]').getByText(module, { exact: true }).first().click()
+    await page.waitForFunction((count) => {
+      const pictures = [...document.querySelectorAll('[data-testid^="template-workflow-"] img')]
+      return pictures.length === count && pictures.every((picture) => picture.complete && picture.naturalWidth)
+    }, count)
     return page.evaluate(() =>
       Object.fromEntries(
         [...document.querySelectorAll('[data-testid^="template-workflow-"]')].map((card) => [
