@@ -262,12 +262,16 @@ const commands = {
     })
   },
 
-  // The error as the side panel has it, opened from the box of errors.
+  // The error as the side panel has it, opened from the box of errors, with what its (i) buttons tell.
   async error_details() {
     await page.getByTestId('error-overlay-see-errors').click()
-    await page.getByTestId('properties-panel').waitFor()
+    const panel = page.getByTestId('properties-panel')
+    await panel.waitFor()
     await settle()
-    return page.getByTestId('properties-panel').innerText()
+    const more = panel.locator('button:has(i[class*="lucide--info"])')
+    if (await more.count()) await more.first().click()
+    await settle()
+    return panel.innerText()
   },
 
   // The graph as the page's Save writes it, and as it is queued.

@@ -37,8 +37,7 @@ def browser(comfy):
 @pytest.fixture(scope="module", params=("en", "zh"))
 def language(browser, request):
     """The page in that language: ComfyUI's default, or another set by its user."""
-    if request.param != "en":
-        browser.reload(**{"Comfy.Locale": request.param})
+    browser.reload(**{"Comfy.Locale": request.param})
     return request.param
 
 
