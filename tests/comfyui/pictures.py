@@ -93,12 +93,12 @@ def main(parts: list[str]) -> None:
             add_example_files(comfy.base)
             page = Page(
                 comfy,
-                width=2000,
-                height=1300,
+                width=1600,
+                height=1000,
                 scale=1.5,
                 **{"Comfy.NodeBadge.NodeSourceBadgeMode": "None", "Comfy.NodeBadge.NodeIdBadgeMode": "None"},
             )
-            makers = {"help": help_pictures, "thumbnails": thumbnails, "readme": readme_pictures}
+            makers = {"readme": readme_pictures, "help": help_pictures, "thumbnails": thumbnails}
             for part in parts or makers:
                 makers[part](page)
             page.close()
