@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 DEMO := demo
 MODEL ?= $(DEMO)/tiny-checkpoint
 
-.PHONY: test demo lint clean
+.PHONY: test test-lowest demo lint clean
 
 test: $(VENV)/installed lint
 	$(RUN) -m pytest
@@ -15,6 +15,18 @@ test: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The same tests with the lowest versions that requirements.txt allows. Needs Python 3.10 to 3.12: sentencepiece 0.2.0 has no wheel for 3.13.
+test-lowest: $(VENV)-lowest/installed
+	$(VENV)-lowest/bin/python -m pytest
+
+$(VENV)-lowest/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	sed 's/>=/==/' requirements.txt > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/lowest.txt ".[standalone,test]"
+	rm -rf build *.egg-info
+	touch $@
 
 # A tiny checkpoint with random weights shows that everything runs, not what the model can paint.
 demo: $(VENV)/installed
@@ -35,4 +47,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(VENV)-lowest $(DEMO)

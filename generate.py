@@ -1,6 +1,6 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
-Or only check what a checkpoint or config would do, download or convert one.
+Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper to this pack.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox.choices import DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, SCHEDULERS
+from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
@@ -22,6 +22,7 @@ EXAMPLE = """examples:
   python generate.py --check my_workflow.json --json
   python generate.py --download t2v models
   python generate.py --convert CogVideoX1.5-5B-SAT models/CogVideoX1.5-5B --dtype bf16
+  python generate.py --migrate old_workflow.json new_workflow.json
 
 A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
 and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
@@ -89,10 +90,45 @@ def build_parser() -> argparse.ArgumentParser:
         "CPU (default: the fastest that fits)",
     )
     how.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help="keep the weights of attention and feed-forward in a byte each: int8_weight_only (any device, nearest to the original), fp8_weight_only;"
+        " int8_dynamic and fp8_dynamic multiply in int8 and fp8 too, faster where the GPU can, and lose more",
+    )
+    how.add_argument("--quantize-text-encoder", choices=QUANTIZE, metavar="METHOD", help="the same for T5; with a dynamic method, its weights alone")
+    how.add_argument(
         "--on-nan",
         choices=ON_NAN,
         default="heal",
         help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
+    )
+    how.add_argument(
+        "--attention",
+        choices=BACKENDS,
+        default="auto",
+        help="the kernel of the attention, if this machine has it; all but sage give the same picture up to rounding (default: PyTorch's choice)",
+    )
+    how.add_argument(
+        "--cache",
+        type=_cache,
+        metavar="METHOD[:STRENGTH]",
+        help=f"reuse what changes little from step to step: {', '.join(CACHES)}, and the share of block evaluations to skip (default: 0.6); faster, "
+        "and another video",
+    )
+    how.add_argument(
+        "--cache-range",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="shares of the steps between which --cache may skip (default: 0.1 0.95)",
+    )
+    how.add_argument(
+        "--compile",
+        nargs="?",
+        choices=COMPILE_MODES,
+        const=COMPILE_MODES[0],
+        help="compile the transformer's blocks: faster steps, and a first one that takes a minute or two longer (default mode: default)",
     )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
@@ -127,6 +163,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("SRC", "DST"),
         help="write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one DST.safetensors; with --dtype, cast",
     )
+    workflows = parser.add_argument_group("bring workflows along")
+    workflows.add_argument(
+        "--migrate",
+        nargs=2,
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
+        "and say what could not be carried over; OLD.json stays as it is",
+    )
     return parser
 
 
@@ -139,6 +184,17 @@ def _lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def _cache(text: str) -> tuple[str, float | None]:
+    """``METHOD`` or ``METHOD:STRENGTH``."""
+    method, colon, strength = text.partition(":")
+    if method not in CACHES:
+        raise argparse.ArgumentTypeError(f"{method!r} is not one of {', '.join(CACHES)}")
+    try:
+        return method, float(strength) if colon else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the strength {strength!r} is not a number") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -147,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-    for name, needed in (("strength", "video"), ("end_image", "image")):
+    for name, needed in (("strength", "video"), ("end_image", "image"), ("cache_range", "cache")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.image is not None and options.video is not None:
@@ -174,23 +230,43 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import empty_latent
-    from cogvideox.handles import make_handles, with_lora
+    from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
     from cogvideox.memory import memory_text
     from cogvideox.pictures import check_images, fit_length, fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import plan_steps, sample
+    from cogvideox.speed.cache import Cache
+    from cogvideox.speed.compiled import Compiled
     from cogvideox.text import encode_prompt
     from cogvideox.vae import decode, encode, image_latents
     from cogvideox.video import check_output, read_image, read_video, write_mp4
 
+    # What a cache skipped and how long compiling took is no warning, and is to be seen.
+    logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
     check_output(options.output)
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
     print(handles.plan.text, flush=True)
-    model, variant = handles.model, handles.model.variant
+    model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
+    if options.quantize_text_encoder is not None:
+        text_encoder = quantized(text_encoder, options.quantize_text_encoder)
+    if options.quantize is not None:
+        model = quantized(model, options.quantize)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         print(model.loras[-1].text)
+    if options.attention != "auto":
+        model = with_attention(model, options.attention)
+    if options.cache is not None:
+        method, strength = options.cache
+        given = {} if strength is None else {"strength": strength}
+        if options.cache_range is not None:
+            given["start"], given["end"] = options.cache_range
+        model = with_cache(model, Cache(method, **given))
+        print(model.cache.text)
+    if options.compile is not None:
+        model = with_compile(model, Compiled(options.compile))
+        print(model.compiled.text)
 
     start, end = (None if path is None else check_images(read_image(path), str(path)) for path in (options.image, options.end_image))
     usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
@@ -211,6 +287,9 @@ def generate(options: argparse.Namespace) -> int:
         print(memory_text(model, tuple(latent.shape), options.cfg > 1))
         return 0
 
+    for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
+        if handle.weights.method is not None:
+            print(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")), flush=True)
     how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
     if start is not None:
         start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
@@ -219,7 +298,7 @@ def generate(options: argparse.Namespace) -> int:
         latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
     prompts = []
     for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
-        encoded = encode_prompt(handles.text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
+        encoded = encode_prompt(text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
             print(f"{name}: {note}")
@@ -296,7 +375,15 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert}
+def migrate(options: argparse.Namespace) -> int:
+    """Migrate a workflow; prints what became of it."""
+    from cogvideox.configs.migrate import migrate_workflow
+
+    print(migrate_workflow(*options.migrate).text)
+    return 0
+
+
+_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate}
 
 
 def _bar(label: str, unit: str) -> Callable[..., None]:
@@ -317,4 +404,7 @@ def _bar(label: str, unit: str) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
+    # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192 for an arrow, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -11,12 +11,28 @@ ON_MISMATCH = ("fix", "warn", "stop")
 MODES = ("gpu", "offload_blocks", "offload_layers")
 #: ``auto`` is the first of them that fits; ``cpu`` leaves the device alone.
 MEMORY = ("auto", *MODES, "cpu")
+#: How weights are made smaller while they load: as int8 or fp8 that is widened for each product, or multiplied as it is.
+QUANTIZE = ("int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic")
 #: What to do about a result that is not finite.
 ON_NAN = ("heal", "stop")
 #: Noise schedulers, and the diffusers class of each.
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 #: What to do about a black video.
 ON_BLACK = ("stop", "warn", "pass")
+#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses. All but sage, which computes in 8 bits, differ by rounding only.
+BACKENDS = {
+    "auto": None,
+    "sdpa": "native",
+    "cudnn": "_native_cudnn",
+    "flash": "flash",
+    "flash3": "_flash_3",
+    "xformers": "xformers",
+    "sage": "sage",
+}
+#: Ways to reuse what changes little from step to step.
+CACHES = ("first_block", "taylorseer", "pab", "faster_cache")
+#: Ways to compile the transformer's blocks, torch's names.
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

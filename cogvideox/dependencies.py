@@ -1,46 +1,99 @@
-"""Say in a sentence which package is missing or too old, before the code that needs it fails with a stranger one."""
+"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails with a stranger one."""
 
 import re
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
 
-_REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+_ROOT = Path(__file__).parent.parent
+REQUIREMENTS = _ROOT / "requirements.txt"
+#: What is imported, where it is not called as the package is.
+_MODULES = {"protobuf": "google.protobuf"}
 
 
 class DependencyError(RuntimeError):
-    """A package this pack needs is missing or older than it must be."""
+    """A package this pack needs is missing, older than it must be, or cannot run with the others that are installed."""
 
 
 @cache
 def requirements() -> dict[str, str]:
     """The packages of ``requirements.txt`` and the lowest version of each: the pack's one list of them."""
-    lines = _REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     return dict(line.split(">=") for line in (line.split("#")[0].strip() for line in lines) if line)
 
 
+@cache
 def require_dependencies() -> None:
-    """Check that every required package is installed in a version that works.
+    """Check that every required package is installed in a version that works; once it was so, it is not asked again.
 
     Raises:
-        DependencyError: naming package, version found, version needed and the command to install it.
+        DependencyError: naming package, version found, what is needed and the command to install it.
     """
     for name, lowest in requirements().items():
-        found = _installed(name)
-        if found is None or _numbers(found) < _numbers(lowest):
-            state = "is not installed" if found is None else f"is installed as {found}, which is too old"
-            raise DependencyError(
-                f"The package {name} {state}; CogVideoX-1.5 needs {name} {lowest} or newer. Install it in ComfyUI's Python environment "
-                f'with: python -m pip install "{name}>={lowest}" (portable ComfyUI on Windows: python_embeded\\python.exe -m pip …), '
-                "then restart ComfyUI."
-            )
+        found = installed(name)
+        if found is None:
+            raise _error(f"The package {name} is not installed; CogVideoX-1.5 needs {name} {lowest} or newer.")
+        if is_older(found, lowest):
+            raise _error(f"The package {name} is installed as {found}, which is too old; CogVideoX-1.5 needs {name} {lowest} or newer.")
+    for name in requirements():
+        needs = unmet_needs(name)
+        try:
+            # What a package asks for is often more than it takes to run, so only the import tells.
+            if needs:
+                import_module(_MODULES.get(name, name))
+        except ImportError as error:
+            raise _error(
+                f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other packages asked for that version "
+                "when they were installed after it."
+            ) from error
 
 
-def _installed(name: str) -> str | None:
+def unfit() -> list[str]:
+    """The required packages that are missing, too old, or whose own needs the others that are installed do not meet."""
+    found = {name: installed(name) for name in requirements()}
+    return [name for name, lowest in requirements().items() if found[name] is None or is_older(found[name], lowest) or unmet_needs(name)]
+
+
+def unmet_needs(name: str) -> list[str]:
+    """What an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2 is installed``."""
+    if util.find_spec("packaging") is None:
+        # transformers and accelerate bring it: without them there is more to tell than this.
+        return []
+    from packaging.requirements import Requirement
+
+    unmet = []
+    for line in metadata.requires(name) or ():
+        need = Requirement(line)
+        if need.marker is None or need.marker.evaluate({"extra": ""}):
+            found = installed(need.name)
+            if found is None or not need.specifier.contains(found, prereleases=True):
+                unmet.append(f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed")
+    return unmet
+
+
+def is_at_least(name: str, version: str) -> bool:
+    """Whether a package is installed in a version, or a newer one."""
+    found = installed(name)
+    return found is not None and not is_older(found, version)
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_older(version: str, lowest: str) -> bool:
+    return _numbers(version) < _numbers(lowest)
+
+
+def _error(what: str) -> DependencyError:
+    return DependencyError(
+        f'{what} Run, with ComfyUI\'s Python: python "{_ROOT / "install.py"}" (portable ComfyUI on Windows: python_embeded\\python.exe instead of '
+        "python). It installs what is missing in versions that fit together and leaves the rest as it is. Then restart ComfyUI."
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +19,13 @@ from .choices import MEMORY, MODES, check_choice
 from .lora import Lora, open_lora
 from .memory import free_bytes
 from .precision.hardware import Hardware
-from .precision.policy import DtypePlan, Precision, plan_dtypes
+from .precision.policy import DtypePlan, Precision, plan_dtypes, size_text
+from .precision.quantize import Loss, Method, Quantizer, choose_method, losses_text, quantizes
+from .speed.attention import check_attention
+from .speed.cache import Cache
+from .speed.combine import check_combination
+from .speed.compiled import Compiled
+from .speed.joint import join
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -35,15 +43,40 @@ class Weights:
     Shared by every copy of a handle, and freed with the last of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware, memory: str = "auto"):
-        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run."""
+    def __init__(
+        self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware, memory: str = "auto", method: Method | None = None
+    ):
+        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run; ``method``, how they are quantized."""
         self._checkpoint, self.kind, self.precision, self.hardware, self.memory = checkpoint, kind, precision, hardware, memory
+        self.method = method
         self._module: nn.Module | None = None
-        self._mode = MODES[0]
+        # How it was set up to run; None while any way is open.
+        self._mode: str | None = None
+        self._losses: Mapping[str, Loss] = {}
+        self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
 
     def at(self, precision: Precision) -> "Weights":
-        """The same part, to be run otherwise; nothing is shared and nothing loaded."""
-        return Weights(self._checkpoint, self.kind, precision, self.hardware, self.memory)
+        """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there may be no room for others,
+        but activations are not quantized any more."""
+        return Weights(self._checkpoint, self.kind, precision, self.hardware, self.memory, self.method and self.method.weight_only)
+
+    def quantized(self, name: str) -> "Weights":
+        """The same part, quantized by a method of ``choices.QUANTIZE`` when it loads: the same weights for all who ask while any of them has them.
+
+        Raises:
+            ValueError: if the part, or the device, does not allow that.
+        """
+        if self.method is not None:
+            raise ValueError(
+                f"The {PARTS[self.kind][0]} is quantized already ({self.method.name}), and rounding it again would only lose more. Use one "
+                "CogVideoX-1.5 Quantize."
+            )
+        method = choose_method(name, self.part, self.hardware)
+        if method not in self._quantized:
+            found = Weights(self._checkpoint, self.kind, self.precision, self.hardware, self.memory, method)
+            self._quantized[method] = found
+            return found
+        return self._quantized[method]
 
     @property
     def device(self) -> torch.device:
@@ -64,13 +97,20 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so."""
+        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so, and others may be quantized."""
         return sum(map(self.bytes_of, self.part.tensors))
 
     def bytes_of(self, name: str) -> int:
         """Bytes that one tensor takes as it runs."""
         tensor = self.part.tensors[name]
+        if self.quantizes(name):
+            scales = 2 if self.precision.range_safe and not self.method.dynamic else 1
+            return prod(tensor.shape) + scales * 4 * tensor.shape[0]
         return tensor.nbytes if tensor.is_packed else tensor.nbytes // tensor.dtype.itemsize * self.precision.dtype.itemsize
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a tensor is quantized when it loads."""
+        return self.method is not None and quantizes(self.kind, name, self.precision)
 
     @property
     def resident(self) -> int:
@@ -103,18 +143,36 @@ class Weights:
                 if other is not self and other.device.type != "cpu":
                     other.park()
             mode = mode or self.fitting_mode()
-            if mode != self._mode:
+            if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
-                self._module, self._mode = None, mode
+                self._module, self._mode = None, None
             offloads = mode != MODES[0] and self.device.type != "cpu"
-            if self._module is None:
-                part = self.part
-                logger.info("Loading the %s of %s in %s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name)
-                self._module = load_module(part, self.precision, torch.device("cpu") if offloads else self.device, on_load)
-                if offloads:
-                    _offload(self._module, mode, self.device)
-                _loaded.add(self)
-            yield self._module if offloads else self._module.to(self.device)
+            module = self._load(torch.device("cpu") if offloads else self.device, on_load)
+            if offloads and self._mode is None:
+                _offload(module, mode, self.device)
+            self._mode = mode
+            yield module if offloads else module.to(self.device)
+
+    def quantization_text(self, on_load: Callable[[int, int], None] | None = None) -> str:
+        """What quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the host's memory, and are ready then."""
+        with _turn:
+            self._load(torch.device("cpu"), on_load)
+        plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
+        sizes = f"{size_text(plain)} -> {size_text(self.nbytes)} in {self.precision.name}"
+        return f"{PARTS[self.kind][0]}: {self.method.name}, {sizes}; {losses_text(self._losses)}"
+
+    def _load(self, device: torch.device, on_load: Callable[[int, int], None] | None) -> nn.Module:
+        """The module, read to ``device`` if it is not loaded."""
+        if self._module is None:
+            part, how = self.part, "" if self.method is None else f", {self.method.name}"
+            logger.info("Loading the %s of %s in %s%s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name, how)
+            quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
+            self._module, self._mode = load_module(part, self.precision, device, on_load, quantizer), None
+            self._losses = {} if quantizer is None else quantizer.losses
+            if self.kind == "transformer":
+                join(self._module)
+            _loaded.add(self)
+        return self._module
 
     def fitting_mode(self) -> str:
         """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
@@ -129,7 +187,7 @@ class Weights:
     def park(self) -> None:
         """Move the weights to the host's memory."""
         with _turn:
-            if self._module is not None and self._mode == MODES[0]:
+            if self._module is not None and self._mode in (None, MODES[0]):
                 self._module.to("cpu")
 
     def release(self) -> None:
@@ -156,13 +214,16 @@ def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and the LoRAs it runs with.
+    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and what it runs with.
 
     Attributes:
         latent_scale: what a VAE latent is multiplied by.
         image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V, which was trained so
             (``invert_scale_latents`` of the VAE's config).
         loras: applied in this order whenever the transformer runs; the weights are never changed.
+        cache: what is reused from step to step, if anything.
+        compiled: how the blocks are compiled, if they are.
+        attention: the kernel of the attention, one of ``speed.attention.BACKENDS``.
     """
 
     variant: Variant
@@ -171,6 +232,15 @@ class Model:
     image_latent_scale: float
     weights: Weights
     loras: tuple[Lora, ...] = ()
+    cache: Cache | None = None
+    compiled: Compiled | None = None
+    attention: str = "auto"
+
+    def __post_init__(self):
+        """Raises:
+        ValueError: for choices that do not work together.
+        """
+        check_combination(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +250,9 @@ class TextEncoder:
     tokenizer_folder: Path
     tokens: int
     weights: Weights
+
+
+_Handle = TypeVar("_Handle", Model, TextEncoder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +334,50 @@ def with_lora(model: Model, path: Path | str, strength: float = 1.0) -> Model:
         ValueError: if the file is not a LoRA, or not one of this model.
     """
     return replace(model, loras=(*model.loras, open_lora(path, model.weights.part, strength)))
+
+
+def with_cache(model: Model, cache: Cache) -> Model:
+    """The model with a step cache; the one given is not changed.
+
+    Raises:
+        ValueError: if it has one already, or one does not go with what else it has.
+    """
+    if model.cache is not None:
+        raise ValueError(
+            f"The model has a cache already ({model.cache.method}), and each would reuse what the other made up. Take one of the nodes CogVideoX-1.5 "
+            "Cache away."
+        )
+    return replace(model, cache=cache)
+
+
+def with_attention(model: Model, attention: str) -> Model:
+    """The model with another attention; the one given is not changed.
+
+    Raises:
+        ValueError: if it will not run here.
+    """
+    precision = model.weights.precision
+    check_attention(attention, model.weights.device, torch.float16 if precision.range_safe else precision.dtype)
+    return replace(model, attention=attention)
+
+
+def with_compile(model: Model, compiled: Compiled) -> Model:
+    """The model with compiled blocks; the one given is not changed.
+
+    Raises:
+        ValueError: if compiling does not go with what else it has.
+    """
+    return replace(model, compiled=compiled)
+
+
+def quantized(handle: _Handle, method: str) -> _Handle:
+    """A model, or a text encoder, whose weights are quantized by a method of ``choices.QUANTIZE`` when they load. The handle given and its weights
+    are not changed. A text encoder's activations stay as they are: with a dynamic method, its weights alone are quantized.
+
+    Raises:
+        ValueError: if the part, or the device, does not allow that.
+    """
+    return replace(handle, weights=handle.weights.quantized(method))
 
 
 def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from .choices import MODES
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
 from .precision.policy import Precision
+from .precision.quantize import Method, quantize_empty
 from .precision.range_safe import make_range_safe
+from .speed.joint import join
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class MemoryPlan:
         weights: of the transformer as it runs.
         activations: of one step at most, attention included.
         loras: their weights, which stay on the device in every mode.
+        cache: what a step cache holds.
         needed: by mode, all together.
         free: what there is, what loaded parts hold included, as they make way; None where it is not known.
     """
@@ -53,6 +56,7 @@ class MemoryPlan:
     loras: int
     needed: Mapping[str, int]
     free: int | None
+    cache: int = 0
 
     def fastest(self) -> str:
         """The fastest mode that fits.
@@ -71,7 +75,7 @@ class MemoryPlan:
 
     @property
     def text(self) -> str:
-        parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras}
+        parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras, "cache": self.cache}
         held = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
         return f"{self._modes} ({held})" + ("" if self.free is None else f"; {_gb(self.free)} free")
 
@@ -98,15 +102,20 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
             blocks[number] = blocks.get(number, 0) + nbytes
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
-    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"])
+    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"], weights.method)
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
         activations += max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
     loras = sum(lora.nbytes for lora in model.loras)
+    cache = 0
+    if model.cache is not None:
+        batch, channels, length, *size = shape
+        padded, copies = (batch, channels, length + padding_frames(length, config), *size), batch * (2 if guided else 1)
+        cache = model.cache.nbytes(config, padded, copies, tokens or config["max_text_seq_length"], weights.precision.activations.itemsize)
     # While one block or layer runs, the next is on its way.
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
-    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras for mode in MODES}, weights.free)
+    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras + cache for mode in MODES}, weights.free, cache)
 
 
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:
@@ -117,7 +126,7 @@ def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bo
     return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
 
 
-def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int) -> int:
+def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int, method: Method | None = None) -> int:
     """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing behind) on the meta device."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -135,6 +144,9 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
             if isinstance(norm, nn.LayerNorm):
                 # It asks the weights otherwise.
                 norm._range_safe_exponent = 0
+    join(module)
+    if method is not None:
+        quantize_empty(module, method, precision)
     rotary = rotary_embedding(config, length, height, width, torch.device("cpu"))
     inputs = dict(
         hidden_states=torch.empty(copies, length, config["in_channels"], height, width, dtype=dtype, device=meta),
@@ -188,8 +200,8 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, key, value = args
-        scale = (kwargs or {}).get("scale")
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
 
 

@@ -6,7 +6,8 @@ Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled 
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from .lora import applied
 from .memory import plan_memory
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
+from .speed.speedups import Speedups
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TRAINED_STEPS, full_config
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ def sample(
             ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
         on_heal: called with a sentence for the user when a step had to be healed.
-        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole.
+        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole, and
+            about what it is made faster with.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -93,8 +96,8 @@ def sample(
     if guided:
         prompts.insert(0, _check_embeddings(negative, "negative", config, batch))
 
-    def tell(note: str) -> None:
-        logger.warning("%s", note)
+    def tell(note: str, level: int = logging.WARNING) -> None:
+        logger.log(level, "%s", note)
         if on_note is not None:
             on_note(note)
 
@@ -105,8 +108,15 @@ def sample(
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    lora = partial(applied, model.loras, device=device)
-    with Sentinel(model.weights, on_nan, on_load, on_heal, lora, mode) as sentinel, torch.no_grad():
+    batches = _batches(prompts)
+    speedups = Speedups(model, timesteps.tolist(), guided and len(batches) == 1, tell)
+
+    @contextmanager
+    def prepared(module: nn.Module, precision: Precision) -> Iterator[None]:
+        with applied(model.loras, module, precision, device), speedups.attached(module):
+            yield
+
+    with Sentinel(model.weights, on_nan, on_load, on_heal, prepared, mode, speedups.shortcuts) as sentinel, torch.no_grad():
         dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
@@ -123,25 +133,28 @@ def sample(
             return unscaled.to("cpu", torch.float32).contiguous()
 
         try:
-            return finished(
+            samples = finished(
                 denoise_latents(
                     sentinel,
                     noise_schedule,
-                    timesteps.to(device),
+                    timesteps,
                     noisy * noise_schedule.init_noise_sigma,
-                    [prompt.to(device, dtype) for prompt in _batches(prompts)],
+                    [prompt.to(device, dtype) for prompt in batches],
                     image=image if image_latents is not None else None,
                     ofs=_OFS if config["ofs_embed_dim"] is not None else None,
                     rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
                     cfg=cfg,
                     dynamic_cfg=dynamic_cfg,
                     generator=generator,
+                    on_begin=speedups.begin,
                     on_step=None if on_step is None else lambda done, total, clean: on_step(done, total, clean[:, :, padding:]),
                 )
             )
         except OutOfMemory as error:
             error.latents = finished(error.latents)
             raise
+    speedups.report()
+    return samples
 
 
 def plan_steps(
@@ -175,24 +188,30 @@ def denoise_latents(
     cfg: float,
     dynamic_cfg: bool = False,
     generator: torch.Generator,
+    on_begin: Callable[[int], None] | None = None,
     on_step: StepCallback | None = None,
 ) -> torch.Tensor:
     """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape, in the dtype that the model then runs in.
 
     Args:
         sentinel: the transformer, entered.
+        timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
         prompts: embeddings ``[B, tokens, width]``; where ``cfg`` > 1 one ``[2B, tokens, width]`` (negative first), or two, run one by one.
         image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
         ofs: what 1.5's image-to-video models are told besides the timestep.
         generator: source of the noise that the DPM scheduler adds.
+        on_begin: called with the index of a step whenever it is begun, again too if it is repeated.
     """
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
+    on_device = timesteps.to(latents.device)
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         # A step that is done again draws the same noise again.
         generator.set_state(drawn)
+        if on_begin is not None:
+            on_begin(index)
         timestep, earlier = timesteps[index], timesteps[index - 1] if index > 0 else None
         current = latents.to(precision.activations)
 
@@ -204,7 +223,7 @@ def denoise_latents(
             return transformer(
                 hidden_states=model_input,
                 encoder_hidden_states=prompt.to(precision.activations),
-                timestep=timestep.expand(model_input.shape[0]),
+                timestep=on_device[index].expand(model_input.shape[0]),
                 ofs=None if ofs is None else current.new_full((1,), ofs),
                 image_rotary_emb=rotary,
                 return_dict=False,

@@ -1,12 +1,16 @@
 """What a person sees in the graph: one file a node."""
 
 from . import host
+from .attention import Attention
 from .black_frame_check import BlackFrameCheck
+from .cache import Cache
+from .compile import Compile
 from .downloader import Downloader
 from .empty_latent import EmptyLatent
 from .image_to_video import ImageToVideo
 from .lora_loader import LoraLoader
 from .model_loader import ModelLoader
+from .quantize import Quantize
 from .sampler import Sampler
 from .text_encode import TextEncode
 from .vae_decode import VAEDecode
@@ -23,6 +27,10 @@ _NODES = {
     "CogVideoX15VAEDecode": VAEDecode,
     "CogVideoX15BlackFrameCheck": BlackFrameCheck,
     "CogVideoX15Downloader": Downloader,
+    "CogVideoX15Attention": Attention,
+    "CogVideoX15Cache": Cache,
+    "CogVideoX15Compile": Compile,
+    "CogVideoX15Quantize": Quantize,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

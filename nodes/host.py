@@ -177,11 +177,16 @@ def _roots(*names: str) -> list[Path]:
     return list(dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name)))
 
 
+def device() -> torch.device:
+    """The device ComfyUI runs models on, or torch's default."""
+    return comfy.model_management.get_torch_device() if IN_COMFYUI else hardware().device
+
+
 def hardware() -> "Hardware":
-    """The device ComfyUI runs models on and the dtypes it was started with, or torch's default."""
+    """``device``, and the dtypes ComfyUI was started with."""
     from ..cogvideox.precision.hardware import Hardware
 
-    return Hardware.detect(comfy.model_management.get_torch_device(), forced_dtypes(comfy.cli_args.args)) if IN_COMFYUI else Hardware.detect()
+    return Hardware.detect(device(), forced_dtypes(comfy.cli_args.args)) if IN_COMFYUI else Hardware.detect()
 
 
 def forced_dtypes(arguments) -> dict[str, tuple[torch.dtype, str]]:

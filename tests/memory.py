@@ -1,7 +1,7 @@
-"""The most memory a process has had."""
+"""What memory is taken, and what is where."""
 
-import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -10,10 +10,17 @@ from cogvideox.strips import Strips
 
 
 def peak_kilobytes() -> int:
-    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so the system is asked."""
+    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so the system is asked.
+    On Windows what the page file has to back: resident there are the pages of a mapped file too, which no call gives back."""
     if sys.platform == "linux":
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", encoding="ascii") as status:
             return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_pagefile // 1024
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 
 
@@ -35,3 +42,19 @@ def count_strips(vae, latent_or_frames: torch.Tensor, budget: int | None, chunks
         for piece in latent_or_frames.split(chunks, dim=2):
             step(strips, piece)
     return mode.peak
+
+
+def left_behind(module: torch.nn.Module, run: Callable[[], object], monkeypatch) -> list[str]:
+    """The tensors of a module with diffusers' offloading hooks that no hook brings to the device while it runs: on a GPU they would be missing."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    brought, real = set(), ModuleGroup.onload_
+
+    def onload(group):
+        tensors = [*(group.parameters or ()), *(group.buffers or ())]
+        brought.update(map(id, [*tensors, *(tensor for owner in group.modules for tensor in (*owner.parameters(), *owner.buffers()))]))
+        return real(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    run()
+    return [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if id(tensor) not in brought]

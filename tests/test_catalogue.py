@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 
 from cogvideox.checkpoint import catalogue
 from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints, list_parts
+from cogvideox.handles import open_handles
 from tests import layouts
+from tests.conftest import CPU
 
 SIZE = "(custom size: 2 layers x 2 heads)"
 
@@ -55,6 +57,13 @@ def test_every_checkpoint_is_listed_once_with_what_it_is(models):
         f"cog.safetensors · CogVideoX1.5-I2V {SIZE} · bf16 · ComfyUI",
         f"wan/CogVideoX1.5_fp8.safetensors · CogVideoX1.5-I2V {SIZE} · fp8 · ComfyUI",
     ]
+
+
+def test_a_transformers_name_does_not_depend_on_the_other_beside_it(models):
+    shutil.rmtree(models / "CogVideo" / "both" / "transformer_T2V")
+    (entry,) = [entry for entry in listed(models) if entry.name.startswith("both")]
+    assert entry.name == "both/transformer_I2V"
+    assert open_handles(entry.path, "fp32", CPU).model.variant.image_to_video
 
 
 def test_text_encoders_and_vaes_are_listed_where_they_lie(models):

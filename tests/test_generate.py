@@ -237,6 +237,37 @@ class TestImagesVideosAndLoras:
         assert "LoRA lora.safetensors: strength 0.5, rank 2, 1 layers" in said
         assert "LoRA lora.safetensors: strength 1, rank 2, 1 layers" in said
 
+    def test_a_cache_and_compiling_are_said_and_used(self, tiny, tmp_path, capsys, caplog, monkeypatch):
+        from cogvideox.speed import compiled
+
+        monkeypatch.setattr(compiled, "_BACKEND", "eager")
+        more = ("--frames", 17, "--cache", "taylorseer:0.5", "--cache-range", 0, 1, "--compile")
+        code, said, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", *more))
+        assert code == 0, error
+        assert "TaylorSeer: 50% of the block evaluations between 0% and 100% of the steps are to be skipped" in said
+        assert "torch.compile (default)" in said
+        assert "TaylorSeer skipped 2 of 4 block evaluations (50%)." in caplog.text
+        assert "Compiled in" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (("--cache", "teacache"), "'teacache' is not one of first_block"),
+            (("--cache", "pab:much"), "the strength 'much' is not a number"),
+            (("--cache-range", "0", "1"), "--cache-range goes with --cache"),
+            (("--compile", "fastest"), "invalid choice: 'fastest'"),
+        ],
+    )
+    def test_a_cache_that_is_none_is_an_error_of_usage(self, tiny, tmp_path, capsys, more, message):
+        with pytest.raises(SystemExit):
+            run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", *more))
+        assert message in capsys.readouterr().err
+
+    def test_choices_that_do_not_work_together_are_refused_before_anything_is_loaded(self, tiny, tmp_path, capsys):
+        code, _, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", "--cache", "pab", "--compile"))
+        assert code == 1
+        assert "cache pab and compiling do not work together" in error
+
     def test_a_colon_of_windows_is_no_strength(self):
         assert generate._lora(r"C:\style.safetensors") == (Path(r"C:\style.safetensors"), 1.0)
         assert generate._lora(r"C:\style.safetensors:-0.5") == (Path(r"C:\style.safetensors"), -0.5)

@@ -20,6 +20,7 @@ from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from tests import layouts
 from tests.conftest import CPU
+from tests.memory import left_behind
 from tests.tiny_checkpoint import TEXT_WIDTH
 
 GB = 10**9
@@ -115,7 +116,7 @@ class TestModes:
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     @pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
     @pytest.mark.parametrize("stored", ["plain", "fp8"])
-    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(self, offloading, tiny, tmp_path, mode, precision, stored):
+    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(self, offloading, tiny, tmp_path, monkeypatch, mode, precision, stored):
         """diffusers' group offloading, applied for good: from the host to the host, as there is no other device here."""
         part = open_part(tiny / "transformer", "transformer")
         if stored == "fp8":
@@ -134,6 +135,7 @@ class TestModes:
         plain, offloaded = (load_module(part, precision, device) for _ in range(2))
         handles_module._offload(offloaded, mode, device)
         with torch.no_grad():
+            assert left_behind(offloaded, lambda: offloaded(**inputs), monkeypatch) == []
             for _ in range(2):
                 results = []
                 for module in (plain, offloaded):

@@ -88,7 +88,25 @@ CONTRACT["CogVideoX15Downloader"] = (
     {"checkpoint": "COMBO", "download": "BOOLEAN"},
     {"model_name": "STRING", "report": "STRING"},
 )
+CONTRACT["CogVideoX15Attention"] = ("CogVideoX-1.5 Attention", {"model": "COGVIDEOX_MODEL", "attention": "COMBO"}, {"model": "COGVIDEOX_MODEL"})
+CONTRACT["CogVideoX15Cache"] = (
+    "CogVideoX-1.5 Cache",
+    {"model": "COGVIDEOX_MODEL", "method": "COMBO", "strength": "FLOAT", "start": "FLOAT", "end": "FLOAT"},
+    {"model": "COGVIDEOX_MODEL"},
+)
+CONTRACT["CogVideoX15Compile"] = (
+    "CogVideoX-1.5 Compile",
+    {"model": "COGVIDEOX_MODEL", "mode": "COMBO", "dynamic": "BOOLEAN"},
+    {"model": "COGVIDEOX_MODEL"},
+)
+CONTRACT["CogVideoX15Quantize"] = (
+    "CogVideoX-1.5 Quantize",
+    {"model": "COGVIDEOX_MODEL", "method": "COMBO", "text_encoder": "COGVIDEOX_TEXT_ENCODER"},
+    {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "report": "STRING"},
+)
 DEFAULTS = {
+    "CogVideoX15Cache": {"method": "first_block", "strength": 0.6, "start": 0.1, "end": 0.95},
+    "CogVideoX15Compile": {"mode": "default", "dynamic": False},
     "CogVideoX15Downloader": {"download": False},
     "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
     "CogVideoX15ImageToVideo": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
@@ -98,9 +116,12 @@ DEFAULTS = {
     "CogVideoX15BlackFrameCheck": {"pixel_black_threshold": 0.10, "picture_black_ratio": 0.98, "video_black_ratio": 1.0},
 }
 COMBOS = {
+    ("CogVideoX15Cache", "method"): ["first_block", "taylorseer", "pab", "faster_cache"],
+    ("CogVideoX15Compile", "mode"): ["default", "max-autotune-no-cudagraphs"],
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
     ("CogVideoX15ModelLoader", "memory"): ["auto", "gpu", "offload_blocks", "offload_layers", "cpu"],
+    ("CogVideoX15Quantize", "method"): ["int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic"],
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
@@ -425,6 +446,27 @@ class TestImagesVideosAndLoras:
         (fitting,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(17, 48, 64, 3), vae=loaded[2])
         assert len(said) == 1
         assert fitting["samples"].shape == (1, 16, 5, 6, 8)
+
+    def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, monkeypatch):
+        said = []
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+        model, text_encoder, *_ = loaded
+        (cached,) = call(pack, "CogVideoX15Cache", model=model, method="pab", strength=0.5, start=0.0, end=1.0)
+        assert "50% of the attention of the block evaluations between 0% and 100% of the steps" in said[-1]
+        assert "cache" in said[-1].splitlines()[1]
+        (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
+        inputs = dict(positive=prompt, negative=prompt, latent_image={"samples": torch.zeros(1, 16, 4, 6, 10)})
+        plain, ours, again = (call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"] for m in (model, cached, model))
+        assert torch.equal(plain, again)
+        assert not torch.equal(plain, ours)
+        assert any(text.startswith("PAB skipped the attention of") for text in said)
+
+    def test_choices_that_do_not_work_together_are_refused_before_a_weight_is_read(self, pack, tiny):
+        model, *_ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp32")
+        (compiled,) = call(pack, "CogVideoX15Compile", model=model, mode="default")
+        with pytest.raises(ValueError, match="pab and compiling do not work together"):
+            call(pack, "CogVideoX15Cache", model=compiled, method="pab")
+        assert not model.weights.is_loaded
 
     def test_a_lora_changes_its_own_branch_only(self, pack, loaded, tmp_path, tiny):
         path = tmp_path / "lora.safetensors"

@@ -1,40 +1,45 @@
 """The pack installs, imports in milliseconds, and tells a missing package in a sentence."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
+import install
 from cogvideox import dependencies
 from tests.conftest import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    tomllib = pytest.importorskip("tomli")
+    import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
 IMPORT = """
-import sys, time, importlib.util
+import sys, importlib.util
 import torch, einops, safetensors  # ComfyUI has imported these before it looks at a pack
-start = time.perf_counter()
+before = set(sys.modules)
 spec = importlib.util.spec_from_file_location("pack", "__init__.py", submodule_search_locations=["."])
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()
-seconds = time.perf_counter() - start
-heavy = [name for name in ("diffusers", "transformers", "accelerate", "peft", "av") if name in sys.modules]
-print(seconds, heavy)
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
 
 
-def test_importing_the_pack_is_quick_and_imports_nothing_heavy():
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT).stdout for _ in range(3)]
-    assert all("[]" in run for run in runs)
-    assert min(float(run.split()[0]) for run in runs) < 0.05
+def test_importing_the_pack_imports_itself_and_the_standard_library():
+    """Milliseconds, then: what takes long to import is imported by the nodes that use it, when they run."""
+    new = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert set(new) - set(sys.stdlib_module_names) == {"pack"}
 
 
 def test_requirements_and_pyproject_name_the_same_packages_and_not_torch():
@@ -42,6 +47,9 @@ def test_requirements_and_pyproject_name_the_same_packages_and_not_torch():
     assert PROJECT["project"]["dependencies"] == lines
     assert not any(line.startswith("torch") for line in lines)
     assert all(re.fullmatch(r"[a-z0-9-]+>=\d+(\.\d+)+", line) for line in lines)
+    # ComfyUI Manager installs line by line, and the last line's needs win: those of ComfyUI's own package, without which nothing starts.
+    assert lines.index(next(line for line in lines if line.startswith("transformers"))) > 0
+    assert lines[0].startswith("diffusers")
 
 
 def test_the_registry_accepts_the_metadata():
@@ -53,27 +61,187 @@ def test_the_registry_accepts_the_metadata():
     assert project["license"]
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
-    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert all(comfy.values()), "an empty field is none"
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    cards = {"GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend", "GPU :: Apple Metal"}
+    assert {line.partition(" :: ")[2] for line in project["classifiers"] if line.startswith("Environment")} < cards
+    assert "Operating System :: OS Independent" in project["classifiers"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("found", [None, "0.1.0"])
-def test_a_missing_or_old_package_is_told_with_the_command_to_install_it(pack, monkeypatch, found):
-    inside = sys.modules[f"{pack.__name__}.cogvideox.dependencies"]
-    real = dependencies._installed
-    monkeypatch.setattr(inside, "_installed", lambda name: found if name == "diffusers" else real(name))
-    lowest = dependencies.requirements()["diffusers"]
-    node = pack.NODE_CLASS_MAPPINGS["CogVideoX15EmptyLatent"]()
-    with pytest.raises(RuntimeError) as caught:
-        node.run(width=160, height=96, length=17, batch_size=1)
-    said = str(caught.value)
-    assert f'python -m pip install "diffusers>={lowest}"' in said
-    assert (found or "not installed") in said
+class TestTheWorkflows:
+    def test_every_python_that_is_named_is_tested_and_no_other(self):
+        named = {line.rpartition(" :: ")[2] for line in PROJECT["project"]["classifiers"] if line.startswith("Programming Language :: Python :: 3.")}
+        matrix = WORKFLOWS["test"]["jobs"]["test"]["strategy"]["matrix"]
+        assert set(matrix["python"]) == named
+        assert min(named, key=lambda version: int(version[2:])) == PROJECT["project"]["requires-python"].removeprefix(">=")
+        assert {job["os"] for job in matrix["include"]} == {"windows-latest", "macos-latest"}
+        rows = [*matrix["include"], *WORKFLOWS["test"]["jobs"]["versions"]["strategy"]["matrix"]["include"]]
+        assert {row["python"] for row in rows} <= named
+
+    @pytest.mark.parametrize("name", sorted(WORKFLOWS))
+    def test_they_may_only_read_and_use_actions_of_a_known_major(self, name):
+        assert WORKFLOWS[name]["permissions"] == {"contents": "read"}
+        for job in WORKFLOWS[name]["jobs"].values():
+            assert not job.get("permissions")
+            for step in job.get("steps", []):
+                assert re.fullmatch(r"[\w./-]+@v\d+", step.get("uses", "a/b@v1"))
+
+    def test_only_the_owners_repository_publishes_and_only_after_the_tests(self):
+        jobs = WORKFLOWS["publish"]["jobs"]
+        owner = PROJECT["project"]["urls"]["Repository"].split("/")[-2]
+        assert jobs["version"]["if"] == f"github.repository_owner == '{owner}'"
+        assert (jobs["test"]["needs"], jobs["publish"]["needs"]) == ("version", "test")
+        assert "secrets" not in str(WORKFLOWS["test"]) + str(jobs["version"]) + str(jobs["test"])
+
+    @pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="the workflow runs on Linux")
+    def test_only_a_new_version_is_published(self, tmp_path):
+        def git(*arguments):
+            who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
+            return subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+        def commit(text):
+            (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+            git("add", ".")
+            git("commit", "-m", "x")
+            return git("rev-parse", "HEAD")
+
+        def is_new(before):
+            step = next(step for step in WORKFLOWS["publish"]["jobs"]["version"]["steps"] if "run" in step)
+            output = tmp_path.with_name("output")
+            environment = os.environ | {"BEFORE": before, "GITHUB_OUTPUT": str(output)}
+            subprocess.run(["bash", "-e", "-o", "pipefail", "-c", step["run"]], cwd=tmp_path, env=environment, check=True)
+            told = output.read_text(encoding="utf-8")
+            output.unlink()
+            return told == "is_new=true\n"
+
+        git("init")
+        first = commit((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        assert is_new("0" * 40)
+        second = commit((ROOT / "pyproject.toml").read_text(encoding="utf-8") + "\n# more\n")
+        assert not is_new(first)
+        commit('[project]\nversion = "99.0.0"\n')
+        assert is_new(second)
+        assert is_new("")
 
 
-def test_everything_needed_is_installed_here():
-    dependencies.require_dependencies()
+def archive() -> list[str]:
+    """The files of the registry's archive: what git tracks, less what .comfyignore names."""
+    listed = [
+        subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        for options in ([], ["--cached", "--ignored", "--exclude-from=.comfyignore"])
+    ]
+    return sorted(set(listed[0]) - set(listed[1]))
 
 
-@pytest.mark.parametrize(("older", "newer"), [("4.9.1", "4.50.3"), ("0.41", "0.41.1"), ("1.0.0rc1", "1.0.1"), ("5.24.0.dev0", "5.24.1")])
-def test_versions_are_compared_by_number(older, newer):
-    assert dependencies._numbers(older) < dependencies._numbers(newer)
+def test_the_archive_holds_all_that_runs_and_nothing_for_developers(tmp_path):
+    for name in archive():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    tops = {name.split("/")[0] for name in archive()}
+    assert not tops & {"tests", "benchmarks", ".github", ".ci", "Makefile"}
+    assert tops >= {
+        "__init__.py",
+        "cogvideox",
+        "example_workflows",
+        "generate.py",
+        "install.py",
+        "nodes",
+        "requirements.txt",
+        "web",
+        "pyproject.toml",
+    }
+    subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "generate.py", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--prompt" in done.stdout
+
+
+class TestDependencies:
+    @pytest.fixture(autouse=True)
+    def _ask_again(self):
+        dependencies.require_dependencies.cache_clear()
+
+    @pytest.mark.parametrize("found", [None, "0.1.0"])
+    def test_a_missing_or_old_package_is_told_with_the_command_that_helps(self, pack, monkeypatch, found):
+        inside = sys.modules[f"{pack.__name__}.cogvideox.dependencies"]
+        real = dependencies.installed
+        inside.require_dependencies.cache_clear()
+        monkeypatch.setattr(inside, "installed", lambda name: found if name == "diffusers" else real(name))
+        lowest = dependencies.requirements()["diffusers"]
+        node = pack.NODE_CLASS_MAPPINGS["CogVideoX15EmptyLatent"]()
+        with pytest.raises(RuntimeError) as caught:
+            node.run(width=160, height=96, length=17, batch_size=1)
+        said = str(caught.value)
+        assert f"needs diffusers {lowest} or newer" in said
+        assert (found or "not installed") in said
+        assert f'python "{ROOT / "install.py"}"' in said
+
+    def test_everything_needed_is_installed_here(self):
+        assert dependencies.unfit() == []
+        dependencies.require_dependencies()
+
+    def test_a_package_that_cannot_be_imported_beside_another_says_beside_which(self, monkeypatch):
+        """diffusers 0.42 and the huggingface-hub of transformers 4, as ComfyUI Manager leaves them."""
+        monkeypatch.setattr(metadata, "requires", lambda name: ["huggingface-hub<9.0,>=8.1"] if name == "diffusers" else [])
+
+        def import_module(name):
+            raise ImportError("cannot import name 'resolve_revision'")
+
+        monkeypatch.setattr(dependencies, "import_module", import_module)
+        hub = metadata.version("huggingface-hub")
+        with pytest.raises(
+            dependencies.DependencyError, match=rf"needs huggingface-hub<9.0,>=8.1, but {hub} is installed \(cannot import .*install\.py"
+        ):
+            dependencies.require_dependencies()
+
+    def test_a_package_that_runs_though_it_asks_for_more_is_left_alone(self, monkeypatch):
+        monkeypatch.setattr(metadata, "requires", lambda name: ["numpy>=99"])
+        dependencies.require_dependencies()
+
+    def test_extras_and_other_systems_are_not_asked_for(self, monkeypatch):
+        monkeypatch.setattr(metadata, "requires", lambda name: ["none-such; extra == 'test'", "none-such; sys_platform == 'amiga'", "numpy"])
+        assert dependencies.unmet_needs("diffusers") == []
+
+    @pytest.mark.parametrize(("older", "newer"), [("4.9.1", "4.50.3"), ("0.41", "0.41.1"), ("1.0.0rc1", "1.0.1"), ("5.24.0.dev0", "5.24.1")])
+    def test_versions_are_compared_by_number(self, older, newer):
+        assert dependencies.is_older(older, newer)
+        assert not dependencies.is_older(newer, older)
+
+
+class TestInstalling:
+    """install.py; that pip then finds what fits is tested in tests/comfyui, with pip."""
+
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        """What was run, with the constraints of the time; every run fails."""
+        ran = []
+
+        def run(command):
+            constraints = command[command.index("--constraint") + 1] if "--constraint" in command else None
+            ran.append((command, constraints and open(constraints, encoding="utf-8").read().splitlines()))
+            return SimpleNamespace(returncode=1)
+
+        monkeypatch.setattr(install.subprocess, "run", run)
+        return ran
+
+    def test_does_nothing_where_all_fits(self, ran):
+        assert install.main() == 0
+        assert ran == []
+
+    def test_holds_all_but_what_does_not_fit_and_lets_go_only_if_that_fails(self, ran, monkeypatch):
+        monkeypatch.setattr(install, "unfit", lambda: ["diffusers"])
+        assert install.main() == 1
+        (first, held), (second, free) = ran
+        assert first[:4] == [sys.executable, "-m", "pip", "install"]
+        assert first[first.index("-r") + 1] == str(ROOT / "requirements.txt")
+        assert f"torch=={metadata.version('torch')}" in held
+        assert f"huggingface-hub=={metadata.version('huggingface-hub')}" in held
+        assert not any(line.startswith("diffusers==") for line in held)
+        assert free is None
+        assert "--constraint" not in second
+
+    def test_uses_uv_where_there_is_no_pip(self, ran, monkeypatch):
+        monkeypatch.setattr(install, "unfit", lambda: ["diffusers"])
+        monkeypatch.setattr(install.util, "find_spec", lambda name: None)
+        install.main()
+        assert ran[0][0][:5] == [sys.executable, "-m", "uv", "pip", "install"]

@@ -219,14 +219,14 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("name", "capability", "wanted"),
         [
-            ("NVIDIA H100 80GB HBM3", (9, 0), (NATIVE, NATIVE, NATIVE, True)),
-            ("NVIDIA GeForce RTX 4090", (8, 9), (NATIVE, NATIVE, NATIVE, True)),
-            ("NVIDIA GeForce RTX 3090", (8, 6), (NATIVE, NATIVE, ABSENT, True)),
-            ("NVIDIA GeForce RTX 2080 Ti", (7, 5), (EMULATED, NATIVE, ABSENT, True)),
-            ("NVIDIA GeForce GTX 1660 SUPER", (7, 5), (EMULATED, NATIVE, ABSENT, False)),
-            ("Tesla V100-SXM2-16GB", (7, 0), (EMULATED, NATIVE, ABSENT, True)),
-            ("NVIDIA GeForce GTX 1080", (6, 1), (EMULATED, EMULATED, ABSENT, True)),
-            ("Tesla P100-PCIE-16GB", (6, 0), (EMULATED, NATIVE, ABSENT, True)),
+            ("NVIDIA H100 80GB HBM3", (9, 0), (NATIVE, NATIVE, NATIVE, NATIVE, True)),
+            ("NVIDIA GeForce RTX 4090", (8, 9), (NATIVE, NATIVE, NATIVE, NATIVE, True)),
+            ("NVIDIA GeForce RTX 3090", (8, 6), (NATIVE, NATIVE, ABSENT, NATIVE, True)),
+            ("NVIDIA GeForce RTX 2080 Ti", (7, 5), (EMULATED, NATIVE, ABSENT, NATIVE, True)),
+            ("NVIDIA GeForce GTX 1660 SUPER", (7, 5), (EMULATED, NATIVE, ABSENT, ABSENT, False)),
+            ("Tesla V100-SXM2-16GB", (7, 0), (EMULATED, NATIVE, ABSENT, ABSENT, True)),
+            ("NVIDIA GeForce GTX 1080", (6, 1), (EMULATED, EMULATED, ABSENT, ABSENT, True)),
+            ("Tesla P100-PCIE-16GB", (6, 0), (EMULATED, NATIVE, ABSENT, ABSENT, True)),
         ],
     )
     def test_nvidia_cards_are_known_by_their_compute_capability(self, name, capability, wanted):
@@ -236,11 +236,17 @@ class TestHardware:
             assert hw.cuda_support(name, capability, emulates_bf16=False)["bf16"] == ABSENT
 
     @pytest.mark.parametrize(
-        ("architecture", "bf16", "fp8"),
-        [("gfx942:sramecc+:xnack-", NATIVE, NATIVE), ("gfx1100", NATIVE, ABSENT), ("gfx1201", NATIVE, NATIVE), ("gfx1030", EMULATED, ABSENT)],
+        ("architecture", "bf16", "fp8", "int8"),
+        [
+            ("gfx942:sramecc+:xnack-", NATIVE, NATIVE, NATIVE),
+            ("gfx90a:sramecc+:xnack-", NATIVE, ABSENT, NATIVE),
+            ("gfx1100", NATIVE, ABSENT, ABSENT),
+            ("gfx1201", NATIVE, NATIVE, ABSENT),
+            ("gfx1030", EMULATED, ABSENT, ABSENT),
+        ],
     )
-    def test_amd_cards_are_known_by_their_architecture(self, architecture, bf16, fp8):
-        assert hw.rocm_support(architecture) == dict(bf16=bf16, fp16=NATIVE, fp8=fp8)
+    def test_amd_cards_are_known_by_their_architecture(self, architecture, bf16, fp8, int8):
+        assert hw.rocm_support(architecture) == dict(bf16=bf16, fp16=NATIVE, fp8=fp8, int8=int8)
 
     def test_a_cuda_device_is_asked(self, monkeypatch):
         import contextlib

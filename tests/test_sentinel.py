@@ -28,8 +28,8 @@ def fault(monkeypatch):
     real, calls = handles_module.load_module, []
 
     def inject(kind, name, when, value=NAN):
-        def load(part, precision, device, on_progress=None):
-            module = real(part, precision, device, on_progress)
+        def load(part, precision, *rest):
+            module = real(part, precision, *rest)
 
             def spoil(_module, _args, output):
                 calls.append(precision.name)

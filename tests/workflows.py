@@ -73,3 +73,72 @@ def to_api(workflow: dict) -> dict:
                     values[socket["name"]] = given
             prompt[f"{name}:{part['id']}"] = {"class_type": part["type"], "inputs": values}
     return prompt
+
+
+def combined(node_class) -> dict:
+    types = node_class.INPUT_TYPES()
+    return types["required"] | types.get("optional", {})
+
+
+def ours(workflow: dict, pack) -> list:
+    return [(node, pack.NODE_CLASS_MAPPINGS[node["type"]]) for node in workflow["nodes"] if node["type"].startswith("CogVideoX15")]
+
+
+def links_of(workflow: dict) -> list[list]:
+    """Every link as ``[id, origin, output, target, input, type]``, which newer files write as objects."""
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    return [[link[name] for name in names] if isinstance(link, dict) else link for link in workflow["links"]]
+
+
+def check(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
+    """That a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets whose choices are files."""
+    check_sockets(workflow, pack)
+    check_widgets(workflow, pack, unknown)
+    check_links(workflow)
+    check_required(workflow, pack)
+
+
+def check_sockets(workflow: dict, pack) -> None:
+    assert ours(workflow, pack)
+    for node, node_class in ours(workflow, pack):
+        assert [(socket["name"], socket["type"]) for socket in node["outputs"]] == list(
+            zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True)
+        )
+        declared = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in combined(node_class).items()}
+        assert {socket["name"]: socket["type"] for socket in node["inputs"]} == declared
+
+
+def check_widgets(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
+    for node, node_class in ours(workflow, pack):
+        values = widget_values(node)
+        for name, (kind, options, *_) in combined(node_class).items():
+            if kind in ("INT", "FLOAT"):
+                assert options["min"] <= values[name] <= options["max"], (node["type"], name)
+            elif isinstance(kind, list) and name not in ("model", "lora_name", *unknown):
+                assert values[name] in kind, (node["type"], name)
+        afterwards = ("randomize", "fixed", "increment", "decrement")
+        assert [value for value in node.get("widgets_values", []) if value not in afterwards] == list(values.values())
+
+
+def check_links(workflow: dict) -> None:
+    """Every link joins sockets of one type, both of which know it, and no socket knows of another."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = links_of(workflow)
+    for number, origin, output, target, entry, _kind in links:
+        out_socket, in_socket = nodes[origin]["outputs"][output], nodes[target]["inputs"][entry]
+        assert number in out_socket["links"]
+        assert in_socket["link"] == number
+        assert "*" in (in_socket["type"], out_socket["type"]) or out_socket["type"] in in_socket["type"].split(",")
+    numbers = [link[0] for link in links]
+    assert len(set(numbers)) == len(numbers)
+    known = [socket["link"] for node in nodes.values() for socket in node.get("inputs", ()) if socket.get("link") is not None]
+    assert sorted(known) == sorted(numbers)
+    assert sorted(number for node in nodes.values() for socket in node.get("outputs", ()) for number in socket["links"] or ()) == sorted(numbers)
+
+
+def check_required(workflow: dict, pack) -> None:
+    for node, node_class in ours(workflow, pack):
+        sockets = {socket["name"]: socket for socket in node["inputs"]}
+        for name, (kind, *_) in node_class.INPUT_TYPES()["required"].items():
+            if isinstance(kind, str) and kind not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+                assert sockets[name]["link"] is not None, (node["type"], name)

@@ -87,7 +87,8 @@ def _subfolders(root: Path) -> list[Path]:
 
 def _folder_entries(folder: Path) -> list[Entry]:
     found = transformer_folders(folder)
-    places = [folder] if len(found) == 1 else found
+    # A name that stays when the other of transformer_T2V/ and transformer_I2V/ comes to lie beside it.
+    places = [folder] if [transformer.name for transformer in found] == ["transformer"] else found
     if not found:
         weights = sat_weights(folder)
         if weights is None:

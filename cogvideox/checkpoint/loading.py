@@ -1,6 +1,8 @@
 """Build a part's module and stream its weights from disk straight into the dtype and device it will run in."""
 
 import mmap
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -9,38 +11,50 @@ from torch import nn
 
 from ..precision.packed import PackedLinear, PackedWeight
 from ..precision.policy import Precision
+from ..precision.quantize import Quantizer
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
 from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20
+#: For a map that may be written to, Windows sets aside memory or page file for every byte, written or not (Microsoft's documentation of
+#: MapViewOfFile): a model of 20 GB would not open where 20 GB are not free. Nothing here writes to weights.
+_ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 
 
-def load_module(part: Part, precision: Precision, device: torch.device, on_progress: Callable[[int, int], None] | None = None) -> nn.Module:
+def load_module(
+    part: Part,
+    precision: Precision,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] | None = None,
+    quantizer: Quantizer | None = None,
+) -> nn.Module:
     """Build the unmodified diffusers or transformers module of ``part`` and fill it from disk.
 
     The module is built without memory for its weights. A tensor that stays in the host's memory as it is stored is mapped from the file, and read
     when it is first used; any other is allocated once, in its final dtype and on its final device, and cast into place. Peak memory is the
-    loaded part plus one tensor.
+    loaded part, quantized if it is to be, plus one tensor.
 
     Args:
         on_progress: called with (bytes read, bytes in all) as files are read.
+        quantizer: quantizes the weights that it takes.
 
     Returns:
         The module in eval mode, without gradients.
 
     Raises:
-        ValueError: if tensors are missing, left over, or of another shape than the config says.
+        ValueError: if tensors are missing, left over, or of another shape than the config says, or one to be quantized is not finite.
     """
     module, slots, names = empty_module(part)
+    quantized = {name for name in part.tensors if quantizer is not None and quantizer.takes(name)}
     # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
     plain_fp16 = precision == Precision(torch.float16)
     keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if plain_fp16 else ()
     if precision.range_safe:
         make_range_safe(module)
     else:
-        _keep_packed(module, part)
+        _keep_packed(module, quantized | {name for name, stored in part.tensors.items() if stored.is_packed})
     total, done = sum(tensor.nbytes for tensor in part.tensors.values()), 0
     files = _MappedFiles()
 
@@ -56,13 +70,14 @@ def load_module(part: Part, precision: Precision, device: torch.device, on_progr
         if stored.is_packed:
             scale = read_tensor(part.scales[name]) if name in part.scales else None
             packed = PackedWeight(files.read(stored, stored.dtype, device, report), scale, stored.quantization)
-            if is_weight and isinstance(owner, PackedLinear):
-                owner.packed = packed
-                continue
-            if is_weight and isinstance(owner, RangeSafeLinear):
+            if is_weight and isinstance(owner, PackedLinear | RangeSafeLinear):
                 owner.load_packed(packed)
                 continue
             tensor = packed.scaled(precision.activations).reshape(stored.shape)
+        elif name in quantized:
+            owner.load_packed(quantizer.quantize(name, files.read(stored, stored.dtype, torch.device("cpu"), report), device))
+            files.give_back(stored)
+            continue
         elif is_weight and isinstance(owner, ScaledWeight):
             # It is scaled from what is stored, on the host.
             owner.load_weight(files.read(stored, stored.dtype, torch.device("cpu"), report), device)
@@ -136,7 +151,7 @@ def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable
 
 
 class _MappedFiles:
-    """Files mapped into memory. A page that is written to becomes the process's own; the file never changes."""
+    """Files mapped into memory. A page that is written to becomes the process's own (Windows lets none be written to); the file never changes."""
 
     def __init__(self):
         self._maps: dict[Path, tuple[mmap.mmap, torch.Tensor]] = {}
@@ -175,16 +190,18 @@ class _MappedFiles:
     def _map(self, path: Path) -> tuple[mmap.mmap, torch.Tensor]:
         if path not in self._maps:
             with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+                mapped = mmap.mmap(file.fileno(), 0, access=_ACCESS)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                self._maps[path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
         return self._maps[path]
 
 
-def _keep_packed(module: nn.Module, part: Part) -> None:
-    """Put a Linear that keeps its weight packed in the place of each whose weight is stored so."""
-    for name, stored in part.tensors.items():
+def _keep_packed(module: nn.Module, names: Iterable[str]) -> None:
+    """Put a Linear that keeps its weight packed in the place of each whose weight is one of ``names``."""
+    for name in names:
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and stored.is_packed and isinstance(module.get_submodule(path), nn.Linear):
+        if leaf == "weight" and isinstance(module.get_submodule(path), nn.Linear):
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent), child, PackedLinear(module.get_submodule(path)))
 

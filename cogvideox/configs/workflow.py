@@ -2,23 +2,40 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..precision.verdict import Finding
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport, first_lines, read_file
 
-_OURS = "CogVideoX15ModelLoader"
-#: Loader -> its first widgets, in order: the model, then the dtype. All but ours: kijai/ComfyUI-CogVideoXWrapper, model_loading.py.
-_LOADERS = {
-    _OURS: ("model", "dtype", "on_mismatch"),
-    "DownloadAndLoadCogVideoModel": ("model", "precision"),
-    "CogVideoXModelLoader": ("model", "base_precision"),
-    "DownloadAndLoadCogVideoGGUFModel": ("model", "vae_precision"),
+OURS = "CogVideoX15ModelLoader"
+#: The widgets of our loader and of the nodes of kijai/ComfyUI-CogVideoXWrapper (nodes.py, model_loading.py), in the order of a file's list of values.
+WIDGETS = {
+    OURS: ("model", "dtype", "on_mismatch", "memory", "scan_weights", "text_encoder_name", "vae_name"),
+    "DownloadAndLoadCogVideoModel": ("model", "precision", "quantization", "enable_sequential_cpu_offload", "attention_mode", "load_device"),
+    "CogVideoXModelLoader": ("model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
+    "DownloadAndLoadCogVideoGGUFModel": ("model", "vae_precision", "fp8_fastmode", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
     "CogVideoXVAELoader": ("model_name", "precision"),
+    "CogVideoLoraSelect": ("lora", "strength", "fuse_lora"),
+    "CogVideoLoraSelectComfy": ("lora", "strength", "fuse_lora"),
+    "CogVideoTextEncode": ("prompt", "strength", "force_offload"),
+    "CogVideoTextEncodeCombine": ("combination_mode", "weighted_average_ratio"),
+    "CogVideoImageEncode": ("enable_tiling", "noise_aug_strength", "strength", "start_percent", "end_percent"),
+    # The page itself adds what becomes of the seed.
+    "CogVideoSampler": ("num_frames", "steps", "cfg", "seed", "control_after_generate", "scheduler", "denoise_strength"),
+    "CogVideoDecode": ("enable_vae_tiling",),  # and the tiles' sizes
+}
+#: Loader -> its widget with the dtype.
+_LOADERS = {
+    OURS: "dtype",
+    "DownloadAndLoadCogVideoModel": "precision",
+    "CogVideoXModelLoader": "base_precision",
+    "DownloadAndLoadCogVideoGGUFModel": "vae_precision",
+    "CogVideoXVAELoader": "precision",
 }
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
-_MUTED, _BYPASSED = 2, 4
+#: Values of a node's mode on the page.
+MUTED, BYPASSED = 2, 4
 _LINKED = object()  # instead of a widget's value: it comes from another node
 
 
@@ -28,34 +45,26 @@ def check_workflow(file: Path) -> ConfigReport:
     Raises:
         ValueError: if it is no workflow.
     """
-    try:
-        data = json.loads(read_file(file).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not JSON ({first_lines(error)}), so there are no nodes to look at. Save the workflow again in ComfyUI."
-        ) from error
-    nodes = _workflow_nodes(data)
-    if nodes is None:
-        seen = f"a JSON object with {', '.join(list(data)[:4]) or 'nothing in it'}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
-        raise ValueError(f"{file} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. {WHERE}")
+    nodes = list(_active_nodes(read_workflow(file)))
     loaders = [(where, kind, widgets) for where, kind, widgets in nodes if kind in _LOADERS]
     if not loaders:
         none = Finding("workflow", "ok", "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong.")
         return ConfigReport(file, WORKFLOW, "none", (none,))
     names = dict.fromkeys(str(widgets["model"]) for _, _, widgets in loaders if isinstance(widgets.get("model"), str))
-    model = ", ".join(f"{name} (trained in {'fp16' if _is_2b(name) else 'bf16'})" for name in names)
+    model = ", ".join(f"{name} (trained in {'fp16' if is_2b(name) else 'bf16'})" for name in names)
     findings = tuple(_judge_loader(*loader) for loader in loaders)
     return ConfigReport(file, WORKFLOW, f"{model}: by the name, which is all that a workflow says" if model else "not named", findings)
 
 
-def _is_2b(name: str) -> bool:
+def is_2b(name: str) -> bool:
+    """Whether a model is CogVideoX-2b, the one that was trained in fp16, going by its name."""
     return bool(re.search(r"(^|[^0-9])2b", name, re.IGNORECASE))
 
 
 def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
-    widget = _LOADERS[kind][1]
+    widget = _LOADERS[kind]
     dtype = widgets.get(widget)
-    dtype = ("auto" if kind == _OURS else "bf16") if dtype is None else dtype
+    dtype = ("auto" if kind == OURS else "bf16") if dtype is None else dtype
     name = widgets.get("model")
     name = name if isinstance(name, str) else "a model that is not named"
     if dtype is not _LINKED and dtype not in ("auto", "bf16", "fp16", "fp32"):
@@ -66,12 +75,12 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
         if dtype == "fp16":
             return Finding(where, "warning", f"{widget} is fp16, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32.")
         return Finding(where, "ok", f"{widget} is {dtype}.")
-    if _is_2b(name):
+    if is_2b(name):
         said = "comes from another node" if dtype is _LINKED else f"is {dtype}"
         return Finding(where, "ok", f"{widget} {said}, and {name} was trained in fp16, going by the name: no dtype makes it black.")
     if dtype not in ("fp16", _LINKED):
         return Finding(where, "ok", f"{widget} is {dtype}, in which a bf16-trained model stays finite.")
-    on_mismatch = widgets.get("on_mismatch", "fix") if kind == _OURS else None
+    on_mismatch = widgets.get("on_mismatch", "fix") if kind == OURS else None
     if on_mismatch == "fix":
         return Finding(where, "ok", "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.")
     if dtype is _LINKED or on_mismatch is _LINKED:
@@ -79,7 +88,7 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
         return Finding(where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16.")
     reason = f"{widget} is fp16 and {name} was trained in bf16, going by the name"
     remedy = f"Set {widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
-    if kind == _OURS:
+    if kind == OURS:
         remedy = "Set dtype to auto, or on_mismatch to fix."
     if on_mismatch == "stop":
         return Finding(where, "mismatch", f"{reason}: with on_mismatch stop the loader will stop.", remedy)
@@ -88,24 +97,47 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
     return Finding(where, "mismatch", f"{reason}: {BLACK}.", remedy)
 
 
-def _workflow_nodes(data) -> list[tuple[str, str, dict]] | None:
-    """Every node that is switched on, as (where, type, widgets by name); None if it is no workflow."""
+def read_workflow(file: Path) -> dict:
+    """The graph in a workflow's file: as the page saves it (``nodes``, ``links``), or as the API takes it (``{id: {class_type, inputs}}``).
+
+    Raises:
+        ValueError: if it is no workflow.
+    """
+    try:
+        data = json.loads(read_file(file).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not JSON ({first_lines(error)}), so there are no nodes to look at. Save the workflow again in ComfyUI."
+        ) from error
+    graph = _find_graph(data)
+    if graph is None:
+        seen = f"a JSON object with {', '.join(list(data)[:4]) or 'nothing in it'}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
+        raise ValueError(f"{file} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. {WHERE}")
+    return graph
+
+
+def _find_graph(data) -> dict | None:
     if not isinstance(data, dict):
         return None
-    if isinstance(data.get("nodes"), list):
-        return list(_ui_nodes(data))
-    if any(isinstance(node, dict) and "class_type" in node for node in data.values()):
-        return [
-            (f'node {id_} "{node["class_type"]}"', node["class_type"], _api_widgets(node))
-            for id_, node in data.items()
-            if isinstance(node, dict) and isinstance(node.get("class_type"), str)
-        ]
+    if is_page(data) or any(isinstance(node, dict) and "class_type" in node for node in data.values()):
+        return data
     # What the page sends to the queue and what lies in the metadata of a picture: the graph under one more name.
-    for key in ("prompt", "workflow"):
-        nodes = _workflow_nodes(data.get(key))
-        if nodes is not None:
-            return nodes
-    return None
+    return next((graph for key in ("prompt", "workflow") if (graph := _find_graph(data.get(key))) is not None), None)
+
+
+def is_page(graph: Mapping) -> bool:
+    """Whether a graph is as the page saves it, and not as the API takes it."""
+    return isinstance(graph.get("nodes"), list)
+
+
+def _active_nodes(graph: Mapping) -> Iterator[tuple[str, str, dict]]:
+    """Every node that is switched on, as (where, type, widgets by name)."""
+    if is_page(graph):
+        yield from _ui_nodes(graph)
+        return
+    for id_, node in graph.items():
+        if isinstance(node, dict) and isinstance(node.get("class_type"), str):
+            yield f'node {id_} "{node["class_type"]}"', node["class_type"], _api_widgets(node)
 
 
 def _api_widgets(node: Mapping) -> dict:
@@ -116,13 +148,13 @@ def _api_widgets(node: Mapping) -> dict:
 def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
     nodes = [
         (subgraph, inside, node)
-        for subgraph, inside, graph in _graphs(workflow, "")
+        for subgraph, inside, graph in graphs(workflow)
         for node in graph["nodes"]
         if isinstance(node, dict) and isinstance(node.get("type"), str)
     ]
 
     def is_off(node) -> bool:
-        return node.get("mode") in (_MUTED, _BYPASSED)
+        return node.get("mode") in (MUTED, BYPASSED)
 
     # A subgraph is switched off with the nodes that stand for it.
     muted = {node["type"] for *_, node in nodes if is_off(node)} - {node["type"] for *_, node in nodes if not is_off(node)}
@@ -131,31 +163,43 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
             yield f'node {node.get("id")} "{node["type"]}"{inside}', node["type"], _ui_widgets(node)
 
 
-def _graphs(workflow: Mapping, inside: str) -> Iterator[tuple[str | None, str, Mapping]]:
-    """The graph and its subgraphs, as (id, where, graph)."""
+def graphs(workflow: Mapping, inside: str = "") -> Iterator[tuple[str | None, str, Mapping]]:
+    """The graph as the page saves it and its subgraphs, as (id, where, graph)."""
     yield workflow.get("id") if inside else None, inside, workflow
     definitions = workflow.get("definitions")
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     for subgraph in subgraphs if isinstance(subgraphs, list) else []:
         if isinstance(subgraph, dict) and isinstance(subgraph.get("nodes"), list):
-            yield from _graphs(subgraph, f' in subgraph "{subgraph.get("name") or subgraph.get("id")}"')
+            yield from graphs(subgraph, f' in subgraph "{subgraph.get("name") or subgraph.get("id")}"')
 
 
 def _ui_widgets(node: Mapping) -> dict:
-    """A node's widgets by name. Newer files name them; older ones only list the values, in the order of the node's inputs."""
+    linked = {
+        socket["widget"].get("name"): _LINKED
+        for socket in _sockets(node)
+        if isinstance(socket.get("widget"), dict) and socket.get("link") is not None
+    }
+    return widget_values(node) | linked
+
+
+def _sockets(node: Mapping) -> list[dict]:
+    inputs = node.get("inputs")
+    return [socket for socket in inputs if isinstance(socket, dict)] if isinstance(inputs, list) else []
+
+
+def widget_values(node: Mapping, order: Sequence[str] = ()) -> dict:
+    """A node's widgets by name, as the page saves them. Newer files name them; older ones only list the values, in the order of the node's inputs.
+
+    Args:
+        order: that of a node which ``WIDGETS`` does not know.
+    """
     values, named = node.get("widgets_values"), node.get("widgets_values_named")
-    sockets = node.get("inputs")
-    inputs = [
-        socket for socket in (sockets if isinstance(sockets, list) else []) if isinstance(socket, dict) and isinstance(socket.get("widget"), dict)
-    ]
-    names = [socket["widget"].get("name") for socket in inputs]
     widgets = {}
     if isinstance(values, dict):
         widgets = dict(values)
     elif isinstance(values, list):
+        names = [socket["widget"].get("name") for socket in _sockets(node) if isinstance(socket.get("widget"), dict)]
         # The sockets of older files are only the widgets that were turned into inputs, so their order counts only where all are there.
-        order = names if len(names) == len(values) else _LOADERS.get(node["type"], ())
+        order = names if len(names) == len(values) else WIDGETS.get(node["type"], order)
         widgets = dict(zip(order, values, strict=False))
-    if isinstance(named, dict):
-        widgets |= named
-    return widgets | {socket["widget"].get("name"): _LINKED for socket in inputs if socket.get("link") is not None}
+    return widgets | named if isinstance(named, dict) else widgets

@@ -1,8 +1,8 @@
-"""What a device computes in: bf16, fp16 and fp8, natively, by emulation, or not at all.
+"""What a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
 
 Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at 5.3, 6.0, 6.2 and from
-7.0; fp8 tensor cores from 8.9), AMD's CDNA and RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3), Apple's Metal feature
-set (bfloat from macOS 14).
+7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's products of int8 run on, from 7.5), AMD's CDNA and
+RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3), Apple's Metal feature set (bfloat from macOS 14).
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ _NAMES = {
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8 (e4m3fn)",
     torch.float8_e5m2: "fp8 (e5m2)",
+    torch.int8: "int8",
 }
 # Turing cards without tensor cores, whose half-precision convolutions are known to give NaN.
 _BROKEN_HALF_CONVOLUTIONS = ("GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX")
@@ -36,7 +37,7 @@ class Hardware:
     Attributes:
         name: what to call it.
         bf16, fp16: ``native``, ``emulated`` (right but slow) or ``absent``.
-        fp8: ``native`` or ``absent``, for matrix products; weights can be stored in fp8 on any device.
+        fp8, int8: ``native`` or ``absent``, for matrix products; weights can be stored in them on any device, but fp8 not on Apple's.
         half_convolutions: whether convolutions in fp16 give right results (they do not on GTX 16xx).
         forced: per part, the dtype that the program around us was started with and the flag that said so; ``auto`` follows it.
     """
@@ -46,6 +47,7 @@ class Hardware:
     bf16: str = NATIVE
     fp16: str = NATIVE
     fp8: str = ABSENT
+    int8: str = ABSENT
     half_convolutions: bool = True
     forced: Mapping[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
@@ -97,12 +99,15 @@ class Hardware:
 
 def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
     """What an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the arguments of ``Hardware``."""
+    # Of Turing; older ones have none either, and newer ones all do.
+    lacks_tensor_cores = any(card in name for card in _BROKEN_HALF_CONVOLUTIONS)
     fast_fp16 = capability >= (7, 0) or capability in {(5, 3), (6, 0), (6, 2)}
     return dict(
         bf16=NATIVE if capability >= (8, 0) else EMULATED if emulates_bf16 else ABSENT,
         fp16=NATIVE if fast_fp16 else EMULATED,
         fp8=NATIVE if capability >= (8, 9) else ABSENT,
-        half_convolutions=not any(card in name for card in _BROKEN_HALF_CONVOLUTIONS),
+        int8=NATIVE if capability >= (7, 5) and not lacks_tensor_cores else ABSENT,
+        half_convolutions=not lacks_tensor_cores,
     )
 
 
@@ -110,11 +115,12 @@ def rocm_support(architecture: str) -> dict:
     """What an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of ``Hardware``."""
     old = architecture.startswith(_OLD_ROCM)
     fp8 = architecture.startswith(("gfx94", "gfx95", "gfx12"))
-    return dict(bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT)
+    int8 = architecture.startswith(("gfx90a", "gfx94", "gfx95"))
+    return dict(bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT, int8=NATIVE if int8 else ABSENT)
 
 
 def _cpu_support() -> dict:
     def has(*instructions: str) -> str:
         return NATIVE if any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in instructions) else EMULATED
 
-    return dict(bf16=has("avx512_bf16", "amx_tile"), fp16=has("amx_fp16"))
+    return dict(bf16=has("avx512_bf16", "amx_tile"), fp16=has("amx_fp16"), int8=NATIVE)

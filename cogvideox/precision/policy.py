@@ -69,7 +69,7 @@ class PartPlan:
 
     @property
     def text(self) -> str:
-        stored = " + ".join(f"{dtype_name(dtype)} ({_size(count)})" for dtype, count in self.stored.items())
+        stored = " + ".join(f"{dtype_name(dtype)} ({size_text(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
         packed = next((dtype_name(dtype).split(" (")[0] for dtype in self.stored if isinstance(dtype, str) or dtype in FP8_DTYPES), "")
         kept = f", weights kept in {packed}" if packed else ""
@@ -305,5 +305,6 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
     return []
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """``11.14 GB``, or ``3.40 MB``."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -18,13 +18,13 @@ unmodified modules of diffusers (``CogVideoXTransformer3DModel``) and transforme
 
 import math
 import types
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .packed import PackedWeight
+from ..speed.joint import rotate_, side_by_side
+from .packed import DynamicWeight, PackedWeight, in_pieces
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
 _TOKEN_EXPONENT = 6
@@ -71,7 +71,7 @@ class RangeSafeLinear(ScaledWeight):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.register_buffer("column_scale", None, persistent=False)
-        self.packed: PackedWeight | None = None
+        self.packed: PackedWeight | DynamicWeight | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> "RangeSafeLinear":
@@ -90,8 +90,12 @@ class RangeSafeLinear(ScaledWeight):
             norms, _ = _row_norms_and_column_maxima(weight, self.column_scale, device)
         self.scaled_weight, self.row_scale = _scale_rows(weight, self.column_scale, norms, device)
 
-    def load_packed(self, packed: PackedWeight) -> None:
-        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened."""
+    def load_packed(self, packed: PackedWeight | DynamicWeight) -> None:
+        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened; one that is not widened
+        needs none."""
+        if isinstance(packed, DynamicWeight):
+            self.packed, self.scaled_weight, self.row_scale = packed, None, None
+            return
         # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to nothing by that in fp16.
         norms, _ = _row_norms_and_column_maxima(packed.widen(torch.float32), None, packed.data.device)
         exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
@@ -101,9 +105,11 @@ class RangeSafeLinear(ScaledWeight):
 
     def forward(self, x: torch.Tensor, token_scale: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale`` ``[..., 1]`` too."""
+        if isinstance(self.packed, DynamicWeight):
+            return self.packed(x, self.bias, token_scale)
         if token_scale is None:
             x, token_scale = scale_tokens(x if self.column_scale is None else x * self.column_scale)
-        weight = self.scaled_weight if self.packed is None else self.packed.widen(torch.float32).mul_(self.widening).half()
+        weight = self.scaled_weight if self.packed is None else self.packed(torch.float16, self.widening)
         y = F.linear(x, weight)
         if self.row_scale.numel() == 1:
             token_scale = token_scale * self.row_scale
@@ -140,22 +146,27 @@ class RangeSafeAttention:
     ``CogVideoXAttnProcessor2_0``, and returns the same pair.
     """
 
+    #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
+    backend: str | None = None
+
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
         text = encoder_hidden_states.shape[1]
-        both = [encoder_hidden_states, hidden_states]
-        tokens = scale_tokens(*both)
+        joint = side_by_side(encoder_hidden_states, hidden_states)
+        tokens = scale_tokens(joint)
 
         def heads(projection: RangeSafeLinear) -> torch.Tensor:
             """``[B, tokens, heads, channels]``"""
-            projected = projection(*tokens) if projection.column_scale is None else projection(torch.cat(both, dim=1))
+            projected = projection(*tokens) if projection.column_scale is None else projection(joint)
             return projected.unflatten(-1, (attn.heads, -1))
 
         def positioned(projection: RangeSafeLinear, norm: nn.LayerNorm) -> tuple[torch.Tensor, int]:
             x = norm(heads(projection))
             if image_rotary_emb is not None:
-                _rotate_(x[:, text:], *image_rotary_emb)
+                rotate_(x[:, text:], *image_rotary_emb)
             exponent = norm_exponent(norm)
-            return (x if exponent == 0 else x * 2.0**-exponent).half().transpose(1, 2), exponent
+            return (x if exponent == 0 else x * 2.0**-exponent).half(), exponent
 
         query, query_exponent = positioned(attn.to_q, attn.norm_q)
         key, key_exponent = positioned(attn.to_k, attn.norm_k)
@@ -163,16 +174,9 @@ class RangeSafeAttention:
         # One scale per channel, over all tokens: a convex combination of the values keeps their bound.
         value, value_scale = _scale_to(value, torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True), _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
-        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=attention_mask, scale=scale)
-        mixed = attn.to_out[1](attn.to_out[0]((mixed.transpose(1, 2) * value_scale).flatten(2)))
+        mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, scale=scale, backend=self.backend)
+        mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
-
-
-def _rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned by the angles of diffusers' tables
-    ``[tokens, channels]``, which hold each angle twice."""
-    turn = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
 
 
 def make_range_safe(module: nn.Module) -> nn.Module:
@@ -207,23 +211,13 @@ def is_range_safe(module: nn.Module) -> bool:
     return any(isinstance(child, RangeSafeLinear) for child in module.modules())
 
 
-def scale_tokens(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale each token by a power of two to at most 2^6.
-
-    Args:
-        parts: fp32 ``[..., tokens, C]``, taken as one after the other.
+def scale_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each token of ``x``, fp32 ``[..., tokens, C]``, by a power of two to at most 2^6.
 
     Returns:
         fp16 ``[..., tokens, C]``, and the fp32 ``[..., tokens, 1]`` that undoes the scaling.
     """
-    largest = [torch.linalg.vector_norm(part, math.inf, dim=-1, keepdim=True) for part in parts]
-    if len(parts) == 1:
-        return _scale_to(parts[0], largest[0], _TOKEN_EXPONENT)
-    length = sum(part.shape[-2] for part in parts)
-    scaled = torch.empty(*parts[0].shape[:-2], length, parts[0].shape[-1], dtype=torch.float16, device=parts[0].device)
-    places = scaled.split([part.shape[-2] for part in parts], dim=-2)
-    scales = [_scale_to(part, top, _TOKEN_EXPONENT, place)[1] for part, top, place in zip(parts, largest, places, strict=True)]
-    return scaled, torch.cat(scales, dim=-2)
+    return _scale_to(x, torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True), _TOKEN_EXPONENT)
 
 
 def norm_exponent(norm: nn.LayerNorm) -> int:
@@ -240,14 +234,17 @@ def norm_exponent(norm: nn.LayerNorm) -> int:
     return norm._range_safe_exponent
 
 
-def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp16 ``x`` scaled so that ``largest`` (its maxima) stays below 2^exponent, and the fp32 scale that undoes it.
 
     Inf and NaN have no exponent that would shrink them: they stay what they are, for the sentinel to see.
     """
     power = (_exponent(largest) - exponent).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
-    scaled = torch.empty_like(x, dtype=torch.float16) if out is None else out
-    torch.mul(x, _power(-power), out=scaled)
+    if torch.compiler.is_compiling():
+        scaled = (x * _power(-power)).half()
+    else:
+        scaled = torch.empty_like(x, dtype=torch.float16)
+        torch.mul(x, _power(-power), out=scaled)
     return scaled, _power(power)
 
 
@@ -264,24 +261,13 @@ def _power(exponents: torch.Tensor) -> torch.Tensor:
 def _row_norms_and_column_maxima(weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """L1 norms of the rows, on the host, and magnitudes of the columns' largest weights, of a weight whose columns are divided by ``columns``."""
     norms, largest = [], torch.zeros(weight.shape[1], device=device)
-    for _, rows in _pieces(weight, columns, device):
+    for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
         row_norms = rows.sum(-1)
         # Sums of weights near fp32's largest number pass it.
         norms.append(row_norms if row_norms.isfinite().all() else rows.double().sum(-1))
         largest = torch.maximum(largest, rows.amax(0))
     return torch.cat([norm.double() for norm in norms]).cpu(), largest
-
-
-def _pieces(weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; each piece is the receiver's to change."""
-    # On the host a piece should fit its caches.
-    count = max(1, (1 << (18 if device.type == "cpu" else 24)) // weight.shape[1])
-    buffer = torch.empty(min(count, len(weight)), weight.shape[1], device=device)
-    for start in range(0, len(weight), count):
-        place = slice(start, min(start + count, len(weight)))
-        rows = buffer[: place.stop - start].copy_(weight[place])
-        yield place, rows if columns is None else rows.div_(columns)
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
@@ -302,7 +288,7 @@ def _scale_rows(weight: torch.Tensor, columns: torch.Tensor | None, norms: torch
         exponents[:] = used.max() if len(used) else 0
     divisor = _power(-exponents).to(device)[:, None]
     scaled = torch.empty(weight.shape, dtype=torch.float16, device=device)
-    for place, rows in _pieces(weight, columns, device):
+    for place, rows in in_pieces(weight, device, columns):
         scaled[place] = rows.mul_(divisor[place])
     return nn.Parameter(scaled, requires_grad=False), _power(exponents[:1] if shared else exponents).to(device)
 

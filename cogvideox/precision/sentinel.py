@@ -90,6 +90,7 @@ class Sentinel:
         on_heal: Callable[[str], None] | None = None,
         prepare: Callable[[nn.Module, Precision], AbstractContextManager] | None = None,
         mode: str | None = None,
+        shortcuts: str = "",
     ):
         """Args:
             weights: a ``handles.Weights``.
@@ -98,13 +99,14 @@ class Sentinel:
             on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
             prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is run.
             mode: one of ``choices.MODES``: how much of the weights is on the device at a time. Where it runs out of memory, the next is tried.
+            shortcuts: what ``prepare`` lets the module run with at first, and not when a piece of work is done again, in words.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
         check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
-        self._prepare, self._mode = prepare, mode
+        self._prepare, self._mode, self._shortcuts = prepare, mode, shortcuts
         self.module: nn.Module | None = None
         self._running = ExitStack()
 
@@ -173,6 +175,8 @@ class Sentinel:
         name, ran = PARTS[self.weights.kind][0], self.weights.precision
         if culprit:
             cause = culprit.text
+        elif is_finite(result) and self._shortcuts:
+            cause = f"run again without {self._shortcuts} it is finite"
         elif is_finite(result):
             cause = "run again it is finite, so it was a passing fault, as unstable memory or an overclocked card makes"
         else:

@@ -15,8 +15,6 @@ from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.server import add_example_files, from_environment
 from tests.conftest import ROOT
 
-#: As the registry calls the folder.
-PACK = "cogvideox15-pack"
 #: The help pages' pictures are of nodes this wide, in the graph's own units; what a text box needs is not known to the page.
 WIDTH, HEIGHTS = 350, {"CogVideoX15TextEncode": 180}
 #: What stands in them.
@@ -86,7 +84,7 @@ def main(parts: list[str]) -> None:
     if not available():
         sys.exit(f"no browser: {HOW}")
     with tempfile.TemporaryDirectory() as base:
-        comfy = from_environment(Path(base), pack=PACK)
+        comfy = from_environment(Path(base))
         if comfy is None:
             sys.exit("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter")
         try:

@@ -73,16 +73,16 @@ class Told:
 
 
 class Comfy:
-    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout. ``pack`` is the name of
-    the folder that the pack is installed in.
-    """
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout.
 
-    def __init__(self, checkout: Path, python: str, base: Path, pack: str = "a pack with spaces"):
+    ``put`` is called with the folder that the pack is to be in; without it that is a link to this one."""
+
+    def __init__(self, checkout: Path, python: str, base: Path, put: Callable[[Path], None] = lambda folder: folder.symlink_to(ROOT)):
         self.base = base
         build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
         for folder in ("custom_nodes", "input"):
             (base / folder).mkdir(exist_ok=True)
-        (base / "custom_nodes" / pack).symlink_to(ROOT)
+        put(base / "custom_nodes" / "a pack with spaces")
         (base / "custom_nodes" / "probe.py").write_text(_PROBE, encoding="utf-8")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -15,7 +15,9 @@ import av
 import pytest
 from PIL import Image
 
-from tests import layouts, locales, workflows
+from cogvideox.configs.kinds import KINDS
+from cogvideox.configs.migrate import migrate_workflow
+from tests import layouts, locales, workflows, wrapper_workflows
 from tests.comfyui.prompts import error_of, example, id_of, node_of, small
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
@@ -179,9 +181,65 @@ def test_the_block_runs_through_the_api_as_the_page_takes_it_apart(comfy):
         assert sum(1 for _ in container.decode(video=0)) == 17
 
 
+@pytest.mark.parametrize("use", ["text to video", "image to video"])
+def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use):
+    """Small, with what plain ComfyUI has around it, and with the checkpoint's own text encoder, as ComfyUI's loader knows no tiny T5."""
+    w = wrapper_workflows.text_to_video() if use == "text to video" else wrapper_workflows.image_to_video()
+    w.change("loader", model="zai-org/CogVideoX1.5-5B" if use == "text to video" else "zai-org/CogVideoX1.5-5B-I2V", precision="fp16")
+    w.change("sampler", num_frames=18, steps=3)
+    w.nodes.pop(w.names["save"])
+    w.add("SaveWEBM", "saved", images=("decode", 0))
+    w.add("CogVideoLoraSelect", "lora", lora="another.safetensors", strength=0.5)
+    w.change("loader", lora=("lora", 0))
+    if use == "text to video":
+        w.change("size", width=160, height=96)
+    else:
+        w.add("ImageScale", "scale", image=("picture", 0), width=160, height=96)
+        w.change("encode", start_image=("scale", 0))
+        w.nodes.pop(w.names["resize"])
+    (tmp_path / "old.json").write_text(json.dumps(w.api()))
+    migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
+    prompt = json.loads((tmp_path / "new.json").read_text())
+    loader = str(w.names["loader"])
+    for node in prompt.values():
+        if node["class_type"] == "CogVideoX15TextEncode":
+            node["inputs"]["text_encoder"] = [loader, 1]
+    prompt.pop(str(w.names["CLIPLoader"]))
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success", history["status"]
+    saved = history["outputs"][str(w.names["saved"])]["images"][0]
+    with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 17
+    assert any("LoRA another.safetensors: strength 0.5" in text for told in shown.values() for text in told)
+
+
+def test_the_nodes_of_comfyui_that_a_migration_writes_are_as_its_table_says(comfy):
+    for kind in ("ConditioningAverage", "ConditioningConcat"):
+        info = comfy.get(f"/object_info/{kind}")[kind]
+        assert [(entry.name, entry.type) for entry in KINDS[kind].inputs] == [(name, spec[0]) for name, spec in info["input"]["required"].items()]
+        assert list(KINDS[kind].outputs) == list(zip(info["output_name"], info["output"], strict=True))
+
+
 def test_the_lora_list_holds_those_of_cogvideox(comfy, files):
     listed = comfy.get("/object_info/CogVideoX15LoraLoader")["CogVideoX15LoraLoader"]["input"]["required"]["lora_name"][0]
     assert sorted(listed) == ["another.safetensors", "my_cogvideox_lora.safetensors"]
+
+
+def test_a_quantized_model_and_text_encoder_run_and_the_node_says_how_far_off_they_are(comfy, prompt):
+    loader = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15ModelLoader")
+    for node in prompt.values():
+        for name, number in (("model", 0), ("text_encoder", 1)):
+            if node["inputs"].get(name) == [loader, number]:
+                node["inputs"][name] = ["quantize", number]
+    inputs = {"model": [loader, 0], "text_encoder": [loader, 1], "method": "int8_dynamic"}
+    prompt["quantize"] = {"class_type": "CogVideoX15Quantize", "inputs": inputs}
+    history, shown = comfy.run_listening(prompt)
+    assert history["status"]["status_str"] == "success"
+    (report,) = shown["quantize"]
+    assert report.startswith("transformer: int8_dynamic, ")
+    assert "text encoder: int8_weight_only, " in report
+    inputs["method"] = "int4"
+    assert "The method is 'int4', which is not known here" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
 
 
 def test_an_end_image_is_said_to_be_untrained_on_the_sampler(comfy, files):

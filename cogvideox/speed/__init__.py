@@ -1,0 +1,1 @@
+"""What makes steps faster: always, without a change of the result, and by choice."""

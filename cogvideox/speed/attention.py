@@ -1,0 +1,78 @@
+"""Which kernel computes the attention: diffusers' attention dispatch, and what of it this machine has."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from ..choices import BACKENDS
+
+#: Those that also take fp32.
+_FP32 = ("auto", "sdpa", "xformers")
+#: Choice -> the package it needs, and the CUDA compute capabilities it runs on.
+_NEEDS: dict[str, tuple[str | None, Callable[[tuple[int, int]], bool]]] = {
+    "cudnn": (None, lambda capability: capability >= (8, 0)),
+    "flash": ("flash_attn", lambda capability: capability >= (8, 0)),
+    "flash3": ("flash_attn_interface", lambda capability: capability[0] == 9),
+    "xformers": ("xformers", lambda capability: capability >= (7, 0)),
+    "sage": ("sageattention", lambda capability: capability >= (8, 0)),
+}
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """The choices that will run on a device with what is installed, the default first."""
+    return tuple(name for name in BACKENDS if _missing(name, device) is None)
+
+
+def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse an attention that will not run.
+
+    Args:
+        dtype: of the attention's inputs.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    there = ", ".join(available(device))
+    if choice not in BACKENDS:
+        raise ValueError(f"The attention is {choice!r}, which is not known here, so it cannot be used. Choose one of those there are: {there}.")
+    missing = _missing(choice, device)
+    if missing:
+        raise ValueError(f"The attention {choice} will not run here: {missing}. Choose one of those that will: {there}.")
+    if dtype == torch.float32 and choice not in _FP32:
+        raise ValueError(
+            f"The attention {choice} computes in 16 bits only, and the model runs in fp32. Choose sdpa, or in the loader a dtype of 16 bits."
+        )
+
+
+@contextmanager
+def attending(choice: str, module: nn.Module) -> Iterator[None]:
+    """For a run: have a transformer's attention computed as chosen."""
+    processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
+    before = [processor.backend for processor in processors]
+    for processor in processors:
+        processor.backend = BACKENDS[choice]
+    try:
+        yield
+    finally:
+        for processor, backend in zip(processors, before, strict=True):
+            processor.backend = backend
+
+
+def _missing(choice: str, device: torch.device) -> str | None:
+    """What keeps a choice from running, in words; None if nothing does."""
+    if choice not in _NEEDS:
+        return None
+    package, runs_on = _NEEDS[choice]
+    if device.type != "cuda":
+        return f"it needs an NVIDIA card, and the model runs on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(capability):
+        return f"it does not support this card (compute capability {capability[0]}.{capability[1]})"
+    if package is not None and find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if package is None and not torch.backends.cudnn.is_available():
+        return "this PyTorch has no cuDNN"
+    return None

@@ -1,0 +1,305 @@
+"""Step caching: what changes little from one step to the next is not computed again. Faster, and another video than without.
+
+The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals, each method for others,
+whose effect on a run is not known before; here every method is told how large a share of its work it is to save, and where.
+
+``first_block`` (https://github.com/chengzeyi/ParaAttention) runs the first block; where its change is close to that of the last full evaluation,
+    it reuses the change that all other blocks made then.
+``taylorseer`` (https://huggingface.co/papers/2503.06923) runs nothing at all, and extrapolates the transformer's output from the last full
+    evaluations: diffusers' "lite" variant, as the one that keeps every layer's output takes 46 GB at full size.
+``pab``, pyramid attention broadcast (https://huggingface.co/papers/2408.12588), reuses each block's attention; the feed-forwards run.
+``faster_cache`` (https://huggingface.co/papers/2410.19355) extrapolates each block's attention from its last two, and the unconditional half of a
+    guided batch from the conditional one.
+
+Not offered: MagCache needs ratios measured on the model itself, and none are published for CogVideoX-1.5. SeaCache came after the oldest diffusers
+that is supported. cache-dit counts steps by itself, so that one that is done again would shift all that follow, and does not go with offloading.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..choices import CACHES
+
+#: What is reused of each block, in words.
+_PARTS = {"first_block": "", "taylorseer": "", "pab": "the attention of ", "faster_cache": "the attention of "}
+_NAMES = {"first_block": "FirstBlockCache", "taylorseer": "TaylorSeer", "pab": "PAB", "faster_cache": "FasterCache"}
+#: ``first_block``: the threshold of change that a run begins with. It follows the strength from there, so this moves a few steps at most.
+_FIRST_THRESHOLD = 0.08
+#: How fast it follows: its logarithm moves so far for every step that was to be skipped and was not, or the other way round. The number of skipped
+#: steps is off by the logarithm of how far the threshold has come since the beginning, over this.
+_GAIN = 1.5
+#: ``faster_cache``: how far attention is extrapolated, and from where to where in the noise schedule, and by how much, the differences between the
+#: two halves grow with each step: as diffusers documents it for CogVideoX, and as in the paper.
+_EXTRAPOLATION = 0.3
+_LOW_FREQUENCIES, _HIGH_FREQUENCIES, _ALPHA = (99, 641), (-1, 301), 1.1
+#: What is put on modules while a cache is attached, and how it was before is restored.
+_ATTACHED = ("forward", "_diffusers_hook", "_cache_config")
+#: diffusers' hook that notes, in the first forward, in which order offloaded layers run, and takes itself off hooks that then must be the last.
+_NOTES_ORDER = "lazy_prefetch_group_offloading"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How a run is cached.
+
+    Attributes:
+        method: one of ``choices.CACHES``.
+        strength: 0..1, the share of the evaluations that are to be skipped among those the method can skip between ``start`` and ``end``: whole
+            blocks, or with ``pab`` and ``faster_cache`` blocks' attention. 0 changes nothing.
+        start, end: 0..1, shares of the run's steps between which it may skip; outside them every step is evaluated in full.
+    """
+
+    method: str = CACHES[0]
+    strength: float = 0.6
+    start: float = 0.1
+    end: float = 0.95
+
+    def __post_init__(self):
+        """Raises:
+        ValueError: for a method or number it cannot run with.
+        """
+        if self.method not in CACHES:
+            raise ValueError(f"The cache's method is {self.method!r}, which is not known here. Choose one of {', '.join(CACHES)}.")
+        for name in ("strength", "start", "end"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"The cache's {name} is {value}, but it is a share between 0 and 1. Set it to one; 0 for strength changes nothing.")
+        if self.start > self.end:
+            raise ValueError(f"The cache's start is {self.start} and its end {self.end}, so it would never act. Set start below end.")
+
+    @property
+    def name(self) -> str:
+        return _NAMES[self.method]
+
+    @property
+    def text(self) -> str:
+        if self.strength == 0:
+            return f"{self.name}: strength 0, nothing is skipped"
+        return (
+            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} and {self.end:.0%} of the "
+            "steps are to be skipped; the sampler says how many were"
+        )
+
+    def nbytes(self, config: Mapping, shape: Sequence[int], copies: int, tokens: int, itemsize: int) -> int:
+        """Bytes that it holds on the device.
+
+        Args:
+            config: the transformer's, in full.
+            shape: of the padded latent, ``[B, 16, T, H/8, W/8]``.
+            copies: videos that run at once: 2 B where guided.
+            tokens: of a prompt.
+            itemsize: bytes of one activation.
+        """
+        if self.strength == 0:
+            return 0
+        _, _, length, height, width = shape
+        frames, patch = length // (config["patch_size_t"] or 1), config["patch_size"]
+        stream = (frames * height * width // patch**2 + tokens) * config["num_attention_heads"] * config["attention_head_dim"] * itemsize * copies
+        if self.method == "taylorseer":
+            # The output and its slope.
+            return 2 * copies * config["out_channels"] * length * height * width * torch.float32.itemsize
+        # The first block's output and change and what the others added, new beside old for a moment. Or of every layer the last result; of the last
+        # two where they are extrapolated, of both halves, as those of the conditional one are views.
+        held = {"first_block": 4, "pab": config["num_layers"], "faster_cache": 2 * config["num_layers"]}
+        return stream * held[self.method]
+
+
+class CacheRun:
+    """One run's cache: ``attached`` to the transformer, told of each step as it begins, and asked for a report at the end.
+
+    A step that is done again, or in another module, begins with nothing cached, and is evaluated in full.
+
+    Attributes:
+        ran, total: block evaluations (or with ``pab`` and ``faster_cache`` those of attention) that ran, and that there would have been without a
+            cache, by step: counted where they happen, of a step that was repeated the last time.
+    """
+
+    def __init__(self, cache: Cache, timesteps: Sequence[float], batched: bool):
+        """Args:
+        timesteps: of all steps of the run.
+        batched: whether both halves of guidance run as one batch, the unconditional first.
+        """
+        self._cache, self._timesteps, self._batched = cache, timesteps, batched
+        steps = len(timesteps)
+        # A share of the steps that is a whole number of them must not miss it by a rounding error.
+        self._first, self._last = math.ceil(cache.start * steps - 1e-9), math.ceil(cache.end * steps - 1e-9)
+        self.ran: dict[int, int] = {}
+        self.total: dict[int, int] = {}
+        self._skipped: set[int] = set()
+        self._index = -1
+        self._log_threshold = math.log(_FIRST_THRESHOLD)
+        self._module: nn.Module | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._hooks: list[Any] = []
+        # One list of states a forward of a step: hooks that keep one state only are given that of the forward.
+        self._states: list[list[Any]] = []
+        self._context: AbstractContextManager | None = None
+        self._branch = 0
+        self._skips = self._filled = False
+
+    @property
+    def text(self) -> str:
+        """How much was skipped, in a sentence."""
+        if self._cache.strength == 0:
+            return f"{self._cache.text}."
+        ran, total = sum(self.ran.values()), sum(self.total.values())
+        share = (total - ran) / total if total else 0.0
+        return f"{self._cache.name} skipped {_PARTS[self._cache.method]}{total - ran:,} of {total:,} block evaluations ({share:.0%})."
+
+    @contextmanager
+    def attached(self, module: nn.Module) -> Iterator[None]:
+        """Have ``module`` run with the cache for the length of a ``with`` block. Afterwards nothing of it is left."""
+        if self._cache.strength == 0:
+            yield
+            return
+        before = [(child, {name: vars(child)[name] for name in _ATTACHED if name in vars(child)}) for child in module.modules()]
+        watching = [
+            module.register_forward_pre_hook(self._before_forward),
+            module.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        self._module = module
+        try:
+            self._attach()
+            yield
+        finally:
+            self._module = None
+            self._forget()
+            for hook in watching:
+                hook.remove()
+            if module.is_cache_enabled:
+                module.disable_cache()
+            for child, had in before:
+                for name in _ATTACHED:
+                    vars(child).pop(name, None)
+                vars(child).update(had)
+            if "_diffusers_hook" in vars(module):
+                # It keeps a list of the hooks below it, which those of diffusers before 0.42 do not renew.
+                vars(module._diffusers_hook).pop("_child_registries_cache", None)
+
+    def begin(self, index: int) -> None:
+        """Step ``index`` is about to be run, or run again."""
+        again, self._index, self._branch = index <= self._index, index, 0
+        self.ran[index] = self.total[index] = 0
+        self._skipped.discard(index)
+        if self._module is None:
+            return
+        if not self._hooks:
+            self._attach()
+        elif again:
+            for hook in self._hooks:
+                hook.reset_state(self._module)
+            self._states, self._filled = [], False
+        within = self._first <= index < self._last
+        due = len(self._skipped) + 1 <= self._cache.strength * (index - self._first + 1) + 1e-9
+        self._skips = within and due and self._filled
+        if self._cache.method == "first_block":
+            threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
+            for hook in self._hooks:
+                if hasattr(hook, "threshold"):
+                    hook.threshold = threshold
+        elif self._cache.method == "taylorseer":
+            for hook in self._hooks:
+                hook.disable_cache_before_step = -1 if self._skips else sys.maxsize
+
+    def _attach(self) -> None:
+        """Put diffusers' hooks on the module, unless it is about to take off others that must come after them: then at the next step."""
+        module, registry = self._module, vars(self._module).get("_diffusers_hook")
+        if registry is not None and registry.get_hook(_NOTES_ORDER) is not None:
+            return
+        for block in module.transformer_blocks:
+            # Below the hooks, so that what they skip is not counted.
+            counted = block.attn1 if _PARTS[self._cache.method] else block
+            counted.forward = partial(self._count, counted.forward)
+        module.enable_cache(self._config())
+        if self._cache.method == "taylorseer":
+            module.forward = partial(_in_tuple, module.forward)
+        registries = [vars(child)["_diffusers_hook"] for child in module.modules() if "_diffusers_hook" in vars(child)]
+        self._hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
+
+    def _config(self):
+        """diffusers' config of the method, as ``begin`` steers it: where a method asks for the timestep, it is told whether to skip."""
+        from diffusers import hooks
+
+        skips = dict(current_timestep_callback=lambda: 1 if self._skips else 3)
+        if self._cache.method == "first_block":
+            return hooks.FirstBlockCacheConfig(threshold=-1.0)
+        if self._cache.method == "taylorseer":
+            # The pattern that only the transformer's own name matches.
+            return hooks.TaylorSeerCacheConfig(
+                cache_interval=sys.maxsize, disable_cache_before_step=sys.maxsize, cache_identifiers=[""], taylor_factors_dtype=torch.float32
+            )
+        if self._cache.method == "pab":
+            return hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=sys.maxsize, spatial_attention_timestep_skip_range=(0, 2), **skips
+            )
+        return hooks.FasterCacheConfig(
+            spatial_attention_block_skip_range=sys.maxsize,
+            spatial_attention_timestep_skip_range=(0, 2),
+            unconditional_batch_skip_range=sys.maxsize,
+            unconditional_batch_timestep_skip_range=(0, 2),
+            attention_weight_callback=lambda _: _EXTRAPOLATION,
+            low_frequency_weight_callback=lambda _: self._alpha(_LOW_FREQUENCIES),
+            high_frequency_weight_callback=lambda _: self._alpha(_HIGH_FREQUENCIES),
+            tensor_format="BFCHW",
+            is_guidance_distilled=not self._batched,
+            **skips,
+        )
+
+    def _alpha(self, timesteps: tuple[int, int]) -> float:
+        return _ALPHA if timesteps[0] < self._timesteps[self._index] < timesteps[1] else 1.0
+
+    def _count(self, forward: Callable, *args, **kwargs) -> Any:
+        self.ran[self._index] += 1
+        return forward(*args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, _) -> None:
+        count = len(module.transformer_blocks)
+        self.total[self._index] += count
+        self._ran_before = self.ran[self._index]
+        if not self._hooks:
+            self.ran[self._index] += count
+            return
+        # Prompts that run one after the other have a cache each.
+        self._context = module.cache_context(str(self._branch))
+        self._context.__enter__()
+        own = [hook for hook in self._hooks if hasattr(hook, "state")]
+        if self._branch == len(self._states):
+            self._states.append([type(hook.state)() for hook in own])
+        for hook, state in zip(own, self._states[self._branch], strict=True):
+            hook.state = state
+        self._branch += 1
+
+    def _after_forward(self, module: nn.Module, *_) -> None:
+        if self._context is None:
+            return
+        self._context.__exit__(None, None, None)
+        self._context = None
+        self._filled |= not self._skips
+        skipped = self.ran[self._index] - self._ran_before < len(module.transformer_blocks)
+        if self._cache.method == "first_block":
+            if self._first <= self._index < self._last:
+                # Towards the threshold below which that share of the steps lies.
+                self._log_threshold += _GAIN * (self._due_share() - skipped)
+        elif skipped:
+            self._skipped.add(self._index)
+
+    def _due_share(self) -> float:
+        """Of ``first_block``'s steps, the share that must skip all blocks but the first, which always runs."""
+        blocks = len(self._module.transformer_blocks)
+        return min(1.0, self._cache.strength * blocks / (blocks - 1))
+
+
+def _in_tuple(forward: Callable, *args, **kwargs) -> Any:
+    """The transformer's forward. What TaylorSeer extrapolates comes without the tuple around it."""
+    output = forward(*args, **kwargs)
+    return (output,) if torch.is_tensor(output) else output

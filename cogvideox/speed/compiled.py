@@ -1,0 +1,188 @@
+"""Regional ``torch.compile``: the transformer's blocks are alike, so one of them is compiled and all run so, within the dtype's rounding as before.
+
+Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code belongs to the class of the
+blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA, while the module is left as it was.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..choices import COMPILE_MODES
+from ..precision.range_safe import is_range_safe, norm_exponent
+
+logger = logging.getLogger(__name__)
+
+_BACKEND = "inductor"
+#: Versions of the block's code that torch may keep: of every size, dtype and kind of layer one. At its own limit of 8 it would stop to compile.
+_VERSIONS = 64
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How the blocks are compiled.
+
+    Attributes:
+        mode: one of ``choices.COMPILE_MODES``, as ``torch.compile`` has it. Those with CUDA graphs are left out: they keep a second copy of the
+            activations, and the memory plan does not know of it.
+        dynamic: compile once for all sizes, to slightly slower code; otherwise anew for each size and length.
+    """
+
+    mode: str = COMPILE_MODES[0]
+    dynamic: bool = False
+
+    def __post_init__(self):
+        """Raises:
+        ValueError: for an unknown mode.
+        """
+        if self.mode not in COMPILE_MODES:
+            raise ValueError(f"The mode of compiling is {self.mode!r}, which is not known here. Choose one of {', '.join(COMPILE_MODES)}.")
+
+    @property
+    def text(self) -> str:
+        sizes = "once for all sizes" if self.dynamic else "anew for each size and length"
+        return f"torch.compile ({self.mode}), {sizes}; the first step waits for it, often a minute or two, and the sampler says how long"
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device, as a clause; None where the tools are there."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the Visual Studio Build Tools)"
+    elif device.type in ("cuda", "xpu"):
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return (
+                "triton is not installed or does not work with this card, and torch needs it (it comes with torch on Linux; on Windows install "
+                "triton-windows in ComfyUI's Python)"
+            )
+    elif device.type != "mps":
+        return f"torch cannot compile for {device}"
+    return None
+
+
+class CompileRun:
+    """One run with compiled blocks: ``attached`` to the transformer, and told of each step as it begins.
+
+    Where it cannot compile, the run goes on without, and says so.
+    """
+
+    def __init__(self, compiled: Compiled, device: torch.device, tell: Callable[[str, int], None]):
+        """Args:
+        tell: called with sentences for the user, and logging's level of each.
+        """
+        self._compiled, self._tell = compiled, tell
+        self._given_up = missing_compiler(device)
+        self._depth, self._began, self._seconds, self._announced = 0, 0.0, 0.0, False
+        if self._given_up:
+            tell(f"The model runs without compiling: {self._given_up}.", logging.WARNING)
+
+    @contextmanager
+    def attached(self, module: nn.Module) -> Iterator[None]:
+        """Have the blocks of ``module`` run compiled for the length of a ``with`` block. Afterwards nothing of it is left on the module."""
+        if self._given_up:
+            yield
+            return
+        if offloads_layers(module):
+            self._tell(
+                "The model runs without compiling: its layers are brought to the card one by one, within what would be compiled.", logging.WARNING
+            )
+            yield
+            return
+        from torch._dynamo.callback import callback_handler
+
+        restore = []
+        try:
+            for block in module.transformer_blocks:
+                if is_range_safe(block):
+                    # They ask the weights once; a compiler cannot.
+                    norm_exponent(block.attn1.norm_q)
+                    norm_exponent(block.attn1.norm_k)
+                restore.append(_replace_forward(block, partial(self._run, block)))
+            callback_handler.register_start_callback(self._on_start)
+            restore.append(partial(callback_handler.remove_start_callback, self._on_start))
+            callback_handler.register_end_callback(self._on_end)
+            restore.append(partial(callback_handler.remove_end_callback, self._on_end))
+            with torch._dynamo.config.patch(recompile_limit=_VERSIONS):
+                yield
+        finally:
+            for undo in restore:
+                undo()
+
+    def begin(self, index: int) -> None:
+        """Step ``index`` is about to be run, or run again."""
+        if self._announced:
+            self._announced = False
+            self._tell(f"Compiled in {self._seconds:.0f} s. The next run of this size starts at once, as long as the program runs.", logging.INFO)
+            self._seconds = 0.0
+
+    def _run(self, block: nn.Module, *args, **kwargs) -> Any:
+        forward = type(block).forward
+        # A block that is watched (the sentinel's probes, looking for what is not finite) has to run as it is written.
+        if self._given_up or block._forward_hooks:
+            return forward(block, *args, **kwargs)
+        if "hidden_states" in kwargs:
+            # The first block is given views, which would be compiled apart.
+            for name in ("hidden_states", "encoder_hidden_states"):
+                kwargs[name] = kwargs[name].contiguous()
+        try:
+            return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", None)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from error
+            logger.warning("torch.compile failed", exc_info=error)
+            self._given_up = str(cause or error).strip().splitlines()[0]
+            self._announced = False
+            self._tell(f"Compiling failed, so the model runs on without: {self._given_up}", logging.WARNING)
+            return forward(block, *args, **kwargs)
+
+    def _on_start(self, *_) -> None:
+        if self._depth == 0:
+            self._began = time.perf_counter()
+            if not self._announced:
+                self._announced = True
+                self._tell("Compiling the transformer's block for this size. This step takes longer, often by a minute or two.", logging.INFO)
+        self._depth += 1
+
+    def _on_end(self, *_) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._seconds += time.perf_counter() - self._began
+
+
+@cache
+def _compile(forward: Callable, compiled: Compiled, backend: str) -> Callable:
+    # The whole block or nothing: code in pieces is hardly faster.
+    return torch.compile(forward, fullgraph=True, dynamic=compiled.dynamic, backend=backend, mode=compiled.mode)
+
+
+def offloads_layers(module: nn.Module) -> bool:
+    """Whether diffusers' hooks bring the layers within a block to the device one by one."""
+    return any(hasattr(child, "_diffusers_hook") for block in module.transformer_blocks for child in block.children() for child in child.modules())
+
+
+def _replace_forward(block: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Put ``forward`` in the place of a block's own, below all hooks of diffusers; returns what undoes it."""
+    registry = vars(block).get("_diffusers_hook")
+    if registry is not None and registry._fn_refs:
+        innermost = registry._fn_refs[0]
+        own = innermost.forward
+        innermost.forward = forward
+        return partial(setattr, innermost, "forward", own)
+    own = vars(block).get("forward")
+    block.forward = forward
+    return partial(vars(block).pop, "forward") if own is None else partial(setattr, block, "forward", own)

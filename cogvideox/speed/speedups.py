@@ -1,0 +1,57 @@
+"""All that makes one run faster, attached to the transformer together."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .attention import attending
+from .cache import CacheRun
+from .compiled import CompileRun
+from .joint import project_once
+
+if TYPE_CHECKING:
+    from ..handles import Model
+
+
+class Speedups:
+    """What one run of a model is made faster with: what the handle says, and what is always done.
+
+    Attributes:
+        shortcuts: what a step that is done again runs without, in words; "" where there is no such thing.
+    """
+
+    def __init__(self, model: "Model", timesteps: Sequence[float], batched: bool, tell: Callable[[str, int], None]):
+        """Args:
+        timesteps: of all steps of the run.
+        batched: whether both halves of guidance run as one batch, the unconditional first.
+        tell: called with sentences for the user, and logging's level of each.
+        """
+        self._tell, self._attention = tell, model.attention
+        self._cache = None if model.cache is None else CacheRun(model.cache, timesteps, batched)
+        compiled = None if model.compiled is None else CompileRun(model.compiled, model.weights.device, tell)
+        # What is compiled lies below what may skip it.
+        self._all = [speedup for speedup in (compiled, self._cache) if speedup is not None]
+        self.shortcuts = " and ".join(name for name, there in (("the cache", self._cache), ("compiled code", compiled)) if there is not None)
+
+    @contextmanager
+    def attached(self, module: nn.Module) -> Iterator[None]:
+        """Have ``module`` run with them for the length of a ``with`` block; afterwards nothing of them is left on it."""
+        with ExitStack() as stack:
+            stack.enter_context(attending(self._attention, module))
+            stack.enter_context(project_once(module))
+            for speedup in self._all:
+                stack.enter_context(speedup.attached(module))
+            yield
+
+    def begin(self, index: int) -> None:
+        """Step ``index`` is about to be run, or run again."""
+        for speedup in self._all:
+            speedup.begin(index)
+
+    def report(self) -> None:
+        """Say at the end of the run what they did."""
+        if self._cache is not None:
+            self._tell(self._cache.text, logging.INFO)

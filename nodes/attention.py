@@ -1,0 +1,44 @@
+"""CogVideoX-1.5 Attention: which kernel computes the attention."""
+
+import torch
+
+from ..cogvideox.speed.attention import available, check_attention
+from . import host
+from .base import Node, refusal
+
+
+class Attention(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 Attention"
+    DESCRIPTION = (
+        "Chooses the kernel that computes the attention, which takes two thirds of a step. Only what will run here is listed. All but sage "
+        "give the same picture up to rounding. Another branch of the graph can use another; taking the node away restores the model exactly."
+    )
+    SEARCH_ALIASES = ["cogvideo attention", "sage attention", "flash attention", "sdpa", "cudnn", "xformers", "speed"]
+    RETURN_TYPES = ("COGVIDEOX_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The transformer with this attention, for the sampler or another node.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader or another node."}),
+                "attention": (
+                    list(available(host.device())),
+                    {
+                        "tooltip": "auto, sdpa: PyTorch's own choice. cudnn: often the fastest exact one on H100 and newer. flash, flash3, xformers: "
+                        "exact, from their packages. sage: 8 bits, faster, changes the picture a little; auto never takes it."
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, attention=None):
+        # Whether the model runs in 16 bits, the run knows.
+        return refusal((check_attention, attention, host.device(), torch.float16))
+
+    def execute(self, model, attention="auto"):
+        from ..cogvideox.handles import with_attention
+
+        return (with_attention(model, attention),)

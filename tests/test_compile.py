@@ -1,0 +1,242 @@
+"""Compiled blocks give what the blocks give; one serves for all, in every run that follows; and nothing is left on the model."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogvideox import handles as handles_module
+from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
+from cogvideox.sampling import sample
+from cogvideox.speed import compiled as compiled_module
+from cogvideox.speed.cache import Cache
+from cogvideox.speed.compiled import Compiled, missing_compiler
+from tests import layouts
+from tests.conftest import CPU
+from tests.test_cache import LAYERS, SHAPE, build, inside
+from tests.tiny_checkpoint import TEXT_WIDTH
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="module")
+def model(deep):
+    return open_handles(deep, "fp32", CPU).model
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 8, TEXT_WIDTH, generator=generator), torch.randn(1, 8, TEXT_WIDTH, generator=generator)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one was."""
+    captured = []
+
+    def backend(graph, inputs, **_):
+        captured.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+    return captured
+
+
+def run(model, prompts, compiled=None, said=None, shape=SHAPE, **settings):
+    settings = dict(seed=1, steps=3) | settings
+    said = [] if said is None else said
+    return sample(model if compiled is None else with_compile(model, compiled), *prompts, torch.zeros(shape), on_note=said.append, **settings)
+
+
+class TestSharing:
+    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(self, model, deep, prompts, graphs):
+        plain, said = run(model, prompts), []
+        assert torch.equal(run(model, prompts, Compiled(), said), plain)
+        assert len(graphs) == 1
+        assert said[-2].startswith("Compiling the transformer's block")
+        assert said[-1].startswith("Compiled in ")
+        for again in (model, open_handles(deep, "fp32", CPU).model):
+            said.clear()
+            assert torch.equal(run(again, prompts, Compiled(), said), plain)
+            assert len(graphs) == 1
+            assert not any("ompil" in text for text in said)
+
+    def test_another_size_is_compiled_anew_and_that_is_said(self, model, prompts, graphs):
+        run(model, prompts, Compiled())
+        count, said = len(graphs), []
+        larger = (1, 16, 4, 4, 8)
+        ours = run(model, prompts, Compiled(), said, shape=larger)
+        assert torch.equal(ours, run(model, prompts, shape=larger))
+        assert len(graphs) == count + 1
+        assert said[-2].startswith("Compiling the transformer's block")
+
+    def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs):
+        # Of sizes that are equal by chance torch assumes that they always are.
+        small, larger = (1, 16, 4, 6, 10), (1, 16, 4, 8, 14)
+        run(model, prompts, Compiled(dynamic=True), shape=small)
+        assert len(graphs) == 1
+        assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
+        assert len(graphs) == 1
+
+    def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(self, model, prompts, tmp_path, graphs):
+        tensors = {}
+        for block in range(LAYERS):
+            for layer in ("attn1.to_q", "attn1.to_out.0", "ff.net.2"):
+                name = f"transformer_blocks.{block}.{layer}"
+                out, inner = model.weights.part.tensors[f"{name}.weight"].shape
+                tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, inner) * inner**-0.5
+                tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, 2) * 0.2
+        save_file(tensors, tmp_path / "first.safetensors")
+        save_file({name: value.flip(0) for name, value in tensors.items()}, tmp_path / "second.safetensors")
+        first, second = (with_lora(model, tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+        plain = run(first, prompts)
+        assert not torch.equal(plain, run(model, prompts))
+        assert torch.equal(run(first, prompts, Compiled()), plain)
+        assert len(graphs) == 1
+        assert torch.equal(run(second, prompts, Compiled()), run(second, prompts))
+        assert len(graphs) == 1
+
+
+class TestTogether:
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_every_dtype(self, deep, prompts, graphs, dtype):
+        """fp16 is range-safe here."""
+        model = open_handles(deep, dtype, CPU).model
+        assert torch.equal(run(model, prompts, Compiled()), run(model, prompts))
+        assert graphs
+
+    @pytest.mark.parametrize(("packed", "dtype"), [("fp8", "fp16"), ("gguf", "fp32")])
+    def test_packed_weights(self, model, prompts, tmp_path, graphs, packed, dtype):
+        with model.weights.running() as module:
+            tensors = {name: value.clone() for name, value in module.state_dict().items()}
+        if packed == "fp8":
+            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in tensors.items()}
+            path = layouts.write_file(tmp_path / "model.safetensors", small)
+        else:
+            path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
+        packed_model, said = open_handles(path, dtype, CPU).model, []
+        assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
+        assert graphs, said
+
+    @pytest.mark.parametrize("method", ["first_block", "taylorseer"])
+    def test_caches_around_the_blocks(self, model, prompts, graphs, method):
+        cached = with_cache(model, Cache(method, 0.5, 0.2, 1.0))
+        said = []
+        assert torch.equal(run(cached, prompts, Compiled(), said, steps=8), run(cached, prompts, steps=8))
+        assert graphs
+        assert " skipped " in said[-1]
+        assert "skipped 0" not in said[-1]
+
+    @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
+    def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):
+        real, said = handles_module.load_module, []
+
+        def load(*given):
+            module = real(*given)
+            try:
+                handles_module._offload(module, mode, torch.device("cpu"))
+            except AttributeError as error:
+                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
+            return module
+
+        monkeypatch.setattr(handles_module, "load_module", load)
+        assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
+        assert bool(graphs) == (mode == "offload_blocks")
+        assert any("runs without compiling: its layers are brought to the card one by one" in text for text in said) == (mode == "offload_layers")
+
+
+class TestTraces:
+    def test_afterwards_the_module_is_as_it_was(self, model, prompts, graphs):
+        plain = run(model, prompts)
+        module = model.weights._module
+        before, limit = inside(module), torch._dynamo.config.recompile_limit
+        run(model, prompts, Compiled())
+        assert inside(module) == before
+        assert torch._dynamo.config.recompile_limit == limit
+        count = len(graphs)
+        assert torch.equal(run(model, prompts, shape=(1, 16, 2, 4, 6)), run(model, prompts, shape=(1, 16, 2, 4, 6)))
+        assert torch.equal(run(model, prompts), plain)
+        assert len(graphs) == count
+
+    def test_the_handle_given_is_not_changed_and_shares_its_weights(self, model):
+        changed = with_compile(model, Compiled("max-autotune-no-cudagraphs", True))
+        assert model.compiled is None
+        assert changed.weights is model.weights
+        with pytest.raises(ValueError, match="mode of compiling is 'reduce-overhead'"):
+            Compiled("reduce-overhead")
+
+
+class TestFallback:
+    def test_without_a_compiler_the_run_goes_on_and_says_why(self, model, prompts, graphs, monkeypatch):
+        from torch._inductor import cpp_builder
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        def missing(*_):
+            raise InvalidCxxCompiler()
+
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+        said = []
+        assert torch.equal(run(model, prompts, Compiled(), said), run(model, prompts))
+        assert not graphs
+        assert any("runs without compiling: no C++ compiler is installed" in text for text in said)
+
+    def test_without_triton_on_a_card_it_is_said(self, monkeypatch):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+        assert "triton is not installed" in missing_compiler(torch.device("cuda"))
+        assert "cannot compile for" in missing_compiler(torch.device("meta"))
+
+    def test_where_compiling_fails_the_run_goes_on_and_says_why(self, model, prompts, monkeypatch):
+        calls = []
+
+        def backend(graph, inputs, **_):
+            calls.append(1)
+            raise ValueError("this card is too old")
+
+        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        said = []
+        assert torch.equal(run(model, prompts, Compiled(), said), run(model, prompts))
+        assert calls == [1]
+        assert "Compiling failed, so the model runs on without: this card is too old" in said
+
+    def test_memory_that_runs_out_while_compiling_is_no_reason_to_give_up(self, deep, model, prompts, monkeypatch):
+        calls, healed = [], []
+
+        def backend(graph, inputs, **_):
+            calls.append(1)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return graph.forward
+
+        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), on_heal=healed.append)
+        assert torch.equal(ours, run(model, prompts))
+        assert "step 1 of 3: cpu ran out of memory" in healed[0]
+        assert calls == [1, 1]
+
+
+class TestHealing:
+    def test_a_step_that_is_not_finite_is_run_again_as_the_blocks_are_written(self, deep, prompts, monkeypatch):
+        """Code that a compiler got wrong: the blocks themselves give what they should."""
+
+        def backend(graph, inputs, **_):
+            return lambda *given: tuple(output * math.nan for output in graph.forward(*given))
+
+        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        model, healed = open_handles(deep, "fp32", CPU).model, []
+        ours = run(model, prompts, Compiled(), on_heal=healed.append)
+        assert torch.equal(ours, run(model, prompts))
+        assert "run again without compiled code it is finite" in healed[0]
+
+
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no C++ compiler")
+def test_what_inductor_makes_is_within_the_dtypes_rounding(model, prompts):
+    plain, said = run(model, prompts), []
+    ours = run(model, prompts, Compiled(), said)
+    assert any(text.startswith("Compiled in") for text in said)
+    assert not torch.equal(ours, plain)
+    assert (ours - plain).norm() < 1e-5 * plain.norm()

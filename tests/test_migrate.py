@@ -1,0 +1,864 @@
+"""Workflows of ComfyUI-CogVideoXWrapper become workflows of this pack: what is carried over, what is said, and what is refused."""
+
+import copy
+import json
+import os
+import re
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogvideox.configs.check import check_config
+from cogvideox.configs.kinds import KINDS
+from cogvideox.configs.migrate import migrate_workflow
+from cogvideox.configs.workflow import WIDGETS
+from cogvideox.variants import identify
+from generate import main
+from tests import workflows
+from tests.wrapper_workflows import NODES, image_to_video, text_to_video, video_to_video
+
+USES = {"text to video": text_to_video, "image to video": image_to_video, "video to video": video_to_video}
+AGES = ("old", "new", "named")
+#: Widgets whose choices are files, which are not there in a test.
+FILES = ("vae_name",)
+
+
+@pytest.fixture
+def migrate(tmp_path):
+    """``migrate(workflow)``: the new workflow of an old one, and the report."""
+
+    def run(old, name="new.json"):
+        source, target = tmp_path / "old.json", tmp_path / name
+        source.write_text(json.dumps(old if isinstance(old, dict) else old.page()), encoding="utf-8")
+        target.unlink(missing_ok=True)
+        report = migrate_workflow(source, target)
+        return json.loads(target.read_text(encoding="utf-8")), report
+
+    return run
+
+
+def nodes_of(page, kind):
+    return [node for node in page["nodes"] if node["type"] == kind]
+
+
+def node_of(page, kind):
+    (node,) = nodes_of(page, kind)
+    return node
+
+
+def values_of(page, kind):
+    return node_of(page, kind)["widgets_values_named"]
+
+
+def source_of(page, node, name):
+    """Where an input comes from: the node's type and the output's name; None if from nowhere."""
+    number = next(socket["link"] for socket in node["inputs"] if socket["name"] == name)
+    if number is None:
+        return None
+    link = next(link for link in workflows.links_of(page) if link[0] == number)
+    origin = next(other for other in page["nodes"] if other["id"] == link[1])
+    return origin["type"], origin["outputs"][link[2]]["name"]
+
+
+def said(report, *words):
+    """The sentences of the report that hold all the words."""
+    return [line for line in report.differs if all(word in line for word in words)]
+
+
+# The table of nodes ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("CogVideoX15")])
+def test_the_table_of_our_nodes_is_that_of_the_nodes(kind, pack):
+    node_class = pack.NODE_CLASS_MAPPINGS[kind]
+    types = node_class.INPUT_TYPES()
+    declared = []
+    for group in ("required", "optional"):
+        for name, (type_, *options) in types.get(group, {}).items():
+            choices = isinstance(type_, list)
+            given = options[0].get("default") if options else None
+            widget = choices or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN")
+            declared.append((name, "COMBO" if choices else type_, widget, given, group == "optional"))
+    for entry, (name, type_, widget, given, optional) in zip(KINDS[kind].inputs, declared, strict=True):
+        assert (entry.name, entry.type, entry.optional, entry.default is not None) == (name, type_, optional, widget)
+        assert given is None or entry.default == given
+    assert list(KINDS[kind].outputs) == list(zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True))
+
+
+def test_the_checks_table_of_our_loaders_widgets_is_the_same():
+    assert WIDGETS["CogVideoX15ModelLoader"] == tuple(entry.name for entry in KINDS["CogVideoX15ModelLoader"].inputs)
+
+
+# What is carried over -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("age", AGES)
+@pytest.mark.parametrize("use", USES)
+def test_the_new_workflow_fits_our_nodes(migrate, pack, use, age):
+    page, report = migrate(USES[use]().page(age))
+    workflows.check(page, pack, FILES)
+    # Every one of the old pack was replaced.
+    old = {"CLIPLoader", "VHS_VideoCombine", "VHS_LoadVideo", "LoadImage", "ImageResizeKJ", "Note"}
+    assert {node["type"] for node in page["nodes"]} - old <= KINDS.keys()
+    assert report.replaced + report.kept == len(page["nodes"]) - 1
+
+
+@pytest.mark.parametrize("use", USES)
+def test_pages_of_every_age_give_the_same_workflow(migrate, use):
+    def essence(page):
+        links = [link[1:] for link in workflows.links_of(page)]
+        return {node["id"]: (node["type"], node.get("widgets_values_named")) for node in page["nodes"] if node["type"] in KINDS}, sorted(links)
+
+    # Only the order in which older and newer pages list the sockets of other packs' nodes differs, and none of ours.
+    old, new, named = (essence(migrate(USES[use]().page(age))[0]) for age in AGES)
+    assert old == new == named
+
+
+@pytest.mark.parametrize("use", USES)
+def test_prompts_seed_and_settings_are_carried_over(migrate, use):
+    w = USES[use]()
+    w.change("sampler", steps=31, cfg=4.5, seed=987654321987654321)
+    page, _ = migrate(w)
+    prompts = {node["widgets_values_named"]["prompt"] for node in nodes_of(page, "CogVideoX15TextEncode")}
+    assert prompts == {"A panda plays the guitar.", "blurry"}
+    assert node_of(page, "CogVideoX15Sampler")["widgets_values"] == [
+        *(987654321987654321, "increment", 31, 4.5, "dpm"),
+        *(0.8 if use == "video to video" else 1.0, False, "heal"),
+    ]
+    loader = values_of(page, "CogVideoX15ModelLoader")
+    assert (loader["dtype"], loader["on_mismatch"], loader["memory"]) == ("bf16", "fix", "auto")
+
+
+def test_text_to_video_gets_its_size_and_length_from_the_latent(migrate):
+    page, _ = migrate(text_to_video())
+    assert values_of(page, "CogVideoX15EmptyLatent") == {"width": 1360, "height": 768, "length": 49, "batch_size": 1}
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15EmptyLatent", "latent")
+    assert not nodes_of(page, "EmptyLatentImage")
+
+
+def test_image_to_video_gets_its_image_through_the_conditionings(migrate):
+    w = image_to_video()
+    w.add("LoadImage", "last")
+    w.change("encode", end_image=("last", 0))
+    page, _ = migrate(w)
+    sampler, node = node_of(page, "CogVideoX15Sampler"), node_of(page, "CogVideoX15ImageToVideo")
+    for name, output in (("positive", "positive"), ("negative", "negative"), ("latent_image", "latent")):
+        assert source_of(page, sampler, name) == ("CogVideoX15ImageToVideo", output)
+    assert source_of(page, node, "positive") == source_of(page, node, "negative") == ("CogVideoX15TextEncode", "conditioning")
+    assert source_of(page, node, "start_image") == ("ImageResizeKJ", "IMAGE")
+    assert source_of(page, node, "end_image") == ("LoadImage", "IMAGE")
+    # The size stays where the user sets it.
+    assert [source_of(page, node, side) for side in ("width", "height")] == [("ImageResizeKJ", "width"), ("ImageResizeKJ", "height")]
+    assert values_of(page, "CogVideoX15ImageToVideo") == {"width": 1360, "height": 768, "length": 49, "batch_size": 1}
+
+
+def test_video_to_video_starts_from_the_encoded_clip(migrate):
+    page, report = migrate(video_to_video())
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15VAEEncode", "latent")
+    assert source_of(page, node_of(page, "CogVideoX15VAEEncode"), "images") == ("VHS_LoadVideo", "IMAGE")
+    assert said(report, "num_frames 49", "as long as the clip")
+
+
+def test_the_text_encoder_that_the_user_has_stays(migrate):
+    """The negative prompt's came through the positive one's node, which passes none on here."""
+    page, _ = migrate(text_to_video())
+    for node in nodes_of(page, "CogVideoX15TextEncode"):
+        assert source_of(page, node, "text_encoder") == ("CLIPLoader", "CLIP")
+
+
+def test_loras_stand_behind_the_loader_in_the_order_of_the_chain(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "first", lora="styles\\first.safetensors", strength=0.7)
+    w.add("CogVideoLoraSelect", "second", lora="second.safetensors", strength=-0.3, fuse_lora=True, prev_lora=("first", 0))
+    w.change("loader", lora=("second", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    first, second = nodes_of(page, "CogVideoX15LoraLoader")
+    assert first["widgets_values"] == ["styles/first.safetensors", 0.7]
+    assert second["widgets_values"] == ["second.safetensors", -0.3]
+    assert source_of(page, first, "model") == ("CogVideoX15ModelLoader", "model")
+    assert source_of(page, second, "model") == ("CogVideoX15LoraLoader", "model")
+    link = next(link for link in page["links"] if link[1] == second["id"])
+    assert link[3] == w.names["sampler"]
+    assert not said(report, "fused")
+
+
+def test_a_fused_lora_of_dimensionx_is_said_to_be_stronger(migrate):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "lora", lora="DimensionX_orbit_left_lora_rank256.safetensors", fuse_lora=True)
+    w.change("loader", lora=("lora", 0))
+    assert said(migrate(w)[1], "strength / rank")
+
+
+def test_a_bypassed_lora_stays_bypassed(migrate):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "lora", mode=4)
+    w.change("loader", lora=("lora", 0))
+    page, _ = migrate(w)
+    assert node_of(page, "CogVideoX15LoraLoader")["mode"] == 4
+
+
+def test_two_loaders_with_one_lora_have_one_each(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "lora")
+    w.change("loader", lora=("lora", 0))
+    w.add("CogVideoXModelLoader", "other", lora=("lora", 0))
+    w.add("CogVideoSampler", "again", model=("other", 0), positive=("positive", 0), negative=("negative", 0), samples=("size", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    loras = nodes_of(page, "CogVideoX15LoraLoader")
+    assert len({tuple(lora["pos"].values() if isinstance(lora["pos"], dict) else lora["pos"]) for lora in loras}) == len(loras) == 2
+    origins = {link[1] for lora in loras for link in page["links"] if link[3] == lora["id"]}
+    assert origins == {w.names["loader"], w.names["other"]}
+
+
+def test_a_vae_in_a_file_of_its_own_is_chosen_in_the_loader(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoXVAELoader", "vae", model_name="cog\\vae.safetensors")
+    w.change("decode", vae=("vae", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert values_of(page, "CogVideoX15ModelLoader")["vae_name"] == "cog/vae.safetensors"
+    assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "vae") == ("CogVideoX15ModelLoader", "vae")
+    assert any("vae_name of node" in line for line in report.not_needed)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "values"),
+    [("weighted_average", "ConditioningAverage", [0.75]), ("average", "ConditioningAverage", [0.5]), ("concatenate", "ConditioningConcat", [])],
+)
+def test_mixed_prompts_are_mixed_by_comfyuis_own_nodes(migrate, mode, kind, values):
+    w = text_to_video()
+    w.add("CogVideoTextEncodeCombine", "mix", conditioning_1=("positive", 0), conditioning_2=("negative", 0), combination_mode=mode)
+    w.change("sampler", positive=("mix", 0))
+    page, _ = migrate(w)
+    node = node_of(page, kind)
+    assert node["widgets_values"] == values
+    assert {source_of(page, node, name)[0] for name in ("conditioning_to", "conditioning_from")} == {"CogVideoX15TextEncode"}
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "positive") == (kind, "CONDITIONING")
+    workflows.check_links(page)
+
+
+def test_numbers_and_prompts_that_come_over_links_still_do(migrate, pack):
+    w = text_to_video()
+    w.add("INTConstant", "frames", value=81)
+    w.add("INTConstant", "seed", value=5)
+    w.add("StringConstant", "text")
+    w.change("sampler", num_frames=("frames", 0), seed=("seed", 0))
+    w.change("positive", prompt=("text", 0))
+    for age in AGES:
+        page, _ = migrate(w.page(age))
+        workflows.check(page, pack, FILES)
+        latent, sampler = node_of(page, "CogVideoX15EmptyLatent"), node_of(page, "CogVideoX15Sampler")
+        assert source_of(page, latent, "length") == source_of(page, sampler, "seed") == ("INTConstant", "value")
+        assert latent["widgets_values_named"]["length"] == 81
+        assert ("StringConstant", "STRING") in {source_of(page, node, "prompt") for node in nodes_of(page, "CogVideoX15TextEncode")}
+
+
+def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrate, pack):
+    w = image_to_video()
+    w.add("SetNode", "set", VAE=("loader", 1))
+    w.add("GetNode", "get")
+    w.add("Reroute", "turn", **{"": ("get", 0)})
+    w.change("decode", vae=("get", 0))
+    w.change("encode", vae=("turn", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "vae") == ("GetNode", "COGVIDEOX_VAE")
+    assert source_of(page, node_of(page, "CogVideoX15ImageToVideo"), "vae") == ("Reroute", "")
+    assert node_of(page, "SetNode")["inputs"][0]["type"] == node_of(page, "Reroute")["outputs"][0]["type"] == "COGVIDEOX_VAE"
+    assert not said(report, "not connected")
+
+
+def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(migrate, pack):
+    w = image_to_video()
+    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), image_cond_latents=("encode", 0))
+    w.add("CogVideoSampler", "again", **again, seed=7)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert len(nodes_of(page, "CogVideoX15ImageToVideo")) == 1
+    w.add("CogVideoSampler", "longer", **again, num_frames=81)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert sorted(node["widgets_values_named"]["length"] for node in nodes_of(page, "CogVideoX15ImageToVideo")) == [49, 81]
+
+
+def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack):
+    w = text_to_video()
+    w.add("GetWarpedNoiseFromVideo", "other")
+    page = w.page()
+    # A node of another pack that takes the latent.
+    other = next(node for node in page["nodes"] if node["type"] == "GetWarpedNoiseFromVideo")
+    other["inputs"] = [{"name": "latent", "type": "LATENT", "link": 500}]
+    size = next(node for node in page["nodes"] if node["type"] == "EmptyLatentImage")
+    size["outputs"][0]["links"].append(500)
+    page["links"].append([500, size["id"], 0, other["id"], 0, "LATENT"])
+    new, _ = migrate(page)
+    workflows.check(new, pack, FILES)
+    assert source_of(new, node_of(new, "GetWarpedNoiseFromVideo"), "latent") == ("EmptyLatentImage", "LATENT")
+    assert source_of(new, node_of(new, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15EmptyLatent", "latent")
+
+
+def test_the_second_sampler_starts_from_what_the_first_one_made(migrate, pack):
+    w = text_to_video()
+    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), samples=("sampler", 0))
+    w.add("CogVideoSampler", "again", **again, denoise_strength=0.4)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    again = next(node for node in page["nodes"] if node["id"] == w.names["again"])
+    assert source_of(page, again, "latent_image") == ("CogVideoX15Sampler", "latent")
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_nodes_that_are_off_stay_off(migrate, mode):
+    w = text_to_video()
+    w.change("decode", mode=mode)
+    page, _ = migrate(w)
+    assert node_of(page, "CogVideoX15VAEDecode")["mode"] == mode
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
+    """Positions, sizes, titles, colors, groups and view; of other packs' nodes all, with their links under the numbers they had."""
+    folder = tmp_path_factory.mktemp("migrate")
+    place = st.tuples(st.integers(-5000, 5000), st.floats(-5000, 5000, allow_nan=False))
+    places = data.draw(st.lists(place, min_size=30, max_size=30))
+    w = data.draw(st.sampled_from(list(USES.values())))()
+    for index in range(data.draw(st.integers(0, 4))):
+        w.add(data.draw(st.sampled_from(["SaveWEBM", "PreviewImage", "VHS_VideoCombine"])), f"more {index}", images=("decode", 0))
+    w.add("LoadImage", "unused")
+    w.add("PreviewImage", "beside", images=("unused", 0))
+    old = w.page(data.draw(st.sampled_from(AGES)), places.__getitem__)
+    for node in old["nodes"]:
+        look = {"title": st.text(max_size=9), "color": st.just("#232"), "bgcolor": st.just("#353"), "flags": st.just({"collapsed": True})}
+        node.update({name: data.draw(value) for name, value in look.items() if data.draw(st.booleans())})
+    given = copy.deepcopy(old)
+    (folder / "old.json").write_text(json.dumps(old), encoding="utf-8")
+    migrate_workflow(folder / "old.json", folder / "new.json")
+    new = json.loads((folder / "new.json").read_text(encoding="utf-8"))
+    workflows.check(new, pack, FILES)
+    by_id = {node["id"]: node for node in new["nodes"]}
+    assert given == old
+    assert {name: new[name] for name in ("groups", "config", "extra", "version")} == {
+        name: old[name] for name in ("groups", "config", "extra", "version")
+    }
+    for node in old["nodes"]:
+        kept = by_id[node["id"]]
+        for name in ("pos", "size", "flags", "mode", "title", "color", "bgcolor"):
+            assert kept.get(name) == node.get(name)
+        if kept["type"] not in KINDS:
+            without = ("inputs", "outputs")
+            assert {key: value for key, value in kept.items() if key not in without} == {
+                key: value for key, value in node.items() if key not in without
+            }
+            assert [{**socket, "links": None} for socket in kept["outputs"]] == [{**socket, "links": None} for socket in node["outputs"]]
+            assert kept["inputs"] == node["inputs"]  # the links' numbers too
+    theirs = {node["id"] for node in old["nodes"] if by_id[node["id"]]["type"] not in KINDS}
+    links = workflows.links_of(new)
+    assert all(link in links for link in workflows.links_of(old) if {link[1], link[3]} <= theirs)
+    newest = max(new["nodes"], key=lambda node: node["id"])
+    assert newest["type"] == "Note"
+    for node in old["nodes"]:  # the note lies over nothing
+        top = node["pos"]["1"] if isinstance(node["pos"], dict) else node["pos"][1]
+        assert newest["pos"][1] + newest["size"][1] < top
+
+
+def test_bends_in_links_name_only_links_that_are_there(migrate):
+    page = image_to_video().page()
+    gone = max(link[0] for link in page["links"]) + 1
+    page["extra"] |= {
+        "linkExtensions": [{"id": page["links"][0][0], "parentId": 1}, {"id": gone, "parentId": 1}],
+        "reroutes": [{"id": 1, "pos": [0, 0], "linkIds": [page["links"][0][0], gone]}],
+    }
+    new, _ = migrate(page)
+    there = {link[0] for link in new["links"]}
+    assert [entry["id"] for entry in new["extra"]["linkExtensions"]] == [page["links"][0][0]]
+    assert set(new["extra"]["reroutes"][0]["linkIds"]) <= there
+
+
+def test_the_manager_is_not_told_that_our_nodes_are_the_old_packs(migrate):
+    page, _ = migrate(text_to_video().page("new"))
+    assert node_of(page, "CogVideoX15Sampler")["properties"] == {"Node name for S&R": "CogVideoX15Sampler"}
+    assert node_of(page, "VHS_VideoCombine")["properties"]["cnr_id"] == "some-pack"
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_workflow_for_the_api_becomes_one_for_the_api(migrate, pack, use):
+    w = USES[use]()
+    w.add("INTConstant", "frames", value=33)
+    w.change("sampler", num_frames=("frames", 0))
+    old = w.api()
+    prompt, report = migrate(old)
+    on_page, _ = migrate(w)
+    expected = workflows.to_api({"nodes": [node for node in on_page["nodes"] if node["type"] in KINDS], "links": on_page["links"]})
+    assert {id_: node["class_type"] for id_, node in expected.items()} == {i: n["class_type"] for i, n in prompt.items() if n["class_type"] in KINDS}
+    for id_, node in expected.items():
+        assert prompt[id_]["inputs"] == node["inputs"], id_
+        assert prompt[id_]["_meta"] == old[id_]["_meta"]
+    for id_, node in old.items():
+        if prompt[id_]["class_type"] not in KINDS:
+            assert prompt[id_] == node
+    assert said(report, "num_frames" if use == "video to video" else "model")
+
+
+def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
+    prompt, _ = migrate({"prompt": text_to_video().api(), "client_id": "x"})
+    assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
+
+
+# Models and dtypes ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "ours"),
+    [
+        ("DownloadAndLoadCogVideoModel", "kijai/CogVideoX-5b-1.5-T2V", "CogVideoX-5b-1.5/transformer_T2V"),
+        ("DownloadAndLoadCogVideoModel", "kijai/CogVideoX-5b-1.5-I2V", "CogVideoX-5b-1.5/transformer_I2V"),
+        ("DownloadAndLoadCogVideoModel", "THUDM/CogVideoX-5b", "CogVideoX-5b"),
+        ("DownloadAndLoadCogVideoModel", "THUDM/CogVideoX-2b", "CogVideo2B"),
+        ("DownloadAndLoadCogVideoModel", "bertjiazheng/KoolCogVideoX-5b", "KoolCogVideoX-5b"),
+        ("CogVideoXModelLoader", "cog\\CogVideoX_1_5_5b_fp8.safetensors", "cog/CogVideoX_1_5_5b_fp8.safetensors"),
+        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_1_5_I2V_GGUF_Q4_0.safetensors", "CogVideoX1.5-5B-I2V"),
+        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_I2V_GGUF_Q4_0.safetensors", "CogVideoX-5b-I2V"),
+        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_GGUF_Q4_0.safetensors", "CogVideoX-5b"),
+    ],
+)
+def test_the_model_is_named_as_our_loader_lists_it(migrate, kind, model, ours):
+    page, report = migrate(with_loader(kind, model=model))
+    assert values_of(page, "CogVideoX15ModelLoader")["model"] == ours
+    assert bool(said(report, ours)) == (kind != "CogVideoXModelLoader")
+
+
+def with_loader(kind, **values):
+    w = text_to_video()
+    w.add(kind, "loader 2", **values)
+    w.nodes[w.names["loader"]] = w.nodes.pop(w.names["loader 2"])
+    if kind == "CogVideoXModelLoader":
+        w.add("CogVideoXVAELoader", "vae")
+        w.change("decode", vae=("vae", 0))
+    return w
+
+
+PRECISION = {
+    "DownloadAndLoadCogVideoModel": "precision",
+    "CogVideoXModelLoader": "base_precision",
+    "DownloadAndLoadCogVideoGGUFModel": "vae_precision",
+}
+
+
+@pytest.mark.parametrize("kind", PRECISION)
+def test_fp16_of_a_model_trained_in_bf16_becomes_auto_and_the_rest_stays(migrate, kind):
+    for asked, dtype in (("fp16", "auto"), ("bf16", "bf16"), ("fp32", "fp32")):
+        page, report = migrate(with_loader(kind, **{PRECISION[kind]: asked}))
+        assert values_of(page, "CogVideoX15ModelLoader")["dtype"] == dtype
+        assert bool(said(report, "fp16", "black")) == (asked == "fp16")
+
+
+def test_fp16_of_2b_stays(migrate):
+    page, report = migrate(with_loader("DownloadAndLoadCogVideoModel", model="THUDM/CogVideoX-2b", precision="fp16"))
+    assert values_of(page, "CogVideoX15ModelLoader")["dtype"] == "fp16"
+    assert not said(report, "black")
+
+
+def test_offloading_is_carried_over(migrate):
+    page, report = migrate(with_loader("DownloadAndLoadCogVideoModel", enable_sequential_cpu_offload=True))
+    assert values_of(page, "CogVideoX15ModelLoader")["memory"] == "offload_layers"
+    assert said(report, "Try auto")
+
+
+def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_path):
+    w = with_loader("DownloadAndLoadCogVideoModel", precision="fp16")
+    migrate(w)
+    assert check_config(tmp_path / "old.json").verdict == "mismatch"
+    assert check_config(tmp_path / "new.json").verdict == "ok"
+
+
+# What is said ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "is_same"),
+    [("CogVideoXDDIM", "ddim", True), ("CogVideoXDPMScheduler", "dpm", True), ("DPM++", "dpm", False), ("Euler A", "ddim", False)],
+)
+def test_schedulers_that_are_not_here_are_said(migrate, name, ours, is_same):
+    w = text_to_video()
+    w.change("sampler", scheduler=name)
+    page, report = migrate(w)
+    assert values_of(page, "CogVideoX15Sampler")["scheduler"] == ours
+    assert bool(said(report, name, ours)) == (not is_same)
+
+
+def test_plain_ddim_is_ours_but_for_2b(migrate):
+    """Their DDIM is diffusers' DDIMScheduler with CogVideoXDDIMScheduler's config: the same steps where the config shifts nothing."""
+    for model, is_5b in (("THUDM/CogVideoX-5b", True), ("THUDM/CogVideoX-2b", False)):
+        config = identify({"use_rotary_positional_embeddings": is_5b}).scheduler_config
+        schedulers = [kind.from_config(config) for kind in (DDIMScheduler, CogVideoXDDIMScheduler)]
+        made = []
+        for scheduler in schedulers:
+            scheduler.set_timesteps(10)
+            latents = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+            for timestep in scheduler.timesteps:
+                latents = scheduler.step(latents.tanh(), timestep, latents, return_dict=False)[0]
+            made.append(latents)
+        same = torch.allclose(*made, rtol=1e-4, atol=1e-5)
+        w = with_loader("DownloadAndLoadCogVideoModel", model=model)
+        w.change("sampler", scheduler="DDIM")
+        page, report = migrate(w)
+        assert values_of(page, "CogVideoX15Sampler")["scheduler"] == "ddim"
+        assert same == (not said(report, "scheduler DDIM")) == is_5b
+
+
+@pytest.mark.parametrize(("frames", "length"), [(48, 49), (50, 49), (41, 49), (40, 33), (1, 1), (5, 1), (1000, 993), (161, 161)])
+def test_a_length_that_the_model_cannot_make_becomes_the_nearest(migrate, pack, frames, length):
+    for use in (text_to_video, image_to_video):
+        w = use()
+        w.change("sampler", num_frames=frames)
+        page, report = migrate(w)
+        workflows.check(page, pack, FILES)
+        node = node_of(page, "CogVideoX15EmptyLatent" if use is text_to_video else "CogVideoX15ImageToVideo")
+        assert node["widgets_values_named"]["length"] == length
+        assert bool(said(report, f"num_frames {frames} became length {length}")) == (frames != length)
+
+
+def test_1_0s_image_to_video_takes_8n_plus_1(migrate):
+    w = image_to_video()
+    w.change("loader", model="THUDM/CogVideoX-5b-I2V")
+    w.change("sampler", num_frames=41)
+    assert values_of(migrate(w)[0], "CogVideoX15ImageToVideo")["length"] == 41
+
+
+def test_a_wrong_length_that_comes_over_a_link_is_cut_from_it(migrate):
+    w = text_to_video()
+    w.add("INTConstant", "frames", value=50)
+    w.change("sampler", num_frames=("frames", 0))
+    page, report = migrate(w)
+    latent = node_of(page, "CogVideoX15EmptyLatent")
+    assert source_of(page, latent, "length") is None
+    assert latent["widgets_values_named"]["length"] == 49
+    assert said(report, "num_frames 50 became length 49", "link")
+
+
+@pytest.mark.parametrize(("width", "fits"), [(1000, 1008), (1016, 1024), (1024, 1024), (8, 16)])
+def test_a_size_that_is_no_multiple_of_16_becomes_the_nearest(migrate, pack, width, fits):
+    latent, picture = text_to_video(), image_to_video()
+    latent.change("size", width=width)
+    picture.change("resize", width=width)
+    for w, kind in ((latent, "CogVideoX15EmptyLatent"), (picture, "CogVideoX15ImageToVideo")):
+        page, report = migrate(w)
+        workflows.check(page, pack, FILES)
+        assert values_of(page, kind)["width"] == fits
+        assert bool(said(report, f"width {width} became {fits}")) == (width != fits)
+        if kind == "CogVideoX15ImageToVideo":
+            assert (source_of(page, node_of(page, kind), "width") is None) == (width != fits)
+
+
+def test_sizes_of_other_resizers_and_of_none(migrate):
+    w = image_to_video()
+    w.add("ImageScale", "scale", image=("picture", 0), width=768, height=1024)
+    w.change("encode", start_image=("scale", 0))
+    page, report = migrate(w)
+    assert values_of(page, "CogVideoX15ImageToVideo") == {"width": 768, "height": 1024, "length": 49, "batch_size": 1}
+    assert not said(report, "as large as its start image")
+    w.change("encode", start_image=("picture", 0))
+    page, report = migrate(w)
+    assert values_of(page, "CogVideoX15ImageToVideo")["width"] == 1360
+    assert said(report, "as large as its start image", "1360x768")
+
+
+def test_a_picture_that_keeps_its_proportions_gives_its_size_over_a_link(migrate):
+    w = image_to_video()
+    w.change("resize", keep_proportion=True)
+    page, _ = migrate(w)
+    assert source_of(page, node_of(page, "CogVideoX15ImageToVideo"), "height") == ("ImageResizeKJ", "height")
+
+
+def test_what_is_not_here_is_left_out_and_said(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoContextOptions", "context")
+    w.add("CogVideoXTeaCache", "teacache")
+    w.add("CogVideoEnhanceAVideo", "feta")
+    w.add("CogVideoTransformerEdit", "edit")
+    w.add("CogVideoLatentPreview", "preview", samples=("sampler", 0))
+    w.add("PreviewImage", "shown", images=("preview", 0))
+    w.change("sampler", context_options=("context", 0), teacache_args=("teacache", 0), feta_args=("feta", 0))
+    w.change("loader", block_edit=("edit", 0), quantization="torchao_int8dq", attention_mode="sageattn")
+    w.change("positive", strength=1.3)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    for words in (
+        ("Context windows",),
+        ("TeaCache",),
+        ("Enhance-A-Video",),
+        ("Removing blocks",),
+        ("preview of latents",),
+        ("PreviewImage", "images is not connected any more"),
+        ("torchao_int8dq",),
+        ("sageattn",),
+        ("strength 1.3",),
+    ):
+        assert len(said(report, *words)) == 1, words
+    assert any("tiling" in line for line in report.not_needed)
+
+
+def test_a_link_that_nothing_here_takes_is_said(migrate, pack):
+    w = text_to_video()
+    w.add("StringConstant", "choice")
+    w.add("INTConstant", "number")
+    w.change("sampler", scheduler=("choice", 0), steps=("number", 0))
+    w.change("loader", precision=("choice", 0), quantization=("choice", 0), load_device=("choice", 0))
+    w.change("positive", strength=("number", 0), force_offload=("number", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert len(said(report, "came over a link")) == 4
+    for name in ("scheduler", "precision", "quantization", "strength"):
+        assert said(report, f"{name} came over a link")
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "steps") == ("INTConstant", "value")
+
+
+def test_weighted_words_of_a_prompt_are_said(migrate):
+    w = text_to_video()
+    w.change("negative", prompt="(blurry:1.3), low quality")
+    assert said(migrate(w)[1], "(word:1.2)")
+
+
+def test_image_settings_that_are_not_here_are_said(migrate):
+    w = image_to_video()
+    w.change("encode", noise_aug_strength=0.03, strength=0.9, start_percent=0.1, end_percent=0.5, enable_tiling=True)
+    _, report = migrate(w)
+    for name in ("noise_aug_strength 0.03", "strength 0.9", "start_percent 0.1", "end_percent 0.5"):
+        assert len(said(report, name)) == 1
+
+
+def test_a_node_of_others_that_took_the_vae_is_told_about(migrate, pack):
+    w = text_to_video()
+    w.change("save", vae=("loader", 1))
+    for old in (w.page(), w.api()):
+        _, report = migrate(old)
+        assert said(report, "VHS_VideoCombine", "vae is not connected any more")
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+
+
+def test_the_report_is_printed_and_in_the_workflow(migrate, tmp_path):
+    page, report = migrate(text_to_video())
+    assert report.text.startswith(f"{tmp_path / 'new.json'}: 6 nodes were replaced, 3 others stay as they are.\n")
+    note = nodes_of(page, "Note")[-1]
+    assert note["widgets_values"] == [report.notes]
+    assert report.notes in report.text
+    assert nodes_of(page, "Note")[0]["widgets_values"] == ["Mind the seed."]
+
+
+def test_a_missing_connection_is_said(migrate):
+    w = text_to_video()
+    w.change("sampler", negative=None, samples=None)
+    page, report = migrate(w)
+    assert said(report, "nothing is connected to negative")
+    assert said(report, "nothing gave it a size: 1360x768")
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15EmptyLatent", "latent")
+
+
+def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, pack):
+    w = text_to_video()
+    w.change("sampler", steps="many", denoise_strength=True)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "steps is 'many'")
+    assert said(report, "denoise_strength is True")
+
+
+# What is refused ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def with_tora():
+    w = image_to_video()
+    w.add("ToraEncodeTrajectory", "special")
+    w.change("sampler", tora_trajectory=("special", 0))
+    return w
+
+
+def with_controlnet():
+    w = text_to_video()
+    w.add("CogVideoControlNet", "special")
+    w.change("sampler", controlnet=("special", 0))
+    return w
+
+
+def with_noise():
+    w = text_to_video()
+    w.add("GetWarpedNoiseFromVideo", "special")
+    w.change("sampler", samples=("special", 0))
+    return w
+
+
+def with_fun():
+    w = image_to_video()
+    w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.1-5b-InP")
+    return w
+
+
+def with_fun_encode():
+    w = image_to_video()
+    w.add("CogVideoImageEncodeFunInP", "special", start_image=("picture", 0))
+    w.change("sampler", image_cond_latents=("special", 0))
+    return w
+
+
+REFUSED = {
+    "Tora": (with_tora, "ToraEncodeTrajectory"),
+    "a ControlNet": (with_controlnet, "CogVideoControlNet"),
+    "noise that another node makes": (with_noise, "GetWarpedNoiseFromVideo"),
+    "a CogVideoX-Fun model": (with_fun, "alibaba-pai/CogVideoX-Fun-V1.1-5b-InP"),
+    "image latents of another kind": (with_fun_encode, "CogVideoImageEncodeFunInP"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_make_another_video_is_refused_and_named(migrate, tmp_path, what):
+    build, named = REFUSED[what]
+    for old in (build().page(), build().page("named"), build().api()):
+        with pytest.raises(ValueError, match=f"{what}.*{re.escape(named)}.*nothing was written"):
+            migrate(old)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_is_switched_off_does_not_stop_the_rest(migrate, pack, mode):
+    for what in ("Tora", "a ControlNet", "noise that another node makes"):
+        w = REFUSED[what][0]()
+        w.change("special", mode=mode)
+        page, report = migrate(w)
+        workflows.check(page, pack, FILES)
+        assert said(report, "left out") or what.startswith("noise")
+
+
+def test_a_sampler_that_is_switched_off_is_migrated_and_said(migrate):
+    w = with_tora()
+    w.change("sampler", mode=2)
+    page, report = migrate(w)
+    assert node_of(page, "CogVideoX15Sampler")["mode"] == 2
+    assert said(report, "Tora", "switched off")
+
+
+def test_subgraphs_with_the_old_nodes_are_refused_and_others_kept(migrate):
+    page = text_to_video().page("new")
+    inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoDecode"}], "links": []}
+    page["definitions"] = {"subgraphs": [inner]}
+    with pytest.raises(ValueError, match="subgraph.*Unpack Subgraph"):
+        migrate(page)
+    page["definitions"]["subgraphs"][0]["nodes"][0]["type"] = "VAEDecode"
+    assert migrate(page)[0]["definitions"] == page["definitions"]
+    page["extra"]["groupNodes"] = {"mine": {"nodes": [{"type": "CogVideoSampler"}]}}
+    with pytest.raises(ValueError, match="group node"):
+        migrate(page)
+
+
+def test_a_workflow_without_a_sampler_of_that_pack_is_refused(migrate):
+    w = text_to_video()
+    page, _ = migrate(w)
+    with pytest.raises(ValueError, match="no CogVideoSampler.*of this pack already"):
+        migrate(page)
+    with pytest.raises(ValueError, match="no CogVideoSampler.*Choose one"):
+        migrate({"1": {"class_type": "KSampler", "inputs": {}}})
+
+
+def test_a_workflow_of_the_packs_first_versions_is_refused(migrate):
+    page = text_to_video().page()
+    sampler = next(node for node in page["nodes"] if node["type"] == "CogVideoSampler")
+    sampler["inputs"][0] |= {"name": "pipeline", "type": "COGVIDEOPIPE"}
+    with pytest.raises(ValueError, match="before November 2024"):
+        migrate(page)
+
+
+def test_odd_files_are_migrated_or_refused_in_a_sentence(migrate):
+    page = text_to_video().page()
+    page["nodes"] += [None, 3, {}, {"type": ["x"]}, {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"}]
+    page["links"] += [None, [1], ["a", "b", "c", "d", "e"], [801, 900, 0, 901, 0, "X"]]
+    page["extra"]["linkExtensions"] = [None]
+    new, _ = migrate(page)
+    assert "CogVideoX15Sampler" in [node["type"] for node in new["nodes"] if isinstance(node, dict) and "type" in node]
+    assert {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"} in new["nodes"]
+
+
+def test_a_text_that_was_cut_inside_a_character_is_written_as_it_came(migrate):
+    w = text_to_video()
+    w.change("positive", prompt="熊猫 \ud83d")
+    page, _ = migrate(w)
+    assert "熊猫 \ud83d" in {node["widgets_values"][0] for node in nodes_of(page, "CogVideoX15TextEncode")}
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(tmp_path):
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(text_to_video().page()), encoding="utf-8")
+    return file
+
+
+def test_a_file_that_is_there_is_not_overwritten(old, tmp_path):
+    content = old.read_bytes()
+    (tmp_path / "new.json").write_text("mine")
+    for target in (old, tmp_path / "new.json"):
+        with pytest.raises(ValueError, match="never writes over a file"):
+            migrate_workflow(old, target)
+    assert old.read_bytes() == content
+    assert (tmp_path / "new.json").read_text() == "mine"
+
+
+def test_a_file_that_comes_up_meanwhile_is_not_overwritten(old, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def slow(handle):
+        (tmp_path / "new.json").write_text("mine")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(ValueError, match="never writes over a file"):
+        migrate_workflow(old, tmp_path / "new.json")
+    assert (tmp_path / "new.json").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "old.json"]
+
+
+def test_paths_that_cannot_be_are_told(old, tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        migrate_workflow(tmp_path / "none.json", tmp_path / "new.json")
+    with pytest.raises(ValueError, match="does not exist"):
+        migrate_workflow(old, tmp_path / "nowhere" / "new.json")
+    with pytest.raises(ValueError, match=r"end in \.json"):
+        migrate_workflow(old, tmp_path / "new.txt")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        migrate_workflow(tmp_path / "bad.json", tmp_path / "new.json")
+
+
+def test_a_write_that_fails_leaves_nothing(old, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    content = old.read_bytes()
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
+                migrate_workflow(old, tmp_path / "new.json")
+        assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert old.read_bytes() == content
+
+
+def test_the_command_line_migrates_and_reports(old, tmp_path, capsys):
+    assert main(["--migrate", str(old), str(tmp_path / "new.json")]) == 0
+    assert "6 nodes were replaced" in capsys.readouterr().out
+    assert main(["--migrate", str(old), str(tmp_path / "new.json")]) == 1
+    assert "never writes over a file" in capsys.readouterr().err
+
+
+def test_every_node_of_the_old_pack_that_is_made_anew_is_in_the_tests_table():
+    assert WIDGETS.keys() - {"CogVideoX15ModelLoader", "CogVideoLoraSelectComfy"} <= NODES.keys()
+    for kind, names in WIDGETS.items():
+        if kind in NODES:
+            assert tuple(NODES[kind][1])[: len(names)] == names

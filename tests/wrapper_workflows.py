@@ -1,0 +1,261 @@
+"""Workflows in the format of ComfyUI-CogVideoXWrapper (kijai), as its pages of different ages save them and as the API takes them."""
+
+#: Node -> its sockets, its widgets with a value each (the page's own behind the seed), its outputs. From that pack's nodes.py and model_loading.py;
+#: below them nodes of other packs that its users have.
+NODES = {
+    "DownloadAndLoadCogVideoModel": (
+        {"block_edit": "TRANSFORMERBLOCKS", "lora": "COGLORA", "compile_args": "COMPILEARGS"},
+        {
+            "model": "kijai/CogVideoX-5b-1.5-T2V",
+            "precision": "bf16",
+            "quantization": "disabled",
+            "enable_sequential_cpu_offload": False,
+            "attention_mode": "sdpa",
+            "load_device": "main_device",
+        },
+        {"model": "COGVIDEOMODEL", "vae": "VAE"},
+    ),
+    "CogVideoXModelLoader": (
+        {"block_edit": "TRANSFORMERBLOCKS", "lora": "COGLORA", "compile_args": "COMPILEARGS"},
+        {
+            "model": "CogVideoX_1_5_5b_T2V_bf16.safetensors",
+            "base_precision": "bf16",
+            "quantization": "disabled",
+            "load_device": "main_device",
+            "enable_sequential_cpu_offload": False,
+            "attention_mode": "sdpa",
+        },
+        {"model": "COGVIDEOMODEL"},
+    ),
+    "DownloadAndLoadCogVideoGGUFModel": (
+        {"block_edit": "TRANSFORMERBLOCKS"},
+        {
+            "model": "CogVideoX_5b_1_5_I2V_GGUF_Q4_0.safetensors",
+            "vae_precision": "bf16",
+            "fp8_fastmode": False,
+            "load_device": "main_device",
+            "enable_sequential_cpu_offload": False,
+            "attention_mode": "sdpa",
+        },
+        {"model": "COGVIDEOMODEL", "vae": "VAE"},
+    ),
+    "CogVideoXVAELoader": ({"compile_args": "COMPILEARGS"}, {"model_name": "cogvideox_vae.safetensors", "precision": "bf16"}, {"vae": "VAE"}),
+    "CogVideoLoraSelect": ({"prev_lora": "COGLORA"}, {"lora": "style.safetensors", "strength": 1.0, "fuse_lora": False}, {"lora": "COGLORA"}),
+    "CogVideoTextEncode": (
+        {"clip": "CLIP"},
+        {"prompt": "a panda", "strength": 1.0, "force_offload": True},
+        {"conditioning": "CONDITIONING", "clip": "CLIP"},
+    ),
+    "CogVideoTextEncodeCombine": (
+        {"conditioning_1": "CONDITIONING", "conditioning_2": "CONDITIONING"},
+        {"combination_mode": "weighted_average", "weighted_average_ratio": 0.25},
+        {"conditioning": "CONDITIONING"},
+    ),
+    "CogVideoImageEncode": (
+        {"vae": "VAE", "start_image": "IMAGE", "end_image": "IMAGE"},
+        {"enable_tiling": False, "noise_aug_strength": 0.0, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0},
+        {"samples": "LATENT"},
+    ),
+    "CogVideoSampler": (
+        {
+            "model": "COGVIDEOMODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "samples": "LATENT",
+            "image_cond_latents": "LATENT",
+            "context_options": "COGCONTEXT",
+            "controlnet": "COGVIDECONTROLNET",
+            "tora_trajectory": "TORAFEATURES",
+            "fastercache": "FASTERCACHEARGS",
+            "feta_args": "FETAARGS",
+            "teacache_args": "TEACACHEARGS",
+        },
+        {
+            "num_frames": 49,
+            "steps": 25,
+            "cfg": 6.0,
+            "seed": 123456789,
+            "control_after_generate": "increment",
+            "scheduler": "CogVideoXDPMScheduler",
+            "denoise_strength": 1.0,
+        },
+        {"samples": "LATENT"},
+    ),
+    "CogVideoDecode": (
+        {"vae": "VAE", "samples": "LATENT"},
+        {
+            "enable_vae_tiling": True,
+            "tile_sample_min_height": 240,
+            "tile_sample_min_width": 360,
+            "tile_overlap_factor_height": 0.2,
+            "tile_overlap_factor_width": 0.2,
+            "auto_tile_size": True,
+        },
+        {"images": "IMAGE"},
+    ),
+    "CogVideoContextOptions": (
+        {},
+        {"context_schedule": "uniform_standard", "context_frames": 48, "context_stride": 4, "context_overlap": 4, "freenoise": True},
+        {"context_options": "COGCONTEXT"},
+    ),
+    "CogVideoXTeaCache": ({}, {"rel_l1_thresh": 0.3}, {"teacache_args": "TEACACHEARGS"}),
+    "CogVideoEnhanceAVideo": ({}, {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0}, {"feta_args": "FETAARGS"}),
+    "CogVideoTransformerEdit": ({}, {"remove_blocks": "15, 25, 37"}, {"block_list": "TRANSFORMERBLOCKS"}),
+    "CogVideoLatentPreview": ({"samples": "LATENT"}, {"seed": 0, "control_after_generate": "fixed"}, {"images": "IMAGE", "factors": "STRING"}),
+    "ToraEncodeTrajectory": ({"vae": "VAE"}, {"width": 720}, {"tora_trajectory": "TORAFEATURES", "video_flow_images": "IMAGE"}),
+    "CogVideoControlNet": ({"images": "IMAGE"}, {"control_strength": 1.0}, {"cogvideo_controlnet": "COGVIDECONTROLNET"}),
+    "CogVideoImageEncodeFunInP": ({"vae": "VAE", "start_image": "IMAGE"}, {"num_frames": 49}, {"image_cond_latents": "LATENT"}),
+    "CogVideoXFunResizeToClosestBucket": (
+        {"images": "IMAGE"},
+        {"base_resolution": 512, "upscale_method": "lanczos", "crop": "disabled"},
+        {"images": "IMAGE", "width": "INT", "height": "INT"},
+    ),
+    "CLIPLoader": ({}, {"clip_name": "t5xxl_fp16.safetensors", "type": "sd3"}, {"CLIP": "CLIP"}),
+    "EmptyLatentImage": ({}, {"width": 720, "height": 480, "batch_size": 1}, {"LATENT": "LATENT"}),
+    "LoadImage": ({}, {"image": "example.png", "upload": "image"}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "ImageResizeKJ": (
+        {"image": "IMAGE", "get_image_size": "IMAGE"},
+        {"width": 1360, "height": 768, "upscale_method": "lanczos", "keep_proportion": False, "divisible_by": 2},
+        {"IMAGE": "IMAGE", "width": "INT", "height": "INT"},
+    ),
+    "ImageScale": ({"image": "IMAGE"}, {"upscale_method": "lanczos", "width": 1360, "height": 768, "crop": "center"}, {"IMAGE": "IMAGE"}),
+    "VHS_LoadVideo": ({}, {"video": "input.mp4", "frame_load_cap": 33}, {"IMAGE": "IMAGE", "frame_count": "INT"}),
+    "VHS_VideoCombine": ({"images": "IMAGE", "vae": "VAE"}, {"frame_rate": 16, "format": "video/h264-mp4"}, {"Filenames": "VHS_FILENAMES"}),
+    "SaveWEBM": ({"images": "IMAGE"}, {"filename_prefix": "video", "codec": "vp9", "fps": 16.0, "crf": 32.0}, {}),
+    "PreviewImage": ({"images": "IMAGE"}, {}, {}),
+    "INTConstant": ({}, {"value": 49}, {"value": "INT"}),
+    "StringConstant": ({}, {"string": "a city"}, {"STRING": "STRING"}),
+    "GetWarpedNoiseFromVideo": ({"images": "IMAGE"}, {"degradation": 0.5}, {"noise": "LATENT"}),
+    "Reroute": ({"": "*"}, {}, {"": "VAE"}),
+    "SetNode": ({"VAE": "VAE"}, {"Constant": "VAE"}, {"*": "*"}),
+    "GetNode": ({}, {"Constant": "VAE"}, {"VAE": "VAE"}),
+    "Note": ({}, {"text": "Mind the seed."}, {}),
+}
+_TYPES = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
+
+
+class Workflow:
+    """A workflow being drawn: nodes side by side, each with links and changes of its widgets.
+
+    ``w.add("CogVideoDecode", vae=("loader", 1), auto_tile_size=False)`` returns the node's id; ``name`` is how others may call it.
+    """
+
+    def __init__(self):
+        self.nodes = {}
+        self.names = {}
+
+    def add(self, kind, name=None, mode=0, **inputs):
+        sockets, widgets, _ = NODES[kind]
+        assert inputs.keys() <= sockets.keys() | widgets.keys(), (kind, inputs)
+        id_ = max(self.nodes, default=7) + 3
+        links = {key: (self.names.get(value[0], value[0]), value[1]) for key, value in inputs.items() if isinstance(value, tuple)}
+        values = {key: inputs[key] if key in inputs and key not in links else value for key, value in widgets.items()}
+        self.nodes[id_] = {"kind": kind, "mode": mode, "values": values, "links": links}
+        self.names[name or kind] = id_
+        return id_
+
+    def change(self, name, mode=None, **inputs):
+        node = self.nodes[self.names[name]]
+        node["mode"] = node["mode"] if mode is None else mode
+        for key, value in inputs.items():
+            if isinstance(value, tuple):
+                node["links"][key] = (self.names.get(value[0], value[0]), value[1])
+            elif value is None:
+                node["links"].pop(key)
+            else:
+                node["values"][key] = value
+
+    def page(self, age="old", place=None):
+        """As the page saves it. ``old`` names only the widgets that were turned into inputs; ``new`` all of them; ``named`` saves them as an
+        object, and links too (version 1)."""
+        numbers = {}
+        for id_, node in self.nodes.items():
+            for key in node["links"]:
+                numbers[id_, key] = len(numbers) + 100
+        links, nodes = [], []
+        for index, (id_, node) in enumerate(self.nodes.items()):
+            sockets, widgets, outputs = NODES[node["kind"]]
+            inputs = [{"name": key, "type": kind, "link": numbers.get((id_, key))} for key, kind in sockets.items()]
+            inputs += [
+                {"name": key, "type": _TYPES[type(value)], "widget": {"name": key}, "link": numbers.get((id_, key))}
+                for key, value in widgets.items()
+                if (id_, key) in numbers or (age != "old" and key != "control_after_generate")
+            ]
+            for slot, socket in enumerate(inputs):
+                if socket["link"] is not None:
+                    origin, output = node["links"][socket["name"]]
+                    links.append([socket["link"], origin, output, id_, slot, list(NODES[self.nodes[origin]["kind"]][2].values())[output]])
+            x, y = place(index) if place else (400 * index, 10 * index)
+            nodes.append(
+                {
+                    "id": id_,
+                    "type": node["kind"],
+                    "pos": {"0": x, "1": y} if age == "old" else [x, y],
+                    "size": [315, 100 + index],
+                    "flags": {},
+                    "order": index,
+                    "mode": node["mode"],
+                    "inputs": inputs,
+                    "outputs": [{"name": key, "type": kind, "links": None} for key, kind in outputs.items()],
+                    "properties": {"Node name for S&R": node["kind"], **({} if age == "old" else {"cnr_id": "some-pack", "ver": "1"})},
+                    "widgets_values": dict(node["values"]) if age == "named" else list(node["values"].values()),
+                }
+            )
+        by_id = {node["id"]: node for node in nodes}
+        for number, origin, output, *_ in links:
+            socket = by_id[origin]["outputs"][output]
+            socket["links"] = [*(socket["links"] or []), number]
+        groups = [{"title": "All of it", "bounding": [-20, -80, 5000, 900], "color": "#3f789e", "font_size": 24}]
+        page = {"nodes": nodes, "groups": groups, "config": {}, "extra": {"ds": {"scale": 0.5, "offset": [1, 2]}}}
+        if age == "named":
+            names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+            state = {"lastNodeId": 900, "lastLinkId": 950, "lastGroupId": 1, "lastRerouteId": 0}
+            return page | {"links": [dict(zip(names, link, strict=True)) for link in links], "state": state, "version": 1}
+        return page | {"links": links, "last_node_id": max(by_id), "last_link_id": max(numbers.values(), default=0), "version": 0.4}
+
+    def api(self):
+        prompt = {}
+        for id_, node in self.nodes.items():
+            if node["kind"] not in ("Note", "Reroute", "SetNode", "GetNode"):
+                values = {key: value for key, value in node["values"].items() if key != "control_after_generate"}
+                links = {key: [str(origin), output] for key, (origin, output) in node["links"].items()}
+                prompt[str(id_)] = {"inputs": values | links, "class_type": node["kind"], "_meta": {"title": f"My {node['kind']}"}}
+        return prompt
+
+
+def _start(model, **loader):
+    w = Workflow()
+    w.add("CLIPLoader")
+    w.add("DownloadAndLoadCogVideoModel", "loader", model=model, **loader)
+    w.add("CogVideoTextEncode", "positive", clip=("CLIPLoader", 0), prompt="A panda plays the guitar.", force_offload=False)
+    w.add("CogVideoTextEncode", "negative", clip=("positive", 1), prompt="blurry")
+    return w
+
+
+def _finish(w, **sampler):
+    w.add("CogVideoSampler", "sampler", model=("loader", 0), positive=("positive", 0), negative=("negative", 0), **sampler)
+    w.add("CogVideoDecode", "decode", vae=("loader", 1), samples=("sampler", 0))
+    w.add("VHS_VideoCombine", "save", images=("decode", 0))
+    w.add("Note")
+    return w
+
+
+def text_to_video():
+    w = _start("kijai/CogVideoX-5b-1.5-T2V")
+    w.add("EmptyLatentImage", "size", width=1360, height=768)
+    return _finish(w, samples=("size", 0))
+
+
+def image_to_video():
+    w = _start("kijai/CogVideoX-5b-1.5-I2V")
+    w.add("LoadImage", "picture")
+    w.add("ImageResizeKJ", "resize", image=("picture", 0))
+    w.add("CogVideoImageEncode", "encode", vae=("loader", 1), start_image=("resize", 0))
+    return _finish(w, image_cond_latents=("encode", 0))
+
+
+def video_to_video():
+    w = _start("THUDM/CogVideoX-5b")
+    w.add("VHS_LoadVideo", "clip")
+    w.add("CogVideoImageEncode", "encode", vae=("loader", 1), start_image=("clip", 0))
+    return _finish(w, samples=("encode", 0), denoise_strength=0.8)
