@@ -57,7 +57,10 @@ const commands = {
   // One node alone on an empty canvas.
   async alone({ type, width, height }) {
     await page.evaluate(([type, width, height]) => {
+      // The page remembers widgets by their node's number, so each is given one that no node had.
+      const last = window.app.graph.state.lastNodeId
       window.app.graph.clear()
+      window.app.graph.state.lastNodeId = last
       const node = window.LiteGraph.createNode(type)
       node.pos = [0, 0]
       window.app.graph.add(node)
