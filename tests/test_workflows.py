@@ -6,9 +6,11 @@ from PIL import Image
 from tests import workflows
 
 
-@pytest.fixture(params=workflows.FILES, ids=lambda path: path.name)
+@pytest.fixture(params=workflows.FILES + workflows.BLOCKS, ids=lambda path: path.name)
 def workflow(request):
-    return workflows.read(request.param)
+    """An example, or what is inside a block."""
+    read = workflows.read(request.param)
+    return workflows.inside(read) if request.param in workflows.BLOCKS else read
 
 
 def test_there_is_a_workflow_for_each_use():
@@ -25,7 +27,17 @@ def test_its_widget_values_are_allowed(workflow, pack):
 
 
 def test_its_links_join_sockets_of_one_type(workflow):
-    workflows.check_links(workflow)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, origin, output, target, entry, kind in workflow["links"]:
+        if origin != workflows.INPUTS:
+            assert nodes[origin]["outputs"][output]["type"] == kind
+            assert number in nodes[origin]["outputs"][output]["links"]
+        if target != workflows.OUTPUTS:
+            in_socket = nodes[target]["inputs"][entry]
+            assert in_socket["link"] == number
+            assert in_socket["type"] == "*" or kind in in_socket["type"].split(",")
+    numbers = {link[0] for link in workflow["links"]}
+    assert {socket["link"] for node in workflow["nodes"] for socket in node["inputs"] if socket.get("link") is not None} <= numbers
 
 
 def test_every_required_socket_is_connected(workflow, pack):
@@ -37,3 +49,54 @@ def test_it_has_a_thumbnail(path):
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 200
+
+
+@pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
+def test_a_note_says_what_to_change_and_what_to_do_if(path):
+    (note,) = (node for node in workflows.read(path)["nodes"] if node["type"] == "MarkdownNote")
+    assert note["title"].startswith("Read me")
+    text = note["widgets_values"][0]
+    for word in ("huggingface.co/zai-org/CogVideoX1.5-5B", "models/CogVideo", "Prompt", "16N+1", "memory", "dtype", "black"):
+        assert word in text, word
+    assert ("lora" in path.stem) == ("models/loras" in text)
+
+
+@pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
+def test_the_twin_for_scripts_is_what_the_page_would_queue(path):
+    twin = workflows.read(workflows.twin(path))
+    assert {name: {key: node[key] for key in ("class_type", "inputs")} for name, node in twin.items()} == workflows.to_api(workflows.read(path))
+
+
+def test_twins_are_not_listed_as_templates():
+    """ComfyUI lists every JSON file right in example_workflows."""
+    assert [workflows.twin(path).parent.name for path in workflows.FILES] == ["api"] * len(workflows.FILES)
+    assert sorted(workflows.twin(workflows.FILES[0]).parent.glob("*")) == [workflows.twin(path) for path in workflows.FILES]
+
+
+@pytest.mark.parametrize("path", workflows.BLOCKS, ids=lambda path: path.name)
+def test_a_block_is_one_node_that_shows_what_matters_and_gives_frames_and_video(path):
+    """The page takes a block from a workflow of one node, which is a subgraph (ComfyUI's app/subgraph_manager.py lists subgraphs/*.json)."""
+    block = workflows.read(path)
+    (node,), (graph,) = block["nodes"], block["definitions"]["subgraphs"]
+    assert node["type"] == graph["id"]
+    assert node["title"] == graph["name"] == path.stem
+    assert graph["description"]
+    names = [socket["name"] for socket in node["inputs"]]
+    assert {"model", "prompt", "negative_prompt", "width", "height", "length", "seed", "steps", "cfg"} <= set(names)
+    assert names == [socket["name"] for socket in graph["inputs"]]
+    assert [(socket["name"], socket["type"]) for socket in node["outputs"]] == [("images", "IMAGE"), ("video", "VIDEO")]
+    assert len(node["widgets_values"]) == len(names)
+    assert {kind["class_type"] for kind in workflows.to_api(block).values()} >= {"CogVideoX15ModelLoader", "CogVideoX15BlackFrameCheck"}
+
+
+def test_the_block_runs_what_the_example_runs():
+    """Node for node the same, but for what saves and for the names of the nodes."""
+    example = workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.stem == "text_to_video")))
+    block = workflows.to_api(workflows.read(workflows.BLOCKS[0]))
+
+    def plain(prompt):
+        links = {name: sorted(value[1] for value in node["inputs"].values() if isinstance(value, list)) for name, node in prompt.items()}
+        values = {name: {key: value for key, value in node["inputs"].items() if not isinstance(value, list)} for name, node in prompt.items()}
+        return sorted((node["class_type"], str(values[name]), links[name]) for name, node in prompt.items() if node["class_type"] != "SaveVideo")
+
+    assert plain(block) == plain(example)

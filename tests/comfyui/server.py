@@ -15,8 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import websocket
+from PIL import Image
+from safetensors.torch import save_file
 
+from cogvideox.video import write_mp4
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint
 
@@ -178,6 +182,21 @@ class Comfy:
         folder = self.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
         shutil.rmtree(folder)
         build_checkpoint(folder, variant, **build)
+
+
+def add_example_files(base: Path) -> None:
+    """What the examples need beside the text-to-video checkpoint: an image-to-video one, a picture, a clip and LoRAs, one of another model."""
+    models, name = base / "models", "transformer.transformer_blocks.0.attn1.to_out.0"
+    if (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
+        return
+    build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
+    Image.new("RGB", (200, 100), (200, 120, 40)).save(base / "input" / "example.png")
+    write_mp4(torch.rand(20, 64, 96, 3), base / "input" / "input.mp4", 16)
+    (models / "loras").mkdir(exist_ok=True)
+    for file in ("my_cogvideox_lora", "another"):
+        halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
+        save_file(halves, models / "loras" / f"{file}.safetensors")
+    save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, models / "loras" / "sd15.safetensors")
 
 
 def from_environment(base: Path, **options) -> Comfy | None:
