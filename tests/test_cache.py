@@ -312,7 +312,7 @@ class TestTogether:
     def test_offloading(self, offloads, model, prompts, deep, method, mode, notes_order):
         """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes hooks off then."""
         expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
-        offloads(mode, notes_order)
+        notes = offloads(mode, notes_order)
         offloaded = open_handles(deep, "fp32", CPU).model
         left = []
         for _ in range(2):
@@ -320,6 +320,8 @@ class TestTogether:
             assert torch.equal(ours, expected)
             assert ours_counted == counted
             left.append(inside(offloaded.weights._module))
+        # Noted once, and those hooks are not brought back.
+        assert [len(hook.execution_order) for hook in notes] == [LAYERS] * notes_order
         before = inside(handles_module.load_module(offloaded.weights.part, FP32, CPU.device))
         assert left[0] == left[1]
         assert {place for place in left[0] if place[1] in ("forward", "_diffusers_hook")} == {
@@ -340,10 +342,13 @@ class TestTogether:
                 except AttributeError as error:
                     pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
                 if notes_order:
-                    module._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
+                    notes.append(LazyPrefetchGroupOffloadingHook())
+                    module._diffusers_hook.register_hook(notes[-1], "lazy_prefetch_group_offloading")
                 return module
 
+            notes = []
             monkeypatch.setattr(handles_module, "load_module", load)
+            return notes
 
         return offload
 

@@ -140,6 +140,8 @@ class CacheRun:
         self._forget()
 
     def _forget(self) -> None:
+        # Modules, and what they had before.
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
         self._hooks: list[Any] = []
         # One list of states a forward of a step: hooks that keep one state only are given that of the forward.
         self._states: list[list[Any]] = []
@@ -162,7 +164,6 @@ class CacheRun:
         if self._cache.strength == 0:
             yield
             return
-        before = [(child, {name: vars(child)[name] for name in _ATTACHED if name in vars(child)}) for child in module.modules()]
         watching = [
             module.register_forward_pre_hook(self._before_forward),
             module.register_forward_hook(self._after_forward, always_call=True),
@@ -172,7 +173,7 @@ class CacheRun:
             self._attach()
             yield
         finally:
-            self._module = None
+            before, self._module = self._before, None
             self._forget()
             for hook in watching:
                 hook.remove()
@@ -216,6 +217,7 @@ class CacheRun:
         module, registry = self._module, vars(self._module).get("_diffusers_hook")
         if registry is not None and registry.get_hook(_NOTES_ORDER) is not None:
             return
+        self._before = [(child, {name: vars(child)[name] for name in _ATTACHED if name in vars(child)}) for child in module.modules()]
         for block in module.transformer_blocks:
             # Below the hooks, so that what they skip is not counted.
             counted = block.attn1 if _PARTS[self._cache.method] else block
