@@ -23,7 +23,7 @@ from .precision.policy import DtypePlan, Precision, plan_dtypes, size_text
 from .precision.quantize import Loss, Method, Quantizer, choose_method, losses_text, quantizes
 from .speed.attention import check_attention
 from .speed.cache import Cache
-from .speed.combine import check_combination
+from .speed.combine import check_choices, check_combination
 from .speed.compiled import Compiled
 from .variants import Variant
 
@@ -340,10 +340,7 @@ def with_cache(model: Model, cache: Cache) -> Model:
         ValueError: if it has one already, or one does not go with what else it has.
     """
     if model.cache is not None:
-        raise ValueError(
-            f"The model has a cache already ({model.cache.method}), and each would reuse what the other made up. Take one of the nodes CogVideoX-1.5 "
-            "Cache away."
-        )
+        check_choices([model.cache.method, cache.method], [], False, False)
     return replace(model, cache=cache)
 
 

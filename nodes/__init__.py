@@ -35,3 +35,4 @@ _NODES = {
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
 host.serve_files()
+host.watch_queue()

@@ -144,6 +144,8 @@ def lora_path(choice: str) -> Path:
     Raises:
         ValueError: if ComfyUI's folders hold no such file.
     """
+    if not choice:
+        raise ValueError("No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose it in lora_name.")
     if not IN_COMFYUI:
         return Path(choice)
     found = next((root / choice for root in _lora_roots() if (root / choice).is_file()), None)
@@ -175,6 +177,37 @@ def _roots(*names: str) -> list[Path]:
         return []
     known = folder_paths.folder_names_and_paths
     return list(dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name)))
+
+
+#: The graph that is being queued, or was last: ComfyUI validates nodes one by one, and shows none of them the others.
+_queued: dict = {}
+
+
+def watch_queue() -> None:
+    """From now on know the graph that is queued, for ``upstream``."""
+    server = getattr(PromptServer, "instance", None) if IN_COMFYUI else None
+    if server is not None:
+        server.add_on_prompt_handler(_remember)
+
+
+def _remember(data: dict) -> dict:
+    _queued.clear()
+    _queued.update(data.get("prompt") or {})
+    return data
+
+
+def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
+    """The nodes of the graph that is being queued from which a node's socket comes, by their sockets of the same name, the nearest first: class and
+    inputs of each. Where another pack's node stands between, the chain ends."""
+    found, seen = [], set()
+    while node in _queued and node not in seen:
+        seen.add(node)
+        link = _queued[node].get("inputs", {}).get(socket)
+        if not isinstance(link, list) or len(link) != 2 or link[0] not in _queued:
+            break
+        node = link[0]
+        found.append((_queued[node].get("class_type", ""), _queued[node].get("inputs", {})))
+    return found
 
 
 def device() -> torch.device:

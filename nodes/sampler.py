@@ -92,20 +92,25 @@ class Sampler(Node):
                     },
                 ),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None):
+    def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
         from ..cogvideox.sampling import check_guidance, steps_to_run
+        from ..cogvideox.speed.combine import check_choices
 
         return refusal(
             (steps_to_run, steps, denoise),
             (check_guidance, cfg),
             (check_choice, "scheduler", scheduler, SCHEDULERS),
             (check_choice, "on_nan", on_nan, ON_NAN),
+            (check_choices, *_chosen(host.upstream(unique_id, "model"))),
         )
 
-    def execute(self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal"):
+    def execute(
+        self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal", unique_id=None
+    ):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
 
@@ -132,6 +137,17 @@ class Sampler(Node):
                 on_note=host.show,
             )
         return ({"samples": samples},)
+
+
+def _chosen(chain):
+    """What the nodes before the sampler are set to: caches, quantizations, whether compiled, and whether offloaded by layers on a card."""
+
+    def of(kind):
+        return [inputs for name, inputs in chain if name == f"CogVideoX15{kind}"]
+
+    caches = [inputs.get("method") for inputs in of("Cache") if inputs.get("strength") != 0]
+    layers = any(inputs.get("memory") == "offload_layers" for inputs in of("ModelLoader")) and host.device().type != "cpu"
+    return caches, [inputs.get("method") for inputs in of("Quantize")], bool(of("Compile")), layers
 
 
 def _image_latents(positive, negative):

@@ -483,3 +483,42 @@ class TestImagesVideosAndLoras:
         before = node.IS_CHANGED(lora_name=str(path))
         os.utime(path, (1, 1))
         assert node.IS_CHANGED(lora_name=str(path)) != before
+
+
+def test_bad_widgets_are_refused_with_the_engines_sentences_and_linked_ones_left_to_the_run(pack):
+    nodes = pack.NODE_CLASS_MAPPINGS
+    assert nodes["CogVideoX15EmptyLatent"].VALIDATE_INPUTS(width=160, height=96, length=17, batch_size=1) is True
+    assert nodes["CogVideoX15EmptyLatent"].VALIDATE_INPUTS() is True
+    said = nodes["CogVideoX15EmptyLatent"].VALIDATE_INPUTS(width=100, length=80)
+    assert "Set it to 96 or 112" in said
+    assert "Set it to 65 or 81" in said
+    assert nodes["CogVideoX15ImageToVideo"].VALIDATE_INPUTS(length=49) is True
+    assert "Set it to 49 or 65" in nodes["CogVideoX15ImageToVideo"].VALIDATE_INPUTS(length=50)
+    sampler = nodes["CogVideoX15Sampler"]
+    assert sampler.VALIDATE_INPUTS(steps=50, cfg=6.0, scheduler="ddim", denoise=1.0, on_nan="heal") is True
+    assert "leaves no step" in sampler.VALIDATE_INPUTS(steps=5, denoise=0.1)
+    assert "guidance begins at 1" in sampler.VALIDATE_INPUTS(cfg=0.5)
+    assert "Choose one of ddim, dpm" in sampler.VALIDATE_INPUTS(scheduler="euler")
+    assert "between 0 and 1" in nodes["CogVideoX15BlackFrameCheck"].VALIDATE_INPUTS(video_black_ratio=1.5)
+    assert "No LoRA is chosen" in nodes["CogVideoX15LoraLoader"].VALIDATE_INPUTS(lora_name="")
+
+
+def test_the_sampler_sees_the_nodes_before_it_in_the_graph_that_is_queued(pack, monkeypatch):
+    host = sys.modules[f"{pack.__name__}.nodes.host"]
+    cache = {"class_type": "CogVideoX15Cache", "inputs": {"model": ["3", 0], "method": "pab", "strength": 0.5}}
+    graph = {
+        "1": {"class_type": "CogVideoX15Sampler", "inputs": {"model": ["2", 0]}},
+        "2": cache,
+        "3": {"class_type": "CogVideoX15Compile", "inputs": {"model": ["4", 0], "mode": "default"}},
+        "4": {"class_type": "CogVideoX15ModelLoader", "inputs": {"memory": "auto"}},
+    }
+    assert host._remember({"prompt": graph}) == {"prompt": graph}
+    monkeypatch.setattr(host, "_queued", graph)
+    assert [kind for kind, _ in host.upstream("1", "model")] == [f"CogVideoX15{kind}" for kind in ("Cache", "Compile", "ModelLoader")]
+    sampler = pack.NODE_CLASS_MAPPINGS["CogVideoX15Sampler"]
+    assert "The cache pab and compiling do not work together" in sampler.VALIDATE_INPUTS(unique_id="1")
+    cache["inputs"]["strength"] = 0
+    assert sampler.VALIDATE_INPUTS(unique_id="1") is True
+    # A loop ends the search; ComfyUI tells of it.
+    graph["4"]["inputs"]["model"] = ["2", 0]
+    assert sampler.VALIDATE_INPUTS(unique_id="1") is True

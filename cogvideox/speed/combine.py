@@ -1,5 +1,6 @@
 """What of a user's choices does not work together."""
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -18,21 +19,47 @@ def check_combination(model: "Model") -> None:
     Raises:
         ValueError: saying what does not go with what, why, and what to do.
     """
-    cache, compiled, weights = model.cache, model.compiled, model.weights
-    layers = weights.memory == "offload_layers" and weights.device.type != "cpu"
-    if cache is not None and cache.strength > 0:
-        if compiled is not None and cache.method in _INSIDE_BLOCKS:
+    cache, weights = model.cache, model.weights
+    caches = [cache.method] if cache is not None and cache.strength > 0 else []
+    methods = [] if weights.method is None else [weights.method.name]
+    check_choices(caches, methods, model.compiled is not None, weights.memory == "offload_layers" and weights.device.type != "cpu")
+
+
+def check_choices(caches: Sequence[str], methods: Sequence[str], compiled: bool, layers: bool) -> None:
+    """Refuse what cannot work, from the choices alone, as they stand in a graph.
+
+    Args:
+        caches: the methods of all caches that skip something.
+        methods: those of all quantizations.
+        compiled: whether the blocks are compiled.
+        layers: whether ``memory`` is ``offload_layers`` on a card.
+
+    Raises:
+        ValueError: saying what does not go with what, why, and what to do.
+    """
+    if len(caches) > 1:
+        raise ValueError(
+            f"The model has a cache already ({caches[0]}), and each would reuse what the other made up. Take one of the nodes CogVideoX-1.5 Cache "
+            "away."
+        )
+    if len(methods) > 1:
+        raise ValueError(
+            f"The transformer is quantized already ({methods[0]}), and rounding it again would only lose more. Use one of the nodes CogVideoX-1.5 "
+            "Quantize."
+        )
+    for cache in caches:
+        if compiled and cache in _INSIDE_BLOCKS:
             raise ValueError(
-                f"The cache {cache.method} and compiling do not work together: this cache replaces parts of the blocks, which then cannot be "
-                "compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 Compile away."
+                f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, which then cannot be compiled as a "
+                "whole. Choose first_block or taylorseer, or take CogVideoX-1.5 Compile away."
             )
-        if layers and cache.method != "taylorseer" and not is_at_least("diffusers", "0.37"):
+        if layers and cache != "taylorseer" and not is_at_least("diffusers", "0.37"):
             raise ValueError(
-                f"The cache {cache.method} and memory offload_layers do not work together with diffusers {metadata.version('diffusers')}: layers "
-                "that were skipped are not brought to the card when they run again. Install diffusers 0.37 or newer, choose taylorseer, or set "
-                "memory to offload_blocks in the loader."
+                f"The cache {cache} and memory offload_layers do not work together with diffusers {metadata.version('diffusers')}: layers that were "
+                "skipped are not brought to the card when they run again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to "
+                "offload_blocks in the loader."
             )
-    if compiled is not None and layers:
+    if compiled and layers:
         raise ValueError(
             "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, within what would be compiled. "
             "Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile away."

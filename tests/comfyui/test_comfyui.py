@@ -331,6 +331,42 @@ def test_a_bad_widget_is_refused_when_queued_with_the_engines_sentence(comfy, pr
     assert any(said in error["details"] for error in errors)
 
 
+def chain(prompt, *nodes):
+    """Put nodes between the loader and the sampler."""
+    sampler = node_of(prompt, "CogVideoX15Sampler")
+    for number, (kind, inputs) in enumerate(nodes, 300):
+        prompt[str(number)] = {"class_type": f"CogVideoX15{kind}", "inputs": inputs | {"model": sampler["model"]}}
+        sampler["model"] = [str(number), 0]
+
+
+CACHE, COMPILE = {"strength": 0.5, "start": 0.0, "end": 1.0}, {"mode": "default", "dynamic": False}
+TOGETHER = [
+    ([("Cache", CACHE | {"method": "pab"}), ("Compile", COMPILE)], "The cache pab and compiling do not work together"),
+    ([("Compile", COMPILE), ("Cache", CACHE | {"method": "faster_cache"})], "The cache faster_cache and compiling do not work together"),
+    ([("Cache", CACHE | {"method": "taylorseer"})] * 2, "The model has a cache already (taylorseer)"),
+    ([("Quantize", {"method": "int8_weight_only"})] * 2, "The transformer is quantized already (int8_weight_only)"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "said"), TOGETHER)
+def test_what_does_not_work_together_is_refused_when_queued(comfy, prompt, nodes, said):
+    chain(prompt, *nodes)
+    answer = comfy.post("/prompt", {"prompt": prompt})
+    assert said in str(answer["node_errors"][id_of(prompt, "CogVideoX15Sampler")]["errors"])
+
+
+def test_what_makes_it_faster_works_together(comfy, prompt):
+    chain(
+        prompt,
+        ("Attention", {"attention": "sdpa"}),
+        ("Quantize", {"method": "int8_weight_only"}),
+        ("Cache", CACHE | {"method": "first_block"}),
+    )
+    told = comfy.listen(prompt)
+    assert told.history["status"]["status_str"] == "success", told.history["status"]
+    assert any("FirstBlockCache skipped" in text for text in told.texts[id_of(prompt, "CogVideoX15Sampler")])
+
+
 def test_an_error_of_the_run_is_the_engines_sentence(comfy, prompt):
     """A length that another node gives is known only then."""
     prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}

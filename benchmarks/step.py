@@ -1,0 +1,329 @@
+"""How long one guided step takes: diffusers' pipeline, ours as it is, and ours with each of the nodes that make it faster, in one run.
+
+On the CPU a small model of random weights in fp32; on a CUDA device (or with ``--full``) CogVideoX1.5-5B's size at 81 frames of 1360x768 in bf16, and
+range-safe fp16 beside plain fp16. With ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) ComfyUI's own CogVideoX model too, in a process of its own.
+
+- *time*: a whole run's, from the end of its first step to the end of its last, over the steps between, as a cache makes steps unequal; the median of
+  repeats that take turns, after a run that warms up and compiles.
+- *own*: what the sampler does beside the transformer's forward.
+- *peak*: bytes of tensors beside the weights, counted as they live (CPU) or as CUDA has it.
+- *time*: a whole run, from the end of its first step to the end of its last, over the steps between, as a cache makes steps unequal; the median of
+  weights it says nothing of how a video looks: what loses quality (caches, sage, quantization) cannot be judged by it.
+- *roofline*: the matrix products and attention of a step as diffusers computes them all, over the time, as a share of what one large product
+  reaches here in that dtype. A cache that skips work can pass what is possible without.
+
+Run as ``python -m benchmarks.step``.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import cogvideox.sampling as sampling
+from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.geometry import latent_frames, padding_frames
+from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
+from cogvideox.memory import LiveBytes
+from cogvideox.precision.hardware import Hardware
+from cogvideox.speed.attention import available
+from cogvideox.speed.cache import Cache
+from cogvideox.speed.compiled import Compiled, missing_compiler
+from cogvideox.variants import full_config
+from tests.tiny_checkpoint import build_checkpoint, build_transformer
+
+SMALL = dict(num_attention_heads=12, num_layers=6, time_embed_dim=512, text_embed_dim=512)
+FULL = dict(num_attention_heads=48, num_layers=42, time_embed_dim=512, text_embed_dim=4096)
+NOISE_SEED = 5
+
+
+@dataclass
+class Side:
+    """One row of the table: ``run(on_step)`` makes a whole run and returns its latents."""
+
+    name: str
+    run: Callable[[Callable], torch.Tensor]
+    dtype: torch.dtype
+    seconds: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    peak: int = 0
+    error: float = float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the released size and 81 frames of 1360x768 (the default on a GPU)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="only sides whose name holds this, beside diffusers and plain")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    full = options.full or device.type == "cuda"
+    width, height, frames = (1360, 768, 81) if full else (320, 192, 33)
+    shape = (1, 16, latent_frames(frames), height // 8, width // 8)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = _build(Path(folder) / "random", FULL if full else SMALL)
+        _compare(checkpoint, device, shape, options)
+
+
+def _build(folder: Path, size: dict) -> Path:
+    def enlarge(parts: dict) -> None:
+        torch.manual_seed(0)
+        parts["transformer"] = build_transformer("1.5", **size).to(torch.bfloat16)
+
+    return build_checkpoint(folder, change=enlarge)
+
+
+def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], options: argparse.Namespace) -> None:
+    steps, dtypes = options.steps, ["fp32"] if device.type == "cpu" else ["bf16"]
+    hardware = Hardware.detect(device)
+    models = {dtype: open_handles(checkpoint, dtype, hardware).model for dtype in dtypes}
+    if device.type == "cuda":
+        models["fp16, plain"] = open_handles(checkpoint, "fp16", hardware, "warn").model
+        models["fp16, range-safe"] = open_handles(checkpoint, "fp16", hardware).model
+    first = models[dtypes[0]]
+    config = full_config(first.weights.config)
+    prompts = torch.randn(2, 1, config["max_text_seq_length"], config["text_embed_dim"], generator=torch.Generator().manual_seed(2))
+    inputs = dict(prompts=prompts, shape=shape, steps=steps)
+    sides = [Side(f"diffusers {torch_name(first)}", _theirs(checkpoint, first, device, **inputs), first.weights.precision.dtype)]
+    sides += [Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype) for name, model in _variants(models, device)]
+    if options.only:
+        sides = sides[:2] + [side for side in sides[2:] if options.only in side.name]
+    print(f"{_machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent {list(shape)}, {steps} steps, guided")
+    reference = None
+    if device.type == "cpu":
+        reference = _ours(first, on_step=lambda *_: None, **inputs)
+    for side in sides:
+        _run(side, device, warm=True, reference=reference)
+        if reference is None:
+            # On a card fp32 does not fit beside the rest at full size: diffusers' own is what the others are held against.
+            reference = side.latents
+        print(f"  {side.name}: warmed up", file=sys.stderr)
+    for turn in range(options.rounds):
+        for side in sides if turn % 2 else reversed(sides):
+            _run(side, device)
+    roofs = {dtype: _matmul_flops(device, dtype) for dtype in {side.dtype for side in sides}}
+    flops, base = _step_flops(config, shape, prompts.shape[2]), statistics.median(sides[0].seconds)
+    print(f"{'':44}{'s a step':>10}{'ratio':>8}{'own':>8}{'peak':>10}{'error':>10}{'roofline':>10}")
+    for side in sides:
+        seconds = statistics.median(side.seconds)
+        own = f"{statistics.median(side.own) / seconds:.1%}" if side.own else ""
+        share = flops / seconds / roofs[side.dtype]
+        print(f"{side.name:44}{seconds:10.3f}{seconds / base:8.2f}{own:>8}{side.peak / 1e9:7.2f} GB{side.error:10.1e}{share:10.0%}")
+    _comfyui(checkpoint, device, shape, prompts, options, base)
+
+
+def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str, Model]]:
+    """Each option alone, and the combinations that make sense."""
+    name, plain = next(iter(models.items()))
+    found = [(f"{name}: plain", plain)]
+    attentions = [choice for choice in available(device) if choice not in ("auto", "sdpa")]
+    changes: dict[str, Callable[[Model], Model]] = {f"attention {choice}": partial(with_attention, attention=choice) for choice in attentions}
+    changes |= {f"cache {method}": partial(with_cache, cache=Cache(method)) for method in ("first_block", "taylorseer", "pab", "faster_cache")}
+    if missing_compiler(device) is None:
+        changes["compile"] = partial(with_compile, compiled=Compiled())
+        exact = [choice for choice in attentions if choice != "sage"]
+        if exact:
+            changes[f"compile + {exact[0]}"] = lambda model: with_compile(with_attention(model, exact[0]), Compiled())
+        changes["compile + cache first_block"] = lambda model: with_compile(with_cache(model, Cache("first_block")), Compiled())
+    changes |= {f"quantize {method}": partial(quantized, method=method) for method in ("int8_weight_only", "fp8_weight_only", "int8_dynamic")}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        changes["quantize fp8_dynamic"] = partial(quantized, method="fp8_dynamic")
+    found += [(f"{name}: {change}", make(plain)) for change, make in changes.items()]
+    return found + [(f"{other}: plain", model) for other, model in list(models.items())[1:]]
+
+
+def _ours(model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int) -> torch.Tensor:
+    return sampling.sample(model, prompts[0], prompts[1], torch.zeros(shape), seed=NOISE_SEED, steps=steps, on_step=lambda *_: on_step())
+
+
+def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch.Tensor, shape: tuple[int, ...], steps: int) -> Callable:
+    """diffusers' unmodified pipeline from the same noise, in our layout."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    dtype = model.weights.precision.dtype
+
+    def run(on_step: Callable) -> torch.Tensor:
+        transformer = CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype).to(device)
+        scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint / "scheduler")
+        pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        run.module = transformer
+        frames = shape[2] + padding_frames(shape[2], full_config(model.weights.config))
+        latents = pipeline(
+            prompt_embeds=prompts[0].to(device, dtype),
+            negative_prompt_embeds=prompts[1].to(device, dtype),
+            width=shape[4] * 8,
+            height=shape[3] * 8,
+            num_frames=4 * (shape[2] - 1) + 1,
+            num_inference_steps=steps,
+            guidance_scale=6.0,
+            latents=_noise((shape[0], frames, *shape[1:2], *shape[3:])).to(device, dtype),
+            output_type="latent",
+            callback_on_step_end=lambda *_: on_step() or {},
+        ).frames
+        return latents[:, frames - shape[2] :].permute(0, 2, 1, 3, 4).float().cpu() / model.latent_scale
+
+    return run
+
+
+def _noise(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+
+def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.Tensor | None = None) -> None:
+    """One run of a side; the first one also takes its peak and its error."""
+    ends, inside = [], []
+
+    def on_step() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+
+    with _same_noise(), _forwards_timed(inside, device):
+        latents = side.run(on_step=on_step)
+    if not warm:
+        taken = ends[-1] - ends[0]
+        side.seconds.append(taken / (len(ends) - 1))
+        side.own.append((taken - sum(end - start for start, end in inside if start >= ends[0])) / (len(ends) - 1))
+        return
+    side.latents = latents
+    if reference is not None:
+        side.error = ((latents - reference).norm() / reference.norm()).item()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        side.run(on_step=on_step)
+        side.peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with LiveBytes() as live:
+            side.run(on_step=on_step)
+        side.peak = live.peak
+
+
+@contextmanager
+def _same_noise():
+    """Every side starts from the same noise, drawn in fp32: in another dtype the generator gives other numbers."""
+    own = sampling._draw_noise
+    sampling._draw_noise = lambda like, generator: _noise(like.shape).to(like)
+    try:
+        yield
+    finally:
+        sampling._draw_noise = own
+
+
+@contextmanager
+def _forwards_timed(inside: list, device: torch.device):
+    """Note when each forward of a transformer began and ended."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    own = CogVideoXTransformer3DModel.forward
+
+    def timed(self, *args, **kwargs):
+        start = time.perf_counter()
+        result = own(self, *args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        inside.append((start, time.perf_counter()))
+        return result
+
+    CogVideoXTransformer3DModel.forward = timed
+    try:
+        yield
+    finally:
+        CogVideoXTransformer3DModel.forward = own
+
+
+def _step_flops(config, shape: tuple[int, ...], text: int) -> float:
+    """Matrix products and attention of one guided step: 12 C^2 weights a layer and token, and 4 N^2 C of attention a layer."""
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    frames = (shape[2] + padding_frames(shape[2], config)) // config["patch_size_t"]
+    tokens = text + frames * (shape[3] // 2) * (shape[4] // 2)
+    return 2 * config["num_layers"] * (24 * channels**2 * tokens + 4 * tokens**2 * channels)
+
+
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one large product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    taken = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(taken[2:])
+
+
+#: Run by ComfyUI's interpreter: its own CogVideoX model, from the same weights, for the same steps.
+_COMFYUI = """
+import json, sys, time
+sys.argv, (weights, inputs) = [sys.argv[0], *sys.argv[3:]], sys.argv[1:3]
+import comfy.options; comfy.options.enable_args_parsing()
+import torch
+import comfy.sample, comfy.sd, comfy.utils
+given = comfy.utils.load_torch_file(inputs)
+dtype = torch.float32 if comfy.model_management.get_torch_device().type == "cpu" else torch.bfloat16
+model = comfy.sd.load_diffusion_model(weights, model_options={"dtype": dtype})
+steps, latents = int(given["steps"]), torch.zeros([int(side) for side in given["shape"]])
+positive, negative = ([[prompt, {}]] for prompt in given["prompts"])
+def run():
+    ends = []
+    comfy.sample.sample(model, torch.randn(latents.shape), steps, 6.0, "ddim", "simple", positive, negative, latents,
+                        callback=lambda *_: ends.append(time.perf_counter()), disable_pbar=True, seed=1)
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+run()
+print(json.dumps([torch.__version__, [run() for _ in range(int(given["rounds"]))]]))
+"""
+
+
+def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], prompts: torch.Tensor, options: argparse.Namespace, base: float) -> None:
+    if "COMFYUI_PATH" not in os.environ:
+        print("ComfyUI's own model: not measured (COMFYUI_PATH names no checkout)")
+        return
+    state = {}
+    for file in sorted((checkpoint / "transformer").glob("*.safetensors")):
+        state |= load_file(file)
+    save_file({comfy_name(name): tensor.clone() for name, tensor in state.items()}, checkpoint / "comfy.safetensors")
+    given = {"prompts": prompts, "shape": torch.tensor(shape), "steps": torch.tensor(options.steps), "rounds": torch.tensor(options.rounds)}
+    save_file(given, checkpoint / "inputs.safetensors")
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "-c", _COMFYUI, str(checkpoint / "comfy.safetensors")]
+    command += [str(checkpoint / "inputs.safetensors"), *(["--cpu"] if device.type == "cpu" else [])]
+    environment = os.environ | {"PYTHONPATH": os.environ["COMFYUI_PATH"]}
+    done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(f"ComfyUI's own model: did not run: {done.stderr.strip().splitlines()[-1]}")
+        return
+    version, taken = json.loads(done.stdout.splitlines()[-1])
+    seconds = statistics.median(taken)
+    print(f"{f'ComfyUI core, torch {version}':44}{seconds:10.3f}{seconds / base:8.2f}")
+
+
+def torch_name(model: Model) -> str:
+    return model.weights.precision.name
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
