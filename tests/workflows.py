@@ -46,7 +46,7 @@ def to_api(workflow: dict) -> dict:
     def source(link):
         """The node and the socket that a link of the workflow comes from, in a subgraph where it comes out of one."""
         origin, slot = links[link]
-        graph = definitions.get(nodes[origin]["type"])
+        graph = definitions.get(nodes[origin]["type"]) if origin in nodes else None
         if graph is None:
             return [origin, slot]
         inner = next(link for link in graph["links"] if link["target_id"] == OUTPUTS and link["target_slot"] == slot)
