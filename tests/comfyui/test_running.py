@@ -17,11 +17,10 @@ def test_every_stage_moves_the_progress_bar_of_its_node(comfy, prompt):
     kinds = ("ModelLoader", "TextEncode", "Sampler", "VAEDecode", "BlackFrameCheck")
     bars = {kind: told.progress(id_of(prompt, f"CogVideoX15{kind}")) for kind in kinds}
     # ComfyUI passes on one message each tenth of a second at most, and the last.
-    # Bytes of the scan; bytes of T5 and then its layers; bytes of the transformer and then the steps; latent frames; frames.
+    # Bytes of the scan; T5's layers, whose weights are mapped; bytes of the transformer and then the steps; latent frames; frames.
     assert all(bars.values()), bars
     assert bars["TextEncode"][-1] == (2, 2)
     assert bars["Sampler"][-1] == (3, 3)
-    assert bars["TextEncode"][0][1] > 1000
     assert bars["Sampler"][0][1] > 1000
     assert bars["VAEDecode"][-1] == (5, 5)
     assert bars["BlackFrameCheck"][-1] == (17, 17)
