@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cogvideox.checkpoint.layout import open_part
 from cogvideox.handles import open_handles
 from cogvideox.precision.hardware import Hardware
-from tests.tiny_checkpoint import build_checkpoint
+from tests.reference import draw_prompts
+from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_deep
 
 ROOT = Path(__file__).parent.parent
 CPU = Hardware(torch.device("cpu"), "CPU")
@@ -51,6 +53,41 @@ def pipeline(tiny):
     pipe = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return draw_prompts()
+
+
+@pytest.fixture(scope="session")
+def part(tiny):
+    """The transformer of the tiny checkpoint, as it lies on disk."""
+    return open_part(tiny / "transformer", "transformer")
+
+
+@pytest.fixture(scope="session")
+def inputs():
+    """What the tiny transformer is called with."""
+    generator = torch.Generator().manual_seed(6)
+    return dict(
+        hidden_states=torch.randn(1, 2, 16, 6, 10, generator=generator),
+        encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, generator=generator),
+        timestep=torch.tensor([500]),
+        image_rotary_emb=None,
+        return_dict=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """The folder of a tiny checkpoint of several blocks, stored in fp32, for what works block by block."""
+    return build_deep(tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="module")
+def model(deep):
+    return open_handles(deep, "fp32", CPU).model
 
 
 @pytest.fixture(scope="session")

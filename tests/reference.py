@@ -1,7 +1,21 @@
-"""What the unmodified diffusers pipelines make, in our layout."""
+"""What the unmodified diffusers pipelines and modules make, in our layout, and what they are given."""
 
 import torch
 from einops import rearrange
+
+from tests.tiny_checkpoint import TEXT_WIDTH
+
+
+def draw_prompts(tokens=226):
+    """The embeddings of a prompt and of a negative one, ``[1, tokens, width]`` each, as the tiny text encoder would give them."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, tokens, TEXT_WIDTH, generator=generator), torch.randn(1, tokens, TEXT_WIDTH, generator=generator)
+
+
+def run_module(module, inputs, dtype=torch.float32):
+    """A transformer's output for inputs of ``dtype``."""
+    with torch.no_grad():
+        return module(**{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})[0]
 
 
 def reference_latents(pipeline, prompts, shape, *, scheduler="ddim", cfg=6.0, seed=1, steps=4, **more):
@@ -9,20 +23,24 @@ def reference_latents(pipeline, prompts, shape, *, scheduler="ddim", cfg=6.0, se
     import diffusers
 
     classes = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
-    pipeline.scheduler = classes[scheduler].from_config(pipeline.scheduler.config)
+    # Tests share a pipeline: it is given back as it was.
+    own, pipeline.scheduler = pipeline.scheduler, classes[scheduler].from_config(pipeline.scheduler.config)
     batch, _, length, height, width = shape
     positive, negative = (prompt.expand(batch, -1, -1).to(pipeline.transformer.dtype) for prompt in prompts)
-    latents = pipeline(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        height=height * 8,
-        width=width * 8,
-        num_frames=4 * (length - 1) + 1,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        **more,
-    ).frames
+    try:
+        latents = pipeline(
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            height=height * 8,
+            width=width * 8,
+            num_frames=4 * (length - 1) + 1,
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            **more,
+        ).frames
+    finally:
+        pipeline.scheduler = own
     latents = latents[:, latents.shape[1] - length :]
     return rearrange(1 / pipeline.vae_scaling_factor_image * latents, "b t c h w -> b c t h w").float()

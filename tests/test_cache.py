@@ -25,38 +25,18 @@ from cogvideox.speed.compiled import Compiled
 from cogvideox.speed.joint import JointAttention
 from tests import layouts
 from tests.conftest import CPU
-from tests.reference import reference_latents
-from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_transformer
+from tests.reference import draw_prompts, reference_latents
+from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
 
-LAYERS, STEPS, SHAPE = 4, 8, (1, 16, 4, 4, 6)
+STEPS, SHAPE = 8, (1, 16, 4, 4, 6)
 EMPTY = torch.zeros(SHAPE)
 #: The first block of a random model changes by about so much between two of a few steps.
 THRESHOLDS = {"ddim": 0.42, "dpm": 1.01}
 
 
-def build(folder, variant="1.5"):
-    torch.manual_seed(0)
-
-    def deepen(parts):
-        parts["transformer"] = build_transformer(variant, num_layers=LAYERS)
-
-    return build_checkpoint(folder, variant, change=deepen, stored={"transformer": torch.float32})
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("deep"))
-
-
-@pytest.fixture(scope="module")
-def model(deep):
-    return open_handles(deep, "fp32", CPU).model
-
-
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 8, TEXT_WIDTH, generator=generator), torch.randn(1, 8, TEXT_WIDTH, generator=generator)
+    return draw_prompts(8)
 
 
 def run(model, prompts, cache=None, said=None, **settings):

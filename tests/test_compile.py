@@ -14,24 +14,14 @@ from cogvideox.speed.cache import Cache
 from cogvideox.speed.compiled import Compiled, missing_compiler
 from tests import layouts
 from tests.conftest import CPU
-from tests.test_cache import LAYERS, SHAPE, build, inside
-from tests.tiny_checkpoint import TEXT_WIDTH
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("deep"))
-
-
-@pytest.fixture(scope="module")
-def model(deep):
-    return open_handles(deep, "fp32", CPU).model
+from tests.reference import draw_prompts
+from tests.test_cache import SHAPE, inside
+from tests.tiny_checkpoint import LAYERS
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 8, TEXT_WIDTH, generator=generator), torch.randn(1, 8, TEXT_WIDTH, generator=generator)
+    return draw_prompts(8)
 
 
 @pytest.fixture

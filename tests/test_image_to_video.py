@@ -12,15 +12,9 @@ from cogvideox.sampling import sample
 from cogvideox.vae import encode, image_latents
 from tests.conftest import CPU
 from tests.reference import reference_latents
-from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint
+from tests.tiny_checkpoint import build_checkpoint
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
 
 
 def picture(width, height, frames=1, seed=2):

@@ -18,7 +18,7 @@ from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
-from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.reference import run_module as run
 
 RANK = 3
 #: The layers that trainers choose, and those that some choose too.
@@ -64,34 +64,6 @@ FORMATS = {
     "CogVideoX-Fun": dict(name=lambda m: f"lora_unet__{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
     "ComfyUI": dict(name=lambda m: f"diffusion_model.{comfy_name(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
 }
-
-
-@pytest.fixture(scope="module")
-def part(tiny):
-    return open_part(tiny / "transformer", "transformer")
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    generator = torch.Generator().manual_seed(6)
-    return dict(
-        hidden_states=torch.randn(1, 2, 16, 6, 10, generator=generator),
-        encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, generator=generator),
-        timestep=torch.tensor([500]),
-        image_rotary_emb=None,
-        return_dict=False,
-    )
-
-
-def run(module, inputs, dtype=torch.float32):
-    with torch.no_grad():
-        return module(**{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})[0]
 
 
 @pytest.fixture(scope="module")

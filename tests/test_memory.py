@@ -26,12 +26,6 @@ from tests.tiny_checkpoint import TEXT_WIDTH
 GB = 10**9
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
-
-
 class TestPlan:
     @pytest.mark.parametrize("cfg", [1.0, 6.0])
     @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])

@@ -30,8 +30,9 @@ from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
 from tests.memory import left_behind
+from tests.reference import run_module as run
 from tests.test_generate import run as run_generate
-from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
+from tests.tiny_checkpoint import build_transformer
 
 HOST = torch.device("cpu")
 BF16 = Precision(torch.bfloat16)
@@ -49,33 +50,6 @@ LAYERS = {
     "transformer": {f"transformer_blocks.{number}.{layer}" for number in range(2) for layer in BLOCK},
     "text_encoder": {f"encoder.block.{number}.layer.{layer}" for number in range(2) for layer in T5_BLOCK},
 }
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def part(tiny):
-    return open_part(tiny / "transformer", "transformer")
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    generator = torch.Generator().manual_seed(6)
-    return dict(
-        hidden_states=torch.randn(1, 2, 16, 6, 10, generator=generator),
-        encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, generator=generator),
-        timestep=torch.tensor([500]),
-        return_dict=False,
-    )
-
-
-def run(module, inputs, dtype=torch.float32):
-    with torch.no_grad():
-        return module(**{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})[0]
 
 
 def load(part, precision, method):

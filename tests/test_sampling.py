@@ -16,12 +16,6 @@ from tests.tiny_checkpoint import TEXT_WIDTH
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
-
-
 def reference(pipeline, prompts, shape, *, dynamic_cfg=False, steps=STEPS, **settings):
     return reference_latents(pipeline, prompts, shape, use_dynamic_cfg=dynamic_cfg, steps=steps, **settings)
 

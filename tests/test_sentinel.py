@@ -15,7 +15,7 @@ from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from tests.conftest import CPU
 from tests.loud_models import loud_stream, loud_t5
-from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint
+from tests.tiny_checkpoint import build_checkpoint
 
 STEPS = 5
 NAN, INF = float("nan"), float("inf")
@@ -48,12 +48,6 @@ def fault(monkeypatch):
         return calls
 
     return inject
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 226, TEXT_WIDTH, generator=generator), torch.randn(1, 226, TEXT_WIDTH, generator=generator)
 
 
 def run(opened, prompts, **settings):

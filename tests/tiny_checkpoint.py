@@ -21,6 +21,8 @@ VARIANTS = {
 #: dtype on disk, as the official folders have it
 STORED = {"transformer": torch.bfloat16, "text_encoder": torch.float32, "vae": torch.float32}
 TEXT_WIDTH = 32
+#: Of the transformer of ``build_deep``.
+LAYERS = 4
 
 
 def build_checkpoint(
@@ -60,6 +62,16 @@ def build_checkpoint(
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def build_deep(folder: Path | str, variant: str = "1.5") -> Path:
+    """A checkpoint whose transformer has ``LAYERS`` layers, stored in fp32, for what works block by block."""
+    torch.manual_seed(0)
+
+    def deepen(parts: dict) -> None:
+        parts["transformer"] = build_transformer(variant, num_layers=LAYERS)
+
+    return build_checkpoint(folder, variant, change=deepen, stored={"transformer": torch.float32})
 
 
 def build_transformer(variant: str = "1.5", **changes) -> torch.nn.Module:
