@@ -23,7 +23,7 @@ from .precision.policy import DtypePlan, Precision, plan_dtypes, size_text
 from .precision.quantize import Loss, Method, Quantizer, choose_method, losses_text, quantizes
 from .speed.attention import check_attention
 from .speed.cache import Cache
-from .speed.combine import check_choices, check_combination
+from .speed.combine import check_choices, check_combination, refuse_second_method
 from .speed.compiled import Compiled
 from .variants import Variant
 
@@ -66,10 +66,7 @@ class Weights:
             ValueError: if the part, or the device, does not allow that.
         """
         if self.method is not None:
-            raise ValueError(
-                f"The {PARTS[self.kind][0]} is quantized already ({self.method.name}), and rounding it again would only lose more. Use one "
-                "CogVideoX-1.5 Quantize."
-            )
+            refuse_second_method(PARTS[self.kind][0], self.method.name)
         method = choose_method(name, self.part, self.hardware)
         if method not in self._quantized:
             found = Weights(self._checkpoint, self.kind, self.precision, self.hardware, self.memory, method)

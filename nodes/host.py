@@ -271,12 +271,16 @@ def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
 
 def show(text: str) -> None:
     """Show a text on the node that is running, where ComfyUI's page can; it is the caller's to log it too if it must not be missed."""
-    if not IN_COMFYUI:
-        return
-    context = comfy_execution.utils.get_executing_context()
-    server = getattr(PromptServer, "instance", None)
-    if context is not None and hasattr(server, "send_progress_text"):
+    server, context = _running()
+    if hasattr(server, "send_progress_text"):
         server.send_progress_text(text, context.node_id)
+
+
+def _running() -> tuple:
+    """ComfyUI's server, and the node and prompt that are being executed; None for both where there is no page to tell."""
+    context = comfy_execution.utils.get_executing_context() if IN_COMFYUI else None
+    server = getattr(PromptServer, "instance", None) if context is not None else None
+    return (server, context) if server is not None else (None, None)
 
 
 def pictures(picture: "Image") -> dict:
@@ -292,8 +296,7 @@ def pictures(picture: "Image") -> dict:
 
 def show_pictures(pictures: dict) -> None:
     """Show what ``pictures`` gave on the node that is running, now: for a node that is about to raise an error, and so returns nothing."""
-    context = comfy_execution.utils.get_executing_context() if IN_COMFYUI else None
-    server = getattr(PromptServer, "instance", None) if context is not None else None
+    server, context = _running()
     if pictures and server is not None:
         told = {"node": context.node_id, "display_node": context.node_id, "output": pictures, "prompt_id": context.prompt_id}
         server.send_sync("executed", told, server.client_id)

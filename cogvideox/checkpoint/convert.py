@@ -22,6 +22,7 @@ import torch
 from ..precision.audit import TARGETS, WeightAudit, scan_weights
 from ..precision.hardware import dtype_name
 from ..precision.packed import PackedWeight
+from ..precision.policy import size_text
 from .headers import DTYPES, StoredTensor, fill, read_tensor
 from .layout import PARTS, Checkpoint, Part, has_tokenizer, stored_bytes
 from .loading import empty_module
@@ -69,7 +70,7 @@ class ConvertedPart:
 
     @property
     def text(self) -> str:
-        before, after = (" + ".join(f"{dtype_name(dtype)} ({_size(n)})" for dtype, n in stored.items()) for stored in (self.before, self.after))
+        before, after = (" + ".join(f"{dtype_name(dtype)} ({size_text(n)})" for dtype, n in stored.items()) for stored in (self.before, self.after))
         change = f"{before} cast to {after}" if self.audit or self.widened else f"{after} as stored"
         files = self.files[0][0] if len(self.files) == 1 else f"{len(self.files)} files"
         lines = [f"{PARTS[self.kind][0]}: {change}, in {files}; from {self.source} (layout: {self.layout})"]
@@ -104,7 +105,7 @@ class ConversionReport:
     @property
     def text(self) -> str:
         what = "a folder in diffusers layout" if self.others else "one file of the transformer, with diffusers' names"
-        lines = [f"{self.variant} written to {self.destination}: {what}, {_size(self.nbytes)}", *(part.text for part in self.parts)]
+        lines = [f"{self.variant} written to {self.destination}: {what}, {size_text(self.nbytes)}", *(part.text for part in self.parts)]
         if self.others:
             lines.append(f"beside them: {', '.join(self.others)}")
         return "\n".join([*lines, *(f"not written: {name}: {why}" for name, why in self.left_out.items())])
@@ -175,7 +176,7 @@ def convert_checkpoint(
         for plan in plans:
             for file in plan.files:
                 path = partial if single else partial / file.name
-                logger.info("writing %s (%s)", file.name, _size(file.size))
+                logger.info("writing %s (%s)", file.name, size_text(file.size))
                 _write(path, file.content(progress))
         for name, content in others.items():
             _write(partial / name, [content])
@@ -473,9 +474,9 @@ def _check_space(destination: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes + _SPARE:
         raise RuntimeError(
-            f"{destination} needs {_size(nbytes)} and {_size(_SPARE)} to spare, but the disk with {place} has only {_size(free)} free. A full disk "
-            "would stop the conversion halfway, and other programs with it, so nothing was written. Make room, choose a place on another disk, "
-            "or convert to 16 bits."
+            f"{destination} needs {size_text(nbytes)} and {size_text(_SPARE)} to spare, but the disk with {place} has only {size_text(free)} free. A "
+            "full disk would stop the conversion halfway, and other programs with it, so nothing was written. Make room, choose a place on another "
+            "disk, or convert to 16 bits."
         )
 
 
@@ -572,7 +573,3 @@ class _Progress:
             self.done = done
             if self._on_progress is not None:
                 self._on_progress(done, self._total)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

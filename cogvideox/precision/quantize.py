@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import PARTS, Part
-from ..choices import QUANTIZE
+from ..choices import QUANTIZE, check_choice
 from .hardware import ABSENT, Hardware, dtype_name
 from .packed import DynamicWeight, PackedLinear, PackedWeight, in_pieces, quantize_rows
 from .policy import Precision
@@ -85,8 +85,7 @@ def check_method(name: str, hardware: Hardware) -> Method:
     Raises:
         ValueError: if it is not known, or the device cannot; naming what to choose instead.
     """
-    if name not in METHODS:
-        raise ValueError(f"The method is {name!r}, which is not known here. Choose one of {', '.join(QUANTIZE)}.")
+    check_choice("The method", name, QUANTIZE)
     method = METHODS[name]
     eight, instead = dtype_name(method.dtype).split(" ")[0], "Choose int8_weight_only, which runs everywhere and takes as little memory."
     if method.dynamic and getattr(hardware, eight) == ABSENT:

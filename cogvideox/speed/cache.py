@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import CACHES
+from ..choices import CACHES, check_choice
 
 #: What is reused of each block, in words.
 _PARTS = {"first_block": "", "taylorseer": "", "pab": "the attention of ", "faster_cache": "the attention of "}
@@ -66,8 +66,7 @@ class Cache:
         """Raises:
         ValueError: for a method or number it cannot run with.
         """
-        if self.method not in CACHES:
-            raise ValueError(f"The cache's method is {self.method!r}, which is not known here. Choose one of {', '.join(CACHES)}.")
+        check_choice("The cache's method", self.method, CACHES)
         for name in ("strength", "start", "end"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

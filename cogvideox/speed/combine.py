@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..dependencies import is_at_least
 
@@ -43,10 +43,7 @@ def check_choices(caches: Sequence[str], methods: Sequence[str], compiled: bool,
             "away."
         )
     if len(methods) > 1:
-        raise ValueError(
-            f"The transformer is quantized already ({methods[0]}), and rounding it again would only lose more. Use one of the nodes CogVideoX-1.5 "
-            "Quantize."
-        )
+        refuse_second_method("transformer", methods[0])
     for cache in caches:
         if compiled and cache in _INSIDE_BLOCKS:
             raise ValueError(
@@ -64,3 +61,12 @@ def check_choices(caches: Sequence[str], methods: Sequence[str], compiled: bool,
             "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, within what would be compiled. "
             "Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile away."
         )
+
+
+def refuse_second_method(part: str, method: str) -> NoReturn:
+    """Refuse to quantize a part that is quantized.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"The {part} is quantized already ({method}), and rounding it again would only lose more. Use one CogVideoX-1.5 Quantize.")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import COMPILE_MODES
+from ..choices import COMPILE_MODES, check_choice
 from ..precision.range_safe import is_range_safe, norm_exponent
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,7 @@ class Compiled:
         """Raises:
         ValueError: for an unknown mode.
         """
-        if self.mode not in COMPILE_MODES:
-            raise ValueError(f"The mode of compiling is {self.mode!r}, which is not known here. Choose one of {', '.join(COMPILE_MODES)}.")
+        check_choice("The mode of compiling", self.mode, COMPILE_MODES)
 
     @property
     def text(self) -> str:
