@@ -7,7 +7,7 @@ range-safe fp16 beside plain fp16. With ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``
   repeats that take turns, after a run that warms up and compiles.
 - *own*: what the sampler does beside the transformer's forward.
 - *peak*: bytes of tensors beside the weights, counted as they live (CPU) or as CUDA has it.
-- *time*: a whole run, from the end of its first step to the end of its last, over the steps between, as a cache makes steps unequal; the median of
+- *error*: relative L2 of the latents against those of plain fp32 (on a card: of diffusers in the same dtype) after the whole run. With random
   weights it says nothing of how a video looks: what loses quality (caches, sage, quantization) cannot be judged by it.
 - *roofline*: the matrix products and attention of a step as diffusers computes them all, over the time, as a share of what one large product
   reaches here in that dtype. A cache that skips work can pass what is possible without.
@@ -43,6 +43,7 @@ from cogvideox.speed.attention import available
 from cogvideox.speed.cache import Cache
 from cogvideox.speed.compiled import Compiled, missing_compiler
 from cogvideox.variants import full_config
+from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint, build_transformer
 
 SMALL = dict(num_attention_heads=8, num_layers=4, time_embed_dim=512, text_embed_dim=512)
@@ -61,6 +62,7 @@ class Side:
     own: list[float] = field(default_factory=list)
     peak: int = 0
     error: float = float("nan")
+    latents: torch.Tensor | None = None
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
     config = full_config(first.weights.config)
     prompts = torch.randn(2, 1, config["max_text_seq_length"], config["text_embed_dim"], generator=torch.Generator().manual_seed(2))
     inputs = dict(prompts=prompts, shape=shape, steps=steps)
-    sides = [Side(f"diffusers {torch_name(first)}", _theirs(checkpoint, first, device, **inputs), first.weights.precision.dtype)]
+    sides = [Side(f"diffusers {first.weights.precision.name}", _theirs(checkpoint, first, device, **inputs), first.weights.precision.dtype)]
     sides += [Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype) for name, model in _variants(models, device)]
     if options.only:
         sides = sides[:2] + [side for side in sides[2:] if options.only in side.name]
@@ -162,7 +164,6 @@ def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch
         scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint / "scheduler")
         pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        run.module = transformer
         frames = shape[2] + padding_frames(shape[2], full_config(model.weights.config))
         latents = pipeline(
             prompt_embeds=prompts[0].to(device, dtype),
@@ -272,28 +273,6 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(taken[2:])
 
 
-#: Run by ComfyUI's interpreter: its own CogVideoX model, from the same weights, for the same steps.
-_COMFYUI = """
-import json, sys, time
-sys.argv, (weights, inputs) = [sys.argv[0], *sys.argv[3:]], sys.argv[1:3]
-import comfy.options; comfy.options.enable_args_parsing()
-import torch
-import comfy.sample, comfy.sd, comfy.utils
-given = comfy.utils.load_torch_file(inputs)
-dtype = torch.float32 if comfy.model_management.get_torch_device().type == "cpu" else torch.bfloat16
-model = comfy.sd.load_diffusion_model(weights, model_options={"dtype": dtype})
-steps, latents = int(given["steps"]), torch.zeros([int(side) for side in given["shape"]])
-positive, negative = ([[prompt, {}]] for prompt in given["prompts"])
-def run():
-    ends = []
-    comfy.sample.sample(model, torch.randn(latents.shape), steps, 6.0, "ddim", "simple", positive, negative, latents,
-                        callback=lambda *_: ends.append(time.perf_counter()), disable_pbar=True, seed=1)
-    return (ends[-1] - ends[0]) / (len(ends) - 1)
-run()
-print(json.dumps([torch.__version__, [run() for _ in range(int(given["rounds"]))]]))
-"""
-
-
 def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], prompts: torch.Tensor, options: argparse.Namespace, base: float) -> None:
     if "COMFYUI_PATH" not in os.environ:
         print("ComfyUI's own model: not measured (COMFYUI_PATH names no checkout)")
@@ -304,20 +283,15 @@ def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], pro
     save_file({comfy_name(name): tensor.clone() for name, tensor in state.items()}, checkpoint / "comfy.safetensors")
     given = {"prompts": prompts, "shape": torch.tensor(shape), "steps": torch.tensor(options.steps), "rounds": torch.tensor(options.rounds)}
     save_file(given, checkpoint / "inputs.safetensors")
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "-c", _COMFYUI, str(checkpoint / "comfy.safetensors")]
-    command += [str(checkpoint / "inputs.safetensors"), *(["--cpu"] if device.type == "cpu" else [])]
-    environment = os.environ | {"PYTHONPATH": os.environ["COMFYUI_PATH"]}
-    done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], env=environment, capture_output=True, text=True)
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "step_script.py"), str(ROOT)]
+    command += [str(checkpoint / name) for name in ("comfy.safetensors", "inputs.safetensors")] + (["--cpu"] if device.type == "cpu" else [])
+    done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True)
     if done.returncode:
         print(f"ComfyUI's own model: did not run: {done.stderr.strip().splitlines()[-1]}")
         return
     version, taken = json.loads(done.stdout.splitlines()[-1])
     seconds = statistics.median(taken)
     print(f"{f'ComfyUI core, torch {version}':44}{seconds:10.3f}{seconds / base:8.2f}")
-
-
-def torch_name(model: Model) -> str:
-    return model.weights.precision.name
 
 
 def _machine(device: torch.device) -> str:

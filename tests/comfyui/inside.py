@@ -1,13 +1,14 @@
 """For scripts that ComfyUI's interpreter runs in its checkout: ComfyUI's modules and the pack, side by side.
 
-Arguments of such a script: the folder of the pack, and --cpu for ComfyUI. To be imported first.
+Arguments of such a script: the folder of the pack, others of its own, and ComfyUI's options, which start with a dash. To be imported first.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(sys.argv.pop(1))
+ROOT, *arguments = (Path(argument) for argument in sys.argv[1:] if not argument.startswith("-"))
+sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
 # The checkout and not this folder, which has a server.py too.
 sys.path[0] = str(Path.cwd())
 import comfy.options  # noqa: E402
