@@ -1,7 +1,7 @@
 """What a run will take on a device, known from shapes alone, and what of it fits."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,29 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a part runs, as far as it decides what memory that takes.
+
+    Attributes:
+        mode: one of ``choices.MODES``.
+        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other, in half the activations,
+            which gives the same up to the rounding of another batch size.
+    """
+
+    mode: str
+    batched: bool = True
+
+    @property
+    def text(self) -> str:
+        return self.mode if self.batched else f"{self.mode} with the halves of guidance one after the other"
+
+
+def ways(batched: Sequence[bool] = (True,)) -> tuple[Way, ...]:
+    """All ways to run, the fastest and largest first, with the choices there are for ``Way.batched``."""
+    return tuple(Way(mode, together) for mode in MODES for together in batched)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What the steps of one run take on the device, in bytes.
 
@@ -49,6 +72,7 @@ class MemoryPlan:
         cache: what a step cache holds.
         needed: by mode, all together.
         free: what there is, what loaded parts hold included, as they make way; None where it is not known.
+        halved: activations where the halves of guidance run one after the other; None without guidance.
     """
 
     weights: int
@@ -57,19 +81,27 @@ class MemoryPlan:
     needed: Mapping[str, int]
     free: int | None
     cache: int = 0
+    halved: int | None = None
 
-    def fastest(self) -> str:
-        """The fastest mode that fits.
+    def bytes_of(self, way: Way) -> int:
+        """All that a way takes."""
+        return self.needed[way.mode] - (0 if way.batched or self.halved is None else self.activations - self.halved)
+
+    def fits(self, way: Way) -> bool:
+        return self.free is None or self.bytes_of(way) <= self.free
+
+    def fastest(self, among: Sequence[Way] = ways()) -> Way:
+        """The fastest of these ways that fits; they begin with the fastest.
 
         Raises:
             ValueError: if none does.
         """
-        for mode in MODES:
-            if self.free is None or self.needed[mode] <= self.free:
-                return mode
-        least = self.needed[MODES[-1]]
+        for way in among:
+            if self.fits(way):
+                return way
+        least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the smallest mode, and {_gb(self.free)} are free ({self._modes}). Make it smaller or "
+            f"This video needs {_gb(least)} on the card even in the smallest way, and {_gb(self.free)} are free ({self._modes}). Make it smaller or "
             "shorter, close other programs that use the card, or set memory to cpu in the loader, which takes hours."
         )
 
@@ -81,7 +113,8 @@ class MemoryPlan:
 
     @property
     def _modes(self) -> str:
-        return ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
+        modes = ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
+        return modes if self.halved is None else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
 
 
 def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
@@ -102,20 +135,23 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
             blocks[number] = blocks.get(number, 0) + nbytes
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
-    activations = step_bytes(config, weights.precision, tuple(shape), guided, tokens or config["max_text_seq_length"], weights.method)
+    tokens = tokens or config["max_text_seq_length"]
+    activations, halved = (step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method) for together in (guided, False))
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
-        activations += max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
+        widened = max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
+        activations, halved = activations + widened, halved + widened
     loras = sum(lora.nbytes for lora in model.loras)
     cache = 0
     if model.cache is not None:
         batch, channels, length, *size = shape
         padded, copies = (batch, channels, length + padding_frames(length, config), *size), batch * (2 if guided else 1)
-        cache = model.cache.nbytes(config, padded, copies, tokens or config["max_text_seq_length"], weights.precision.activations.itemsize)
+        cache = model.cache.nbytes(config, padded, copies, tokens, weights.precision.activations.itemsize)
     # While one block or layer runs, the next is on its way.
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
-    return MemoryPlan(total, activations, loras, {mode: held[mode] + activations + loras + cache for mode in MODES}, weights.free, cache)
+    needed = {mode: held[mode] + activations + loras + cache for mode in MODES}
+    return MemoryPlan(total, activations, loras, needed, weights.free, cache, halved if guided else None)
 
 
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:

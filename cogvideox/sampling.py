@@ -14,11 +14,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .choices import MODES, SCHEDULERS, check_choice
+from .choices import SCHEDULERS, check_choice
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
-from .memory import plan_memory
+from .memory import Way, plan_memory, ways
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
 from .speed.speedups import Speedups
@@ -78,7 +78,7 @@ def sample(
     Raises:
         ValueError: for input the model cannot run with, before any weight is read.
         NonFiniteError: for a step that is not finite and is not, or cannot be, healed.
-        OutOfMemory: if memory runs out in the smallest mode too; its ``latents`` are those of the last finished step, as returned otherwise.
+        OutOfMemory: if memory runs out in the smallest way too; its ``latents`` are those of the last finished step, as returned otherwise.
     """
     check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
     starts_from_noise = not latents.any().item()
@@ -104,19 +104,19 @@ def sample(
     for note in _outside_training(model, latents, image_latents):
         tell(note)
 
-    mode = _choose_mode(model, latents, guided, positive.shape[1], tell)
+    joinable = len({prompt.shape[1] for prompt in prompts}) == 1
+    smaller = _choose_ways(model, latents, guided, joinable, positive.shape[1], tell)
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    batches = _batches(prompts)
-    speedups = Speedups(model, timesteps.tolist(), guided and len(batches) == 1, tell)
+    speedups = Speedups(model, timesteps.tolist(), tell)
 
     @contextmanager
-    def prepared(module: nn.Module, precision: Precision) -> Iterator[None]:
-        with applied(model.loras, module, precision, device), speedups.attached(module):
+    def prepared(module: nn.Module, precision: Precision, way: Way) -> Iterator[None]:
+        with applied(model.loras, module, precision, device), speedups.attached(module, guided and way.batched):
             yield
 
-    with Sentinel(model.weights, on_nan, on_load, on_heal, prepared, mode, speedups.shortcuts) as sentinel, torch.no_grad():
+    with Sentinel(model.weights, on_nan, on_load, on_heal, prepared, smaller, speedups.shortcuts) as sentinel, torch.no_grad():
         dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
@@ -139,7 +139,7 @@ def sample(
                     noise_schedule,
                     timesteps,
                     noisy * noise_schedule.init_noise_sigma,
-                    [prompt.to(device, dtype) for prompt in batches],
+                    [prompt.to(device, dtype) for prompt in prompts],
                     image=image if image_latents is not None else None,
                     ofs=_OFS if config["ofs_embed_dim"] is not None else None,
                     rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
@@ -194,10 +194,10 @@ def denoise_latents(
     """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape, in the dtype that the model then runs in.
 
     Args:
-        sentinel: the transformer, entered.
+        sentinel: the transformer, entered; its way says whether both halves of guidance run as one batch.
         timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
-        prompts: embeddings ``[B, tokens, width]``; where ``cfg`` > 1 one ``[2B, tokens, width]`` (negative first), or two, run one by one.
+        prompts: embeddings ``[B, tokens, width]``, of the positive prompt; where ``cfg`` > 1 of the negative one before it.
         image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
         ofs: what 1.5's image-to-video models are told besides the timestep.
         generator: source of the noise that the DPM scheduler adds.
@@ -205,6 +205,8 @@ def denoise_latents(
     """
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
+    # Once: what depends on the prompts alone is computed once for each tensor.
+    joined = [torch.cat(list(prompts))] if sentinel.way.batched else []
     on_device = timesteps.to(latents.device)
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +231,7 @@ def denoise_latents(
                 return_dict=False,
             )[0].float()
 
-        prediction = torch.cat([predict(prompt) for prompt in prompts])
+        prediction = torch.cat([predict(prompt) for prompt in (joined if sentinel.way.batched else prompts)])
         if guided:
             scale = dynamic_guidance(cfg, scheduler.num_inference_steps, timestep.item()) if dynamic_cfg else cfg
             prediction = guide(*prediction.chunk(2), scale)
@@ -354,22 +356,20 @@ def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_lat
             )
 
 
-def _choose_mode(model: Model, latents: torch.Tensor, guided: bool, tokens: int, tell: Callable[[str], None]) -> str:
-    """The memory mode that was chosen, or else the fastest that fits; told if that is not the fastest there is."""
-    if model.weights.memory in MODES:
-        return model.weights.memory
+def _choose_ways(model: Model, latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, tell: Callable[[str], None]) -> tuple[Way, ...]:
+    """The way to run, and those to go on in should memory run out: in the memory mode that was chosen, or else the fastest that fits; told if that is
+    not the fastest there is. Prompts of unequal length are not ``joinable`` into a batch."""
+    found = ways((True, False) if guided and joinable else (joinable,))
+    chosen = [way for way in found if way.mode == model.weights.memory] or found
     if model.weights.free is None:
-        return MODES[0]
+        return found[found.index(chosen[0]) :]
     plan = plan_memory(model, latents.shape, guided, tokens)
-    mode = plan.fastest()
-    if mode != MODES[0]:
-        tell(f"The whole model does not fit on the card, so it runs in {mode}, which is slower and gives the same video: {plan.text}.")
-    return mode
-
-
-def _batches(prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Prompts of one length as one batch, others one by one."""
-    return [torch.cat(prompts)] if len({prompt.shape[1] for prompt in prompts}) == 1 else prompts
+    first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
+    if first.mode != chosen[0].mode:
+        tell(f"The whole model does not fit on the card, so it runs in {first.text}, which is slower and gives the same video: {plan.text}.")
+    elif first != chosen[0]:
+        tell(f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}.")
+    return found[found.index(first) :]
 
 
 def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batch: int) -> torch.Tensor:

@@ -4,12 +4,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 
 import torch
 from torch import nn
 
 from .checkpoint.layout import has_tokenizer
 from .handles import TextEncoder
+from .memory import ways
 from .precision.sentinel import Sentinel
 
 
@@ -67,7 +69,9 @@ def encode_prompt(
     note = language_note(prompt)
     if note:
         notes.append(note)
-    with Sentinel(encoder.weights, on_nan, on_load, on_heal, mode=encoder.weights.fitting_mode()) as sentinel, torch.no_grad():
+    mode = encoder.weights.fitting_mode()
+    smaller = tuple(dropwhile(lambda way: way.mode != mode, ways()))
+    with Sentinel(encoder.weights, on_nan, on_load, on_heal, ways=smaller) as sentinel, torch.no_grad():
 
         def encode(module: nn.Module, _) -> torch.Tensor:
             with _layers_told(module, on_layer):

@@ -44,15 +44,16 @@ def run(model, prompts, compiled=None, said=None, shape=SHAPE, **settings):
 
 
 class TestSharing:
-    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(self, model, deep, prompts, graphs):
-        plain, said = run(model, prompts), []
-        assert torch.equal(run(model, prompts, Compiled(), said), plain)
+    @pytest.mark.parametrize("cfg", [1.0, 6.0])
+    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(self, model, deep, prompts, graphs, cfg):
+        plain, said = run(model, prompts, cfg=cfg), []
+        assert torch.equal(run(model, prompts, Compiled(), said, cfg=cfg), plain)
         assert len(graphs) == 1
         assert said[-2].startswith("Compiling the transformer's block")
         assert said[-1].startswith("Compiled in ")
         for again in (model, open_handles(deep, "fp32", CPU).model):
             said.clear()
-            assert torch.equal(run(again, prompts, Compiled(), said), plain)
+            assert torch.equal(run(again, prompts, Compiled(), said, cfg=cfg), plain)
             assert len(graphs) == 1
             assert not any("ompil" in text for text in said)
 
@@ -203,8 +204,8 @@ class TestFallback:
             return graph.forward
 
         monkeypatch.setattr(compiled_module, "_BACKEND", backend)
-        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), on_heal=healed.append)
-        assert torch.equal(ours, run(model, prompts))
+        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, on_heal=healed.append)
+        assert torch.equal(ours, run(model, prompts, cfg=1.0))
         assert "step 1 of 3: cpu ran out of memory" in healed[0]
         assert calls == [1, 1]
 

@@ -8,14 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cogvideox.handles as handles_module
+import cogvideox.sampling as sampling_module
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.checkpoint.loading import load_module
-from cogvideox.handles import open_handles, with_lora
+from cogvideox.choices import CACHES
+from cogvideox.handles import open_handles, with_cache, with_lora
 from cogvideox.lora import applied, open_lora
-from cogvideox.memory import LiveBytes, MemoryPlan, plan_memory
+from cogvideox.memory import LiveBytes, MemoryPlan, Way, plan_memory, ways
 from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.precision.sentinel import OutOfMemory
 from cogvideox.sampling import sample
+from cogvideox.speed.cache import Cache
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from tests import layouts
@@ -45,6 +48,21 @@ class TestPlan:
         assert plan.activations == pytest.approx(measured.peak, rel=0.15)
         assert plan.weights == pytest.approx(sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15)
 
+    @pytest.mark.parametrize(("variant", "dtype"), [("1.5", "bf16"), ("1.5-i2v", "fp16")])
+    def test_with_the_halves_of_guidance_one_after_the_other_too(self, checkpoints, prompts, monkeypatch, variant, dtype):
+        monkeypatch.setattr(sampling_module, "ways", lambda batched: ways([False]))
+        shape, model = (1, 16, 5, 20, 24), open_handles(checkpoints(variant), dtype, CPU).model
+        how = dict(image_latents=torch.randn(shape) if "i2v" in variant else None, seed=1, steps=1)
+        sample(model, *prompts, torch.zeros(shape), **how)
+        gc.collect()
+        with LiveBytes() as measured:
+            sample(model, *prompts, torch.zeros(shape), **how)
+        plan = plan_memory(model, shape)
+        assert plan.halved == pytest.approx(measured.peak, rel=0.15)
+        assert plan.halved < 0.6 * plan.activations
+        assert plan.bytes_of(Way("gpu")) - plan.bytes_of(Way("gpu", False)) == plan.activations - plan.halved
+        assert plan_memory(model, shape, guided=False).halved is None
+
     def test_nothing_is_read_or_loaded_for_it(self, tiny):
         model = open_handles(tiny, "bf16", CPU).model
         plan = plan_memory(model, (1, 16, 21, 96, 170))
@@ -61,7 +79,22 @@ class TestPlan:
     @pytest.mark.parametrize(("free", "mode"), [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")])
     def test_auto_is_the_fastest_that_fits(self, free, mode):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
-        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == mode
+        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Way(mode)
+
+    @pytest.mark.parametrize(
+        ("free", "way"),
+        [
+            (20, Way("gpu")),
+            (19, Way("gpu", False)),
+            (16, Way("offload_blocks")),
+            (7, Way("offload_blocks", False)),
+            (4, Way("offload_layers", False)),
+        ],
+    )
+    def test_halves_of_guidance_one_after_the_other_come_before_the_next_mode(self, free, way):
+        needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
+        plan = MemoryPlan(13 * GB, 7 * GB, 0, needed, free * GB, halved=4 * GB)
+        assert plan.fastest(ways((True, False))) == way
 
     def test_where_nothing_fits_it_says_what_each_would_take(self):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
@@ -71,11 +104,30 @@ class TestPlan:
     def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, tiny, prompts, monkeypatch):
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
-        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan: "offload_blocks")
+        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
         monkeypatch.setattr(handles_module, "free_bytes", lambda device: 0)
         ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
+
+    @pytest.mark.parametrize(
+        ("memory", "free", "way", "said"),
+        [
+            ("auto", -1, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
+            ("offload_blocks", 0, Way("offload_blocks", False), "halves of guidance run one after the other, as the card has no room"),
+            ("gpu", 0, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
+            ("offload_blocks", 1 << 40, Way("offload_blocks"), ""),
+        ],
+    )
+    def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(self, tiny, monkeypatch, memory, free, way, said):
+        notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
+        model = open_handles(tiny, "fp32", CPU, memory=memory).model
+        limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
+        monkeypatch.setattr(handles_module, "free_bytes", lambda device: limit)
+        found = sampling_module._choose_ways(model, latent, True, True, 226, notes.append)
+        assert found == ways((True, False))[ways((True, False)).index(way) :]
+        assert bool(notes) == bool(said)
+        assert said in "".join(notes)
 
     def test_what_other_parts_hold_on_the_device_counts_as_free(self, tiny, monkeypatch):
         """They make way when the transformer runs."""
@@ -176,7 +228,7 @@ class TestOutOfMemory:
     @pytest.mark.parametrize("call", [1, 3])
     def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, tiny, prompts, full, call, scheduler):
         latent, said, steps = torch.zeros(1, 16, 4, 6, 10), [], []
-        settings = dict(seed=1, steps=4, scheduler=scheduler)
+        settings = dict(seed=1, steps=4, scheduler=scheduler, cfg=1.0)
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == call)
         model = open_handles(tiny, "fp32", CPU).model
@@ -186,6 +238,29 @@ class TestOutOfMemory:
         assert len(calls) == 5
         assert said == [
             f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
+        ]
+
+    @pytest.mark.parametrize("cache", [None, *CACHES])
+    def test_where_there_is_guidance_its_halves_run_one_after_the_other_first(self, deep, prompts, full, cache):
+        latent, said, steps, loads = torch.zeros(1, 16, 4, 6, 10), [], [], []
+        settings = dict(seed=1, steps=4)
+
+        def opened():
+            model = open_handles(deep, "fp32", CPU).model
+            return model if cache is None else with_cache(model, Cache(cache, 0.5, 0.0, 1.0))
+
+        expected = sample(opened(), *prompts, latent, **settings)
+        calls = full("transformer", lambda number: number == 3)
+        callbacks = dict(on_heal=said.append, on_step=lambda done, *_: steps.append(done), on_load=lambda *_: loads.append(len(steps)))
+        ours = sample(opened(), *prompts, latent, **settings, **callbacks)
+        # The cache begins anew with the step that is repeated.
+        assert (ours - expected).norm() / expected.norm() < (1e-5 if cache is None else 0.3)
+        assert steps == [1, 2, 3, 4]
+        assert set(loads) == {0}
+        assert len(calls) == 3 + 2 * 2
+        assert said == [
+            "step 3 of 4: cpu ran out of memory with the transformer in gpu. Going on from here in gpu with the halves of guidance one after the "
+            "other; no finished step is lost."
         ]
 
     def test_a_model_that_does_not_even_load_is_loaded_in_the_next_mode(self, tiny, prompts, monkeypatch):
@@ -201,17 +276,23 @@ class TestOutOfMemory:
         monkeypatch.setattr(handles_module, "load_module", load)
         ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, on_heal=said.append)
         assert torch.equal(ours, expected)
-        assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == ["offload_blocks", "offload_layers"]
+        assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == [
+            "gpu with the halves of guidance one after the other",
+            "offload_blocks",
+        ]
         calls.clear()
         monkeypatch.setattr(handles_module, "load_module", lambda *_: load(calls.clear()))
-        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest mode"):
+        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest way"):
             sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
     def test_where_the_smallest_fails_too_the_finished_latents_come_with_the_error(self, tiny, prompts, full):
         latent = torch.zeros(1, 16, 4, 6, 10)
         full("transformer", lambda number: number > 2)
         model = open_handles(tiny, "fp32", CPU).model
-        with pytest.raises(OutOfMemory, match=r"step 3 of 4: cpu ran out of memory, in the smallest mode \(offload_layers\) too") as caught:
+        with pytest.raises(
+            OutOfMemory,
+            match=r"step 3 of 4: cpu ran out of memory, in the smallest way \(offload_layers with the halves of guidance one after the other\) too",
+        ) as caught:
             sample(model, *prompts, latent, seed=1, steps=4)
         assert caught.value.latents.shape == latent.shape
         assert caught.value.latents.any()

@@ -6,7 +6,7 @@ safer way to run: range-safe fp16, bf16 where native, fp32.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import PARTS
-from ..choices import MODES, ON_NAN, check_choice
+from ..choices import ON_NAN, check_choice
+from ..memory import Way
 from .hardware import dtype_name
 from .policy import Precision, safer
 
@@ -25,7 +26,7 @@ Result = TypeVar("Result", torch.Tensor, tuple)
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out in the smallest mode too.
+    """Memory ran out in the smallest way too.
 
     Attributes:
         latents: what was finished, ``[B, 16, T, H/8, W/8]``, unscaled, where there is such a thing.
@@ -80,6 +81,7 @@ class Sentinel:
     Attributes:
         weights: what the part runs with at present: the handle's own, or after healing a safer copy that lives as long as the block.
         module: its module, on the device.
+        way: in which it runs at present; None where there is no other.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class Sentinel:
         on_nan: str = "heal",
         on_load: Callable[[int, int], None] | None = None,
         on_heal: Callable[[str], None] | None = None,
-        prepare: Callable[[nn.Module, Precision], AbstractContextManager] | None = None,
-        mode: str | None = None,
+        prepare: Callable[[nn.Module, Precision, Way | None], AbstractContextManager] | None = None,
+        ways: Sequence[Way] = (),
         shortcuts: str = "",
     ):
         """Args:
@@ -98,7 +100,7 @@ class Sentinel:
             on_load: called with (bytes read, bytes in all) whenever weights have to be loaded.
             on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
             prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is run.
-            mode: one of ``choices.MODES``: how much of the weights is on the device at a time. Where it runs out of memory, the next is tried.
+            ways: in which it can run, the first to begin with. Where it runs out of memory, the next is tried.
             shortcuts: what ``prepare`` lets the module run with at first, and not when a piece of work is done again, in words.
 
         Raises:
@@ -106,7 +108,8 @@ class Sentinel:
         """
         check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
-        self._prepare, self._mode, self._shortcuts = prepare, mode, shortcuts
+        self._prepare, self._shortcuts = prepare, shortcuts
+        self.way, self._smaller = (ways[0], ways[1:]) if ways else (None, ())
         self.module: nn.Module | None = None
         self._running = ExitStack()
 
@@ -115,7 +118,7 @@ class Sentinel:
             try:
                 self._start()
             except torch.OutOfMemoryError:
-                if self._mode is None:
+                if self.way is None:
                     raise
             if self.module is None:
                 # Not in there: the error holds on to what was being made.
@@ -136,7 +139,7 @@ class Sentinel:
 
         Raises:
             NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it finite.
-            OutOfMemory: if memory runs out in the smallest mode too.
+            OutOfMemory: if memory runs out in the last way too.
         """
         while True:
             try:
@@ -144,22 +147,24 @@ class Sentinel:
                     self._start()
                 return self._run_finite(work, where)
             except torch.OutOfMemoryError:
-                if self._mode is None:
+                if self.way is None:
                     raise
             self._make_smaller(where)
 
     def _make_smaller(self, where: str) -> None:
         device, name = self.weights.device, PARTS[self.weights.kind][0]
-        if self._mode == MODES[-1]:
+        if not self._smaller:
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory, in the smallest mode ({self._mode}) too. Make the video smaller or shorter, or close other "
+                f"{where}: {device} ran out of memory, in the smallest way ({self.way.text}) too. Make the video smaller or shorter, or close other "
                 "programs that use the card."
             )
-        ran, self._mode = self._mode, MODES[MODES.index(self._mode) + 1]
-        self._tell(f"{where}: {device} ran out of memory with the {name} in {ran}. Going on from here in {self._mode}; no finished step is lost.")
+        ran, (self.way, *self._smaller) = self.way, self._smaller
+        fact = f"{where}: {device} ran out of memory with the {name} in {ran.text}."
+        self._tell(f"{fact} Going on from here in {self.way.text}; no finished step is lost.")
         self.module = None
         self._running.close()
-        self.weights.release()
+        if self.way.mode != ran.mode:
+            self.weights.release()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -207,9 +212,9 @@ class Sentinel:
 
     def _start(self) -> None:
         with ExitStack() as running:
-            module = running.enter_context(self.weights.running(self._on_load, self._mode))
+            module = running.enter_context(self.weights.running(self._on_load, None if self.way is None else self.way.mode))
             if self._prepare is not None:
-                running.enter_context(self._prepare(module, self.weights.precision))
+                running.enter_context(self._prepare(module, self.weights.precision, self.way))
             self.module, self._running = module, running.pop_all()
 
     def _tell(self, text: str) -> None:

@@ -121,12 +121,11 @@ class CacheRun:
             cache, by step: counted where they happen, of a step that was repeated the last time.
     """
 
-    def __init__(self, cache: Cache, timesteps: Sequence[float], batched: bool):
+    def __init__(self, cache: Cache, timesteps: Sequence[float]):
         """Args:
         timesteps: of all steps of the run.
-        batched: whether both halves of guidance run as one batch, the unconditional first.
         """
-        self._cache, self._timesteps, self._batched = cache, timesteps, batched
+        self._cache, self._timesteps, self._batched = cache, timesteps, False
         steps = len(timesteps)
         # A share of the steps that is a whole number of them must not miss it by a rounding error.
         self._first, self._last = math.ceil(cache.start * steps - 1e-9), math.ceil(cache.end * steps - 1e-9)
@@ -158,8 +157,12 @@ class CacheRun:
         return f"{self._cache.name} skipped {_PARTS[self._cache.method]}{total - ran:,} of {total:,} block evaluations ({share:.0%})."
 
     @contextmanager
-    def attached(self, module: nn.Module) -> Iterator[None]:
-        """Have ``module`` run with the cache for the length of a ``with`` block. Afterwards nothing of it is left."""
+    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+        """Have ``module`` run with the cache for the length of a ``with`` block. Afterwards nothing of it is left.
+
+        Args:
+            batched: whether both halves of guidance run as one batch, the unconditional first.
+        """
         if self._cache.strength == 0:
             yield
             return
@@ -167,7 +170,7 @@ class CacheRun:
             module.register_forward_pre_hook(self._before_forward),
             module.register_forward_hook(self._after_forward, always_call=True),
         ]
-        self._module = module
+        self._module, self._batched = module, batched
         try:
             self._attach()
             yield

@@ -134,9 +134,10 @@ class CompileRun:
         if self._given_up or block._forward_hooks:
             return forward(block, *args, **kwargs)
         if "hidden_states" in kwargs:
-            # The first block is given views, which would be compiled apart.
+            # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with any stride.
             for name in ("hidden_states", "encoder_hidden_states"):
-                kwargs[name] = kwargs[name].contiguous()
+                given = kwargs[name].contiguous()
+                kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1))
         try:
             return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -23,33 +23,39 @@ class Speedups:
         shortcuts: what a step that is done again runs without, in words; "" where there is no such thing.
     """
 
-    def __init__(self, model: "Model", timesteps: Sequence[float], batched: bool, tell: Callable[[str, int], None]):
+    def __init__(self, model: "Model", timesteps: Sequence[float], tell: Callable[[str, int], None]):
         """Args:
         timesteps: of all steps of the run.
-        batched: whether both halves of guidance run as one batch, the unconditional first.
         tell: called with sentences for the user, and logging's level of each.
         """
         self._tell, self._attention = tell, model.attention
-        self._cache = None if model.cache is None else CacheRun(model.cache, timesteps, batched)
-        compiled = None if model.compiled is None else CompileRun(model.compiled, model.weights.device, tell)
-        # What is compiled lies below what may skip it.
-        self._all = [speedup for speedup in (compiled, self._cache) if speedup is not None]
-        self.shortcuts = " and ".join(name for name, there in (("the cache", self._cache), ("compiled code", compiled)) if there is not None)
+        self._cache = None if model.cache is None else CacheRun(model.cache, timesteps)
+        self._compiled = None if model.compiled is None else CompileRun(model.compiled, model.weights.device, tell)
+        named = (("the cache", self._cache), ("compiled code", self._compiled))
+        self.shortcuts = " and ".join(name for name, there in named if there is not None)
 
     @contextmanager
-    def attached(self, module: nn.Module) -> Iterator[None]:
-        """Have ``module`` run with them for the length of a ``with`` block; afterwards nothing of them is left on it."""
+    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+        """Have ``module`` run with them for the length of a ``with`` block; afterwards nothing of them is left on it.
+
+        Args:
+            batched: whether both halves of guidance run as one batch, the unconditional first.
+        """
         with ExitStack() as stack:
             stack.enter_context(attending(self._attention, module))
             stack.enter_context(project_once(module))
-            for speedup in self._all:
-                stack.enter_context(speedup.attached(module))
+            # What is compiled lies below what may skip it.
+            if self._compiled is not None:
+                stack.enter_context(self._compiled.attached(module))
+            if self._cache is not None:
+                stack.enter_context(self._cache.attached(module, batched))
             yield
 
     def begin(self, index: int) -> None:
         """Step ``index`` is about to be run, or run again."""
-        for speedup in self._all:
-            speedup.begin(index)
+        for speedup in (self._compiled, self._cache):
+            if speedup is not None:
+                speedup.begin(index)
 
     def report(self) -> None:
         """Say at the end of the run what they did."""
