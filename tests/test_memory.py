@@ -123,7 +123,7 @@ class TestPlan:
         notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
         model = open_handles(tiny, "fp32", CPU, memory=memory).model
         limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
-        monkeypatch.setattr(handles_module, "free_bytes", lambda device: limit)
+        monkeypatch.setattr(handles_module.Weights, "free", limit)
         found = sampling_module._choose_ways(model, latent, True, True, 226, notes.append)
         assert found == ways((True, False))[ways((True, False)).index(way) :]
         assert bool(notes) == bool(said)
