@@ -102,6 +102,8 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
     inputs = dict(prompts=prompts, shape=shape, steps=steps)
     sides = [Side(f"diffusers {first.weights.precision.name}", _theirs(checkpoint, first, device, **inputs), first.weights.precision.dtype)]
     sides += [Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype) for name, model in _variants(models, device)]
+    halves = partial(_ours, first, batched=False, **inputs)
+    sides.insert(2, Side(f"ours, {dtypes[0]}: halves one by one", halves, first.weights.precision.dtype))
     if options.only:
         sides = sides[:2] + [side for side in sides[2:] if options.only in side.name]
     print(f"{_machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent {list(shape)}, {steps} steps, guided")
@@ -149,8 +151,13 @@ def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str,
     return found + [(f"{other}: plain", model) for other, model in list(models.items())[1:]]
 
 
-def _ours(model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int) -> torch.Tensor:
-    return sampling.sample(model, prompts[0], prompts[1], torch.zeros(shape), seed=NOISE_SEED, steps=steps, on_step=lambda *_: on_step())
+def _ours(model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int, batched: bool = True) -> torch.Tensor:
+    own = sampling.ways
+    sampling.ways = lambda _: own([batched])
+    try:
+        return sampling.sample(model, prompts[0], prompts[1], torch.zeros(shape), seed=NOISE_SEED, steps=steps, on_step=lambda *_: on_step())
+    finally:
+        sampling.ways = own
 
 
 def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch.Tensor, shape: tuple[int, ...], steps: int) -> Callable:
