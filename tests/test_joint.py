@@ -7,6 +7,7 @@ from diffusers import CogVideoXTransformer3DModel
 from cogvideox import choices
 from cogvideox.geometry import rotary_embedding
 from cogvideox.handles import open_handles, with_attention
+from cogvideox.memory import LiveBytes
 from cogvideox.sampling import sample
 from cogvideox.speed import attention as attention_module
 from cogvideox.speed.attention import available, check_attention
@@ -45,6 +46,21 @@ def test_a_joined_transformer_gives_the_unmodified_ones_numbers_bit_for_bit(vari
     assert torch.equal(joined(**given)[0], expected)
     # Nor does it write into what it is given.
     assert all(torch.equal(tensor, inputs(plain, dtype, **size)[name]) for name, tensor in given.items() if torch.is_tensor(tensor))
+
+
+@torch.no_grad()
+def test_what_a_block_makes_is_worked_on_in_place():
+    module = build_transformer("1.5").eval()
+    given = inputs(module, torch.float32, height=48, width=80)
+    with LiveBytes() as plain:
+        module(**given)
+    join(module)
+    with LiveBytes() as joined:
+        module(**given)
+    tokens = module.config.max_text_seq_length + 2 * 24 * 40
+    stream = 2 * tokens * module.transformer_blocks[0].ff.net[2].out_features * 4
+    # The stream as the block was given it and as attention left it, its norm, the feed-forward's inner activations (four streams, once), its result.
+    assert joined.peak < 8.5 * stream < 12 * stream < plain.peak
 
 
 def test_neighbours_are_joined_without_a_copy_and_strangers_with_one():
