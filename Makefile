@@ -23,8 +23,8 @@ test-lowest: $(VENV)-lowest/installed
 $(VENV)-lowest/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	sed 's/>=/==/' requirements.txt > $(VENV)-lowest/lowest.txt
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-lowest/lowest.txt ".[standalone,test]"
+	$(VENV)-lowest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)"
+	$(VENV)-lowest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $(VENV)-lowest/lowest.txt ".[standalone,test]"
 	rm -rf build *.egg-info
 	touch $@
 
@@ -41,8 +41,8 @@ endif
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(RUN) -m pip install --quiet --disable-pip-version-check ".[standalone,test]"
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)"
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check ".[standalone,test]"
 	rm -rf build *.egg-info
 	touch $@
 
