@@ -1,0 +1,379 @@
+"""What only a card can show: this pack on a GPU against unmodified diffusers there, its memory modes, plans and ways out of too little memory.
+
+Skipped where there is no CUDA device. ``COGVIDEOX_TEST_DEVICE`` names another device, the CPU too.
+"""
+
+import gc
+import os
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cogvideox.sampling as sampling_module
+import cogvideox.vae as vae_module
+from cogvideox.choices import CACHES, MODES, QUANTIZE
+from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
+from cogvideox.memory import free_bytes, plan_memory, ways
+from cogvideox.precision.hardware import Hardware
+from cogvideox.sampling import sample
+from cogvideox.speed.attention import available
+from cogvideox.speed.cache import Cache
+from cogvideox.speed.compiled import Compiled, missing_compiler
+from cogvideox.text import encode_prompt
+from cogvideox.vae import decode, encode
+from tests import layouts
+from tests.loud_models import loud_stream, loud_t5
+from tests.reference import reference_latents
+from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
+
+DEVICE = torch.device(os.environ.get("COGVIDEOX_TEST_DEVICE", "cuda"))
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA card: run pytest tests/test_device.py on one"
+)
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="only CUDA counts memory and synchronisations")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Relative L2 that the order of sums may cost.
+ROUNDING = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
+SHAPE = (1, 16, 5, 24, 40)
+
+
+@pytest.fixture(scope="module")
+def hardware():
+    return Hardware.detect(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A transformer whose weights (0.4 GB in bf16) and activations are seen in the memory of a card."""
+
+    def change(parts):
+        torch.manual_seed(0)
+        parts["transformer"] = build_transformer("1.5", num_attention_heads=16, num_layers=12, time_embed_dim=128)
+        parts["vae"] = build_vae((32, 32, 32, 64), 32)
+
+    return build_checkpoint(tmp_path_factory.mktemp("wide") / "wide", change=change)
+
+
+def run(model, prompts, shape=SHAPE, steps=4, seed=1, **settings):
+    return sample(model, *prompts, torch.zeros(shape), seed=seed, steps=steps, **settings)
+
+
+def error(ours, expected):
+    return ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def collect():
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def at_most(more):
+    """Let torch take ``more`` bytes than it holds, and no others."""
+    collect()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_it_is_diffusers_on_the_same_device(self, tiny, prompts, hardware, dtype, scheduler):
+        from diffusers import CogVideoXPipeline
+
+        pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=DTYPES[dtype]).to(DEVICE)
+        pipeline.set_progress_bar_config(disable=True)
+        expected = reference_latents(pipeline, [prompt.to(DEVICE) for prompt in prompts], SHAPE, scheduler=scheduler).cpu()
+        ours = run(open_handles(tiny, dtype, hardware, "warn").model, prompts, scheduler=scheduler)
+        print(f"{dtype} {scheduler}: equal {torch.equal(ours, expected)}, relative L2 {error(ours, expected):.1e}")
+        assert error(ours, expected) < ROUNDING[dtype]
+
+    @pytest.mark.parametrize("variant", ["1.5-i2v", "5b", "2b"])
+    def test_every_variant_gives_what_it_gives_on_the_host(self, checkpoints, prompts, hardware, variant):
+        image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) if "i2v" in variant else None
+        ours, host = (
+            run(open_handles(checkpoints(variant), "fp32", where).model, prompts, image_latents=image) for where in (hardware, Hardware.detect("cpu"))
+        )
+        assert error(ours, host) < 1e-3
+
+    @needs_cuda
+    def test_a_step_waits_for_the_device_once(self, tiny, prompts, hardware):
+        model = open_handles(tiny, "bf16", hardware).model
+        run(model, prompts)
+
+        def waits(steps):
+            always = torch.is_warn_always_enabled()
+            torch.set_warn_always(True)
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    run(model, prompts, steps=steps)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                torch.set_warn_always(always)
+            return sum("synchroniz" in str(warning.message) for warning in caught)
+
+        assert waits(9) - waits(4) == 5
+
+
+class TestPrecision:
+    @pytest.fixture(scope="class")
+    def loud(self, tmp_path_factory):
+        def change(parts):
+            loud_stream(parts["transformer"], 3e4, gate=10.0)
+            loud_t5(parts["text_encoder"], 3e4, 3e3)
+
+        return build_checkpoint(tmp_path_factory.mktemp("loud") / "loud", change=change)
+
+    def test_range_safe_fp16_is_the_fp32_video_where_plain_fp16_is_healed(self, loud, prompts, hardware):
+        exact = run(open_handles(loud, "fp32", hardware).model, prompts)
+        safe, bf16 = (run(open_handles(loud, dtype, hardware).model, prompts) for dtype in ("fp16", "bf16"))
+        healed, said = open_handles(loud, "fp16", hardware, "warn"), []
+        plain = run(healed.model, prompts, on_heal=said.append)
+        print(f"range-safe {error(safe, exact):.1e}, bf16 {error(bf16, exact):.1e}, healed {error(plain, exact):.1e}: {said}")
+        assert max(error(safe, exact), error(plain, exact)) < 2 * error(bf16, exact)
+        assert said
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_prompts_are_encoded_as_on_the_host(self, loud, hardware, dtype):
+        there, here = (
+            encode_prompt(open_handles(loud, dtype, where).text_encoder, "a panda plays the guitar").embeddings
+            for where in (hardware, Hardware.detect("cpu"))
+        )
+        assert error(there, here) < 10 * ROUNDING[dtype]
+
+
+class TestMemory:
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @pytest.mark.parametrize("mode", MODES[1:])
+    def test_every_mode_gives_the_same_and_leaves_nothing_behind(self, wide, prompts, hardware, mode, dtype):
+        expected = run(open_handles(wide, dtype, hardware).model, prompts)
+        collect()
+        before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+        model = open_handles(wide, dtype, hardware, memory=mode).model
+        assert torch.equal(run(model, prompts), expected)
+        assert torch.equal(run(model, prompts), expected)
+        del model
+        collect()
+        if DEVICE.type == "cuda":
+            assert torch.cuda.memory_allocated() - before < 1 << 20
+
+    @needs_cuda
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_plan_is_what_a_run_takes(self, wide, prompts, hardware, mode, dtype):
+        shape = (1, 16, 9, 60, 90)
+        model = open_handles(wide, dtype, hardware, memory=mode).model
+        plan = plan_memory(model, shape)
+        # What cuBLAS works in is not of the run.
+        run(model, prompts, steps=1)
+        collect()
+        before = torch.cuda.memory_allocated() - model.weights.resident
+        torch.cuda.reset_peak_memory_stats()
+        run(model, prompts, shape, steps=2)
+        taken = torch.cuda.max_memory_allocated() - before
+        print(f"{dtype} {mode}: planned {plan.needed[mode] / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB ({taken / plan.needed[mode]:.2f})")
+        assert 0.7 * plan.needed[mode] < taken < 1.1 * plan.needed[mode]
+
+    @needs_cuda
+    def test_where_memory_runs_out_a_smaller_way_gives_the_same(self, wide, prompts, hardware, monkeypatch):
+        shape = (1, 16, 9, 60, 90)
+        expected = run(open_handles(wide, "bf16", hardware).model, prompts, shape)
+        plan = plan_memory(open_handles(wide, "bf16", hardware).model, shape)
+        # So that it is found out, and not foreseen.
+        monkeypatch.setattr(sampling_module, "plan_memory", lambda *_: plan)
+        said = []
+        with at_most(0.5 * plan.needed["gpu"]):
+            ours = run(open_handles(wide, "bf16", hardware).model, prompts, shape, on_heal=said.append)
+        print("\n".join(said))
+        assert said
+        assert error(ours, expected) < ROUNDING["bf16"]
+
+    @needs_cuda
+    def test_where_it_is_known_to_be_too_little_the_smaller_way_is_taken_at_once(self, wide, prompts, hardware, monkeypatch):
+        shape, told, healed = (1, 16, 9, 60, 90), [], []
+        model = open_handles(wide, "bf16", hardware).model
+        expected, plan = run(model, prompts, shape), plan_memory(model, shape)
+        collect()
+        room = plan.bytes_of(ways((True, False))[-1]) * 1.3 + 50e6
+        monkeypatch.setattr("cogvideox.handles.free_bytes", lambda device: int(room))
+        model.weights.release()
+        with at_most(room):
+            ours = run(model, prompts, shape, on_note=told.append, on_heal=healed.append)
+        print(told, healed)
+        assert told
+        assert not healed
+        assert error(ours, expected) < ROUNDING["bf16"]
+
+    @needs_cuda
+    def test_nothing_stays_on_the_card(self, wide, hardware):
+        collect()
+        before, opened = torch.cuda.memory_allocated(), open_handles(wide, "bf16", hardware)
+        prompt = encode_prompt(opened.text_encoder, "a panda").embeddings
+        images = decode(opened.vae, run(opened.model, (prompt, prompt)))
+        assert images.isfinite().all()
+        assert torch.cuda.memory_allocated() > before
+        del opened
+        collect()
+        assert torch.cuda.memory_allocated() - before < 1 << 20
+        assert free_bytes(DEVICE) > 0
+
+
+class TestSpeedups:
+    @pytest.fixture(scope="class")
+    def model(self, wide, hardware):
+        return open_handles(wide, "bf16", hardware).model
+
+    @pytest.fixture(scope="class")
+    def expected(self, model, prompts):
+        return run(model, prompts)
+
+    def test_every_attention_that_is_offered_runs(self, model, prompts, expected):
+        for choice in available(DEVICE):
+            found = error(run(with_attention(model, choice), prompts), expected)
+            print(f"attention {choice}: {found:.1e}")
+            assert found < (0.2 if choice == "sage" else ROUNDING["bf16"])
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("method", CACHES)
+    def test_every_cache_runs_in_every_mode(self, wide, prompts, hardware, expected, method, mode):
+        notes = []
+        model = with_cache(open_handles(wide, "bf16", hardware, memory=mode).model, Cache(method))
+        ours = run(model, prompts, steps=10, on_note=notes.append)
+        print(notes[-1])
+        assert ours.isfinite().all()
+        assert "skipped" in notes[-1]
+        assert torch.equal(run(open_handles(wide, "bf16", hardware, memory=mode).model, prompts), expected)
+
+    @pytest.mark.parametrize("method", QUANTIZE)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_every_quantization_runs_in_every_mode(self, wide, prompts, hardware, method, dtype):
+        exact = run(open_handles(wide, dtype, hardware).model, prompts)
+        results = [run(quantized(open_handles(wide, dtype, hardware, memory=mode).model, method), prompts) for mode in MODES]
+        print(f"{method} {dtype}: {error(results[0], exact):.1e}")
+        assert error(results[0], exact) < 0.2
+        assert all(torch.equal(result, results[0]) for result in results)
+
+    @pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.is_available() and missing_compiler(DEVICE) is not None, reason="no compiler")
+    @pytest.mark.parametrize(
+        "case", ["bf16", "fp16", "fp32", "dynamic", "offload_blocks", "first_block", "int8_weight_only", "int8_dynamic", "fp8_dynamic", "lora"]
+    )
+    def test_compiled_it_is_the_same_up_to_rounding(self, wide, prompts, hardware, tmp_path, case):
+        dtype = case if case in DTYPES else "bf16"
+        model = open_handles(wide, dtype, hardware, memory=case if case in MODES else "auto").model
+        if case in QUANTIZE:
+            model = quantized(model, case)
+        elif case == "first_block":
+            model = with_cache(model, Cache(case, strength=0.5))
+        elif case == "lora":
+            name = "transformer.transformer_blocks.0.attn1.to_q"
+            save_file({f"{name}.lora_A.weight": torch.randn(4, 1024), f"{name}.lora_B.weight": torch.randn(1024, 4)}, tmp_path / "l.safetensors")
+            model = with_lora(model, tmp_path / "l.safetensors", 0.1)
+        notes = []
+        ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, on_note=notes.append)
+        print(f"compiled {case}: {error(ours, run(model, prompts)):.1e} {notes}")
+        assert any("Compiled in" in note for note in notes)
+        assert error(ours, run(model, prompts)) < (0.3 if case == "first_block" else 0.1 if case in QUANTIZE else ROUNDING[dtype])
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_fp8_files_stay_fp8_on_the_card(self, tmp_path, prompts, hardware, stored, mode):
+        folder, modules = layouts.build_modules(tmp_path / "it")
+        state = {n: t.to(stored) if t.ndim == 2 and "blocks" in n else t for n, t in modules["transformer"].state_dict().items()}
+        file = layouts.write_file(tmp_path / "fp8.safetensors", state)
+        there, here = (
+            run(open_handles(file, "bf16", where, memory=m, text_encoder=folder / "text_encoder", vae=folder / "vae").model, prompts)
+            for where, m in ((hardware, mode), (Hardware.detect("cpu"), "gpu"))
+        )
+        assert error(there, here) < ROUNDING["bf16"]
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_gguf_runs(self, tmp_path, wide, prompts, hardware, mode):
+        from diffusers import CogVideoXTransformer3DModel
+
+        state = CogVideoXTransformer3DModel.from_pretrained(wide / "transformer").state_dict()
+        file = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0")
+        there = run(open_handles(file, "bf16", hardware, memory=mode).model, prompts)
+        assert error(there, run(open_handles(wide, "bf16", hardware).model, prompts)) < 0.1
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_a_lora_runs_in_every_mode(self, tmp_path, wide, prompts, hardware, mode, dtype):
+        name, generator = "transformer.transformer_blocks.0.ff.net.2", torch.Generator().manual_seed(1)
+        halves = {"A": torch.randn(4, 4096, generator=generator) / 64, "B": torch.randn(1024, 4, generator=generator)}
+        save_file({f"{name}.lora_{half}.weight": tensor for half, tensor in halves.items()}, tmp_path / "l.safetensors")
+        results = {}
+        for memory in ("gpu", mode):
+            model = open_handles(wide, dtype, hardware, memory=memory).model
+            results[memory] = run(with_lora(model, tmp_path / "l.safetensors"), prompts)
+        assert torch.equal(results[mode], results["gpu"])
+        assert error(results[mode], run(model, prompts)) > 1e-3
+
+
+class TestVAE:
+    @pytest.fixture(scope="class")
+    def latent(self):
+        return torch.randn(1, 16, 5, 24, 40, generator=torch.Generator().manual_seed(4))
+
+    def expected(self, folder, latent, dtype):
+        from diffusers import AutoencoderKLCogVideoX
+        from diffusers.video_processor import VideoProcessor
+
+        vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=DTYPES[dtype]).to(DEVICE)
+        with torch.no_grad():
+            frames = vae.decode(latent.to(DEVICE, DTYPES[dtype])).sample
+        return VideoProcessor().postprocess_video(frames, "pt")[0].permute(0, 2, 3, 1).float().cpu()
+
+    @pytest.mark.parametrize("budget", [None, 30 << 20])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_frames_are_those_of_diffusers(self, wide, hardware, latent, dtype, budget):
+        ours, theirs = decode(open_handles(wide, dtype, hardware).vae, latent, budget=budget), self.expected(wide, latent, dtype)
+        print(f"VAE {dtype} {budget}: {error(ours, theirs):.1e}, at most {(ours - theirs).abs().max():.1e}")
+        # Convolutions in fp32 are of TF32 on a card, in diffusers as here.
+        assert error(ours, theirs) < {"fp32": 1e-3, "bf16": 3e-2, "fp16": 4e-3}[dtype]
+
+    def test_frames_are_encoded_as_diffusers_does(self, wide, hardware):
+        from diffusers import AutoencoderKLCogVideoX
+
+        images = torch.rand(17, 96, 160, 3, generator=torch.Generator().manual_seed(2))
+        vae = AutoencoderKLCogVideoX.from_pretrained(wide / "vae").to(DEVICE)
+        with torch.no_grad():
+            expected = vae.encode((images.permute(3, 0, 1, 2)[None] * 2 - 1).to(DEVICE)).latent_dist.mode().cpu()
+        assert error(encode(open_handles(wide, "fp32", hardware).vae, images), expected) < 2e-3
+
+    @needs_cuda
+    @pytest.mark.parametrize("budget", [400 << 20, 150 << 20])
+    def test_it_keeps_to_its_budget(self, wide, hardware, budget):
+        latent, vae = torch.randn(1, 16, 5, 60, 90), open_handles(wide, "bf16", hardware).vae
+        decode(vae, latent[..., :24, :24])
+        collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        decode(vae, latent, budget=budget)
+        taken = torch.cuda.max_memory_allocated() - before
+        print(f"VAE budget {budget >> 20} MiB: {taken >> 20} MiB taken")
+        assert taken < 1.25 * budget
+
+    @needs_cuda
+    def test_where_memory_runs_out_it_goes_on_with_less(self, wide, hardware, monkeypatch):
+        latent, vae, said = torch.randn(1, 16, 5, 60, 90), open_handles(wide, "bf16", hardware).vae, []
+        expected = decode(vae, latent)
+        # What it is told is free is not.
+        monkeypatch.setattr(vae_module, "free_bytes", lambda device: 16 << 30)
+        with at_most(200 << 20):
+            ours = decode(vae, latent, on_heal=said.append)
+        print("\n".join(said))
+        assert said
+        assert error(ours, expected) < ROUNDING["bf16"]
