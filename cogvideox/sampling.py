@@ -206,7 +206,7 @@ def denoise_latents(
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
     # Once: what depends on the prompts alone is computed once for each tensor.
-    joined = [torch.cat(list(prompts))] if sentinel.way.batched else []
+    joined: list[torch.Tensor] = []
     on_device = timesteps.to(latents.device)
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +216,9 @@ def denoise_latents(
             on_begin(index)
         timestep, earlier = timesteps[index], timesteps[index - 1] if index > 0 else None
         current = latents.to(precision.activations)
+        if sentinel.way.batched and not joined:
+            # A smaller way may be batched where the one before was not.
+            joined.append(torch.cat(list(prompts)))
 
         def predict(prompt: torch.Tensor) -> torch.Tensor:
             copies = prompt.shape[0] // current.shape[0]

@@ -282,7 +282,8 @@ class TestSpeedups:
         notes = []
         ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, on_note=notes.append)
         print(f"compiled {case}: {error(ours, run(model, prompts)):.1e} {notes}")
-        assert any("Compiled in" in note for note in notes)
+        # What was compiled for the case before serves a LoRA too.
+        assert case == "lora" or any("Compiled in" in note for note in notes)
         assert error(ours, run(model, prompts)) < (0.3 if case == "first_block" else 0.1 if case in QUANTIZE else ROUNDING[dtype])
 
 

@@ -336,3 +336,22 @@ class TestOutOfMemory:
     def test_a_saved_latent_never_overwrites_another(self, tmp_path):
         paths = [write_latent(torch.zeros(1, 16, 1, 2, 2), tmp_path) for _ in range(3)]
         assert len(set(paths)) == 3
+
+
+def test_a_smaller_way_may_join_the_halves_of_guidance_again(tiny, prompts, monkeypatch):
+    from diffusers import CogVideoXTransformer3DModel
+
+    model, how = open_handles(tiny, "fp32", CPU).model, dict(seed=1, steps=2)
+    expected = sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), **how)
+    real, calls = CogVideoXTransformer3DModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(len(kwargs["hidden_states"]))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", forward)
+    monkeypatch.setattr(sampling_module, "_choose_ways", lambda *_: (Way("gpu", False), Way("offload_blocks", True)))
+    assert torch.equal(sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), **how), expected)
+    assert calls == [1, 2, 2]

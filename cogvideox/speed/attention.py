@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from ..choices import BACKENDS
@@ -19,6 +21,8 @@ _NEEDS: dict[str, tuple[str | None, Callable[[tuple[int, int]], bool]]] = {
     "xformers": ("xformers", lambda capability: capability >= (7, 0)),
     "sage": ("sageattention", lambda capability: capability >= (8, 0)),
 }
+#: The lowest versions that diffusers' dispatch can call; an older one would fail at the first step.
+_LOWEST = {"sageattention": "2.1.1"}
 
 
 def available(device: torch.device) -> tuple[str, ...]:
@@ -73,6 +77,13 @@ def _missing(choice: str, device: torch.device) -> str | None:
         return f"it does not support this card (compute capability {capability[0]}.{capability[1]})"
     if package is not None and find_spec(package) is None:
         return f"the package {package} is not installed"
+    if package in _LOWEST:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = None
+        if found is not None and Version(found) < Version(_LOWEST[package]):
+            return f"the package {package} is {found}, and diffusers needs {_LOWEST[package]} or newer"
     if package is None and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
     return None
