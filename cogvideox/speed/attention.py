@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
-from packaging.version import Version
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from ..choices import BACKENDS
 
@@ -82,7 +82,7 @@ def _missing(choice: str, device: torch.device) -> str | None:
             found = version(package)
         except PackageNotFoundError:
             found = None
-        if found is not None and Version(found) < Version(_LOWEST[package]):
+        if found is not None and TorchVersion(found) < _LOWEST[package]:
             return f"the package {package} is {found}, and diffusers needs {_LOWEST[package]} or newer"
     if package is None and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
