@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -79,7 +79,8 @@ def main() -> None:
     width, height, frames = (1360, 768, 81) if full else (256, 160, 33)
     shape = (1, 16, latent_frames(frames), height // 8, width // 8)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = _build(Path(folder) / "random", (FULL if full else SMALL) | ({"num_layers": options.layers} if options.layers else {}), device)
+        size = FULL if full else SMALL
+        checkpoint = _build(Path(folder) / "random", size | dict(num_layers=options.layers or size["num_layers"]), device)
         _compare(checkpoint, device, shape, options)
 
 
@@ -120,7 +121,7 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
         except Exception as error:
             if side is sides[0]:
                 raise
-            print(f"{side.name}: did not run: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            print(f"{side.name}: did not run: {type(error).__name__}: {[*str(error).splitlines(), ''][0]}")
             sides.remove(side)
             continue
         if reference is None:
@@ -176,14 +177,15 @@ def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch
     """diffusers' unmodified pipeline from the same noise, in our layout."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
-    dtype, kept = model.weights.precision.dtype, []
+    dtype = model.weights.precision.dtype
+
+    @cache
+    def load() -> CogVideoXTransformer3DModel:
+        return CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype).to(device)
 
     def run(on_step: Callable) -> torch.Tensor:
-        if not kept:
-            kept.append(CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype).to(device))
-        transformer = kept[0]
         scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint / "scheduler")
-        pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
+        pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=load(), scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         frames = shape[2] + padding_frames(shape[2], full_config(model.weights.config))
         latents = pipeline(
@@ -210,16 +212,13 @@ def _noise(shape: tuple[int, ...]) -> torch.Tensor:
 def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.Tensor | None = None) -> None:
     """One run of a side; the first one also takes its peak and its error."""
     ends, inside = [], []
-    cuda = device.type == "cuda"
-    if cuda and warm:
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
 
     def on_step() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            if warm and not ends:
+                # What loading and compiling took is not of the steps.
+                torch.cuda.reset_peak_memory_stats(device)
         ends.append(time.perf_counter())
 
     with _same_noise(), _forwards_timed(inside, device):
@@ -233,9 +232,8 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
     if reference is not None:
         side.error = ((latents - reference).norm() / reference.norm()).item()
     gc.collect()
-    if cuda:
-        # Less the weights, wherever they were before: what is left beside them is what the run itself took.
-        side.peak = torch.cuda.max_memory_allocated(device) - max(before, torch.cuda.memory_allocated(device))
+    if device.type == "cuda":
+        side.peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     elif "compile" not in side.name:
         # What counts cannot be compiled.
         with LiveBytes() as live:

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from einops import rearrange
@@ -205,9 +205,12 @@ def denoise_latents(
     """
     guided = cfg > 1.0
     previous_clean, total = None, len(timesteps)
-    # Once: what depends on the prompts alone is computed once for each tensor.
-    joined: list[torch.Tensor] = []
     on_device = timesteps.to(latents.device)
+
+    @cache
+    def joined() -> torch.Tensor:
+        # One tensor for all steps: what depends on the prompts alone is computed once for each.
+        return torch.cat(list(prompts))
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         # A step that is done again draws the same noise again.
@@ -216,9 +219,6 @@ def denoise_latents(
             on_begin(index)
         timestep, earlier = timesteps[index], timesteps[index - 1] if index > 0 else None
         current = latents.to(precision.activations)
-        if sentinel.way.batched and not joined:
-            # A smaller way may be batched where the one before was not.
-            joined.append(torch.cat(list(prompts)))
 
         def predict(prompt: torch.Tensor) -> torch.Tensor:
             copies = prompt.shape[0] // current.shape[0]
@@ -234,7 +234,7 @@ def denoise_latents(
                 return_dict=False,
             )[0].float()
 
-        prediction = torch.cat([predict(prompt) for prompt in (joined if sentinel.way.batched else prompts)])
+        prediction = torch.cat([predict(prompt) for prompt in ([joined()] if sentinel.way.batched else prompts)])
         if guided:
             scale = dynamic_guidance(cfg, scheduler.num_inference_steps, timestep.item()) if dynamic_cfg else cfg
             prediction = guide(*prediction.chunk(2), scale)

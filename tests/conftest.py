@@ -8,6 +8,7 @@ import torch
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.handles import open_handles
 from cogvideox.precision.hardware import Hardware
+from tests.loud_models import loud_stream, loud_t5
 from tests.reference import draw_prompts
 from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_deep
 
@@ -83,6 +84,17 @@ def inputs():
 def deep(tmp_path_factory):
     """The folder of a tiny checkpoint of several blocks, stored in fp32, for what works block by block."""
     return build_deep(tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="session")
+def loud(tmp_path_factory):
+    """The folder of a tiny checkpoint whose residual streams pass 1e5: plain fp16 cannot hold them."""
+
+    def change(parts):
+        loud_stream(parts["transformer"], 3e4, gate=10.0)
+        loud_t5(parts["text_encoder"], 3e4, 3e3)
+
+    return build_checkpoint(tmp_path_factory.mktemp("loud") / "loud", change=change)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,11 @@ from einops import rearrange
 from tests.tiny_checkpoint import TEXT_WIDTH
 
 
+def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2, in float64."""
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def draw_prompts(tokens=226):
     """The embeddings of a prompt and of a negative one, ``[1, tokens, width]`` each, as the tiny text encoder would give them."""
     generator = torch.Generator().manual_seed(5)

@@ -25,8 +25,7 @@ from cogvideox.speed.compiled import Compiled, missing_compiler
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
 from tests import layouts
-from tests.loud_models import loud_stream, loud_t5
-from tests.reference import reference_latents
+from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
 
 DEVICE = torch.device(os.environ.get("COGVIDEOX_TEST_DEVICE", "cuda"))
@@ -38,6 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Relative L2 that the order of sums may cost.
 ROUNDING = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 SHAPE = (1, 16, 5, 24, 40)
+#: Of a video whose activations are seen beside the weights.
+LARGE = (1, 16, 9, 60, 90)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +62,27 @@ def run(model, prompts, shape=SHAPE, steps=4, seed=1, **settings):
     return sample(model, *prompts, torch.zeros(shape), seed=seed, steps=steps, **settings)
 
 
-def error(ours, expected):
-    return ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
 def collect():
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def taken_by(work):
+    """Bytes that ``work()`` took at most on the card, beside what was there."""
+    collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def write_lora(path, module, inside, outside):
+    generator = torch.Generator().manual_seed(1)
+    halves = {"A": torch.randn(4, inside, generator=generator) / inside**0.5, "B": torch.randn(outside, 4, generator=generator)}
+    save_file({f"transformer.transformer_blocks.0.{module}.lora_{half}.weight": tensor for half, tensor in halves.items()}, path)
+    return path
 
 
 @contextmanager
@@ -127,20 +140,16 @@ class TestSampling:
 
 
 class TestPrecision:
-    @pytest.fixture(scope="class")
-    def loud(self, tmp_path_factory):
-        def change(parts):
-            loud_stream(parts["transformer"], 3e4, gate=10.0)
-            loud_t5(parts["text_encoder"], 3e4, 3e3)
-
-        return build_checkpoint(tmp_path_factory.mktemp("loud") / "loud", change=change)
-
-    def test_range_safe_fp16_is_the_fp32_video_where_plain_fp16_is_healed(self, loud, prompts, hardware):
+    def test_range_safe_fp16_is_the_fp32_video_where_plain_fp16_is_healed(self, loud, prompts, hardware, monkeypatch):
+        # For one seed, PyTorch up to 2.11 draws other numbers in 16 bits than in fp32: another video.
+        noise = torch.randn(1, 6, 16, *SHAPE[3:], generator=torch.Generator().manual_seed(8))
+        monkeypatch.setattr(sampling_module, "_draw_noise", lambda like, _: noise.to(like))
         exact = run(open_handles(loud, "fp32", hardware).model, prompts)
         safe, bf16 = (run(open_handles(loud, dtype, hardware).model, prompts) for dtype in ("fp16", "bf16"))
         healed, said = open_handles(loud, "fp16", hardware, "warn"), []
         plain = run(healed.model, prompts, on_heal=said.append)
         print(f"range-safe {error(safe, exact):.1e}, bf16 {error(bf16, exact):.1e}, healed {error(plain, exact):.1e}: {said}")
+        assert error(bf16, exact) < 0.15
         assert max(error(safe, exact), error(plain, exact)) < 2 * error(bf16, exact)
         assert said
 
@@ -172,44 +181,38 @@ class TestMemory:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
     @pytest.mark.parametrize("mode", MODES)
     def test_the_plan_is_what_a_run_takes(self, wide, prompts, hardware, mode, dtype):
-        shape = (1, 16, 9, 60, 90)
         model = open_handles(wide, dtype, hardware, memory=mode).model
-        plan = plan_memory(model, shape)
+        plan = plan_memory(model, LARGE)
         # What cuBLAS works in is not of the run.
         run(model, prompts, steps=1)
-        collect()
-        before = torch.cuda.memory_allocated() - model.weights.resident
-        torch.cuda.reset_peak_memory_stats()
-        run(model, prompts, shape, steps=2)
-        taken = torch.cuda.max_memory_allocated() - before
+        taken = model.weights.resident + taken_by(lambda: run(model, prompts, LARGE, steps=2))
         print(f"{dtype} {mode}: planned {plan.needed[mode] / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB ({taken / plan.needed[mode]:.2f})")
         assert 0.7 * plan.needed[mode] < taken < 1.1 * plan.needed[mode]
 
     @needs_cuda
     def test_where_memory_runs_out_a_smaller_way_gives_the_same(self, wide, prompts, hardware, monkeypatch):
-        shape = (1, 16, 9, 60, 90)
-        expected = run(open_handles(wide, "bf16", hardware).model, prompts, shape)
-        plan = plan_memory(open_handles(wide, "bf16", hardware).model, shape)
+        expected = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE)
+        plan = plan_memory(open_handles(wide, "bf16", hardware).model, LARGE)
         # So that it is found out, and not foreseen.
         monkeypatch.setattr(sampling_module, "plan_memory", lambda *_: plan)
         said = []
         with at_most(0.5 * plan.needed["gpu"]):
-            ours = run(open_handles(wide, "bf16", hardware).model, prompts, shape, on_heal=said.append)
+            ours = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE, on_heal=said.append)
         print("\n".join(said))
         assert said
         assert error(ours, expected) < ROUNDING["bf16"]
 
     @needs_cuda
     def test_where_it_is_known_to_be_too_little_the_smaller_way_is_taken_at_once(self, wide, prompts, hardware, monkeypatch):
-        shape, told, healed = (1, 16, 9, 60, 90), [], []
+        told, healed = [], []
         model = open_handles(wide, "bf16", hardware).model
-        expected, plan = run(model, prompts, shape), plan_memory(model, shape)
+        expected, plan = run(model, prompts, LARGE), plan_memory(model, LARGE)
         collect()
         room = plan.bytes_of(ways((True, False))[-1]) * 1.3 + 50e6
         monkeypatch.setattr("cogvideox.handles.free_bytes", lambda device: int(room))
         model.weights.release()
         with at_most(room):
-            ours = run(model, prompts, shape, on_note=told.append, on_heal=healed.append)
+            ours = run(model, prompts, LARGE, on_note=told.append, on_heal=healed.append)
         print(told, healed)
         assert told
         assert not healed
@@ -276,15 +279,14 @@ class TestSpeedups:
         elif case == "first_block":
             model = with_cache(model, Cache(case, strength=0.5))
         elif case == "lora":
-            name = "transformer.transformer_blocks.0.attn1.to_q"
-            save_file({f"{name}.lora_A.weight": torch.randn(4, 1024), f"{name}.lora_B.weight": torch.randn(1024, 4)}, tmp_path / "l.safetensors")
-            model = with_lora(model, tmp_path / "l.safetensors", 0.1)
+            model = with_lora(model, write_lora(tmp_path / "l.safetensors", "attn1.to_q", 1024, 1024))
         notes = []
         ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, on_note=notes.append)
-        print(f"compiled {case}: {error(ours, run(model, prompts)):.1e} {notes}")
+        found = error(ours, run(model, prompts))
+        print(f"compiled {case}: {found:.1e} {notes}")
         # What was compiled for the case before serves a LoRA too.
         assert case == "lora" or any("Compiled in" in note for note in notes)
-        assert error(ours, run(model, prompts)) < (0.3 if case == "first_block" else 0.1 if case in QUANTIZE else ROUNDING[dtype])
+        assert found < (0.3 if case == "first_block" else 0.1 if case in QUANTIZE else ROUNDING[dtype])
 
 
 class TestLayouts:
@@ -312,13 +314,10 @@ class TestLayouts:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_a_lora_runs_in_every_mode(self, tmp_path, wide, prompts, hardware, mode, dtype):
-        name, generator = "transformer.transformer_blocks.0.ff.net.2", torch.Generator().manual_seed(1)
-        halves = {"A": torch.randn(4, 4096, generator=generator) / 64, "B": torch.randn(1024, 4, generator=generator)}
-        save_file({f"{name}.lora_{half}.weight": tensor for half, tensor in halves.items()}, tmp_path / "l.safetensors")
-        results = {}
+        lora, results = write_lora(tmp_path / "l.safetensors", "ff.net.2", 4096, 1024), {}
         for memory in ("gpu", mode):
             model = open_handles(wide, dtype, hardware, memory=memory).model
-            results[memory] = run(with_lora(model, tmp_path / "l.safetensors"), prompts)
+            results[memory] = run(with_lora(model, lora), prompts)
         assert torch.equal(results[mode], results["gpu"])
         assert error(results[mode], run(model, prompts)) > 1e-3
 
@@ -357,19 +356,15 @@ class TestVAE:
     @needs_cuda
     @pytest.mark.parametrize("budget", [400 << 20, 150 << 20])
     def test_it_keeps_to_its_budget(self, wide, hardware, budget):
-        latent, vae = torch.randn(1, 16, 5, 60, 90), open_handles(wide, "bf16", hardware).vae
+        latent, vae = torch.randn(1, 16, 5, *LARGE[3:]), open_handles(wide, "bf16", hardware).vae
         decode(vae, latent[..., :24, :24])
-        collect()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        decode(vae, latent, budget=budget)
-        taken = torch.cuda.max_memory_allocated() - before
+        taken = taken_by(lambda: decode(vae, latent, budget=budget))
         print(f"VAE budget {budget >> 20} MiB: {taken >> 20} MiB taken")
         assert taken < 1.25 * budget
 
     @needs_cuda
     def test_where_memory_runs_out_it_goes_on_with_less(self, wide, hardware, monkeypatch):
-        latent, vae, said = torch.randn(1, 16, 5, 60, 90), open_handles(wide, "bf16", hardware).vae, []
+        latent, vae, said = torch.randn(1, 16, 5, *LARGE[3:]), open_handles(wide, "bf16", hardware).vae, []
         expected = decode(vae, latent)
         # What it is told is free is not.
         monkeypatch.setattr(vae_module, "free_bytes", lambda device: 16 << 30)

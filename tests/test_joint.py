@@ -129,6 +129,22 @@ class TestAttention:
         with pytest.raises(ValueError, match="the package flash_attn is not installed"):
             check_attention("flash", torch.device("cuda"), torch.float16)
 
+    @pytest.mark.parametrize(("found", "runs"), [("1.0.6", False), ("2.1.0", False), ("2.1.1", True), ("2.10.0", True)])
+    def test_a_package_older_than_diffusers_calls_is_not_offered(self, monkeypatch, found, runs):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(attention_module, "find_spec", lambda name: name == "sageattention" or None)
+        monkeypatch.setattr(attention_module, "version", lambda name: found)
+        assert ("sage" in available(torch.device("cuda"))) == runs
+        if not runs:
+            with pytest.raises(ValueError, match=f"the package sageattention is {found}, and diffusers calls 2.1.1 and newer only"):
+                check_attention("sage", torch.device("cuda"), torch.float16)
+
+    def test_the_lowest_versions_are_those_of_diffusers(self):
+        from diffusers.models import attention_dispatch
+
+        lowest = {choice: lowest for choice, (_, lowest, _) in attention_module._NEEDS.items() if lowest}
+        assert lowest == {choice: getattr(attention_dispatch, f"_REQUIRED_{choice.upper()}_VERSION") for choice in ("flash", "xformers", "sage")}
+
     @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
     def test_what_is_chosen_runs_and_afterwards_the_model_is_as_it_was(self, tiny, monkeypatch, dtype):
         """PyTorch's plain kernel stands for one that a card would have; fp16 runs range-safe."""

@@ -18,6 +18,7 @@ from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
+from tests.reference import error
 from tests.reference import run_module as run
 
 RANK = 3
@@ -88,10 +89,6 @@ def with_peft(tiny):
         return module.double()
 
     return get
-
-
-def error(ours, expected):
-    return ((ours.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -30,6 +30,7 @@ from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
 from tests.memory import left_behind
+from tests.reference import error
 from tests.reference import run_module as run
 from tests.test_generate import run as run_generate
 from tests.tiny_checkpoint import build_transformer
@@ -82,10 +83,6 @@ def unmodified(tiny):
 def exact(unmodified, inputs):
     """What the model gives in float64."""
     return run(unmodified({}), inputs, torch.float64)
-
-
-def error(ours, expected):
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 class TestRounding:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cogvideox.geometry import rotary_embedding
 from cogvideox.precision.range_safe import RangeSafeLinear, is_range_safe, make_range_safe
 from tests.loud_models import loud_inner, loud_norms, loud_stream, loud_t5, loud_values, outlier_channels
+from tests.reference import error
 from tests.tiny_checkpoint import TEXT_WIDTH, build_text_encoder, build_transformer
 
 
@@ -54,10 +55,6 @@ def peak(model, runner, where=lambda name: True):
     for hook in hooks:
         hook.remove()
     return max(seen)
-
-
-def error(result, truth):
-    return ((result - truth).norm() / truth.norm()).item()
 
 
 def transformer(variant="1.5", seed=0, **changes):

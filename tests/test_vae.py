@@ -15,6 +15,7 @@ from cogvideox.strips import Strips
 from cogvideox.vae import chunk_lengths, decode, encode
 from tests.conftest import CPU
 from tests.memory import count_strips
+from tests.reference import error
 from tests.tiny_checkpoint import build_vae
 
 
@@ -25,10 +26,6 @@ def reference(pipeline, latents):
         frames = pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample
     images = pipeline.video_processor.postprocess_video(frames, output_type="np")
     return torch.from_numpy(images).flatten(0, 1)
-
-
-def error(ours, expected):
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (2, 1), (3, 2), (4, 1), (5, 2), (8, 1)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -13,16 +13,14 @@ from ..choices import BACKENDS
 
 #: Those that also take fp32.
 _FP32 = ("auto", "sdpa", "xformers")
-#: Choice -> the package it needs, and the CUDA compute capabilities it runs on.
-_NEEDS: dict[str, tuple[str | None, Callable[[tuple[int, int]], bool]]] = {
-    "cudnn": (None, lambda capability: capability >= (8, 0)),
-    "flash": ("flash_attn", lambda capability: capability >= (8, 0)),
-    "flash3": ("flash_attn_interface", lambda capability: capability[0] == 9),
-    "xformers": ("xformers", lambda capability: capability >= (7, 0)),
-    "sage": ("sageattention", lambda capability: capability >= (8, 0)),
+#: Choice -> the package it needs, the lowest version of it that diffusers' dispatch can call, and the CUDA compute capabilities it runs on.
+_NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool]]] = {
+    "cudnn": (None, None, lambda capability: capability >= (8, 0)),
+    "flash": ("flash_attn", "2.6.3", lambda capability: capability >= (8, 0)),
+    "flash3": ("flash_attn_interface", None, lambda capability: capability[0] == 9),
+    "xformers": ("xformers", "0.0.29", lambda capability: capability >= (7, 0)),
+    "sage": ("sageattention", "2.1.1", lambda capability: capability >= (8, 0)),
 }
-#: The lowest versions that diffusers' dispatch can call; an older one would fail at the first step.
-_LOWEST = {"sageattention": "2.1.1"}
 
 
 def available(device: torch.device) -> tuple[str, ...]:
@@ -69,7 +67,7 @@ def _missing(choice: str, device: torch.device) -> str | None:
     """What keeps a choice from running, in words; None if nothing does."""
     if choice not in _NEEDS:
         return None
-    package, runs_on = _NEEDS[choice]
+    package, lowest, runs_on = _NEEDS[choice]
     if device.type != "cuda":
         return f"it needs an NVIDIA card, and the model runs on {device.type}"
     capability = torch.cuda.get_device_capability(device)
@@ -77,13 +75,8 @@ def _missing(choice: str, device: torch.device) -> str | None:
         return f"it does not support this card (compute capability {capability[0]}.{capability[1]})"
     if package is not None and find_spec(package) is None:
         return f"the package {package} is not installed"
-    if package in _LOWEST:
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            found = None
-        if found is not None and TorchVersion(found) < _LOWEST[package]:
-            return f"the package {package} is {found}, and diffusers needs {_LOWEST[package]} or newer"
+    if lowest is not None and TorchVersion(version(package)) < lowest:
+        return f"the package {package} is {version(package)}, and diffusers calls {lowest} and newer only"
     if package is None and not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
     return None

@@ -2,7 +2,8 @@
 
 ``CogVideoXBlock`` holds text and video apart, and joins them for the attention and again for the feed-forward; its rotary positions take ten passes
 over queries and keys. Here the stream stays joined and what a block makes is worked on in place, each number by the same operations in the same
-order: the result is equal bit for bit. Modules are called as diffusers calls them, so that hooks on them (LoRAs, offloading, caches) work.
+order: the result is equal bit for bit on a CPU, and up to rounding on a card. Modules are called as diffusers calls them, so that hooks on
+them (LoRAs, offloading, caches) work.
 """
 
 import types
