@@ -13,9 +13,10 @@ import comfy.supported_models_base
 import comfy.text_encoders.cogvideo
 import comfy.text_encoders.genmo
 import comfy.text_encoders.sd3_clip
-import nodes
 import torch
 from safetensors.torch import save_file
+
+import nodes
 
 SIZES = {"d_model": 4096, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2}
 PROMPTS = ["a panda plays the guitar in a bamboo forest", "", "word " * 400]
