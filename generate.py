@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
 from cogvideox.dependencies import DependencyError, require_dependencies
 

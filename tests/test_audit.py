@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -300,7 +301,15 @@ def test_what_progress_raises_stops_the_scan_and_leaves_nothing_behind(tmp_path,
     thread_count(threads)
     blocks = []
     look = audit._look
-    monkeypatch.setattr(audit, "_look", lambda *arguments: (blocks.append(1), look(*arguments)))
+
+    def look_slowly(*arguments):
+        """The other threads must not be through before this one, starved on a busy machine, has its first turn."""
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.01)
+        blocks.append(1)
+        return look(*arguments)
+
+    monkeypatch.setattr(audit, "_look", look_slowly)
     stored = write(tmp_path / "weights", {"w": torch.randn(1_000_000)})
 
     class Interrupted(BaseException):

@@ -156,6 +156,13 @@ class TestWindows:
         found, strong = generate._lora(f"{path}:{strength}")
         assert (PureWindowsPath(str(found)), strong) == (PureWindowsPath(path), float(strength))
 
+    def test_the_script_runs_in_the_portables_python(self, source, tmp_path):
+        """Its ``._pth`` file keeps the script's folder off ``sys.path``, as ``-I`` does."""
+        command = [sys.executable, "-I", ROOT / "generate.py", "--json", "--check", source[0]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["verdict"]
+
     def test_weights_run_from_maps_that_nothing_may_write_to(self, tiny, tmp_path):
         """As files are mapped there. A write would end the process, so it runs in one of its own."""
         assert (loading._ACCESS == mmap.ACCESS_READ) == (os.name == "nt")
