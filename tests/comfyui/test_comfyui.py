@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -273,11 +274,13 @@ def test_the_downloader_does_nothing_until_it_is_switched_on(comfy):
     assert [path.name for path in (comfy.base / "models" / "CogVideo").iterdir()] == ["CogVideoX1.5-5B"]
 
 
-def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has(comfy):
+def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has_and_our_video(comfy):
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "clip_script.py"), str(ROOT), "--cpu"]
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("relative L2") == 9
+    *embeddings, video = done.stdout.strip().splitlines()[-10:]
+    assert all(re.match(r"(cogvideox|sd3|mochi) \d+: \[1, 226, 4096\] relative L2 ", line) for line in embeddings)
+    assert video.startswith("CLIP Text Encode into the sampler: relative L2 ")
 
 
 def test_comfyuis_memory_management_and_ours_are_one(comfy):
