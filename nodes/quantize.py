@@ -34,8 +34,8 @@ class Quantize(Node):
                     list(QUANTIZE),
                     {
                         "tooltip": "int8_weight_only: half the memory of bf16, on any card, nearest to the original. fp8_weight_only: the same size, "
-                        "a few times farther off. int8_dynamic, fp8_dynamic: the products are of int8 or fp8 too, which is faster on cards that have "
-                        "them (int8: RTX 20xx and newer; fp8: RTX 40xx, H100 and newer) and loses more."
+                        "a few times farther off. int8_dynamic, fp8_dynamic: the products are of int8 or fp8 too, which can be faster on cards that "
+                        "have them (int8: RTX 20xx and newer; fp8: RTX 40xx, H100 and newer) and loses more."
                     },
                 ),
             },
