@@ -1,6 +1,8 @@
 """The nodes keep their contract, explain themselves, and work together without ComfyUI."""
 
+import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -329,15 +331,13 @@ class TestModelFolders:
         return host
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
-        import json
-
-        for root in host._roots("CogVideo", "diffusers"):
-            (root / "tiny").symlink_to(tiny)
-        (host._roots("CogVideo", "diffusers")[1] / "other").symlink_to(tiny)
-        flux = host._roots("CogVideo", "diffusers")[1] / "flux" / "transformer"
+        ours, diffusers = host._roots("CogVideo", "diffusers")
+        for place in (ours / "tiny", diffusers / "tiny", diffusers / "other"):
+            shutil.copytree(tiny, place)
+        flux = diffusers / "flux" / "transformer"
         flux.mkdir(parents=True)
         (flux / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-        (host._roots("CogVideo", "diffusers")[0] / "notes.txt").write_text("x")
+        (ours / "notes.txt").write_text("x")
         what = "CogVideoX1.5 (custom size: 2 layers x 2 heads) · bf16 · diffusers"
         assert [entry.label for entry in host.checkpoints()] == [f"tiny · {what}", f"other · {what}"]
         assert host.checkpoint_path("tiny").parent.name == "CogVideo"
@@ -350,15 +350,12 @@ class TestModelFolders:
         assert str(host._roots("CogVideo", "diffusers")[0]) in said
 
     def test_a_checkpoint_that_is_gone_names_those_that_are_there(self, pack, host, tiny):
-        (host._roots("CogVideo", "diffusers")[0] / "tiny").symlink_to(tiny)
+        shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert loader.VALIDATE_INPUTS(model="tiny") is True
 
     def test_a_changed_file_is_noticed(self, pack, host, tiny):
-        import os
-        import shutil
-
         folder = shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         before = loader.IS_CHANGED(model="tiny", dtype="auto")

@@ -54,11 +54,10 @@ def missing_compiler(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device, as a clause; None where the tools are there."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
 
         try:
             get_cpp_compiler()
-        except InvalidCxxCompiler:
+        except RuntimeError:  # InvalidCxxCompiler; on Windows, torch before 2.12 raises a plain one.
             return "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the Visual Studio Build Tools)"
     elif device.type in ("cuda", "xpu"):
         from torch.utils._triton import has_triton
