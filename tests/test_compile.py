@@ -166,7 +166,7 @@ class TestTraces:
 class TestFallback:
     @pytest.mark.parametrize("error", [InvalidCxxCompiler, RuntimeError])
     def test_without_a_compiler_the_run_goes_on_and_says_why(self, model, prompts, graphs, monkeypatch, error):
-        """A plain RuntimeError is what torch before 2.12 raises on Windows."""
+        """A plain RuntimeError is what torch 2.11 raises on Windows."""
         from torch._inductor import cpp_builder
 
         def missing(*_):

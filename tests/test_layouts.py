@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from cogvideox import sampling
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.geometry import empty_latent, rotary_embedding
@@ -277,12 +276,6 @@ def test_fp8_files_stay_in_fp8_in_memory_and_compute_as_the_widened_weights_do(t
                 assert torch.equal(made, run(load_module(open_part(wide, kind), BF16, DEVICE), torch.bfloat16))
             else:
                 assert (made - wanted).norm() / wanted.norm() <= limit
-
-
-@pytest.fixture
-def one_noise(monkeypatch):
-    """The same noise in every dtype: for one seed, torch before 2.12 draws other numbers in 16 bits than in fp32."""
-    monkeypatch.setattr(sampling, "_draw_noise", lambda like, generator: torch.randn(like.shape, generator=generator).to(like))
 
 
 @pytest.mark.usefixtures("one_noise")

@@ -57,7 +57,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
         try:
             get_cpp_compiler()
-        except RuntimeError:  # InvalidCxxCompiler; on Windows, torch before 2.12 raises a plain one.
+        except RuntimeError:  # InvalidCxxCompiler; on Windows, torch 2.11 raises a plain one.
             return "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the Visual Studio Build Tools)"
     elif device.type in ("cuda", "xpu"):
         from torch.utils._triton import has_triton
