@@ -76,7 +76,7 @@ def test_the_chinese_words_name_the_same_choices_files_and_figures():
 
 def test_there_is_a_help_page_for_every_node_and_for_nothing_else(pack):
     assert set(NODES) == set(pack.NODE_CLASS_MAPPINGS)
-    assert {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} == {HELP[language].format(node) for language in HELP for node in NODES}
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} == {HELP[language].format(node) for language in HELP for node in NODES}
     assert (ROOT / pack.WEB_DIRECTORY / "docs").samefile(DOCS)
 
 

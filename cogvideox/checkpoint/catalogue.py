@@ -82,7 +82,8 @@ def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
 
 
 def _subfolders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    # By name: paths themselves compare differently on Windows, and the first of the list is the loader's default.
+    return sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.name) if root.is_dir() else []
 
 
 def _folder_entries(folder: Path) -> list[Entry]:
