@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from cogvideox import handles as handles_module
@@ -26,7 +27,14 @@ def prompts():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
+def use_backend(monkeypatch):
+    """Sets what stands in for inductor, which needs no C++ compiler."""
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda *_: "none")
+    return lambda backend: monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+
+
+@pytest.fixture
+def graphs(use_backend):
     """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one was."""
     captured = []
 
@@ -34,7 +42,7 @@ def graphs(monkeypatch):
         captured.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+    use_backend(backend)
     return captured
 
 
@@ -167,7 +175,6 @@ class TestFallback:
     @pytest.mark.parametrize("error", [InvalidCxxCompiler, RuntimeError])
     def test_without_a_compiler_the_run_goes_on_and_says_why(self, model, prompts, graphs, monkeypatch, error):
         """A plain RuntimeError is what torch 2.11 raises on Windows."""
-        from torch._inductor import cpp_builder
 
         def missing(*_):
             raise error()
@@ -183,20 +190,20 @@ class TestFallback:
         assert "triton is not installed" in missing_compiler(torch.device("cuda"))
         assert "cannot compile for" in missing_compiler(torch.device("meta"))
 
-    def test_where_compiling_fails_the_run_goes_on_and_says_why(self, model, prompts, monkeypatch):
+    def test_where_compiling_fails_the_run_goes_on_and_says_why(self, model, prompts, use_backend):
         calls = []
 
         def backend(graph, inputs, **_):
             calls.append(1)
             raise ValueError("this card is too old")
 
-        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        use_backend(backend)
         said = []
         assert torch.equal(run(model, prompts, Compiled(), said), run(model, prompts))
         assert calls == [1]
         assert "Compiling failed, so the model runs on without: this card is too old" in said
 
-    def test_memory_that_runs_out_while_compiling_is_no_reason_to_give_up(self, deep, model, prompts, monkeypatch):
+    def test_memory_that_runs_out_while_compiling_is_no_reason_to_give_up(self, deep, model, prompts, use_backend):
         calls, healed = [], []
 
         def backend(graph, inputs, **_):
@@ -205,7 +212,7 @@ class TestFallback:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return graph.forward
 
-        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        use_backend(backend)
         ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, on_heal=healed.append)
         assert torch.equal(ours, run(model, prompts, cfg=1.0))
         assert "step 1 of 3: cpu ran out of memory" in healed[0]
@@ -213,13 +220,13 @@ class TestFallback:
 
 
 class TestHealing:
-    def test_a_step_that_is_not_finite_is_run_again_as_the_blocks_are_written(self, deep, prompts, monkeypatch):
+    def test_a_step_that_is_not_finite_is_run_again_as_the_blocks_are_written(self, deep, prompts, use_backend):
         """Code that a compiler got wrong: the blocks themselves give what they should."""
 
         def backend(graph, inputs, **_):
             return lambda *given: tuple(output * math.nan for output in graph.forward(*given))
 
-        monkeypatch.setattr(compiled_module, "_BACKEND", backend)
+        use_backend(backend)
         model, healed = open_handles(deep, "fp32", CPU).model, []
         ours = run(model, prompts, Compiled(), on_heal=healed.append)
         assert torch.equal(ours, run(model, prompts))
