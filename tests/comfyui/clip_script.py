@@ -35,7 +35,7 @@ def clip_of(module, tokenizer, **options):
 torch.manual_seed(0)
 t5 = tiny.build_text_encoder(vocabulary=32128, layers=2, width=4096, inner=64)
 STATE = {name: value.clone() for name, value in t5.state_dict().items()}
-with tempfile.TemporaryDirectory() as name:
+with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # Windows deletes no file that is mapped.
     folder = tiny.build_checkpoint(Path(name) / "tiny", change=lambda parts: parts.update(transformer=tiny.build_transformer(text_embed_dim=4096)))
     save_file(STATE, Path(name) / "t5xxl.safetensors")
     layout, handles, text = (importlib.import_module(f"pack.cogvideox.{part}") for part in ("checkpoint.layout", "handles", "text"))
