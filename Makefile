@@ -7,6 +7,9 @@ RUN := $(VENV)/bin/python
 DEMO := demo
 MODEL ?= $(DEMO)/tiny-checkpoint
 
+# Packages are installed without bytecode, which takes long; what is imported is compiled once, and not in every process anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test test-lowest demo lint clean
 
 test: $(VENV)/installed lint
