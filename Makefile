@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two processes of one thread each: most tests are too small to gain from more threads.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 DEMO := demo
 MODEL ?= $(DEMO)/tiny-checkpoint
 
@@ -13,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: test test-lowest demo lint clean
 
 test: $(VENV)/installed lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -21,7 +23,7 @@ lint: $(VENV)/installed
 
 # The same tests with the lowest versions that requirements.txt allows. Needs Python 3.10 to 3.12: sentencepiece 0.2.0 has no wheel for 3.13.
 test-lowest: $(VENV)-lowest/installed
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest $(SIDE_BY_SIDE)
 
 $(VENV)-lowest/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)-lowest

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ CPU = Hardware(torch.device("cpu"), "CPU")
 @pytest.fixture(scope="session", autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,6 @@ print(json.dumps([peak, sum(weights.values())]))
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     peak, weights = json.loads(done.stdout)
     assert weights > 250e6
-    print(peak / weights, weights)
     assert peak < 1.15 * weights
 
 
