@@ -13,6 +13,9 @@ import tempfile
 from importlib import metadata, util
 from pathlib import Path
 
+# The python_embeded of ComfyUI's Windows portable has a ._pth file, and so does not look beside the script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from cogvideox.dependencies import REQUIREMENTS, unfit
 
 

@@ -163,6 +163,12 @@ class TestWindows:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["verdict"]
 
+    def test_so_does_what_the_manager_runs(self, tmp_path):
+        """Loaded, not run: where a package does not fit, it would call pip."""
+        command = [sys.executable, "-I", "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='install')", ROOT / "install.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     def test_weights_run_from_maps_that_nothing_may_write_to(self, tiny, tmp_path):
         """As files are mapped there. A write would end the process, so it runs in one of its own."""
         assert (loading._ACCESS == mmap.ACCESS_READ) == (os.name == "nt")
