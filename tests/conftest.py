@@ -64,6 +64,13 @@ def one_noise(monkeypatch):
     monkeypatch.setattr(sampling, "_draw_noise", lambda like, generator: torch.randn(like.shape, generator=generator).to(like))
 
 
+@pytest.fixture
+def use_backend(monkeypatch):
+    """Sets what stands in for inductor, which needs no C++ compiler."""
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda *_: "none")
+    return lambda backend: monkeypatch.setattr("cogvideox.speed.compiled._BACKEND", backend)
+
+
 @pytest.fixture(scope="session")
 def prompts():
     return draw_prompts()

@@ -11,7 +11,6 @@ from torch._inductor.exc import InvalidCxxCompiler
 from cogvideox import handles as handles_module
 from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
 from cogvideox.sampling import sample
-from cogvideox.speed import compiled as compiled_module
 from cogvideox.speed.cache import Cache
 from cogvideox.speed.compiled import Compiled, missing_compiler
 from tests import layouts
@@ -24,13 +23,6 @@ from tests.tiny_checkpoint import LAYERS
 @pytest.fixture(scope="module")
 def prompts():
     return draw_prompts(8)
-
-
-@pytest.fixture
-def use_backend(monkeypatch):
-    """Sets what stands in for inductor, which needs no C++ compiler."""
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda *_: "none")
-    return lambda backend: monkeypatch.setattr(compiled_module, "_BACKEND", backend)
 
 
 @pytest.fixture

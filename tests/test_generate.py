@@ -237,11 +237,8 @@ class TestImagesVideosAndLoras:
         assert "LoRA lora.safetensors: strength 0.5, rank 2, 1 layers" in said
         assert "LoRA lora.safetensors: strength 1, rank 2, 1 layers" in said
 
-    def test_a_cache_and_compiling_are_said_and_used(self, tiny, tmp_path, capsys, caplog, monkeypatch):
-        from cogvideox.speed import compiled
-
-        monkeypatch.setattr(compiled, "_BACKEND", "eager")
-        monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
+    def test_a_cache_and_compiling_are_said_and_used(self, tiny, tmp_path, capsys, caplog, use_backend):
+        use_backend("eager")
         more = ("--frames", 17, "--cache", "taylorseer:0.5", "--cache-range", 0, 1, "--compile")
         code, said, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", *more))
         assert code == 0, error
