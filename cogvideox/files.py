@@ -1,0 +1,163 @@
+"""Files that people hand over or get: read with bounds, written whole or not at all."""
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .words import reason, short
+
+#: Bytes of a text file (config, index, workflow) that are read: the largest that is known, T5's tokenizer.json, has 2.4 MB.
+MAX_TEXT = 64 << 20
+#: Levels of brackets in brackets: configs have 3, workflows with subgraphs about 12.
+MAX_NESTING = 100
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait for ever, or never end.
+
+    Raises:
+        ValueError: if it is something else, a link to what is gone, or cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        raise ValueError(unreadable(path, error)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(
+                f"{short(path, 400)} is a folder, pipe or device and no regular file, so nothing is read from it. Choose the file itself."
+            )
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The sentence for a file that cannot be opened or read."""
+    link = f"a link to {short(os.readlink(path), 200)}, which is gone" if os.path.islink(path) and not os.path.exists(path) else None
+    return f"{short(path, 400)} cannot be read ({link or reason(error)}). Check the path and your rights, or download the file again."
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
+    """Read a whole regular file.
+
+    Raises:
+        ValueError: if it cannot be read, or has more than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(
+                f"{short(path, 400)} has {size:,} bytes, and a file of its kind has at most {limit:,}: it is something else. Download it again."
+            )
+        try:
+            return file.read(limit + 1)
+        except OSError as error:
+            raise ValueError(unreadable(path, error)) from error
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Read a whole text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: if it cannot be read, is too large, or no UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{short(path, 400)} is not text in UTF-8 ({reason(error)}), so it cannot be used. Save it as UTF-8, or download it again."
+        ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that may be anything.
+
+    Raises:
+        ValueError: saying what is wrong with it, if it is not JSON, or nested deeper than ``MAX_NESTING``.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level, depth = [data], 0
+    while level := [child for value in level for child in _children(value)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise ValueError("it is nested too deeply")
+    return data
+
+
+def _children(value: Any) -> Iterator[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (child for child in inner if isinstance(child, dict | list))
+
+
+def read_json(path: Path, limit: int = MAX_TEXT) -> dict:
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: if it cannot be read or is no JSON object.
+    """
+    try:
+        data = parse_json(read_text(path, limit))
+    except ValueError as error:
+        if str(error).startswith(short(path, 400)):
+            raise
+        raise ValueError(f"{short(path, 400)} is not valid JSON ({reason(error)}), so it cannot be used. Download this file again.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{short(path, 400)} should hold a JSON object but holds a {type(data).__name__}. Download this file again.")
+    return data
+
+
+@contextmanager
+def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A file in the making, beside ``path`` and with its suffix: given that name when the ``with`` block ends well, and removed otherwise.
+
+    Args:
+        overwrite: whether a file that has the name already is replaced.
+
+    Raises:
+        ValueError: if ``path`` exists and is not to be replaced, when entered or when it is given its name.
+        OSError: if it cannot be written.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise exists(path)
+    partial = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
+    try:
+        yield partial
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            _rename_to_new(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def exists(path: Path) -> ValueError:
+    """The error for a file that is not replaced unasked."""
+    return ValueError(f"{short(path, 400)} exists already and is not replaced unasked. Give another name, or say that it is to be overwritten.")
+
+
+def _rename_to_new(partial: Path, path: Path) -> None:
+    try:
+        # A link is made only where no file has the name; a rename would replace one that came meanwhile.
+        os.link(partial, path)
+    except FileExistsError as error:
+        raise exists(path) from error
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EACCES):
+            raise
+        # No hard links here (FAT, some network drives).
+        if os.path.lexists(path):
+            raise exists(path) from error
+        os.rename(partial, path)
