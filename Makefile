@@ -7,12 +7,13 @@ RUN := $(VENV)/bin/python
 # Two processes of one thread each: most tests are too small to gain from more threads.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 DEMO := demo
+FUZZ := fuzz-work
 MODEL ?= $(DEMO)/tiny-checkpoint
 
 # Packages are installed without bytecode, which takes long; what is imported is compiled once, and not in every process anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: test test-lowest demo lint clean
+.PHONY: test test-lowest fuzz demo lint clean
 
 test: $(VENV)/installed lint
 	$(RUN) -m pytest $(SIDE_BY_SIDE)
@@ -33,6 +34,12 @@ $(VENV)-lowest/installed: pyproject.toml requirements.txt
 	rm -rf build *.egg-info
 	touch $@
 
+# 20,000 mutated inputs from three seeds, for an hour or two, and what came of them; tests/fuzz/README.md says more. `make test` tries a few.
+fuzz: $(VENV)/installed
+	rm -rf $(FUZZ)
+	FUZZ_WORK=$(FUZZ) $(RUN) tests/fuzz/run.py fuzz --total 20000 --seed 1 2 3 --budget 3600; status=$$?; \
+		FUZZ_WORK=$(FUZZ) $(RUN) tests/fuzz/run.py table; exit $$status
+
 # A tiny checkpoint with random weights shows that everything runs, not what the model can paint.
 demo: $(VENV)/installed
 	mkdir -p $(DEMO)
@@ -52,4 +59,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(DEMO)
+	rm -rf $(VENV) $(VENV)-lowest $(DEMO) $(FUZZ)

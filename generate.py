@@ -399,6 +399,7 @@ def _bar(label: str, unit: str) -> Callable[..., None]:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B")
+        bar.total = total
         bar.update(done - bar.n)
         if done == total:
             bar.close()

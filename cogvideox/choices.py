@@ -1,6 +1,8 @@
-"""What a person can choose, in the nodes' widgets and on the command line alike. Imports nothing, so that the nodes appear in milliseconds."""
+"""What a person can choose, in the nodes' widgets and on the command line alike. Imports no library, so that the nodes appear in milliseconds."""
 
 from collections.abc import Iterable
+
+from .words import short
 
 #: In which dtype to run: ``auto`` is the trained one where the device has it natively, else the next best that gives the same picture.
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -41,5 +43,6 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     Raises:
         ValueError: with the name, the value and the choices.
     """
+    choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}, which is not known here, so it cannot be done. Choose one of {', '.join(choices)}.")
+        raise ValueError(f"{name} is {short(repr(value))}, which is not known here, so it cannot be done. Choose one of {', '.join(choices)}.")

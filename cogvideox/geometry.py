@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
+from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .words import short
 
 #: Pixels per transformer token in space: 8 of the VAE times a patch of 2 (every released CogVideoX).
 SIZE_STEP = 16
@@ -72,6 +74,20 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"The batch size is {batch_size}, so there would be no video to make. Set it to 1 or more.")
 
 
+def check_video_room(width: int, height: int, frames: int, batch_size: int = 1) -> None:
+    """Refuse sizes that this computer could not hold, decoded one video at a time.
+
+    Raises:
+        ValueError: with the bytes they would take.
+    """
+    values = 3 * width * height * frames + batch_size * LATENT_CHANNELS * latent_frames(frames) * (width // SPATIAL_COMPRESSION) * (
+        height // SPATIAL_COMPRESSION
+    )
+    videos = "A video" if batch_size == 1 else f"{short(batch_size)} videos"
+    what = f"{videos} of {short(width)}x{short(height)} pixels and {short(frames)} frames"
+    check_room(4 * values, what, "Make it smaller or shorter, or fewer at once.")
+
+
 def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
     """The latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 + 1``.
 
@@ -86,6 +102,7 @@ def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, fram
     check_size(width, height)
     check_frames(frames, frame_step)
     check_batch_size(batch_size)
+    check_video_room(width, height, frames, batch_size)
     shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
     return torch.zeros(batch_size, LATENT_CHANNELS, *shape)
 

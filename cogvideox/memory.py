@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from .precision.policy import Precision
 from .precision.quantize import Method, quantize_empty
 from .precision.range_safe import make_range_safe
 from .speed.joint import join
+from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 
 if TYPE_CHECKING:
@@ -152,6 +154,28 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
     needed = {mode: held[mode] + activations + loras + cache for mode in MODES}
     return MemoryPlan(total, activations, loras, needed, weights.free, cache, halved if guided else None)
+
+
+def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
+    """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and positions, and where the model runs
+    on the host, what a block keeps of each token.
+
+    Raises:
+        ValueError: with the bytes.
+    """
+    config = full_config(model.weights.config)
+    batch, _, length, height, width = shape
+    patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
+    tokens = (length + padding_frames(length, config)) // patch_t * (height // patch) * (width // patch)
+    head, itemsize = config["attention_head_dim"], model.weights.precision.activations.itemsize
+    # Two tables in fp32; queries, keys, values, what they attend to, and the stream before and after.
+    blocks = 6 * batch * head * config["num_attention_heads"] * itemsize if model.weights.device.type == "cpu" else 0
+    size = f"{width * SPATIAL_COMPRESSION}x{height * SPATIAL_COMPRESSION} pixels and {pixel_frames(length)} frames"
+    check_room(
+        4 * prod(shape) + tokens * (2 * 4 * head + blocks),
+        f"A step of {'a video' if batch == 1 else f'{batch} videos'} of {size}",
+        "Make it smaller or shorter, or fewer at once.",
+    )
 
 
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:

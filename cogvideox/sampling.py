@@ -18,10 +18,11 @@ from .choices import SCHEDULERS, check_choice
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
-from .memory import Way, plan_memory, ways
+from .memory import Way, check_host_room, plan_memory, ways
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
 from .speed.speedups import Speedups
+from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TRAINED_STEPS, full_config
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def sample(
         NonFiniteError: for a step that is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out in the smallest way too; its ``latents`` are those of the last finished step, as returned otherwise.
     """
+    check_tensor(latents, "The latent", "Use Empty CogVideoX-1.5 Latent, or what another node of this pack gives.")
     check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
     starts_from_noise = not latents.any().item()
     if starts_from_noise and denoise < 1.0:
@@ -170,6 +172,7 @@ def plan_steps(
     """
     config = full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
+    check_host_room(model, latents.shape)
     _check_image(model, config, latents, image_latents)
     noise_schedule = make_scheduler(model.scheduler_config, scheduler)
     return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)

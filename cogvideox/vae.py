@@ -15,6 +15,7 @@ from .pictures import check_images
 from .precision.policy import Precision
 from .precision.sentinel import OutOfMemory, Sentinel, check_finite
 from .strips import Strips
+from .tensors import check_room
 from .variants import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 logger = logging.getLogger(__name__)
@@ -50,15 +51,20 @@ def decode(
         float32 ``[B * F, H, W, 3]`` in 0..1 on the CPU; ``F = 4 (T - 1) + 1`` for an odd ``T``, ``4 T`` for an even one.
 
     Raises:
-        ValueError: for a latent that is not a CogVideoX one, or not finite.
+        ValueError: for a latent that is not a CogVideoX one, or not finite, or whose frames this computer cannot hold.
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
     check_latent(samples)
-    check_finite(samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another.")
     batch, _, length, height, width = samples.shape
-    frames = _decoded_frames(length)
-    images = torch.empty(batch, frames, height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION, 3)
+    frames, height, width = _decoded_frames(length), height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
+    check_room(
+        4 * 3 * batch * frames * height * width,
+        f"The frames of {batch} video(s) of {width}x{height} pixels and {frames} frames",
+        "Decode fewer videos at once, or make them smaller or shorter.",
+    )
+    check_finite(samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another.")
+    images = torch.empty(batch, frames, height, width, 3)
     with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
         chunks = chunk_lengths(length, sentinel.module.num_latent_frames_batch_size)
         work = _Chunks(sentinel, Strips.decode, budget, on_strip, on_heal)

@@ -4,7 +4,7 @@ import torch
 
 from ..cogvideox.speed.attention import available, check_attention
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 
 class Attention(Node):
@@ -36,7 +36,7 @@ class Attention(Node):
     @classmethod
     def VALIDATE_INPUTS(cls, attention=None):
         # Whether the model runs in 16 bits, the run knows.
-        return refusal((check_attention, attention, host.device(), torch.float16))
+        return cls.refusal({"attention": attention}, (check_attention, attention, host.device(), torch.float16))
 
     def execute(self, model, attention="auto"):
         from ..cogvideox.handles import with_attention

@@ -2,7 +2,7 @@
 
 from ..cogvideox.choices import ON_BLACK, check_choice
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 
 class BlackFrameCheck(Node):
@@ -67,11 +67,9 @@ class BlackFrameCheck(Node):
     def VALIDATE_INPUTS(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
         from ..cogvideox.black_frames import check_share
 
-        return refusal(
-            (check_choice, "action", action, ON_BLACK),
-            (check_share, "pixel_black_threshold", pixel_black_threshold),
-            (check_share, "picture_black_ratio", picture_black_ratio),
-            (check_share, "video_black_ratio", video_black_ratio),
+        shares = dict(pixel_black_threshold=pixel_black_threshold, picture_black_ratio=picture_black_ratio, video_black_ratio=video_black_ratio)
+        return cls.refusal(
+            {"action": action, **shares}, (check_choice, "action", action, ON_BLACK), *((check_share, *share) for share in shares.items())
         )
 
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):

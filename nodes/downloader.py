@@ -2,6 +2,7 @@
 
 import logging
 
+from ..cogvideox.choices import check_choice
 from . import host
 from .base import Node
 
@@ -49,16 +50,25 @@ class Downloader(Node):
         }
 
     @classmethod
-    def IS_CHANGED(cls, checkpoint, download=False):
+    def VALIDATE_INPUTS(cls, checkpoint=None):
+        return cls.refusal({"checkpoint": checkpoint}, (check_choice, "checkpoint", checkpoint, CHECKPOINTS))
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint=None, download=False):
         """A checkpoint that was deleted since is downloaded again; one that is there is left alone."""
         from ..cogvideox.checkpoint.download import checkpoint_folder
         from ..cogvideox.checkpoint.layout import is_checkpoint
 
-        return download, is_checkpoint(checkpoint_folder(CHECKPOINTS[checkpoint], host.download_folder()))
+        def look():
+            check_choice("checkpoint", checkpoint, CHECKPOINTS)
+            return download, is_checkpoint(checkpoint_folder(CHECKPOINTS[checkpoint], host.download_folder()))
+
+        return cls.fingerprint({"checkpoint": checkpoint, "download": download}, look)
 
     def execute(self, checkpoint, download=False):
         from ..cogvideox.checkpoint.download import REPOSITORIES, checkpoint_folder, download_checkpoint
 
+        check_choice("checkpoint", checkpoint, CHECKPOINTS)
         which, folder = CHECKPOINTS[checkpoint], host.download_folder()
         target = checkpoint_folder(which, folder)
         if download:

@@ -1,7 +1,7 @@
 """Empty CogVideoX-1.5 Latent: the size and length of the video to make."""
 
-from ..cogvideox.geometry import check_batch_size, check_frames, check_side, empty_latent
-from .base import LENGTH, SIZE, Node, refusal
+from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
+from .base import LENGTH, SIZE, Node
 
 
 class EmptyLatent(Node):
@@ -31,7 +31,14 @@ class EmptyLatent(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        return refusal((check_side, "width", width), (check_side, "height", height), (check_frames, length), (check_batch_size, batch_size))
+        return cls.refusal(
+            dict(width=width, height=height, length=length, batch_size=batch_size),
+            (check_side, "width", width),
+            (check_side, "height", height),
+            (check_frames, length),
+            (check_batch_size, batch_size),
+            (check_video_room, width, height, length, batch_size),
+        )
 
     def execute(self, width, height, length, batch_size=1):
         return ({"samples": empty_latent(width, height, length, batch_size)},)

@@ -4,6 +4,7 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
+import os
 import re
 import uuid
 import weakref
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from ..cogvideox.words import listed, reason, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,20 +97,20 @@ def checkpoint_path(choice: str) -> Path:
     from ..cogvideox.checkpoint.catalogue import find_entry
 
     if not IN_COMFYUI:
-        return Path(choice)
+        return _typed(choice, "checkpoint")
     found = checkpoints()
     entry = find_entry(found, choice)
     if entry is not None:
         return entry.path
-    places = " or ".join(str(root) for root in _roots(*_FOLDERS))
+    places = _places(_roots(*_FOLDERS))
     if not found:
         raise ValueError(
             f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example zai-org/CogVideoX1.5-5B from "
             "huggingface.co, into a folder of its own there, then press R to refresh."
         )
     raise ValueError(
-        f"There is no CogVideoX checkpoint called {choice!r} in {places}. Choose one that is there ({', '.join(entry.name for entry in found)}), or "
-        f"put {choice} there and press R to refresh."
+        f"There is no CogVideoX checkpoint called {short(repr(choice))} in {places}. Choose one that is there "
+        f"({listed((entry.name for entry in found), 20)}), or put {short(choice)} there and press R to refresh."
     )
 
 
@@ -119,15 +122,14 @@ def part_path(kind: str, choice: str) -> Path:
     """
     from ..cogvideox.checkpoint.catalogue import find_entry
 
+    what = kind.replace("_", " ")
     if not IN_COMFYUI:
-        return Path(choice)
+        return _typed(choice, what)
     entry = find_entry(parts(kind), choice)
     if entry is None:
-        places = " or ".join(str(root) for root in _roots(_PART_FOLDERS[kind]))
-        there = ", ".join(entry.name for entry in parts(kind)) or "none"
-        raise ValueError(
-            f"There is no {kind.replace('_', ' ')} for CogVideoX called {choice!r} in {places} (there: {there}). Choose another, or auto."
-        )
+        there = listed((entry.name for entry in parts(kind)), 20) or "none"
+        places = _places(_roots(_PART_FOLDERS[kind]))
+        raise ValueError(f"There is no {what} for CogVideoX called {short(repr(choice))} in {places} (there: {there}). Choose another, or auto.")
     return entry.path
 
 
@@ -147,13 +149,34 @@ def lora_path(choice: str) -> Path:
     if not choice:
         raise ValueError("No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose it in lora_name.")
     if not IN_COMFYUI:
-        return Path(choice)
-    found = next((root / choice for root in _lora_roots() if (root / choice).is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"There is no LoRA called {choice!r} in {' or '.join(map(str, _lora_roots()))}. Put it there and press R to refresh, or choose another."
-        )
-    return found
+        return _typed(choice, "LoRA")
+    # Below the folders only; and a workflow that was made on Windows has it with backslashes.
+    for name in (choice, choice.replace("\\", "/")):
+        for root in _lora_roots():
+            path = root / name
+            if ".." not in path.parts and path.is_relative_to(root) and os.path.isfile(path):
+                return path
+    raise ValueError(
+        f"There is no LoRA called {short(repr(choice))} in {_places(_lora_roots())}. Put it there and press R to refresh, or choose another."
+    )
+
+
+def _typed(choice: str, what: str) -> Path:
+    """A path that was typed in, outside ComfyUI.
+
+    Raises:
+        ValueError: if nothing is there.
+    """
+    try:
+        path = Path(choice)
+        os.stat(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"There is no {what} at {short(repr(choice), 400)} ({reason(error)}), so it cannot be loaded. Check the path.") from error
+    return path
+
+
+def _places(roots: list[Path]) -> str:
+    return " or ".join(short(root, 400) for root in roots)
 
 
 def _lora_roots() -> list[Path]:
@@ -191,8 +214,11 @@ def watch_queue() -> None:
 
 
 def _remember(data: dict) -> dict:
+    # Whatever a script posts; ComfyUI has not looked at it yet.
+    prompt = data.get("prompt") if isinstance(data, dict) else None
     _queued.clear()
-    _queued.update(data.get("prompt") or {})
+    if isinstance(prompt, dict):
+        _queued.update((key, node) for key, node in prompt.items() if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict))
     return data
 
 
@@ -203,7 +229,7 @@ def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
     while node in _queued and node not in seen:
         seen.add(node)
         link = _queued[node].get("inputs", {}).get(socket)
-        if not isinstance(link, list) or len(link) != 2 or link[0] not in _queued:
+        if not isinstance(link, list) or len(link) != 2 or not isinstance(link[0], str) or link[0] not in _queued:
             break
         node = link[0]
         found.append((_queued[node].get("class_type", ""), _queued[node].get("inputs", {})))

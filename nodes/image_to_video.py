@@ -1,8 +1,8 @@
 """CogVideoX-1.5 Image to Video: the image a video starts from."""
 
-from ..cogvideox.geometry import check_batch_size, check_frames, check_side, empty_latent
+from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from . import host
-from .base import LENGTH, SIZE, Node, refusal
+from .base import LENGTH, SIZE, Node
 
 
 class ImageToVideo(Node):
@@ -61,8 +61,15 @@ class ImageToVideo(Node):
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
         # CogVideoX-5b-I2V makes 8N+1 frames; which model it is, the run knows.
-        lengths = [] if length is not None and length % 8 == 1 else [(check_frames, length)]
-        return refusal((check_side, "width", width), (check_side, "height", height), *lengths, (check_batch_size, batch_size))
+        short = isinstance(length, int) and length % 8 == 1
+        return cls.refusal(
+            dict(width=width, height=height, length=length, batch_size=batch_size),
+            (check_side, "width", width),
+            (check_side, "height", height),
+            (check_frames, length, 8 if short else 16),
+            (check_batch_size, batch_size),
+            (check_video_room, width, height, length, batch_size),
+        )
 
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.memory import WANTED_BYTES

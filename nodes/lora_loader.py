@@ -3,7 +3,7 @@
 import logging
 
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,16 @@ class LoraLoader(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name=None):
-        return refusal((host.lora_path, lora_name))
+        return cls.refusal({"lora_name": lora_name}, (host.lora_path, lora_name))
 
     @classmethod
-    def IS_CHANGED(cls, lora_name, **_):
-        path = host.lora_path(lora_name)
-        stat = path.stat() if path.exists() else None
-        return str(path), stat and (stat.st_size, stat.st_mtime_ns)
+    def IS_CHANGED(cls, lora_name=None, **_):
+        def look():
+            path = host.lora_path(lora_name)
+            stat = path.stat() if path.exists() else None
+            return str(path), stat and (stat.st_size, stat.st_mtime_ns)
+
+        return cls.fingerprint({"lora_name": lora_name}, look)
 
     def execute(self, model, lora_name, strength=1.0):
         from ..cogvideox.handles import with_lora

@@ -4,7 +4,7 @@ import logging
 
 from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ class ModelLoader(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=_AUTO, vae_name=_AUTO):
-        return refusal(
+        return cls.refusal(
+            dict(model=model, dtype=dtype, on_mismatch=on_mismatch, memory=memory, text_encoder_name=text_encoder_name, vae_name=vae_name),
             (host.checkpoint_path, model),
             (check_choice, "dtype", dtype, DTYPES),
             (check_choice, "on_mismatch", on_mismatch, ON_MISMATCH),
@@ -103,11 +104,9 @@ class ModelLoader(Node):
         )
 
     @classmethod
-    def IS_CHANGED(cls, model, text_encoder_name=_AUTO, vae_name=_AUTO, **_):
-        try:
-            return _open(model, text_encoder_name, vae_name)[0].fingerprint
-        except ValueError as error:
-            return str(error)
+    def IS_CHANGED(cls, model=None, text_encoder_name=_AUTO, vae_name=_AUTO, **_):
+        chosen = dict(model=model, text_encoder_name=text_encoder_name, vae_name=vae_name)
+        return cls.fingerprint(chosen, lambda: _open(**chosen)[0].fingerprint)
 
     def execute(self, model, dtype="auto", on_mismatch="fix", memory="auto", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
         from ..cogvideox.handles import make_handles

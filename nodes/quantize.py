@@ -4,7 +4,7 @@ import logging
 
 from ..cogvideox.choices import QUANTIZE
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Quantize(Node):
     def VALIDATE_INPUTS(cls, method=None):
         from ..cogvideox.precision.quantize import check_method
 
-        return refusal((check_method, method, host.hardware()))
+        return cls.refusal({"method": method}, (check_method, method, host.hardware()))
 
     def execute(self, model, method, text_encoder=None):
         from ..cogvideox.handles import quantized

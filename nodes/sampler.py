@@ -2,9 +2,12 @@
 
 import logging
 
+import torch
+
 from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
+from ..cogvideox.tensors import check_tensor
 from . import host
-from .base import Node, refusal
+from .base import Node
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ class Sampler(Node):
         from ..cogvideox.sampling import check_guidance, steps_to_run
         from ..cogvideox.speed.combine import check_choices
 
-        return refusal(
+        return cls.refusal(
+            dict(steps=steps, cfg=cfg, scheduler=scheduler, denoise=denoise, on_nan=on_nan),
             (steps_to_run, steps, denoise),
             (check_guidance, cfg),
             (check_choice, "scheduler", scheduler, SCHEDULERS),
@@ -152,7 +156,9 @@ def _chosen(chain):
 
 def _image_latents(positive, negative):
     """The start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it."""
+    what, remedy = "The start image's latent in the conditioning", "Connect CogVideoX-1.5 Image to Video between the prompt and the sampler."
     given = [conditioning[0][1].get("concat_latent_image") for conditioning in (positive, negative)]
+    given = [None if latents is None else check_tensor(latents, what, remedy).to("cpu", torch.float32) for latents in given]
     if given[0] is not None and given[1] is not None and (given[0].shape != given[1].shape or not given[0].equal(given[1])):
         raise ValueError(
             "The positive and the negative conditioning hold different start images, and a video starts from one. Connect both to the same "

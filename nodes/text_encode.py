@@ -44,11 +44,6 @@ class TextEncode(Node):
         from ..cogvideox.text import encode_prompt
         from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
 
-        if text_encoder is None:
-            raise ValueError(
-                "No text encoder comes in, so there is nothing to encode the prompt with: CogVideoX-1.5 Quantize gives one only if its own "
-                "text_encoder is connected. Connect that, or the text_encoder of CogVideoX-1.5 Model Loader."
-            )
         if not isinstance(text_encoder, TextEncoder):
             embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
             check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")

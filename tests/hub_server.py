@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +35,8 @@ class HubServer:
 
     Set before a request: ``status[path] = [503, 503]`` answers the next two with that status; ``drop_after[path] = [1000]`` closes the next
     connection after so many bytes; ``corrupt`` holds paths whose first byte is sent wrong; ``delay`` is a pause in seconds after each 16 KB;
-    ``ranges = False`` sends whole files whatever is asked for; ``api_body`` replaces the list of files. ``path`` is a file's path, or "api".
+    ``ranges = False`` sends whole files whatever is asked for; ``api_body`` replaces the list of files; ``instead[path]`` is called with the handler
+    and answers in its own way. ``path`` is a file's path, or "api".
     """
 
     def __init__(self, folder: Path, repository: str, extra: dict[str, bytes] | None = None):
@@ -50,6 +52,9 @@ class HubServer:
         self.delay = 0.0
         self.ranges = True
         self.api_body: bytes | None = None
+        self.instead: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        #: set when the block ends, for answers that would not
+        self.closing = threading.Event()
 
     def __enter__(self) -> "HubServer":
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -59,6 +64,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -124,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._content(path)
         elif address in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
             self._note(address)
-            if not self._fails("api"):
+            if not self._instead("api") and not self._fails("api"):
                 self._json(self.hub.model_info() if self.hub.api_body is None else self.hub.api_body)
         elif address.startswith(f"{api}/tree/"):
             self._note(address)
@@ -140,6 +146,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _note(self, path: str) -> None:
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range")))
+
+    def _instead(self, key: str) -> bool:
+        if key not in self.hub.instead:
+            return False
+        try:
+            self.hub.instead[key](self)
+        except (BrokenPipeError, ConnectionResetError):  # the client had enough
+            pass
+        self.close_connection = True
+        return True
 
     def _fails(self, key: str) -> bool:
         if not self.hub.status[key]:
@@ -178,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, path: str) -> None:
         self._note(path)
-        if self._fails(path):
+        if self._instead(path) or self._fails(path):
             return
         content, start = self.hub.files[path], 0
         total = len(content)

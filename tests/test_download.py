@@ -3,13 +3,17 @@
 The hub is a server on loopback; the client is huggingface_hub as it is installed.
 """
 
+import email.utils
+import gzip
 import importlib
 import itertools
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
@@ -389,6 +393,308 @@ class TestRefusals:
     def test_a_repository_of_another_model(self, hub, tmp_path):
         hub.files[CONFIG] = b'{"_class_name": "FluxTransformer2DModel"}'
         self.refused(hub, tmp_path, "describes no CogVideoX model", "HF_ENDPOINT")
+
+
+def send(handler, body=b"", status=200, **headers):
+    handler.send_response(status)
+    handler.send_header("Connection", "close")
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def drip(hub, pause=0.02, block=b" ", **headers):
+    """An answer that goes on until the hub closes, ``block`` by ``block``."""
+
+    def answer(handler):
+        send(handler, **headers)
+        while not hub.closing.wait(pause):
+            handler.wfile.write(block)
+
+    return answer
+
+
+def silence(hub):
+    """An answer that never begins."""
+    return lambda _: hub.closing.wait(20)
+
+
+def downloads():
+    """Threads that still wait for an answer."""
+    return [thread for thread in threading.enumerate() if thread.name == "download"]
+
+
+class TestAnswersThatDoNotEnd:
+    """Each ends in a sentence, or at once where a person cancels; what was fetched is kept."""
+
+    @pytest.fixture(autouse=True, params=["as installed", "requests"])
+    def _client(self, request, monkeypatch):
+        if request.param == "requests":
+            requests = pytest.importorskip("requests")
+            monkeypatch.setattr("huggingface_hub.get_session", requests.Session)
+
+    @pytest.fixture
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(download, "_PATIENCE", 0.1)
+
+    def refused(self, hub, folder, *said):
+        start = time.monotonic()
+        with pytest.raises(RuntimeError) as caught:
+            download_checkpoint("t2v", folder, endpoint=hub.endpoint)
+        for words in said:
+            assert words in str(caught.value)
+        assert time.monotonic() - start < 5
+        assert hub.endpoint in str(caught.value)
+
+    def test_with_either_client_a_broken_file_goes_on(self, hub, tmp_path, target):
+        hub.drop_after[VAE] = [200_000]
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert (target / VAE).read_bytes() == hub.files[VAE]
+        assert [request.range is None for request in hub.fetched() if request.path == VAE] == [True, False]
+
+    def test_a_list_that_comes_byte_by_byte(self, hub, tmp_path, impatient):
+        hub.instead["api"] = drip(hub)
+        self.refused(hub, tmp_path, "sends less than 1000 bytes a second", "download again")
+
+    def test_a_file_that_comes_byte_by_byte(self, hub, tmp_path, target, impatient):
+        hub.instead[VAE] = drip(hub)
+        self.refused(hub, tmp_path, "sends less than 1000 bytes a second", "what was fetched is kept")
+        assert parts_in(target)
+
+    def test_a_slow_line_is_no_such(self, hub, tmp_path, target, impatient):
+        hub.delay = 0.01
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert (target / VAE).read_bytes() == hub.files[VAE]
+
+    def test_a_list_without_end(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setattr(download, "MAX_TEXT", 1 << 20)
+        hub.instead["api"] = drip(hub, 0, b" " * 65536)
+        self.refused(hub, tmp_path, "more than 1,048,576 bytes", "something other than the list")
+
+    def test_a_file_without_end(self, hub, tmp_path):
+        hub.instead[VAE] = drip(hub, 0, b" " * 65536)
+        self_size = len(hub.files[VAE])
+        with pytest.raises(RuntimeError, match=f"{VAE} arrived damaged"):
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert max(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < self_size + (1 << 20)
+
+    @pytest.mark.parametrize("path", ["api", VAE])
+    def test_content_that_grows_when_it_is_unpacked(self, hub, tmp_path, monkeypatch, path):
+        monkeypatch.setattr(download, "MAX_TEXT", 1 << 20)
+        bomb = gzip.compress(bytes(50_000_000), 9)
+        hub.instead[path] = lambda handler: send(handler, bomb, Content_Encoding="gzip", Content_Length=str(len(bomb)))
+        taken = []
+        decoded = download._decoded
+        monkeypatch.setattr(download, "_decoded", lambda *given: (taken.append(len(block)) or block for block in decoded(*given)))
+        with pytest.raises(RuntimeError, match="something other than the list" if path == "api" else f"{path} arrived damaged"):
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert max(taken) <= 1 << 16
+        assert sum(taken) < 5_000_000
+
+    def test_content_that_a_proxy_packed_is_unpacked(self, hub, tmp_path, target):
+        packed = gzip.compress(hub.files[VAE])
+        hub.instead[VAE] = lambda handler: send(handler, packed, Content_Encoding="gzip", Content_Length=str(len(packed)))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert (target / VAE).read_bytes() == hub.files[VAE]
+
+    def test_redirects_without_end(self, hub, tmp_path):
+        hub.instead["api"] = lambda handler: send(handler, status=302, Location=handler.path, Content_Length="0")
+        self.refused(hub, tmp_path, "redirects more than 10 times", "HF_ENDPOINT")
+        assert len(hub.requests) == 11
+
+    def test_a_redirect_with_content_without_end(self, hub, tmp_path, impatient):
+        hub.instead["api"] = drip(hub, 0, b" " * 65536, status=302, Location="file:///etc/passwd")
+        self.refused(hub, tmp_path, "redirects to file:///etc/passwd")
+
+    def test_an_error_with_content_without_end(self, hub, tmp_path):
+        hub.instead["api"] = drip(hub, 0, b" " * 65536, status=403)
+        self.refused(hub, tmp_path, "with status 403", "HF_TOKEN")
+
+    @pytest.mark.parametrize("answer", [silence, drip])
+    @pytest.mark.parametrize("path", ["api", VAE])
+    def test_a_cancel_is_heard_while_nothing_comes(self, hub, tmp_path, path, answer):
+        hub.instead[path] = answer(hub)
+        silent_since = threading.Event()
+        hub.instead[path] = lambda handler, answer=hub.instead[path]: (silent_since.set(), answer(handler))
+        cancelled = None
+
+        def on_progress(done, total):
+            nonlocal cancelled
+            if silent_since.is_set():
+                cancelled = cancelled or time.monotonic()
+                raise Stop
+
+        start = time.monotonic()
+        with pytest.raises(Stop):
+            download_checkpoint("t2v", tmp_path, on_progress, hub.endpoint)
+        assert cancelled - start < 2
+        assert time.monotonic() - cancelled < 0.2
+
+    def test_who_cancels_leaves_no_thread_behind_for_long(self, hub, tmp_path, monkeypatch):
+        hub.delay = 0.001
+        with pytest.raises(Stop):
+            download_checkpoint("t2v", tmp_path, stop_at(bytes_before(hub, VAE) + 100_000), hub.endpoint)
+        end = time.monotonic() + 5
+        while downloads() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert downloads() == []
+
+
+class TestListings:
+    """What a listing may say: what is not a hub's is told as such, and nothing is fetched."""
+
+    def listing(self, hub, change):
+        info = hub.model_info()
+        change({entry["rfilename"]: entry for entry in info["siblings"]}, info)
+        hub.api_body = json.dumps(info).encode()
+
+    @pytest.mark.parametrize(
+        ("what", "said"),
+        [
+            (lambda files, _: files[VAE]["lfs"].update(size="10"), f"it gives {VAE} 10 bytes"),
+            (lambda files, _: files[VAE]["lfs"].update(size=-1), f"it gives {VAE} -1 bytes"),
+            (lambda files, _: files[VAE]["lfs"].update(size=True), f"it gives {VAE} True bytes"),
+            (lambda files, _: files[CONFIG].update(size=float("nan")), f"it gives {CONFIG} nan bytes"),
+            (lambda files, _: files[CONFIG].update(size=[]), f"it gives {CONFIG} [] bytes"),
+            (lambda files, _: files[VAE].update(lfs=7), f"it has 7 for where {VAE} is kept"),
+            (lambda files, _: files[VAE]["lfs"].update(sha256="../../x"), f"it gives {VAE} the checksum ../../x"),
+            (lambda files, _: files[CONFIG].update(blobId=["a"]), f"it gives {CONFIG} the checksum"),
+            (lambda files, _: files[CONFIG].update(rfilename=None), "for a file"),
+            (lambda files, info: info["siblings"].append("a"), "it has a for a file"),
+            (lambda files, info: info["siblings"].append({**files[VAE], "rfilename": VAE, "lfs": None}), f"it has {VAE} twice"),
+            (lambda files, info: info["siblings"].append({"rfilename": "vae/Config.json", "size": 1}), "twice"),
+            (lambda files, info: info.update(siblings={}), "it holds no list of files"),
+            (lambda files, info: info["siblings"].extend({"rfilename": f"vae/{n}.json", "size": 1} for n in range(1001)), "more than 1000 files"),
+        ],
+    )
+    def test_odd_values(self, hub, tmp_path, what, said):
+        self.listing(hub, what)
+        with pytest.raises(RuntimeError, match="something other than the list") as caught:
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert said in str(caught.value)
+        assert hub.fetched() == []
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_impossible_size_is_compared_with_the_disk(self, hub, tmp_path):
+        self.listing(hub, lambda files, _: files[VAE]["lfs"].update(size=2**70))
+        with pytest.raises(RuntimeError, match=r"needs 1180591620717\.4 GB more"):
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+
+    def test_what_is_there_twice_in_the_same_words_is_fetched_once(self, hub, tmp_path):
+        self.listing(hub, lambda files, info: info["siblings"].append(files[VAE]))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert [request.path for request in hub.fetched()].count(VAE) == 1
+
+    @pytest.mark.parametrize("name", ["CON.json", "nul.x.json", ".hidden.json", "a" * 300 + ".json", "é.json", "x\n.json", "..json"])
+    def test_names_that_no_checkpoint_has_are_not_fetched(self, hub, tmp_path, target, name):
+        self.listing(hub, lambda files, info: info["siblings"].append({"rfilename": f"vae/{name}", "size": 1}))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert files_in(target) == needed(hub)
+
+    @pytest.mark.parametrize("sha", ["../..", None, 3, "main?x=1#y", "é"])
+    def test_a_commit_that_is_none_is_not_put_into_addresses(self, hub, tmp_path, target, sha):
+        self.listing(hub, lambda files, info: info.update(sha=sha))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert files_in(target) == needed(hub)
+
+    def test_a_list_of_100_000_other_files_is_read(self, hub, tmp_path, target):
+        self.listing(hub, lambda files, info: info["siblings"].extend({"rfilename": f"samples/{n}.mp4", "size": 1} for n in range(100_000)))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert files_in(target) == needed(hub)
+
+
+class TestBusyHubs:
+    def busy(self, hub, path, after, status=429):
+        """The next answer for ``path`` asks to come again after so long."""
+        asked = []
+
+        def answer(handler):
+            asked.append(time.monotonic())
+            del hub.instead[path]
+            send(handler, status=status, Retry_After=after, Content_Length="0")
+
+        hub.instead[path] = answer
+        return asked
+
+    @pytest.mark.parametrize("form", ["seconds", "date"])
+    def test_the_time_that_it_asks_for_is_waited(self, hub, tmp_path, target, form):
+        after = "1" if form == "seconds" else email.utils.formatdate(time.time() + 3, usegmt=True)
+        asked = self.busy(hub, VAE, after)
+        came = []
+        hub_files = hub.files[VAE]
+        download_checkpoint("t2v", tmp_path, lambda done, total: came.append(time.monotonic()), hub.endpoint)
+        assert came[-1] - asked[0] > 0.9
+        assert (target / VAE).read_bytes() == hub_files
+
+    @pytest.mark.parametrize("after", ["x", "-1", "", "1e99", "\xe9"])
+    def test_a_time_that_is_none_is_passed_over(self, hub, tmp_path, after):
+        self.busy(hub, VAE, after)
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+
+    def test_a_long_time_is_told_instead(self, hub, tmp_path):
+        self.busy(hub, VAE, "3600", 503)
+        with pytest.raises(RuntimeError, match=r"status 503 .* download again in 3600 seconds, as it asks,"):
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+
+    @pytest.mark.parametrize("where", ["bytes 5-9/10", "bytes 0-9/10"])
+    def test_another_part_than_asked_for_spoils_no_file(self, hub, tmp_path, target, where):
+        with pytest.raises(Stop):
+            download_checkpoint("t2v", tmp_path, stop_at(bytes_before(hub, VAE) + 200_000), hub.endpoint)
+        content = hub.files[VAE]
+        begin = int(where.split()[1].split("-")[0])
+        hub.instead[VAE] = lambda handler: send(handler, content[begin:], 206, Content_Range=where, Content_Length=str(len(content) - begin))
+        if begin:
+            with pytest.raises(RuntimeError, match=r"on, it sends others.*what was fetched is kept"):
+                download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+            assert parts_in(target)[0].stat().st_size > 100_000
+        else:
+            download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+            assert (target / VAE).read_bytes() == content
+
+
+def test_a_token_is_sent_to_the_hub_alone(hub, tiny, tmp_path, monkeypatch):
+    seen = []
+    with HubServer(tiny, REPOSITORIES["t2v"]) as other:
+        for server, path in ((hub, VAE), (other, VAE)):
+            server.instead[path] = lambda handler, server=server: (
+                seen.append((server is hub, handler.headers.get("Authorization"))),
+                send(handler, status=302, Location=f"{other.endpoint}/cdn/{VAE}", Content_Length="0")
+                if server is hub
+                else send(handler, hub.files[VAE], Content_Length=str(len(hub.files[VAE]))),
+            )
+        monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", lambda: {"authorization": "Bearer secret"})
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+    assert seen == [(True, "Bearer secret"), (False, None)]
+
+
+def test_settings_that_the_client_cannot_read_are_a_sentence(hub, tmp_path, monkeypatch):
+    def refuse():
+        raise ValueError("Unknown scheme for proxy URL")
+
+    monkeypatch.setattr("huggingface_hub.get_session", refuse)
+    with pytest.raises(RuntimeError, match=r"huggingface_hub cannot be used \(Unknown scheme for proxy URL\).*HTTP_PROXY"):
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://\x00", "\ud800"])
+def test_an_address_that_is_none_is_a_sentence(tmp_path, endpoint):
+    with pytest.raises(RuntimeError, match=r"The connection to .* failed .*HF_ENDPOINT") as caught:
+        download_checkpoint("t2v", tmp_path, endpoint=endpoint)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("folder", ["~no-such-person/models", "a\0b"])
+def test_a_folder_that_cannot_be_is_a_sentence(hub, folder):
+    with pytest.raises(ValueError, match="nothing can be downloaded there"):
+        download_checkpoint("t2v", folder, endpoint=hub.endpoint)
+
+
+@pytest.mark.parametrize("which", ["t3v", None, 3, ["t2v"], "a" * 5000])
+def test_a_checkpoint_that_is_not_known_is_a_short_sentence(which, tmp_path):
+    with pytest.raises(ValueError, match="Choose one of: t2v") as caught:
+        download_checkpoint(which, tmp_path)
+    assert len(str(caught.value)) < 300
 
 
 def test_hf_endpoint_is_respected_and_huggingface_hub_is_not_imported_before_it_is_needed(hub, tmp_path):

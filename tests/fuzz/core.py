@@ -13,6 +13,7 @@ of the project's own (``ok``), or it works and an oracle agrees. Everything else
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import linecache
@@ -39,6 +40,23 @@ sys.path.insert(0, str(PROJECT))
 
 class Hang(BaseException):
     pass
+
+
+def targets() -> list[str]:
+    """The names of all targets: the files of targets/ that have cases."""
+    return sorted(path.stem for path in (Path(__file__).parent / "targets").glob("*.py") if "\ndef case(" in path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def prepare(name: str) -> tuple:
+    """The target, and what it has prepared, once for all its cases."""
+    import torch
+
+    torch.set_num_threads(1)
+    base = WORK / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    target = importlib.import_module(f"targets.{name}")
+    return target, target.prepare(base)
 
 
 # --- What must not happen -----------------------------------------------------------------------------------------------------------
@@ -129,7 +147,12 @@ def _run_case(target, state, seed, index, folder: Path) -> dict:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     label, act = target.case(state, rng, folder)
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        resets = True
+    except OSError:
+        # Not in every container: then only what is still there afterwards is seen.
+        resets = False
     before, start = _memory()[0], time.monotonic()
     _seen.clear()
     _allowed[:] = [str(folder.resolve())]
@@ -150,7 +173,7 @@ def _run_case(target, state, seed, index, folder: Path) -> dict:
         _acting = False
         signal.alarm(0)
         os.chdir(cwd)
-    peak = _memory()[1] - before
+    peak = _memory()[resets] - before
     if peak > MEMORY and result["kind"] != "memory":
         result = {
             "kind": "memory",
@@ -203,15 +226,8 @@ def _child(target, state, seed, indices, pipe) -> None:
 
 def run(name: str, count: int, seed: int, budget: float, first: int = 0, quiet: bool = True) -> dict:
     """``count`` cases of a target, or fewer where the time is up; the tally and one entry for each kind of finding."""
-    target = importlib.import_module(f"targets.{name}")
-    WORK.mkdir(parents=True, exist_ok=True)
+    target, state = prepare(name)
     (WORK / "canary").mkdir(exist_ok=True)
-    import torch
-
-    torch.set_num_threads(1)
-    base = WORK / "base"
-    base.mkdir(parents=True, exist_ok=True)
-    state = target.prepare(base)
     tally, findings, started, todo = {}, {}, time.monotonic(), list(range(first, first + count))
     slowest = (0.0, "")
 
@@ -227,7 +243,8 @@ def run(name: str, count: int, seed: int, budget: float, first: int = 0, quiet: 
         if len(entry["labels"]) < 6 and result["label"] not in entry["labels"]:
             entry["labels"].append(result["label"])
 
-    while todo and time.monotonic() - started < budget:
+    # A case at least, however late it is.
+    while todo and (time.monotonic() - started < budget or not tally):
         chunk = todo[:PER_CHILD]
         reader, writer = os.pipe()
         pid = os.fork()
@@ -287,10 +304,7 @@ def run(name: str, count: int, seed: int, budget: float, first: int = 0, quiet: 
 
 def reproduce(name: str, seed: int, index: int, keep: bool = True) -> None:
     """One case again, in this process, with its traceback; its files stay in the work folder."""
-    target = importlib.import_module(f"targets.{name}")
-    base = WORK / "base"
-    base.mkdir(parents=True, exist_ok=True)
-    state = target.prepare(base)
+    target, state = prepare(name)
     getattr(target, "in_child", lambda state: None)(state)
     folder = WORK / target.NAME / "repro"
     shutil.rmtree(folder, ignore_errors=True)

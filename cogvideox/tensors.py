@@ -1,0 +1,121 @@
+"""Tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+#: What numbers may come in; other dtypes hold indices, truth values, or weights that another model unpacks.
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: Times the memory that a system can have beyond it, where its swap grows as it is needed (Windows, macOS).
+_GROWING = 3
+#: Where nothing is known of a machine: more than any has.
+_ANY_MACHINE = 1 << 44
+
+
+def check_tensor(value: object, what: str, remedy: str) -> torch.Tensor:
+    """Refuse what is not floating-point numbers in memory, whatever made it.
+
+    Args:
+        what: it is, for the message: ``The latent``.
+        remedy: what to do, a sentence.
+
+    Returns:
+        The tensor; apart from autograd, if it was a part of that.
+
+    Raises:
+        ValueError: for anything that cannot be calculated with, or that this computer cannot hold.
+    """
+    flaw = _flaw(value)
+    if flaw is not None:
+        raise ValueError(f"{what} {flaw}, and it has to be a tensor of floating-point numbers in memory. {remedy}")
+    nbytes = value.numel() * value.itemsize
+    if nbytes > value.untyped_storage().nbytes():
+        # One number may stand for many (expand); what is made of them does not.
+        check_room(nbytes, f"{what} ({tensor_text(value)})", remedy)
+    return value if type(value) is torch.Tensor and not value.requires_grad else value.detach().as_subclass(torch.Tensor)
+
+
+def _flaw(value: object) -> str | None:
+    """What keeps a value from being read as numbers, in words; None if nothing does."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__} and no tensor"
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(value).__name__}, which only stands for a tensor"
+    if value.is_nested:
+        return "is a nested tensor, of pieces of unequal size"
+    if value.device.type == "meta":
+        return f"is on the meta device: a shape ({list(value.shape)}) without numbers"
+    if value.layout is not torch.strided:
+        return f"is stored sparsely ({str(value.layout).removeprefix('torch.')})"
+    if value.dtype not in _FLOATS:
+        return f"holds {str(value.dtype).removeprefix('torch.')}"
+    if value.numel() and not value.untyped_storage().nbytes():
+        return "has been freed by who made it"
+    return None
+
+
+def tensor_text(value: torch.Tensor) -> str:
+    """``float32 [1, 16, 3]``."""
+    shape = "of pieces" if value.is_nested else list(value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')} {shape}"
+
+
+def check_room(nbytes: int, what: str, remedy: str) -> None:
+    """Refuse what no memory of this computer can hold, before it is tried.
+
+    Raises:
+        ValueError: with the bytes ``what`` would take, what there is, and the ``remedy``.
+    """
+    there = host_bytes()
+    if nbytes > there:
+        raise ValueError(f"{what} would take {bytes_text(nbytes)} of memory, and this computer has {bytes_text(there)}, swap included. {remedy}")
+
+
+def bytes_text(nbytes: int) -> str:
+    """``12.5 GB``, ``68.7 TB``."""
+    for unit, size in (("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9)):
+        if nbytes >= size:
+            # Beyond a float's range, too.
+            return f"{nbytes // (size // 10) / 10:,.1f} {unit}" if nbytes < 10**24 else f"more than {10**6:,} EB"
+    return f"{nbytes / 1e6:.1f} MB"
+
+
+def host_bytes() -> int:
+    """Bytes that this process can have at most, swap included: all of the computer's, or less where the system allows less."""
+    limits = []
+    if sys.platform == "win32":
+        limits.append(_GROWING * _windows_memory() or _ANY_MACHINE)
+    elif Path("/proc/meminfo").is_file():
+        with suppress(OSError, ValueError, KeyError):
+            table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+            memory, swap = (int(table[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+            limits.append(memory + swap)
+            # Of a container, in both versions of cgroups; without a number where there is none.
+            for file in ("memory.max", "memory/memory.limit_in_bytes"):
+                with suppress(OSError, ValueError):
+                    limits.append(int((Path("/sys/fs/cgroup") / file).read_text()) + swap)
+    else:
+        with suppress(OSError, ValueError, AttributeError):
+            limits.append(_GROWING * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(ImportError, OSError, ValueError, AttributeError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            limits.append(max(0, limit - taken))
+    return min(limits, default=_ANY_MACHINE)
+
+
+def _windows_memory() -> int:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        # https://learn.microsoft.com/windows/win32/api/sysinfoapi/ns-sysinfoapi-memorystatusex
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), ("total", ctypes.c_ulonglong), ("others", ctypes.c_ulonglong * 6)]
+
+    status = Status(length=ctypes.sizeof(Status))
+    return status.total if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0
