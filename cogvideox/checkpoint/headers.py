@@ -169,6 +169,10 @@ def what_it_is(head: bytes) -> str | None:
     for start, what in _STARTS.items():
         if head.startswith(start):
             return what
+    if head[0] == 0x80 and 2 <= int.from_bytes(head[1:2], "little") <= 5:
+        return "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors"
+    if head[257:262] == b"ustar":
+        return "it is a tar archive: unpack it first"
     if text.startswith(b"{") or text.startswith(b"["):
         return "it is text in JSON, as a config or an error message of a site"
     return "it is a safetensors file, whatever its name says" if head[8:10] == b'{"' else None
@@ -185,7 +189,6 @@ _STARTS = {
     b"\xfd7zXZ": "it is packed with xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "it is packed with zstd: unpack it first",
     b"\x89HDF": "it is an HDF5 file, as Keras writes",
-    b"\x80\x02": "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors",
 }
 
 
