@@ -78,14 +78,17 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         ) from error
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
     """Parse JSON that may be anything.
+
+    Args:
+        hooks: of ``json.loads``.
 
     Raises:
         ValueError: saying what is wrong with it, if it is not JSON, or nested deeper than ``MAX_NESTING``.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level, depth = [data], 0

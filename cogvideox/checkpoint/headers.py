@@ -2,11 +2,13 @@
 
 Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header length, a JSON header, then the data).
 The header is read by hand because the library maps the whole file to answer the same question, and does not tell a
-truncated download from a damaged one.
+truncated download from a damaged one. What the library refuses is refused here, too.
 """
 
 import json
-import struct
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,10 +16,17 @@ from typing import BinaryIO
 
 import torch
 
+from ..files import open_regular, parse_json, unreadable
 from ..precision.packed import FP8_DTYPES
+from ..words import reason, short
 
-#: The library's own limit on a header's size.
-_MAX_HEADER = 100_000_000
+#: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100 million. Parsed, they take
+#: up to 25 times as much memory.
+MAX_HEADER = 16 << 20
+#: Beyond any tensor's size, and within what torch can count.
+MOST_ELEMENTS = 2**62
+#: torch's own limit.
+MOST_DIMENSIONS = 64
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -68,10 +77,15 @@ class StoredTensor:
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
-        """The shape of what lies in the file: of its bytes, where it is quantized."""
+        """The shape of what lies in the file: where it is quantized, ``[rows, bytes]``; ``[blocks, bytes]`` where no row is whole blocks."""
         if self.quantization is None:
             return self.shape
-        return (self.shape[0], self.nbytes // self.shape[0]) if self.shape else (self.nbytes,)
+        from gguf import GGML_QUANT_SIZES
+
+        (_, size), rows = GGML_QUANT_SIZES[self.quantization], self.shape[0] if self.shape else 1
+        if not rows or self.nbytes % (rows * size):
+            rows = self.nbytes // size
+        return (rows, self.nbytes // rows if rows else size)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -94,32 +108,43 @@ class StoredTensor:
         return StoredTensor(self.file, self.dtype, shape, offset, nbytes + sum(count for _, count in more), tuple(more), self.quantization)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, open for reading, and its size.
+
+    Raises:
+        ValueError: if it is no regular file, or cannot be read, then or in the ``with`` block.
+    """
+    with open_regular(path) as file:
+        try:
+            yield file, os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise ValueError(unreadable(path, error)) from error
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file: kilobytes, whatever the size of the file.
 
     Raises:
-        ValueError: if the file is not safetensors, is damaged, or is shorter than its header says.
+        ValueError: if the file is not safetensors, is damaged, or is shorter or longer than its header says.
+        DependencyError: if it holds GGUF's blocks, and the package ``gguf`` is not installed.
     """
     path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
-            raise _not_safetensors(path, size, "it does not start with a header")
-        text = file.read(length)
+    entries, start, size = _json_header(path)
+    entries.pop("__metadata__", None)
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        tensors = {name: _entry(path, 8 + length, value) for name, value in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _not_safetensors(path, size, f"its header cannot be read ({error})") from error
-    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+        tensors = {name: _entry(path, start, name, value) for name, value in entries.items()}
+        end = _end_of_tiles(tensors, start)
+    except _Damaged as error:
+        raise _not_safetensors(path, size, f"in its header, {error}") from error
     if end > size:
-        raise ValueError(
-            f"{path} is truncated: it has {size:,} bytes and its header promises {end:,}, so some weights are missing. "
-            "The download was interrupted or the disk was full: delete this file and download it again."
-        )
+        raise _truncated(path, size, end)
+    if end < size:
+        raise _not_safetensors(path, size, f"it goes on for {size - end:,} bytes after the last tensor of its header")
+    if any(name.endswith("_qweight") for name in tensors):
+        from .gguf import read_blocks
+
+        return read_blocks(tensors, path)
     return tensors
 
 
@@ -127,10 +152,44 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What the writer of a safetensors file noted in its header: texts by name, none if nothing.
 
     Raises:
-        ValueError: if it is not JSON.
+        ValueError: if its header cannot be read.
     """
-    with path.open("rb") as file:
-        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+    return _json_header(Path(path))[0].get("__metadata__") or {}
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file is by its first bytes, for the sentence that says that it is not what was expected; None for what is not known."""
+    if not head:
+        return "it is empty, as a download that never began leaves it"
+    if not head.strip(b"\0"):
+        return "it begins with nothing but zeros, as a download that was interrupted leaves it"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "it is a web page, which a site sent in the place of the file, as it does where one has to log in or accept a licence"
+    for start, what in _STARTS.items():
+        if head.startswith(start):
+            return what
+    if head[0] == 0x80 and 2 <= int.from_bytes(head[1:2], "little") <= 5:
+        return "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors"
+    if head[257:262] == b"ustar":
+        return "it is a tar archive: unpack it first"
+    if text.startswith(b"{") or text.startswith(b"["):
+        return "it is text in JSON, as a config or an error message of a site"
+    return "it is a safetensors file, whatever its name says" if head[8:10] == b'{"' else None
+
+
+_STARTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, a few lines of text that stand for the file",
+    b"GGUF": "it is a GGUF file: give it a name that ends in .gguf",
+    b"PK\x03\x04": "it is a zip archive, as torch.save writes: unpack it if it was packed for the download, or give it a name that ends in .pt",
+    b"PK\x05\x06": "it is an empty zip archive",
+    b"\x1f\x8b": "it is packed with gzip: unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "it is packed with 7-Zip: unpack it first",
+    b"Rar!": "it is packed with RAR: unpack it first",
+    b"\xfd7zXZ": "it is packed with xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd: unpack it first",
+    b"\x89HDF": "it is an HDF5 file, as Keras writes",
+}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
@@ -141,7 +200,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
         OSError: if it cannot be read.
     """
     data, done = torch.empty(stored.nbytes, dtype=torch.uint8), 0
-    with stored.file.open("rb", buffering=0) as file:
+    with open_regular(stored.file) as file:
         for offset, nbytes in stored.ranges:
             file.seek(offset)
             fill(file, memoryview(data.numpy())[done : done + nbytes], stored.file)
@@ -174,18 +233,88 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _entry(path: Path, data_start: int, value: dict) -> StoredTensor:
-    begin, end = value["data_offsets"]
-    if value["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {value['dtype']}")
-    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
-    if end - begin != prod(shape) * dtype.itemsize or begin < 0:
-        raise ValueError(f"a tensor of shape {list(shape)} in {value['dtype']} cannot take {end - begin} bytes")
-    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+def _json_header(path: Path) -> tuple[dict, int, int]:
+    """The JSON of a file's header, where the data begins, and the file's size."""
+    with opened(path) as (file, size):
+        head = file.read(512)
+        length = int.from_bytes(head[:8], "little")
+        if not 2 <= length <= MAX_HEADER or head[8:9] != b"{":
+            what = f"its header would take {length:,} bytes" if head[8:9] == b"{" else what_it_is(head) or "it does not start with a header"
+            raise _not_safetensors(path, size, what)
+        if 8 + length > size:
+            raise _truncated(path, size, 8 + length)
+        text = head[8 : 8 + length] + file.read(max(0, 8 + length - len(head)))
+    try:
+        entries = parse_json(text.decode("utf-8"), object_pairs_hook=_once_each, parse_int=_integer, parse_constant=_constant)
+        if b"\\ud" in text.lower():
+            # Half of a letter that takes two: nothing that is written elsewhere could have it.
+            json.dumps(entries, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:
+        raise _not_safetensors(path, size, f"its header cannot be read ({reason(error)})") from error
+    noted = entries.get("__metadata__")
+    if noted is not None and not (isinstance(noted, dict) and all(isinstance(value, str) for value in noted.values())):
+        raise _not_safetensors(path, size, "what its header notes under __metadata__ are not texts by name")
+    return entries, 8 + length, size
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        again = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{short(again)} stands in it twice")
+    return found
+
+
+def _integer(text: str) -> int | float:
+    # To the library a number of tensors is not -0.
+    return float(text) if text == "-0" or len(text) > 20 else int(text)
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+class _Damaged(Exception):
+    """What is wrong with a header."""
+
+
+def _entry(path: Path, data_start: int, name: str, value: object) -> StoredTensor:
+    try:
+        kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = (begin, end, *shape)
+    except (KeyError, TypeError, ValueError):
+        raise _Damaged(f"{short(name)} is not a tensor with dtype, shape and two data_offsets") from None
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
+        raise _Damaged(f"the shape and data_offsets of {short(name)} are not whole numbers: {short(shape)}, {short([begin, end])}")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise _Damaged(f"{short(name)} is stored as {short(kind)}, which is unknown here; known are {', '.join(DTYPES)}")
+    if prod(filter(None, shape)) > MOST_ELEMENTS or end - begin != prod(shape) * dtype.itemsize:
+        raise _Damaged(f"a tensor of shape {short(shape)} in {kind} cannot take {short(end - begin)} bytes, as {short(name)} would")
+    return StoredTensor(path, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _end_of_tiles(tensors: Mapping[str, StoredTensor], start: int) -> int:
+    """Where the data ends, of which tensors must leave nothing out, and share nothing."""
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            what = "overlap" if tensor.offset < end else "leave a gap"
+            raise _Damaged(f"the tensors {what}: {short(name)} begins at byte {tensor.offset - start:,}, and those before it end at {end - start:,}")
+        end = tensor.offset + tensor.nbytes
+    return end
+
+
+def _truncated(path: Path, size: int, promised: int) -> ValueError:
+    return ValueError(
+        f"{short(path, 400)} is truncated: it has {size:,} bytes and its header promises {promised:,}, so some weights are missing. "
+        "The download was interrupted or the disk was full: delete this file and download it again."
+    )
 
 
 def _not_safetensors(path: Path, size: int, why: str) -> ValueError:
     return ValueError(
-        f"{path} ({size:,} bytes) is not a readable safetensors file: {why}. Weights cannot be taken from it. If it is a Git LFS "
+        f"{short(path, 400)} ({size:,} bytes) is not a readable safetensors file: {why}. Weights cannot be taken from it. If it is a Git LFS "
         "pointer or an interrupted download, download the file itself again."
     )

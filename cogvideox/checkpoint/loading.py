@@ -70,7 +70,8 @@ def load_module(
         owner, is_weight = owners[0][0], owners[0][1] == "weight"
         if stored.is_packed:
             scale = read_tensor(part.scales[name]) if name in part.scales else None
-            packed = PackedWeight(files.read(stored, stored.dtype, device, report), scale, stored.quantization)
+            shape = None if stored.quantization is None or stored.raw_shape[0] == stored.shape[0] else stored.shape
+            packed = PackedWeight(files.read(stored, stored.dtype, device, report), scale, stored.quantization, shape)
             if is_weight and isinstance(owner, PackedLinear | RangeSafeLinear):
                 owner.load_packed(packed)
                 continue

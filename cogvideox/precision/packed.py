@@ -5,10 +5,13 @@ device.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ..words import short
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that negation is exact.
@@ -30,13 +33,16 @@ class PackedWeight(nn.Module):
         data: fp8 or int8 ``[out, in]``, or GGUF's bytes ``[out, bytes]``.
         scale: what fp8 and int8 are to be multiplied by, one number or one per row; kept as fp32 ``[1 or out, 1]``.
         quantization: GGUF's number of the quantization.
+        shape: of the weight, where ``data`` holds blocks ``[blocks, bytes]`` because its rows are no whole blocks.
     """
 
-    def __init__(self, data: torch.Tensor, scale: torch.Tensor | None = None, quantization: int | None = None):
+    def __init__(
+        self, data: torch.Tensor, scale: torch.Tensor | None = None, quantization: int | None = None, shape: tuple[int, ...] | None = None
+    ):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_buffer("scale", None if scale is None else scale.float().reshape(-1, 1).to(data.device), persistent=False)
-        self.quantization = quantization
+        self.quantization, self.shape = quantization, shape
 
     def forward(self, dtype: torch.dtype, factor: float | None = None) -> torch.Tensor:
         """The weight in ``dtype``, rounded once; with ``factor``, less its scale and times that."""
@@ -44,7 +50,10 @@ class PackedWeight(nn.Module):
 
     def widen(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight less its scale, in ``dtype``; fp8 and int8 lose nothing in any wider dtype."""
-        return self.data.to(dtype) if self.quantization is None else dequantize(self.data, self.quantization).to(dtype)
+        if self.quantization is None:
+            return self.data.to(dtype)
+        wide = dequantize(self.data, self.quantization).to(dtype)
+        return wide if self.shape is None else wide.reshape(self.shape)
 
     def scaled(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in ``dtype``, rounded once."""
@@ -154,19 +163,34 @@ def in_pieces(weight: torch.Tensor, device: torch.device, columns: torch.Tensor 
         yield place, rows if columns is None else rows.div_(columns)
 
 
-def dequantize(data: torch.Tensor, quantization: int) -> torch.Tensor:
-    """GGUF's bytes ``[rows, bytes]`` -> numbers ``[rows, columns]``, by diffusers' kernels.
+#: What every diffusers that this runs with can widen (0.36 on); importing it to ask takes seconds.
+_WIDENED = {"Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"}
+
+
+def check_quantization(quantization: int, name: str, file: Path) -> None:
+    """Check that diffusers can widen the tensor ``name`` of a file, before it is loaded.
 
     Raises:
-        ValueError: for a quantization that diffusers does not know.
+        ValueError: if it cannot.
     """
-    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
     from gguf import GGMLQuantizationType
 
     kind = GGMLQuantizationType(quantization)
+    if kind.name in _WIDENED:
+        return
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
     if kind not in dequantize_functions:
         known = ", ".join(sorted(known.name for known in dequantize_functions))
         raise ValueError(
-            f"The GGUF file is quantized as {kind.name}, which diffusers cannot read, so its weights cannot be used. Choose a file in one of {known}."
+            f"{short(name)} in {short(file, 400)} is quantized as {kind.name}, which diffusers cannot read, so its weights cannot be used. Choose a "
+            f"file in one of {known}."
         )
-    return dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind))
+
+
+def dequantize(data: torch.Tensor, quantization: int) -> torch.Tensor:
+    """GGUF's bytes ``[rows, bytes]`` -> numbers ``[rows, columns]``, by diffusers' kernels; ``check_quantization`` says whether it has one."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+    from gguf import GGMLQuantizationType
+
+    return dequantize_gguf_tensor(GGUFParameter(data, quant_type=GGMLQuantizationType(quantization)))
