@@ -89,13 +89,15 @@ def check_prompt(prompt: str) -> None:
         ValueError: saying what it is, or where the first such place is.
     """
     if not isinstance(prompt, str):
-        raise ValueError(f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; an empty one will do.")
+        raise ValueError(
+            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; an empty one will do."
+        )
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
             f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words there are not known. It was "
-            "typed or saved in another encoding, such as GBK: set the terminal to UTF-8, or save the prompt's file as UTF-8."
+            "typed or saved in another encoding, such as GBK: set the terminal to UTF-8, or save the file it comes from as UTF-8."
         ) from error
 
 
@@ -119,16 +121,18 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
         special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         whole = tokenizer(text).input_ids
-        ids = tokenizer(text, padding="max_length", max_length=encoder.tokens, truncation=True, add_special_tokens=True, return_tensors="pt").input_ids
+        padded = tokenizer(text, padding="max_length", max_length=encoder.tokens, truncation=True, add_special_tokens=True, return_tensors="pt")
+        ids = padded.input_ids
         cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
-    # Of any type, even one that no Exception is (tokenizers is written in Rust, whose panics are of none): libraries find out what is wrong with a
+    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find out what is wrong with a
     # tokenizer while they use it, and say so in their own terms or advise to install another package.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise wrong_tokenizer(folder, f"holds a tokenizer that cannot be used ({type(error).__name__})") from error
     if special != [0, 1, 2] or ends != (0, 1) or tuple(ids.shape) != (1, encoder.tokens):
-        raise wrong_tokenizer(folder, f"holds a tokenizer whose settings (tokenizer_config.json and its like) give {', '.join(SPECIAL)} another meaning")
+        said = f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} another meaning"
+        raise wrong_tokenizer(folder, said)
     if not 0 <= ids.min() <= ids.max() < rows:
         raise wrong_tokenizer(folder, f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows")
     return ids, len(whole), cut

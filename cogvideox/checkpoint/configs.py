@@ -247,9 +247,7 @@ def _odd_transformer(config: Mapping) -> str:
     if not rotary or config.get("use_learned_positional_embeddings", False):
         frames = (config.get("sample_frames", 49) - 1) // TEMPORAL_COMPRESSION + 1
         if height * width * frames > _MAX_POSITIONS:
-            return (
-                f'"sample_height", "sample_width" and "sample_frames" make {height * width * frames:,} positions, and the released models have 17,550'
-            )
+            return f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the released models have 17,550'
     return ""
 
 
