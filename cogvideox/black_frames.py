@@ -18,6 +18,8 @@ from .choices import ON_BLACK, check_choice
 logger = logging.getLogger(__name__)
 
 _LUMA = (0.299, 0.587, 0.114)
+#: How far from a whole 255th a value may be that was 8 bits once: bf16's rounding of the brightest black, which is the next number.
+_GRID, _DARK = 0.06, 25.5
 #: Pixels looked at together: small enough for the processor's cache, large enough to amortise a call.
 _BLOCK = 1 << 18
 
@@ -34,12 +36,15 @@ class BlackFrameReport:
         ratios: per frame, the share of black pixels, 0..1.
         nonfinite: indices of the frames that hold NaN or Inf.
         picture_black_ratio, video_black_ratio: the thresholds in force.
+        eight_bit: indices of the black frames whose dark values are all whole 255ths, as in a video that was saved and loaded again: what was NaN when
+            it was saved is 0 there.
     """
 
     ratios: tuple[float, ...]
     nonfinite: tuple[int, ...]
     picture_black_ratio: float
     video_black_ratio: float
+    eight_bit: tuple[int, ...] = ()
 
     @property
     def black_frames(self) -> tuple[int, ...]:
@@ -78,8 +83,15 @@ class BlackFrameReport:
                 "Likely cause: the model ran in a dtype too small for its activations. CogVideoX-1.5 was trained in bf16; in fp16 activations "
                 "pass 65504, become Inf and then NaN. Set dtype to auto in CogVideoX-1.5 Model Loader and run again."
             )
+        if self.eight_bit:
+            return (
+                "The black frames hold nothing finer than 8 bits, as in a video that was saved and loaded again, and NaN is saved as black: an overflow "
+                "cannot be seen in them any more. Likely cause: the model that made them ran in a dtype too small for its activations, as fp16 is for "
+                "weights trained in bf16 (all CogVideoX but 2b). To tell, put this check directly behind the decoder, where it sees NaN itself, or make "
+                "the video again with dtype at auto in CogVideoX-1.5 Model Loader. If the video is meant to be dark, set action to warn."
+            )
         return (
-            "Every value is finite, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, the prompt asks "
+            "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, the prompt asks "
             "for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to be dark, set "
             "action to warn."
         )
@@ -110,18 +122,27 @@ def check_black_frames(
     limit = (math.floor(pixel_black_threshold * 255) + 0.4995) / 255
     luma_of = torch.tensor(_LUMA, device=images.device)
     pixels = images.shape[1] * images.shape[2]
-    ratios, nonfinite = [], []
+    ratios, nonfinite, eight_bit = [], [], []
     for index, image in enumerate(images):
         black, finite = 0, True
-        for rows in image[..., :3].split(max(1, _BLOCK // images.shape[2])):
+        blocks = image[..., :3].split(max(1, _BLOCK // images.shape[2]))
+        for rows in blocks:
             dark, rows_finite = _count_dark(rows, limit, luma_of)
             black, finite = black + dark, finite and rows_finite
         ratios.append(black / pixels)
         if not finite:
             nonfinite.append(index)
+        elif ratios[-1] >= picture_black_ratio and all(_on_the_grid(rows) for rows in blocks):
+            eight_bit.append(index)
         if on_frame is not None:
             on_frame(index + 1, len(images))
-    return BlackFrameReport(tuple(ratios), tuple(nonfinite), picture_black_ratio, video_black_ratio)
+    return BlackFrameReport(tuple(ratios), tuple(nonfinite), picture_black_ratio, video_black_ratio, tuple(eight_bit))
+
+
+def _on_the_grid(rows: torch.Tensor) -> bool:
+    """Whether all dark values of ``[rows, W, 3]``, finite ones, are whole 255ths, as those of pictures of 8 bits are."""
+    levels = rows.float() * 255
+    return (((levels - levels.round()).abs() <= _GRID) | (levels > _DARK)).all().item()
 
 
 def _count_dark(rows: torch.Tensor, limit: float, luma_of: torch.Tensor) -> tuple[int, bool]:

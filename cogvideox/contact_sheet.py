@@ -9,8 +9,8 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, max_po
 
 from .black_frames import BlackFrameReport
 
-#: Frames on a sheet at most, and beside one another; the width of each, in pixels.
-_FRAMES, _COLUMNS, _WIDTH = 20, 5, 192
+#: Frames on a sheet at most, and beside one another; the width of each in pixels, and the height of a tall one.
+_FRAMES, _COLUMNS, _WIDTH, _HEIGHT = 20, 5, 192, 384
 _MARGIN, _TEXT = 6, 13
 _GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75), (255, 0, 255)
 
@@ -19,7 +19,8 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     """Draw the frames that are black or hold NaN or Inf, each with its number and what is wrong with it.
 
     Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 20 frames, 20 are drawn, evenly chosen,
-    the first and the last among them.
+    the first and the last among them. A frame is looked at a few rows at a time: of any number and size of frames, the sheet and the memory that it
+    takes are small.
 
     Args:
         images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1: those that were checked.
@@ -31,7 +32,8 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     if not bad:
         return None
     shown = bad if len(bad) <= _FRAMES else [bad[round(place * (len(bad) - 1) / (_FRAMES - 1))] for place in range(_FRAMES)]
-    height = max(1, round(_WIDTH * images.shape[1] / images.shape[2]))
+    shrink = min(_WIDTH / images.shape[2], _HEIGHT / images.shape[1])
+    width, height = (max(1, round(side * shrink)) for side in (images.shape[2], images.shape[1]))
     columns = min(_COLUMNS, max(2, len(shown)))
     cell_width, cell_height = _WIDTH + _MARGIN, height + _TEXT + 2 * _MARGIN
     head = _TEXT + 3 * _MARGIN
@@ -42,18 +44,23 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     draw.text((_MARGIN, _MARGIN), f"{report.verdict}: {what}", _BAD, font)
     for place, index in enumerate(shown):
         left, top = _MARGIN + place % columns * cell_width, head + place // columns * cell_height
-        draw.rectangle((left - 2, top - 2, left + _WIDTH + 1, top + height + 1), outline=_BAD, width=2)
-        sheet.paste(_thumbnail(images[index], (_WIDTH, height)), (left, top))
+        draw.rectangle((left - 2, top - 2, left + width + 1, top + height + 1), outline=_BAD, width=2)
+        sheet.paste(_thumbnail(images[index], width, height), (left, top))
         said = "NaN or Inf" if index in report.nonfinite else f"{report.ratios[index]:.1%} black"
         draw.text((left, top + height + _MARGIN // 2), f"{index} · {said}", _INK, font)
     return sheet
 
 
-def _thumbnail(frame: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """A frame ``[H, W, 3]`` as a picture of ``size``; every broken pixel becomes a magenta spot, so that none is overlooked."""
-    pixels = rearrange(frame[..., :3].to("cpu", torch.float32), "h w c -> c h w")
-    finite = pixels.isfinite()
-    colours = adaptive_avg_pool2d(pixels.where(finite, 0).clamp(0, 1) * 255, size[::-1])
-    broken = max_pool2d(adaptive_max_pool2d((~finite).any(0, keepdim=True).float(), size[::-1]), 5, stride=1, padding=2) > 0
+def _thumbnail(frame: torch.Tensor, width: int, height: int) -> Image.Image:
+    """A frame ``[H, W, 3]`` as a picture of a size; every broken pixel becomes a magenta spot, so that none is overlooked."""
+    colours, spots = torch.empty(3, height, width), torch.empty(1, height, width)
+    for row in range(height):
+        # The rows that adaptive pooling puts together for this one.
+        first, last = row * len(frame) // height, -(-(row + 1) * len(frame) // height)
+        pixels = rearrange(frame[first:last, :, :3].to("cpu", torch.float32), "h w c -> c h w")
+        finite = pixels.isfinite()
+        colours[:, row] = adaptive_avg_pool2d(pixels.where(finite, 0).clamp(0, 1) * 255, (1, width))[:, 0]
+        spots[:, row] = adaptive_max_pool2d((~finite).any(0, keepdim=True).float(), (1, width))[:, 0]
+    broken = max_pool2d(spots, 5, stride=1, padding=2) > 0
     colours = torch.where(broken, torch.tensor(_NOT_FINITE, dtype=torch.float32).view(3, 1, 1), colours)
     return Image.fromarray(rearrange(colours.round().to(torch.uint8), "c h w -> h w c").numpy())

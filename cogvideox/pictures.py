@@ -1,24 +1,30 @@
 """Images and clips that come in: checked, fitted to the size and length a model makes."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from einops import rearrange
 
 from .geometry import SIZE_STEP
-from .precision.sentinel import check_finite
 
 #: How far bicubic and lanczos resampling, which sharpen edges, go beyond 0..1 in practice: such images are clamped.
 _OVERSHOOT = 0.1
+#: Values looked at together: beside a clip there is no room for a copy of it.
+_BLOCK = 1 << 22
+#: Values that no machine has room for: a tensor may claim them all the same (torch's ``expand``), and looking at each would not end.
+_TOO_MANY = 1 << 38
 _CHANNELS = {1: "is grey (1 channel)", 2: "is grey with alpha (2 channels)", 4: "has an alpha channel (4 channels)"}
 
 
 def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
-    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1.
+    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1. They are looked at piece by piece.
 
     Args:
         name: what it is, for messages: ``start_image``.
 
     Returns:
-        The images as float32, clamped to 0..1 where resampling went a little beyond.
+        The images as float32, clamped to 0..1 where resampling went a little beyond: themselves if there is nothing to change, else a copy.
 
     Raises:
         ValueError: for another shape, alpha, grey, NaN, Inf, or values outside 0..1.
@@ -26,19 +32,36 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
     shape = list(images.shape)
     if images.ndim != 4 or 0 in shape:
         raise ValueError(f"The {name} has the shape {shape}, but an image is [frames, height, width, 3]. Connect an IMAGE, such as of Load Image.")
+    if images.numel() >= _TOO_MANY:
+        raise ValueError(
+            f"The {name} has the shape {shape}, which takes {4 * images.numel():,} bytes: no machine has that. Check the node that made it."
+        )
     if shape[3] != 3:
         what = _CHANNELS.get(shape[3], f"has {shape[3]} channels")
         remedy = "Join it with a background colour first" if shape[3] == 4 else "Convert it to RGB first"
         raise ValueError(f"The {name} {what}, and the VAE was trained on RGB (3 channels): what lies under would be guessed. {remedy}.")
-    check_finite(images, f"The {name}", "Check the node that made it.")
-    low, high = (value.item() for value in images.aminmax())
+    extremes = [[bound.item() for bound in piece.aminmax()] for piece in _pieces(images)]
+    if not all(math.isfinite(bound) for pair in extremes for bound in pair):
+        bad = sum((~piece.isfinite()).sum().item() for piece in _pieces(images))
+        raise ValueError(
+            f"The {name} holds {bad:,} values that are NaN or Inf (of {images.numel():,}), which would end in a black video. Check the node that made it."
+        )
+    low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
         raise ValueError(
             f"The {name} has values from {low:.3g} to {high:.3g}, but an IMAGE goes from 0 to 1: the video would be glaring or black. "
             f"{'Divide it by 255.' if high > 2 else 'Bring it to 0..1 first.'}"
         )
-    images = images.float()
-    return images if low >= 0 and high <= 1 else images.clamp(0, 1)
+    if low >= 0 and high <= 1:
+        return images.float()
+    return torch.clamp(images, 0, 1) if images.dtype == torch.float32 else images.float().clamp_(0, 1)
+
+
+def _pieces(images: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The images in bands of rows of at most ``_BLOCK`` values, or of one row."""
+    rows = max(1, _BLOCK // (images.shape[2] * images.shape[3]))
+    for image in images:
+        yield from image.split(rows)
 
 
 def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """The denoising loop: free functions around diffusers' schedulers, equal to ``CogVideoXPipeline`` bit for bit.
 
+Noise is drawn on the CPU in fp32 and cast to the dtype of the run, so that one seed is one video on every card and in every dtype. That is the noise
+of the pipeline in fp32, and in 16 bits where torch draws the same there (2.13 does; 2.11 and before draw other numbers in 16 bits).
+
 Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled and padded, as the transformer reads them;
 ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 """
@@ -13,7 +16,9 @@ from functools import cache, partial
 import torch
 from einops import rearrange
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from .checkpoint.configs import known_fields
 from .choices import SCHEDULERS, check_choice
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
@@ -61,7 +66,8 @@ def sample(
         latents: ``[B, 16, T, H/8, W/8]``, unscaled. All zeros means "start from noise"; anything else is the video that
             ``denoise`` < 1 starts from.
         image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled: ``vae.image_latents``.
-        seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline.
+        seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline. The noise is the same in
+            every dtype the model runs in, but for the rounding to it.
         steps: steps of the whole schedule; ``denoise`` < 1 runs the last ``int(steps * denoise)`` of them, as
             ``CogVideoXVideoToVideoPipeline`` does with its ``strength``.
         cfg: classifier-free guidance (https://huggingface.co/papers/2207.12598); 1 switches it off.
@@ -211,9 +217,9 @@ def denoise_latents(
     on_device = timesteps.to(latents.device)
 
     @cache
-    def joined() -> torch.Tensor:
-        # One tensor for all steps: what depends on the prompts alone is computed once for each.
-        return torch.cat(list(prompts))
+    def embeddings(batched: bool, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        # The same tensors at every step: what depends on the prompts alone is computed, and kept, once for each.
+        return [prompt.to(dtype) for prompt in ([torch.cat(list(prompts))] if batched else prompts)]
 
     def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         # A step that is done again draws the same noise again.
@@ -230,14 +236,14 @@ def denoise_latents(
                 model_input = torch.cat([model_input, torch.cat([image.to(current.dtype)] * copies)], dim=2)
             return transformer(
                 hidden_states=model_input,
-                encoder_hidden_states=prompt.to(precision.activations),
+                encoder_hidden_states=prompt,
                 timestep=on_device[index].expand(model_input.shape[0]),
                 ofs=None if ofs is None else current.new_full((1,), ofs),
                 image_rotary_emb=rotary,
                 return_dict=False,
             )[0].float()
 
-        prediction = torch.cat([predict(prompt) for prompt in ([joined()] if sentinel.way.batched else prompts)])
+        prediction = torch.cat([predict(prompt) for prompt in embeddings(sentinel.way.batched, precision.activations)])
         if guided:
             scale = dynamic_guidance(cfg, scheduler.num_inference_steps, timestep.item()) if dynamic_cfg else cfg
             prediction = guide(*prediction.chunk(2), scale)
@@ -274,13 +280,26 @@ def make_scheduler(config: Mapping, name: str):
     check_choice("scheduler", name, SCHEDULERS)
     import diffusers
 
-    return getattr(diffusers, SCHEDULERS[name]).from_config(dict(config))
+    # Checked when the checkpoint was opened (``check_config``): what no table names is not used.
+    return getattr(diffusers, SCHEDULERS[name]).from_config(known_fields("scheduler", config))
 
 
 def schedule_timesteps(scheduler, steps: int, denoise: float) -> torch.Tensor:
-    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run, as ``steps_to_run`` counts them."""
-    count = steps_to_run(steps, denoise, scheduler.config.num_train_timesteps)
+    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run, as ``steps_to_run`` counts them.
+
+    Raises:
+        ValueError: if the noise schedule has no such timesteps.
+    """
+    trained = scheduler.config.num_train_timesteps
+    count = steps_to_run(steps, denoise, trained)
     scheduler.set_timesteps(steps)
+    # "trailing" adds up fractions: at 61 steps, 103 and others diffusers' makes one more, at a timestep of -1, which would end a video in noise.
+    scheduler.timesteps = scheduler.timesteps[:steps]
+    if len(scheduler.timesteps) < steps or not 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() < trained:
+        raise ValueError(
+            f"The noise schedule of this checkpoint cannot be run in {steps} steps: with its steps_offset of {scheduler.config.steps_offset} they "
+            f"would pass the {trained} timesteps it was trained with. Set steps to 50, or download scheduler/scheduler_config.json again."
+        )
     return scheduler.timesteps[steps - count :]
 
 
@@ -313,14 +332,27 @@ def check_guidance(cfg: float) -> None:
 
 
 def _step(scheduler, prediction, previous_clean, timestep, earlier, latents, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scheduler step: the next latents and the predicted clean ones. The two schedulers differ only in what they are told."""
+    """One scheduler step: the next latents and the predicted clean ones. The two schedulers differ only in what they are told, and in that one draws
+    noise."""
     if type(scheduler).__name__ == SCHEDULERS["dpm"]:
-        return scheduler.step(prediction, previous_clean, timestep, earlier, latents, generator=generator, return_dict=False)
+        with NoiseInFp32():
+            return scheduler.step(prediction, previous_clean, timestep, earlier, latents, generator=generator, return_dict=False)
     return scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)
 
 
 def _draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
+
+
+class NoiseInFp32(TorchFunctionMode):
+    """Noise that a library draws in this ``with`` block is drawn in fp32 and cast to the dtype it asks for: torch before 2.13 draws other numbers in
+    16 bits."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not torch.randn or kwargs.get("dtype") in (None, torch.float32):
+            return function(*args, **kwargs)
+        return function(*args, **kwargs | {"dtype": torch.float32}).to(kwargs["dtype"])
 
 
 def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:

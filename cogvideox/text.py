@@ -5,14 +5,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoint.layout import has_tokenizer
+from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
 from .handles import TextEncoder
 from .memory import ways
 from .precision.sentinel import Sentinel
+from .words import short
+
+#: Letters of a prompt that are looked at: what a model reads of it, 226 tokens, is never so long.
+_MAX_LETTERS = 50_000
+#: Letters of a prompt's end that are quoted where it was cut.
+_QUOTED = 2000
 
 
 @dataclass(frozen=True)
@@ -49,24 +56,18 @@ def encode_prompt(
         Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
 
     Raises:
-        ValueError: if the tokenizer is missing or the checkpoint holds no text encoder.
+        ValueError: for what is no text, or if the tokenizer is missing or damaged, or the checkpoint holds no text encoder.
         NonFiniteError: if the embeddings are not finite and are not, or cannot be, healed.
     """
-    tokenizer = _load_tokenizer(encoder)
-    ids = tokenizer(
-        prompt,
-        padding="max_length",
-        max_length=encoder.tokens,
-        truncation=True,
-        add_special_tokens=True,
-        return_tensors="pt",
-    ).input_ids
-    whole = tokenizer(prompt).input_ids
-    cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
-    notes = []
+    check_prompt(prompt)
+    notes, text = [], prompt[:_MAX_LETTERS]
+    if len(prompt) > len(text):
+        notes.append(f"The prompt has {len(prompt):,} letters, of which only the first {_MAX_LETTERS:,} were looked at.")
+    ids, whole, cut = _tokenize(encoder, text)
     if cut:
-        notes.append(f'The prompt has {len(whole)} tokens and the model reads {encoder.tokens}: this end was cut off: "{cut}"')
-    note = language_note(prompt)
+        # All of it, unless it is a book.
+        notes.append(f'The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "{short(cut, _QUOTED)}"')
+    note = language_note(text)
     if note:
         notes.append(note)
     mode = encoder.weights.fitting_mode()
@@ -81,6 +82,69 @@ def encode_prompt(
     return EncodedPrompt(embeddings.to("cpu", copy=True), cut, tuple(notes))
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse what is no text, or holds what is no letter.
+
+    Raises:
+        ValueError: saying what it is, or where the first such place is.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; an empty one will do."
+        )
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words there are not known. It was "
+            "typed or saved in another encoding, such as GBK: set the terminal to UTF-8, or save the file it comes from as UTF-8."
+        ) from error
+
+
+def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
+    """The ids of a prompt, padded or cut to the encoder's tokens ``[1, tokens]``, their number before that, and the text of those cut off.
+
+    Raises:
+        ValueError: if the tokenizer cannot be used.
+    """
+    folder = encoder.tokenizer_folder
+    if not has_tokenizer(folder):
+        raise ValueError(
+            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a CogVideoX repository into "
+            "the checkpoint's folder, or beside the text encoder's file."
+        )
+    tensors = encoder.weights.part.tensors
+    rows = (tensors.get("shared.weight") or tensors["encoder.embed_tokens.weight"]).shape[0]
+    check_tokenizer(folder, rows)
+    try:
+        tokenizer = _load_tokenizer(folder)
+        special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        whole = tokenizer(text).input_ids
+        padded = tokenizer(text, padding="max_length", max_length=encoder.tokens, truncation=True, add_special_tokens=True, return_tensors="pt")
+        ids = padded.input_ids
+        cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
+    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find out what is wrong with a
+    # tokenizer while they use it, and say so in their own terms or advise to install another package.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise wrong_tokenizer(folder, f"holds a tokenizer that cannot be used ({type(error).__name__})") from error
+    if special != [0, 1, 2] or ends != (0, 1) or tuple(ids.shape) != (1, encoder.tokens):
+        said = f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} another meaning"
+        raise wrong_tokenizer(folder, said)
+    if not 0 <= ids.min() <= ids.max() < rows:
+        raise wrong_tokenizer(folder, f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows")
+    return ids, len(whole), cut
+
+
+def _load_tokenizer(folder: Path):
+    import transformers
+
+    fast = not (folder / "spiece.model").is_file()
+    return getattr(transformers, "T5TokenizerFast" if fast else "T5Tokenizer").from_pretrained(folder)
+
+
 @contextmanager
 def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
@@ -91,19 +155,6 @@ def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _load_tokenizer(encoder: TextEncoder):
-    folder = encoder.tokenizer_folder
-    if not has_tokenizer(folder):
-        raise ValueError(
-            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a CogVideoX repository into "
-            "the checkpoint's folder, or beside the text encoder's file."
-        )
-    import transformers
-
-    fast = not (folder / "spiece.model").is_file()
-    return getattr(transformers, "T5TokenizerFast" if fast else "T5Tokenizer").from_pretrained(folder)
 
 
 # Words that mark a language, none of them an English word: enough to notice a sentence, silent on a list of names.

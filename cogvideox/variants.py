@@ -132,4 +132,5 @@ def full_config(config: Mapping) -> Mapping:
     from diffusers import CogVideoXTransformer3DModel
 
     parameters = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty} | dict(config)
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {name: config.get(name, default) for name, default in defaults.items()}

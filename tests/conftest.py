@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvideox import sampling
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.handles import open_handles
 from cogvideox.precision.hardware import Hardware
@@ -56,12 +55,6 @@ def pipeline(tiny):
     pipe = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture
-def one_noise(monkeypatch):
-    """The same noise in every dtype: for one seed, torch 2.11 and before draws other numbers in 16 bits than in fp32."""
-    monkeypatch.setattr(sampling, "_draw_noise", lambda like, generator: torch.randn(like.shape, generator=generator).to(like))
 
 
 @pytest.fixture

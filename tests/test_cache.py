@@ -211,7 +211,6 @@ class TestTraces:
 
 
 class TestTogether:
-    @pytest.mark.usefixtures("one_noise")
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     @pytest.mark.parametrize("method", CACHES)
     def test_every_dtype(self, deep, model, prompts, method, dtype):

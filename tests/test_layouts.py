@@ -278,7 +278,6 @@ def test_fp8_files_stay_in_fp8_in_memory_and_compute_as_the_widened_weights_do(t
                 assert (made - wanted).norm() / wanted.norm() <= limit
 
 
-@pytest.mark.usefixtures("one_noise")
 def test_an_fp8_checkpoint_samples_in_bf16_and_in_range_safe_fp16(tmp_path, source):
     state = fp8_state(source[1]["transformer"].state_dict(), torch.float8_e4m3fn)
     file = layouts.write_file(tmp_path / "fp8.safetensors", layouts.comfy_names(state), "model.diffusion_model.")
@@ -290,7 +289,6 @@ def test_an_fp8_checkpoint_samples_in_bf16_and_in_range_safe_fp16(tmp_path, sour
         assert opened.model.weights.nbytes < 0.75 * open_handles(source[0], dtype, CPU).model.weights.nbytes
 
 
-@pytest.mark.usefixtures("one_noise")
 @pytest.mark.parametrize("names", [lambda state: state, layouts.comfy_names], ids=["diffusers", "ComfyUI"])
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q4_0"])
 def test_gguf_transformers_stay_quantized_in_memory_and_compute_as_diffusers_dequantizes_them(tmp_path, source, quantization, names):

@@ -232,7 +232,6 @@ def test_two_branches_of_a_graph_use_their_own_and_the_base_stays_bit_for_bit(tm
     assert all(torch.equal(tensor, weights[name]) for name, tensor in handles.model.weights._module.state_dict().items())
 
 
-@pytest.mark.usefixtures("one_noise")
 def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
     """A LoRA too loud for fp16: the step is done again in a safer way to run, with the LoRA."""
     halves = draw(part, layers=("ff.net.2",), others=())

@@ -396,7 +396,6 @@ class TestHandles:
         assert not small.weights.method.dynamic
         assert 0 < error(encode_prompt(small, "a panda").embeddings, encode_prompt(plain, "a panda").embeddings) < 0.05
 
-    @pytest.mark.usefixtures("one_noise")
     @TWO
     def test_a_result_that_is_not_finite_is_healed_with_quantized_weights_and_whole_activations(self, tiny, prompts, monkeypatch, method):
         real, said, ran = handles_module.load_module, [], []

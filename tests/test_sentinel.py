@@ -75,7 +75,6 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
     assert hooks_of(healed.model.weights) == 1  # the fault's own
 
 
-@pytest.mark.usefixtures("one_noise")
 def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tiny, prompts, fault, caplog):
     bf16, fp32 = Precision(torch.bfloat16), FP32
     calls = fault("transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16)

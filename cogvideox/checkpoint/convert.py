@@ -24,8 +24,9 @@ from ..precision.hardware import dtype_name
 from ..precision.packed import PackedWeight
 from ..precision.policy import size_text
 from .headers import DTYPES, StoredTensor, fill, read_tensor
-from .layout import PARTS, Checkpoint, Part, has_tokenizer, stored_bytes
+from .layout import PARTS, Checkpoint, Part, stored_bytes
 from .loading import empty_module
+from .tokenizer import has_tokenizer
 
 logger = logging.getLogger(__name__)
 

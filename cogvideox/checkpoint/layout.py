@@ -14,6 +14,7 @@ diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,18 @@ from pathlib import Path
 
 import torch
 
+from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
+from ..words import short
+from .configs import check_config, class_of
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
 from .naming import FoundPart, find_parts, split_scales
 from .pickles import read_pickle_header
 from .shapes import infer_config
+from .tokenizer import check_tokenizer, has_tokenizer
+
+logger = logging.getLogger(__name__)
 
 #: part -> (what to call it, the class in its config.json)
 PARTS = {
@@ -154,10 +161,12 @@ def open_checkpoint(
     transformer = parts["transformer"]
     _check_shapes(transformer)
     variant = identify(transformer.config)
-    if "vae" in parts and "scaling_factor" not in parts["vae"].config:
+    if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
         known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
-        parts["vae"] = replace(parts["vae"], config={**parts["vae"].config, **known})
+        if parts["vae"].layout == "diffusers":
+            logger.warning("%s gives no scaling_factor: taken is %s, that of %s.", parts["vae"].source, variant.latent_scale, variant.name)
+        parts["vae"] = replace(parts["vae"], config=known | {name: value for name, value in parts["vae"].config.items() if value is not None})
     root = transformer.source.parent if transformer.source != path or path.is_file() or path.name in _TRANSFORMER_FOLDERS else path
     return Checkpoint(path, variant, _scheduler_config(root, transformer, variant), _tokenizer(root, parts, tokenizer), parts)
 
@@ -268,7 +277,7 @@ def _file_layout(found: FoundPart) -> str:
 
 def _pipeline_name(folder: Path) -> str:
     index = folder / "model_index.json"
-    name = _read_json(index).get("_class_name") if index.is_file() else None
+    name = read_json(index).get("_class_name") if index.is_file() else None
     return f" (its model_index.json says {name})" if name else ""
 
 
@@ -277,16 +286,17 @@ def _open_part(here: Path, kind: str) -> Part:
     config_file = here / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{here} has no config.json, so how to build the {name} is unknown. Download config.json from the same repository into it.")
-    config = _read_json(config_file)
-    seen = config.get("_class_name") or ", ".join(config.get("architectures") or ["no class"])
+    config = read_json(config_file)
+    seen = class_of(config)
     if class_name not in seen:
         raise ValueError(
-            f"{config_file} describes {seen}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
+            f"{config_file} describes {short(seen)}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
             f"Choose a CogVideoX checkpoint. {_WHERE}"
         )
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
+    check_config(kind, config, config_file, tensors)
     return Part(kind, here, "diffusers", config, tensors)
 
 
@@ -295,7 +305,7 @@ def _weight_files(here: Path, name: str) -> list[Path]:
     singles = sorted(path for path in here.glob("*.safetensors") if not re.search(r"-\d{5}-of-\d{5}", path.name))
     shards = sorted(path for path in here.glob("*.safetensors") if path not in singles)
     if indexes:
-        weight_map = _read_json(indexes[0]).get("weight_map")
+        weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{indexes[0]} lists no weights, so the shards cannot be put together. Download this file again.")
         files = sorted({here / Path(file).name for file in weight_map.values()})
@@ -326,7 +336,9 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> Mappin
     """The checkpoint's own noise schedule; that of the release, where the layout has none."""
     file = root / "scheduler" / "scheduler_config.json"
     if file.is_file():
-        return _read_json(file)
+        config = read_json(file)
+        check_config("scheduler", config, file)
+        return config
     if transformer.layout != "diffusers":
         return variant.scheduler_config
     raise ValueError(
@@ -336,18 +348,22 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> Mappin
 
 
 def _tokenizer(root: Path, parts: Mapping[str, Part], given: Path | str | None) -> Path:
-    """The folder with the tokenizer's files: the checkpoint's, the text encoder's, else the one given."""
+    """The folder with the tokenizer's files: the checkpoint's, the text encoder's, else the one given.
+
+    Raises:
+        ValueError: if there is a text encoder, and the tokenizer is damaged or not its own.
+    """
     places = [root / "tokenizer"]
     if "text_encoder" in parts:
         source = parts["text_encoder"].source
         places += [source.parent / "tokenizer", source if source.is_dir() else source.parent]
     places += [Path(given).expanduser()] if given is not None else []
-    return next((place for place in places if has_tokenizer(place)), places[0])
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether T5's tokenizer lies in a folder, as SentencePiece or in the format of tokenizers."""
-    return any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json"))
+    found = next((place for place in places if has_tokenizer(place)), places[0])
+    if "text_encoder" in parts:
+        tensors = parts["text_encoder"].tensors
+        table = tensors.get("shared.weight") or tensors.get("encoder.embed_tokens.weight")
+        check_tokenizer(found, table.shape[0] if table and table.shape else None)
+    return found
 
 
 def _check_shapes(part: Part) -> None:
@@ -367,13 +383,3 @@ def _check_shapes(part: Part) -> None:
                 f"The weights in {part.source} do not fit its config.json: {name} is {seen}, and the config says {shape}. They come "
                 "from different models. Download the whole transformer/ folder from one repository."
             )
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}), so it cannot be used. Download this file again.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} should hold a JSON object but holds a {type(data).__name__}. Download this file again.")
-    return data

@@ -14,6 +14,8 @@ from ..precision.policy import Precision
 from ..precision.quantize import Quantizer
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
 from ..speed.joint import join
+from ..words import reason, short
+from .configs import known_fields
 from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
 
@@ -122,18 +124,33 @@ def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Map
 def _build(part: Part) -> nn.Module:
     from accelerate import init_empty_weights
 
-    if part.kind == "text_encoder":
-        from transformers import T5Config, T5EncoderModel
-
+    config = known_fields(part.kind, part.config)
+    try:
         with init_empty_weights():
-            module = T5EncoderModel(T5Config.from_dict(dict(part.config)))
+            module = _text_encoder(config) if part.kind == "text_encoder" else _from_config(PARTS[part.kind][1], config)
+    # Of any type: what a library finds wrong with a config is told in its own terms, and this one passed ``check_config``.
+    except Exception as error:
+        file = part.source / "config.json" if part.source.is_dir() else part.source
+        raise ValueError(
+            f"The {PARTS[part.kind][0]} that {short(file, 400)} describes cannot be built ({reason(error)}), so its weights cannot be used. Download "
+            "config.json and the weights again from one repository."
+        ) from error
+    if part.kind == "text_encoder":
         # The empty weights are distinct again: the token embedding has two names and one tensor.
         module.encoder.embed_tokens.weight = module.shared.weight
-        return module
+    return module
+
+
+def _text_encoder(config: dict) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**config))
+
+
+def _from_config(class_name: str, config: dict) -> nn.Module:
     import diffusers
 
-    with init_empty_weights():
-        return getattr(diffusers, PARTS[part.kind][1]).from_config(dict(part.config))
+    return getattr(diffusers, class_name).from_config(config)
 
 
 def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable[list[str]]) -> None:
