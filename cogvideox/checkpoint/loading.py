@@ -14,6 +14,7 @@ from ..precision.policy import Precision
 from ..precision.quantize import Quantizer
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
 from ..speed.joint import join
+from .architecture import check_tensors
 from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
 
@@ -114,7 +115,7 @@ def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Map
     names: dict[int, list[str]] = {}
     for slot, parameter in slots.items():
         names.setdefault(id(parameter), []).append(slot)
-    _check_names(part, slots, names.values())
+    check_tensors(part, {name: tuple(slot.shape) for name, slot in slots.items()}, names.values())
     return module, slots, names
 
 
@@ -133,24 +134,6 @@ def _build(part: Part) -> nn.Module:
 
     with init_empty_weights():
         return getattr(diffusers, PARTS[part.kind][1]).from_config(dict(part.config))
-
-
-def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable[list[str]]) -> None:
-    missing = sorted(group[0] for group in groups if not any(name in part.tensors for name in group))
-    unknown = sorted(set(part.tensors) - set(slots))
-    wrong = sorted(n for n in set(part.tensors) & set(slots) if part.tensors[n].shape != tuple(slots[n].shape))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        origin = "config.json" if part.layout == "diffusers" else "shapes"
-        raise ValueError(
-            f"The weights in {part.source} (layout: {part.layout}) are not those of the {PARTS[part.kind][0]} that its {origin} would make: of "
-            f"{len(slots)} tensors, {'; '.join(problems)}. The model would not be the one that was trained. Download it again, whole, from one "
-            "repository."
-        )
 
 
 class _MappedFiles:
