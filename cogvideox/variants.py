@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .words import short
+
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 LATENT_CHANNELS = 16
 #: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
@@ -18,6 +20,14 @@ TEMPORAL_COMPRESSION = 4
 TRAINED_STEPS = 1000
 #: Tokens of the text encoder when a config does not say (all released models: 226).
 DEFAULT_TEXT_TOKENS = 226
+
+
+#: Descendants whose inputs this pack does not make yet, by input channels: what they are.
+_FOREIGN_INPUTS = {
+    33: "a CogVideoX-Fun InP model, whose input is noise, a mask and a masked video",
+    48: "VOID or another video-editing model, whose input is noise and two more latent videos",
+    64: "a model whose input is noise and three more latent videos",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,11 @@ class Variant:
     default_size: tuple[int, int]
     sizes: str
     fps: int
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it has the shape of a released model, at full size."""
+        return "custom size" not in self.name
 
     @property
     def latent_scale(self) -> float:
@@ -123,6 +138,27 @@ def identify(config: Mapping) -> Variant:
     if line == "CogVideoX1.5":
         return Variant(name, dtype, image, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
     return Variant(name, dtype, image, 8, 49, 49, (720, 480), "720x480", 8)
+
+
+def foreign_inputs(config: Mapping) -> str | None:
+    """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what to do; else None."""
+    channels, out = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
+    plain = channels == LATENT_CHANNELS or channels == 2 * LATENT_CHANNELS
+    learned = config.get("use_learned_positional_embeddings")
+    if channels == 2 * LATENT_CHANNELS and not (config.get("patch_size_t") or learned):
+        what = (
+            f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a CogVideoX-Fun Control or Pose model, "
+            "whose input is noise and a control video"
+        )
+    elif not plain:
+        named = _FOREIGN_INPUTS.get(channels) if isinstance(channels, int) else None
+        known = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
+        what = f"takes {short(channels)} input channels: {known}"
+    elif out != LATENT_CHANNELS:
+        what = f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's descendant"
+    else:
+        return None
+    return f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video ({2 * LATENT_CHANNELS}) only. Choose one of those."
 
 
 def full_config(config: Mapping) -> Mapping:

@@ -82,10 +82,13 @@ def checkpoints() -> "list[Entry]":
 
 
 def parts(kind: str) -> "list[Entry]":
-    """The files of text encoders or VAEs that CogVideoX can use, the largest (least cut down) first."""
+    """The files of text encoders or VAEs that run with a checkpoint that is there, the most exact (least rounded) first."""
     from ..cogvideox.checkpoint.catalogue import list_parts
 
-    return sorted(list_parts(kind, _roots(_PART_FOLDERS[kind])), key=lambda entry: -entry.path.stat().st_size)
+    widths = {0, *(entry.width for entry in checkpoints())}
+    # Where no checkpoint tells what it reads, every text encoder may be the right one.
+    found = [entry for entry in list_parts(kind, _roots(_PART_FOLDERS[kind])) if widths == {0} or entry.width in widths]
+    return sorted(found, key=lambda entry: entry.rounding)
 
 
 def checkpoint_path(choice: str) -> Path:
@@ -102,6 +105,10 @@ def checkpoint_path(choice: str) -> Path:
     entry = find_entry(found, choice)
     if entry is not None:
         return entry.path
+    there = _unlisted((*_FOLDERS, "diffusion_models"), choice)
+    if there is not None:
+        # Opening it says why it is not offered.
+        return there
     places = _places(_roots(*_FOLDERS))
     if not found:
         raise ValueError(
@@ -126,11 +133,24 @@ def part_path(kind: str, choice: str) -> Path:
     if not IN_COMFYUI:
         return _typed(choice, what)
     entry = find_entry(parts(kind), choice)
+    there = _unlisted((_PART_FOLDERS[kind],), choice)
+    if entry is None and there is not None:
+        # Opening it says why it is not offered.
+        return there
     if entry is None:
         there = listed((entry.name for entry in parts(kind)), 20) or "none"
         places = _places(_roots(_PART_FOLDERS[kind]))
         raise ValueError(f"There is no {what} for CogVideoX called {short(repr(choice))} in {places} (there: {there}). Choose another, or auto.")
     return entry.path
+
+
+def _unlisted(names: tuple[str, ...], choice: str) -> Path | None:
+    """What lies under the chosen name in the folders registered under ``names``, though it is not offered."""
+    from ..cogvideox.checkpoint.catalogue import SEPARATOR
+
+    name = choice.split(SEPARATOR)[0]
+    places = [root / name for root in _roots(*names)] if name else []
+    return next((place for place in places if place.exists()), None)
 
 
 def loras() -> list[str]:

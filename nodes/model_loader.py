@@ -3,6 +3,7 @@
 import logging
 
 from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
+from ..cogvideox.words import listed
 from . import host
 from .base import Node
 
@@ -81,7 +82,7 @@ class ModelLoader(Node):
                         [_AUTO, *(entry.label for entry in host.parts(kind))],
                         {
                             "default": _AUTO,
-                            "tooltip": f"{what} auto: the checkpoint's own; where it has none, the largest file found in {where}.",
+                            "tooltip": f"{what} auto: the checkpoint's own; where it has none, the most exact file in {where} that goes with it.",
                         },
                     )
                     for kind, what, where in (
@@ -130,13 +131,34 @@ def _chosen_parts(text_encoder_name, vae_name):
 
 def _open(model, text_encoder_name, vae_name):
     """The checkpoint with the parts chosen, or found where it has none, and what to say about that."""
-    from ..cogvideox.checkpoint.layout import PARTS, open_checkpoint
+    from ..cogvideox.checkpoint.layout import open_checkpoint
 
     path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
     checkpoint = open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen)
     for kind in ("text_encoder", "vae"):
-        found = host.parts(kind) if kind not in checkpoint.parts else []
-        if found:
-            chosen[kind] = found[0].path
-            notes.append(f"{PARTS[kind][0]}: the checkpoint has none, so {found[0].label} is used.")
+        if kind not in checkpoint.parts:
+            found, note = _find_part(kind, checkpoint)
+            chosen |= found
+            notes += note
     return (open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen) if notes else checkpoint), notes
+
+
+def _find_part(kind, checkpoint):
+    """The most exact part in the model folders that runs with the checkpoint's transformer, by its kind, and what to say about it."""
+    from ..cogvideox.checkpoint.architecture import check_together
+    from ..cogvideox.checkpoint.layout import PARTS, open_part
+
+    fitting, refused = [], []
+    for entry in host.parts(kind):
+        try:
+            check_together(checkpoint.part("transformer"), open_part(entry.path, kind))
+            fitting.append(entry)
+        except ValueError as error:
+            logger.info("%s is not taken by auto: %s", entry.name, error)
+            refused.append(entry)
+    if not fitting:
+        told = f"{PARTS[kind][0]}: the checkpoint has none, and none that is here goes with it ({listed(entry.label for entry in refused)})."
+        return {}, [told] if refused else []
+    best, *others = fitting
+    why = f", the most exact of those that go with it (the others: {listed(entry.name for entry in others)})" if others else ""
+    return {kind: best.path}, [f"{PARTS[kind][0]}: the checkpoint has none, so {best.label} is used{why}."]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,23 +17,59 @@ import torch
 from ..dependencies import DependencyError
 from ..precision.hardware import dtype_name
 from ..variants import identify
-from .layout import open_part, read_any_header, sat_weights, stored_bytes, transformer_folders
-from .naming import find_parts
-from .shapes import infer_config
+from .headers import StoredTensor
+from .layout import Part, file_kinds, open_part, sat_weights, transformer_folders
+from .naming import ForeignError
 
 logger = logging.getLogger(__name__)
 
 #: Between the name of an entry and what it is.
 SEPARATOR = " · "
 # One of these names stands in the header of every CogVideoX file; looking for it costs less than parsing the header.
-_MARKERS = (b"patch_embed.text_proj.weight", b"encoder.block.0.layer.0.SelfAttention.q.weight", b"norm1.conv_y.conv.weight")
+_MARKERS = (
+    b"patch_embed.text_proj.weight",
+    b"encoder.block.0.layer.0.SelfAttention.q.weight",
+    b"norm1.conv_y.conv.weight",
+    # llama.cpp's settings of T5 come before its tokens, which are many, and before its tensors.
+    b"t5encoder.block_count",
+    b"t5.block_count",
+    b"enc.blk.0.attn_q.weight",
+)
 _LISTED = (".safetensors", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
 #: A layer of a CogVideoX block as a LoRA names it in its header, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
 _LORA_LAYER = re.compile(rb'["._](transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._][^"]*lora')
 _OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks")
-_known: dict[tuple[str, str, int, int], dict[str, str]] = {}
+#: How far rounding to a dtype puts weights off, relative to them: measured on random numbers of a normal distribution.
+_ROUNDING = {
+    torch.float64: 0.0,
+    torch.float32: 0.0,
+    torch.float16: 0.0002,
+    torch.bfloat16: 0.0017,
+    torch.float8_e4m3fn: 0.033,
+    torch.float8_e5m2: 0.053,
+}
+#: The same for fp8 with scales, by which it is halfway better; and for GGUF's quantizations, by their bits: twice as much for each bit less.
+_ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a part on disk is, as far as a list tells.
+
+    Attributes:
+        what: ``T5 encoder · bf16 · single file``.
+        width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
+        rounding: how far its weights are off those of the release, by the dtypes they are stored in.
+    """
+
+    what: str
+    width: int = 0
+    rounding: float = 0.0
+
+
+_known: dict[tuple, dict[str, Seen]] = {}
 
 
 @dataclass(frozen=True)
@@ -43,11 +80,15 @@ class Entry:
         name: its path below the folder it was found in, with forward slashes: what is chosen by.
         what: ``CogVideoX1.5-5B-I2V · bf16 · diffusers``, without what the name says already.
         path: where it lies.
+        width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
+        rounding: how far its weights are off those of the release, by the dtypes they are stored in.
     """
 
     name: str
     what: str
     path: Path
+    width: int = 0
+    rounding: float = 0.0
 
     @property
     def label(self) -> str:
@@ -94,24 +135,29 @@ def _folder_entries(folder: Path) -> list[Entry]:
         weights = sat_weights(folder)
         if weights is None:
             return []
-        what = _remember(weights, _describe_file).get("transformer")
-        return [Entry(folder.name, _without(what, folder.name), folder)] if what else []
+        seen = _remember(weights, _describe_file).get("transformer")
+        return [_entry(folder.name, seen, folder)] if seen else []
     entries = []
     for place, transformer in zip(places, found, strict=True):
         name = folder.name if place == folder else f"{folder.name}/{place.name}"
-        what = _remember(transformer / "config.json", _describe_folder).get("transformer", "")
-        entries.append(Entry(name, _without(what, name), place))
+        files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in os.scandir(transformer)))
+        seen = _remember(transformer / "config.json", _describe_folder, also=files).get("transformer")
+        if seen:
+            entries.append(_entry(name, seen, place))
     return entries
+
+
+def _entry(name: str, seen: Seen, path: Path) -> Entry:
+    return Entry(name, _without(seen.what, name), path, seen.width, seen.rounding)
 
 
 def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
         for path, stat in sorted(_files(root).items()):
-            what = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
-            if what:
-                name = Path(path).relative_to(root).as_posix()
-                entries.append(Entry(name, _without(what, name), Path(path)))
+            seen = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
+            if seen:
+                entries.append(_entry(Path(path).relative_to(root).as_posix(), seen, Path(path)))
     return entries
 
 
@@ -139,10 +185,10 @@ def _files(root: Path) -> dict[str, os.stat_result]:
     return found
 
 
-def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat: os.stat_result | None = None) -> dict[str, str]:
-    """What ``describe`` says of a file, by kind; asked once as long as the file stays the same."""
+def _remember(path: Path | str, describe: Callable[[Path], dict[str, Seen]], stat: os.stat_result | None = None, also: tuple = ()) -> dict[str, Seen]:
+    """What ``describe`` says of a file, by kind; asked once as long as the file, and what is ``also`` looked at, stays the same."""
     stat = stat or os.stat(path)
-    key = (describe.__name__, str(path), stat.st_size, stat.st_mtime_ns)
+    key = (describe.__name__, str(path), stat.st_size, stat.st_mtime_ns, also)
     if key not in _known:
         try:
             _known[key] = describe(Path(path))
@@ -153,35 +199,59 @@ def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat
     return _known[key]
 
 
-def _describe_folder(config: Path) -> dict[str, str]:
-    variant = identify(json.loads(config.read_text(encoding="utf-8"))).name
+def _describe_folder(config: Path) -> dict[str, Seen]:
     try:
-        stored = open_part(config.parent, "transformer").stored
-    except ValueError:
+        part = open_part(config.parent, "transformer")
+    except ForeignError:
+        raise
+    except ValueError as error:
         # Offered all the same: to be told what is missing is more use than to look for it in vain.
-        return {"transformer": SEPARATOR.join([variant, "incomplete", "diffusers"])}
-    return {"transformer": SEPARATOR.join([variant, _dtypes(stored), "diffusers"])}
+        logger.info("%s is not whole: %s", config.parent, error)
+        config = json.loads(config.read_text(encoding="utf-8"))
+        return {"transformer": Seen(SEPARATOR.join([identify(config).name, "incomplete", "diffusers"]))}
+    return {"transformer": _seen(part)}
 
 
-def _describe_file(path: Path) -> dict[str, str]:
-    """The CogVideoX parts of a file: kind -> what it is."""
+def _describe_file(path: Path) -> dict[str, Seen]:
+    """The CogVideoX parts of a file that can run: kind -> what it is."""
     if path.suffix in _LISTED:
         head = _head(path)
         if not any(marker in head for marker in _MARKERS):
             return {}
     described = {}
-    for part in find_parts(read_any_header(path), path):
-        stored = stored_bytes(part.tensors)
-        names = {"transformer": lambda part=part: identify(infer_config("transformer", part.tensors, path)).name, "vae": lambda: "CogVideoX VAE"}
-        name = names.get(part.kind, lambda: "T5 encoder")()
-        described.setdefault(part.kind, SEPARATOR.join([name, _dtypes(stored), part.layout]))
+    for kind in file_kinds(path):
+        try:
+            described[kind] = _seen(open_part(path, kind))
+        except ValueError as error:
+            logger.info("%s is not offered: %s", path, error)
     return described
 
 
-def _describe_lora(path: Path) -> dict[str, str]:
+def _seen(part: Part) -> Seen:
+    names = {"transformer": lambda: identify(part.config).name, "vae": lambda: "CogVideoX VAE", "text_encoder": lambda: "T5 encoder"}
+    widths = {"transformer": ("patch_embed.text_proj.weight", 1), "text_encoder": ("encoder.final_layer_norm.weight", 0)}
+    name, axis = widths.get(part.kind, (None, 0))
+    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout])
+    return Seen(what, part.tensors[name].shape[axis] if name else 0, _rounding(part))
+
+
+def _rounding(part: Part) -> float:
+    """How far rounding to the dtypes it is stored in puts a part's weights off, relative to them."""
+
+    def of(name: str, tensor: StoredTensor) -> float:
+        if tensor.quantization is not None:
+            bits = re.search(r"\d", tensor.kind)
+            return _ROUNDING_OF_ONE_BIT / 2 ** int(bits[0]) if bits else 1.0
+        return _ROUNDING.get(tensor.dtype, 1.0) * (_ROUNDING_SCALED if name in part.scales else 1.0)
+
+    numbers = {name: prod(tensor.shape) for name, tensor in part.tensors.items()}
+    return sum(count * of(name, part.tensors[name]) for name, count in numbers.items()) / max(1, sum(numbers.values()))
+
+
+def _describe_lora(path: Path) -> dict[str, Seen]:
     """``lora`` for a LoRA whose layers are called as CogVideoX's; whether their sizes fit is seen when it is applied to a model."""
     head = _head(path) if path.suffix == ".safetensors" else b""
-    return {"lora": "LoRA"} if _LORA_LAYER.search(head) and not any(mark in head for mark in _OTHER_LORAS) else {}
+    return {"lora": Seen("LoRA")} if _LORA_LAYER.search(head) and not any(mark in head for mark in _OTHER_LORAS) else {}
 
 
 def _head(path: Path) -> bytes:

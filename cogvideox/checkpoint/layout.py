@@ -16,7 +16,7 @@ diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,12 @@ import torch
 
 from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
-from ..words import short
-from .configs import check_config, class_of
+from ..words import listed, short
+from .architecture import check_part, check_together
+from .configs import check_config
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
-from .naming import FoundPart, find_parts, split_scales
+from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_scales
 from .pickles import read_pickle_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
@@ -42,6 +43,8 @@ PARTS = {
     "text_encoder": ("text encoder", "T5EncoderModel"),
     "vae": ("VAE", "AutoencoderKLCogVideoX"),
 }
+#: Classes that have the part's tensors and more: whole T5s, whose encoder is the same.
+_WHOLE = {"text_encoder": ("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")}
 #: What to do where a part is not there.
 _INSTEAD = {
     "transformer": "Choose another checkpoint.",
@@ -65,7 +68,7 @@ class Part:
     Attributes:
         kind: ``transformer``, ``text_encoder`` or ``vae``.
         source: the folder or file it comes from.
-        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``single file`` (T5).
+        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``llama.cpp``, ``single file`` (T5).
         config: its ``config.json``, or what its shapes say.
         tensors: every tensor, by the name that the module has for it.
         scales: what fp8 weights are to be multiplied by, by the weight's name.
@@ -151,15 +154,20 @@ def open_checkpoint(
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"There is no {path}, so there is nothing to load. Check the path. {_WHERE}")
-    parts = _open_file(path) if path.is_file() else _open_folder(path)
+    given = {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
+    parts = _open_file(path, given) if path.is_file() else _open_folder(path)
     if "transformer" not in parts:
-        kinds = ", ".join(PARTS[kind][0] for kind in parts)
+        kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
-    for kind, source in (("text_encoder", text_encoder), ("vae", vae)):
-        if source is not None:
-            parts[kind] = open_part(source, kind)
     transformer = parts["transformer"]
-    _check_shapes(transformer)
+    check_part(transformer)
+    for kind in ("text_encoder", "vae"):
+        if kind in given:
+            parts[kind] = open_part(given[kind], kind)
+        elif kind in parts:
+            check_part(parts[kind])
+        if kind in parts:
+            check_together(transformer, parts[kind])
     variant = identify(transformer.config)
     if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
@@ -175,17 +183,30 @@ def open_part(path: Path | str, kind: str) -> Part:
     """Open one part from a file or a folder of its own.
 
     Raises:
-        ValueError: if it is not there, or another part or model.
+        ValueError: if it is not there, is not whole, or is another part or model.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"There is no {path}, so there is no {PARTS[kind][0]} to load. Check the path.")
     if path.is_dir():
-        return _open_part(path, kind)
-    parts = _open_file(path)
-    if kind not in parts:
-        raise ValueError(f"{path} holds a {', '.join(PARTS[found][0] for found in parts)} and no {PARTS[kind][0]}. Choose another file.")
-    return parts[kind]
+        part = _open_part(path, kind)
+    else:
+        parts = _open_file(path, set(PARTS) - {kind})
+        if kind not in parts:
+            held = ", ".join(PARTS[found][0] for found in file_kinds(path))
+            raise ValueError(f"{path} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
+        part = parts[kind]
+    check_part(part)
+    return part
+
+
+def file_kinds(file: Path) -> list[str]:
+    """The kinds of parts that a single file holds, whole or not.
+
+    Raises:
+        ValueError: if it cannot be read, or holds none.
+    """
+    return list(dict.fromkeys(found.kind for found in find_parts(read_any_header(file), file)))
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -249,15 +270,33 @@ def _open_sat(folder: Path, weights: Path) -> dict[str, Part]:
     return parts
 
 
-def _open_file(file: Path) -> dict[str, Part]:
-    """The parts that a single file holds, with configs from its shapes."""
-    stored = read_any_header(file)
-    parts: dict[str, Part] = {}
-    for found in find_parts(stored, file):
-        if found.kind not in parts:
-            tensors, scales = split_scales(found.tensors)
-            parts[found.kind] = Part(found.kind, file, _file_layout(found), infer_config(found.kind, tensors, file), tensors, scales)
-    return parts
+def _open_file(file: Path, without: Container[str] = ()) -> dict[str, Part]:
+    """The parts that a single file holds, with configs from its shapes; kinds that are not wanted are not looked into."""
+    found = [part for part in find_parts(read_any_header(file), file) if part.kind not in without]
+    return {kind: _file_part(kind, [part for part in found if part.kind == kind], file) for kind in dict.fromkeys(part.kind for part in found)}
+
+
+def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
+    if len(found) > 1:
+        places = " and ".join(short(part.prefix + "…") for part in found)
+        raise ValueError(
+            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the average that "
+            "training keeps (EMA). Save the one you want in a file of its own."
+        )
+    shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
+    if shard and int(shard[2]) > 1:
+        raise ValueError(
+            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot run. Give the "
+            "folder that all of them lie in, with its config.json and index, or choose a file that is whole."
+        )
+    check_unpacked(found[0].tensors, file)
+    tensors, scales = split_scales(found[0].tensors)
+    config = infer_config(kind, tensors, file)
+    if kind == "transformer" and not config["use_rotary_positional_embeddings"]:
+        # 2b's positions are sines and cosines, which its module makes itself; SAT keeps them among the weights.
+        config["use_learned_positional_embeddings"] = False
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "patch_embed.pos_embedding"}
+    return Part(kind, file, "diffusers file" if found[0].layout == "diffusers" else found[0].layout, config, tensors, scales)
 
 
 def read_any_header(file: Path) -> dict[str, StoredTensor]:
@@ -269,10 +308,6 @@ def read_any_header(file: Path) -> dict[str, StoredTensor]:
     if file.suffix == ".gguf":
         return read_gguf_header(file)
     return read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
-
-
-def _file_layout(found: FoundPart) -> str:
-    return "diffusers file" if found.layout == "diffusers" else found.layout
 
 
 def _pipeline_name(folder: Path) -> str:
@@ -287,17 +322,23 @@ def _open_part(here: Path, kind: str) -> Part:
     if not config_file.is_file():
         raise ValueError(f"{here} has no config.json, so how to build the {name} is unknown. Download config.json from the same repository into it.")
     config = read_json(config_file)
-    seen = class_of(config)
-    if class_name not in seen:
-        raise ValueError(
-            f"{config_file} describes {short(seen)}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
+    names = config.get("_class_name") or config.get("architectures") or (class_name if config.get("model_type") == "t5" else "no class")
+    names = names if isinstance(names, list) else [names]
+    if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
+        raise ForeignError(
+            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
             f"Choose a CogVideoX checkpoint. {_WHERE}"
         )
+    packing = config.get("quantization_config")
+    if isinstance(packing, dict) and packing.get("quant_method"):
+        raise packed_error(short(packing["quant_method"]), here, "its config.json says so")
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
+    check_unpacked(tensors, here)
+    tensors = module_tensors(kind, tensors)
     check_config(kind, config, config_file, tensors)
-    return Part(kind, here, "diffusers", config, tensors)
+    return Part(kind, here, "diffusers", config, *split_scales(tensors))
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:
@@ -364,22 +405,3 @@ def _tokenizer(root: Path, parts: Mapping[str, Part], given: Path | str | None) 
         table = tensors.get("shared.weight") or tensors.get("encoder.embed_tokens.weight")
         check_tokenizer(found, table.shape[0] if table and table.shape else None)
     return found
-
-
-def _check_shapes(part: Part) -> None:
-    """The config must describe these weights: compare the two tensors that tell the variants apart."""
-    config = part.config
-    width = config.get("num_attention_heads", 30) * config.get("attention_head_dim", 64)
-    patch, patch_t = config.get("patch_size", 2), config.get("patch_size_t")
-    channels = config.get("in_channels", 16)
-    wanted = {
-        "patch_embed.proj.weight": (width, channels * patch * patch * patch_t) if patch_t else (width, channels, patch, patch),
-        "patch_embed.text_proj.weight": (width, config.get("text_embed_dim", 4096)),
-    }
-    for name, shape in wanted.items():
-        seen = part.tensors[name].shape if name in part.tensors else "missing"
-        if seen != shape:
-            raise ValueError(
-                f"The weights in {part.source} do not fit its config.json: {name} is {seen}, and the config says {shape}. They come "
-                "from different models. Download the whole transformer/ folder from one repository."
-            )

@@ -15,6 +15,7 @@ from ..precision.quantize import Quantizer
 from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
 from ..speed.joint import join
 from ..words import reason, short
+from .architecture import check_tensors
 from .configs import known_fields
 from .headers import StoredTensor, read_tensor
 from .layout import PARTS, Part
@@ -117,7 +118,7 @@ def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Map
     names: dict[int, list[str]] = {}
     for slot, parameter in slots.items():
         names.setdefault(id(parameter), []).append(slot)
-    _check_names(part, slots, names.values())
+    check_tensors(part, {name: tuple(slot.shape) for name, slot in slots.items()}, names.values())
     return module, slots, names
 
 
@@ -151,24 +152,6 @@ def _from_config(class_name: str, config: dict) -> nn.Module:
     import diffusers
 
     return getattr(diffusers, class_name).from_config(config)
-
-
-def _check_names(part: Part, slots: Mapping[str, torch.Tensor], groups: Iterable[list[str]]) -> None:
-    missing = sorted(group[0] for group in groups if not any(name in part.tensors for name in group))
-    unknown = sorted(set(part.tensors) - set(slots))
-    wrong = sorted(n for n in set(part.tensors) & set(slots) if part.tensors[n].shape != tuple(slots[n].shape))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        origin = "config.json" if part.layout == "diffusers" else "shapes"
-        raise ValueError(
-            f"The weights in {part.source} (layout: {part.layout}) are not those of the {PARTS[part.kind][0]} that its {origin} would make: of "
-            f"{len(slots)} tensors, {'; '.join(problems)}. The model would not be the one that was trained. Download it again, whole, from one "
-            "repository."
-        )
 
 
 class _MappedFiles:

@@ -5,15 +5,20 @@ Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..words import listed, short
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 #: What a tensor becomes: its new name and the pieces of it that go there (None: all of it).
 _Renamed = Iterator[tuple[str, StoredTensor]]
+
+
+class ForeignError(ValueError):
+    """What is on disk is another model's, or of a kind that is not run here: no download of it would help."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class FoundPart:
 
     Attributes:
         kind: ``transformer``, ``text_encoder`` or ``vae``.
-        layout: whose names it has: ``diffusers``, ``ComfyUI`` or ``SAT``; T5's are the same everywhere (``single file``).
+        layout: whose names it has: ``diffusers``, ``ComfyUI`` or ``SAT``; T5's are llama.cpp's or the same everywhere (``single file``).
         prefix: what stood before every name.
         tensors: by the names that diffusers' or transformers' modules have.
     """
@@ -46,18 +51,56 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
             if prefix == "":
                 # What stands under the prefix of another part is that part's.
                 inside = {name: tensor for name, tensor in inside.items() if not name.startswith(tuple(part.prefix for part in found if part.prefix))}
-            renamed: dict[str, StoredTensor] = {}
-            for name, tensor in inside.items():
-                renamed.update(rename(name, tensor))
+            renamed = dict(pair for name, tensor in inside.items() for pair in rename(name, tensor))
             found.append(FoundPart(kind, layout, prefix, renamed))
     if not found:
         raise _unknown(tensors, file)
     return found
 
 
+def module_tensors(kind: str, tensors: Tensors) -> Tensors:
+    """The tensors of a part in a folder of its own, whose names are its module's, less what the module has no use for (T5's decoder)."""
+    return dict(pair for name, tensor in tensors.items() for pair in _from_t5(name, tensor)) if kind == "text_encoder" else tensors
+
+
+#: How programs name what a packed weight needs beside it: the program, and beginnings of the last words of names. The first that fits counts.
+_PACKED = (
+    ("nunchaku (SVDQuant)", ("wscales", "wtscale", "wcscales", "smooth_factor")),
+    ("bitsandbytes (nf4, fp4 or int8)", ("bitsandbytes__", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format")),
+    ("Quanto", ("_data", "_scale", "_shift", "_zeropoint")),
+    ("torchao", ("_weight_", "weight:")),
+    ("GPTQ or AWQ", ("qweight", "qzeros", "g_idx")),
+    ("HQQ", ("W_q",)),
+    ("compressed-tensors", ("weight_packed", "weight_zero_point", "weight_shape")),
+    ("NVFP4", ("weight_scale_2",)),
+)
+_ANY_PACKED = tuple(word for _, words in _PACKED for word in words)
+
+
+def packed_error(program: str, source: Path, seen: str) -> ForeignError:
+    """Weights packed by a program whose packing is not read here."""
+    return ForeignError(
+        f"{source} is packed by {program} ({seen}), and such weights are not read here. Choose the same model in bf16, fp16 or fp8, "
+        "or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, makes it small here."
+    )
+
+
+def check_unpacked(names: Iterable[str], source: Path) -> None:
+    """Make sure that weights are not packed by a program whose packing is not read here.
+
+    Raises:
+        ForeignError: if they are, naming the program.
+    """
+    marked = sorted(name for name in names if name.rpartition(".")[2].startswith(_ANY_PACKED))
+    for program, words in _PACKED if marked else ():
+        fitting = [name for name in marked if name.rpartition(".")[2].startswith(words)]
+        if fitting:
+            raise packed_error(program, source, f"{len(fitting)} tensors such as {short(fitting[0])}")
+
+
 #: How the scales of fp8 weights are named, and what else files of scaled weights hold that is of no use here.
 _SCALES = (".scale_weight", ".weight_scale")
-_SCALE_EXTRAS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model")
+_SCALE_EXTRAS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model", "logit_scale")
 
 
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
@@ -73,18 +116,76 @@ def _prefixes(tensors: Tensors, markers: tuple[str, ...]) -> list[str]:
     return sorted((prefix for prefix in prefixes if all(prefix + marker in tensors for marker in markers)), key=len, reverse=True)
 
 
+#: Other models' parts that lie in the same folders, by a name that only they have. The first that fits counts.
+_OTHERS = (
+    (r"(^|\.)text_model\.encoder\.layers\.0\.", "CLIP's text encoder"),
+    (r"(^|\.)blocks\.0\.pos_embedding\.embedding\.weight$", "UMT5, the text encoder of Wan"),
+    (r"(^|\.)(model|language_model)\.layers\.0\.|^blk\.0\.attn_q\.", "a language model, the text encoder of other models"),
+    (r"(^|\.)decoder\.middle\.0\.residual\.0\.|(^|\.)decoder\.mid_block\.resnets\.0\.norm1\.gamma$", "Wan's VAE"),
+    (r"(^|\.)decoder\.up_blocks\.\d+\.res_blocks\.|per_channel_statistics|(^|\.)latents_mean$", "LTX-Video's VAE"),
+    (r"(^|\.)decoder\.block_in\.resnets\.0\.|(^|\.)decoder\.blocks\.0\.\d+\.|^layers\.\d+\.layers\.\d+\.", "Mochi's VAE"),
+    (r"(^|\.)decoder\.mid(\.block_1|_block\.resnets\.0)\.conv1\.conv\.weight$", "HunyuanVideo's VAE"),
+    (r"(^|\.)decoder\.mid(\.block_1|_block\.resnets\.0)\.conv1\.weight$", "a VAE of pictures (Stable Diffusion's, FLUX's or another's)"),
+    (r"(^|\.)encoder\.(down_blocks\.0\.resnets|down\.0\.block)\.0\.conv1\.conv\.weight$", "the encoder of a VAE without its decoder"),
+)
+
+
 def _unknown(tensors: Tensors, file: Path) -> ValueError:
     names = sorted(tensors)
-    few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    few = listed(names)
+    check_unpacked(names, file)
+    if any(name.endswith(".base_layer.weight") for name in names):
+        return ForeignError(
+            f"{file} is a model that was saved with a LoRA attached to it and not merged ({len(names)} tensors: {few}). Load the "
+            "model itself here, and the LoRA on it."
+        )
     if any(re.search(r"lora_(A|B|up|down)\b|\.alpha$|lokr_|hada_", name) for name in names):
         return ValueError(
             f"{file} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot run alone. "
             "Load the model it was made for here."
         )
-    return ValueError(
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, name) for name in names):
+            return ForeignError(
+                f"{file} holds {what}, and none of CogVideoX's transformer, video VAE or T5 text encoder: its {len(names)} tensors "
+                f"({few}) are another model's. Choose a CogVideoX file with the names of diffusers, ComfyUI or SAT."
+            )
+    return ForeignError(
         f"{file} holds no CogVideoX transformer, VAE or T5 text encoder that is known here: its {len(names)} tensors ({few or 'none'}) are another "
         "model's. Choose a CogVideoX file with the names of diffusers, ComfyUI or SAT."
     )
+
+
+def _from_t5(name: str, tensor: StoredTensor) -> _Renamed:
+    """T5's encoder, less the decoder that whole T5s have beside it: the encoder is the same."""
+    if not name.startswith(("decoder.", "lm_head.")):
+        yield name, tensor
+
+
+#: llama.cpp's names of T5's modules (in a block, and outside), https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_mapping.py
+_LLAMA_BLOCK = {
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+    "ffn_norm": "layer.1.layer_norm",
+}
+_LLAMA_OTHERS = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
+
+
+def _from_llama(name: str, tensor: StoredTensor) -> _Renamed:
+    """``enc.blk.0.attn_q.weight`` -> ``encoder.block.0.layer.0.SelfAttention.q.weight``; its decoder and output are left."""
+    path, _, leaf = name.rpartition(".")
+    block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)", path)
+    if block:
+        yield f"encoder.block.{block[1]}.{_LLAMA_BLOCK.get(block[2], block[2])}.{leaf}", tensor
+    elif not name.startswith(("dec.", "output.")):
+        yield f"{_LLAMA_OTHERS.get(path, path)}.{leaf}", tensor
 
 
 def _same(name: str, tensor: StoredTensor) -> _Renamed:
@@ -190,5 +291,6 @@ _LAYOUTS: list[tuple[str, str, tuple[str, ...], Callable[[str, StoredTensor], _R
     ("transformer", "SAT", ("transformer.layers.0.attention.query_key_value.weight", f"mixins.{_TEXT_PROJECTION}"), _from_sat),
     ("vae", "diffusers", ("decoder.mid_block.resnets.0.norm1.norm_layer.weight",), _same),
     ("vae", "SAT", ("decoder.mid.block_1.norm1.norm_layer.weight",), _from_sat_vae),
-    ("text_encoder", "single file", ("encoder.block.0.layer.0.SelfAttention.q.weight",), _same),
+    ("text_encoder", "single file", ("encoder.block.0.layer.0.SelfAttention.q.weight",), _from_t5),
+    ("text_encoder", "llama.cpp", ("enc.blk.0.attn_q.weight", "token_embd.weight"), _from_llama),
 ]

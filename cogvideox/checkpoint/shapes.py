@@ -63,8 +63,8 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         # No tensor shows how positions are made: 2b, with 30 heads, has sin-cos tables; the others turn q and k.
         config |= {"in_channels": patch[1], "use_rotary_positional_embeddings": config["num_attention_heads"] != 30}
         config |= {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
-    if config["in_channels"] not in (16, 32) or width % head:
-        raise _Odd(f"{config['in_channels']} input channels, a width of {width} in heads of {head}")
+    if width % head or (len(patch) == 2 and patch[1] % 8):
+        raise _Odd(f"a width of {width} in heads of {head}, patches of {patch[1]} numbers")
     return config
 
 
@@ -90,6 +90,8 @@ def _text_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict:
 
 def _vae(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     levels = _count(shapes, "decoder.up_blocks.")
+    if not any(name.startswith("encoder.") for name in shapes):
+        raise _Odd("it is the decoder of a VAE without its encoder")
     channels = [shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight"][0] for level in range(levels)]
     if any(count % 32 for count in channels):
         raise _Odd(f"channels {channels}, which do not divide into the 32 groups of the released models")
