@@ -6,7 +6,6 @@ What a file is, is remembered by its path, size and time, so that a list that wa
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..dependencies import DependencyError
 from ..precision.hardware import dtype_name
 from ..variants import identify
 from .layout import open_part, read_any_header, sat_weights, stored_bytes, transformer_folders
+from .lora_files import read_lora
 from .naming import find_parts
 from .shapes import infer_config
 
@@ -29,9 +29,11 @@ _MARKERS = (b"patch_embed.text_proj.weight", b"encoder.block.0.layer.0.SelfAtten
 _LISTED = (".safetensors", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
-#: A layer of a CogVideoX block as a LoRA names it in its header, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
-_LORA_LAYER = re.compile(rb'["._](transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._][^"]*lora')
-_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks")
+#: Files that ComfyUI lists as LoRAs, and the bytes at the start of a pickle that hold the names of its first tensors.
+_LORAS, _PICKLE_HEAD = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt"), 1 << 17
+#: One of these stands in the names of every LoRA, and none of those in one of CogVideoX's: they spare the parsing of other models' LoRAs.
+_LORA_MARKERS = (b"lora", b"matrix_A.", b".down.weight")
+_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks", b"double_blocks", b"cross_attn", b"input_blocks", b"add_k_proj")
 _known: dict[tuple[str, str, int, int], dict[str, str]] = {}
 
 
@@ -107,7 +109,7 @@ def _folder_entries(folder: Path) -> list[Entry]:
 def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
-        for path, stat in sorted(_files(root).items()):
+        for path, stat in sorted(_files(root, _LORAS if kind == "lora" else _LISTED).items()):
             what = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
             if what:
                 name = Path(path).relative_to(root).as_posix()
@@ -115,8 +117,8 @@ def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     return entries
 
 
-def _files(root: Path) -> dict[str, os.stat_result]:
-    """Every safetensors and GGUF file below a root, less those of parts in folders of their own, with size and time from the same look."""
+def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_result]:
+    """Every file with one of these endings below a root, less those of parts in folders of their own, with size and time from the same look."""
     found, todo = {}, [str(root)]
     while todo:
         try:
@@ -128,7 +130,7 @@ def _files(root: Path) -> dict[str, os.stat_result]:
                         break
                     if entry.is_dir():
                         todo.append(entry.path)
-                    elif entry.name.endswith(_LISTED):
+                    elif entry.name.endswith(endings):
                         here[entry.path] = entry.stat()
                 found |= here or {}
         except FileNotFoundError:
@@ -179,15 +181,21 @@ def _describe_file(path: Path) -> dict[str, str]:
 
 
 def _describe_lora(path: Path) -> dict[str, str]:
-    """``lora`` for a LoRA whose layers are called as CogVideoX's; whether their sizes fit is seen when it is applied to a model."""
-    head = _head(path) if path.suffix == ".safetensors" else b""
-    return {"lora": "LoRA"} if _LORA_LAYER.search(head) and not any(mark in head for mark in _OTHER_LORAS) else {}
+    """``lora`` for a LoRA that opens; whether its layers have the sizes of a model's is seen when it is applied to one."""
+    head = _head(path)
+    if not any(mark in head for mark in _LORA_MARKERS) or any(mark in head for mark in _OTHER_LORAS):
+        return {}
+    read_lora(path)
+    return {"lora": "LoRA"}
 
 
 def _head(path: Path) -> bytes:
     """The bytes at a file's start that hold its tensors' names (of a GGUF file, the first of them)."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else _GGUF_HEAD
+        if path.suffix in (".safetensors", ".sft"):
+            length = int.from_bytes(file.read(8), "little")
+        else:
+            length = _GGUF_HEAD if path.suffix == ".gguf" else _PICKLE_HEAD
         return file.read(min(length, 100_000_000))
 
 

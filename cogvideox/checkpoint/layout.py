@@ -25,7 +25,7 @@ import torch
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
-from .naming import FoundPart, find_parts, split_scales
+from .naming import FoundPart, find_parts, split_lora, split_scales
 from .pickles import read_pickle_header
 from .shapes import infer_config
 
@@ -62,6 +62,7 @@ class Part:
         config: its ``config.json``, or what its shapes say.
         tensors: every tensor, by the name that the module has for it.
         scales: what fp8 weights are to be multiplied by, by the weight's name.
+        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Part:
     config: Mapping
     tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    lora: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
     def stored(self) -> dict[torch.dtype | str, int]:
@@ -80,7 +82,7 @@ class Part:
     def files(self) -> list[Path]:
         """Every file it is read from."""
         config = {self.source / "config.json"} if self.source.is_dir() else set()
-        return sorted({tensor.file for tensor in self.tensors.values()} | config)
+        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,11 @@ def open_checkpoint(
             parts[kind] = open_part(source, kind)
     transformer = parts["transformer"]
     _check_shapes(transformer)
+    if transformer.lora:
+        # Those who read LoRAs' files need this module.
+        from .lora_files import lora_inside
+
+        lora_inside(transformer)
     variant = identify(transformer.config)
     if "vae" in parts and "scaling_factor" not in parts["vae"].config:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
@@ -247,7 +254,8 @@ def _open_file(file: Path) -> dict[str, Part]:
     for found in find_parts(stored, file):
         if found.kind not in parts:
             tensors, scales = split_scales(found.tensors)
-            parts[found.kind] = Part(found.kind, file, _file_layout(found), infer_config(found.kind, tensors, file), tensors, scales)
+            config = infer_config(found.kind, tensors, file)
+            parts[found.kind] = Part(found.kind, file, _file_layout(found), config, tensors, scales, found.lora)
     return parts
 
 
@@ -263,7 +271,7 @@ def read_any_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _file_layout(found: FoundPart) -> str:
-    return "diffusers file" if found.layout == "diffusers" else found.layout
+    return ("diffusers file" if found.layout == "diffusers" else found.layout) + (", with a LoRA inside" if found.lora else "")
 
 
 def _pipeline_name(folder: Path) -> str:
@@ -287,7 +295,8 @@ def _open_part(here: Path, kind: str) -> Part:
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
-    return Part(kind, here, "diffusers", config, tensors)
+    tensors, lora = split_lora(tensors)
+    return Part(kind, here, "diffusers", config, tensors, lora=lora)
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:

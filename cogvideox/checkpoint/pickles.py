@@ -3,17 +3,37 @@
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .headers import StoredTensor
 
-#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``.
-_LEVELS = ("model", "module", "state_dict")
+#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``; the others are trainers' of LoRAs.
+_LEVELS = (
+    "model",
+    "module",
+    "state_dict",
+    "model_state_dict",
+    "lora",
+    "lora_state_dict",
+    "lora_weights",
+    "transformer",
+    "weights",
+    "network",
+    "adapter",
+)
+#: Levels that are looked through.
+_DEPTH = 4
 
 
 def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a torch checkpoint, as places in the file: its weights are not read.
+    """The tensors of a torch checkpoint: ``read_pickle`` without what lies beside them."""
+    return read_pickle(path)[0]
+
+
+def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The tensors of a torch checkpoint, as places in the file, and what else is in it beside them (numbers, settings): its weights are not read.
 
     Opened with ``weights_only=True``, which refuses anything but tensors and plain containers, and mapped into memory.
 
@@ -33,10 +53,7 @@ def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
             f"{path} ({path.stat().st_size:,} bytes) is not a readable torch checkpoint ({_short(error)}), so no weights can be taken from it. If "
             "the download was interrupted, delete it and download it again."
         ) from error
-    for level in _LEVELS:
-        if isinstance(state, dict) and isinstance(state.get(level), dict):
-            state = state[level]
-    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)} if isinstance(state, dict) else {}
+    tensors, beside = _weights(state)
     # All storages are slices of one mapping of the file; which byte that begins at shows by the record that lies first.
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
     for first in sorted(records):
@@ -52,7 +69,40 @@ def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: {name} does not lie in one piece, so it cannot be read in place. Save it again, or use safetensors.")
         offset = place + value.storage_offset() * value.element_size()
         found[name] = StoredTensor(path, value.dtype, tuple(value.shape), offset, value.numel() * value.element_size())
-    return found
+    return found, beside
+
+
+def _weights(state: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a state by name, wherever trainers put them, and what lies beside them on the way there."""
+    beside: dict[str, Any] = {}
+    for _ in range(_DEPTH):
+        inner = _level_below(state) if isinstance(state, dict) else None
+        if inner is None:
+            break
+        beside |= {key: value for key, value in state.items() if isinstance(key, str) and value is not inner and not torch.is_tensor(value)}
+        state = inner
+    if not isinstance(state, dict):
+        return {}, beside
+    beside |= {key: value for key, value in state.items() if isinstance(key, str) and not torch.is_tensor(value)}
+    return {name: value for name, value in state.items() if isinstance(name, str) and torch.is_tensor(value)}, beside
+
+
+def _level_below(state: dict) -> dict | None:
+    """Where the weights are that are not on this level: under one of the usual names, or under the only one that holds tensors."""
+    for level in _LEVELS:
+        if isinstance(state.get(level), dict):
+            return state[level]
+    if any(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        return None
+    below = [value for name, value in state.items() if isinstance(name, str) and _holds_tensors(value)]
+    return below[0] if len(below) == 1 else None
+
+
+def _holds_tensors(value: Any, depth: int = _DEPTH - 1) -> bool:
+    if not isinstance(value, dict):
+        return False
+    named = [inner for name, inner in value.items() if isinstance(name, str)]
+    return any(map(torch.is_tensor, named)) or (depth > 1 and any(_holds_tensors(inner, depth - 1) for inner in named))
 
 
 def _records(path: Path) -> dict[int, int]:
