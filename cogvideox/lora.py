@@ -7,6 +7,7 @@ What files of LoRAs look like is known by ``checkpoint.lora_files``.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
     Raises:
         ValueError: if it is not a LoRA, is one of another model, or its tensors do not fit together.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
         raise ValueError(
             f"The strength of {short(path.name)} is {short(strength)}, which would make every frame black. Set it to a number; 1 is usual."
@@ -149,7 +150,7 @@ def _differs(module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tu
         if len(down) != len(weight):
             kinds = {2: "a matrix over two frames, as 1.5 has", 4: "a convolution, as CogVideoX 1.0 (2b, 5b, 5b-I2V) has"}
             return f"its patch embedding is {kinds[len(down)]}, and this model's is {kinds[len(weight)]}"
-        return f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}: an image-to-video model takes twice as many as a text-to-video one"
+        return f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice as many as text to video"
     if up[0] == weight[0] and down[1:] != weight[1:]:
         return f"its layer takes {down[1]} inputs, and this model's {weight[1]}"
     return f"its layer is {up[0]} wide, and this model's {weight[0]} (2b is 1920 wide, 5b and 1.5 are 3072)"

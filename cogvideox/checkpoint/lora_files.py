@@ -10,6 +10,7 @@ and its patterns are matched here, as they would be regular expressions of a str
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..files import parse_json, read_json, read_text
+from ..files import parse_json, read_json, read_text, unreadable
 from ..words import listed, reason, short
 from .headers import StoredTensor, read_metadata, read_tensor
 from .layout import Part, is_checkpoint, read_any_header, sat_weights
@@ -196,8 +197,8 @@ def find_lora(path: Path) -> Path:
     Raises:
         ValueError: if there is none, or more than one.
     """
-    if not path.is_dir():
-        if not path.exists():
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
             raise ValueError(f"There is no LoRA {short(path, 400)}. Check the path.")
         return path
     if is_checkpoint(path):
@@ -219,7 +220,7 @@ def find_lora(path: Path) -> Path:
                     "of them."
                 )
             return files[0]
-        folders = [inner for folder in folders for inner in sorted(folder.iterdir()) if inner.is_dir()][:_MOST_FOLDERS]
+        folders = [inner for folder in folders for inner in _inside(folder) if inner.is_dir()][:_MOST_FOLDERS]
     raise ValueError(
         f"{short(path, 400)} is a folder without a LoRA in it: no adapter_model.safetensors, "
         "pytorch_lora_weights.safetensors or other file of weights. Check the path, or give that of the file."
@@ -232,10 +233,17 @@ def _lora_files(folder: Path) -> list[Path]:
     if usual is not None:
         return [usual]
     for endings in (_SAFETENSORS, _PICKLES):
-        found = [file for file in sorted(folder.iterdir()) if file.suffix in endings and not file.name.startswith(_STATES) and file.is_file()]
+        found = [file for file in _inside(folder) if file.suffix in endings and not file.name.startswith(_STATES) and file.is_file()]
         if found:
             return found
     return []
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(unreadable(folder, error)) from error
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -548,10 +556,10 @@ def _number(value: Any, what: str, where: str) -> float:
         ValueError: for anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf or value > 1e30:
-        kind = "" if isinstance(value, int | float) and not isinstance(value, bool) else f", a {type(value).__name__}"
+        shown = f"the text '{short(value)}'" if isinstance(value, str) else short(value)
         raise ValueError(
-            f"{where} is refused: {what} is {short(value)}{kind}, and it must be a finite number of at least 1, or how "
-            "strongly the LoRA was trained is not known. Download it again, or ask its maker."
+            f"{where} is refused: {what} is {shown}, and it must be a finite number of at least 1, or how strongly the LoRA was trained is not "
+            "known. Download it again, or ask its maker."
         )
     return float(value)
 
@@ -618,7 +626,7 @@ def _settings(path: Path, beside: Mapping[str, Any]) -> Settings:
     """
     where = short(path, 400)
     file = path.with_name(_SETTINGS_FILE)
-    if file.is_file() and (path.stem == "adapter_model" or _lora_files(path.parent) == [path]):
+    if os.path.lexists(file) and (path.stem == "adapter_model" or _lora_files(path.parent) == [path]):
         return _checked(read_json(file, _MOST_SETTINGS), where)
     if path.suffix in _PICKLES:
         found = next((value for key in ("lora_config", "peft_config", "adapter_config", "config") if isinstance(value := beside.get(key), dict)), {})
