@@ -426,8 +426,8 @@ Q = "transformer.transformer_blocks.0.attn1.to_q"
     ("more", "said"),
     [
         ({f"{Q}.lokr_w1": torch.ones(2)}, "a LoKr"),
-        ({f"{Q}.oft_blocks": torch.ones(2)}, "an? OFT"),
-        ({f"{Q}.ia3_l.default": torch.ones(2)}, "an? IA3"),
+        ({f"{Q}.oft_blocks": torch.ones(2)}, "an OFT"),
+        ({f"{Q}.ia3_l.default": torch.ones(2)}, "an IA3"),
         ({f"{Q}.a1.weight": torch.ones(2)}, "a GLoRA"),
         ({f"{Q}.diff": torch.ones(2)}, "full weights"),
         ({f"{Q}.diff_b": torch.ones(2)}, "full weights"),

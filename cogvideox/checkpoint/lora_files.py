@@ -35,6 +35,8 @@ _SETTINGS_FILE = "adapter_config.json"
 _MOST_FOLDERS, _LEVELS = 200, 3
 #: Bytes of a file with settings, and entries of a table of patterns: more than a transformer has layers.
 _MOST_SETTINGS, _MOST_PATTERNS = 4 << 20, 400
+#: Patterns in a file that are more than a name; each is tried on every layer.
+_MOST_CHOICES = 60
 
 _DOWN, _UP = "down", "up"
 _MARKERS = {"lora_A": _DOWN, "lora_a": _DOWN, "lora_down": _DOWN, "lora_B": _UP, "lora_b": _UP, "lora_up": _UP}
@@ -360,7 +362,9 @@ def _sort(tensors: Mapping[str, StoredTensor], where: str) -> _Names:
     if strange and not (trained_on and known and not _relative(strange)):
         raise _not_a_lora(tensors, strange, bool(known), where)
     names.model, names.sat = len(strange), any(said.number is not None for said in known.values())
-    layers = {name: _layer(said) for name, said in known.items()}
+    # A layer's halves and its alpha say the same.
+    places = {place: _layer(*place) for place in {(said.path, said.number) for said in known.values()}}
+    layers = {name: places[said.path, said.number] for name, said in known.items()}
     unknown = {around for around, _ in layers.values() if not _is_around(around)}
     # A prefix that nobody else has is taken for one where it is before every name.
     common = len(unknown) == 1 and all(around in unknown for around, _ in layers.values()) and _may_be_around(next(iter(unknown)))
@@ -422,9 +426,9 @@ def _half(kind: str, path: list[str], rest: list[str]) -> _Name | None:
     return _Name(kind, ".".join(path), ".".join(rest[:-1] if rest and rest[-1] == "weight" else rest))
 
 
-def _layer(said: _Name) -> tuple[str, tuple[Target, ...]]:
+def _layer(path: str, number: int | None) -> tuple[str, tuple[Target, ...]]:
     """What is around the name of a layer, with underscores, and the layers; none if it is no layer of a CogVideoX transformer."""
-    flat = _flat(_WRAPPERS.sub("", _flat(said.path))).strip("_")
+    flat = _flat(_WRAPPERS.sub("", _flat(path))).strip("_")
     around, targets = "", ()
     for match in _BLOCK.finditer(flat):
         targets = _IN_BLOCKS.get(f"{match[1]}_#_{flat[match.end() :]}", ())
@@ -436,14 +440,13 @@ def _layer(said: _Name) -> tuple[str, tuple[Target, ...]]:
         alias = next((alias for alias in _OUTSIDE if flat == alias or flat.endswith(f"_{alias}")), None)
         if alias is not None:
             around, targets = flat[: -len(alias)], _OUTSIDE[alias]
-    if said.number is not None:
+    if number is not None:
         # SAT gives each of the layers that are fused a pair of its own; modulations are one layer there.
         fused = [target for target in targets if target.of == 3]
         if fused:
-            targets = tuple(replace(target, rows=()) for target in fused[said.number : said.number + 1])
-        elif said.number:
+            targets = tuple(replace(target, rows=()) for target in fused[number : number + 1])
+        elif number:
             targets = ()
-        return around.strip("_"), targets
     return around.strip("_"), targets
 
 
@@ -479,7 +482,7 @@ def _relative(names: Iterable[str]) -> list[str]:
 def _not_a_lora(tensors: Mapping[str, StoredTensor], strange: list[str], has_halves: bool, where: str) -> ValueError:
     kinds = _relative(strange)
     if kinds:
-        what = f"it is a {' and '.join(kinds)}, and only LoRAs are known here"
+        what = f"it is {_article(' and '.join(kinds))}, and only LoRAs are known here"
     elif has_halves:
         what = "it holds whole weights beside its LoRA, and a LoRA alone is less than what was trained"
     elif _is_model(tensors, where):
@@ -491,6 +494,10 @@ def _not_a_lora(tensors: Mapping[str, StoredTensor], strange: list[str], has_hal
         f"({listed(sorted(strange))}). A model is loaded with CogVideoX-1.5 Model Loader; of other kinds, ask their "
         "maker for a LoRA."
     )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "AEIOU" else f"a {kind}"
 
 
 def _is_model(tensors: Mapping[str, StoredTensor], where: str) -> bool:
@@ -703,7 +710,7 @@ def _checked(given: Mapping, where: str) -> Settings:
         more = short(kind)
     if more is not None:
         raise ValueError(
-            f"{where} cannot be applied: its settings say that it is a {more}, and only LoRAs are known here. Ask its "
+            f"{where} cannot be applied: its settings say that it is {_article(more)}, and only LoRAs are known here. Ask its "
             "maker for a LoRA, or for the whole model."
         )
     begun = given.get("init_lora_weights")
@@ -734,9 +741,11 @@ def _patterns(given: Any, key: str, where: str) -> Iterator[tuple["_Pattern", fl
         raise ValueError(
             f"{where} is refused: {key} in its settings has {len(given):,} entries, more than a transformer has layers. Download it again."
         )
+    choices = 0
     for pattern, value in given.items():
         found = _Pattern.parse(pattern)
-        if found is None:
+        choices += 0 if found is None else len(found.choices)
+        if found is None or choices > _MOST_CHOICES:
             raise ValueError(
                 f"{where} is refused: {key} in its settings names layers by {short(pattern)}, a regular expression "
                 "that is not run here, as it could run for ever. Names, and those with . .* .+ \\d+ ^ $ and (a|b) in "
