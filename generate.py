@@ -6,6 +6,8 @@ Or only check what a checkpoint or config would do, download or convert one, or 
 import argparse
 import json
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -179,12 +181,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _lora(text: str) -> tuple[Path, float]:
-    """``PATH`` or ``PATH:STRENGTH``; a colon that no number follows belongs to the path, as in ``C:\\style.safetensors``."""
+    """``PATH`` or ``PATH:STRENGTH``; a colon can also belong to the path, as in ``C:\\style.safetensors``."""
     path, colon, strength = text.rpartition(":")
-    try:
-        return (Path(path), float(strength)) if colon and path else (Path(text), 1.0)
-    except ValueError:
+    if not colon or os.path.exists(text):
         return Path(text), 1.0
+    try:
+        number = float(strength)
+    except ValueError:
+        if not os.path.exists(path):
+            return Path(text), 1.0
+        raise argparse.ArgumentTypeError(f"the strength {strength!r} is not a number; after a colon one follows, such as :0.8") from None
+    if not path or not math.isfinite(number):
+        what = "no LoRA stands before the colon" if not path else f"the strength {strength!r} would make every frame black"
+        raise argparse.ArgumentTypeError(f"{what}; give PATH:STRENGTH, such as style.safetensors:0.8")
+    return Path(path), number
 
 
 def _cache(text: str) -> tuple[str, float | None]:
@@ -255,6 +265,8 @@ def generate(options: argparse.Namespace) -> int:
         text_encoder = quantized(text_encoder, options.quantize_text_encoder)
     if options.quantize is not None:
         model = quantized(model, options.quantize)
+    for lora in model.loras:
+        print(lora.text)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         print(model.loras[-1].text)

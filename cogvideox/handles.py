@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint.layout import PARTS, Checkpoint, Part, open_checkpoint
 from .checkpoint.loading import load_module
 from .choices import MEMORY, MODES, check_choice
-from .lora import Lora, open_lora
+from .lora import Lora, open_lora, own_loras
 from .memory import free_bytes
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, Precision, plan_dtypes, size_text
@@ -308,13 +308,16 @@ def make_handles(
     if memory == "cpu" and hardware.device.type != "cpu":
         hardware = Hardware.detect("cpu", hardware.forced)
     plan = plan_dtypes(checkpoint, dtype, hardware, on_mismatch)
+    loras = own_loras(checkpoint.part("transformer"))
+    for lora in loras:
+        logger.info("%s", lora.text)
 
     def weights(kind: str) -> Weights:
         return Weights(checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware, memory)
 
     return Handles(
         checkpoint,
-        Model(checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer")),
+        Model(checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer"), loras),
         TextEncoder(checkpoint.tokenizer, checkpoint.text_tokens, weights("text_encoder")),
         VAE(weights("vae"), checkpoint.variant.frame_step),
         plan,

@@ -1,51 +1,33 @@
-"""LoRAs (https://arxiv.org/abs/2106.09685): read in the formats in use, run beside the weights, never merged into them.
+"""LoRAs (https://arxiv.org/abs/2106.09685): run beside the weights, never merged into them.
 
 A LoRA adds ``strength * alpha / rank * up(down(x))`` to what a layer gives. Here it is added while the transformer runs, by hooks that are
 gone afterwards. So the weights, which other branches of a graph share, stay what they are bit for bit, and may be stored in any way.
 
-Formats, all with the names of diffusers' modules: diffusers and peft (``transformer.<module>.lora_A.weight``), finetrainers, which writes the
-same, kohya's (``lora_unet_<module_with_underscores>.lora_down.weight``, ``.alpha``), CogVideoX-Fun's, which doubles an underscore, the older
-``<module>.lora.down.weight``, and any of them with the names that ComfyUI's core has.
+What files of LoRAs look like is known by ``checkpoint.lora_files``.
 """
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint.headers import StoredTensor, read_metadata, read_tensor
-from .checkpoint.layout import Part, read_any_header
-from .checkpoint.naming import comfy_name
+from .checkpoint.headers import StoredTensor, read_tensor
+from .checkpoint.layout import Part
+from .checkpoint.lora_files import LoraFile, Pair, find_lora, lora_inside, read_lora
 from .precision.policy import Precision
 from .precision.range_safe import RangeSafeLinear
 from .precision.sentinel import check_finite
-
-#: What a LoRA in a folder of its own is called, by peft and by diffusers.
-_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_HALF = re.compile(r"(?P<path>.+?)[._](?:(?P<down>lora_A|lora_down|lora\.down|down)|(?P<up>lora_B|lora_up|lora\.up|up))(?:\.\w+)?\.weight")
-_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-_TEXT_ENCODER = ("text_encoder.", "lora_te_", "lora_te1_")
-#: What a name of a LoRA's relatives holds -> what they are called.
-_RELATIVES = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "oft_": "OFT", ".diff": "full weights"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two halves of one layer's change: ``down [rank, in]`` and ``up [out, rank]`` (of a convolution ``[rank, in, k, k]`` and
-    ``[out, rank, 1, 1]``), and ``scale``, alpha / rank."""
-
-    down: StoredTensor
-    up: StoredTensor
-    scale: float
+from .variants import identify
+from .words import listed, short
 
 
 @dataclass(frozen=True)
@@ -72,43 +54,118 @@ class Lora:
     def text(self) -> str:
         ranks = sorted({pair.down.shape[0] for pair in self.pairs.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        return "\n".join([f"LoRA {self.path.name}: strength {self.strength:g}, {rank}, {len(self.pairs)} layers", *self.notes])
+        scales = sorted({pair.scale for pair in self.pairs.values()})
+        scale = "" if scales == [1] else f", scale {scales[0]:.4g}{f' to {scales[-1]:.4g}' if len(scales) > 1 else ''} (alpha / rank)"
+        layers = f"{len(self.pairs)} layers" if len(self.pairs) != 1 else "1 layer"
+        return "\n".join([f"LoRA {short(self.path.name)}: strength {self.strength:g}, {rank}{scale}, {layers}", *self.notes])
 
 
 def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
-    """Open a LoRA for a transformer: header and alphas only.
+    """Open a LoRA for a transformer: header, alphas and settings only.
 
     Args:
-        path: a safetensors file or a torch pickle (no code in it is run), or the folder that peft or diffusers wrote it to.
+        path: a safetensors file or a torch pickle (no code in it is run), or the folder that a trainer wrote it to.
         part: the transformer's, on disk.
 
     Raises:
         ValueError: if it is not a LoRA, is one of another model, or its tensors do not fit together.
     """
-    path = Path(path).expanduser()
-    if not math.isfinite(strength):
-        raise ValueError(f"The strength of {path.name} is {strength}, which would make every frame black. Set it to a number; 1 is usual.")
-    if path.is_dir():
-        path = next((path / name for name in _FILES if (path / name).is_file()), path / _FILES[0])
-    if not path.is_file():
-        raise ValueError(f"There is no LoRA {path}. Check the path.")
-    halves, alphas, text_encoder = _sort(read_any_header(path), path, _modules(part))
-    if not halves:
-        raise ValueError(f"{path} holds no change of the transformer: all its {text_encoder} tensors are for the text encoder. Choose another LoRA.")
-    settings = _settings(path)
-    pairs = {}
-    for module, found in sorted(halves.items()):
-        if set(found) != {"down", "up"}:
-            (there,) = found
-            missing = "up" if there == "down" else "down"
-            raise ValueError(
-                f"{path} holds the {there} half of {module} and not its {missing} half, so the change it was trained for is not whole. Download it "
-                "again."
-            )
-        _check_shapes(path, module, found["down"].shape, found["up"].shape, part.tensors[f"{module}.weight"].shape)
-        pairs[module] = Pair(found["down"], found["up"], _scale(module, found["down"].shape[0], alphas.get(module), settings))
-    notes = () if not text_encoder else (f"{path.name} trains the text encoder too ({text_encoder} tensors), which is left as it is.",)
-    return Lora(path, float(strength), pairs, notes)
+    path = Path(os.path.expanduser(path))
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise ValueError(
+            f"The strength of {short(path.name)} is {short(strength)}, which would make every frame black. Set it to a number; 1 is usual."
+        )
+    found = read_lora(find_lora(path))
+    lora = _fitted(found, part, strength)
+    if part.lora and found.path in {stored.file for stored in part.lora.values()}:
+        note = f"{short(found.path.name)} is the checkpoint itself, which runs with its LoRA already: this one is applied on top of it."
+        lora = replace(lora, notes=(*lora.notes, note))
+    return lora
+
+
+def own_loras(part: Part) -> tuple[Lora, ...]:
+    """The LoRA that was being trained on a transformer when it was saved: a part of the model, at the strength it was trained with.
+
+    Raises:
+        ValueError: if it is no LoRA that can be applied.
+    """
+    return (_fitted(lora_inside(part), part, 1.0),) if part.lora else ()
+
+
+def _fitted(found: LoraFile, part: Part, strength: float) -> Lora:
+    """A LoRA for this transformer.
+
+    Raises:
+        ValueError: if it has layers that this transformer has not, or of other sizes, or such a strength is beyond what fp32 holds.
+    """
+    where = short(found.path, 400)
+    unmatched = sorted(module for module in found.pairs if f"{module}.weight" not in part.tensors)
+    if unmatched:
+        raise ValueError(
+            f"{where} does not fit: {len(unmatched)} of the {len(found.pairs)} layers it changes ({listed(unmatched)}) "
+            f"match no layer of this CogVideoX transformer. {_lacks(unmatched, part)} Choose a LoRA trained on this "
+            "checkpoint."
+        )
+    pairs = {module: _shaped(where, module, pair, part) for module, pair in found.pairs.items()}
+    if not all(abs(strength * pair.scale) < 1e30 for pair in pairs.values()):
+        raise ValueError(
+            f"The strength of {short(found.path.name)} is {strength:g}, beyond all that numbers here can hold. Set it to a number like 1."
+        )
+    return Lora(found.path, float(strength), pairs, (*found.notes, *_trained_elsewhere(found, part)))
+
+
+def _lacks(unmatched: Sequence[str], part: Part) -> str:
+    """Why a CogVideoX transformer lacks layers that another has."""
+    blocks = {int(match[1]) for name in unmatched if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
+    if blocks:
+        count = len({name.split(".")[1] for name in part.tensors if name.startswith("transformer_blocks.")})
+        return f"It is for a model of at least {max(blocks) + 1} blocks, and this one has {count}: 2b has 30, 5b and 1.5 have 42."
+    if any(name.startswith("ofs_embedding") for name in unmatched):
+        return "Only CogVideoX1.5-5B-I2V has ofs_embedding, so it was trained on that."
+    return "It was made for another model."
+
+
+def _shaped(where: str, module: str, pair: Pair, part: Part) -> Pair:
+    """The pair with the shapes of its layer: trainers write the halves of a matrix as convolutions of one pixel, or those of a convolution flat.
+
+    Raises:
+        ValueError: if it is for a layer of another size.
+    """
+    down, up, weight = pair.down.shape, pair.up.shape, part.tensors[f"{module}.weight"].shape
+    rank, inside = down[0], weight[1:]
+    same = len(down) == len(weight) and down[1:] == inside
+    flat = len(down) != len(weight) and prod(down[1:]) == prod(inside) and (len(weight) == 4 or all(size == 1 for size in down[2:]))
+    if len(weight) not in (2, 4) or up[0] != weight[0] or not (same or flat):
+        raise ValueError(
+            f"{where} does not fit: for {module} it holds {list(down)} and {list(up)}, but the layer of this model is "
+            f"{list(weight)}. It was trained on another model: {_differs(module, down, up, weight)}. Choose a LoRA "
+            f"trained on this checkpoint ({identify(part.config).name})."
+        )
+    ones = (1,) * (len(weight) - 2)
+    return replace(pair, down=replace(pair.down, shape=(rank, *inside)), up=replace(pair.up, shape=(weight[0], rank, *ones)))
+
+
+def _differs(module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> str:
+    if module == "patch_embed.proj" and up[0] == weight[0]:
+        if len(down) != len(weight):
+            kinds = {2: "a matrix over two frames, as 1.5 has", 4: "a convolution, as CogVideoX 1.0 (2b, 5b, 5b-I2V) has"}
+            return f"its patch embedding is {kinds[len(down)]}, and this model's is {kinds[len(weight)]}"
+        return f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice as many as text to video"
+    if up[0] == weight[0] and down[1:] != weight[1:]:
+        return f"its layer takes {down[1]} inputs, and this model's {weight[1]}"
+    return f"its layer is {up[0]} wide, and this model's {weight[0]} (2b is 1920 wide, 5b and 1.5 are 3072)"
+
+
+def _trained_elsewhere(found: LoraFile, part: Part) -> list[str]:
+    """A note where the file says that it was trained on another CogVideoX, whose layers have the same shapes."""
+    base = (found.base or "").lower()
+    if "cogvideo" not in base:
+        return []
+    variant = identify(part.config)
+    is_15, is_i2v = bool(re.search(r"1[._-]?5", base)), bool(re.search(r"i2v|inp", base))
+    if (is_15, is_i2v) == (variant.frame_step == 16, variant.image_to_video):
+        return []
+    return [f"It was trained on {short(found.base)}, and this is {variant.name}: its layers fit, but it may do less or other things here."]
 
 
 @contextmanager
@@ -127,7 +184,7 @@ def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision, devi
             continue
         for name, pair in lora.pairs.items():
             down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
-            changes.setdefault(name, []).append((down, up.mul_(lora.strength * pair.scale)))
+            changes.setdefault(name, []).append((down, _scaled(up, lora, pair)))
     hooks = []
     try:
         for name, pairs in changes.items():
@@ -172,6 +229,13 @@ def _range_safe(weight: torch.Tensor, device: torch.device) -> RangeSafeLinear:
     return linear
 
 
+def _scaled(up: torch.Tensor, lora: Lora, pair: Pair) -> torch.Tensor:
+    up.mul_(lora.strength * pair.scale)
+    remedy = f"Its strength is {lora.strength:g}, times alpha / rank, {pair.scale:g}: set it to a number like 1."
+    check_finite(up, f"The LoRA {lora.path} at that strength", remedy)
+    return up
+
+
 def _device(layer: nn.Module) -> torch.device:
     return next(tensor.device for tensor in (*layer.parameters(), *layer.buffers()))
 
@@ -181,108 +245,3 @@ def _read(lora: Lora, stored: StoredTensor) -> torch.Tensor:
     tensor = read_tensor(stored).float()
     check_finite(tensor, f"The LoRA {lora.path}", "Its file is damaged, or its training failed: download it again, or choose another.")
     return tensor
-
-
-def _modules(part: Part) -> dict[str, str]:
-    """Every name that a file can have for a layer of the transformer -> its own."""
-    modules = [name.removesuffix(".weight") for name, stored in part.tensors.items() if name.endswith(".weight") and len(stored.shape) in (2, 4)]
-    names = {name: name for name in modules}
-    for name in modules:
-        for alias in (name, comfy_name(name)):
-            names.setdefault(alias, name)
-            names.setdefault(alias.replace(".", "_"), name)
-    return names
-
-
-def _sort(tensors: Mapping[str, StoredTensor], path: Path, modules: Mapping[str, str]) -> tuple[dict, dict[str, float], int]:
-    """The halves by module, the alphas by module, and the number of tensors for the text encoder.
-
-    Raises:
-        ValueError: for names that are not a LoRA's, or not of this model's.
-    """
-    halves: dict[str, dict[str, StoredTensor]] = {}
-    alphas: dict[str, float] = {}
-    text_encoder, unmatched, strange = 0, [], []
-    for name, stored in tensors.items():
-        half = _HALF.fullmatch(name)
-        if name.startswith(_TEXT_ENCODER):
-            text_encoder += 1
-        elif half is None and not name.endswith(".alpha"):
-            strange.append(name)
-        else:
-            module = modules.get(_module_name(half["path"] if half else name.removesuffix(".alpha")))
-            if module is None:
-                unmatched.append(name)
-            elif half:
-                halves.setdefault(module, {})["down" if half["down"] else "up"] = stored
-            else:
-                alphas[module] = _number(path, stored)
-    if strange:
-        kinds = sorted({kind for mark, kind in _RELATIVES.items() if any(mark in name for name in strange)})
-        what = f"it is a {' and '.join(kinds)}, and only LoRAs are known here" if kinds else "it is not a LoRA"
-        raise ValueError(
-            f"{path} cannot be applied: {what}. {len(strange)} of its {len(tensors)} tensors are not a LoRA's ({_few(strange)}). A model is "
-            "loaded with CogVideoX-1.5 Model Loader; of other kinds, ask their maker for a LoRA."
-        )
-    if unmatched:
-        raise ValueError(
-            f"{path} does not fit: {len(unmatched)} of its {len(tensors)} tensors ({_few(unmatched)}) match no layer of this CogVideoX transformer. "
-            "It was made for another model, or another size of this one. Choose a LoRA trained on this checkpoint."
-        )
-    return halves, alphas, text_encoder
-
-
-def _module_name(path: str) -> str:
-    """A layer's name without what formats put around it: kohya's are with underscores throughout, and stay so."""
-    for prefix in _FLAT_PREFIXES:
-        if path.startswith(prefix):
-            return path.removeprefix(prefix).lstrip("_")
-    for prefix in _PREFIXES:
-        path = path.removeprefix(prefix)
-    # diffusers' first format named the attention's processor.
-    return path.replace(".processor.", ".").removesuffix("_lora")
-
-
-def _check_shapes(path: Path, module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    expected = len(down) == len(up) == len(weight) and down[1:] == weight[1:] and up[0] == weight[0] and all(size == 1 for size in up[2:])
-    if expected and down[0] != up[1]:
-        raise ValueError(
-            f"{path} is damaged: the halves of {module} have the ranks {down[0]} and {up[1]} (shapes {list(down)} and {list(up)}), and must have "
-            "one. Download it again."
-        )
-    if not expected:
-        raise ValueError(
-            f"{path} does not fit: for {module} it holds {list(down)} and {list(up)}, but the layer of this model is {list(weight)}. It was trained "
-            "on another model (2b is 1920 wide, 5b and 1.5 are 3072). Choose a LoRA trained on this checkpoint."
-        )
-
-
-def _settings(path: Path) -> Mapping:
-    """The numbers a file's maker wrote beside the weights: diffusers' metadata, or peft's ``adapter_config.json``."""
-    beside = path.with_name("adapter_config.json")
-    try:
-        if path.name == _FILES[0] and beside.is_file():
-            return json.loads(beside.read_text(encoding="utf-8"))
-        written = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}")) if path.suffix == ".safetensors" else {}
-    except ValueError as error:
-        raise ValueError(f"The settings of the LoRA {path} cannot be read ({error}), so its strength is not known. Download it again.") from error
-    return {name.removeprefix("transformer."): value for name, value in written.items()}
-
-
-def _scale(module: str, rank: int, alpha: float | None, settings: Mapping) -> float:
-    """alpha / rank; 1 where no alpha is given, as diffusers has it."""
-    if alpha is None:
-        patterns = settings.get("alpha_pattern") or {}
-        found = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), settings.get("lora_alpha"))
-        alpha = rank if found is None else found
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _number(path: Path, stored: StoredTensor) -> float:
-    if stored.nbytes != stored.dtype.itemsize:
-        raise ValueError(f"{path} is damaged: an alpha has the shape {list(stored.shape)} and should be one number. Download it again.")
-    return read_tensor(stored).item()
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -1,6 +1,7 @@
 """CogVideoX-1.5 LoRA Loader: a LoRA for the transformer."""
 
 import logging
+import os
 
 from . import host
 from .base import Node
@@ -51,7 +52,7 @@ class LoraLoader(Node):
     def IS_CHANGED(cls, lora_name=None, **_):
         def look():
             path = host.lora_path(lora_name)
-            stat = path.stat() if path.exists() else None
+            stat = path.stat() if os.path.exists(path) else None
             return str(path), stat and (stat.st_size, stat.st_mtime_ns)
 
         return cls.fingerprint({"lora_name": lora_name}, look)

@@ -118,7 +118,7 @@ class ModelLoader(Node):
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
-        report = "\n".join([plan.text, *notes, memory_text(handles.model)])
+        report = "\n".join([plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)])
         logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", report)
         host.show(report)
         return handles.model, handles.text_encoder, handles.vae, report

@@ -2,13 +2,15 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cogvideox.checkpoint.catalogue import list_parts
-from cogvideox.checkpoint.layout import open_part
+from cogvideox.checkpoint.convert import convert_checkpoint
+from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import comfy_name
 from cogvideox.handles import open_handles, with_lora
@@ -244,6 +246,93 @@ def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
     assert any("range-safe fp16" in text for text in said)
     expected = sample(with_lora(open_handles(tiny, "fp32", CPU).model, file), *prompts, latent, seed=1, steps=2)
     assert error(ours, expected.double()) < 5e-2
+
+
+def sat_lora_run(folder, part, layers=2):
+    """What SAT's LoRA training saves: each attention layer's own weights under ``.original``, the halves beside.
+
+    Also returned is the transformer with the LoRA merged. The scale is SAT's: its ``lora_alpha`` of 1 by the rank.
+    """
+    module = load_module(part, FP32, torch.device("cpu"))
+    merged = copy.deepcopy(module)
+    state = layouts.sat_names(module.state_dict())
+    for block in range(layers):
+        attention = f"model.diffusion_model.transformer.layers.{block}.attention"
+        targets = {f"{attention}.query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), f"{attention}.dense": ("attn1.to_out.0",)}
+        for name, places in targets.items():
+            for leaf in ("weight", "bias"):
+                state[f"{name}.original.{leaf}"] = state.pop(f"{name}.{leaf}")
+            for number, place in enumerate(places):
+                down, up = torch.randn(RANK, 128) * 0.3, torch.randn(128, RANK)
+                state |= {f"{name}.matrix_A.{number}": down, f"{name}.matrix_B.{number}": up}
+                merged.get_submodule(f"transformer_blocks.{block}.{place}").weight.data += up @ down / RANK
+    (folder / "500").mkdir(parents=True)
+    (folder / "latest").write_text("500")
+    torch.save({"module": state, "iteration": 500}, folder / "500" / "mp_rank_00_model_states.pt")
+    return folder, merged
+
+
+def test_a_lora_run_of_sats_trainer_runs_as_the_model_that_was_trained(tmp_path, part, inputs):
+    folder, merged = sat_lora_run(tmp_path / "run", part)
+    handles = open_handles(folder, "fp32", CPU)
+    assert "SAT, with a LoRA inside" in handles.plan.text
+    (lora,) = handles.model.loras
+    assert len(lora.pairs) == 8
+    with handles.model.weights.running() as module:
+        base = run(module, inputs)
+        with applied(handles.model.loras, module, FP32):
+            ours = run(module, inputs)
+    expected = run(merged, inputs).double()
+    assert error(ours, expected) < 1e-6
+    assert error(base, expected) > 1e-2
+
+
+def test_it_makes_the_latents_that_base_and_the_same_file_as_a_lora_make(tmp_path, tiny, part, prompts):
+    """Both ways to load a run of SAT's are one, and neither merges anything."""
+    folder, _ = sat_lora_run(tmp_path / "run", part)
+    latent = torch.zeros(1, 16, 4, 6, 10)
+    whole = sample(open_handles(folder, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+    base = open_handles(tiny, "fp32", CPU).model
+    beside = with_lora(base, folder)
+    assert "holds the model it was trained on too" in beside.loras[0].text
+    assert torch.equal(whole, sample(beside, *prompts, latent, seed=1, steps=2))
+    assert not torch.equal(whole, sample(base, *prompts, latent, seed=1, steps=2))
+
+
+def test_the_lora_inside_is_not_applied_twice_without_a_word(tmp_path, part):
+    folder, _ = sat_lora_run(tmp_path / "run", part)
+    assert "runs with its LoRA already" in with_lora(open_handles(folder, "fp32", CPU).model, folder).loras[-1].text
+
+
+def test_a_model_saved_with_pefts_lora_inside_runs_with_it(tmp_path, tiny, part, inputs, with_peft):
+    """``save_pretrained`` while an adapter is on writes the layers' own weights under ``.base_layer`` and the halves beside."""
+    halves = draw(part, others=())
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder)
+    shutil.rmtree(folder / "transformer")
+    with_peft((halves, RANK, 1.0)).float().save_pretrained(folder / "transformer")
+    handles = open_handles(folder, "fp32", CPU)
+    assert "with a LoRA inside" in handles.plan.text
+    with handles.model.weights.running() as module, applied(handles.model.loras, module, FP32):
+        ours = run(module, inputs)
+    assert error(ours, run(with_peft((halves, RANK, 1.0)), inputs, torch.float64)) < 1e-5
+
+
+def test_a_model_with_a_lora_inside_is_not_converted_to_one_without_it(tmp_path, part):
+    folder, _ = sat_lora_run(tmp_path / "run", part)
+    with pytest.raises(ValueError, match=r"was saved with a LoRA inside \(16 tensors\), which a converted copy would not have"):
+        convert_checkpoint(open_checkpoint(folder), tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_lora_inside_that_is_not_whole_is_told_when_the_checkpoint_is_opened(tmp_path, part):
+    folder, _ = sat_lora_run(tmp_path / "run", part)
+    file = folder / "500" / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=True)
+    del state["module"]["model.diffusion_model.transformer.layers.0.attention.dense.matrix_B.0"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="holds the down half of transformer_blocks.0.attn1.to_out.0 and not its up half"):
+        open_checkpoint(folder)
 
 
 def rewritten(path, change):

@@ -19,6 +19,7 @@ from ..precision.hardware import dtype_name
 from ..variants import identify
 from .headers import StoredTensor
 from .layout import Part, file_kinds, open_part, sat_weights, transformer_folders
+from .lora_files import read_lora
 from .naming import ForeignError
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,11 @@ _MARKERS = (
 _LISTED = (".safetensors", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
-#: A layer of a CogVideoX block as a LoRA names it in its header, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
-_LORA_LAYER = re.compile(rb'["._](transformer_blocks[._]\d+[._](attn1|ff|norm[12])|blocks[._]\d+[._](q|k|v|attn_out|ff_proj|ff_out))[._][^"]*lora')
-_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks")
+#: Files that ComfyUI lists as LoRAs, and the bytes at the start of a pickle that hold the names of its first tensors.
+_LORAS, _PICKLE_HEAD = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt"), 1 << 17
+#: One of these stands in the names of every LoRA, and none of those in one of CogVideoX's: they spare the parsing of other models' LoRAs.
+_LORA_MARKERS = (b"lora", b"matrix_A.", b".down.weight")
+_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks", b"double_blocks", b"cross_attn", b"input_blocks", b"add_k_proj")
 #: How far rounding to a dtype puts weights off, relative to them: measured on random numbers of a normal distribution.
 _ROUNDING = {
     torch.float64: 0.0,
@@ -154,15 +157,15 @@ def _entry(name: str, seen: Seen, path: Path) -> Entry:
 def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
-        for path, stat in sorted(_files(root).items()):
+        for path, stat in sorted(_files(root, _LORAS if kind == "lora" else _LISTED).items()):
             seen = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
             if seen:
                 entries.append(_entry(Path(path).relative_to(root).as_posix(), seen, Path(path)))
     return entries
 
 
-def _files(root: Path) -> dict[str, os.stat_result]:
-    """Every safetensors and GGUF file below a root, less those of parts in folders of their own, with size and time from the same look."""
+def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_result]:
+    """Every file with one of these endings below a root, less those of parts in folders of their own, with size and time from the same look."""
     found, todo = {}, [str(root)]
     while todo:
         try:
@@ -174,7 +177,7 @@ def _files(root: Path) -> dict[str, os.stat_result]:
                         break
                     if entry.is_dir():
                         todo.append(entry.path)
-                    elif entry.name.endswith(_LISTED):
+                    elif entry.name.endswith(endings):
                         here[entry.path] = entry.stat()
                 found |= here or {}
         except FileNotFoundError:
@@ -249,15 +252,21 @@ def _rounding(part: Part) -> float:
 
 
 def _describe_lora(path: Path) -> dict[str, Seen]:
-    """``lora`` for a LoRA whose layers are called as CogVideoX's; whether their sizes fit is seen when it is applied to a model."""
-    head = _head(path) if path.suffix == ".safetensors" else b""
-    return {"lora": Seen("LoRA")} if _LORA_LAYER.search(head) and not any(mark in head for mark in _OTHER_LORAS) else {}
+    """``lora`` for a LoRA that opens; whether its layers have the sizes of a model's is seen when it is applied to one."""
+    head = _head(path)
+    if not any(mark in head for mark in _LORA_MARKERS) or any(mark in head for mark in _OTHER_LORAS):
+        return {}
+    read_lora(path)
+    return {"lora": Seen("LoRA")}
 
 
 def _head(path: Path) -> bytes:
     """The bytes at a file's start that hold its tensors' names (of a GGUF file, the first of them)."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else _GGUF_HEAD
+        if path.suffix in (".safetensors", ".sft"):
+            length = int.from_bytes(file.read(8), "little")
+        else:
+            length = _GGUF_HEAD if path.suffix == ".gguf" else _PICKLE_HEAD
         return file.read(min(length, 100_000_000))
 
 

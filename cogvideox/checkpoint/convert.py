@@ -280,6 +280,12 @@ class _Plan:
 def _plan(part: Part, dtype: torch.dtype | None, single: bool, name: str) -> _Plan:
     """Which tensors go into which file. They stay in the order they lie in, so that the source is read from front to back."""
     empty_module(part)
+    if part.lora:
+        raise ValueError(
+            f"The {PARTS[part.kind][0]} in {part.source} was saved with a LoRA inside ({len(part.lora)} tensors), which a converted copy would "
+            "not have: it would be the model before the training. Convert the model it was trained on, and load this file as a LoRA of it; or "
+            "run it as it is."
+        )
     tensors = dict(sorted(_once(part.kind, part.tensors).items(), key=lambda item: (item[1].file, item[1].offset)))
     scales = {name: scale for name, scale in _once(part.kind, part.scales).items() if name in tensors}
     packed = len(scales) + sum(stored.quantization is not None for stored in tensors.values())

@@ -30,7 +30,7 @@ from .architecture import check_part, check_together
 from .configs import check_config
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
-from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_scales
+from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales
 from .pickles import read_pickle_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
@@ -72,6 +72,7 @@ class Part:
         config: its ``config.json``, or what its shapes say.
         tensors: every tensor, by the name that the module has for it.
         scales: what fp8 weights are to be multiplied by, by the weight's name.
+        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Part:
     config: Mapping
     tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    lora: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
     def stored(self) -> dict[torch.dtype | str, int]:
@@ -90,7 +92,7 @@ class Part:
     def files(self) -> list[Path]:
         """Every file it is read from."""
         config = {self.source / "config.json"} if self.source.is_dir() else set()
-        return sorted({tensor.file for tensor in self.tensors.values()} | config)
+        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,11 @@ def open_checkpoint(
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
     transformer = parts["transformer"]
+    if transformer.lora:
+        # Those who read LoRAs' files need this module.
+        from .lora_files import lora_inside
+
+        lora_inside(transformer)
     check_part(transformer)
     for kind in ("text_encoder", "vae"):
         if kind in given:
@@ -296,7 +303,9 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
         # 2b's positions are sines and cosines, which its module makes itself; SAT keeps them among the weights.
         config["use_learned_positional_embeddings"] = False
         tensors = {name: tensor for name, tensor in tensors.items() if name != "patch_embed.pos_embedding"}
-    return Part(kind, file, "diffusers file" if found[0].layout == "diffusers" else found[0].layout, config, tensors, scales)
+    layout = "diffusers file" if found[0].layout == "diffusers" else found[0].layout
+    lora = found[0].lora
+    return Part(kind, file, f"{layout}, with a LoRA inside" if lora else layout, config, tensors, scales, lora)
 
 
 def read_any_header(file: Path) -> dict[str, StoredTensor]:
@@ -335,10 +344,11 @@ def _open_part(here: Path, kind: str) -> Part:
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
+    tensors, lora = split_lora(tensors)
     check_unpacked(tensors, here)
     tensors = module_tensors(kind, tensors)
     check_config(kind, config, config_file, tensors)
-    return Part(kind, here, "diffusers", config, *split_scales(tensors))
+    return Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora)
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:

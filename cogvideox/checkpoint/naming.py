@@ -6,7 +6,7 @@ Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..words import listed, short
@@ -30,12 +30,14 @@ class FoundPart:
         layout: whose names it has: ``diffusers``, ``ComfyUI`` or ``SAT``; T5's are llama.cpp's or the same everywhere (``single file``).
         prefix: what stood before every name.
         tensors: by the names that diffusers' or transformers' modules have.
+        lora: the halves of a LoRA that was being trained on it when it was saved, by their own names.
     """
 
     kind: str
     layout: str
     prefix: str
     tensors: Tensors
+    lora: Tensors = field(default_factory=dict)
 
 
 def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
@@ -45,6 +47,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
     found = []
+    tensors, lora = split_lora(tensors)
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -52,7 +55,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
                 # What stands under the prefix of another part is that part's.
                 inside = {name: tensor for name, tensor in inside.items() if not name.startswith(tuple(part.prefix for part in found if part.prefix))}
             renamed = dict(pair for name, tensor in inside.items() for pair in rename(name, tensor))
-            found.append(FoundPart(kind, layout, prefix, renamed))
+            found.append(FoundPart(kind, layout, prefix, renamed, lora if kind == "transformer" else {}))
     if not found:
         raise _unknown(tensors, file)
     return found
@@ -109,6 +112,21 @@ def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_SCALE_EXTRAS))}, scales
 
 
+#: Where a layer's own weights are while a LoRA is trained on it: SAT's trainer puts them under the first name, peft under the second.
+_TRAINED_ON = re.compile(r"\.(?:original|base_layer)(?=\.)")
+_LORA_HALF = re.compile(r"\.(?:lora_\w+|matrix_[AB])(?:\.|$)")
+
+
+def split_lora(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The weights of a model that was saved with a LoRA inside, by the names they have without it, and the LoRA's halves; all of them, and none,
+    where there is no LoRA inside."""
+    inside = {name: _TRAINED_ON.sub("", name) for name in tensors if _TRAINED_ON.search(name)}
+    if not inside:
+        return tensors, {}
+    halves = {name: tensor for name, tensor in tensors.items() if name not in inside and _LORA_HALF.search(name)}
+    return {inside.get(name, name): tensor for name, tensor in tensors.items() if name not in halves}, halves
+
+
 def _prefixes(tensors: Tensors, markers: tuple[str, ...]) -> list[str]:
     """Every prefix under which all ``markers`` stand, the longest first."""
     first = markers[0]
@@ -139,7 +157,7 @@ def _unknown(tensors: Tensors, file: Path) -> ValueError:
             f"{file} is a model that was saved with a LoRA attached to it and not merged ({len(names)} tensors: {few}). Load the "
             "model itself here, and the LoRA on it."
         )
-    if any(re.search(r"lora_(A|B|up|down)\b|\.alpha$|lokr_|hada_", name) for name in names):
+    if any(re.search(r"lora_(A|B|up|down)\b|lora\.(up|down)\b|\.matrix_[AB]\.|\.alpha$|lokr_|hada_", name) for name in names):
         return ValueError(
             f"{file} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot run alone. "
             "Load the model it was made for here."
@@ -222,14 +240,16 @@ def comfy_name(name: str) -> str:
     return re.sub(r"^(time|ofs)_embedding\.linear_", r"\1_embedding_linear_", name)
 
 
-_SAT_LAYER = {
+#: SAT's layers within a block and outside the blocks, and what diffusers calls them; q, k and v are one layer.
+SAT_QKV = "attention.query_key_value"
+SAT_LAYER = {
     "attention.dense": "attn1.to_out.0",
     "mlp.dense_h_to_4h": "ff.net.0.proj",
     "mlp.dense_4h_to_h": "ff.net.2",
     "input_layernorm": "norm1.norm",
     "post_attention_layernorm": "norm2.norm",
 }
-_SAT_OTHERS = {
+SAT_OTHERS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "ofs_embed.0": "ofs_embedding.linear_1",
@@ -247,26 +267,32 @@ _SAT_UNUSED = ("freqs_sin", "freqs_cos", "position_embeddings", "word_embeddings
 
 def _from_sat(name: str, tensor: StoredTensor) -> _Renamed:
     """SAT fuses q, k and v, and the modulations of a layer's two norms for video and for text; each goes where it belongs, as a view."""
+    if any(unused in name for unused in _SAT_UNUSED):
+        return
+    if name == "mixins.pos_embed.pos_embedding":
+        yield "patch_embed.pos_embedding", tensor
+        return
     path, _, leaf = name.rpartition(".")
+    for module, rows, of in sat_modules(path):
+        yield f"{module}.{leaf}", tensor.rows(*rows, of=of) if rows else tensor
+
+
+def sat_modules(path: str) -> list[tuple[str, tuple[int, ...], int]]:
+    """What diffusers calls a module of SAT's transformer, or the modules that are fused in it: (name, which of its rows, of how many pieces); no
+    rows stand for all of them."""
     layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
     norm = re.fullmatch(r"mixins\.adaln_layer\.(query|key)_layernorm_list\.(\d+)", path)
     modulation = re.fullmatch(r"mixins\.adaln_layer\.adaLN_modulations\.(\d+)\.1", path)
-    if any(unused in name for unused in _SAT_UNUSED):
-        return
-    if layer and layer[2] == "attention.query_key_value":
-        for number, part in enumerate("qkv"):
-            yield f"transformer_blocks.{layer[1]}.attn1.to_{part}.{leaf}", tensor.rows(number, of=3)
-    elif layer:
-        yield f"transformer_blocks.{layer[1]}.{_SAT_LAYER.get(layer[2], layer[2])}.{leaf}", tensor
-    elif norm:
-        yield f"transformer_blocks.{norm[2]}.attn1.norm_{norm[1][0]}.{leaf}", tensor
-    elif modulation:
-        yield f"transformer_blocks.{modulation[1]}.norm1.linear.{leaf}", tensor.rows(0, 1, 2, 6, 7, 8, of=12)
-        yield f"transformer_blocks.{modulation[1]}.norm2.linear.{leaf}", tensor.rows(3, 4, 5, 9, 10, 11, of=12)
-    elif name == "mixins.pos_embed.pos_embedding":
-        yield "patch_embed.pos_embedding", tensor
-    else:
-        yield f"{_SAT_OTHERS.get(path, path)}.{leaf}", tensor
+    if layer and layer[2] == SAT_QKV:
+        return [(f"transformer_blocks.{layer[1]}.attn1.to_{part}", (number,), 3) for number, part in enumerate("qkv")]
+    if layer:
+        return [(f"transformer_blocks.{layer[1]}.{SAT_LAYER.get(layer[2], layer[2])}", (), 1)]
+    if norm:
+        return [(f"transformer_blocks.{norm[2]}.attn1.norm_{norm[1][0]}", (), 1)]
+    if modulation:
+        block = f"transformer_blocks.{modulation[1]}"
+        return [(f"{block}.norm1.linear", (0, 1, 2, 6, 7, 8), 12), (f"{block}.norm2.linear", (3, 4, 5, 9, 10, 11), 12)]
+    return [(SAT_OTHERS.get(path, path), (), 1)]
 
 
 def _from_sat_vae(name: str, tensor: StoredTensor) -> _Renamed:

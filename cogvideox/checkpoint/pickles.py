@@ -18,8 +18,22 @@ import torch
 from ..words import listed, reason, short
 from .headers import DTYPES, StoredTensor, opened, what_it_is
 
-#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``.
-_LEVELS = ("model", "module", "state_dict")
+#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``; the others are trainers' of LoRAs.
+_LEVELS = (
+    "model",
+    "module",
+    "state_dict",
+    "model_state_dict",
+    "lora",
+    "lora_state_dict",
+    "lora_weights",
+    "transformer",
+    "weights",
+    "network",
+    "adapter",
+)
+#: Levels that are looked through.
+_DEPTH = 4
 #: Bytes of the archive's directory and of its pickle, and instructions in it: SAT's file of CogVideoX-5B has 0.1 and 0.2 million, and 40,000.
 _MAX_DIRECTORY, _MAX_PICKLE, _MOST_INSTRUCTIONS = 4 << 20, 16 << 20, 1_000_000
 
@@ -68,7 +82,13 @@ _INERT = {
 
 
 def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a torch checkpoint, as places in the file: its weights are not read, and nothing in it is run.
+    """The tensors of a torch checkpoint: ``read_pickle`` without what lies beside them."""
+    return read_pickle(path)[0]
+
+
+def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """The tensors of a torch checkpoint, as places in the file, and what else is in it beside them (numbers, settings): its weights are not read, and
+    nothing in it is run.
 
     Raises:
         ValueError: if it is not a torch checkpoint, is damaged, or would run code.
@@ -88,17 +108,50 @@ def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
                 f"{short(path, 400)} ({size:,} bytes) is not a readable torch checkpoint: {error}. No weights can be taken from it. If the download "
                 "was interrupted, delete it and download it again."
             ) from error
-    for level in _LEVELS:
-        if isinstance(state, dict) and isinstance(state.get(level), dict):
-            state = state[level]
-    tensors = {name: value for name, value in state.items() if isinstance(value, _Tensor | _Unreadable)} if isinstance(state, dict) else {}
+    tensors, beside = _weights(state)
     unnamed = [name for name in tensors if not isinstance(name, str)]
     if unnamed:
         raise ValueError(
             f"{short(path, 400)} has tensors under {listed(unnamed)}, and weights have names, so it is not known what they are. Save them under the "
             "names of the model they belong to."
         )
-    return {name: _placed(path, archive, name, value) for name, value in tensors.items()}
+    return {name: _placed(path, archive, name, value) for name, value in tensors.items()}, beside
+
+
+def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The tensors of a state by name, wherever trainers put them, and what lies beside them on the way there."""
+    beside: dict[str, Any] = {}
+    for _ in range(_DEPTH):
+        inner = _level_below(state) if isinstance(state, dict) else None
+        if inner is None:
+            break
+        beside |= {key: value for key, value in state.items() if isinstance(key, str) and value is not inner and not _is_tensor(value)}
+        state = inner
+    if not isinstance(state, dict):
+        return {}, beside
+    beside |= {key: value for key, value in state.items() if isinstance(key, str) and not _is_tensor(value)}
+    return {name: value for name, value in state.items() if _is_tensor(value)}, beside
+
+
+def _level_below(state: dict) -> dict | None:
+    """Where the weights are that are not on this level: under one of the usual names, or under the only one that holds tensors."""
+    for level in _LEVELS:
+        if isinstance(state.get(level), dict):
+            return state[level]
+    if any(map(_is_tensor, state.values())):
+        return None
+    below = [value for name, value in state.items() if isinstance(name, str) and _holds_tensors(value)]
+    return below[0] if len(below) == 1 else None
+
+
+def _holds_tensors(value: Any, depth: int = _DEPTH - 1) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return any(map(_is_tensor, value.values())) or (depth > 1 and any(_holds_tensors(inner, depth - 1) for inner in value.values()))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, _Tensor | _Unreadable)
 
 
 class _Damaged(Exception):

@@ -231,6 +231,7 @@ def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | Non
         run, findings = _asked_findings(kind, trained, variant, asked, asker, automatic, hardware)
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
     origin = "" if part.layout == "diffusers" else f"{part.source.name}, {part.layout}"
+    origin = "with a LoRA inside" if part.lora and not origin else origin
     return PartPlan(kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
 
 

@@ -1,4 +1,8 @@
-"""4. LoRA files: alphas, ranks, shapes, dtypes, values and settings. Oracle: a LoRA that is taken gives a finite change, and a damaged one none."""
+"""4. LoRA files: spellings, layouts of trainers, alphas, ranks, shapes, dtypes, values and settings.
+
+Oracles: a LoRA that is taken gives a finite change, and a damaged one none; one that is only spelled or packed in an unusual way is taken, with the
+halves and the scale that were written.
+"""
 
 import torch
 from mutate import NAMES, dump, mutate_bytes, mutate_text, mutate_tree, odd, put, replace_by, short
@@ -30,26 +34,121 @@ def prepare(base):
     return state
 
 
+def _flat(layer):
+    return layer.replace(".", "_")
+
+
+def _around(rng):
+    """A stack of what trainers put before names."""
+    words = ("transformer", "base_model.model", "diffusion_model", "model", "module", "_orig_mod", "pipeline", "unet", "model.diffusion_model", "dit")
+    return "".join(f"{rng.choice(words)}." for _ in range(rng.randrange(4)))
+
+
+#: style -> (what is before a layer, how it is called, its halves' ends).
+STYLES = {
+    "peft": lambda rng: ("transformer.", str, ".lora_A.weight", ".lora_B.weight"),
+    "kohya": lambda rng: ("lora_unet_", _flat, ".lora_down.weight", ".lora_up.weight"),
+    "old": lambda rng: ("", str, ".lora.down.weight", ".lora.up.weight"),
+    "stack": lambda rng: (_around(rng), str, ".lora_A.weight", ".lora_B.weight"),
+    "bare halves": lambda rng: (_around(rng), str, ".lora_A", ".lora_B"),
+    "linear layers": lambda rng: (_around(rng), str, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "Fun": lambda rng: ("lora_unet__", _flat, ".lora_down.weight", ".lora_up.weight"),
+    "flat stack": lambda rng: ("lora_unet_" + _around(rng).replace(".", "_"), _flat, ".lora_down.weight", ".lora_up.weight"),
+    "wrapper": lambda rng: ("my_wrapper.net.", str, ".lora_A.weight", ".lora_B.weight"),
+}
+ADAPTERS = ("default", "my-style", "my style", "v1.5", "風景", "a.b.c", "up", "weight", "lora_B", "0")
+
+
 def _good(state, rng, style):
-    tensors = {}
+    """A whole LoRA, and what it says: layer -> (down, up)."""
+    tensors, said = {}, {}
+    prefix, name, down_end, up_end = STYLES[style](rng)
+    if style == "stack" and rng.random() < 0.5:
+        adapter = rng.choice(ADAPTERS)
+        down_end, up_end = f".lora_A.{adapter}.weight", f".lora_B.{adapter}.weight"
     for layer in rng.sample(LAYERS, rng.randrange(1, 4)):
         out, wide = state["shapes"][layer]
         rank = rng.choice((1, 4, 8))
         down, up = torch.randn(rank, wide) * 0.1, torch.randn(out, rank) * 0.1
-        if style == "peft":
-            tensors |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
-        elif style == "kohya":
-            flat = "lora_unet_" + layer.replace(".", "_")
-            tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(float(rank))}
-        else:
-            tensors |= {f"{layer}.lora.down.weight": down, f"{layer}.lora.up.weight": up}
-    return tensors
+        tensors |= {f"{prefix}{name(layer)}{down_end}": down, f"{prefix}{name(layer)}{up_end}": up}
+        if style in ("kohya", "Fun", "flat stack"):
+            tensors[f"{prefix}{name(layer)}.alpha"] = torch.tensor(float(rank))
+        said[layer] = (down, up)
+    return tensors, said
+
+
+def _sat(rng):
+    """A LoRA as SAT's trainer saves one, and what it says."""
+    tensors, said, rank = {}, {}, rng.choice((1, 4, 8))
+    prefix = rng.choice(("model.diffusion_model.", "", "module.model.diffusion_model."))
+    for block in range(2):
+        for path, layers in (("query_key_value", ("to_q", "to_k", "to_v")), ("dense", ("to_out.0",))):
+            for number, layer in enumerate(layers):
+                down, up = torch.randn(rank, 128) * 0.1, torch.randn(128, rank) * 0.1
+                name = f"{prefix}transformer.layers.{block}.attention.{path}"
+                tensors |= {f"{name}.matrix_A.{number}": down, f"{name}.matrix_B.{number}": up}
+                said[f"transformer_blocks.{block}.attn1.{layer}"] = (down, up)
+    return tensors, said, 1 / rank
+
+
+#: Where trainers put the tensors in a pickle.
+LAYOUTS = (
+    lambda tensors: tensors,
+    lambda tensors: {"lora": tensors, "epoch": 3},
+    lambda tensors: {"model_state_dict": tensors, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    lambda tensors: {"model": {"state_dict": tensors}, "iteration": 1},
+    lambda tensors: {"module": tensors, "rank": 0},
+    lambda tensors: {"what I trained": {"at night": tensors}, "loss": 0.1},
+)
+
+
+def _clean(state, rng, folder):
+    """A LoRA that is all right, in an unusual spelling, file or folder; it is to be taken as it was written."""
+    style = rng.choice((*STYLES, "SAT"))
+    tensors, said, scale = _sat(rng) if style == "SAT" else (*_good(state, rng, style), 1.0)
+    items = list(tensors.items())
+    rng.shuffle(items)
+    tensors = dict(items)
+    place = folder / rng.choice((".", "run", "run/checkpoint-500", "lora_weights/000500"))
+    place.mkdir(parents=True, exist_ok=True)
+    if rng.random() < 0.5:
+        name = rng.choice(("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "mine.safetensors", "mine.sft"))
+        save_file({key: value.contiguous().clone() for key, value in tensors.items()}, place / name)
+    else:
+        name = rng.choice(("adapter_model.bin", "pytorch_lora_weights.bin", "mine.pt", "mine.ckpt", "mp_rank_00_model_states.pt"))
+        torch.save(rng.choice(LAYOUTS)(tensors), place / name)
+    path = place / name if rng.random() < 0.5 else folder
+
+    def act():
+        from cogvideox.checkpoint.headers import read_tensor
+        from cogvideox.handles import with_lora
+
+        pairs = with_lora(state["model"], path).loras[-1].pairs
+        if set(pairs) != set(said):
+            return f"other layers: {sorted(set(pairs) ^ set(said))}"
+        for layer, (down, up) in said.items():
+            pair = pairs[layer]
+            if not (torch.equal(read_tensor(pair.down), down) and torch.equal(read_tensor(pair.up), up)):
+                return f"another change of {layer}"
+            if abs(pair.scale - scale) > 1e-12:
+                return f"another scale of {layer}: {pair.scale} instead of {scale}"
+        return None
+
+    def judged():
+        try:
+            return act()
+        except ValueError as error:
+            return f"refused: {error}"
+
+    return f"clean {style} {name} {'file' if path != folder else 'folder'}", judged
 
 
 def case(state, rng, folder):
     torch.manual_seed(rng.randrange(2**31))
-    style = rng.choice(("peft", "kohya", "old"))
-    tensors, said = _good(state, rng, style), [style]
+    if rng.random() < 0.15:
+        return _clean(state, rng, folder)
+    style = rng.choice(("peft", "kohya", "old", *STYLES, "SAT"))
+    tensors, said = (_sat(rng) if style == "SAT" else _good(state, rng, style))[0], [style]
     metadata, config, damaged = {"format": "pt"}, None, False
     file = folder / "style.safetensors"
     kind = rng.choice(
@@ -130,7 +229,7 @@ def case(state, rng, folder):
         tensors[name] = value
         said.append(f"{short(name)} {what}")
     elif kind == "alpha":
-        base = name.rsplit(".lora", 1)[0].rsplit(".alpha", 1)[0]
+        base = name.rsplit(".lora", 1)[0].rsplit(".alpha", 1)[0].rsplit(".matrix", 1)[0]
         number = rng.choice(NUMBERS)
         dtype = rng.choice(DTYPES)
         shape = rng.choice(((), (1,), (1, 1), (2,), (0,), (1, 0)))
@@ -173,9 +272,9 @@ def case(state, rng, folder):
             what = f"{key}={short(settings[key])}"
         else:
             settings, what = mutate_tree(rng, settings)
-        if rng.random() < 0.2:
+        if isinstance(settings, dict) and rng.random() < 0.2:
             settings["transformer.alpha_pattern"] = {rng.choice(("(", "[", "*", "(a+)+$", "(x*)*y", ".*" * 30 + "z", "to_q", "", "\\")): odd(rng)}
-            what += f" pattern {short(settings['transformer.alpha_pattern'])}" if isinstance(settings, dict) else ""
+            what += f" pattern {short(settings['transformer.alpha_pattern'])}"
         try:
             text = dump(settings).decode("utf-8", "surrogateescape")
             text.encode()
@@ -197,7 +296,7 @@ def case(state, rng, folder):
         if rng.random() < 0.3:
             content, what = mutate_text(rng, dump(config))
         elif rng.random() < 0.6:
-            key = rng.choice(("lora_alpha", "use_rslora", "alpha_pattern", "alpha_pattern"))
+            key = rng.choice(("lora_alpha", "r", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern"))
             config[key] = rng.choice(
                 (odd(rng), {"(": 3}, {"(a|a)*$": 1}, {"to_q": "8"}, {"to_q": None}, {"to_q": float("nan")}, {"to_q": [1]}, {"": 5})
             )
@@ -211,7 +310,10 @@ def case(state, rng, folder):
             said.append(replace_by(rng, folder / "adapter_config.json"))
     if kind == "pickle":
         file = folder / rng.choice(("style.pt", "style.ckpt", "style.bin", "style.gguf", "style.txt", "style"))
-        torch.save(rng.choice((tensors, {"state_dict": tensors}, {k: v.t() for k, v in tensors.items() if v.ndim == 2}, [tensors])), file)
+        odd_one = rng.choice(
+            (lambda t: {k: v.t() for k, v in t.items() if v.ndim == 2}, lambda t: [t], lambda t: {"lora": t, "lora_alpha": odd(rng)})
+        )
+        torch.save(rng.choice((*LAYOUTS, odd_one, odd_one))(tensors), file)
         said.append(f"{file.name}")
     else:
         contiguous = {key: value.contiguous().clone() for key, value in tensors.items()}
