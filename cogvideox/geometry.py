@@ -4,10 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
-
-#: Pixels per transformer token in space: 8 of the VAE times a patch of 2 (every released CogVideoX).
-SIZE_STEP = 16
+from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 
 
 def latent_frames(frames: int) -> int:

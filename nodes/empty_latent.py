@@ -31,7 +31,9 @@ class EmptyLatent(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        return refusal((check_side, "width", width), (check_side, "height", height), (check_frames, length), (check_batch_size, batch_size))
+        # CogVideoX-5b and -2b make 8N+1 frames; which model it is, the run knows.
+        lengths = [] if length is not None and length % 8 == 1 else [(check_frames, length)]
+        return refusal((check_side, "width", width), (check_side, "height", height), *lengths, (check_batch_size, batch_size))
 
     def execute(self, width, height, length, batch_size=1):
-        return ({"samples": empty_latent(width, height, length, batch_size)},)
+        return ({"samples": empty_latent(width, height, length, batch_size, 8 if length % 16 == 9 else 16)},)
