@@ -101,9 +101,7 @@ class Graph:
             self.nodes[node.id] = node
         self._origins: dict[tuple, Wire | None] = {}
         self._last = max(_numbers(self.nodes), default=0)
-        self._named = {
-            name: node for node in reversed(self.nodes.values()) if node.kind == "SetNode" and isinstance(name := _first(node), str)
-        }
+        self._named = {name: node for node in reversed(self.nodes.values()) if node.kind == "SetNode" and isinstance(name := _first(node), str)}
 
     def _read(self) -> Iterator[Node]:
         raise NotImplementedError

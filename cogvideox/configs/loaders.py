@@ -22,6 +22,8 @@ class Loaders(Conversion):
     def __init__(self, *given):
         super().__init__(*given)
         self.sped_up: dict[tuple, Wire] = {}
+        #: Nodes that are left out and were told of.
+        self.told: set = set()
         self.vaes: dict[object, list[Node]] = {}
         for node in self.old.values():
             for name in ("vae", "vae_override"):
@@ -229,8 +231,12 @@ class Loaders(Conversion):
 
     def cache(self, sampler: Node) -> tuple[Node, dict] | None:
         """The cache that a sampler runs with: the node it comes from, and the values of ours."""
-        found = list(self._caches(sampler))
-        return found[0] if found else None
+        return next(iter(self.caches(sampler)), None)
+
+    def caches(self, sampler: Node) -> list[tuple[Node, dict]]:
+        """All that a sampler is given; the first is the one that is taken, as a model has one cache here."""
+        # Where the blocks are compiled, the one whose own method goes with that.
+        return sorted(self._caches(sampler), key=lambda found: found[1]["method"] == "first_block" and found[0].kind != "CogVideoXTeaCache")
 
     def _caches(self, sampler: Node) -> Iterator[tuple[Node, dict]]:
         loader = self.loader_of(sampler)
@@ -275,12 +281,13 @@ class Loaders(Conversion):
         name, method = _CACHE_NAMES[place.kind], values["method"]
         text = f"{name} became the node CogVideoX-1.5 Cache with {method}, strength {values['strength']}"
         if name == "TeaCache":
-            text += ", the nearest that is here yet: both skip whole steps where little changes. Its rel_l1_thresh is another measure; higher is faster"
+            text += ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another measure; higher is faster"
         elif compiled:
             text += f", as the cache {'faster_cache' if name == 'FasterCache' else 'pab'} does not go with compiling"
         self.say(place, f"{text}.")
-        for other, _ in list(self._caches(sampler))[1:]:
+        for other, _ in self.caches(sampler)[1:]:
             self.say(other, f"{_CACHE_NAMES[other.kind]} is left out: a model has one cache here, and node {short(place.id)} gives it.")
+            self.told.add(other.id)
 
     def compiling(self, loader: Node) -> tuple[Node, dict] | None:
         """How a loader's transformer is compiled: the node that says it, and the values of ours. None if it is not."""
@@ -347,4 +354,3 @@ class Loaders(Conversion):
         if source is not None:
             self.say(node, f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.")
         return Wire(old.id, 2)
-

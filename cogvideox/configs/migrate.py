@@ -1,7 +1,8 @@
 """Workflows of ComfyUI-CogVideoXWrapper, of all its ages, made into workflows of this pack.
 
 Every node of that pack becomes the one of ours that does the same, under its id and in its place, or is left out and named in the report; all other
-nodes stay as they are. What would make another video if it were left out is refused. ``tables`` has the facts, ``loaders`` and ``samplers`` the steps.
+nodes stay as they are. What would make another video if it were left out is refused. ``tables`` has the facts, ``loaders`` and ``samplers`` the
+steps.
 """
 
 import json
@@ -63,7 +64,7 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
         ValueError: if ``source`` is no such workflow, or is for something that this pack cannot do; if ``target`` exists or cannot be written.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    if not source.exists():
+    if not os.path.exists(source):
         raise ValueError(f"There is no file {short(source, 400)}, so there is no workflow to migrate. Check the path.")
     _check_target(target)
     graph = open_graph(read_workflow(source))
@@ -86,7 +87,7 @@ def _check_target(target: Path) -> None:
         raise ValueError(f"The new workflow is to be {name}, but ComfyUI opens workflows that end in .json. Give it such a name.")
     if os.path.lexists(target):
         raise ValueError(f"{name} exists, and a migration never writes over a file. Choose another name, or delete that file first.")
-    if not target.absolute().parent.is_dir():
+    if not os.path.isdir(target.absolute().parent):
         folder = short(target.absolute().parent, 400)
         raise ValueError(f"The new workflow is to be {name}, but the folder {folder} does not exist. Create it or choose another.")
 
@@ -98,9 +99,7 @@ def _write(target: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(
-            f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write to."
-        ) from error
+        raise ValueError(f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write to.") from error
 
 
 class _Migration(Samplers):
@@ -145,7 +144,8 @@ class _Migration(Samplers):
         elif node.kind in tables.LORAS:
             self.say(node, "left out: it was connected to no loader.")
         elif node.kind in tables.SPEED:
-            self.say(node, "left out: nothing that is switched on ran with it.")
+            if node.id not in self.told:
+                self.say(node, "left out: nothing that is switched on ran with it.")
         elif node.kind != "CogVideoXVAELoader":
             self.say(node, f"left out. {tables.LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
 
@@ -165,13 +165,15 @@ class _Migration(Samplers):
             node = (running or fun)[0]
             raise ValueError(
                 f"{node.where} in {file} is a sampler of CogVideoX-Fun, and this pack does not run CogVideoX-Fun yet: its models take other inputs "
-                f"than the CogVideoX they were made of, so nothing was written. Keep that workflow with {PACK}, or build it anew with CogVideoX1.5-5B-I2V "
-                "from one in example_workflows."
+                f"than the CogVideoX they were made of, so nothing was written. Keep that workflow with {PACK}, or build it anew with "
+                "CogVideoX1.5-5B-I2V from one in example_workflows."
             )
         if not self.samplers:
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())
             have = "It is a workflow of this pack already." if ours else "Choose one that makes a video with that pack."
-            raise ValueError(f"{file} holds no CogVideoSampler of {PACK}, the node that makes the video there, so there is nothing to migrate. {have}")
+            raise ValueError(
+                f"{file} holds no CogVideoSampler of {PACK}, the node that makes the video there, so there is nothing to migrate. {have}"
+            )
         looked_at: set = set()
         for sampler in self.samplers:
             for what, node, remedy in self.not_here(sampler):

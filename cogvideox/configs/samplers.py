@@ -192,7 +192,11 @@ class Samplers(Loaders):
         new |= {side: wires[side] for side in ("positive", "negative")}
         key = encode.id, *values.values(), *(wire and wire.key for wire in new.values())
         if key not in self.image_nodes:
-            new |= {"start_image": self.resolve(start_image(encode)), "end_image": self.resolve(encode.wires.get("end_image")), "vae": self.vae(encode)}
+            new |= {
+                "start_image": self.resolve(start_image(encode)),
+                "end_image": self.resolve(encode.wires.get("end_image")),
+                "vae": self.vae(encode),
+            }
             if not is_piped(sampler):
                 self.picture_size(encode, name, values, new)
             self.image_nodes[key] = self.make("CogVideoX15ImageToVideo", encode, values, new)
