@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
-from cogvideox.dependencies import DependencyError, require_dependencies
 
 EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
@@ -226,9 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} goes with --check PATH")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        require_dependencies()
+        # Configs and workflows are text, for which no package is needed: they are read in a tenth of a second.
+        if work is not migrate and not (work is check and _is_config(options.check)):
+            from cogvideox.dependencies import require_dependencies
+
+            require_dependencies()
         return work(options)
-    except (ValueError, RuntimeError, DependencyError) as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -341,22 +344,31 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_config(path: Path) -> bool:
+    from cogvideox.configs.check import is_config
+
+    return is_config(path)
+
+
 def check(options: argparse.Namespace) -> int:
     """Check a checkpoint, a SAT config or a workflow; prints the report."""
-    from cogvideox.checkpoint.layout import open_checkpoint
-    from cogvideox.configs.check import check_config, fix_config, is_config
-    from cogvideox.precision.hardware import Hardware
-    from cogvideox.precision.policy import plan_dtypes, scan_parts
     from cogvideox.precision.verdict import MISMATCH
 
     backup = None
-    if is_config(options.check):
+    if _is_config(options.check):
+        # Nothing that imports torch: a config is text.
+        from cogvideox.configs.check import check_config, fix_config
+
         if options.scan:
             raise ValueError(f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder.")
         report, backup = fix_config(options.check) if options.fix else (check_config(options.check), None)
     else:
         if options.fix:
             raise ValueError(f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another --dtype.")
+        from cogvideox.checkpoint.layout import open_checkpoint
+        from cogvideox.precision.hardware import Hardware
+        from cogvideox.precision.policy import plan_dtypes, scan_parts
+
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from .tensors import check_room
-from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from .words import short
-
-#: Pixels per transformer token in space: 8 of the VAE times a patch of 2 (every released CogVideoX).
-SIZE_STEP = 16
 
 
 def latent_frames(frames: int) -> int:

@@ -6,8 +6,10 @@ official repository zai-org/CogVideo (Apache-2.0).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from .words import short
 
@@ -16,6 +18,8 @@ LATENT_CHANNELS = 16
 #: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
 SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 4
+#: Pixels per transformer token in space: 8 of the VAE times a patch of 2 (every released CogVideoX).
+SIZE_STEP = 16
 #: Timesteps of the noise schedule that every released model was trained with.
 TRAINED_STEPS = 1000
 #: Tokens of the text encoder when a config does not say (all released models: 226).
@@ -36,7 +40,7 @@ class Variant:
 
     Attributes:
         name: the released model it has the shape of, or the family and "custom size".
-        trained_dtype: the dtype its weights were trained in: the one in which its activations are known to be finite.
+        trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known to be finite.
         image_to_video: it takes the latent of a start image beside the noise (32 input channels).
         frame_step: a clip has ``frame_step * N + 1`` frames.
         max_frames: the longest clip of the model card, in frames.
@@ -45,7 +49,7 @@ class Variant:
     """
 
     name: str
-    trained_dtype: torch.dtype
+    trained: str
     image_to_video: bool
     frame_step: int
     max_frames: int
@@ -60,9 +64,16 @@ class Variant:
         return "custom size" not in self.name
 
     @property
+    def trained_dtype(self) -> "torch.dtype":
+        """``trained`` as torch has it, which is imported only here: checks of configs need the name alone."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.trained]
+
+    @property
     def latent_scale(self) -> float:
         """``scaling_factor`` of the VAE it was trained with."""
-        return 0.7 if self.trained_dtype == torch.bfloat16 else 1.15258426
+        return 0.7 if self.trained == "bf16" else 1.15258426
 
     @property
     def inverts_image_latents(self) -> bool:
@@ -83,7 +94,7 @@ class Variant:
             "set_alpha_to_one": True,
             "clip_sample": False,
             "timestep_spacing": "trailing",
-            "snr_shift_scale": 1.0 if self.trained_dtype == torch.bfloat16 else 3.0,
+            "snr_shift_scale": 1.0 if self.trained == "bf16" else 3.0,
         }
 
     def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
@@ -124,11 +135,11 @@ def identify(config: Mapping) -> Variant:
     shape = (config.get("num_layers", 30), config.get("num_attention_heads", 30))
     suffix = "-I2V" if image else ""
     if config.get("patch_size_t"):
-        line, full, dtype = "CogVideoX1.5", ("-5B", (42, 48)), torch.bfloat16
+        line, full, dtype = "CogVideoX1.5", ("-5B", (42, 48)), "bf16"
     elif config.get("use_rotary_positional_embeddings"):
-        line, full, dtype = "CogVideoX", ("-5b", (42, 48)), torch.bfloat16
+        line, full, dtype = "CogVideoX", ("-5b", (42, 48)), "bf16"
     else:
-        line, full, dtype = "CogVideoX", ("-2b", (30, 30)), torch.float16
+        line, full, dtype = "CogVideoX", ("-2b", (30, 30)), "fp16"
     size, full_shape = full
     if shape == full_shape:
         name = f"{line}{size}{suffix}"

@@ -35,10 +35,16 @@ class EmptyLatent(Node):
             dict(width=width, height=height, length=length, batch_size=batch_size),
             (check_side, "width", width),
             (check_side, "height", height),
-            (check_frames, length),
+            (_check_length, length),
             (check_batch_size, batch_size),
             (check_video_room, width, height, length, batch_size),
         )
 
     def execute(self, width, height, length, batch_size=1):
-        return ({"samples": empty_latent(width, height, length, batch_size)},)
+        return ({"samples": empty_latent(width, height, length, batch_size, 8 if length % 16 == 9 else 16)},)
+
+
+def _check_length(length):
+    # CogVideoX-5b and -2b make 8N+1 frames; which model it is, the run knows.
+    if length % 8 != 1:
+        check_frames(length)

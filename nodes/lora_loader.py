@@ -37,7 +37,8 @@ class LoraLoader(Node):
                         "min": -100.0,
                         "max": 100.0,
                         "step": 0.05,
-                        "round": 0.001,
+                        # Fine enough for the strengths of migrated workflows, such as 1 / 256.
+                        "round": 0.000001,
                         "tooltip": "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way.",
                     },
                 ),

@@ -1,7 +1,9 @@
 """The config check: one question to ask of a SAT ``inference.yaml`` or a ComfyUI workflow, and the remedy for the former."""
 
+import os
 from pathlib import Path
 
+from ..words import listed, short
 from .report import WHERE, WORKFLOW, ConfigReport
 from .sat import PLACES, check_sat, fix_sat
 from .workflow import check_workflow
@@ -13,8 +15,9 @@ def is_config(path: Path | str) -> bool:
     A checkpoint in diffusers layout is not a config, whatever else lies in it.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        return path.is_file() and path.suffix.lower() in (".yaml", ".yml", ".json")
+    # Not Path's own questions, which raise for a name that is too long.
+    if not os.path.isdir(path):
+        return os.path.isfile(path) and path.suffix.lower() in (".yaml", ".yml", ".json")
     # SAT releases have a transformer/ of their own; only diffusers puts a config.json into it.
     diffusers = (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file()
     return not diffusers and any((path / place).is_file() for place in PLACES)
@@ -50,24 +53,30 @@ def fix_config(path: Path | str) -> tuple[ConfigReport, Path | None]:
     file = _config_file(path)
     if file.suffix.lower() == ".json":
         raise ValueError(
-            f"{file} is a {WORKFLOW}; only a SAT inference.yaml can be fixed here, because a workflow that is open in ComfyUI would be saved over "
-            "the fixed file. Check it, and change the dtype widget of each node that is named as a mismatch to bf16 in ComfyUI."
+            f"{short(file, 400)} is a {WORKFLOW}; only a SAT inference.yaml can be fixed here, because a workflow that is open in ComfyUI would be "
+            "saved over the fixed file. Check it, and change the dtype widget of each node that is named as a mismatch to bf16 in ComfyUI."
         )
     return fix_sat(file)
 
 
 def _config_file(path: Path | str) -> Path:
     path = Path(path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / place for place in PLACES if (path / place).is_file()]
         if not found:
-            raise ValueError(f"{path} holds no inference.yaml, nor do configs/ and sat/configs/ in it, so there is no config to check. {WHERE}")
+            raise ValueError(
+                f"{short(path, 400)} holds no inference.yaml, nor do configs/ and sat/configs/ in it, so there is no config to check. {WHERE}"
+            )
         if len(found) > 1:
-            names = ", ".join(str(file.relative_to(path)) for file in found)
-            raise ValueError(f"{path} holds {len(found)} configs: {names}. Which of them you run is not to be seen. Give the path of one of them.")
+            names = listed((file.relative_to(path) for file in found), len(found))
+            raise ValueError(
+                f"{short(path, 400)} holds {len(found)} configs: {names}. Which of them you run is not to be seen. Give the path of one of them."
+            )
         return found[0]
-    if not path.exists():
-        raise ValueError(f"There is no {path}, so there is no config to check. Check the path. {WHERE}")
+    if not os.path.exists(path):
+        raise ValueError(f"There is no {short(path, 400)}, so there is no config to check. Check the path. {WHERE}")
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"{path} is neither YAML nor JSON by its ending ({path.suffix or 'none'}), so it is not known how to read it. {WHERE}")
+        raise ValueError(
+            f"{short(path, 400)} is neither YAML nor JSON by its ending ({short(path.suffix) or 'none'}), so it is not known how to read it. {WHERE}"
+        )
     return path

@@ -5,16 +5,21 @@ Formats: ComfyUI_frontend, src/platform/workflow/validation/schemas/workflowSche
 
 import copy
 import itertools
+import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..words import short
 from .kinds import KINDS
+from .tables import AFTER_SEED
 from .workflow import BYPASSED, MUTED, graphs, is_page, widget_values
 
 #: Nodes of the page that only lead a link elsewhere.
 PASSING = ("Reroute", "SetNode", "GetNode")
-AFTER_SEED = "control_after_generate"
+#: Pixels from the page's middle beyond which nobody sees a node: what lies there does not say where a new one goes.
+_FAR = 1e7
 #: Types of which this pack has its own, and which no other node takes.
 _OWN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_VAE")
 
@@ -54,7 +59,7 @@ class Node:
 
     @property
     def where(self) -> str:
-        return f'node {self.id} "{self.kind}"'
+        return f'node {short(self.id)} "{short(self.kind)}"'
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,17 @@ class Graph:
     def __init__(self, data: dict):
         self.data = data
         self.passed: dict[tuple, Wire | None] = {}
-        self.nodes: dict[object, Node] = {node.id: node for node in self._read()}
+        self.nodes: dict[object, Node] = {}
+        for node in self._read():
+            if node.id in self.nodes:
+                raise ValueError(
+                    f"The workflow has two nodes with the number {short(node.id)}, so which of them a link means is not known. Open it in ComfyUI, "
+                    "which numbers them anew, save it and take that file."
+                )
+            self.nodes[node.id] = node
+        self._origins: dict[tuple, Wire | None] = {}
+        self._last = max(_numbers(self.nodes), default=0)
+        self._named = {name: node for node in reversed(self.nodes.values()) if node.kind == "SetNode" and isinstance(name := _first(node), str)}
 
     def _read(self) -> Iterator[Node]:
         raise NotImplementedError
@@ -99,9 +114,15 @@ class Graph:
         """The widgets by name of a node whose widgets' order is ``order``."""
         return node.values
 
-    def new_id(self, taken: Iterable):
-        """An id that no node has, nor is in ``taken``."""
-        raise NotImplementedError
+    def new_id(self):
+        """An id that no node has, nor was given before."""
+        self._last += 1
+        return self._last
+
+    def pass_on(self, node: Node, slot: int, wire: Wire | None) -> None:
+        """Note that an output only passes on what a wire brings to its node."""
+        self.passed[node.id, slot] = wire
+        self._origins.clear()
 
     def write(self, changes: Changes) -> dict:
         """The workflow as it is after the changes; ``data`` stays as it was."""
@@ -117,29 +138,35 @@ class Graph:
 
     def origin(self, wire: Wire | None) -> Wire | None:
         """The output at the beginning of an old wire, past nodes that only pass it on; None if nothing that is switched on."""
-        seen = set()
+        seen, found = {}, None
         while wire is not None and wire.key not in seen:
-            seen.add(wire.key)
+            if wire.key in self._origins:
+                found = self._origins[wire.key]
+                break
+            seen[wire.key] = None
             node = self.nodes.get(wire.node)
             if node is None or node.raw.get("mode") == MUTED:
-                return None
+                break
             if node.kind in PASSING or node.raw.get("mode") == BYPASSED:
                 wire = self.before(node, wire.slot)
             elif wire.key in self.passed:
                 wire = self.passed[wire.key]
             else:
-                return wire
-        return None
+                found = wire
+                break
+        # Of all on the way, so that long ways are gone once.
+        self._origins |= dict.fromkeys(seen, found)
+        return found
 
     def before(self, node: Node, slot: int) -> Wire | None:
         """What a node that passes something on is given."""
         if node.kind == "GetNode":
-            name = _first(node.raw.get("widgets_values"))
-            node = next((other for other in self.nodes.values() if other.kind == "SetNode" and _first(other.raw.get("widgets_values")) == name), None)
+            name = _first(node)
+            node = self._named.get(name) if isinstance(name, str) else None
         if node is None or node.raw.get("mode") != BYPASSED:
             return next(iter(node.wires.values()), None) if node is not None else None
         wanted = _type(node.raw.get("outputs"), slot)
-        return next((wire for name, wire in node.wires.items() if _type(node.raw.get("inputs"), name) == wanted), None)
+        return next((wire for name, wire in node.wires.items() if wanted is not None and _type(node.raw.get("inputs"), name) == wanted), None)
 
 
 def open_graph(data: dict) -> Graph:
@@ -162,20 +189,17 @@ class _Page(Graph):
         self.links = dict(_page_links(self.data.get("links")))
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
-                wires = {socket.get("name"): self._wire(socket.get("link")) for socket in _dicts(raw.get("inputs"))}
-                yield Node(raw["id"], raw["type"], widget_values(raw), {name: wire for name, wire in wires.items() if wire is not None}, raw)
+                wires = {_name(socket): self._wire(socket.get("link")) for socket in _dicts(raw.get("inputs"))}
+                yield Node(_id(raw["id"]), raw["type"], widget_values(raw), {name: wire for name, wire in wires.items() if wire is not None}, raw)
 
     def widgets(self, node: Node, order: Iterable[str]) -> dict:
         return widget_values(node.raw, tuple(order))
-
-    def new_id(self, taken: Iterable) -> int:
-        return max(_numbers((*self.nodes, *taken)), default=0) + 1
 
     def write(self, changes: Changes) -> dict:
         data = copy.deepcopy(self.data)
         nodes, places = [], _Places(self.data)
         for raw in data["nodes"]:
-            id_ = raw["id"] if _is_page_node(raw) else None
+            id_ = _id(raw["id"]) if _is_page_node(raw) else None
             if id_ in changes.made:
                 nodes.append(self._draw(changes.made[id_]))
             elif id_ not in changes.gone:
@@ -186,7 +210,8 @@ class _Page(Graph):
         self._retype(nodes, changes)
         links = self._connect(nodes, changes)
         data["nodes"] = nodes
-        as_objects = any(isinstance(link, dict) for link in self.data.get("links") or [])
+        given = self.data.get("links")
+        as_objects = isinstance(given, dict) or (isinstance(given, list) and any(isinstance(link, dict) for link in given))
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         data["links"] = [self._old_link(link[0]) | dict(zip(names, link, strict=True)) for link in links] if as_objects else links
         last_node = max(_numbers(node.get("id") for node in nodes if isinstance(node, dict)), default=0)
@@ -195,10 +220,12 @@ class _Page(Graph):
         return data
 
     def _wire(self, link) -> Wire | None:
-        return Wire(*self.links[link][:2], link) if isinstance(link, int) and link in self.links else None
+        return Wire(*self.links[link][:2], link) if type(link) is int and link in self.links else None
 
     def _old_link(self, id_: int) -> dict:
-        return self.links[id_][2] if id_ in self.links else {}
+        """What a link that was there says beside its ends."""
+        link = self.links[id_][2] if id_ in self.links else None
+        return link if isinstance(link, dict) else {}
 
     def _draw(self, node: Node) -> dict:
         """A new node as the page saves it: where and how the old one was, with the sockets and widgets of ours."""
@@ -212,9 +239,12 @@ class _Page(Graph):
             socket = {"name": entry.name, "type": entry.type, "link": None}
             socket |= {"shape": 7} if entry.optional else {}
             inputs.append(socket | ({"widget": {"name": entry.name}} if entry.default is not None else {}))
-        look = {name: copy.deepcopy(raw[name]) for name in ("pos", "size", "flags", "order", "mode", "title", "color", "bgcolor") if name in raw}
+        in_place = node.id in self.nodes
+        # A name that the user gave the old node is no name for one beside it.
+        names = ("pos", "size", "flags", "order", "mode", *(("title",) if in_place else ()), "color", "bgcolor")
+        look = {name: copy.deepcopy(raw[name]) for name in names if name in raw}
         return {
-            "id": node.id,
+            "id": self.nodes[node.id].raw["id"] if in_place else node.id,
             "type": node.kind,
             **look,
             "inputs": inputs,
@@ -229,7 +259,7 @@ class _Page(Graph):
         for raw in nodes:
             if not _is_page_node(raw) or raw["type"] not in PASSING:
                 continue
-            now = changes.resolve(self.origin(self.before(self.nodes[raw["id"]], 0)))
+            now = changes.resolve(self.origin(self.before(self.nodes[_id(raw["id"])], 0)))
             if now is None or now.node not in changes.made:
                 continue
             type_ = KINDS[changes.made[now.node].kind].outputs[now.slot][1]
@@ -239,7 +269,7 @@ class _Page(Graph):
 
     def _connect(self, nodes: list[dict], changes: Changes) -> list[list]:
         """Join the nodes by links: those of old that lead where they led under their old numbers."""
-        by_id = {raw["id"]: raw for raw in nodes if _is_page_node(raw)}
+        by_id = {_id(raw["id"]): raw for raw in nodes if _is_page_node(raw)}
         number, used, links = max(self.links, default=0), set(), []
         for id_, raw in by_id.items():
             node = changes.made.get(id_)
@@ -249,9 +279,9 @@ class _Page(Graph):
                 why = None if node or old is None else "" if source else "what was connected is left out"
                 type_ = _type(source.get("outputs"), wire.slot) if source else None
                 if why == "" and type_ in _OWN_TYPES and socket.get("type") not in (type_, "*"):
-                    source, why = None, f"it takes a {socket.get('type')}, and this pack has a {type_}"
+                    source, why = None, f"it takes a {short(socket.get('type'))}, and this pack has a {type_}"
                 if why:
-                    changes.say(self.nodes[id_], f"{socket.get('name')} is not connected any more: {why}.")
+                    changes.say(self.nodes[id_], f"{short(_name(socket))} is not connected any more: {why}.")
                 if source is None:
                     if node or old is not None:
                         socket["link"] = None
@@ -261,17 +291,21 @@ class _Page(Graph):
                     wire = wire._replace(link=number)
                 used.add(wire.link)
                 socket["link"] = wire.link
-                links.append([wire.link, wire.node, wire.slot, id_, slot, type_])
+                links.append([wire.link, source["id"], wire.slot, raw["id"], slot, type_])
+        leaving: dict[tuple, list[int]] = {}
+        for link in links:
+            leaving.setdefault((_id(link[1]), link[2]), []).append(link[0])
         for id_, raw in by_id.items():
             for slot, socket in enumerate(_dicts(raw.get("outputs"))):
-                now = [link[0] for link in links if link[1] == id_ and link[2] == slot]
-                if sorted(_numbers(socket.get("links") or [])) != sorted(now):
+                now = leaving.get((id_, slot), [])
+                before = socket.get("links")
+                if sorted(_numbers(before if isinstance(before, list) else [])) != sorted(now) or not isinstance(before, list | None):
                     socket["links"] = now
-        return sorted(links)
+        return sorted(links, key=lambda link: link[0])
 
     def add_note(self, data: dict, title: str, text: str) -> None:
         lines = sum(1 + len(line) // 90 for line in text.split("\n"))
-        size, id_ = [620, 60 + 16 * lines], self.new_id(_numbers(node.get("id") for node in data["nodes"] if isinstance(node, dict)))
+        size, id_ = [620, 60 + 16 * lines], self.new_id()
         note = {
             "id": id_,
             "type": "Note",
@@ -300,9 +334,8 @@ class _Api(Graph):
                 wires = {name: Wire(str(value[0]), value[1]) for name, value in inputs.items() if _is_api_link(value)}
                 yield Node(id_, raw["class_type"], {name: value for name, value in inputs.items() if name not in wires}, wires, raw)
 
-    def new_id(self, taken: Iterable) -> str:
-        used = {*self.nodes, *taken}
-        return next(id_ for number in itertools.count(1) if (id_ := str(number)) not in used)
+    def new_id(self) -> str:
+        return next(id_ for _ in itertools.count() if (id_ := str(super(_Api, self).new_id())) not in self.data)
 
     def write(self, changes: Changes) -> dict:
         data = {}
@@ -341,18 +374,23 @@ class _Places:
     """Where there is room on the page."""
 
     def __init__(self, graph: Mapping):
-        self.taken = [
-            (*_pair(raw.get("pos")), *_pair(raw.get("size"), 200)) for raw in graph["nodes"] if isinstance(raw, dict) and raw.get("pos") is not None
-        ]
+        boxes = [(*_pair(raw.get("pos")), *_pair(raw.get("size"), 200)) for raw in _dicts(graph["nodes"]) if raw.get("pos") is not None]
+        self.taken = sorted((box for box in boxes if max(map(abs, box)) < _FAR), key=_top)
         bounds = [group.get("bounding") for group in _dicts(graph.get("groups"))]
-        self.groups = [(*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4]
+        boxes = [(*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4]
+        self.groups = [box for box in boxes if max(map(abs, box)) < _FAR]
 
     def beside(self, raw: Mapping) -> list[float]:
         """A free place for another node as large as ``raw``, under it."""
         (x, y), (width, height) = _pair(raw.get("pos")), _pair(raw.get("size"), 200)
-        while any(x < left + wide and left < x + width and y < top + high + 40 and top < y + height + 40 for left, top, wide, high in self.taken):
-            y += 40
-        self.taken.append((x, y, width, height))
+        width, height = min(width, 2000), min(height, 2000)
+        if max(abs(x), abs(y)) >= _FAR:
+            x, y = 0, 0
+        # From the top down: what is passed once does not come again.
+        for left, top, wide, high in self.taken:
+            if x < left + wide and left < x + width and y < top + high + 40 and top < y + height + 40:
+                y = top + high + 40
+        insort(self.taken, (x, y, width, height), key=_top)
         return [x, y]
 
     def above(self, size: list[float]) -> list[float]:
@@ -361,23 +399,37 @@ class _Places:
         return [min((box[0] for box in everything), default=0), min((box[1] for box in everything), default=0) - size[1] - 100]
 
 
+def _top(box: tuple) -> float:
+    return box[1]
+
+
+def _id(value):
+    """A node's number: some programs write it as a text in one place, and as a number in another."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 16 else value
+
+
+def _name(socket: Mapping) -> str:
+    name = socket.get("name")
+    return name if isinstance(name, str) else ""
+
+
 def _is_page_node(raw) -> bool:
-    return isinstance(raw, dict) and isinstance(raw.get("type"), str) and isinstance(raw.get("id"), int | str)
+    return isinstance(raw, dict) and isinstance(raw.get("type"), str) and type(raw.get("id")) in (int, str)
 
 
 def _is_api_link(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str) and type(value[1]) is int
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) in (int, str) and type(value[1]) is int
 
 
 def _page_links(links) -> Iterator[tuple[int, tuple]]:
     """Number -> (node, slot, the link as it is) of every link, in either form that the page writes."""
-    for link in links if isinstance(links, list) else []:
+    for link in links.values() if isinstance(links, dict) else links if isinstance(links, list) else []:
         if isinstance(link, dict):
-            fields = (link.get("id"), link.get("origin_id"), link.get("origin_slot"))
+            number, origin, slot = link.get("id"), link.get("origin_id"), link.get("origin_slot")
         else:
-            fields = tuple(link[:3]) if isinstance(link, list) and len(link) >= 5 else (None,) * 3
-        if type(fields[0]) is int and isinstance(fields[1], int | str) and type(fields[2]) is int:
-            yield fields[0], (*fields[1:], link)
+            number, origin, slot = link[:3] if isinstance(link, list) and len(link) >= 5 else (None,) * 3
+        if type(number) is int and type(origin) in (int, str) and type(slot) is int:
+            yield number, (_id(origin), slot, link)
 
 
 def _count(data: dict, last_node: int, last_link: int | None) -> None:
@@ -394,10 +446,10 @@ def _forget_links(data: dict, there: set[int]) -> None:
     """Have the page's bends in links name only links that are there."""
     extra = data["extra"] if isinstance(data.get("extra"), dict) else {}
     if isinstance(extra.get("linkExtensions"), list):
-        extra["linkExtensions"] = [entry for entry in extra["linkExtensions"] if isinstance(entry, dict) and entry.get("id") in there]
+        extra["linkExtensions"] = [entry for entry in _dicts(extra["linkExtensions"]) if type(entry.get("id")) is int and entry["id"] in there]
     for bend in (*_dicts(data.get("reroutes")), *_dicts(extra.get("reroutes"))):
         if isinstance(bend.get("linkIds"), list):
-            bend["linkIds"] = [number for number in bend["linkIds"] if number in there]
+            bend["linkIds"] = [number for number in bend["linkIds"] if type(number) is int and number in there]
 
 
 def _dicts(values) -> list[dict]:
@@ -405,10 +457,13 @@ def _dicts(values) -> list[dict]:
 
 
 def _numbers(values: Iterable) -> list[int]:
-    return [value for value in values if isinstance(value, int)]
+    return [value for value in values if type(value) is int]
 
 
-def _first(values):
+def _first(node: Node):
+    """The first widget of a node: of those that set and get a link, its name."""
+    values = node.raw.get("widgets_values")
+    values = list(values.values()) if isinstance(values, dict) else values
     return values[0] if isinstance(values, list) and values else None
 
 
@@ -422,4 +477,6 @@ def _type(sockets, which: int | str):
 def _pair(value, default: float = 0) -> tuple[float, float]:
     """Two numbers of the page's, which writes them as a list or as an object with the keys 0 and 1."""
     pair = [value.get("0"), value.get("1")] if isinstance(value, dict) else value[:2] if isinstance(value, list) else []
-    return tuple(pair) if len(pair) == 2 and all(isinstance(number, int | float) for number in pair) else (default, default)
+    good = len(pair) == 2 and all(type(number) is int or (type(number) is float and math.isfinite(number)) for number in pair)
+    # Numbers of hundreds of digits cannot be added to others.
+    return tuple(max(-1e18, min(number, 1e18)) for number in pair) if good else (default, default)

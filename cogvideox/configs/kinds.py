@@ -62,6 +62,29 @@ KINDS = {
         (Input("model", "COGVIDEOX_MODEL"), Input("lora_name", "COMBO", ""), Input("strength", "FLOAT", 1.0)),
         (("model", "COGVIDEOX_MODEL"),),
     ),
+    "CogVideoX15Quantize": Kind(
+        (
+            Input("model", "COGVIDEOX_MODEL"),
+            Input("method", "COMBO", "int8_weight_only"),
+            Input("text_encoder", "COGVIDEOX_TEXT_ENCODER", None, True),
+        ),
+        (("model", "COGVIDEOX_MODEL"), ("text_encoder", "COGVIDEOX_TEXT_ENCODER"), ("report", "STRING")),
+    ),
+    "CogVideoX15Attention": Kind((Input("model", "COGVIDEOX_MODEL"), Input("attention", "COMBO", "auto")), (("model", "COGVIDEOX_MODEL"),)),
+    "CogVideoX15Cache": Kind(
+        (
+            Input("model", "COGVIDEOX_MODEL"),
+            Input("method", "COMBO", "first_block"),
+            Input("strength", "FLOAT", 0.6),
+            Input("start", "FLOAT", 0.1),
+            Input("end", "FLOAT", 0.95),
+        ),
+        (("model", "COGVIDEOX_MODEL"),),
+    ),
+    "CogVideoX15Compile": Kind(
+        (Input("model", "COGVIDEOX_MODEL"), Input("mode", "COMBO", "default"), Input("dynamic", "BOOLEAN", False)),
+        (("model", "COGVIDEOX_MODEL"),),
+    ),
     "CogVideoX15Sampler": Kind(
         (
             Input("model", "COGVIDEOX_MODEL"),

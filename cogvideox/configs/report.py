@@ -50,14 +50,3 @@ class ConfigReport:
         """The report as JSON has it."""
         findings = [asdict(finding) for finding in self.findings]
         return {"path": str(self.path), "kind": self.kind, "verdict": self.verdict, "model": self.model, "findings": findings}
-
-
-def read_file(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}), so nothing can be said about it. Make it readable for you.") from error
-
-
-def first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,17 +8,16 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..checkpoint.layout import sat_step
+from ..files import read_bytes, written_whole
 from ..precision.verdict import Finding
 from ..variants import Variant, identify
-from .report import BLACK, SAT, WHERE, ConfigReport, first_lines, read_file
+from ..words import listed, reason, short
+from .report import BLACK, SAT, WHERE, ConfigReport
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,19 @@ logger = logging.getLogger(__name__)
 PLACES = ("inference.yaml", "configs/inference.yaml", "sat/configs/inference.yaml")
 _FLAGS = ("bf16", "fp16")
 _OTHER = {"bf16": "fp16", "fp16": "bf16"}
-_FLAG_OF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+#: Latent frames of the clips that CogVideoX-1.5 makes: 81 and 161 frames, and one more for its patches of two. The others make 13.
+_FRAMES_1_5 = (22, 42)
+#: What a checkpoint's folder is called -> the model, and what that was trained in.
+_FOLDERS = (
+    (r"cogvideox?[-_ ]?(5b[-_ ]?)?1[._]5", "CogVideoX1.5", "bf16"),
+    (r"cogvideox?[-_ ]?5b", "CogVideoX-5b", "bf16"),
+    (r"cogvideox?[-_ ]?2b", "CogVideoX-2b", "fp16"),
+)
+#: Bytes of such a file that are read (those of the authors have 2,000), its levels of nesting, and its parts, those that are repeated (& and *)
+#: counted each time.
+_MAX_BESIDE = 100  # other YAML files of the folder that are looked at
+_MAX_BYTES, _MAX_NESTING, _MAX_PARTS = 256 << 10, 100, 100_000
+_MAP, _SEQ, _MERGE, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "merge", "timestamp"))
 
 
 def check_sat(file: Path) -> ConfigReport:
@@ -35,22 +46,23 @@ def check_sat(file: Path) -> ConfigReport:
     Raises:
         ValueError: if it is not one.
     """
-    config = _open_sat(file, read_file(file))
+    config = _open_sat(file, read_bytes(file, _MAX_BYTES))
     model, findings = _identify(config)
     return ConfigReport(file, SAT, model.text, (*_judge_flags(config, model), *findings))
 
 
 def fix_sat(file: Path) -> tuple[ConfigReport, Path | None]:
     """Rewrite the flags of an ``inference.yaml``: ``check.fix_config`` says how."""
-    raw = read_file(file)
+    raw = read_bytes(file, _MAX_BYTES)
     config = _open_sat(file, raw)
     model, _ = _identify(config)
     if all(finding.verdict == "ok" for finding in _judge_flags(config, model)):
         return check_sat(file), None
-    if model.trained is None:
+    if model.trained is None or (model.trained == "fp16" and not model.is_sure):
+        # Wrongly set to fp16 a model turns black, so a name alone is not enough for that.
         raise ValueError(
-            f"Which model {file} is for is {model.source}, so the right dtype is not known either: fp16 for CogVideoX-2b, bf16 for every other "
-            "CogVideoX. Put the model's own config (such as cogvideox1.5_5b.yaml) beside it or the checkpoint's folder into args.load; or "
+            f"Which model {short(file, 400)} is for is {model.source}, so the right dtype is not known either: fp16 for CogVideoX-2b, bf16 for every "
+            "other CogVideoX. Put the model's own config (such as cogvideox1.5_5b.yaml) beside it or the checkpoint's folder into args.load; or "
             "write bf16: True by hand, which is finite with every CogVideoX."
         )
     fixed = _apply(config, _edits(config, model.trained), model.trained)
@@ -98,34 +110,90 @@ def _yaml():
     return yaml
 
 
-def _compose(file: Path, raw: bytes) -> tuple[str, object]:
+def _compose(file: Path, raw: bytes) -> tuple[str, Any]:
     """The text and its YAML nodes, which know their places in it. Nothing is constructed, so no tag can run code.
 
     Raises:
-        ValueError: if it is not one YAML document in UTF-8.
+        ValueError: if it is not one YAML document in UTF-8, or one whose parts multiply beyond bounds.
     """
     yaml = _yaml()
     try:
         # A byte order mark and every kind of line end stay in the text, so that it can be written back as it was.
         text = raw.decode("utf-8")
-        return text, yaml.compose(text, Loader=yaml.SafeLoader)
+        # libyaml's is ten times as fast, where PyYAML was built with it; but its places do not count a byte order mark.
+        loader = yaml.SafeLoader if text.startswith("\ufeff") else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_NESTING:
+                raise ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
+        root = yaml.compose(text, Loader=loader)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}), the only encoding SAT reads. Save it as UTF-8 in a text editor."
+            f"{short(file, 400)} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}), the only encoding SAT reads. Save it as UTF-8 in a "
+            "text editor."
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML ({first_lines(error)}), so SAT cannot read it either. Correct it there. {WHERE}") from error
+        raise ValueError(f"{short(file, 400)} is not YAML ({reason(error)}), so SAT cannot read it either. Correct it there. {WHERE}") from error
+    if root is not None and _parts(root, {}) > _MAX_PARTS:
+        raise ValueError(
+            f"{short(file, 400)} repeats its parts (& and *) within each other or in themselves, into more than {_MAX_PARTS:,}: no config is so "
+            f"large, and reading it would not end. {WHERE}"
+        )
+    return text, root
 
 
-def _value(node):
-    """The value of a node, with plain types only. Merge keys are flattened *in* the node, so give it one of its own."""
+def _parts(node, known: dict[int, int]) -> int:
+    """How many parts a node has if everything that it repeats is written out; more than are allowed for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = _MAX_PARTS + 1  # until it is counted: whoever meets it now is in it
+        inner = (part for pair in node.value for part in pair) if node.id == "mapping" else node.value if node.id == "sequence" else ()
+        total = 1
+        for part in inner:
+            total = min(total + _parts(part, known), _MAX_PARTS + 1)
+        known[id(node)] = total
+    return known[id(node)]
+
+
+def _value(node) -> Any:
+    """The value of a node, with plain types only.
+
+    Raises:
+        ValueError: for what SAT's reader does not take, or cannot.
+    """
+    if node.id == "sequence":
+        if node.tag != _SEQ:
+            raise ValueError(f"it has the tag {short(node.tag)}")
+        return [_value(item) for item in node.value]
+    if node.id == "mapping":
+        return _mapping(node)
+    # To SAT's reader (OmegaConf) a date is text.
+    if node.tag == _TIME:
+        return node.value
     yaml = _yaml()
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
+        # What PyYAML raises for a value that its tag, or its looks, promise otherwise.
+        raise ValueError(f"{short(node.value)} is no {short(node.tag.rpartition(':')[2])}: {reason(error)}") from error
 
-    class Constructor(yaml.constructor.SafeConstructor):
-        """To SAT's reader (OmegaConf) a date is text."""
 
-    Constructor.add_constructor("tag:yaml.org,2002:timestamp", Constructor.construct_yaml_str)
-    return Constructor().construct_object(node, deep=True)
+def _mapping(node) -> dict:
+    if node.tag != _MAP:
+        raise ValueError(f"it has the tag {short(node.tag)}")
+    merged, own = {}, {}
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            sources = value.value if value.id == "sequence" else [value]
+            if any(source.id != "mapping" for source in sources):
+                raise ValueError("<< merges what is no mapping")
+            for source in reversed(sources):
+                merged |= _mapping(source)
+            continue
+        if key.id != "scalar":
+            raise ValueError(f"a {key.id} cannot be the name of a setting")
+        own[_value(key)] = _value(value)
+    return merged | own
 
 
 def _children(node, name: str) -> list:
@@ -134,7 +202,7 @@ def _children(node, name: str) -> list:
 
 
 def _is_mapping(node) -> bool:
-    return getattr(node, "id", None) == "mapping" and node.tag == "tag:yaml.org,2002:map"
+    return getattr(node, "id", None) == "mapping" and node.tag == _MAP
 
 
 def _open_sat(file: Path, raw: bytes) -> _SatConfig:
@@ -143,35 +211,36 @@ def _open_sat(file: Path, raw: bytes) -> _SatConfig:
     if len(found) != 1 or not _is_mapping(found[0]):
         seen = "no args: at all" if not found else "args: more than once" if len(found) > 1 else "an args: that is not a mapping of settings"
         hint = " It describes a model; the dtype is in the inference.yaml it is run with." if _children(root, "model") else ""
-        raise ValueError(f"{file} has {seen}, and args: is where SAT finds bf16 and fp16.{hint} {WHERE}")
+        raise ValueError(f"{short(file, 400)} has {seen}, and args: is where SAT finds bf16 and fp16.{hint} {WHERE}")
     args = found[0]
     try:
-        values = _value(_children(_compose(file, raw)[1], "args")[0])
-    except (_yaml().YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} holds a value in args: that SAT cannot read ({first_lines(error)}). Correct it there.") from error
+        values = _value(args)
+    except ValueError as error:
+        raise ValueError(f"{short(file, 400)} holds a value in args: that SAT cannot read ({reason(error)}). Correct it there.") from error
     config = _SatConfig(file, text, root, args, values, {flag: [pair for pair in args.value if pair[0].value == flag] for flag in _FLAGS})
     for flag in _FLAGS:
         if not isinstance(values.get(flag, False), bool):
-            seen = "empty" if values[flag] is None else repr(values[flag])
+            seen = "empty" if values[flag] is None else short(repr(values[flag]))
             raise ValueError(
-                f"{config.place(flag)} of {file} is {seen}, which is not a boolean: SAT would take whatever Python counts as true. "
+                f"{config.place(flag)} of {short(file, 400)} is {seen}, which is not a boolean: SAT would take whatever Python counts as true. "
                 f"Write {flag}: True or {flag}: False."
             )
     if values.get("mode", "inference") != "inference" and _children(root, "deepspeed"):
         raise ValueError(
-            f"{file} is for training (args.mode is {values['mode']!r}): there SAT takes the dtype from its deepspeed: section and not from args, "
-            f"so the flags checked here decide nothing. {WHERE}"
+            f"{short(file, 400)} is for training (args.mode is {short(repr(values['mode']))}): there SAT takes the dtype from its deepspeed: section "
+            f"and not from args, so the flags checked here decide nothing. {WHERE}"
         )
     return config
 
 
 @dataclass(frozen=True)
 class _Model:
-    """Which model a config runs, the dtype it was trained in (``bf16``, ``fp16`` or None for not known), and how that is known."""
+    """Which model a config runs, the dtype it was trained in (``bf16``, ``fp16`` or None for not known), how that is known, and whether for sure."""
 
     name: str
     trained: str | None
     source: str
+    is_sure: bool = True
 
     @property
     def text(self) -> str:
@@ -179,7 +248,7 @@ class _Model:
 
 
 def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
-    """Which model an ``inference.yaml`` runs, by shapes and never by file names, from the surest source that there is.
+    """Which model an ``inference.yaml`` runs, from the surest source that there is: by shapes, by settings, and by a folder's name last.
 
     SAT is given the model's config beside the inference.yaml on its command line, which is not to be seen here; so the places where
     that config, or the weights, usually are are looked at in turn.
@@ -188,7 +257,7 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
 
     def known(variants: list[Variant], source: str) -> _Model:
         names = dict.fromkeys(variant.name for variant in variants)
-        return _Model(" or ".join(names), _FLAG_OF[variants[0].trained_dtype], source)
+        return _Model(" or ".join(names), variants[0].trained, source)
 
     if variant := _described(config.root):
         return known([variant], "known by its own model: section"), said
@@ -198,10 +267,10 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
             variant = _stored(file)
         except Exception as error:  # whatever a damaged pickle makes torch raise: it is told, and the other sources still stand
             refused = isinstance(error, pickle.UnpicklingError)
-            why = "holds more than tensors, which could run code" if refused else f"cannot be read ({first_lines(error)})"
+            why = "holds more than tensors, which could run code" if refused else f"cannot be read ({reason(error)})"
             said.append(
                 Finding(
-                    f"args.load, {file}",
+                    f"args.load, {short(file, 400)}",
                     "warning",
                     f"The checkpoint {why}, so it was not opened and says nothing about the model.",
                     "Download it again from the authors if it should be one of theirs.",
@@ -210,11 +279,22 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
         if variant:
             return known([variant], f"known by the shapes in {file}"), said
     beside = _beside(config.file)
-    if beside and len({variant.trained_dtype for variant in beside.values()}) == 1:
-        return known(list(beside.values()), f"known by the model config beside it ({', '.join(beside)})"), said
+    if beside and len({variant.trained for variant in beside.values()}) == 1:
+        return known(list(beside.values()), f"known by the model config beside it ({listed(beside, 5)})"), said
     if config.values.get("sampling_fps") == 16:
         return _Model("CogVideoX1.5", "bf16", "known by sampling_fps: 16 (the other models make 8 frames a second)"), said
-    tried = "its own model: section, the checkpoint in args.load, the model configs beside it and sampling_fps do not say"
+    frames = config.values.get("sampling_num_frames")
+    if type(frames) is int and frames in _FRAMES_1_5:
+        return _Model("CogVideoX1.5", "bf16", f"known by sampling_num_frames: {frames} (latent frames; the other models make 13)"), said
+    named = _named(config)
+    if named:
+        folder, name, trained = named
+        source = f"going by the name of the checkpoint's folder alone ({short(folder)} in args.load), which can be wrong"
+        return _Model(f"{name} (by its folder's name)", trained, source, False), said
+    tried = (
+        "its own model: section, the checkpoint in args.load and its folder's name, the model configs beside it, sampling_fps and "
+        "sampling_num_frames do not say"
+    )
     return _Model("an unknown CogVideoX", None, f"not known ({tried})"), said
 
 
@@ -227,8 +307,8 @@ def _described(root) -> Variant | None:
         return None
     try:
         params = _value(node)
-    except (_yaml().YAMLError, ValueError, RecursionError) as error:
-        logger.info("A model: section is passed over: %s", first_lines(error))
+    except ValueError as error:
+        logger.info("A model: section is passed over: %s", reason(error))
         return None
     patch = params.get("patch_size") if isinstance(params, dict) else None
     time_patch = patch[0] if isinstance(patch, list) and len(patch) == 3 and patch[0] != 1 else None
@@ -257,10 +337,32 @@ def _variant(layers, heads, channels, time_patch, rotary) -> Variant:
 def _checkpoint(config: _SatConfig) -> Path | None:
     """The weights ``args.load`` points at, if they are there."""
     load, here = config.values.get("load"), config.file.parent
-    if not isinstance(load, str) or not load:
+    if not isinstance(load, str) or not load or "\0" in load:
         return None
     # SAT resolves it against the folder it is started in: the file's own, or the one above configs/.
-    return sat_step(here / load) or sat_step(here.parent / load)
+    try:
+        folders = [folder for folder in (here / load, here.parent / load) if folder.is_dir()]
+    except OSError as error:  # such as a name that is too long
+        logger.info("args.load is passed over: %s", reason(error))
+        return None
+    if not folders:
+        return None
+    # Here and not above: it imports torch, which a config without its weights does not need.
+    from ..checkpoint.layout import sat_step
+
+    return next((file for folder in folders if (file := sat_step(folder)) is not None), None)
+
+
+def _named(config: _SatConfig) -> tuple[str, str, str] | None:
+    """What the checkpoint's folder is called, if that is a model's name: the folder, the model, and what that was trained in."""
+    load = config.values.get("load")
+    if not isinstance(load, str) or "{" in load:  # {your_CogVideoX-2b-sat_path}/transformer, as the authors' own file has it, is no name
+        return None
+    for part in reversed(re.split(r"[\\/]", load)[-3:]):
+        for pattern, name, trained in _FOLDERS:
+            if re.search(pattern, part, re.IGNORECASE):
+                return part, name, trained
+    return None
 
 
 def _stored(file: Path) -> Variant | None:
@@ -269,6 +371,8 @@ def _stored(file: Path) -> Variant | None:
     Raises:
         pickle.UnpicklingError: if it holds anything but tensors and plain containers: opening it would run code.
     """
+    import torch
+
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     state = state.get("module", state) if isinstance(state, dict) else {}
     shapes = {name.removeprefix("model.diffusion_model."): tuple(value.shape) for name, value in state.items() if torch.is_tensor(value)}
@@ -296,13 +400,13 @@ def _stored(file: Path) -> Variant | None:
 def _beside(file: Path) -> dict[str, Variant]:
     """The variants that the other YAML files of the folder describe, by file name."""
     found = {}
-    for other in sorted(file.parent.glob("*.yaml")):
+    for other in sorted(file.parent.glob("*.yaml"))[:_MAX_BESIDE]:
         if other.name == file.name:
             continue
         try:
-            variant = _described(_compose(other, read_file(other))[1])
+            variant = _described(_compose(other, read_bytes(other, _MAX_BYTES))[1])
         except ValueError as error:
-            logger.info("%s is passed over: %s", other, error)
+            logger.info("%s is passed over: %s", short(other, 400), error)
             continue
         if variant:
             found[other.name] = variant
@@ -440,8 +544,8 @@ def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> str:
 
 def _by_hand(config: _SatConfig, why: str) -> ValueError:
     return ValueError(
-        f"{config.file} was not changed: {why}, so the flags cannot be set without touching other settings. In args:, set the dtype named by the "
-        "check to True and the other one to False by hand, and check it again."
+        f"{short(config.file, 400)} was not changed: {why}, so the flags cannot be set without touching other settings. In args:, set the dtype "
+        "named by the check to True and the other one to False by hand, and check it again."
     )
 
 
@@ -458,25 +562,23 @@ def _rest(node, inside: str = ""):
 def _replace(file: Path, old: bytes, new: bytes) -> Path:
     """Put ``new`` into the file in one step, after a copy of ``old`` was laid beside it. Returns the copy."""
     file = file.resolve()  # of a link, the file it leads to
-    temporary = backup = None
+    backup = None
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(new)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.copymode(file, temporary)
-        backup = _keep(file, old)
-        shutil.copymode(file, backup)
-        os.replace(temporary, file)
+        with written_whole(file, overwrite=True) as partial:
+            # For nobody else's eyes, until it has the rights of the file.
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb") as stream:
+                stream.write(new)
+                stream.flush()
+                os.fsync(stream.fileno())
+            shutil.copymode(file, partial)
+            backup = _keep(file, old)
+            shutil.copymode(file, backup)
     except OSError as error:
-        for leftover in (temporary, backup):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
+        if backup is not None:
+            backup.unlink(missing_ok=True)
         raise ValueError(
-            f"{file} cannot be rewritten ({error.strerror}), so it is as it was. Make it and its folder writable for you, or change it by hand as "
-            "the check says."
+            f"{short(file, 400)} cannot be rewritten ({reason(error)}), so it is as it was. Make it and its folder writable for you, or change it by "
+            "hand as the check says."
         ) from error
     return backup
 

@@ -1,41 +1,88 @@
-"""ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of ComfyUI-CogVideoXWrapper."""
+"""ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a CogVideoX."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from ..files import parse_json, read_text
 from ..precision.verdict import Finding
-from .report import BLACK, WHERE, WORKFLOW, ConfigReport, first_lines, read_file
+from ..words import listed, reason, short
+from .report import BLACK, WHERE, WORKFLOW, ConfigReport
+from .tables import ORDERS, order_of
 
 OURS = "CogVideoX15ModelLoader"
-#: The widgets of our loader and of the nodes of kijai/ComfyUI-CogVideoXWrapper (nodes.py, model_loading.py), in the order of a file's list of values.
+#: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values. ``tables.ORDERS`` has all ages.
 WIDGETS = {
     OURS: ("model", "dtype", "on_mismatch", "memory", "scan_weights", "text_encoder_name", "vae_name"),
-    "DownloadAndLoadCogVideoModel": ("model", "precision", "quantization", "enable_sequential_cpu_offload", "attention_mode", "load_device"),
-    "CogVideoXModelLoader": ("model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
-    "DownloadAndLoadCogVideoGGUFModel": ("model", "vae_precision", "fp8_fastmode", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
-    "CogVideoXVAELoader": ("model_name", "precision"),
-    "CogVideoLoraSelect": ("lora", "strength", "fuse_lora"),
-    "CogVideoLoraSelectComfy": ("lora", "strength", "fuse_lora"),
-    "CogVideoTextEncode": ("prompt", "strength", "force_offload"),
-    "CogVideoTextEncodeCombine": ("combination_mode", "weighted_average_ratio"),
-    "CogVideoImageEncode": ("enable_tiling", "noise_aug_strength", "strength", "start_percent", "end_percent"),
-    # The page itself adds what becomes of the seed.
-    "CogVideoSampler": ("num_frames", "steps", "cfg", "seed", "control_after_generate", "scheduler", "denoise_strength"),
+    **{
+        kind: ORDERS[kind][0]
+        for kind in (
+            *("DownloadAndLoadCogVideoModel", "CogVideoXModelLoader", "DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader", "CogVideoLoraSelect"),
+            *("CogVideoLoraSelectComfy", "CogVideoTextEncode", "CogVideoTextEncodeCombine", "CogVideoImageEncode", "CogVideoSampler"),
+        )
+    },
     "CogVideoDecode": ("enable_vae_tiling",),  # and the tiles' sizes
 }
-#: Loader -> its widget with the dtype.
+
+
+class _Loader(NamedTuple):
+    """A node that loads a CogVideoX, or may.
+
+    Attributes:
+        model, dtype: its widgets with the model's name and with the dtype; no dtype where it lets one choose none.
+        default: the dtype if the file does not say it.
+        order: its widgets in a list of values, where ``tables.ORDERS`` has it not.
+        runs: what it computes in, for values that are no dtype or mean another one; "" is what ComfyUI chooses.
+        any_model: it loads other models too, so it counts only where the name is a CogVideoX's.
+        fallback: the widget that decides where ``dtype`` leaves it to ComfyUI.
+    """
+
+    model: str
+    dtype: str = ""
+    default: str = "bf16"
+    order: tuple[str, ...] = ()
+    runs: Mapping[str, str] = {}
+    any_model: bool = False
+    fallback: str = ""
+
+
+#: Weights that are stored small, and computed with in what ComfyUI chooses.
+_STORED = dict.fromkeys(("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "auto", "target"), "")
 _LOADERS = {
-    OURS: "dtype",
-    "DownloadAndLoadCogVideoModel": "precision",
-    "CogVideoXModelLoader": "base_precision",
-    "DownloadAndLoadCogVideoGGUFModel": "vae_precision",
-    "CogVideoXVAELoader": "precision",
+    OURS: _Loader("model", "dtype", "auto"),
+    "DownloadAndLoadCogVideoModel": _Loader("model", "precision"),
+    "CogVideoXModelLoader": _Loader("model", "base_precision"),
+    "DownloadAndLoadCogVideoGGUFModel": _Loader("model", "vae_precision"),
+    "CogVideoXVAELoader": _Loader("model_name", "precision"),
+    # MinusZoneAI/ComfyUI-CogVideoX-MZ, mz_cogvideox_core.py: fp8_e4m3fn multiplies in fp16, fp8_e5m2 in bf16; its first versions said default.
+    "MZ_CogVideoXLoader": _Loader("unet_name", "weight_dtype", runs={"fp8_e4m3fn": "fp16", "fp8_e5m2": "bf16", "default": "bf16", "GGUF": "bf16"}),
+    # aigc-apps/VideoX-Fun, comfyui/cogvideox_fun/nodes.py, under its three names.
+    "LoadCogVideoXFunModel": _Loader("model", "precision", "fp16", ("model", "model_type", "GPU_memory_mode", "precision")),
+    "LoadCogVideoX_Fun_Model": _Loader("model", "precision", "fp16", ("model", "model_type", "low_gpu_memory_mode", "precision")),
+    "LoadCogVideoX_FUN_Model": _Loader("model", "precision", "fp16", ("model", "low_gpu_memory_mode", "precision")),
+    # ComfyUI's own nodes, and others' that load what they do.
+    "UNETLoader": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
+    "CheckpointLoaderSimple": _Loader("ckpt_name", order=("ckpt_name",), any_model=True),
+    "DiffusersLoader": _Loader("model_path", order=("model_path",), any_model=True),
+    "UnetLoaderGGUF": _Loader("unet_name", order=("unet_name",), any_model=True),
+    "UnetLoaderGGUFAdvanced": _Loader("unet_name", order=("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"), any_model=True),
+    "LoaderGGUF": _Loader("gguf_name", order=("gguf_name",), any_model=True),
+    "UnetLoaderNF4": _Loader("unet_name", order=("unet_name",), any_model=True),
+    "DiffusionModelLoaderKJ": _Loader(
+        *("model_name", "compute_dtype", "default", ("model_name", "weight_dtype", "compute_dtype"), _STORED, True, "weight_dtype"),
+    ),
+    "UNETLoaderMultiGPU": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
+    "UNETLoaderDisTorch2MultiGPU": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
+    "UnetLoaderGGUFMultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
+    "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
+_DTYPES = ("auto", "bf16", "fp16", "fp32")
 #: Values of a node's mode on the page.
 MUTED, BYPASSED = 2, 4
+#: More nodes than this no person has laid out.
+MAX_NODES = 20_000
 _LINKED = object()  # instead of a widget's value: it comes from another node
 
 
@@ -46,12 +93,13 @@ def check_workflow(file: Path) -> ConfigReport:
         ValueError: if it is no workflow.
     """
     nodes = list(_active_nodes(read_workflow(file)))
-    loaders = [(where, kind, widgets) for where, kind, widgets in nodes if kind in _LOADERS]
+    loaders = [(where, kind, widgets) for where, kind, widgets in nodes if kind in _LOADERS and _loads_cogvideo(kind, widgets)]
     if not loaders:
         none = Finding("workflow", "ok", "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong.")
         return ConfigReport(file, WORKFLOW, "none", (none,))
-    names = dict.fromkeys(str(widgets["model"]) for _, _, widgets in loaders if isinstance(widgets.get("model"), str))
-    model = ", ".join(f"{name} (trained in {'fp16' if is_2b(name) else 'bf16'})" for name in names)
+    named = [widgets.get(_LOADERS[kind].model) for _, kind, widgets in loaders if kind != "CogVideoXVAELoader"]
+    names = dict.fromkeys(name for name in named if isinstance(name, str))
+    model = ", ".join(f"{short(name)} (trained in {'fp16' if is_2b(name) else 'bf16'})" for name in names)
     findings = tuple(_judge_loader(*loader) for loader in loaders)
     return ConfigReport(file, WORKFLOW, f"{model}: by the name, which is all that a workflow says" if model else "not named", findings)
 
@@ -61,40 +109,61 @@ def is_2b(name: str) -> bool:
     return bool(re.search(r"(^|[^0-9])2b", name, re.IGNORECASE))
 
 
+def _loads_cogvideo(kind: str, widgets: Mapping) -> bool:
+    name = widgets.get(_LOADERS[kind].model)
+    return not _LOADERS[kind].any_model or (isinstance(name, str) and re.search("cog.?video", name, re.IGNORECASE) is not None)
+
+
 def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
-    widget = _LOADERS[kind]
-    dtype = widgets.get(widget)
-    dtype = ("auto" if kind == OURS else "bf16") if dtype is None else dtype
-    name = widgets.get("model")
-    name = name if isinstance(name, str) else "a model that is not named"
-    if dtype is not _LINKED and dtype not in ("auto", "bf16", "fp16", "fp32"):
-        return Finding(where, "warning", f"{widget} is {dtype!r}, which this check does not know.", f"Set {widget} to bf16.")
+    loader = _LOADERS[kind]
+    name = widgets.get(loader.model)
+    if name is None and kind == "DownloadAndLoadCogVideoModel":
+        name = "CogVideoX-2b"  # the only one there was when the node had no widget for it
+    name = short(name) if isinstance(name, str) else "a model that is not named"
+    widget = loader.dtype
+    dtype = widgets.get(widget, loader.default) if widget else "default"
+    dtype = loader.default if dtype is None else dtype
+    if loader.fallback and dtype == "default" and widgets.get(loader.fallback) == "fp16":
+        widget, dtype = loader.fallback, "fp16"
+    said = widget
+    if dtype is not _LINKED and not isinstance(dtype, str):
+        dtype = repr(dtype)
+    runs = dtype if dtype is _LINKED else loader.runs.get(dtype, dtype) if widget else ""
+    if runs == "":
+        chosen = f"{widget} is {short(dtype)}" if widget else "The node has no widget for the dtype"
+        return Finding(where, "ok", f"{chosen}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.")
+    if runs is not dtype and runs is not _LINKED:
+        said = f"{widget} is {dtype}, which computes in {runs}"
+    elif runs is not _LINKED:
+        said = f"{widget} is {short(runs)}"
+    if runs is not _LINKED and runs not in _DTYPES:
+        return Finding(where, "warning", f"{widget} is {short(repr(dtype))}, which this check does not know.", f"Set {widget} to bf16.")
     if kind in _VAE_ONLY:
-        if dtype is _LINKED:
+        if runs is _LINKED:
             return Finding(where, "warning", f"{widget} comes from another node.", "See that what arrives there is bf16 or fp32.")
-        if dtype == "fp16":
-            return Finding(where, "warning", f"{widget} is fp16, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32.")
-        return Finding(where, "ok", f"{widget} is {dtype}.")
+        if runs == "fp16":
+            return Finding(where, "warning", f"{said}, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32.")
+        return Finding(where, "ok", f"{said}.")
     if is_2b(name):
-        said = "comes from another node" if dtype is _LINKED else f"is {dtype}"
-        return Finding(where, "ok", f"{widget} {said}, and {name} was trained in fp16, going by the name: no dtype makes it black.")
-    if dtype not in ("fp16", _LINKED):
-        return Finding(where, "ok", f"{widget} is {dtype}, in which a bf16-trained model stays finite.")
+        said = f"{widget} comes from another node" if runs is _LINKED else said
+        return Finding(where, "ok", f"{said}, and {name} was trained in fp16, going by the name: no dtype makes it black.")
+    if runs not in ("fp16", _LINKED):
+        return Finding(where, "ok", f"{said}, in which a bf16-trained model stays finite.")
     on_mismatch = widgets.get("on_mismatch", "fix") if kind == OURS else None
     if on_mismatch == "fix":
         return Finding(where, "ok", "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.")
-    if dtype is _LINKED or on_mismatch is _LINKED:
-        linked = widget if dtype is _LINKED else "on_mismatch"
+    if runs is _LINKED or on_mismatch is _LINKED:
+        linked = widget if runs is _LINKED else "on_mismatch"
         return Finding(where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16.")
-    reason = f"{widget} is fp16 and {name} was trained in bf16, going by the name"
+    because = f"{said} and {name} was trained in bf16, going by the name"
     remedy = f"Set {widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
     if kind == OURS:
         remedy = "Set dtype to auto, or on_mismatch to fix."
     if on_mismatch == "stop":
-        return Finding(where, "mismatch", f"{reason}: with on_mismatch stop the loader will stop.", remedy)
+        return Finding(where, "mismatch", f"{because}: with on_mismatch stop the loader will stop.", remedy)
     if kind == "DownloadAndLoadCogVideoModel" and "1.5" in name:
-        return Finding(where, "mismatch", f"{reason}: this node stops with an error for a 1.5 model in fp16.", remedy)
-    return Finding(where, "mismatch", f"{reason}: {BLACK}.", remedy)
+        return Finding(where, "mismatch", f"{because}: this node stops with an error for a 1.5 model in fp16.", remedy)
+    return Finding(where, "mismatch", f"{because}: {BLACK}.", remedy)
 
 
 def read_workflow(file: Path) -> dict:
@@ -103,16 +172,23 @@ def read_workflow(file: Path) -> dict:
     Raises:
         ValueError: if it is no workflow.
     """
+    text = read_text(file)
     try:
-        data = json.loads(read_file(file).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise ValueError(
-            f"{file} is not JSON ({first_lines(error)}), so there are no nodes to look at. Save the workflow again in ComfyUI."
+            f"{short(file, 400)} is not JSON ({reason(error)}), so there are no nodes to look at. Save the workflow again in ComfyUI."
         ) from error
     graph = _find_graph(data)
     if graph is None:
-        seen = f"a JSON object with {', '.join(list(data)[:4]) or 'nothing in it'}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
-        raise ValueError(f"{file} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. {WHERE}")
+        seen = f"a JSON object with {listed(data, 4) or 'nothing in it'}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
+        raise ValueError(f"{short(file, 400)} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. {WHERE}")
+    count = sum(len(part["nodes"]) for _, _, part in graphs(graph)) if is_page(graph) else len(graph)
+    if count > MAX_NODES:
+        raise ValueError(
+            f"{short(file, 400)} has {count:,} nodes, and a workflow that a person laid out has at most a few hundred (here the limit is "
+            f"{MAX_NODES:,}): it was made by a program, or is damaged. Choose another file."
+        )
     return graph
 
 
@@ -121,8 +197,8 @@ def _find_graph(data) -> dict | None:
         return None
     if is_page(data) or any(isinstance(node, dict) and "class_type" in node for node in data.values()):
         return data
-    # What the page sends to the queue and what lies in the metadata of a picture: the graph under one more name.
-    return next((graph for key in ("prompt", "workflow") if (graph := _find_graph(data.get(key))) is not None), None)
+    # What the page sends to the queue, what lies in the metadata of a picture, and what servers take: the graph under one more name.
+    return next((graph for key in ("prompt", "workflow", "input") if (graph := _find_graph(data.get(key))) is not None), None)
 
 
 def is_page(graph: Mapping) -> bool:
@@ -137,7 +213,7 @@ def _active_nodes(graph: Mapping) -> Iterator[tuple[str, str, dict]]:
         return
     for id_, node in graph.items():
         if isinstance(node, dict) and isinstance(node.get("class_type"), str):
-            yield f'node {id_} "{node["class_type"]}"', node["class_type"], _api_widgets(node)
+            yield f'node {short(id_)} "{short(node["class_type"])}"', node["class_type"], _api_widgets(node)
 
 
 def _api_widgets(node: Mapping) -> dict:
@@ -160,46 +236,59 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
     muted = {node["type"] for *_, node in nodes if is_off(node)} - {node["type"] for *_, node in nodes if not is_off(node)}
     for subgraph, inside, node in nodes:
         if subgraph not in muted and not is_off(node):
-            yield f'node {node.get("id")} "{node["type"]}"{inside}', node["type"], _ui_widgets(node)
+            yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], _ui_widgets(node)
 
 
 def graphs(workflow: Mapping, inside: str = "") -> Iterator[tuple[str | None, str, Mapping]]:
     """The graph as the page saves it and its subgraphs, as (id, where, graph)."""
-    yield workflow.get("id") if inside else None, inside, workflow
+    id_ = workflow.get("id")
+    yield id_ if inside and isinstance(id_, str) else None, inside, workflow
     definitions = workflow.get("definitions")
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     for subgraph in subgraphs if isinstance(subgraphs, list) else []:
         if isinstance(subgraph, dict) and isinstance(subgraph.get("nodes"), list):
-            yield from graphs(subgraph, f' in subgraph "{subgraph.get("name") or subgraph.get("id")}"')
+            yield from graphs(subgraph, f' in subgraph "{short(subgraph.get("name") or subgraph.get("id"))}"')
 
 
 def _ui_widgets(node: Mapping) -> dict:
-    linked = {
-        socket["widget"].get("name"): _LINKED
-        for socket in _sockets(node)
-        if isinstance(socket.get("widget"), dict) and socket.get("link") is not None
-    }
+    linked = {socket["widget"]["name"]: _LINKED for socket in _widget_sockets(node) if socket.get("link") is not None}
     return widget_values(node) | linked
 
 
-def _sockets(node: Mapping) -> list[dict]:
+def _widget_sockets(node: Mapping) -> list[dict]:
+    """The sockets of widgets that have a name."""
     inputs = node.get("inputs")
-    return [socket for socket in inputs if isinstance(socket, dict)] if isinstance(inputs, list) else []
+    sockets = [socket for socket in inputs if isinstance(socket, dict)] if isinstance(inputs, list) else []
+    return [socket for socket in sockets if isinstance(socket.get("widget"), dict) and isinstance(socket["widget"].get("name"), str)]
 
 
 def widget_values(node: Mapping, order: Sequence[str] = ()) -> dict:
     """A node's widgets by name, as the page saves them. Newer files name them; older ones only list the values, in the order of the node's inputs.
 
     Args:
-        order: that of a node which ``WIDGETS`` does not know.
+        order: that of a node which is not known here.
     """
     values, named = node.get("widgets_values"), node.get("widgets_values_named")
     widgets = {}
     if isinstance(values, dict):
         widgets = dict(values)
     elif isinstance(values, list):
-        names = [socket["widget"].get("name") for socket in _sockets(node) if isinstance(socket.get("widget"), dict)]
-        # The sockets of older files are only the widgets that were turned into inputs, so their order counts only where all are there.
-        order = names if len(names) == len(values) else WIDGETS.get(node["type"], order)
-        widgets = dict(zip(order, values, strict=False))
+        widgets = dict(zip(_order(node, values, order), values, strict=False))
     return widgets | named if isinstance(named, dict) else widgets
+
+
+def _order(node: Mapping, values: Sequence, order: Sequence[str]) -> Sequence[str]:
+    names, kind = [socket["widget"]["name"] for socket in _widget_sockets(node)], node["type"]
+    # The sockets of older files are only the widgets that were turned into inputs, so their order counts only where all are there.
+    if len(names) == len(values):
+        return names
+    if kind in ORDERS:
+        return order_of(kind, values)
+    if kind in WIDGETS:
+        return WIDGETS[kind]
+    loader = _LOADERS.get(kind)
+    if loader is None:
+        return order
+    # VideoX-Fun's first loaders had no model_type.
+    without = tuple(name for name in loader.order if name != "model_type")
+    return without if len(values) == len(without) else loader.order
