@@ -22,8 +22,8 @@ from tests.wrapper_workflows import NODES, image_to_video, text_to_video, video_
 
 USES = {"text to video": text_to_video, "image to video": image_to_video, "video to video": video_to_video}
 AGES = ("old", "new", "named")
-#: Widgets whose choices are files, which are not there in a test.
-FILES = ("vae_name",)
+#: Widgets whose choices are files, or kernels, which are not there in a test.
+FILES = ("vae_name", "attention")
 
 
 @pytest.fixture
@@ -186,11 +186,33 @@ def test_loras_stand_behind_the_loader_in_the_order_of_the_chain(migrate, pack):
     assert not said(report, "fused")
 
 
-def test_a_fused_lora_of_dimensionx_is_said_to_be_stronger(migrate):
-    w = text_to_video()
-    w.add("CogVideoLoraSelect", "lora", lora="DimensionX_orbit_left_lora_rank256.safetensors", fuse_lora=True)
+@pytest.mark.parametrize(
+    ("name", "rank"), [("orbit_left_lora_weights.safetensors", 256), ("DimensionX\\any.safetensors", 256), ("my_orbit_rank64.safetensors", 64)]
+)
+def test_a_fused_lora_of_dimensionx_keeps_its_strength(migrate, pack, name, rank):
+    """That pack divides the strength of fused LoRAs by the rank where one is called orbit or dimensionx, or lies in a folder called so."""
+    w = image_to_video()
+    w.add("CogVideoLoraSelect", "style", strength=0.5)
+    w.add("CogVideoLoraSelect", "lora", lora=name, strength=0.8, fuse_lora=True, prev_lora=("style", 0))
     w.change("loader", lora=("lora", 0))
-    assert said(migrate(w)[1], "strength / rank")
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    strengths = [node["widgets_values"][1] for node in nodes_of(page, "CogVideoX15LoraLoader")]
+    assert strengths == pytest.approx([0.5 / rank, 0.8 / rank], rel=1e-3)
+    step = pack.NODE_CLASS_MAPPINGS["CogVideoX15LoraLoader"].INPUT_TYPES()["required"]["strength"][1]["round"]
+    assert [round(value / step) * step for value in strengths] == pytest.approx(strengths)
+    assert said(report, "strength / rank", f"divided by {rank}")
+    w.change("lora", fuse_lora=False)
+    assert [node["widgets_values"][1] for node in nodes_of(migrate(w)[0], "CogVideoX15LoraLoader")] == [0.5, 0.8]
+
+
+def test_what_is_fused_and_no_dimensionx_keeps_the_strength_it_says(migrate):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "first", lora="orbit.safetensors", strength=0.5, fuse_lora=True)
+    w.add("CogVideoLoraSelect", "last", strength=0.8, prev_lora=("first", 0))
+    w.change("loader", lora=("last", 0))
+    # The last one says for all whether they are fused.
+    assert [node["widgets_values"][1] for node in nodes_of(migrate(w)[0], "CogVideoX15LoraLoader")] == [0.5, 0.8]
 
 
 def test_a_bypassed_lora_stays_bypassed(migrate):
@@ -422,9 +444,11 @@ def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
         ("DownloadAndLoadCogVideoModel", "THUDM/CogVideoX-2b", "CogVideo2B"),
         ("DownloadAndLoadCogVideoModel", "bertjiazheng/KoolCogVideoX-5b", "KoolCogVideoX-5b"),
         ("CogVideoXModelLoader", "cog\\CogVideoX_1_5_5b_fp8.safetensors", "cog/CogVideoX_1_5_5b_fp8.safetensors"),
-        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_1_5_I2V_GGUF_Q4_0.safetensors", "CogVideoX1.5-5B-I2V"),
-        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_I2V_GGUF_Q4_0.safetensors", "CogVideoX-5b-I2V"),
-        ("DownloadAndLoadCogVideoGGUFModel", "CogVideoX_5b_GGUF_Q4_0.safetensors", "CogVideoX-5b"),
+        # The file that the user has, and no longer another model of 11 GB: such files are read now.
+        *(
+            ("DownloadAndLoadCogVideoGGUFModel", name, f"GGUF/{name}")
+            for name in ("CogVideoX_5b_1_5_I2V_GGUF_Q4_0.safetensors", "CogVideoX_5b_GGUF_Q4_0.safetensors")
+        ),
     ],
 )
 def test_the_model_is_named_as_our_loader_lists_it(migrate, kind, model, ours):
@@ -482,7 +506,10 @@ def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_
 
 @pytest.mark.parametrize(
     ("name", "ours", "is_same"),
-    [("CogVideoXDDIM", "ddim", True), ("CogVideoXDPMScheduler", "dpm", True), ("DPM++", "dpm", False), ("Euler A", "ddim", False)],
+    [
+        *(("CogVideoXDDIM", "ddim", True), ("CogVideoXDPMScheduler", "dpm", True), ("DPM", "dpm", True)),
+        *(("DPM++", "dpm", False), ("Euler A", "ddim", False)),
+    ],
 )
 def test_schedulers_that_are_not_here_are_said(migrate, name, ours, is_same):
     w = text_to_video()
@@ -512,8 +539,10 @@ def test_plain_ddim_is_ours_but_for_2b(migrate):
         assert same == (not said(report, "scheduler DDIM")) == is_5b
 
 
-@pytest.mark.parametrize(("frames", "length"), [(48, 49), (50, 49), (41, 49), (40, 33), (1, 1), (5, 1), (1000, 993), (161, 161)])
-def test_a_length_that_the_model_cannot_make_becomes_the_nearest(migrate, pack, frames, length):
+@pytest.mark.parametrize(
+    ("frames", "length"), [(48, 49), (50, 49), (41, 49), (40, 33), (1, 1), (2, 17), (5, 17), (16, 17), (1000, 993), (161, 161), (10**30, 16001)]
+)
+def test_a_length_that_the_model_cannot_make_becomes_the_nearest_and_no_video_a_still(migrate, pack, frames, length):
     for use in (text_to_video, image_to_video):
         w = use()
         w.change("sampler", num_frames=frames)
@@ -524,11 +553,24 @@ def test_a_length_that_the_model_cannot_make_becomes_the_nearest(migrate, pack, 
         assert bool(said(report, f"num_frames {frames} became length {length}")) == (frames != length)
 
 
-def test_1_0s_image_to_video_takes_8n_plus_1(migrate):
-    w = image_to_video()
-    w.change("loader", model="THUDM/CogVideoX-5b-I2V")
-    w.change("sampler", num_frames=41)
-    assert values_of(migrate(w)[0], "CogVideoX15ImageToVideo")["length"] == 41
+@pytest.mark.parametrize(("frames", "length"), [(41, 41), (25, 25), (9, 9), (2, 9), (7, 9), (8, 9), (13, 17), (48, 49), (1, 1)])
+@pytest.mark.parametrize("model", ["THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b"])
+def test_1_0_keeps_its_own_8n_plus_1(migrate, pack, model, frames, length):
+    for use, name in ((text_to_video, model), (image_to_video, f"{model}-I2V")):
+        w = use()
+        w.change("loader", model=name)
+        w.change("sampler", num_frames=frames)
+        page, report = migrate(w)
+        workflows.check(page, pack, FILES)
+        node = node_of(page, "CogVideoX15EmptyLatent" if use is text_to_video else "CogVideoX15ImageToVideo")
+        assert node["widgets_values_named"]["length"] == length
+        assert bool(said(report, f"num_frames {frames} became length {length}")) == (frames != length)
+        # It is not only written: the node takes it.
+        made = pack.NODE_CLASS_MAPPINGS[node["type"]]
+        assert made.VALIDATE_INPUTS(width=720, height=480, length=length, batch_size=1) is True
+        if use is text_to_video:
+            (latent,) = made().run(width=32, height=32, length=length)
+            assert latent["samples"].shape[2] == (length - 1) // 4 + 1
 
 
 def test_a_wrong_length_that_comes_over_a_link_is_cut_from_it(migrate):
@@ -579,25 +621,21 @@ def test_a_picture_that_keeps_its_proportions_gives_its_size_over_a_link(migrate
 def test_what_is_not_here_is_left_out_and_said(migrate, pack):
     w = text_to_video()
     w.add("CogVideoContextOptions", "context")
-    w.add("CogVideoXTeaCache", "teacache")
     w.add("CogVideoEnhanceAVideo", "feta")
     w.add("CogVideoTransformerEdit", "edit")
     w.add("CogVideoLatentPreview", "preview", samples=("sampler", 0))
     w.add("PreviewImage", "shown", images=("preview", 0))
-    w.change("sampler", context_options=("context", 0), teacache_args=("teacache", 0), feta_args=("feta", 0))
-    w.change("loader", block_edit=("edit", 0), quantization="torchao_int8dq", attention_mode="sageattn")
+    w.change("sampler", context_options=("context", 0), feta_args=("feta", 0))
+    w.change("loader", block_edit=("edit", 0))
     w.change("positive", strength=1.3)
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
     for words in (
         ("Context windows",),
-        ("TeaCache",),
         ("Enhance-A-Video",),
         ("Removing blocks",),
         ("preview of latents",),
         ("PreviewImage", "images is not connected any more"),
-        ("torchao_int8dq",),
-        ("sageattn",),
         ("strength 1.3",),
     ):
         assert len(said(report, *words)) == 1, words
@@ -765,14 +803,6 @@ def test_a_workflow_without_a_sampler_of_that_pack_is_refused(migrate):
         migrate({"1": {"class_type": "KSampler", "inputs": {}}})
 
 
-def test_a_workflow_of_the_packs_first_versions_is_refused(migrate):
-    page = text_to_video().page()
-    sampler = next(node for node in page["nodes"] if node["type"] == "CogVideoSampler")
-    sampler["inputs"][0] |= {"name": "pipeline", "type": "COGVIDEOPIPE"}
-    with pytest.raises(ValueError, match="before November 2024"):
-        migrate(page)
-
-
 def test_odd_files_are_migrated_or_refused_in_a_sentence(migrate):
     page = text_to_video().page()
     page["nodes"] += [None, 3, {}, {"type": ["x"]}, {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"}]
@@ -818,7 +848,7 @@ def test_a_file_that_comes_up_meanwhile_is_not_overwritten(old, tmp_path, monkey
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", slow)
-    with pytest.raises(ValueError, match="never writes over a file"):
+    with pytest.raises(ValueError, match="not replaced unasked"):
         migrate_workflow(old, tmp_path / "new.json")
     assert (tmp_path / "new.json").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "old.json"]
@@ -841,10 +871,10 @@ def test_a_write_that_fails_leaves_nothing(old, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     content = old.read_bytes()
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "link"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
-            with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
+            with pytest.raises(ValueError, match=r"cannot be written \(.*No space left on device\)"):
                 migrate_workflow(old, tmp_path / "new.json")
         assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
     assert old.read_bytes() == content

@@ -99,12 +99,24 @@ NODES = {
         {"context_options": "COGCONTEXT"},
     ),
     "CogVideoXTeaCache": ({}, {"rel_l1_thresh": 0.3}, {"teacache_args": "TEACACHEARGS"}),
+    "CogVideoXFasterCache": (
+        {},
+        {"start_step": 15, "hf_step": 30, "lf_step": 40, "cache_device": "main_device", "num_blocks_to_cache": 42},
+        {"fastercache": "FASTERCACHEARGS"},
+    ),
+    "CogVideoXTorchCompileSettings": (
+        {},
+        {"backend": "inductor", "fullgraph": False, "mode": "default", "dynamic": False, "dynamo_cache_size_limit": 64},
+        {"torch_compile_args": "COMPILEARGS"},
+    ),
     "CogVideoEnhanceAVideo": ({}, {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0}, {"feta_args": "FETAARGS"}),
     "CogVideoTransformerEdit": ({}, {"remove_blocks": "15, 25, 37"}, {"block_list": "TRANSFORMERBLOCKS"}),
     "CogVideoLatentPreview": ({"samples": "LATENT"}, {"seed": 0, "control_after_generate": "fixed"}, {"images": "IMAGE", "factors": "STRING"}),
     "ToraEncodeTrajectory": ({"vae": "VAE"}, {"width": 720}, {"tora_trajectory": "TORAFEATURES", "video_flow_images": "IMAGE"}),
     "CogVideoControlNet": ({"images": "IMAGE"}, {"control_strength": 1.0}, {"cogvideo_controlnet": "COGVIDECONTROLNET"}),
     "CogVideoImageEncodeFunInP": ({"vae": "VAE", "start_image": "IMAGE"}, {"num_frames": 49}, {"image_cond_latents": "LATENT"}),
+    "CogVideoXFunSampler": ({"pipeline": "COGVIDEOPIPE"}, {"video_length": 49}, {"cogvideo_pipe": "COGVIDEOPIPE", "samples": "LATENT"}),
+    "ConsisIDFaceEncode": ({"image": "IMAGE"}, {"scale": 1.0}, {"consis_id_cond": "CONSISID"}),
     "CogVideoXFunResizeToClosestBucket": (
         {"images": "IMAGE"},
         {"base_resolution": 512, "upscale_method": "lanczos", "crop": "disabled"},
@@ -131,6 +143,82 @@ NODES = {
     "GetNode": ({}, {"Constant": "VAE"}, {"VAE": "VAE"}),
     "Note": ({}, {"text": "Mind the seed."}, {}),
 }
+_PIPE = {"cogvideo_pipe": "COGVIDEOPIPE"}
+_SIZE = {"height": 480, "width": 720}
+_STEPS = {"steps": 25, "cfg": 6.0, "seed": 123456789, "control_after_generate": "increment", "scheduler": "CogVideoXDPMScheduler"}
+_TILES = {"t_tile_length": 49, "t_tile_overlap": 8}
+_OPTIONAL = {"samples": "LATENT", "image_cond_latents": "LATENT", "context_options": "COGCONTEXT", "controlnet": "COGVIDECONTROLNET"}
+_LOADER = {"model": "THUDM/CogVideoX-5b", "precision": "bf16", "fp8_transformer": "disabled", "compile": "disabled"}
+_OFFLOAD = {"enable_sequential_cpu_offload": False}
+_EDIT = {"block_edit": "TRANSFORMERBLOCKS", "lora": "COGLORA"}
+#: Its nodes before 19 November 2024, when one link brought model, VAE and text encoder: day -> sockets and widgets of the loader, widgets of the
+#: sampler, sockets and widgets of the encoder.
+_AGES = {
+    "2024-08-06": ({}, {"precision": "bf16"}, {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, "denoise_strength": 1.0}, {}, {}),
+    "2024-08-07": ({}, {"precision": "bf16"}, {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, **_TILES, "denoise_strength": 1.0}, {}, {}),
+    "2024-09-03": (
+        {},
+        _LOADER | _OFFLOAD,
+        {**_SIZE, "num_frames": 49, **_STEPS, **_TILES, "denoise_strength": 1.0},
+        {"mask": "MASK"},
+        {"chunk_size": 16, "enable_vae_slicing": True},
+    ),
+    "2024-10-30": (
+        {"pab_config": "PAB_CONFIG", **_EDIT},
+        _LOADER | _OFFLOAD,
+        {**_SIZE, "num_frames": 49, **_STEPS, "denoise_strength": 1.0},
+        {"mask": "MASK"},
+        {"chunk_size": 16, "enable_tiling": False},
+    ),
+    "2024-11-16": (
+        {**_EDIT, "compile_args": "COMPILEARGS"},
+        _LOADER | _OFFLOAD | {"attention_mode": "sdpa", "load_device": "main_device"},
+        {"width": 720, "height": 480, "num_frames": 49, **_STEPS, "denoise_strength": 1.0},
+        {"mask": "MASK", "vae_override": "VAE"},
+        {"chunk_size": 16, "enable_tiling": False, "noise_aug_strength": 0.0},
+    ),
+}
+PIPED = tuple(_AGES)
+
+
+def nodes_of_age(day):
+    """``NODES`` as they were on a day of ``PIPED``."""
+    sockets, loader, sampler, encoder_sockets, encoder = _AGES[day]
+    pipe = {"pipeline": "COGVIDEOPIPE"}
+    prompts = {"positive": "CONDITIONING", "negative": "CONDITIONING"}
+    others = _OPTIONAL if "pab_config" in sockets or "compile_args" in sockets else {"samples": "LATENT", "image_cond_latents": "LATENT"}
+    fast = {"tora_trajectory": "TORAFEATURES", "fastercache": "FASTERCACHEARGS"} if others is _OPTIONAL else {}
+    return NODES | {
+        "DownloadAndLoadCogVideoModel": (sockets, loader, _PIPE),
+        "CogVideoSampler": (pipe | prompts | others | fast, sampler, _PIPE | {"samples": "LATENT"}),
+        "CogVideoDecode": (pipe | {"samples": "LATENT"}, {"enable_vae_tiling": True}, {"images": "IMAGE"}),
+        "CogVideoImageEncode": (pipe | {"image": "IMAGE", **encoder_sockets}, encoder, {"samples": "LATENT"}),
+        "CogVideoEncodePrompt": (pipe, {"prompt": "a panda", "negative_prompt": ""}, prompts),
+        "CogVideoImageInterpolationEncode": (
+            pipe | {"start_image": "IMAGE", "end_image": "IMAGE"},
+            {"enable_tiling": False},
+            {"samples": "LATENT"},
+        ),
+        "CogVideoPABConfig": (
+            {},
+            {"spatial_broadcast": True, "spatial_threshold_start": 850, "spatial_threshold_end": 100, "spatial_range": 2},
+            {"pab_config": "PAB_CONFIG"},
+        ),
+        "MZ_CogVideoXLoader": (
+            {"pab_config": "PAB_CONFIG", "block_edit": "TRANSFORMERBLOCKS"},
+            {
+                "unet_name": "CogVideoX_5b.safetensors",
+                "vae_name": "cogvideox_vae.safetensors",
+                "weight_dtype": "bf16",
+                "fp8_fast_mode": False,
+                "enable_sequential_cpu_offload": False,
+                "enable_vae_encode_tiling": False,
+            },
+            _PIPE,
+        ),
+    }
+
+
 _TYPES = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
 
 
@@ -138,14 +226,18 @@ class Workflow:
     """A workflow being drawn: nodes side by side, each with links and changes of its widgets.
 
     ``w.add("CogVideoDecode", vae=("loader", 1), auto_tile_size=False)`` returns the node's id; ``name`` is how others may call it.
+
+    Args:
+        table: the nodes there are, as ``NODES`` has them.
     """
 
-    def __init__(self):
+    def __init__(self, table=NODES):
+        self.table = table
         self.nodes = {}
         self.names = {}
 
     def add(self, kind, name=None, mode=0, **inputs):
-        sockets, widgets, _ = NODES[kind]
+        sockets, widgets, _ = self.table[kind]
         assert inputs.keys() <= sockets.keys() | widgets.keys(), (kind, inputs)
         id_ = max(self.nodes, default=7) + 3
         links = {key: (self.names.get(value[0], value[0]), value[1]) for key, value in inputs.items() if isinstance(value, tuple)}
@@ -174,7 +266,7 @@ class Workflow:
                 numbers[id_, key] = len(numbers) + 100
         links, nodes = [], []
         for index, (id_, node) in enumerate(self.nodes.items()):
-            sockets, widgets, outputs = NODES[node["kind"]]
+            sockets, widgets, outputs = self.table[node["kind"]]
             inputs = [{"name": key, "type": kind, "link": numbers.get((id_, key))} for key, kind in sockets.items()]
             inputs += [
                 {"name": key, "type": _TYPES[type(value)], "widget": {"name": key}, "link": numbers.get((id_, key))}
@@ -184,7 +276,7 @@ class Workflow:
             for slot, socket in enumerate(inputs):
                 if socket["link"] is not None:
                     origin, output = node["links"][socket["name"]]
-                    links.append([socket["link"], origin, output, id_, slot, list(NODES[self.nodes[origin]["kind"]][2].values())[output]])
+                    links.append([socket["link"], origin, output, id_, slot, list(self.table[self.nodes[origin]["kind"]][2].values())[output]])
             x, y = place(index) if place else (400 * index, 10 * index)
             nodes.append(
                 {
@@ -259,3 +351,32 @@ def video_to_video():
     w.add("VHS_LoadVideo", "clip")
     w.add("CogVideoImageEncode", "encode", vae=("loader", 1), start_image=("clip", 0))
     return _finish(w, samples=("encode", 0), denoise_strength=0.8)
+
+
+def piped(use, day):
+    """A workflow of before 19 November 2024.
+
+    Args:
+        use: ``text``, ``image`` or ``video``.
+        day: one of ``PIPED``.
+    """
+    w = Workflow(nodes_of_age(day))
+    w.add("CLIPLoader")
+    named = {"model": "THUDM/CogVideoX-5b-I2V"} if use == "image" and "model" in w.table["DownloadAndLoadCogVideoModel"][1] else {}
+    w.add("DownloadAndLoadCogVideoModel", "loader", **named)
+    for name, prompt in (("positive", "A panda plays the guitar."), ("negative", "blurry")):
+        w.add("CogVideoTextEncode", name, clip=("CLIPLoader", 0), prompt=prompt)
+    given = {}
+    if use == "image":
+        w.add("LoadImage", "picture")
+        w.add("ImageResizeKJ", "resize", image=("picture", 0), width=720, height=480)
+        w.add("CogVideoImageEncode", "encode", pipeline=("loader", 0), image=("resize", 0))
+        given = {"image_cond_latents": ("encode", 0)}
+    elif use == "video":
+        w.add("VHS_LoadVideo", "clip")
+        w.add("CogVideoImageEncode", "encode", pipeline=("loader", 0), image=("clip", 0))
+        given = {"samples": ("encode", 0), "denoise_strength": 0.8}
+    w.add("CogVideoSampler", "sampler", pipeline=("loader", 0), positive=("positive", 0), negative=("negative", 0), **given)
+    w.add("CogVideoDecode", "decode", pipeline=("sampler", 0), samples=("sampler", 1))
+    w.add("VHS_VideoCombine", "save", images=("decode", 0))
+    return w

@@ -33,10 +33,11 @@ _FOLDERS = (
     (r"cogvideox?[-_ ]?5b", "CogVideoX-5b", "bf16"),
     (r"cogvideox?[-_ ]?2b", "CogVideoX-2b", "fp16"),
 )
-#: Bytes of such a file that are read (those of the authors have 2,000), its levels of nesting, and its parts, those that are repeated (& and *)
+#: Bytes of such a file, and of all beside it, that are read (those of the authors have 2,000), and its parts, those that are repeated (& and *)
 #: counted each time.
-_MAX_BESIDE = 100  # other YAML files of the folder that are looked at
-_MAX_BYTES, _MAX_NESTING, _MAX_PARTS = 256 << 10, 100, 100_000
+_MAX_BYTES, _MAX_PARTS = 256 << 10, 100_000
+#: Letters from which on a text is long, and levels of nesting that it may have then.
+_LONG, _MAX_NESTING = 10_000, 100
 _MAP, _SEQ, _MERGE, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "merge", "timestamp"))
 
 
@@ -47,17 +48,20 @@ def check_sat(file: Path) -> ConfigReport:
         ValueError: if it is not one.
     """
     config = _open_sat(file, read_bytes(file, _MAX_BYTES))
-    model, findings = _identify(config)
-    return ConfigReport(file, SAT, model.text, (*_judge_flags(config, model), *findings))
+    return _report(config, *_identify(config))
+
+
+def _report(config: "_SatConfig", model: "_Model", findings: list[Finding]) -> ConfigReport:
+    return ConfigReport(config.file, SAT, model.text, (*_judge_flags(config, model), *findings))
 
 
 def fix_sat(file: Path) -> tuple[ConfigReport, Path | None]:
     """Rewrite the flags of an ``inference.yaml``: ``check.fix_config`` says how."""
     raw = read_bytes(file, _MAX_BYTES)
     config = _open_sat(file, raw)
-    model, _ = _identify(config)
+    model, findings = _identify(config)
     if all(finding.verdict == "ok" for finding in _judge_flags(config, model)):
-        return check_sat(file), None
+        return _report(config, model, findings), None
     if model.trained is None or (model.trained == "fp16" and not model.is_sure):
         # Wrongly set to fp16 a model turns black, so a name alone is not enough for that.
         raise ValueError(
@@ -66,9 +70,9 @@ def fix_sat(file: Path) -> tuple[ConfigReport, Path | None]:
             "write bf16: True by hand, which is finite with every CogVideoX."
         )
     fixed = _apply(config, _edits(config, model.trained), model.trained)
-    backup = _replace(file, raw, fixed.encode("utf-8"))
+    backup = _replace(file, raw, fixed.text.encode("utf-8"))
     logger.info("%s now runs in %s; what it was is in %s", file, model.trained, backup)
-    return check_sat(file), backup
+    return _report(fixed, model, findings), backup
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +124,7 @@ def _compose(file: Path, raw: bytes) -> tuple[str, Any]:
     try:
         # A byte order mark and every kind of line end stay in the text, so that it can be written back as it was.
         text = raw.decode("utf-8")
-        # libyaml's is ten times as fast, where PyYAML was built with it; but its places do not count a byte order mark.
-        loader = yaml.SafeLoader if text.startswith("\ufeff") else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        depth = 0
-        for event in yaml.parse(text, Loader=loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_NESTING:
-                raise ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
-        root = yaml.compose(text, Loader=loader)
+        root = yaml.compose(text, Loader=_loader(file, text))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{short(file, 400)} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}), the only encoding SAT reads. Save it as UTF-8 in a "
@@ -141,6 +138,25 @@ def _compose(file: Path, raw: bytes) -> tuple[str, Any]:
             f"large, and reading it would not end. {WHERE}"
         )
     return text, root
+
+
+def _loader(file: Path, text: str) -> type:
+    """What reads a text: SAT's own loader, and for texts that it would take seconds for, libyaml's, ten times as fast.
+
+    That one takes tabs where SAT's does not, and its places do not count a byte order mark.
+
+    Raises:
+        ValueError: if such a text is nested deeper than a loader written in C can bear.
+    """
+    yaml = _yaml()
+    if len(text) < _LONG or "\t" in text or text.startswith("\ufeff") or not hasattr(yaml, "CSafeLoader"):
+        return yaml.SafeLoader
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_NESTING:
+            raise ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
+    return yaml.CSafeLoader
 
 
 def _parts(node, known: dict[int, int]) -> int:
@@ -399,12 +415,14 @@ def _stored(file: Path) -> Variant | None:
 
 def _beside(file: Path) -> dict[str, Variant]:
     """The variants that the other YAML files of the folder describe, by file name."""
-    found = {}
-    for other in sorted(file.parent.glob("*.yaml"))[:_MAX_BESIDE]:
+    found, left = {}, _MAX_BYTES
+    for other in sorted(file.parent.glob("*.yaml")):
         if other.name == file.name:
             continue
         try:
-            variant = _described(_compose(other, read_bytes(other, _MAX_BYTES))[1])
+            raw = read_bytes(other, left)
+            left -= len(raw)
+            variant = _described(_compose(other, raw)[1])
         except ValueError as error:
             logger.info("%s is passed over: %s", short(other, 400), error)
             continue
@@ -523,8 +541,8 @@ def _end(key, value) -> int:
     return value.end_mark.index
 
 
-def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> str:
-    """The edited text, checked: the flags are as wanted and no other setting changed.
+def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> _SatConfig:
+    """The config with the edited text, checked: the flags are as wanted and no other setting changed.
 
     Raises:
         ValueError: if the check fails, as it does where anchors, aliases or merge keys set a flag from elsewhere in the file.
@@ -539,7 +557,7 @@ def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> str:
     single = all(len(found) < 2 for found in fixed.entries.values())
     if not (single and fixed.is_on(want) and not fixed.is_on(_OTHER[want]) and _rest(fixed.root) == _rest(config.root)):
         raise _by_hand(config, "an anchor or a merge key (&, *, <<) sets a flag from elsewhere in it")
-    return text
+    return fixed
 
 
 def _by_hand(config: _SatConfig, why: str) -> ValueError:
