@@ -88,6 +88,9 @@ def sample(
         OutOfMemory: if memory runs out in the smallest way too; its ``latents`` are those of the last finished step, as returned otherwise.
     """
     check_tensor(latents, "The latent", "Use Empty CogVideoX-1.5 Latent, or what another node of this pack gives.")
+    # Before all of it is looked at.
+    check_latent(latents)
+    check_host_room(model, latents.shape)
     check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
     starts_from_noise = not latents.any().item()
     if starts_from_noise and denoise < 1.0:

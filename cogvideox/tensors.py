@@ -78,8 +78,7 @@ def bytes_text(nbytes: int) -> str:
     """``12.5 GB``, ``68.7 TB``."""
     for unit, size in (("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9)):
         if nbytes >= size:
-            # Beyond a float's range, too.
-            return f"{nbytes // (size // 10) / 10:,.1f} {unit}" if nbytes < 10**24 else f"more than {10**6:,} EB"
+            return f"{nbytes / size:,.1f} {unit}" if nbytes < 10**24 else f"more than {10**6:,} EB"
     return f"{nbytes / 1e6:.1f} MB"
 
 

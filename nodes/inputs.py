@@ -175,9 +175,13 @@ def _limits(options) -> str:
     return f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
 
 
+def _shown(number) -> str:
+    return short(number) if abs(number) < 10**80 else "a number of more than 80 digits"
+
+
 def _within(number, options):
     if not options.get("min", number) <= number <= options.get("max", number):
-        raise _Odd(f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one.")
+        raise _Odd(f"is {_shown(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one.")
     return number
 
 
@@ -186,9 +190,11 @@ def _float(value, options):
 
 
 def _int(value, options):
-    if _number(value, options) != int(value):
+    # A float cannot hold every whole number; it only tells whether this is one.
+    number = value if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
+    if number != int(number):
         raise _Odd(f"is {seen(value)}")
-    return _within(int(value), options)
+    return _within(int(number), options)
 
 
 def _string(value, _):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from ..choices import BACKENDS
+from ..words import short
 
 #: Those that also take fp32.
 _FP32 = ("auto", "sdpa", "xformers")
@@ -39,7 +40,9 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
     """
     there = ", ".join(available(device))
     if choice not in BACKENDS:
-        raise ValueError(f"The attention is {choice!r}, which is not known here, so it cannot be used. Choose one of those there are: {there}.")
+        raise ValueError(
+            f"The attention is {short(repr(choice))}, which is not known here, so it cannot be used. Choose one of those there are: {there}."
+        )
     missing = _missing(choice, device)
     if missing:
         raise ValueError(f"The attention {choice} will not run here: {missing}. Choose one of those that will: {there}.")
