@@ -4,6 +4,7 @@ Without ComfyUI each function answers with plain torch, so that every node also 
 """
 
 import importlib.util
+import os
 import re
 import uuid
 import weakref
@@ -82,7 +83,7 @@ def parts(kind: str) -> "list[Entry]":
     """The files of text encoders or VAEs that CogVideoX can use, the largest (least cut down) first."""
     from ..cogvideox.checkpoint.catalogue import list_parts
 
-    return sorted(list_parts(kind, _roots(_PART_FOLDERS[kind])), key=lambda entry: -entry.path.stat().st_size)
+    return sorted(list_parts(kind, _roots(_PART_FOLDERS[kind])), key=lambda entry: -entry.size)
 
 
 def checkpoint_path(choice: str) -> Path:
@@ -148,7 +149,12 @@ def lora_path(choice: str) -> Path:
         raise ValueError("No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose it in lora_name.")
     if not IN_COMFYUI:
         return Path(choice)
-    found = next((root / choice for root in _lora_roots() if (root / choice).is_file()), None)
+    from ..cogvideox.checkpoint.catalogue import find_entry, list_parts
+
+    found = next((root / choice for root in _lora_roots() if os.path.isfile(root / choice)), None)
+    if found is None and (entry := find_entry(list_parts("lora", _lora_roots()), choice)) is not None:
+        # Its name is cut in the list, or has letters that cannot be printed.
+        found = entry.path
     if found is None:
         raise ValueError(
             f"There is no LoRA called {choice!r} in {' or '.join(map(str, _lora_roots()))}. Put it there and press R to refresh, or choose another."

@@ -14,6 +14,7 @@ diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,9 @@ from pathlib import Path
 
 import torch
 
+from ..files import read_bytes
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
+from ..words import listed, short
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
 from .naming import FoundPart, find_parts, split_scales
@@ -144,7 +147,7 @@ def open_checkpoint(
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"There is no {path}, so there is nothing to load. Check the path. {_WHERE}")
-    parts = _open_file(path) if path.is_file() else _open_folder(path)
+    parts = _open_folder(path) if path.is_dir() else _open_file(path)
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in parts)
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
@@ -205,8 +208,9 @@ def sat_weights(folder: Path) -> Path | None:
 def sat_step(folder: Path) -> Path | None:
     """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of those that releases have."""
     latest = folder / "latest"
-    named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
-    return next((file for step in (*named, *_SAT_STEPS) if (file := folder / step / _SAT_WEIGHTS).is_file()), None)
+    # A name of thousands of letters is none.
+    named = [Path(read_bytes(latest).decode("utf-8", "replace").strip()[:255]).name] if os.path.isfile(latest) else []
+    return next((file for step in (*named, *_SAT_STEPS) if os.path.isfile(file := folder / step / _SAT_WEIGHTS)), None)
 
 
 def _open_folder(path: Path) -> dict[str, Part]:
@@ -248,6 +252,7 @@ def _open_file(file: Path) -> dict[str, Part]:
         if found.kind not in parts:
             tensors, scales = split_scales(found.tensors)
             parts[found.kind] = Part(found.kind, file, _file_layout(found), infer_config(found.kind, tensors, file), tensors, scales)
+            _check_floats(parts[found.kind])
     return parts
 
 
@@ -287,7 +292,25 @@ def _open_part(here: Path, kind: str) -> Part:
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(here, name):
         tensors |= read_header(file)
-    return Part(kind, here, "diffusers", config, tensors)
+    part = Part(kind, here, "diffusers", config, tensors)
+    _check_floats(part)
+    return part
+
+
+def _check_floats(part: Part) -> None:
+    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were trained.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    odd = {name: stored for name, stored in (*part.tensors.items(), *part.scales.items()) if not (stored.dtype.is_floating_point or stored.quantization)}
+    if odd:
+        kinds = ", ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in odd.values()}))
+        raise ValueError(
+            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} as {kinds} ({listed(odd)}), and "
+            "floating-point numbers belong there: it is damaged, or a copy that another program has quantized in a way that is not known here. "
+            "Choose a file in bf16, fp16, fp32, fp8 or GGUF."
+        )
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:

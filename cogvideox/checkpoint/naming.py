@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..words import short
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -41,7 +42,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     """
     found = []
     for kind, layout, markers, rename in _LAYOUTS:
-        for prefix in _prefixes(tensors, markers):
+        for prefix in _prefixes(tensors, markers, file):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if prefix == "":
                 # What stands under the prefix of another part is that part's.
@@ -66,10 +67,19 @@ def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_SCALE_EXTRAS))}, scales
 
 
-def _prefixes(tensors: Tensors, markers: tuple[str, ...]) -> list[str]:
+#: Models that a file may hold: those that are known hold one of each kind, and perhaps its average.
+_MOST_PREFIXES = 16
+
+
+def _prefixes(tensors: Tensors, markers: tuple[str, ...], file: Path) -> list[str]:
     """Every prefix under which all ``markers`` stand, the longest first."""
     first = markers[0]
     prefixes = {name[: -len(first)] for name in tensors if name == first or name.endswith(f".{first}")}
+    if len(prefixes) > _MOST_PREFIXES:
+        raise ValueError(
+            f"{short(file, 400)} holds {len(prefixes):,} tensors called {first} under as many prefixes, and no file has so many models. It is "
+            "damaged: download it again."
+        )
     return sorted((prefix for prefix in prefixes if all(prefix + marker in tensors for marker in markers)), key=len, reverse=True)
 
 

@@ -399,7 +399,12 @@ def _placed(path: Path, archive: _Archive, name: str, value: _Tensor | _Unreadab
         raise _unreadable(path, name, f"should lie in the record data/{short(storage.key)}, which is not there")
     sizes = tuple(size) if isinstance(size, tuple) else (None,)
     numbers = (offset, storage.count, *sizes)
-    if any(type(number) is not int or number < 0 for number in numbers) or len(sizes) > 64 or not isinstance(stride, tuple) or len(stride) != len(sizes):
+    if (
+        any(type(number) is not int or number < 0 for number in numbers)
+        or len(sizes) > 64
+        or not isinstance(stride, tuple)
+        or len(stride) != len(sizes)
+    ):
         raise _unreadable(path, name, f"cannot have the shape {short(size)} and the strides {short(stride)} in {short(storage.count)} numbers")
     count = prod(sizes)
     if storage.count * stored.itemsize != nbytes or (offset + count) * dtype.itemsize > nbytes:
