@@ -170,12 +170,18 @@ def lora_path(choice: str) -> Path:
         raise ValueError("No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose it in lora_name.")
     if not IN_COMFYUI:
         return _typed(choice, "LoRA")
+    from ..cogvideox.checkpoint.catalogue import find_entry, list_parts
+
     # Below the folders only; and a workflow that was made on Windows has it with backslashes.
     for name in (choice, choice.replace("\\", "/")):
         for root in _lora_roots():
             path = root / name
             if ".." not in path.parts and path.is_relative_to(root) and os.path.isfile(path):
                 return path
+    entry = find_entry(list_parts("lora", _lora_roots()), choice)
+    if entry is not None:
+        # Its name is cut in the list, or has letters that cannot be printed.
+        return entry.path
     raise ValueError(
         f"There is no LoRA called {short(repr(choice))} in {_places(_lora_roots())}. Put it there and press R to refresh, or choose another."
     )

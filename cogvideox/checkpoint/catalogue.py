@@ -3,10 +3,12 @@
 What a file is, is remembered by its path, size and time, so that a list that was made once is made again in milliseconds.
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from ..dependencies import DependencyError
+from ..files import open_regular
 from ..precision.hardware import dtype_name
 from ..variants import identify
-from .headers import StoredTensor
+from ..words import LIMIT, reason, short
+from .headers import MAX_HEADER, StoredTensor
 from .layout import Part, file_kinds, open_part, sat_weights, transformer_folders
 from .lora_files import read_lora
 from .naming import ForeignError
@@ -28,8 +31,8 @@ logger = logging.getLogger(__name__)
 SEPARATOR = " · "
 # One of these names stands in the header of every CogVideoX file; looking for it costs less than parsing the header.
 _MARKERS = (
-    b"patch_embed.text_proj.weight",
-    b"encoder.block.0.layer.0.SelfAttention.q.weight",
+    b"patch_embed.text_proj.",
+    b"encoder.block.0.layer.0.SelfAttention.q.",
     b"norm1.conv_y.conv.weight",
     # llama.cpp's settings of T5 come before its tokens, which are many, and before its tensors.
     b"t5encoder.block_count",
@@ -57,6 +60,10 @@ _ROUNDING = {
 _ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
 
 
+#: Levels of folders that are looked into, and how often one folder is that links lead to again.
+_DEEPEST, _MOST_VISITS = 64, 8
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a part on disk is, as far as a list tells.
@@ -73,6 +80,7 @@ class Seen:
 
 
 _known: dict[tuple, dict[str, Seen]] = {}
+_told: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Entry:
     """A checkpoint or part that can be chosen.
 
     Attributes:
-        name: its path below the folder it was found in, with forward slashes: what is chosen by.
+        name: its path below the folder it was found in, with forward slashes, printable and of up to 80 letters: what is chosen by.
         what: ``CogVideoX1.5-5B-I2V · bf16 · diffusers``, without what the name says already.
         path: where it lies.
         width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
@@ -104,7 +112,7 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     entries: dict[str, Entry] = {}
     for root in folder_roots:
         for folder in _subfolders(root):
-            for entry in _folder_entries(folder):
+            for entry in _unless_bad(folder, _folder_entries, []):
                 entries.setdefault(entry.name, entry)
     for entry in _file_entries(file_roots, "transformer"):
         entries.setdefault(entry.name, entry)
@@ -120,14 +128,38 @@ def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
 
 
 def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
-    """The entry that was chosen by its label or its name; what it is may have changed since."""
-    name = chosen.split(SEPARATOR)[0]
-    return next((entry for entry in entries if entry.name == name), None)
+    """The entry that was chosen by its label or its name; what it is may have changed since, and its name may be one that is cut in the list."""
+    entries = list(entries)
+    same = [entry for entry in entries if entry.label == chosen]
+    same = same or [entry for entry in entries if f"{chosen}{SEPARATOR}".startswith(f"{entry.name}{SEPARATOR}")]
+    same = same or [entry for entry in entries if entry.path.as_posix().endswith(f"/{chosen.split(SEPARATOR)[0]}")]
+    return max(same, key=lambda entry: len(entry.name), default=None)
+
+
+def _unless_bad(path: Path | str, look: Callable, otherwise):
+    """What ``look`` says of a path; ``otherwise``, and a line in the log, where it cannot be looked at: one that is bad takes no other away."""
+    try:
+        return look(path)
+    except Exception as error:
+        # Of any kind: what lies in a models folder is not the list's to vouch for, and opening it would say what is wrong with it.
+        if (str(path), str(error)) not in _told:
+            _told.add((str(path), str(error)))
+            logger.info("%s is passed over: %s", short(path, 400), reason(error, 600))
+        return otherwise
+
+
+def _shown(name: str) -> str:
+    """A name as it stands in a list: one that is long or cannot be printed is cut, and ends in a number of its own."""
+    if len(name) <= LIMIT and name.isprintable():
+        return name
+    number = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{short(name, LIMIT - len(number) - 1)}~{number}"
 
 
 def _subfolders(root: Path) -> list[Path]:
     # By name: paths themselves compare differently on Windows, and the first of the list is the loader's default.
-    return sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.name) if root.is_dir() else []
+    names = _unless_bad(root, os.listdir, []) if os.path.isdir(root) else []
+    return [root / name for name in sorted(names) if os.path.isdir(root / name)]
 
 
 def _folder_entries(folder: Path) -> list[Entry]:
@@ -151,14 +183,14 @@ def _folder_entries(folder: Path) -> list[Entry]:
 
 
 def _entry(name: str, seen: Seen, path: Path) -> Entry:
-    return Entry(name, _without(seen.what, name), path, seen.width, seen.rounding)
+    return Entry(_shown(name), _without(seen.what, name), path, seen.width, seen.rounding)
 
 
 def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
-        for path, stat in sorted(_files(root, _LORAS if kind == "lora" else _LISTED).items()):
-            seen = _remember(path, _describe_lora if kind == "lora" else _describe_file, stat).get(kind)
+        for path, found in sorted(_files(root, _LORAS if kind == "lora" else _LISTED).items()):
+            seen = _remember(path, _describe_lora if kind == "lora" else _describe_file, found).get(kind)
             if seen:
                 entries.append(_entry(Path(path).relative_to(root).as_posix(), seen, Path(path)))
     return entries
@@ -166,39 +198,46 @@ def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
 
 def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_result]:
     """Every file with one of these endings below a root, less those of parts in folders of their own, with size and time from the same look."""
-    found, todo = {}, [str(root)]
+    found, visits = {}, {}
+    # ComfyUI registers folders that need not be there.
+    todo = [(str(root), ())] if os.path.isdir(root) else []
     while todo:
-        try:
-            with os.scandir(todo.pop()) as entries:
-                here = {}
-                for entry in entries:
-                    if entry.name == "config.json":
-                        here = None
-                        break
-                    if entry.is_dir():
-                        todo.append(entry.path)
-                    elif entry.name.endswith(endings):
-                        here[entry.path] = entry.stat()
-                found |= here or {}
-        except FileNotFoundError:
-            # ComfyUI registers folders that need not be there.
+        folder, above = todo.pop()
+        seen = _unless_bad(folder, os.stat, None)
+        if seen is None:
             continue
-        except OSError as error:
-            logger.info("A folder is passed over: %s", error)
+        here = (seen.st_dev, seen.st_ino)
+        visits[here] = visits.get(here, 0) + 1
+        # A link may lead to a folder that it lies in, or two to each other's. Some network drives number no folders.
+        if len(above) == _DEEPEST or (seen.st_ino and (here in above or visits[here] > _MOST_VISITS)):
+            continue
+        entries = {entry.name: entry for entry in _unless_bad(folder, _scan, [])}
+        is_part = "config.json" in entries and bool(above)
+        for entry in entries.values():
+            if _unless_bad(entry.path, lambda _, entry=entry: entry.is_dir(), False):
+                todo.append((entry.path, (*above, here)))
+            elif entry.name.endswith(endings) and not is_part:
+                kept = _unless_bad(entry.path, lambda _, entry=entry: entry.stat(), None)
+                # A pipe or device that is called so is no file to read.
+                if kept is not None and stat.S_ISREG(kept.st_mode):
+                    found[entry.path] = kept
     return found
 
 
-def _remember(path: Path | str, describe: Callable[[Path], dict[str, Seen]], stat: os.stat_result | None = None, also: tuple = ()) -> dict[str, Seen]:
+def _scan(folder: str) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _remember(
+    path: Path | str, describe: Callable[[Path], dict[str, Seen]], found: os.stat_result | None = None, also: tuple = ()
+) -> dict[str, Seen]:
     """What ``describe`` says of a file, by kind; asked once as long as the file, and what is ``also`` looked at, stays the same."""
-    stat = stat or os.stat(path)
-    key = (describe.__name__, str(path), stat.st_size, stat.st_mtime_ns, also)
+    found = found or os.stat(path)
+    key = (describe.__name__, str(path), found.st_size, found.st_mtime_ns, also)
     if key not in _known:
-        try:
-            _known[key] = describe(Path(path))
-        except (OSError, ValueError, DependencyError) as error:
-            # What cannot be read is not offered; opening it would say why.
-            logger.info("%s is passed over: %s", path, error)
-            _known[key] = {}
+        # What cannot be read is not offered.
+        _known[key] = _unless_bad(Path(path), describe, {})
     return _known[key]
 
 
@@ -234,7 +273,7 @@ def _seen(part: Part) -> Seen:
     names = {"transformer": lambda: identify(part.config).name, "vae": lambda: "CogVideoX VAE", "text_encoder": lambda: "T5 encoder"}
     widths = {"transformer": ("patch_embed.text_proj.weight", 1), "text_encoder": ("encoder.final_layer_norm.weight", 0)}
     name, axis = widths.get(part.kind, (None, 0))
-    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout])
+    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout.replace("diffusers file", "diffusers")])
     return Seen(what, part.tensors[name].shape[axis] if name else 0, _rounding(part))
 
 
@@ -261,13 +300,14 @@ def _describe_lora(path: Path) -> dict[str, Seen]:
 
 
 def _head(path: Path) -> bytes:
-    """The bytes at a file's start that hold its tensors' names (of a GGUF file, the first of them)."""
-    with path.open("rb") as file:
+    """The bytes at a file's start that hold its tensors' names (of a GGUF file or a pickle, the first of them); none, if they are more than any
+    header's."""
+    with open_regular(path) as file:
         if path.suffix in (".safetensors", ".sft"):
             length = int.from_bytes(file.read(8), "little")
         else:
             length = _GGUF_HEAD if path.suffix == ".gguf" else _PICKLE_HEAD
-        return file.read(min(length, 100_000_000))
+        return file.read(length) if length <= MAX_HEADER else b""
 
 
 def _dtypes(stored: dict[torch.dtype | str, int]) -> str:

@@ -80,7 +80,8 @@ def read_blocks(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, St
             name, tensor = f"{match[1]}.weight", _unpacked(path, name, number, tensor)
             if name in tensors:
                 raise ValueError(
-                    f"{short(path, 400)} holds {short(name)} twice, plain and in blocks of GGUF, and which is meant is not known. Choose another file."
+                    f"{short(path, 400)} holds {short(name)} twice, plain and in blocks of GGUF, and which is meant is not known. Choose another "
+                    "file."
                 )
         if name in found:
             raise ValueError(f"{short(path, 400)} holds {short(name)} in two quantizations, and which is meant is not known. Choose another file.")
@@ -92,8 +93,8 @@ def _unpacked(path: Path, name: str, number: int, tensor: StoredTensor) -> Store
     block, size = _sizes(path)[number]
     if tensor.dtype != torch.uint8 or not tensor.shape or tensor.shape[-1] % size:
         raise ValueError(
-            f"{short(path, 400)}: {short(name)} should hold blocks of {size} bytes, and is {tensor.dtype} of shape {list(tensor.shape)}, so the weight "
-            "cannot be told from it. The file is damaged: download it again."
+            f"{short(path, 400)}: {short(name)} should hold blocks of {size} bytes, and is {tensor.dtype} of shape {list(tensor.shape)}, so the "
+            "weight cannot be told from it. The file is damaged: download it again."
         )
     shape = (*tensor.shape[:-1], tensor.shape[-1] // size * block)
     return _stored(path, name, number, shape, tensor.offset, tensor.nbytes)

@@ -15,6 +15,7 @@ diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_
 
 import json
 import logging
+import os
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import read_json
+from ..files import read_bytes, read_json
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
 from ..words import listed, short
 from .architecture import check_part, check_together
@@ -157,7 +158,7 @@ def open_checkpoint(
     if not path.exists():
         raise ValueError(f"There is no {path}, so there is nothing to load. Check the path. {_WHERE}")
     given = {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
-    parts = _open_file(path, given) if path.is_file() else _open_folder(path)
+    parts = _open_folder(path) if path.is_dir() else _open_file(path, given)
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
@@ -242,8 +243,9 @@ def sat_weights(folder: Path) -> Path | None:
 def sat_step(folder: Path) -> Path | None:
     """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of those that releases have."""
     latest = folder / "latest"
-    named = [Path(latest.read_text(encoding="utf-8", errors="replace").strip()).name] if latest.is_file() else []
-    return next((file for step in (*named, *_SAT_STEPS) if (file := folder / step / _SAT_WEIGHTS).is_file()), None)
+    # A name of thousands of letters is none.
+    named = [Path(read_bytes(latest).decode("utf-8", "replace").strip()[:255]).name] if os.path.isfile(latest) else []
+    return next((file for step in (*named, *_SAT_STEPS) if os.path.isfile(file := folder / step / _SAT_WEIGHTS)), None)
 
 
 def _open_folder(path: Path) -> dict[str, Part]:
@@ -305,7 +307,9 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "patch_embed.pos_embedding"}
     layout = "diffusers file" if found[0].layout == "diffusers" else found[0].layout
     lora = found[0].lora
-    return Part(kind, file, f"{layout}, with a LoRA inside" if lora else layout, config, tensors, scales, lora)
+    part = Part(kind, file, f"{layout}, with a LoRA inside" if lora else layout, config, tensors, scales, lora)
+    _check_floats(part)
+    return part
 
 
 def read_any_header(file: Path) -> dict[str, StoredTensor]:
@@ -348,7 +352,27 @@ def _open_part(here: Path, kind: str) -> Part:
     check_unpacked(tensors, here)
     tensors = module_tensors(kind, tensors)
     check_config(kind, config, config_file, tensors)
-    return Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora)
+    part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora)
+    _check_floats(part)
+    return part
+
+
+def _check_floats(part: Part) -> None:
+    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were trained.
+
+    Raises:
+        ValueError: if there are some.
+    """
+    odd = {
+        name: stored for name, stored in (*part.tensors.items(), *part.scales.items()) if not (stored.dtype.is_floating_point or stored.quantization)
+    }
+    if odd:
+        kinds = ", ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in odd.values()}))
+        raise ValueError(
+            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} as {kinds} ({listed(odd)}), and "
+            "floating-point numbers belong there: it is damaged, or a copy that another program has quantized in a way that is not known here. "
+            "Choose a file in bf16, fp16, fp32, fp8 or GGUF."
+        )
 
 
 def _weight_files(here: Path, name: str) -> list[Path]:

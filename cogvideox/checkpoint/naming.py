@@ -49,7 +49,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     found = []
     tensors, lora = split_lora(tensors)
     for kind, layout, markers, rename in _LAYOUTS:
-        for prefix in _prefixes(tensors, markers):
+        for prefix in _prefixes(tensors, markers, file):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if prefix == "":
                 # What stands under the prefix of another part is that part's.
@@ -127,10 +127,19 @@ def split_lora(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return {inside.get(name, name): tensor for name, tensor in tensors.items() if name not in halves}, halves
 
 
-def _prefixes(tensors: Tensors, markers: tuple[str, ...]) -> list[str]:
+#: Models that a file may hold: those that are known hold one of each kind, and perhaps its average.
+_MOST_PREFIXES = 16
+
+
+def _prefixes(tensors: Tensors, markers: tuple[str, ...], file: Path) -> list[str]:
     """Every prefix under which all ``markers`` stand, the longest first."""
     first = markers[0]
     prefixes = {name[: -len(first)] for name in tensors if name == first or name.endswith(f".{first}")}
+    if len(prefixes) > _MOST_PREFIXES:
+        raise ValueError(
+            f"{short(file, 400)} holds {len(prefixes):,} tensors called {first} under as many prefixes, and no file has so many models. It is "
+            "damaged: download it again."
+        )
     return sorted((prefix for prefix in prefixes if all(prefix + marker in tensors for marker in markers)), key=len, reverse=True)
 
 
