@@ -219,8 +219,8 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
 
 def _wrong(file: Path, name: str, what: str) -> ValueError:
     return ValueError(
-        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again from "
-        "the repository that the weights come from."
+        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again "
+        "from the repository that the weights come from."
     )
 
 
