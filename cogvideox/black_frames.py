@@ -36,8 +36,8 @@ class BlackFrameReport:
         ratios: per frame, the share of black pixels, 0..1.
         nonfinite: indices of the frames that hold NaN or Inf.
         picture_black_ratio, video_black_ratio: the thresholds in force.
-        eight_bit: indices of the black frames whose dark values are all whole 255ths, as in a video that was saved and loaded again: what was NaN when
-            it was saved is 0 there.
+        eight_bit: indices of the black frames whose dark values are all whole 255ths, as in a video that was saved and loaded again: what was NaN
+            when it was saved is 0 there.
     """
 
     ratios: tuple[float, ...]
@@ -85,14 +85,15 @@ class BlackFrameReport:
             )
         if self.eight_bit:
             return (
-                "The black frames hold nothing finer than 8 bits, as in a video that was saved and loaded again, and NaN is saved as black: an overflow "
-                "cannot be seen in them any more. Likely cause: the model that made them ran in a dtype too small for its activations, as fp16 is for "
-                "weights trained in bf16 (all CogVideoX but 2b). To tell, put this check directly behind the decoder, where it sees NaN itself, or make "
-                "the video again with dtype at auto in CogVideoX-1.5 Model Loader. If the video is meant to be dark, set action to warn."
+                "The black frames hold nothing finer than 8 bits, as in a video that was saved and loaded again, and NaN is saved as black: an "
+                "overflow cannot be seen in them any more. Likely cause: the model that made them ran in a dtype too small for its activations, as "
+                "fp16 is for weights trained in bf16 (all CogVideoX but 2b). To tell, put this check directly behind the decoder, where it sees NaN "
+                "itself, or make the video again with dtype at auto in CogVideoX-1.5 Model Loader. If the video is meant to be dark, set action to "
+                "warn."
             )
         return (
-            "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, the prompt asks "
-            "for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to be dark, set "
+            "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, "
+            "the prompt asks for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to be dark, set "
             "action to warn."
         )
 

@@ -142,7 +142,7 @@ class Weights:
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
                 self._module, self._mode = None, None
-            offloads = mode != MODES[0] and self.device.type != "cpu"
+            offloads = mode != MODES[0] and not _is_host(self.device)
             module = self._load(torch.device("cpu") if offloads else self.device, on_load)
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
@@ -188,6 +188,11 @@ class Weights:
         """Free the weights; the next ``running`` loads them again."""
         with _turn:
             self._module = None
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether a device's memory is the host's own, so that nothing can be offloaded to it."""
+    return device.type == "cpu"
 
 
 def _offload(module: nn.Module, mode: str, device: torch.device) -> None:

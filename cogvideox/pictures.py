@@ -44,7 +44,7 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
     if not all(math.isfinite(bound) for pair in extremes for bound in pair):
         bad = sum((~piece.isfinite()).sum().item() for piece in _pieces(images))
         raise ValueError(
-            f"The {name} holds {bad:,} values that are NaN or Inf (of {images.numel():,}), which would end in a black video. Check the node that made it."
+            f"The {name} holds {bad:,} values that are NaN or Inf (of {images.numel():,}), which would end in a black video. Check what made it."
         )
     low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:

@@ -15,6 +15,7 @@ from cogvideox.choices import CACHES
 from cogvideox.handles import open_handles, with_cache, with_lora
 from cogvideox.lora import applied, open_lora
 from cogvideox.memory import LiveBytes, MemoryPlan, Way, plan_memory, ways
+from cogvideox.precision.hardware import Hardware
 from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.precision.sentinel import OutOfMemory
 from cogvideox.sampling import sample
@@ -101,7 +102,7 @@ class TestPlan:
         with pytest.raises(ValueError, match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)"):
             MemoryPlan(13 * GB, 7 * GB, 0, needed, 5 * GB).fastest()
 
-    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, tiny, prompts, monkeypatch):
+    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, card, tiny, prompts, monkeypatch):
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
         monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
@@ -109,6 +110,7 @@ class TestPlan:
         ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
+        assert offloaded(model.weights) == "blocks"
 
     @pytest.mark.parametrize(
         ("memory", "free", "way", "said"),
@@ -152,12 +154,55 @@ def offloading():
         pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
 
 
+@pytest.fixture
+def card(offloading, monkeypatch):
+    """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is no other device here."""
+    monkeypatch.setattr(handles_module, "_is_host", lambda device: False)
+
+
+def offloaded(weights) -> str:
+    """What diffusers brings to the device when it is about to run: ``blocks``, ``layers`` or nothing; seen on the module itself."""
+    hooked = {name for name, child in weights._module.named_modules() if hasattr(child, "_diffusers_hook")}
+    blocks = {name for name, child in weights._module.named_modules() if type(child).__name__ == "CogVideoXBlock"}
+    layers = {name for name, child in weights._module.named_modules() if isinstance(child, torch.nn.Linear)}
+    return "layers" if layers and layers <= hooked else "blocks" if blocks and blocks <= hooked else ", ".join(hooked)
+
+
 class TestModes:
-    @pytest.mark.parametrize("memory", ["gpu", "offload_blocks", "offload_layers", "cpu"])
-    def test_each_makes_the_same_latents(self, tiny, prompts, memory):
+    @pytest.mark.parametrize(
+        ("memory", "brought"), [("gpu", ""), ("offload_blocks", "blocks"), ("offload_layers", "layers"), ("auto", ""), ("cpu", "")]
+    )
+    def test_each_makes_the_same_latents(self, card, tiny, prompts, memory, brought):
         latent = torch.zeros(1, 16, 4, 6, 10)
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
-        assert torch.equal(sample(open_handles(tiny, "fp32", CPU, memory=memory).model, *prompts, latent, seed=1, steps=2), expected)
+        model = open_handles(tiny, "fp32", CPU, memory=memory).model
+        assert torch.equal(sample(model, *prompts, latent, seed=1, steps=2), expected)
+        assert offloaded(model.weights) == brought
+        # It can be used again, and its hooks are put on once.
+        assert torch.equal(sample(model, *prompts, latent, seed=1, steps=2), expected)
+
+    @pytest.mark.parametrize(("memory", "brought"), [("gpu", ""), ("offload_layers", "layers")])
+    def test_so_does_the_text_encoder(self, card, tiny, memory, brought):
+        expected = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda").embeddings
+        encoder = open_handles(tiny, "fp32", CPU, memory=memory).text_encoder
+        assert torch.equal(encode_prompt(encoder, "a panda").embeddings, expected)
+        assert offloaded(encoder.weights) == brought
+
+    def test_on_the_host_nothing_is_offloaded(self, tiny, prompts):
+        model = open_handles(tiny, "fp32", CPU, memory="offload_layers").model
+        sample(model, *prompts, torch.zeros(1, 16, 1, 6, 10), seed=1, steps=1)
+        assert offloaded(model.weights) == ""
+
+    @pytest.mark.parametrize("mode", ["gpu", "offload_blocks", "offload_layers"])
+    def test_what_is_offloaded_waits_in_the_hosts_memory(self, tiny, monkeypatch, mode):
+        """The meta device stands for a card; diffusers brings nothing to it."""
+        asked, card = [], torch.device("meta")
+        monkeypatch.setattr(handles_module, "_offload", lambda module, mode, device: asked.append((mode, device)))
+        weights = open_handles(tiny, "fp32", Hardware(card, "a card")).model.weights
+        with weights.running(mode=mode) as module:
+            assert asked == ([] if mode == "gpu" else [(mode, card)])
+            assert {parameter.device.type for parameter in module.parameters()} == {"meta" if mode == "gpu" else "cpu"}
+            assert weights.resident == (weights.nbytes if mode == "gpu" else 0)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     @pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
@@ -226,7 +271,7 @@ class TestOutOfMemory:
 
     @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
     @pytest.mark.parametrize("call", [1, 3])
-    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, tiny, prompts, full, call, scheduler):
+    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, card, tiny, prompts, full, call, scheduler):
         latent, said, steps = torch.zeros(1, 16, 4, 6, 10), [], []
         settings = dict(seed=1, steps=4, scheduler=scheduler, cfg=1.0)
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, **settings)
@@ -236,6 +281,7 @@ class TestOutOfMemory:
         assert torch.equal(ours, expected)
         assert steps == [1, 2, 3, 4]
         assert len(calls) == 5
+        assert offloaded(model.weights) == "blocks"
         assert said == [
             f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
         ]
@@ -297,12 +343,13 @@ class TestOutOfMemory:
         assert caught.value.latents.shape == latent.shape
         assert caught.value.latents.any()
 
-    def test_the_text_encoder_steps_down_too(self, tiny, full):
+    def test_the_text_encoder_steps_down_too(self, card, tiny, full):
         expected = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda").embeddings
         said = []
         full("text_encoder", lambda number: number == 1)
-        ours = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda", on_heal=said.append).embeddings
-        assert torch.equal(ours, expected)
+        encoder = open_handles(tiny, "fp32", CPU).text_encoder
+        assert torch.equal(encode_prompt(encoder, "a panda", on_heal=said.append).embeddings, expected)
+        assert offloaded(encoder.weights)
         assert "with the text encoder in gpu" in said[0]
 
     def test_the_nodes_save_the_latents_and_say_where(self, pack, tiny, tmp_path, monkeypatch):

@@ -74,6 +74,7 @@ PEAKS = {
     "residual stream beyond 1e5": (1e5, lambda name: name.startswith("transformer_blocks.") and name.count(".") == 1),
     "residual stream beyond 1e7": (1e7, lambda name: name.startswith("transformer_blocks.") and name.count(".") == 1),
     "inner activations beyond 1e6": (1e6, lambda name: name.endswith("ff.net.0")),
+    "outlier channels and rows": (65504, lambda name: name.endswith("ff.net.2")),
     "attention values beyond 1e5": (1e5, lambda name: name.endswith("to_v")),
     "q norm beyond fp16": (65504, lambda name: name.endswith("norm_q")),
 }
@@ -83,9 +84,8 @@ PEAKS = {
 def test_where_plain_fp16_gives_nan_it_is_finite_and_closer_to_fp32_than_bf16(name):
     model = LOUD[name]()
     truth = run(model)
-    if name in PEAKS:
-        least, where = PEAKS[name]
-        assert peak(model, run, where) > least
+    least, where = PEAKS[name]
+    assert peak(model, run, where) > least
     assert not run(copy.deepcopy(model).half(), torch.float16).isfinite().all()
     ours = error(run(make_range_safe(copy.deepcopy(model))), truth)
     assert ours < 2e-3
@@ -138,9 +138,9 @@ def test_t5_where_plain_fp16_gives_nan(stream, inner):
     torch.manual_seed(2)
     model = loud_t5(build_text_encoder(layers=3).eval(), stream, inner)
     truth = encode(model)
-    assert peak(model, encode, lambda name: "layer.1" in name or name.endswith("wo")) > min(stream / 3, 1e5) or inner > 1
+    assert peak(model, encode, lambda name: "layer.1" in name or name.endswith("wo")) > 1e6
     ours = error(encode(make_range_safe(copy.deepcopy(model))), truth)
-    assert not encode(copy.deepcopy(model).half()).isfinite().all() or error(encode(copy.deepcopy(model).half()), truth) > 0.1
+    assert not encode(copy.deepcopy(model).half()).isfinite().all()
     assert ours < 2e-3
     assert ours < error(encode(copy.deepcopy(model).bfloat16()), truth)
 

@@ -1,6 +1,9 @@
 """Prompts become the reference's embeddings, and a person is told what of them the model cannot use."""
 
+import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -82,3 +85,49 @@ def test_a_missing_tokenizer_is_told(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "copy", ignore=shutil.ignore_patterns("spiece.model"))
     with pytest.raises(ValueError, match=r"spiece\.model"):
         encode_prompt(open_handles(folder, "fp32", CPU).text_encoder, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (os.fsdecode(b"a \xd0\xdc\xc3\xa8"), r"bytes that are no UTF-8 \(at letter 3 of 5\).* such as GBK"),
+        ("\ud800", "bytes that are no UTF-8"),
+        (None, "The prompt is no text but a NoneType"),
+        (["a"], "no text but a list"),
+        (b"a", "no text but a bytes"),
+        (3, "no text but a int"),
+    ],
+)
+def test_what_is_no_text_is_refused_before_the_encoder_is_read(tiny, prompt, said):
+    encoder = open_handles(tiny, "fp32", CPU).text_encoder
+    with pytest.raises(ValueError, match=said) as caught:
+        encode_prompt(encoder, prompt)
+    assert str(caught.value).isprintable()
+    assert not encoder.weights.is_loaded
+
+
+@pytest.mark.parametrize("prompt", ["a\0panda", "\n\t", "a" * 40_000, "\U0001f43c" * 300, " " * 40_000 + "a"])
+@torch.no_grad()
+def test_odd_text_is_encoded_as_the_pipeline_encodes_it(handles, pipeline, prompt):
+    expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    assert torch.equal(encode_prompt(handles.text_encoder, prompt).embeddings, expected)
+
+
+def test_of_a_prompt_of_a_megabyte_only_the_beginning_is_looked_at_and_that_is_said(handles):
+    start = time.process_time()
+    encoded = encode_prompt(handles.text_encoder, "a panda " * 130_000)
+    assert time.process_time() - start < 5
+    assert "The prompt has 1,040,000 letters, of which only the first 50,000 were looked at." in encoded.notes[0]
+    assert torch.equal(encoded.embeddings, encode_prompt(handles.text_encoder, "a panda " * 1000).embeddings)
+    assert sum(map(len, encoded.notes)) < 3000
+
+
+def test_a_token_beyond_the_text_encoders_table_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<new>": 9999}), encoding="utf-8")
+    settings = {"added_tokens_decoder": {"9999": {"content": "<new>", "special": True}}, "extra_ids": 200}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    encoder = open_handles(folder, "fp32", CPU).text_encoder
+    # Wherever a version of transformers puts such tokens, none of them reaches the table's end.
+    with pytest.raises(ValueError, match="table has 256 rows|cannot be used"):
+        encode_prompt(encoder, "<extra_id_0> <extra_id_199> <new>")

@@ -219,8 +219,8 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
 
 def _wrong(file: Path, name: str, what: str) -> ValueError:
     return ValueError(
-        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again from "
-        "the repository that the weights come from."
+        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again "
+        "from the repository that the weights come from."
     )
 
 
@@ -285,7 +285,8 @@ def _odd_scheduler(config: Mapping) -> str:
         low, high = start ** (1 / power), end ** (1 / power)
         betas = [(low + (high - low) * step / (count - 1)) ** power for step in range(count)]
     if betas is not None and sum(map(math.log1p, (-beta for beta in betas))) < math.log(_LEAST_SIGNAL):
-        return f"with its betas no signal is left long before the last of {count} timesteps, so the steps between would be NaN"
+        said = f'"trained_betas" is {short(betas)}' if config.get("trained_betas") else f'"beta_start" is {start:g} and "beta_end" {end:g}'
+        return f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be NaN"
     return ""
 
 
