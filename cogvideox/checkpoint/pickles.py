@@ -72,19 +72,23 @@ def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     return found, beside
 
 
-def _weights(state: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _is_tensor(value: Any) -> bool:
+    return torch.is_tensor(value)
+
+
+def _weights(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of a state by name, wherever trainers put them, and what lies beside them on the way there."""
     beside: dict[str, Any] = {}
     for _ in range(_DEPTH):
         inner = _level_below(state) if isinstance(state, dict) else None
         if inner is None:
             break
-        beside |= {key: value for key, value in state.items() if isinstance(key, str) and value is not inner and not torch.is_tensor(value)}
+        beside |= {key: value for key, value in state.items() if isinstance(key, str) and value is not inner and not _is_tensor(value)}
         state = inner
     if not isinstance(state, dict):
         return {}, beside
-    beside |= {key: value for key, value in state.items() if isinstance(key, str) and not torch.is_tensor(value)}
-    return {name: value for name, value in state.items() if isinstance(name, str) and torch.is_tensor(value)}, beside
+    beside |= {key: value for key, value in state.items() if isinstance(key, str) and not _is_tensor(value)}
+    return {name: value for name, value in state.items() if isinstance(name, str) and _is_tensor(value)}, beside
 
 
 def _level_below(state: dict) -> dict | None:
@@ -92,17 +96,22 @@ def _level_below(state: dict) -> dict | None:
     for level in _LEVELS:
         if isinstance(state.get(level), dict):
             return state[level]
-    if any(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+    if any(isinstance(name, str) and _is_tensor(value) for name, value in state.items()):
         return None
     below = [value for name, value in state.items() if isinstance(name, str) and _holds_tensors(value)]
     return below[0] if len(below) == 1 else None
 
 
-def _holds_tensors(value: Any, depth: int = _DEPTH - 1) -> bool:
-    if not isinstance(value, dict):
-        return False
-    named = [inner for name, inner in value.items() if isinstance(name, str)]
-    return any(map(torch.is_tensor, named)) or (depth > 1 and any(_holds_tensors(inner, depth - 1) for inner in named))
+def _holds_tensors(value: Any) -> bool:
+    """Whether a level, or one below it, has tensors with names. Each is looked at once: they may hold each other."""
+    level, seen = [value], {id(value)}
+    for _ in range(_DEPTH - 1):
+        named = [inner for outer in level if isinstance(outer, dict) for name, inner in outer.items() if isinstance(name, str)]
+        if any(map(_is_tensor, named)):
+            return True
+        level = list({id(inner): inner for inner in named if isinstance(inner, dict) and id(inner) not in seen}.values())
+        seen |= set(map(id, level))
+    return False
 
 
 def _records(path: Path) -> dict[int, int]:
