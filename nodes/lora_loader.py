@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 class LoraLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 LoRA Loader"
     DESCRIPTION = (
-        "Has the transformer run with a LoRA (formats of diffusers, peft, finetrainers, kohya and CogVideoX-Fun). It is added while the model runs "
-        "and the weights stay as they are: nodes can be chained, another branch of the graph can use another LoRA, and taking the node away restores "
-        "the model exactly. Works with every dtype and file format."
+        "Has the transformer run with a LoRA (formats of diffusers, peft, finetrainers, kohya, CogVideoX-Fun and SAT). It is added while the model "
+        "runs and the weights stay as they are: nodes can be chained, another branch of the graph can use another LoRA, and taking the node away "
+        "restores the model exactly. Works with every dtype and file format."
     )
     SEARCH_ALIASES = ["cogvideo lora", "cogvideox lora", "load lora", "style", "adapter"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)

@@ -89,6 +89,64 @@ def test_it_holds_what_diffusers_own_loader_reads(tmp_path, part, from_diffusers
     assert {scale for *_, scale in expected.values()} == {1.0}
 
 
+@pytest.fixture
+def trained(tiny):
+    """A transformer with a peft adapter of random halves, of several ranks and alphas; and the adapter by layer."""
+    from diffusers import CogVideoXTransformer3DModel
+    from peft import LoraConfig
+
+    module = CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.float32)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=["to_q", "to_out.0", "ff.net.2", "proj_out"],
+        rank_pattern={"^proj_out": 2, r"transformer_blocks\.1\..*to_q": 8},
+        alpha_pattern={"ff.net.2": 2, r".*\.0\.attn1\.to_q": 6},
+        init_lora_weights=False,
+    )
+    return module, config
+
+
+def adapter_of(module, name):
+    layers = {place: layer for place, layer in module.named_modules() if hasattr(layer, "lora_A")}
+    return {
+        place.removeprefix("base_model.model."): (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name])
+        for place, layer in layers.items()
+    }
+
+
+def assert_equal(lora, expected):
+    found = values(lora)
+    assert set(found) == set(expected)
+    for module, (down, up, scale) in expected.items():
+        assert torch.equal(found[module][0], down), module
+        assert torch.equal(found[module][1], up), module
+        assert found[module][2] == pytest.approx(scale, rel=1e-12), module
+
+
+def test_what_diffusers_saves_with_its_settings_is_what_was_trained(tmp_path, part, trained):
+    from diffusers import CogVideoXPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    module, config = trained
+    module.add_adapter(config, "mine")
+    state, settings = get_peft_model_state_dict(module, adapter_name="mine"), module.peft_config["mine"].to_dict()
+    CogVideoXPipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+    expected = adapter_of(module, "mine")
+    assert sorted({scale for *_, scale in expected.values()}) == [0.5, 1.5, 3.0, 6.0]
+    assert_equal(open_lora(tmp_path, part), expected)
+
+
+def test_what_peft_saves_is_what_was_trained(tmp_path, part, trained):
+    from peft import get_peft_model
+
+    module, config = trained
+    config.use_rslora = True
+    model = get_peft_model(module, config)
+    model.save_pretrained(tmp_path)
+    assert_equal(open_lora(tmp_path, part), adapter_of(model, "default"))
+
+
 PREFIXES = (
     "",
     "transformer.",

@@ -235,7 +235,7 @@ def _lora_files(folder: Path) -> list[Path]:
     if usual is not None:
         return [usual]
     for endings in (_SAFETENSORS, _PICKLES):
-        found = [file for file in _inside(folder) if file.suffix in endings and not file.name.startswith(_STATES) and file.is_file()]
+        found = [file for file in _inside(folder) if file.suffix.lower() in endings and not file.name.startswith(_STATES) and file.is_file()]
         if found:
             return found
     return []
@@ -257,7 +257,7 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         ValueError: if it is not a LoRA of a CogVideoX transformer, or is damaged or more than that.
     """
-    tensors, beside = read_pickle(path) if path.suffix in _PICKLES else (read_any_header(path), {})
+    tensors, beside = read_pickle(path) if path.suffix.lower() in _PICKLES else (read_any_header(path), {})
     return _lora_of(tensors, path, _settings(path, beside))
 
 
@@ -268,7 +268,7 @@ def lora_inside(part: Part) -> LoraFile:
         ValueError: if it is damaged, or more than a LoRA.
     """
     file = next(iter(part.lora.values())).file
-    beside = read_pickle(file)[1] if file.suffix in _PICKLES else {}
+    beside = read_pickle(file)[1] if file.suffix.lower() in _PICKLES else {}
     return _lora_of(part.lora, file, _settings(file, beside))
 
 
@@ -635,7 +635,7 @@ def _settings(path: Path, beside: Mapping[str, Any]) -> Settings:
     file = path.with_name(_SETTINGS_FILE)
     if os.path.lexists(file) and (path.stem == "adapter_model" or _lora_files(path.parent) == [path]):
         return _checked(read_json(file, _MOST_SETTINGS), where)
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         found = next((value for key in ("lora_config", "peft_config", "adapter_config", "config") if isinstance(value := beside.get(key), dict)), {})
         # peft keeps the settings of its adapters by their names.
         found = found["default"] if isinstance(found.get("default"), dict) else found
@@ -647,7 +647,7 @@ def _settings(path: Path, beside: Mapping[str, Any]) -> Settings:
         flat |= {key: value for key, value in found.items() if isinstance(key, str) and key not in flat}
         alpha = _sat_alpha(path)
         return _checked(flat if alpha is None else flat | {"lora_alpha": alpha}, where)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return Settings()
     try:
         metadata = read_metadata(path)
@@ -687,7 +687,7 @@ def _table(text: Any, key: str, where: str) -> dict:
 def _sat_alpha(path: Path) -> int | float | str | None:
     """``lora_alpha`` of the configuration that SAT's trainer writes into the folder of a run, if it is said there."""
     file = path.parent.parent / "training_config.yaml"
-    if not path.name.startswith("mp_rank_") or not file.is_file():
+    if not path.name.endswith("_model_states.pt") or not file.is_file():
         return None
     said = re.search(r"^[ \t]*lora_alpha[ \t]*:[ \t]*([^\s#]+)", read_text(file, _MOST_SETTINGS), re.MULTILINE)
     if said is None:

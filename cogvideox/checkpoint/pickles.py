@@ -144,10 +144,16 @@ def _level_below(state: dict) -> dict | None:
     return below[0] if len(below) == 1 else None
 
 
-def _holds_tensors(value: Any, depth: int = _DEPTH - 1) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return any(map(_is_tensor, value.values())) or (depth > 1 and any(_holds_tensors(inner, depth - 1) for inner in value.values()))
+def _holds_tensors(value: Any) -> bool:
+    """Whether a level, or one below it, has tensors with names. Each is looked at once: they may hold each other."""
+    level, seen = [value], {id(value)}
+    for _ in range(_DEPTH - 1):
+        named = [inner for outer in level if isinstance(outer, dict) for name, inner in outer.items() if isinstance(name, str)]
+        if any(map(_is_tensor, named)):
+            return True
+        level = list({id(inner): inner for inner in named if isinstance(inner, dict) and id(inner) not in seen}.values())
+        seen |= set(map(id, level))
+    return False
 
 
 def _is_tensor(value: Any) -> bool:
