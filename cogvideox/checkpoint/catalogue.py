@@ -231,7 +231,7 @@ def _seen(part: Part) -> Seen:
     names = {"transformer": lambda: identify(part.config).name, "vae": lambda: "CogVideoX VAE", "text_encoder": lambda: "T5 encoder"}
     widths = {"transformer": ("patch_embed.text_proj.weight", 1), "text_encoder": ("encoder.final_layer_norm.weight", 0)}
     name, axis = widths.get(part.kind, (None, 0))
-    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout])
+    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout.replace("diffusers file", "diffusers")])
     return Seen(what, part.tensors[name].shape[axis] if name else 0, _rounding(part))
 
 
