@@ -99,6 +99,16 @@ def write_file(file: Path, state: dict, prefix: str = "") -> Path:
     return file
 
 
+def llama_names(state: dict) -> dict:
+    """transformers' T5 encoder -> llama.cpp's, by the table of its own package."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 48)
+    named = {table.get_name(name, try_suffixes=(".weight",)): value for name, value in state.items() if "embed_tokens" not in name}
+    assert None not in named
+    return named
+
+
 def _apply(rules, name: str) -> str:
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
@@ -113,7 +123,7 @@ def write_gguf(file: Path, state: dict, quantization: str) -> Path:
     writer = gguf.GGUFWriter(str(file), arch="cogvideox")
     for name, value in state.items():
         array = value.float().numpy()
-        if value.ndim == 2 and "block" in name and value.shape[1] % 32 == 0:
+        if value.ndim == 2 and ("block" in name or "blk" in name or name == "token_embd.weight") and value.shape[1] % 32 == 0:
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array if value.ndim < 2 else array.astype("float16"))

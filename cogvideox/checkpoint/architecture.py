@@ -307,7 +307,7 @@ def _check_text_encoder(part: "Part") -> None:
         what = "UMT5 (every layer has its own relative_attention_bias), the text encoder of Wan and others"
     elif isinstance(tokens, int) and tokens > _MOST_TOKENS:
         what = f"a multilingual T5 (mT5 or UMT5: {tokens:,} tokens, and T5 v1.1 has 32,128)"
-    elif "encoder.block.0.layer.1.DenseReluDense.wi.weight" in part.tensors:
+    elif not any(name.endswith(".DenseReluDense.wi_0.weight") for name in part.tensors):
         what = "the first T5 (one wi in each feed-forward layer, and T5 v1.1 has wi_0 and wi_1)"
     else:
         return
