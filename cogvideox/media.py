@@ -96,15 +96,16 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
                 pixels = _colours(image, path, tell, factor)
     if moving:
         tell(f"{short(path)} holds several pictures: the first is used.")
-    if pixels.shape[:2] != (height, width):
+    if pixels.shape[0] * pixels.shape[1] < height * width:
         tell(f"{short(path)} is {width}x{height} pixels, more than a video can show: it was read as {pixels.shape[1]}x{pixels.shape[0]}.")
     tensor = torch.from_numpy(np.ascontiguousarray(_turned(pixels, *turn)))[None]
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
 
 
 def _orientation(image, path: Path, tell: Tell) -> int:
+    """EXIF's orientation of a loaded picture, where Pillow has not turned it already, as it does with TIFF."""
     try:
-        return image.getexif().get(0x0112, 1)
+        return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
     except Exception as error:
         # Pillow's reader of EXIF raises what it likes where that is damaged; the picture itself is well.
         tell(f"The EXIF data of {short(path)} is damaged ({reason(error)}), so the picture is taken as it lies.")
@@ -260,7 +261,14 @@ def _from_library(path: Path, what: str, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Damaged files make Pillow, littlecms and ffmpeg raise anything: struct.error, SyntaxError, KeyError, zlib.error, MemoryError …
-        raise ValueError(f"{short(path, 400)} cannot be read {what} ({reason(error)}). {advice}") from error
+        raise ValueError(f"{short(path, 400)} cannot be read {what} ({_said(error)}). {advice}") from error
+
+
+def _said(error: Exception) -> str:
+    """What a library said, without the names it has for the file."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is in no format that Pillow knows"
+    return getattr(error, "strerror", None) or reason(error)
 
 
 def _image_advice(head: bytes) -> str:
@@ -453,7 +461,8 @@ def _video_stream(container, path: Path, tell: Tell):
     usable = [stream for stream in streams if stream.codec_context is not None]
     if not usable:
         raise ValueError(
-            f"{short(path, 400)} is in a video format that this PyAV has no decoder for, so its frames cannot be read. Convert it to mp4 with H.264."
+            f"{short(path, 400)} is in a video format that this PyAV has no decoder for, or was cut off, so its frames cannot be read. Convert it "
+            "to mp4 with H.264, or copy it again."
         )
     chosen = max(usable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
     if len(streams) > 1:
@@ -516,7 +525,7 @@ class _Frames:
                     # One packet is damaged; ffmpeg itself goes on with the next.
                     if isinstance(error, av.error.EOFError):
                         return
-                    self._broken, self._error = self._broken + 1, reason(error)
+                    self._broken, self._error = self._broken + 1, _said(error)
                     if self._broken > 1000 and not self._seen:
                         return
                     continue
@@ -524,7 +533,7 @@ class _Frames:
         except av.error.EOFError:
             return
         except (av.error.FFmpegError, OSError) as error:
-            self._error = reason(error)
+            self._error = _said(error)
 
     @property
     def trouble(self) -> str:
@@ -556,9 +565,9 @@ def _chosen(frames: _Frames, fps: Fraction | None) -> Iterator[tuple[Any, int]]:
         previous, since = frame, time
     if previous is not None:
         # The last stays until its own end.
-        until = max(1, -(-frames.end * fps // 1))
+        until = max(1, int(frames.end * fps + Fraction(1, 2)))
         if until > shown:
-            yield previous, int(until - shown)
+            yield previous, until - shown
 
 
 class _Picture:
@@ -606,8 +615,11 @@ class _Picture:
         size = self._size or (max(1, round(width * aspect)), height)
         if (width, height) == size and aspect == 1:
             return np.ascontiguousarray(pixels)
-        box = crop_box(width, height, *size, float(aspect)) if self._size else None
-        return np.array(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.LANCZOS, box=box))
+        if self._size:
+            # Before it is scaled, whose filter would else see what is cut off.
+            left, top, right, bottom = crop_box(width, height, *size, float(aspect))
+            pixels = pixels[top:bottom, left:right]
+        return np.array(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.LANCZOS))
 
     def _rgb(self, frame) -> np.ndarray:
         clear = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
