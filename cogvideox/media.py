@@ -92,7 +92,7 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
             grey = _deep(image, path, tell, factor)
             pixels = np.repeat(grey[..., None], 3, axis=2)
         else:
-            with _from_library(path, "as an image", advice):
+            with _from_library(path, "as an image", advice), _large_pictures():
                 pixels = _colours(image, path, tell, factor)
     if moving:
         tell(f"{short(path)} holds several pictures: the first is used.")
