@@ -46,9 +46,9 @@ demo: $(VENV)/installed
 ifeq ($(MODEL),$(DEMO)/tiny-checkpoint)
 	$(RUN) -W ignore -m tests.tiny_checkpoint $(MODEL)
 	$(RUN) generate.py --model $(MODEL) --prompt "A panda plays the guitar in a bamboo forest." \
-		--width 240 --height 160 --frames 33 --steps 10 --seed 7 --output $(DEMO)/demo.mp4
+		--width 240 --height 160 --frames 33 --steps 10 --seed 7 --output $(DEMO)/demo.mp4 --overwrite
 else
-	$(RUN) generate.py --model "$(MODEL)" --prompt "A panda plays the guitar in a bamboo forest." --output $(DEMO)/demo.mp4
+	$(RUN) generate.py --model "$(MODEL)" --prompt "A panda plays the guitar in a bamboo forest." --output $(DEMO)/demo.mp4 --overwrite
 endif
 
 $(VENV)/installed: pyproject.toml

@@ -9,18 +9,25 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
 # An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the script.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
+from cogvideox.files import read_bytes
+from cogvideox.words import reason, short
 
 EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
   python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." --lora style.safetensors:0.8
-  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
   python generate.py --check my_workflow.json --json
@@ -33,35 +40,70 @@ and a black video is not written (see --on-black). --check ends with status 0 if
 """
 #: Exit status of --check where the checked thing would give a wrong picture.
 MISMATCH_STATUS = 3
+#: Where a video goes that is given no name; the next free number is added where it is taken.
+DEFAULT_OUTPUT = Path("out.mp4")
+#: Bytes of a prompt's file: 226 tokens have about 1,000.
+MAX_PROMPT = 1 << 20
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """End with one line: what is wrong with the options, without all of them."""
+        self.exit(2, f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", help="what the video shows, in English, at most 226 tokens")
-    what.add_argument("--negative", default="", metavar="PROMPT", help="what it should not show (default: empty)")
     what.add_argument(
-        "--image", type=Path, metavar="FILE", help="the image the video starts from, for image-to-video checkpoints; scaled and cropped"
+        "--prompt",
+        help="what the video shows, in English, at most 226 tokens; @FILE reads it from a text file, - from the standard input, @@ stands for an @",
     )
-    what.add_argument("--end-image", type=Path, metavar="FILE", help="the image it ends with, for checkpoints fine-tuned for interpolation")
-    what.add_argument("--video", type=Path, metavar="FILE", help="the video to start from, for text-to-video checkpoints; scaled and cropped")
+    what.add_argument("--negative", default="", metavar="PROMPT", help="what it should not show, given in the same ways (default: empty)")
+    what.add_argument(
+        "--image", type=_path, metavar="FILE", help="the image the video starts from, for image-to-video checkpoints; scaled and cropped"
+    )
+    what.add_argument("--end-image", type=_path, metavar="FILE", help="the image it ends with, for checkpoints fine-tuned for interpolation")
+    what.add_argument("--video", type=_path, metavar="FILE", help="the video to start from, for text-to-video checkpoints; scaled and cropped")
+    what.add_argument("--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is")
     what.add_argument(
         "--strength", type=float, metavar="SHARE", help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)"
     )
     what.add_argument(
-        "--width", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)"
+        "--width", type=_whole, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)"
     )
     what.add_argument(
-        "--height", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)"
+        "--height", type=_whole, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)"
     )
-    what.add_argument("--frames", type=int, metavar="N", help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it)")
-    what.add_argument("--seed", type=int, default=0, help="the same seed and settings give the same video (default: 0)")
-    what.add_argument("--output", type=Path, default=Path("out.mp4"), metavar="FILE.mp4", help="where to write it (default: out.mp4)")
+    what.add_argument(
+        "--frames",
+        type=_whole,
+        metavar="N",
+        help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest)",
+    )
+    what.add_argument(
+        "--fps",
+        type=_rate,
+        metavar="RATE",
+        help="frames per second of the video; --video is read at that rate too, so that a second stays a second (default: as the model was trained, "
+        "16 for 1.5 and 8 for 5b and 2b)",
+    )
+    what.add_argument("--seed", type=_seed, default=0, help="0 to 2**64-1; the same seed and settings give the same video (default: 0)")
+    what.add_argument(
+        "--output", type=_path, metavar="FILE.mp4", help="where to write it (default: out.mp4, or the next of out_00002.mp4 … that is free)"
+    )
+    what.add_argument("--overwrite", action="store_true", help="replace --output if it exists; without, it is refused before the run")
+    what.add_argument(
+        "--decode",
+        type=_path,
+        metavar="FILE.latent",
+        help="make the video of latents that were kept because it could not be written, or that Save Latent wrote; needs --model for its VAE",
+    )
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", type=Path, metavar="PATH", help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file")
-    how.add_argument("--text-encoder", type=Path, metavar="PATH", help="a T5-XXL encoder, file or folder (default: the checkpoint's own)")
-    how.add_argument("--vae", type=Path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)")
-    how.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="T5's tokenizer, where neither checkpoint nor text encoder brings one")
+    how.add_argument("--model", type=_path, metavar="PATH", help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file")
+    how.add_argument("--text-encoder", type=_path, metavar="PATH", help="a T5-XXL encoder, file or folder (default: the checkpoint's own)")
+    how.add_argument("--vae", type=_path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)")
+    how.add_argument("--tokenizer", type=_path, metavar="FOLDER", help="T5's tokenizer, where neither checkpoint nor text encoder brings one")
     how.add_argument(
         "--lora",
         action="append",
@@ -70,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH[:STRENGTH]",
         help="a LoRA of this model, and how strongly it is applied (default: 1); can be given several times",
     )
-    how.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50, as the model card)")
+    how.add_argument("--steps", type=_whole, default=50, help="denoising steps (default: 50, as the model card)")
     how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
     how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
     how.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="default: ddim")
@@ -141,11 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
+    how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
     check = parser.add_argument_group("only check, make nothing")
     check.add_argument("--plan", action="store_true", help="say how much memory the video would take in each mode of --memory, and stop")
     check.add_argument(
         "--check",
-        type=Path,
+        type=_path,
         metavar="PATH",
         help="say how a checkpoint folder would run here (with --dtype and --on-mismatch), or whether a SAT inference.yaml (or its folder) or a "
         "ComfyUI workflow JSON would run weights trained in bf16 in fp16",
@@ -163,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--convert",
         nargs=2,
-        type=Path,
+        type=_path,
         metavar=("SRC", "DST"),
         help="write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one DST.safetensors; with --dtype, cast",
     )
@@ -171,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     workflows.add_argument(
         "--migrate",
         nargs=2,
-        type=Path,
+        type=_path,
         metavar=("OLD.json", "NEW.json"),
         help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
         "and say what could not be carried over; OLD.json stays as it is",
@@ -179,90 +222,240 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path as people give it: quotes that the shell left around it are taken off, ``~`` is the home folder."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and not os.path.lexists(text):
+        text = text[1:-1]
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"'{short(text)}' is no path: it is empty, or holds a letter that no path may have")
+    if text.lower().startswith(("http://", "https://", "ftp://", "s3://", "hf://")):
+        raise argparse.ArgumentTypeError(f"{short(text, 200)} is an address on the web, and only files on this machine are read: download it first")
+    with suppress(RuntimeError):  # A user that is not there: the name as it is, which is then not found.
+        return Path(text).expanduser()
+    return Path(text)
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{short(text)}' is not a whole number") from None
+    if abs(value) > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{short(text)} is more than any machine can make")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{short(text)}' is not a whole number; seeds go from 0 to 2**64-1 (18446744073709551615)") from None
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{short(text)} is outside 0 to 2**64-1 (18446744073709551615), where seeds are")
+    return value
+
+
+def _rate(text: str) -> Fraction:
+    """Frames per second: ``24``, ``23.976`` or ``30000/1001``."""
+    try:
+        value = Fraction(text) if len(text) < 40 and "e" not in text.lower() else None
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not 1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"'{short(text)}' is no frame rate; give a number from 1 to 240, such as 24, 23.976 or 30000/1001")
+    return value.limit_denominator(1001)
+
+
 def _lora(text: str) -> tuple[Path, float]:
     """``PATH`` or ``PATH:STRENGTH``; a colon can also belong to the path, as in ``C:\\style.safetensors``."""
     path, colon, strength = text.rpartition(":")
     if not colon or os.path.exists(text):
-        return Path(text), 1.0
+        return _path(text), 1.0
     try:
         number = float(strength)
     except ValueError:
-        if not os.path.exists(path):
-            return Path(text), 1.0
-        raise argparse.ArgumentTypeError(f"the strength {strength!r} is not a number; after a colon one follows, such as :0.8") from None
+        if not os.path.exists(_path(path)):
+            return _path(text), 1.0
+        raise argparse.ArgumentTypeError(f"the strength '{short(strength)}' is not a number; after a colon one follows, such as :0.8") from None
     if not path or not math.isfinite(number):
-        what = "no LoRA stands before the colon" if not path else f"the strength {strength!r} would make every frame black"
+        what = "no LoRA stands before the colon" if not path else f"the strength '{short(strength)}' would make every frame black"
         raise argparse.ArgumentTypeError(f"{what}; give PATH:STRENGTH, such as style.safetensors:0.8")
-    return Path(path), number
+    return _path(path), number
 
 
 def _cache(text: str) -> tuple[str, float | None]:
     """``METHOD`` or ``METHOD:STRENGTH``."""
     method, colon, strength = text.partition(":")
     if method not in CACHES:
-        raise argparse.ArgumentTypeError(f"{method!r} is not one of {', '.join(CACHES)}")
+        raise argparse.ArgumentTypeError(f"'{short(method)}' is not one of {', '.join(CACHES)}")
     try:
         return method, float(strength) if colon else None
     except ValueError:
-        raise argparse.ArgumentTypeError(f"the strength {strength!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"the strength '{short(strength)}' is not a number") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    work = next((work for name, work in _WORK.items() if getattr(options, name) is not None), generate)
-    if work is generate:
-        for name in ("prompt", "model"):
-            if getattr(options, name) is None and not (options.plan and name == "prompt"):
-                parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-    for name, needed in (("strength", "video"), ("end_image", "image"), ("cache_range", "cache")):
-        if getattr(options, name) is not None and getattr(options, needed) is None:
-            parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
-    if options.image is not None and options.video is not None:
-        parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
-    for name in ("scan", "fix", "json"):
-        if getattr(options, name) and work is not check:
-            parser.error(f"--{name} goes with --check PATH")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    """Run the command line; whatever happens ends in a sentence and a status, and in a traceback only with ``--debug``."""
+    debug = False
     try:
+        options, work = _parsed(build_parser(), arguments)
+        debug = options.debug
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         # Configs and workflows are text, for which no package is needed: they are read in a tenth of a second.
         if work is not migrate and not (work is check and _is_config(options.check)):
             from cogvideox.dependencies import require_dependencies
 
             require_dependencies()
         return work(options)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+        _complain("stopped.")
         return 130
+    except (ValueError, RuntimeError) as error:
+        _complain(f"error: {error}" if str(error) else f"error: {type(error).__name__}", debug)
+        return 1
+    except MemoryError as error:
+        _complain(f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video smaller or shorter.", debug)
+        return 1
+    except BrokenPipeError:
+        _mute(sys.stdout)
+        return 1
+    except OSError as error:
+        what = f"{short(error.filename, 400)} cannot be read or written" if error.filename else "Something cannot be read or written"
+        _complain(f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full.", debug)
+        return 1
+    except Exception as error:
+        # Whatever nobody thought of: a person sees where it is if they want to.
+        _complain(
+            f"error: something failed in a way that this program does not know ({type(error).__name__}: {reason(error)}). Run it again with --debug "
+            "to see where, and report that.",
+            debug,
+        )
+        return 1
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
+    """The options and what they ask for; options that do not go together end the program with a line about it."""
+    options = parser.parse_args(arguments)
+    asked = [name for name in _WORK if getattr(options, name) is not None]
+    if len(asked) > 1:
+        parser.error(f"--{asked[0]} and --{asked[1]} are two things to do: give one of them")
+    work = _WORK[asked[0]] if asked else generate
+    if work is generate:
+        for name in ("prompt", "model"):
+            if getattr(options, name) is None and not (options.plan and name == "prompt"):
+                parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
+    elif options.plan:
+        parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
+    if work is decode_latent and options.model is None:
+        parser.error("--decode needs --model, whose VAE makes the video")
+    for name, needed in (("strength", "video"), ("keep_audio", "video"), ("end_image", "image"), ("cache_range", "cache")):
+        if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
+            parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
+    if options.image is not None and options.video is not None:
+        parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
+    if options.prompt == options.negative == "-":
+        parser.error("--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE")
+    for name in ("scan", "fix", "json"):
+        if getattr(options, name) and work is not check:
+            parser.error(f"--{name} goes with --check PATH")
+    return options, work
+
+
+def _say(text: str) -> None:
+    """Print a line. Where nobody reads any more (``| head``), the run goes on without."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _mute(sys.stdout)
+
+
+def _complain(text: str, debug: bool = False) -> None:
+    with suppress(BrokenPipeError):
+        if debug:
+            traceback.print_exc()
+        print(text, file=sys.stderr, flush=True)
+
+
+def _mute(stream) -> None:
+    """Let a closed pipe's stream end nowhere, so that nothing fails on it again, at exit neither."""
+    with open(os.devnull, "w") as null, suppress(OSError, ValueError):
+        os.dup2(null.fileno(), stream.fileno())
+
+
+def _prompt(given: str, name: str) -> str:
+    """A prompt as it was given, or from where it says: ``@FILE``, ``-``; ``@@`` begins one with an @.
+
+    Raises:
+        ValueError: if it cannot be read, or is no text in UTF-8 (UTF-16 with its mark is read too).
+    """
+    if given.startswith("@@"):
+        given = given[1:]
+    elif given == "-" or given.startswith("@"):
+        source = "the standard input" if given == "-" else short(given[1:], 400)
+        if given == "-":
+            data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT + 1)
+            if len(data) > MAX_PROMPT:
+                raise ValueError(
+                    f"The {name} from {source} has more than {MAX_PROMPT:,} bytes, and the model reads about 1,000: it is something else."
+                )
+        else:
+            try:
+                data = read_bytes(_path(given[1:]), MAX_PROMPT)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise ValueError(
+                    f"The {name} is to be read from a file, as it begins with @: {error} One that begins so itself is given with @@."
+                ) from error
+        try:
+            given = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"The {name} from {source} is not text in UTF-8 ({reason(error)}), so its words are not known. Save it as UTF-8."
+            ) from error
+    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in given):
+        raise ValueError(
+            f"The {name} ({short(given)}) holds bytes that are no text in UTF-8, so its words are not known: the terminal or the file is in another "
+            f"encoding. Set the terminal to UTF-8, or save it as UTF-8 and give it as @FILE."
+        )
+    return given
 
 
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
     import torch
 
-    from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.checkpoint.layout import open_checkpoint
-    from cogvideox.geometry import empty_latent
+    from cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
     from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
     from cogvideox.memory import memory_text
-    from cogvideox.pictures import check_images, fit_length, fit_size
+    from cogvideox.pictures import check_images, fit_size
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.sampling import plan_steps, sample
+    from cogvideox.sampling import check_guidance, plan_steps, sample, steps_to_run
     from cogvideox.speed.cache import Cache
     from cogvideox.speed.compiled import Compiled
     from cogvideox.text import encode_prompt
-    from cogvideox.vae import decode, encode, image_latents
-    from cogvideox.video import check_output, read_image, read_video, write_mp4
+    from cogvideox.vae import encode, image_latents
+    from cogvideox.video import check_room, read_image, read_sound, read_video
 
     # What a cache skipped and how long compiling took is no warning, and is to be seen.
     logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
-    check_output(options.output)
+    # All that can be wrong is told before any weights are read, the cheapest first.
+    denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
+    if not 0 < denoise <= 1:
+        raise ValueError(f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The default is 0.8.")
+    steps_to_run(options.steps, denoise)
+    check_guidance(options.cfg)
+    for side in ("width", "height"):
+        if getattr(options, side) is not None:
+            check_side(side, getattr(options, side))
+    output = _output(options)
+    texts = {name: _prompt(given, name) for name in ("prompt", "negative") if (given := getattr(options, name)) is not None}
+    if not texts.get("prompt", "x").strip():
+        _say("prompt: it is empty, so the model is not told what to show.")
+    hardware = Hardware.detect(options.device)
+
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
-    handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
-    print(handles.plan.text, flush=True)
+    handles = make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
+    _say(handles.plan.text)
     model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
     if options.quantize_text_encoder is not None:
         text_encoder = quantized(text_encoder, options.quantize_text_encoder)
@@ -272,7 +465,7 @@ def generate(options: argparse.Namespace) -> int:
         print(lora.text)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
-        print(model.loras[-1].text)
+        _say(model.loras[-1].text)
     if options.attention != "auto":
         model = with_attention(model, options.attention)
     if options.cache is not None:
@@ -281,66 +474,71 @@ def generate(options: argparse.Namespace) -> int:
         if options.cache_range is not None:
             given["start"], given["end"] = options.cache_range
         model = with_cache(model, Cache(method, **given))
-        print(model.cache.text)
+        _say(model.cache.text)
     if options.compile is not None:
         model = with_compile(model, Compiled(options.compile))
-        print(model.compiled.text)
+        _say(model.compiled.text)
 
-    start, end = (None if path is None else check_images(read_image(path), str(path)) for path in (options.image, options.end_image))
+    if options.frames is not None:
+        check_frames(options.frames, variant.frame_step)
+    start, end = (None if path is None else check_images(read_image(path, _say), short(path)) for path in (options.image, options.end_image))
     usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
     width, height = (given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True))
-    clip, frames = None, variant.default_frames if options.frames is None else options.frames
+    fps = _fps(options, variant)
+    longest = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
+    check_video_room(width, height, longest)
+    clip, frames, sound = None, longest, None
     if options.video is not None:
-        clip, note = fit_length(read_video(options.video, options.frames), variant.frame_step)
-        clip, frames = fit_size(clip, width, height), len(clip)
-        if note:
-            print(note)
+        clip = read_video(options.video, longest, fps=fps, size=(width, height), step=variant.frame_step, dtype=torch.uint8, on_note=_say)
+        frames = len(clip)
+        if options.frames is not None and frames < options.frames:
+            _say(f"--frames is {options.frames}, and the clip has not so many: the video has {frames}.")
+        if options.keep_audio:
+            sound = read_sound(options.video, frames / fps, _say)
+    check_room(output, frames, width, height)
     latent = empty_latent(width, height, frames, frame_step=variant.frame_step)
-    denoise = 1.0 if clip is None else 0.8 if options.strength is None else options.strength
-    # All that can be wrong is told now: shapes are enough to know it.
+    # Shapes are enough to know the rest.
     image = None if start is None else torch.zeros_like(latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
 
     if options.plan:
-        print(memory_text(model, tuple(latent.shape), options.cfg > 1))
+        _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
         return 0
 
     for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
         if handle.weights.method is not None:
-            print(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")), flush=True)
+            _say(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")))
     how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
     if start is not None:
         start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
         image = image_latents(handles.vae, start, frames, end, **how)
     if clip is not None:
         latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
+        clip = None
     prompts = []
-    for name, prompt in (("prompt", options.prompt), ("negative", options.negative)):
-        encoded = encode_prompt(text_encoder, prompt, on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
+    for name in ("prompt", "negative"):
+        encoded = encode_prompt(text_encoder, texts[name], on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
-            print(f"{name}: {note}")
-    latent = sample(
-        model,
-        *prompts,
-        latent,
-        image_latents=image,
-        denoise=denoise,
-        seed=options.seed,
-        steps=options.steps,
-        cfg=options.cfg,
-        scheduler=options.scheduler,
-        dynamic_cfg=options.dynamic_cfg,
-        on_nan=options.on_nan,
-        on_step=_bar("sampling", "step"),
-        on_load=_bar("loading transformer", "B"),
-    )
-    images = decode(handles.vae, latent, on_nan=options.on_nan, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B"))
-    report = check_black_frames(images)
-    print(report.text)
-    enforce(report, options.on_black)
-    write_mp4(images, options.output, variant.fps, on_frame=_bar("writing", "frame"))
-    print(f"{options.output}: {len(images)} frames of {width}x{height} at {variant.fps} fps")
+            _say(f"{name}: {note}")
+    with _latents_kept(options, output):
+        latent = sample(
+            model,
+            *prompts,
+            latent,
+            image_latents=image,
+            denoise=denoise,
+            seed=options.seed,
+            steps=options.steps,
+            cfg=options.cfg,
+            scheduler=options.scheduler,
+            dynamic_cfg=options.dynamic_cfg,
+            on_nan=options.on_nan,
+            on_step=_bar("sampling", "step"),
+            on_load=_bar("loading transformer", "B"),
+        )
+    with _latents_kept(options, output, latent):
+        _finish(options, handles.vae, latent, output, fps, sound)
     return 0
 
 
@@ -348,6 +546,105 @@ def _is_config(path: Path) -> bool:
     from cogvideox.configs.check import is_config
 
     return is_config(path)
+
+
+def decode_latent(options: argparse.Namespace) -> int:
+    """Make the video of latents that are in a file."""
+    from cogvideox.checkpoint.layout import open_checkpoint
+    from cogvideox.geometry import check_latent
+    from cogvideox.handles import make_handles
+    from cogvideox.precision.hardware import Hardware
+    from cogvideox.video import check_room, read_latent
+
+    output = _output(options)
+    hardware = Hardware.detect(options.device)
+    latent = read_latent(options.decode)
+    check_latent(latent)
+    handles = make_handles(
+        open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer),
+        options.dtype,
+        hardware,
+        options.on_mismatch,
+        options.memory,
+    )
+    _say(handles.plan.text)
+    check_room(output, *(side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True)))
+    _finish(options, handles.vae, latent, output, _fps(options, handles.model.variant))
+    return 0
+
+
+def _output(options: argparse.Namespace) -> Path:
+    """Where the video goes, tried.
+
+    Raises:
+        ValueError: if it cannot be written there, or is taken.
+    """
+    from cogvideox.video import check_output, free_name
+
+    output = options.output
+    if output is None:
+        output = DEFAULT_OUTPUT if options.overwrite else free_name(DEFAULT_OUTPUT)
+    read = [options.image, options.end_image, options.video, options.model, options.text_encoder, options.vae, options.decode]
+    return check_output(output, options.overwrite, [path for path in (*read, *(path for path, _ in options.lora)) if path is not None])
+
+
+def _fps(options: argparse.Namespace, variant) -> Fraction:
+    fps = options.fps or Fraction(variant.fps)
+    if fps != variant.fps:
+        _say(
+            f"The video is to have {float(fps):.4g} frames a second, and the model was trained at {variant.fps}: what moves may be too "
+            "fast or too slow."
+        )
+    return fps
+
+
+@contextmanager
+def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Iterator[None]:
+    """Where something fails that follows the sampling, or memory runs out within it, keep the latents in a file, and say where.
+
+    Raises:
+        RuntimeError: with what failed, and how to go on from there.
+    """
+    from cogvideox.video import write_latent
+
+    try:
+        yield
+    except Exception as error:
+        # Whatever it was: what took minutes to make is not to be lost with it.
+        latent = getattr(error, "latents", latent)
+        if latent is None:
+            raise
+        known = isinstance(error, ValueError | RuntimeError)
+        said = str(error) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
+        failed = []
+        for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
+            try:
+                path = write_latent(latent, folder, output.stem[:100])
+            except (OSError, ValueError) as why:
+                failed.append(f"{short(folder, 200)}: {reason(why)}")
+                continue
+            raise RuntimeError(
+                f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the same --model "
+                "makes the video of them."
+            ) from error
+        raise RuntimeError(f"{said} The latents could not be kept either ({'; '.join(failed)}).") from error
+
+
+def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
+    """Decode latents, look for black frames, and write the video."""
+    from cogvideox.black_frames import check_black_frames, enforce
+    from cogvideox.vae import decode
+    from cogvideox.video import free_name, write_mp4
+
+    images = decode(vae, latent, on_nan=options.on_nan, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B"))
+    report = check_black_frames(images)
+    _say(report.text)
+    enforce(report, options.on_black)
+    if options.output is None and not options.overwrite:
+        # Another run may have taken the name meanwhile.
+        output = free_name(DEFAULT_OUTPUT)
+    write_mp4(images, output, fps, on_frame=_bar("writing", "frame"), overwrite=options.overwrite, sound=sound)
+    _say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -373,9 +670,9 @@ def check(options: argparse.Namespace) -> int:
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
-    print(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
+    _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
-        print(f"written; the file as it was is {backup}")
+        _say(f"written; the file as it was is {backup}")
     return MISMATCH_STATUS if report.verdict == MISMATCH else 0
 
 
@@ -386,7 +683,7 @@ def download(options: argparse.Namespace) -> int:
     which, *folder = options.download
     if len(folder) > 1:
         raise ValueError(f"--download takes what to download and at most one folder, but {len(folder)} were given. Quote a folder with spaces.")
-    print(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=_bar('downloading', 'B'))}")
+    _say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=_bar('downloading', 'B'))}")
     return 0
 
 
@@ -398,7 +695,7 @@ def convert(options: argparse.Namespace) -> int:
 
     source, destination = options.convert
     checkpoint = open_checkpoint(source, options.text_encoder, options.vae, options.tokenizer)
-    print(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=_bar("converting", "B")).text)
+    _say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=_bar("converting", "B")).text)
     return 0
 
 
@@ -406,11 +703,11 @@ def migrate(options: argparse.Namespace) -> int:
     """Migrate a workflow; prints what became of it."""
     from cogvideox.configs.migrate import migrate_workflow
 
-    print(migrate_workflow(*options.migrate).text)
+    _say(migrate_workflow(*options.migrate).text)
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate}
+_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
 
 
 def _bar(label: str, unit: str) -> Callable[..., None]:
@@ -421,12 +718,15 @@ def _bar(label: str, unit: str) -> Callable[..., None]:
 
     def report(done: int, total: int, *_) -> None:
         nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B")
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
+        try:
+            if bar is None:
+                bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B")
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+        except BrokenPipeError:
+            _mute(sys.stderr)
 
     return report
 
@@ -434,5 +734,6 @@ def _bar(label: str, unit: str) -> Callable[..., None]:
 if __name__ == "__main__":
     # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192 for an arrow, not a traceback.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

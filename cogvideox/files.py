@@ -18,8 +18,11 @@ MAX_TEXT = 64 << 20
 MAX_NESTING = 100
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, as_what: str = "") -> BinaryIO:
     """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait for ever, or never end.
+
+    Args:
+        as_what: what it is read as, for messages: `` as a video``.
 
     Raises:
         ValueError: if it is something else, a link to what is gone, or cannot be opened.
@@ -28,7 +31,7 @@ def open_regular(path: Path) -> BinaryIO:
         # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
-        raise ValueError(unreadable(path, error)) from error
+        raise ValueError(unreadable(path, error, as_what)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(
@@ -40,10 +43,10 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def unreadable(path: Path, error: Exception) -> str:
+def unreadable(path: Path, error: Exception, as_what: str = "") -> str:
     """The sentence for a file that cannot be opened or read."""
     link = f"a link to {short(os.readlink(path), 200)}, which is gone" if os.path.islink(path) and not os.path.exists(path) else None
-    return f"{short(path, 400)} cannot be read ({link or reason(error)}). Check the path and your rights, or download the file again."
+    return f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or download the file again."
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:

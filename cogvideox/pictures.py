@@ -74,16 +74,28 @@ def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
         return images
     from PIL import Image
 
-    old, new = old_width / old_height, width / height
-    left = round((old_width - old_width * (new / old)) / 2) if old > new else 0
-    top = round((old_height - old_height * (old / new)) / 2) if old < new else 0
-    cropped = images[:, top : old_height - top, left : old_width - left].cpu()
+    left, top, right, bottom = crop_box(old_width, old_height, width, height)
+    cropped = images[:, top:bottom, left:right].cpu()
     # One colour at a time: Pillow has a float mode for a single channel only.
     scaled = torch.empty(len(images), 3, height, width)
     for place, plane in zip(scaled.flatten(0, 1), rearrange(cropped, "f h w c -> (f c) h w"), strict=True):
         resized = Image.fromarray(plane.contiguous().numpy()).resize((width, height), Image.Resampling.LANCZOS)
         place.copy_(torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.float32).view(height, width))
     return rearrange(scaled, "f c h w -> f h w c").clamp(0, 1).contiguous()
+
+
+def crop_box(width: int, height: int, new_width: int, new_height: int, aspect: float = 1) -> tuple[int, int, int, int]:
+    """The centre of a picture that has the shape of another: left, top, right and bottom in pixels, as core's nodes round them.
+
+    Args:
+        aspect: width of a pixel over its height.
+    """
+    old, new = width * aspect / height, new_width / new_height
+    left = round((width - width * (new / old)) / 2) if old > new else 0
+    top = round((height - height * (old / new)) / 2) if old < new else 0
+    # Of a line of pixels one is left.
+    left, top = min(left, (width - 1) // 2), min(top, (height - 1) // 2)
+    return left, top, width - left, height - top
 
 
 def fit_grid(images: torch.Tensor) -> tuple[torch.Tensor, str | None]:
@@ -109,12 +121,19 @@ def fit_length(images: torch.Tensor, step: int) -> tuple[torch.Tensor, str | Non
     A clip never becomes a single frame: up to ``step`` frames are filled up.
     """
     count = len(images)
+    wanted, note = nearest_length(count, step)
+    if wanted <= count:
+        return images[:wanted], note
+    return torch.cat([images, images[-1:].expand(wanted - count, -1, -1, -1)]), note
+
+
+def nearest_length(count: int, step: int) -> tuple[int, str | None]:
+    """The ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
     blocks = max(1, (count - 1 + step // 2 - 1) // step) if count > 1 else 0
     wanted = blocks * step + 1
     if wanted == count:
-        return images, None
+        return count, None
     rule = f"The clip has {count} frames and this model makes {step}N+1, so"
     if wanted < count:
-        return images[:wanted], f"{rule} the last {count - wanted} were cut: {wanted} are left."
-    missing = wanted - count
-    return torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]), f"{rule} the last was repeated {missing} times."
+        return wanted, f"{rule} the last {count - wanted} were cut: {wanted} are left."
+    return wanted, f"{rule} the last was repeated {wanted - count} times."

@@ -92,7 +92,7 @@ def encode(
     """Encode one clip, or one image, eight frames at a time: the mode of diffusers' ``vae.encode``, so that the same frames give the same latents.
 
     Args:
-        images: ``[F, H, W, 3]`` in 0..1, F = 4N+1, H and W multiples of 16.
+        images: ``[F, H, W, 3]`` in 0..1, or uint8 in 0..255, F = 4N+1, H and W multiples of 16.
         on_nan, on_load, on_heal, on_strip, budget: as ``decode`` has them.
         on_chunk: called with (frames done, frames in all) after each chunk; an exception it raises stops the encoding.
 
@@ -104,7 +104,8 @@ def encode(
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
-    images = check_images(images, "images")
+    if images.dtype != torch.uint8:
+        images = check_images(images, "images")
     count, height, width = images.shape[:3]
     check_size(width, height)
     if count % TEMPORAL_COMPRESSION != 1:
@@ -114,15 +115,21 @@ def encode(
         )
     done, moments = 0, []
     with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
-        work = _Chunks(sentinel, Strips.encode, budget, on_strip, on_heal)
+        work = _Chunks(sentinel, _encode_frames, budget, on_strip, on_heal)
         for index, piece in enumerate(images.split(chunk_lengths(count, sentinel.module.num_sample_frames_batch_size))):
-            encoded = work.run(index, 2.0 * rearrange(piece, "f h w c -> 1 c f h w") - 1.0, f"encoding frames from {done} of {count}")
+            encoded = work.run(index, piece, f"encoding frames from {done} of {count}")
             # The posterior's mean, which is its mode; the other half is its variance.
             moments.append(encoded.chunk(2, dim=1)[0])
             done += len(piece)
             if on_chunk is not None:
                 on_chunk(done, count)
     return torch.cat(moments, dim=2)
+
+
+def _encode_frames(strips: Strips, frames: torch.Tensor) -> torch.Tensor:
+    # Here and not before: the pieces that are kept to be run again are then parts of the clip, and no second one in fp32.
+    frames = frames / 255 if frames.dtype == torch.uint8 else frames
+    return strips.encode(2.0 * rearrange(frames, "f h w c -> 1 c f h w") - 1.0)
 
 
 class _Chunks:

@@ -1,105 +1,224 @@
-"""Files of videos (through PyAV), images (through Pillow) and latents."""
+"""What a run leaves behind: videos (through PyAV) and latents, in places that were tried before, written whole or not at all.
 
-from collections.abc import Callable
-from itertools import count, islice
+What it starts from is read by ``media``, and can be had from here too.
+"""
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .files import exists, open_regular, written_whole
+from .media import read_image, read_sound, read_video
+from .words import reason, short
 
-def write_mp4(images: torch.Tensor, path: Path | str, fps: int, on_frame: Callable[[int, int], None] | None = None) -> None:
-    """Write frames as H.264 in an mp4 that every player opens (yuv420p, BT.709).
+__all__ = ["check_output", "check_room", "free_name", "read_image", "read_latent", "read_sound", "read_video", "write_latent", "write_mp4"]
+
+#: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times what most take.
+_BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
+
+
+def write_mp4(
+    images: torch.Tensor,
+    path: Path | str,
+    fps: Fraction | int,
+    on_frame: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+    sound: tuple[np.ndarray, int] | None = None,
+) -> None:
+    """Write frames as H.264 in an mp4 that every player opens (yuv420p, BT.709), whole or not at all.
 
     Args:
         images: float ``[F, H, W, 3]`` in 0..1, H and W even.
         fps: frames per second.
         on_frame: called with (frames written, frames in all).
+        overwrite: whether a file that has the name already is replaced.
+        sound: float32 ``[2, samples]`` in -1..1 and samples per second, written as AAC and cut to the video's length.
 
     Raises:
-        ValueError: for a path that is not an mp4, or in a folder that does not exist.
+        ValueError: for a path that cannot be written (``check_output``).
+        RuntimeError: if writing fails all the same, such as on a disk that is full.
     """
     import av
 
-    path = Path(path)
-    check_output(path)
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    path = check_output(path, overwrite)
+    try:
+        with written_whole(path, overwrite) as partial:
+            _encode(images, partial, Fraction(fps).limit_denominator(1001), on_frame, sound)
+    except (OSError, av.error.FFmpegError) as error:
+        raise RuntimeError(
+            f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the disk full?"
+        ) from error
+
+
+def _encode(images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None) -> None:
+    import av
+
+    # An absolute path: ffmpeg takes what stands before a colon for a protocol.
+    with av.open(str(path.absolute()), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.color_range = 1
         for attribute in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, attribute, 1)
+        spoken, pieces = (None, iter(())) if sound is None else _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
             pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
             for packet in stream.encode(frame):
                 container.mux(packet)
+            for piece in pieces:
+                container.mux(spoken.encode(piece))
+                if piece.pts * piece.time_base > (index + 1) / fps:
+                    break
             if on_frame is not None:
                 on_frame(index + 1, len(images))
         for packet in stream.encode():
             container.mux(packet)
+        if spoken is not None:
+            container.mux(spoken.encode())
 
 
-def read_video(path: Path | str, limit: int | None = None) -> torch.Tensor:
-    """Read the frames of a video file.
-
-    Args:
-        limit: frames to read at most.
-
-    Returns:
-        float32 ``[F, H, W, 3]`` in 0..1.
-
-    Raises:
-        ValueError: if it is not there, or no video.
-    """
+def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
+    """A stream for sound, and what it is to encode: pieces of 1024 samples, as long as the video."""
     import av
 
-    try:
-        with av.open(str(path)) as container:
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in islice(container.decode(video=0), limit)]
-    except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}). Check the path, or convert it to mp4.") from error
-    if not frames:
-        raise ValueError(f"{path} holds no frames. Choose another video.")
-    return torch.stack(frames).float() / 255
+    stream = container.add_stream("aac", rate=rate)
+    stream.codec_context.layout = "stereo"
+    stream.codec_context.bit_rate = 192_000
+    samples = samples[:, : round(seconds * rate)]
+
+    def pieces():
+        for start in range(0, samples.shape[1], 1024):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            yield frame
+
+    return stream, pieces()
 
 
-def read_image(path: Path | str) -> torch.Tensor:
-    """Read an image file, turned as its EXIF data says: float32 ``[1, H, W, 3]`` in 0..1.
+def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[Path] = ()) -> Path:
+    """Refuse an output path that could not be written, by trying it, so that it is known before the run and not after.
+
+    Args:
+        overwrite: whether a file that has the name already is replaced.
+        made_from: files and folders that the run reads, none of which is replaced in any case.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: if it is not there, or no image.
+        ValueError: for a path that is not an mp4, in a folder that is not there, taken, or that the system refuses.
     """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            pixels = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}). Check the path, or convert it to PNG.") from error
-    flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-    return flat.view(1, pixels.height, pixels.width, 3).float() / 255
-
-
-def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unfinished") -> Path:
-    """Write a latent ``[B, 16, T, H/8, W/8]`` so that core's Load Latent reads it; returns the new file, numbered so that none is overwritten."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = next(path for number in count(1) if not (path := folder / f"{name}_{number:05}.latent").exists())
-    # The second tensor is what core knows an unscaled latent by.
-    save_file({"latent_tensor": samples.contiguous(), "latent_format_version_0": torch.tensor([])}, path)
+    path = Path(path)
+    name, folder = short(path, 400), path.absolute().parent
+    if os.path.isdir(path):
+        raise ValueError(f"The output is {name}, which is a folder. Give the name of a file in it, that ends in .mp4.")
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"The output is {name}, but only mp4 files are written. Give it a name that ends in .mp4.")
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise ValueError(f"The output is {name}, but the folder {short(folder, 400)} {what}. Create it or choose another.")
+    taken = os.path.lexists(path)
+    if taken:
+        for source in made_from:
+            if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+                raise ValueError(f"The output is {name}, which the video is made from: it would be lost. Give another name.")
+        if os.path.exists(path) and not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"The output is {name}, which is a pipe or device and no regular file. Give another name.")
+        if not overwrite:
+            raise exists(path)
+    # A file beside it, as it will be in the making; and the name itself, which may be too long, or not allowed here.
+    trial = folder / f".{os.getpid()}.trial.mp4"
+    for attempt in (trial, *(() if taken else (path,))):
+        try:
+            attempt.open("xb").close()
+            attempt.unlink()
+        except FileExistsError:
+            # Somebody else's trial, or a name that came meanwhile: written_whole sees to it.
+            continue
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name.") from error
     return path
 
 
-def check_output(path: Path | str) -> None:
-    """Refuse an output path that could not be written, so that it is known before the run and not after.
+def check_room(path: Path, frames: int, width: int, height: int) -> None:
+    """Refuse a disk that is too full for a video of that size.
 
     Raises:
-        ValueError: for a path that is not an mp4, or in a folder that does not exist.
+        ValueError: with what is free and what it may take.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"The output is {path}, but only mp4 files are written. Give it a name that ends in .mp4.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"The output is {path}, but the folder {path.absolute().parent} does not exist. Create it or choose another.")
+    needed = _BYTES_ASIDE + int(_BYTES_PER_PIXEL * frames * width * height)
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < needed:
+        raise ValueError(
+            f"The output is {short(path, 400)}, but its disk has {free / 1e6:,.0f} MB free, and {frames} frames of {width}x{height} may take "
+            f"{needed / 1e6:,.0f} MB. Make room, or choose another disk."
+        )
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
+    if not os.path.lexists(path):
+        return path
+    return next(new for number in count(2) if not os.path.lexists(new := path.with_stem(f"{path.stem}_{number:05}")))
+
+
+def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unfinished") -> Path:
+    """Write a latent ``[B, 16, T, H/8, W/8]`` so that core's Load Latent reads it, whole or not at all.
+
+    Returns:
+        The new file, numbered so that none is overwritten.
+
+    Raises:
+        OSError: if it cannot be written there.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # The second tensor is what core knows an unscaled latent by.
+    content = save({"latent_tensor": samples.cpu().contiguous(), "latent_format_version_0": torch.tensor([])})
+    while True:
+        path = next(path for number in count(1) if not os.path.lexists(path := folder / f"{name}_{number:05}.latent"))
+        try:
+            with written_whole(path) as partial:
+                partial.write_bytes(content)
+            return path
+        except ValueError:
+            # Another came first: the next number.
+            if not os.path.lexists(path):
+                raise
+
+
+def read_latent(path: Path) -> torch.Tensor:
+    """Read a latent as ``write_latent`` and core's Save Latent write it: float32 ``[B, 16, T, H/8, W/8]``.
+
+    Raises:
+        ValueError: if it is not there, damaged, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    with open_regular(path, " as a latent") as file:
+        try:
+            tensors = load(file.read())
+        except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+            raise ValueError(
+                f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. Choose a file that ends in "
+                ".latent, as this program and Save Latent write them."
+            ) from error
+    samples = tensors.get("latent_tensor")
+    if samples is None or "latent_format_version_0" not in tensors or not samples.is_floating_point():
+        raise ValueError(
+            f"{short(path, 400)} holds no latent of a video ({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in "
+            ".latent, as this program and Save Latent write them."
+        )
+    return samples.float()

@@ -58,3 +58,16 @@ def left_behind(module: torch.nn.Module, run: Callable[[], object], monkeypatch)
     monkeypatch.setattr(ModuleGroup, "onload_", onload)
     run()
     return [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if id(tensor) not in brought]
+
+
+def rise_of_peak(run: Callable[[], object]) -> int:
+    """Bytes by which resident memory rises at most while something runs. Skips the test where the system keeps no peak that can be set back."""
+    import pytest
+
+    if sys.platform != "linux":
+        pytest.skip("only Linux sets the peak of a process's memory back")
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
+        peak.write("5")
+    before = peak_kilobytes()
+    run()
+    return (peak_kilobytes() - before) * 1024

@@ -1,6 +1,10 @@
 """The command line makes a video file, and says in a sentence why it could not."""
 
+import io
 import json
+import os
+import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -11,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import generate
-from cogvideox.video import write_mp4
+from cogvideox.video import read_video, write_mp4
 
 
 def run(capsys, *arguments):
@@ -224,6 +228,37 @@ class TestImagesVideosAndLoras:
         assert i2v.size_for(4000, 100) == (1360, 768)
         assert identify({"in_channels": 32, "use_rotary_positional_embeddings": True}).size_for(500, 500) == (720, 480)
 
+    def test_a_clip_of_another_rate_keeps_its_seconds_and_its_sound(self, tiny, tmp_path, capsys):
+        clip, output = tmp_path / "phone.mp4", tmp_path / "out.mp4"
+        wave = (0.5 * np.sin(np.arange(3 * 48_000) * 2 * np.pi * 440 / 48_000)).astype(np.float32)
+        write_mp4(torch.rand(32, 48, 64, 3, generator=torch.Generator().manual_seed(1)), clip, 30, sound=(np.stack([wave, wave]), 48_000))
+        arguments = ("--prompt", "x", "--model", tiny, "--width", 32, "--height", 32, "--steps", 2, "--video", clip, "--output", output)
+        code, said, error = run(capsys, *arguments, "--keep-audio")
+        assert code == 0, error
+        assert "has 30 frames a second and 16 are made of them" in said
+        with av.open(str(output)) as container:
+            picture, sound = container.streams.video[0], container.streams.audio[0]
+            assert (picture.average_rate, picture.frames) == (16, 17)
+            assert float(sound.duration * sound.time_base) == pytest.approx(17 / 16, abs=0.03)
+        code, said, _ = run(capsys, "--plan", *arguments, "--overwrite", "--fps", "24", "--frames", 17)
+        assert code == 0
+        assert "has 30 frames a second and 24 are made of them" in said
+        assert "Only the first 17 frames (0.7 s) of 1.1 s" in said
+        assert "the model was trained at 16" in said
+
+    def test_of_a_long_clip_the_models_longest_is_used(self, tiny, tmp_path, capsys):
+        clip = tmp_path / "long.mp4"
+        write_mp4(torch.zeros(400, 16, 16, 3), clip, 16)
+        code, said, _ = run(capsys, "--plan", *self.arguments(tiny, tmp_path / "out.mp4", "--video", clip))
+        assert code == 0
+        assert "Only the first 161 frames (10.1 s) of 25.0 s" in said
+        assert "161 frames" in said.splitlines()[-1]
+
+    def test_a_picture_with_transparency_is_said(self, checkpoints, image, tmp_path, capsys):
+        code, said, _ = run(capsys, "--plan", *self.arguments(checkpoints("1.5-i2v"), tmp_path / "out.mp4", "--image", image))
+        assert code == 0
+        assert "joined with a white background" in said
+
     def test_a_video_becomes_another_of_its_length(self, tiny, video, tmp_path, capsys):
         code, said, error = run(capsys, *self.arguments(tiny, tmp_path / "out.mp4", "--video", video, "--strength", 0.5))
         assert code == 0, error
@@ -283,7 +318,282 @@ class TestImagesVideosAndLoras:
             assert code == 1
             assert said in error
 
-    @pytest.mark.parametrize("more", [("--strength", "0.5"), ("--end-image", "x.png"), ("--image", "x.png", "--video", "x.mp4")])
+    @pytest.mark.parametrize(
+        "more",
+        [
+            ("--strength", "0.5"),
+            ("--keep-audio",),
+            ("--end-image", "x.png"),
+            ("--image", "x.png", "--video", "x.mp4"),
+            ("--check", "x", "--decode", "y"),
+            ("--plan", "--check", "x"),
+            ("--prompt", "-", "--negative", "-"),
+        ],
+    )
     def test_options_that_need_or_exclude_each_other(self, tiny, more):
         with pytest.raises(SystemExit):
             generate.main([str(argument) for argument in self.arguments(tiny, "out.mp4", *more)])
+
+
+def short_run(model, output, *more):
+    return ("--prompt", "a panda", "--model", model, "--width", 32, "--height", 32, "--frames", 1, "--steps", 2, "--output", output, *more)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """A run that reads weights fails with an AssertionError."""
+
+    def load(*_, **__):
+        raise AssertionError("weights were read")
+
+    for module in ("cogvideox.weights", "cogvideox.handles", "cogvideox.checkpoint.loading"):
+        if module in sys.modules and hasattr(sys.modules[module], "load_module"):
+            monkeypatch.setattr(f"{module}.load_module", load)
+
+
+class TestTheOutput:
+    def test_one_that_exists_is_refused_before_the_run_and_replaced_on_demand(self, tiny, tmp_path, capsys, no_weights):
+        output = tmp_path / "out.mp4"
+        output.write_text("mine")
+        code, _, error = run(capsys, *short_run(tiny, output))
+        assert code == 1
+        assert "not replaced unasked" in error
+        assert output.read_text() == "mine"
+        assert run(capsys, "--plan", *short_run(tiny, output, "--overwrite"))[0] == 0
+        assert output.read_text() == "mine"
+
+    def test_the_name_that_nobody_gave_counts_up(self, tiny, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        arguments = short_run(tiny, "")[:-2]
+        for name in ("out.mp4", "out_00002.mp4"):
+            code, said, _ = run(capsys, *arguments)
+            assert code == 0
+            assert said.splitlines()[-1].startswith(f"{name}: 1 frames")
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_what_could_not_be_written_is_kept_and_made_of_its_latents(self, tiny, tmp_path, capsys, monkeypatch):
+        import cogvideox.video as module
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        (tmp_path / "a").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_encode", full)
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / "panda.mp4"))
+        assert code == 1
+        assert "No space left on device" in error
+        latent = tmp_path / "a" / "panda_00001.latent"
+        assert f"{latent} has them, and --decode" in error
+        assert list((tmp_path / "a").iterdir()) == [latent]
+        assert run(capsys, "--decode", latent, "--model", tiny, "--output", tmp_path / "decoded.mp4")[0] == 0
+        assert run(capsys, *short_run(tiny, tmp_path / "whole.mp4"))[0] == 0
+        assert torch.equal(*(read_video(tmp_path / f"{name}.mp4") for name in ("decoded", "whole")))
+
+    def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
+        import cogvideox.video as module
+
+        real = module.write_latent
+
+        def write(samples, folder, name):
+            if folder == tmp_path / "a":
+                raise OSError(28, "No space left on device")
+            return real(samples, folder, name)
+
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        monkeypatch.chdir(tmp_path / "b")
+        monkeypatch.setattr(module, "write_latent", write)
+        monkeypatch.setattr(module, "_encode", lambda *_: 1 / 0)
+        code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / "panda.mp4"))
+        assert code == 1
+        assert "ZeroDivisionError" in error
+        assert [path.name for path in (tmp_path / "b").iterdir()] == ["panda_00001.latent"]
+
+    def test_ctrl_c_ends_with_one_line_and_leaves_nothing(self, tiny, tmp_path, capsys, monkeypatch):
+        import cogvideox.sampling as sampling
+        import cogvideox.video as video
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        for module, name in ((sampling, "_step"), (video, "_encode")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, stop)
+                code, _, error = run(capsys, *short_run(tiny, tmp_path / "x.mp4"))
+            assert code == 130
+            assert error.splitlines()[-1] == "stopped."
+            assert "Traceback" not in error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_latents_of_another_model_are_refused(self, tiny, tmp_path, capsys, no_weights):
+        save_file({"latent_tensor": torch.zeros(1, 4, 8, 8), "latent_format_version_0": torch.tensor([])}, tmp_path / "x.latent")
+        code, _, error = run(capsys, "--decode", tmp_path / "x.latent", "--model", tiny, "--output", tmp_path / "x.mp4")
+        assert code == 1
+        assert "4 dimensions" in error
+
+
+class TestPrompts:
+    @pytest.fixture
+    def encoded(self, tiny, tmp_path, capsys, monkeypatch):
+        """``encoded(prompt)``: what of it reached the text encoder, or the sentence that refused it."""
+        import cogvideox.text as module
+
+        class Reached(Exception):
+            pass
+
+        def get(*arguments):
+            got = []
+
+            def encode(encoder, prompt, **_):
+                got.append(prompt)
+                raise Reached
+
+            monkeypatch.setattr(module, "encode_prompt", encode)
+            code, said, error = run(capsys, *short_run(tiny, tmp_path / "x.mp4"), *arguments)
+            assert code == 1
+            return got[0] if got else error, said
+
+        return get
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_a_prompt_comes_from_a_file(self, encoded, tmp_path, encoding):
+        (tmp_path / "my prompt.txt").write_text("A panda – 熊猫 –\nplays.\n", encoding=encoding)
+        assert encoded("--prompt", f"@{tmp_path / 'my prompt.txt'}")[0] == "A panda – 熊猫 –\nplays."
+
+    def test_a_prompt_comes_from_the_standard_input(self, encoded, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ein Bär\n".encode())))
+        assert encoded("--prompt", "-")[0] == "ein Bär"
+
+    def test_one_that_begins_with_an_at_is_written_with_two(self, encoded):
+        assert encoded("--prompt", "@@home, a panda")[0] == "@home, a panda"
+
+    def test_an_empty_one_is_said_and_no_error(self, encoded):
+        prompt, said = encoded("--prompt", "")
+        assert prompt == ""
+        assert "prompt: it is empty" in said
+
+    @pytest.mark.parametrize("name", ["--prompt", "--negative"])
+    @pytest.mark.parametrize(
+        ("given", "content", "said"),
+        [
+            ("@none.txt", None, "begins with @.*No such file.*given with @@"),
+            ("@x.txt", b"\xd0\xdc\xc3\xa8", "is not text in UTF-8"),
+            ("@x.txt", "panda".encode("utf-16-le"), "bytes that are no text in UTF-8"),
+            ("@x.txt", b"x" * (1 << 21), "bytes"),
+            ("@.", None, "folder"),
+            ("@", None, "is no path"),
+            (os.fsdecode(b"\xd0\xdc\xc3\xa8"), None, "no text in UTF-8"),
+        ],
+    )
+    def test_what_is_no_text_is_a_sentence(self, encoded, tmp_path, monkeypatch, name, given, content, said):
+        import re
+
+        monkeypatch.chdir(tmp_path)
+        if content is not None:
+            (tmp_path / "x.txt").write_bytes(content)
+        error, _ = encoded(name, given)
+        assert error.startswith(f"error: The {name[2:]} ")
+        assert re.search(said, error, re.DOTALL)
+        error.encode()
+
+
+class TestTheCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--seed", "-1"), "outside 0 to 2**64-1"),
+            (("--seed", str(2**64)), "outside 0 to 2**64-1"),
+            (("--seed", "1.5"), "'1.5' is not a whole number"),
+            (("--seed", "9" * 9000), "is not a whole number"),
+            (("--width", "wide"), "'wide' is not a whole number"),
+            (("--frames", "1e9"), "is not a whole number"),
+            (("--frames", "99999999"), "more than any machine can make"),
+            (("--fps", "0"), "'0' is no frame rate"),
+            (("--fps", "1/0"), "'1/0' is no frame rate"),
+            (("--fps", "nan"), "'nan' is no frame rate"),
+            (("--lora", "x.safetensors:nan"), "is nan, which is no finite number"),
+            (("--image", ""), "is no path"),
+            (("--image", "https://example.com/panda.png"), "download it first"),
+            (("--memory", "much"), "invalid choice: 'much'"),
+            (("--no-such-option",), "unrecognized arguments"),
+        ],
+    )
+    def test_a_wrong_option_is_told_in_a_line_and_not_with_all_of_them(self, capsys, arguments, said):
+        with pytest.raises(SystemExit) as stopped:
+            run(capsys, "--prompt", "x", "--model", "y", *arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert said in error
+        assert len(error.splitlines()) == 2
+        assert len(error) < 1200
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--device", "xpu:7"), "Here are cpu"),
+            (("--device", "meta"), "Here are cpu"),
+            (("--device", "foo"), "torch does not know"),
+            (("--cfg", "0"), "cfg is 0.0"),
+            (("--cfg", "nan"), "cfg is nan"),
+            (("--steps", "1001"), "steps is 1001"),
+            (("--width", "999984", "--height", "999984"), "as numbers alone"),
+            (("--frames", "18"), "Set it to 17 or 33"),
+            (("--video", "x.mp4", "--strength", "0"), "--strength is 0.0"),
+            (("--video", "x.mp4", "--strength", "nan"), "--strength is nan"),
+            (("--video", "x.mp4", "--frames", "18"), "Set it to 17 or 33"),
+            (("--video", "~no_such_user_here/x.mp4"), "cannot be read as a video"),
+        ],
+    )
+    def test_what_cannot_run_is_told_before_weights_are_read(self, tiny, tmp_path, capsys, no_weights, arguments, said):
+        code, _, error = run(capsys, *short_run(tiny, tmp_path / "x.mp4"), *arguments)
+        assert code == 1
+        assert error.startswith("error: ")
+        assert said in error
+
+    def test_paths_are_taken_as_people_give_them(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(tmp_path))
+        assert generate._path("~/x.mp4") == tmp_path / "x.mp4"
+        assert generate._path("'a b.png'") == Path("a b.png")
+        assert generate._path('"a b.png"') == Path("a b.png")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "'x'").touch()
+        assert generate._path("'x'") == Path("'x'")
+
+    def test_frame_rates_are_exact(self):
+        assert generate._rate("30000/1001") == generate._rate("29.97003") == Fraction(30000, 1001)
+
+    @pytest.mark.parametrize(
+        "error", [KeyError("x"), ZeroDivisionError("by zero"), FileNotFoundError(2, "gone", "/a"), MemoryError(), RuntimeError()]
+    )
+    def test_whatever_happens_ends_in_a_sentence(self, capsys, monkeypatch, error):
+        def fail(options):
+            raise error
+
+        monkeypatch.setitem(generate._WORK, "check", fail)
+        code, _, said = run(capsys, "--check", "x")
+        assert code == 1
+        assert said.startswith("error: ")
+        assert len(said.splitlines()) == 1
+        assert "Traceback" in run(capsys, "--check", "x", "--debug")[2]
+
+    def test_a_pipe_that_nobody_reads_does_not_stop_a_run(self, tiny, tmp_path, capsys, monkeypatch):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", closed)
+            assert generate.main([str(argument) for argument in short_run(tiny, tmp_path / "x.mp4")]) == 0
+        assert len(read_video(tmp_path / "x.mp4")) == 1
+
+    @pytest.mark.parametrize("name", ["nowhere", "folder", "noise", "empty.json", "noise.safetensors", "noise.yaml"])
+    def test_anything_can_be_checked(self, tmp_path, capsys, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        if name == "folder":
+            Path(name).mkdir()
+        elif name != "nowhere":
+            Path(name).write_bytes(b"" if name.startswith("empty") else bytes(range(256)) * 20)
+        code, _, error = run(capsys, "--check", name)
+        assert code == 1
+        assert error.startswith("error: ")
+        assert "does not know (" not in error
+        assert name in error

@@ -264,7 +264,7 @@ class TestHardware:
 
     def test_macos_before_14_has_no_bf16(self, monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
-        assert Hardware.detect("mps").bf16 == ABSENT
+        assert Hardware.detect(torch.device("mps")).bf16 == ABSENT
 
     def test_this_machine_is_told(self):
         assert Hardware.detect("cpu").support(torch.float32) == NATIVE
@@ -276,3 +276,13 @@ class TestHardware:
         if not torch.cuda.is_available():
             with pytest.raises(ValueError, match="sees no GPU"):
                 Hardware.detect("cuda")
+        for name in ("meta", "vulkan", "hpu", "cpu:9", "x" * 5000, ""):
+            with pytest.raises(ValueError, match=r"Here are cpu") as caught:
+                Hardware.detect(name)
+            assert len(str(caught.value)) < 400
+
+    def test_a_card_that_is_not_there_is_told_by_the_cards_that_are(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(ValueError, match="The device is cuda:9, which is not there.* cuda:0, cuda:1"):
+            Hardware.detect("cuda:9")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..words import short
+
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 
 _NAMES = {
@@ -69,12 +71,8 @@ class Hardware:
         if device is None:
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = accelerator or "cpu"
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The device is {device!r}, which torch does not know, so nothing can run there. Give cpu, cuda, cuda:1, mps …"
-            ) from error
+        if isinstance(device, str):
+            device = _chosen(device)
         forced = dict(forced or {})
         if device.type == "cuda":
             if not torch.cuda.is_available():
@@ -95,6 +93,33 @@ class Hardware:
         if device.type == "xpu":
             return cls(device, torch.xpu.get_device_name(device), NATIVE if torch.xpu.is_bf16_supported() else EMULATED, forced=forced)
         return cls(device, device.type.upper(), forced=forced)
+
+
+def _chosen(name: str) -> torch.device:
+    """The device that a person names.
+
+    Raises:
+        ValueError: naming what there is, for one that torch does not know, or that is not there.
+    """
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        there += [other for other in (kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))) if other not in there]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The device is '{short(name)}', which torch does not know, so nothing can run there. Here are {', '.join(there)}."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return device  # Of which more can be said than that it is not there.
+    if device.type not in {other.partition(":")[0] for other in there} or (
+        device.index is not None and device.index > 0 and str(device) not in there
+    ):
+        raise ValueError(f"The device is {device}, which is not there, so nothing can run there. Here are {', '.join(there)}.")
+    return device
 
 
 def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
