@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+import time
 
 import pytest
 import torch
@@ -249,6 +250,83 @@ def test_the_surer_source_wins(write, tmp_path):
     weights(tmp_path / "weights", layers=42)
     assert "CogVideoX-5b, trained in bf16, known by the shapes in" in check_config(write(start)).model
     assert "CogVideoX1.5-5B-I2V, trained in bf16, known by its own model" in check_config(write(start + NETWORKS["CogVideoX1.5-5B-I2V"][0])).model
+
+
+@pytest.mark.parametrize(("frames", "known"), [(22, True), (42, True), (13, False), ("22", False), (True, False), ([22], False)])
+def test_latent_frames_tell_the_newer_model(write, frames, known):
+    report = check_config(write(f"args:\n  fp16: True\n  sampling_num_frames: {frames!r}\n"))
+    assert report.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_num_frames" if known else "an unknown CogVideoX")
+    assert report.verdict == ("mismatch" if known else "warning")
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "trained"),
+    [
+        ("CogVideoX1.5-5B-SAT/transformer_t2v", "CogVideoX1.5", "bf16"),
+        ("/models/CogVideoX-5b-sat/transformer/1", "CogVideoX-5b", "bf16"),
+        ("D:\\models\\CogVideoX-2b-sat\\transformer", "CogVideoX-2b", "fp16"),
+        ("{your_CogVideoX-2b-sat_path}/transformer", None, None),  # as the authors' file has it until somebody fills it in
+        ("CogVideoX-2b-sat/my/own/checkpoints/transformer", None, None),
+        ("transformer", None, None),
+    ],
+)
+def test_the_checkpoints_folder_is_the_last_hint_and_said_to_be_one(write, load, name, trained):
+    report = check_config(write(f"args:\n  fp16: True\n  load: '{load}'\n"))
+    assert report.verdict == {"bf16": "mismatch", "fp16": "ok", None: "warning"}[trained]
+    if name:
+        assert report.model.startswith(f"{name} (by its folder's name), trained in {trained}, going by the name of the checkpoint's folder alone")
+        assert "can be wrong" in report.model
+        # The frames are surer.
+        surer = check_config(write(f"args:\n  fp16: True\n  load: '{load}'\n  sampling_num_frames: 22\n"))
+        assert surer.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_num_frames")
+
+
+def test_a_folders_name_is_enough_for_the_safe_dtype_and_not_for_fp16(write):
+    _, backup = fix_config(write("args:\n  fp16: True\n  load: CogVideoX-5b-sat/transformer\n"))
+    assert backup is not None
+    with pytest.raises(ValueError, match="folder alone.*not known either"):
+        fix_config(write("args:\n  bf16: True\n  load: CogVideoX-2b-sat/transformer\n"))
+
+
+LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+MERGES = "m0: &m0 {a: 1, b: 2}\n" + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 14))
+BOMBS = {
+    "laughs": (f"{LAUGHS}args: {{fp16: True, x: *a11}}\n", "repeats its parts"),
+    "laughs beside args": (f"{LAUGHS}args: {{fp16: True}}\n", "repeats its parts"),
+    "merges": (f"{MERGES}args:\n  <<: *m13\n  fp16: True\n", "repeats its parts"),
+    "itself": ("args:\n  fp16: True\n  x: &x [*x]\n", "repeats its parts.*in themselves"),
+    "depth": ("args:\n  fp16: True\nx: " + "[" * 5000, "not YAML|nested deeper"),
+    "depth of many lines": ("args:\n  fp16: True\nx:\n" + "".join("  " * i + "k:\n" for i in range(1, 450)), "not YAML|nested deeper"),
+    "length": ("args:\n  fp16: True\n" + "# a\n" * 100_000, "has .* bytes, and a file of its kind has at most"),
+    "a tag of a boolean": ("args:\n  fp16: !!bool x\n", "x is no bool"),
+    "a tag of a number": ("args:\n  a: !!int ''\n", "cannot read"),
+    "a tag that runs code": ("args:\n  fp16: True\n  a: !!python/object/apply:os.getcwd []\n", "has the tag"),
+    "a date of February": ("args:\n  fp16: True\n  a: 2001-02-30\n", None),
+    "a list as a key": ("args:\n  fp16: True\n  ? [a]\n  : 1\n", "cannot be the name of a setting"),
+    "5000 keys": ("args:\n  fp16: True\n" + "".join(f"  k{i}: {i}\n" for i in range(5000)), None),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_would_burst_is_read_or_refused_in_time(write, bomb):
+    text, said = BOMBS[bomb]
+    file = write(text)
+    write(text, "beside.yaml")
+    for call in (check_config, fix_config):
+        begin = time.process_time()
+        if said is None and call is check_config:
+            assert call(file).verdict == "warning"
+        else:
+            with pytest.raises(ValueError, match=f"(?s){said or 'not known either'}"):
+                call(file)
+        assert time.process_time() - begin < 3
+    assert file.read_text() == text
+
+
+def test_an_anchor_that_is_used_as_it_is_meant_is_read(write):
+    report = check_config(write("common: &common {fp16: True, sampling_fps: 16}\nargs:\n  <<: *common\n  a: &b [1]\n  c: *b\n"))
+    assert report.verdict == "mismatch"
+    assert report.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_fps")
 
 
 def test_a_model_section_that_does_not_say_is_no_evidence(write):
@@ -507,6 +585,25 @@ LOADERS = [
     (VAE, ["cogvideox_vae.safetensors", "fp16"], "warning"),
     (VAE, ["cogvideox_vae.safetensors"], "ok"),
     (LOADER, ["CogVideoX_1_5_5b.safetensors", "fp8_e4m3fn"], "warning"),
+    # Other public packs', and ComfyUI's own where the name is a CogVideoX's.
+    ("MZ_CogVideoXLoader", ["CogVideoX_5b.safetensors", "vae.safetensors", "fp16", False, False, False], "mismatch"),
+    ("MZ_CogVideoXLoader", ["CogVideoX_5b.safetensors", "vae.safetensors", "fp8_e4m3fn", True], "mismatch"),
+    ("MZ_CogVideoXLoader", ["CogVideoX_5b.safetensors", "vae.safetensors", "fp8_e5m2", False], "ok"),
+    ("MZ_CogVideoXLoader", ["CogVideoX_5b.safetensors", "vae.safetensors", "bf16"], "ok"),
+    ("MZ_CogVideoXLoader", ["CogVideoX_5b_GGUF_Q4_0.safetensors", "vae.safetensors", "GGUF"], "ok"),
+    ("MZ_CogVideoXLoader", ["CogVideoX_2b.safetensors", "vae.safetensors", "fp16"], "ok"),
+    ("LoadCogVideoXFunModel", ["CogVideoX-Fun-V1.5-5b-InP", "Inpaint", "model_cpu_offload", "fp16"], "mismatch"),
+    ("LoadCogVideoXFunModel", ["CogVideoX-Fun-V1.5-5b-InP", "Inpaint", "model_cpu_offload", "bf16"], "ok"),
+    ("LoadCogVideoXFunModel", ["CogVideoX-Fun-V1.1-2b-InP", "Inpaint", "model_cpu_offload", "fp16"], "ok"),
+    # fp16 is that node's default.
+    ("LoadCogVideoXFunModel", ["CogVideoX-Fun-V1.1-5b-InP"], "mismatch"),
+    ("LoadCogVideoX_Fun_Model", ["CogVideoX-Fun-5b-InP", "Inpaint", False, "fp16"], "mismatch"),
+    ("UNETLoader", ["CogVideoX_5b.safetensors", "default"], "ok"),
+    ("UNETLoader", ["cogvideox-5b.safetensors", "fp8_e4m3fn"], "ok"),
+    ("UnetLoaderGGUF", ["cogvideox1.5-5b-Q4_K_M.gguf"], "ok"),
+    ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp8_e4m3fn", "fp16"], "mismatch"),
+    ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "default"], "mismatch"),
+    ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "bf16"], "ok"),
 ]
 WIDGETS = {
     OURS: ["model", "dtype", "on_mismatch"],
@@ -514,6 +611,14 @@ WIDGETS = {
     LOADER: ["model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"],
     GGUF: ["model", "vae_precision", "fp8_fastmode"],
     VAE: ["model_name", "precision"],
+    "MZ_CogVideoXLoader": [
+        *("unet_name", "vae_name", "weight_dtype", "fp8_fast_mode", "enable_sequential_cpu_offload", "enable_vae_encode_tiling"),
+    ],
+    "LoadCogVideoXFunModel": ["model", "model_type", "GPU_memory_mode", "precision"],
+    "LoadCogVideoX_Fun_Model": ["model", "model_type", "low_gpu_memory_mode", "precision"],
+    "UNETLoader": ["unet_name", "weight_dtype"],
+    "UnetLoaderGGUF": ["unet_name"],
+    "DiffusionModelLoaderKJ": ["model_name", "weight_dtype", "compute_dtype"],
 }
 
 
@@ -536,6 +641,29 @@ def test_every_loader_is_judged_alike_in_every_format(judged, kind, values, verd
     assert [report.verdict for report in reports] == [verdict] * len(workflows)
     assert {report.findings[0].reason for report in reports} == {reports[0].findings[0].reason}
     assert bool(only(reports[0]).remedy) == (verdict != "ok")
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        (["fp16"], "ok"),  # of 2b, the only model of the first version
+        (["THUDM/CogVideoX-5b", "fp16", "disabled", "disabled", False], "mismatch"),
+        (["THUDM/CogVideoX-5b", "bf16", "fastmode", "torch", False, "sdpa", "main_device"], "ok"),
+        (["THUDM/CogVideoX-5b", "fp16", True, False], "mismatch"),
+    ],
+)
+def test_the_wrappers_loader_is_judged_as_it_was_in_every_age(judged, values, verdict):
+    assert judged(ui(node(DOWNLOAD, *values))).verdict == verdict
+
+
+def test_loaders_of_all_models_count_where_the_name_is_a_cogvideox(judged):
+    for kind in ("UNETLoader", "DiffusionModelLoaderKJ", "UnetLoaderGGUF", "CheckpointLoaderSimple"):
+        assert judged(ui(node(kind, "wan2.1_t2v_14B_fp16.safetensors", "fp16", "fp16"))).model == "none"
+        assert "CogVideoX" in judged(ui(node(kind, "video/CogVideoX_5b.safetensors", "default", "default"))).model
+
+
+def test_a_loader_without_a_dtype_says_what_decides(judged):
+    assert "ComfyUI computes in bf16 where the card has it" in only(judged(ui(node("UnetLoaderGGUF", "cogvideox.gguf")))).reason
 
 
 def test_a_mismatch_says_what_will_happen(judged):

@@ -4,6 +4,9 @@ import copy
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from cogvideox.configs.check import check_config
 from cogvideox.configs.kinds import KINDS
 from cogvideox.configs.migrate import migrate_workflow
 from cogvideox.configs.workflow import WIDGETS
+from cogvideox.speed.combine import check_choices
 from cogvideox.variants import identify
 from generate import main
 from tests import workflows
-from tests.wrapper_workflows import NODES, image_to_video, text_to_video, video_to_video
+from tests.conftest import ROOT
+from tests.wrapper_workflows import NODES, PIPED, image_to_video, piped, text_to_video, video_to_video
 
 USES = {"text to video": text_to_video, "image to video": image_to_video, "video to video": video_to_video}
 AGES = ("old", "new", "named")
@@ -501,6 +506,305 @@ def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_
     assert check_config(tmp_path / "new.json").verdict == "ok"
 
 
+# Faster ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def chain_of(page, sampler=None):
+    """What a sampler's model has come through, the loader first: ``[(type, widgets)]``."""
+    node, found = sampler or node_of(page, "CogVideoX15Sampler"), []
+    while node["type"] != "CogVideoX15ModelLoader":
+        number = next(socket["link"] for socket in node["inputs"] if socket["name"] == "model")
+        origin = next(link[1] for link in workflows.links_of(page) if link[0] == number)
+        node = next(other for other in page["nodes"] if other["id"] == origin)
+        found.append((node["type"].removeprefix("CogVideoX15"), list(node["widgets_values"])))
+    return found[::-1][1:]
+
+
+def fast(*settings, **loader):
+    """Text to video with nodes for speed: ``(type, widgets)`` each."""
+    w = text_to_video()
+    w.change("loader", **loader)
+    for kind, values in settings:
+        name, to = {
+            "CogVideoXTeaCache": ("teacache_args", "sampler"),
+            "CogVideoXFasterCache": ("fastercache", "sampler"),
+            "CogVideoXTorchCompileSettings": ("compile_args", "loader"),
+        }[kind]
+        w.add(kind, kind)
+        # Not through change, where mode is the node's.
+        w.nodes[w.names[kind]]["values"].update(values)
+        w.change(to, **{name: (kind, 0)})
+    return w
+
+
+def test_what_makes_it_faster_stands_behind_the_loader_in_its_order(migrate, pack):
+    w = fast(
+        *(("CogVideoXTeaCache", {}), ("CogVideoXTorchCompileSettings", {"mode": "max-autotune-no-cudagraphs", "dynamic": True})),
+        **{"quantization": "torchao_int8dq", "attention_mode": "fused_sageattn_qk_int8_pv_fp8_cuda"},
+    )
+    w.add("CogVideoLoraSelect", "lora")
+    w.change("loader", lora=("lora", 0))
+    for age in AGES:
+        page, report = migrate(w.page(age))
+        workflows.check(page, pack, FILES)
+        assert chain_of(page) == [
+            ("LoraLoader", ["style.safetensors", 1.0]),
+            ("Quantize", ["int8_dynamic"]),
+            ("Attention", ["sage"]),
+            ("Cache", ["first_block", 0.6, 0.1, 0.95]),
+            ("Compile", ["max-autotune-no-cudagraphs", True]),
+        ]
+        assert not said(report, "is not here")
+        assert said(report, "TeaCache", "first_block", "nearest")
+    # Those that were nodes there are in their places.
+    assert node_of(page, "CogVideoX15Cache")["id"] == w.names["CogVideoXTeaCache"]
+    assert node_of(page, "CogVideoX15Compile")["id"] == w.names["CogVideoXTorchCompileSettings"]
+    prompt, _ = migrate(w.api())
+    assert {"CogVideoX15Quantize", "CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"} <= {n["class_type"] for n in prompt.values()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "method"),
+    [
+        ("fp8_e4m3fn", "fp8_weight_only"),
+        ("fp8_e4m3fn_fastmode", "fp8_dynamic"),
+        ("fp8_e4m3fn_fast", "fp8_dynamic"),
+        ("torchao_fp8dq", "fp8_dynamic"),
+        ("torchao_fp8dqrow", "fp8_dynamic"),
+        ("torchao_int8dq", "int8_dynamic"),
+        ("torchao_int8wo", "int8_weight_only"),
+        ("torchao_fp6", "int8_weight_only"),
+        ("disabled", None),
+        ("of tomorrow", None),
+    ],
+)
+def test_each_way_to_quantize_is_one_of_ours(migrate, pack, asked, method):
+    page, report = migrate(fast(quantization=asked))
+    workflows.check(page, pack, FILES)
+    assert [node["widgets_values"] for node in nodes_of(page, "CogVideoX15Quantize")] == ([[method]] if method else [])
+    assert bool(said(report, asked)) == (asked != "disabled")
+
+
+def test_a_file_that_is_packed_already_stays_so(migrate):
+    for kind, values in (
+        ("CogVideoXModelLoader", {"model": "CogVideoX_1_5_5b_T2V_fp8.safetensors", "quantization": "fp8_e4m3fn"}),
+        ("DownloadAndLoadCogVideoGGUFModel", {"fp8_fastmode": True}),
+    ):
+        page, report = migrate(with_loader(kind, **values))
+        assert not nodes_of(page, "CogVideoX15Quantize")
+        assert said(report, "packed already")
+
+
+@pytest.mark.parametrize(("mode", "sage"), [("sdpa", False), ("fused_sdpa", False), ("comfy", False), ("sageattn", True), ("fused_sageattn", True)])
+def test_only_the_attention_in_8_bits_is_another(migrate, mode, sage):
+    page, report = migrate(fast(attention_mode=mode))
+    assert [node["widgets_values"] for node in nodes_of(page, "CogVideoX15Attention")] == ([["sage"]] if sage else [])
+    assert bool(said(report, mode)) == sage
+    assert any(mode in line for line in report.not_needed) == (mode not in ("sdpa", "sageattn", "fused_sageattn"))
+
+
+def test_fastercache_begins_where_it_began(migrate, pack):
+    w = fast(("CogVideoXFasterCache", {"start_step": 7}))
+    w.change("sampler", steps=40)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert chain_of(page) == [("Cache", ["faster_cache", 0.6, 0.25, 1.0])]
+    w.change("sampler", steps=10)
+    page, report = migrate(w)
+    assert chain_of(page) == []
+    assert said(report, "CogVideoXFasterCache", "nothing that is switched on ran with it")
+
+
+@pytest.mark.parametrize(("threshold", "strength"), [(0.1, 0.2), (0.3, 0.6), (5, 0.8), (0.0, None)])
+def test_a_higher_threshold_of_teacache_skips_more(migrate, threshold, strength):
+    page, _ = migrate(fast(("CogVideoXTeaCache", {"rel_l1_thresh": threshold})))
+    assert [values[1] for _, values in chain_of(page)] == ([strength] if strength else [])
+
+
+def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
+    everything = ("CogVideoXFasterCache", {}), ("CogVideoXTeaCache", {}), ("CogVideoXTorchCompileSettings", {"mode": "reduce-overhead"})
+    w = fast(*everything, enable_sequential_cpu_offload=True)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    chain = chain_of(page)
+    assert chain == [("Cache", ["first_block", 0.6, 0.1, 0.95]), ("Compile", ["default", False])]
+    memory = values_of(page, "CogVideoX15ModelLoader")["memory"]
+    assert memory == "offload_blocks"
+    check_choices([chain[0][1][0]], [], True, memory == "offload_layers")
+    assert said(report, "FasterCache is left out", "one cache")
+    assert said(report, "offload_blocks", "not offload_layers")
+    assert said(report, "reduce-overhead uses CUDA graphs")
+    page, _ = migrate(fast(everything[0], everything[2]))
+    assert [values[0] for _, values in chain_of(page)] == ["first_block", "default"]
+
+
+def test_each_sampler_has_its_own_cache_and_those_that_ask_the_same_share_one(migrate, pack):
+    w = fast(("CogVideoXTeaCache", {}))
+    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), samples=("size", 0))
+    w.add("CogVideoSampler", "same", **again, teacache_args=("CogVideoXTeaCache", 0))
+    w.add("CogVideoSampler", "without", **again)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    chains = [len(chain_of(page, sampler)) for sampler in nodes_of(page, "CogVideoX15Sampler")]
+    assert sorted(chains) == [0, 1, 1]
+    assert len(nodes_of(page, "CogVideoX15Cache")) == 1
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_was_switched_off_makes_nothing_faster(migrate, mode):
+    w = fast(("CogVideoXTeaCache", {}), ("CogVideoXTorchCompileSettings", {}))
+    w.change("CogVideoXTeaCache", mode=mode)
+    page, report = migrate(w)
+    assert [kind for kind, _ in chain_of(page)] == ["Compile"]
+    assert said(report, "CogVideoXTeaCache", "nothing that is switched on ran with it")
+
+
+def test_nodes_of_our_own_lie_over_no_other(migrate):
+    w = fast(("CogVideoXTeaCache", {}), quantization="torchao_int8dq", attention_mode="sageattn")
+    page, _ = migrate(w.page("new", lambda index: (500 * (index % 4), 400 * (index // 4))))
+    boxes = [(*node["pos"], *node["size"]) for node in page["nodes"]]
+    for index, (x, y, wide, high) in enumerate(boxes):
+        for left, top, width, height in boxes[:index]:
+            assert x >= left + width or left >= x + wide or y >= top + height or top >= y + high
+
+
+# Before 19 November 2024 ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("day", PIPED)
+@pytest.mark.parametrize("use", ["text", "image", "video"])
+def test_workflows_of_the_pack_as_it_was_migrate_in_every_form(migrate, pack, use, day):
+    w = piped(use, day)
+    w.change("sampler", steps=31, cfg=4.5, seed=987654321987654321, num_frames=41, width=1024, height=576)
+    pages = [migrate(w.page(age)) for age in AGES]
+    for page, report in pages:
+        workflows.check(page, pack, FILES)
+        assert values_of(page, "CogVideoX15Sampler") == {
+            **{"seed": 987654321987654321, "control_after_generate": "increment", "steps": 31, "cfg": 4.5, "scheduler": "dpm"},
+            **{"denoise": 0.8 if use == "video" else 1.0, "dynamic_cfg": False, "on_nan": "heal"},
+        }
+        if use != "video":
+            node = node_of(page, "CogVideoX15EmptyLatent" if use == "text" else "CogVideoX15ImageToVideo")
+            # 1.0's own rule: the model is CogVideoX-5b or 2b.
+            assert node["widgets_values_named"] == {"width": 1024, "height": 576, "length": 41, "batch_size": 1}
+        for name in ("CogVideoX15VAEDecode", {"text": None, "image": "CogVideoX15ImageToVideo", "video": "CogVideoX15VAEEncode"}[use]):
+            assert name is None or source_of(page, node_of(page, name), "vae") == ("CogVideoX15ModelLoader", "vae")
+        assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "samples") == ("CogVideoX15Sampler", "latent")
+        # The first version loaded one model and had no widget for it.
+        model = "CogVideo2B" if "08-0" in day else "CogVideoX-5b-I2V" if use == "image" else "CogVideoX-5b"
+        assert values_of(page, "CogVideoX15ModelLoader")["model"] == model
+        assert not said(report, "not known here")
+    prompt, _ = migrate(w.api())
+    on_page = workflows.to_api({"nodes": [node for node in page["nodes"] if node["type"] != "Note"], "links": workflows.links_of(page)})
+
+    def essence(prompt):
+        """Without the numbers, which new nodes have others of."""
+        ours = [node for node in prompt.values() if node["class_type"] in KINDS]
+        said = [
+            {name: (prompt[value[0]]["class_type"], value[1]) if isinstance(value, list) else value for name, value in node["inputs"].items()}
+            for node in ours
+        ]
+        return sorted(zip((node["class_type"] for node in ours), map(str, map(sorted, map(dict.items, said))), strict=True))
+
+    assert essence(prompt) == essence(on_page)
+
+
+def test_width_and_height_of_the_five_days_when_they_were_the_other_way_round(migrate):
+    for day in PIPED:
+        w = piped("text", day)
+        w.change("sampler", width=768, height=432)
+        latent = values_of(migrate(w)[0], "CogVideoX15EmptyLatent")
+        assert (latent["width"], latent["height"]) == (768, 432), day
+
+
+def test_the_first_versions_one_node_for_both_prompts_becomes_two(migrate, pack):
+    w = piped("text", "2024-08-06")
+    w.add("CogVideoEncodePrompt", "both", pipeline=("loader", 0), prompt="a panda", negative_prompt="blurry")
+    w.change("sampler", positive=("both", 0), negative=("both", 1))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    sampler = node_of(page, "CogVideoX15Sampler")
+    prompts = {}
+    for name in ("positive", "negative"):
+        number = next(socket["link"] for socket in sampler["inputs"] if socket["name"] == name)
+        origin = next(link[1] for link in workflows.links_of(page) if link[0] == number)
+        node = next(node for node in page["nodes"] if node["id"] == origin)
+        prompts[name] = node["widgets_values_named"]["prompt"]
+        assert source_of(page, node, "text_encoder") == ("CogVideoX15ModelLoader", "text_encoder")
+    assert prompts == {"positive": "a panda", "negative": "blurry"}
+
+
+def test_the_two_images_of_the_old_interpolation_are_start_and_end(migrate, pack):
+    w = piped("image", "2024-10-30")
+    w.add("LoadImage", "last")
+    w.add("CogVideoImageInterpolationEncode", "both", pipeline=("loader", 0), start_image=("resize", 0), end_image=("last", 0))
+    w.change("sampler", image_cond_latents=("both", 0))
+    w.change("loader", model="feizhengcong/CogvideoX-Interpolation")
+    w.nodes.pop(w.names["encode"])
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    node = node_of(page, "CogVideoX15ImageToVideo")
+    assert source_of(page, node, "start_image") == ("ImageResizeKJ", "IMAGE")
+    assert source_of(page, node, "end_image") == ("LoadImage", "IMAGE")
+
+
+def test_pab_and_compiling_were_the_old_loaders(migrate, pack):
+    w = piped("text", "2024-10-30")
+    w.add("CogVideoPABConfig", "pab", spatial_range=4, spatial_threshold_start=900, spatial_threshold_end=200)
+    w.change("loader", pab_config=("pab", 0), fp8_transformer="fastmode")
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert chain_of(page) == [("Quantize", ["fp8_dynamic"]), ("Cache", ["pab", 0.75, 0.1, 0.8])]
+    w.change("loader", compile="torch", fp8_transformer="enabled")
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert chain_of(page) == [("Quantize", ["fp8_weight_only"]), ("Cache", ["first_block", 0.75, 0.1, 0.8]), ("Compile", ["default", False])]
+    assert said(report, "PAB", "does not go with compiling")
+
+
+def test_settings_for_compiling_counted_only_where_the_old_loader_compiled(migrate):
+    w = piped("text", "2024-11-16")
+    w.add("CogVideoXTorchCompileSettings", "settings", dynamic=True)
+    w.change("loader", compile_args=("settings", 0))
+    assert chain_of(migrate(w)[0]) == []
+    w.change("loader", compile="torch")
+    assert chain_of(migrate(w)[0]) == [("Compile", ["default", True])]
+
+
+def test_the_pack_of_minuszone_gave_its_models_to_the_same_samplers(migrate, pack):
+    w = piped("text", "2024-10-30")
+    w.add("MZ_CogVideoXLoader", "mz", unet_name="cog\\CogVideoX_5b.safetensors", weight_dtype="fp8_e5m2")
+    w.change("sampler", pipeline=("mz", 0))
+    w.nodes.pop(w.names["loader"])
+    for old in (w.page(), w.page("named"), w.api()):
+        new, _ = migrate(old)
+        values = (
+            new
+            if "nodes" not in new
+            else {node["id"]: {"class_type": node["type"], "inputs": node["widgets_values_named"]} for node in new["nodes"] if node["type"] in KINDS}
+        )
+        loader = next(node["inputs"] for node in values.values() if node["class_type"] == "CogVideoX15ModelLoader")
+        assert (loader["model"], loader["vae_name"], loader["dtype"]) == ("cog/CogVideoX_5b.safetensors", "cogvideox_vae.safetensors", "auto")
+        assert [n["inputs"]["method"] for n in values.values() if n["class_type"] == "CogVideoX15Quantize"] == ["fp8_weight_only"]
+
+
+def test_temporal_tiles_are_said_where_the_clip_was_longer_than_they(migrate):
+    w = piped("text", "2024-09-03")
+    w.change("sampler", num_frames=97, scheduler="DDIM", t_tile_length=48)
+    page, report = migrate(w)
+    assert said(report, "t_tile_length 48")
+    assert values_of(page, "CogVideoX15Sampler")["scheduler"] == "ddim"
+    w.change("sampler", t_tile_length=97)
+    assert not said(migrate(w)[1], "t_tile_length")
+
+
+def test_a_mask_for_inpainting_is_refused(migrate):
+    w = piped("image", "2024-10-30")
+    w.change("encode", mask=("picture", 1))
+    with pytest.raises(ValueError, match="an inpainting mask.*LoadImage.*nothing was written"):
+        migrate(w)
+
+
 # What is said ---------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -657,6 +961,28 @@ def test_a_link_that_nothing_here_takes_is_said(migrate, pack):
     assert source_of(page, node_of(page, "CogVideoX15Sampler"), "steps") == ("INTConstant", "value")
 
 
+def test_text_is_read_where_prompt_is_missing(migrate):
+    prompt = text_to_video().api()
+    encode = [node for node in prompt.values() if node["class_type"] == "CogVideoTextEncode"]
+    prompt["900"] = {"class_type": "StringConstant", "inputs": {"string": "a city"}}
+    encode[0]["inputs"]["text"] = encode[0]["inputs"].pop("prompt")
+    encode[1]["inputs"].pop("prompt")
+    encode[1]["inputs"]["text"] = ["900", 0]
+    new, report = migrate(prompt)
+    prompts = [node["inputs"]["prompt"] for node in new.values() if node["class_type"] == "CogVideoX15TextEncode"]
+    assert prompts == ["A panda plays the guitar.", ["900", 0]]
+    assert not said(report, "text")
+
+
+def test_denoise_without_a_clip_did_nothing_and_does_nothing(migrate):
+    for use in (text_to_video, image_to_video):
+        w = use()
+        w.change("sampler", denoise_strength=0.6)
+        page, report = migrate(w)
+        assert values_of(page, "CogVideoX15Sampler")["denoise"] == 1.0
+        assert said(report, "denoise_strength became 1")
+
+
 def test_weighted_words_of_a_prompt_are_said(migrate):
     w = text_to_video()
     w.change("negative", prompt="(blurry:1.3), low quality")
@@ -781,6 +1107,69 @@ def test_a_sampler_that_is_switched_off_is_migrated_and_said(migrate):
     assert said(report, "Tora", "switched off")
 
 
+def test_an_input_that_is_not_known_is_refused_and_named(migrate):
+    w = text_to_video()
+    w.add("ConsisIDFaceEncode", "face")
+    unknown = {
+        "consis_id_cond": ("sampler", "CogVideoSampler"),
+        "my_lora": ("loader", "DownloadAndLoadCogVideoModel"),
+        "style": ("positive", "CogVideoTextEncode"),
+    }
+    for name, (place, kind) in unknown.items():
+        prompt = w.api()
+        prompt[str(w.names[place])]["inputs"][name] = [str(w.names["face"]), 0]
+        page = w.page()
+        node = next(node for node in page["nodes"] if node["id"] == w.names[place])
+        node["inputs"].append({"name": name, "type": "*", "link": 700})
+        next(node for node in page["nodes"] if node["id"] == w.names["face"])["outputs"][0]["links"] = [700]
+        page["links"].append([700, w.names["face"], 0, node["id"], len(node["inputs"]) - 1, "*"])
+        for old in (prompt, page):
+            with pytest.raises(ValueError, match=f"{kind}.*is given {name} by node .*ConsisIDFaceEncode.*nothing was written"):
+                migrate(old)
+    # What does not make the picture is named, and the rest migrates.
+    prompt = w.api()
+    prompt[str(w.names["decode"])]["inputs"]["watermark"] = [str(w.names["face"]), 0]
+    assert said(migrate(prompt)[1], "CogVideoDecode", "watermark is connected to", "ConsisIDFaceEncode")
+
+
+def test_another_node_where_one_kind_is_expected_is_refused_too(migrate):
+    w = text_to_video()
+    w.add("ConsisIDFaceEncode", "face")
+    for name in ("context_options", "feta_args", "fastercache", "teacache_args"):
+        w.change("sampler", **{name: ("face", 0)})
+        with pytest.raises(ValueError, match=f"given {name} by node .*ConsisIDFaceEncode"):
+            migrate(w)
+        w.change("sampler", **{name: None})
+
+
+def test_a_model_from_a_loader_that_is_not_known_is_refused(migrate):
+    w = text_to_video()
+    w.add("ConsisIDFaceEncode", "other")
+    w.change("sampler", model=("other", 0))
+    with pytest.raises(ValueError, match="loader that is not known here, ConsisIDFaceEncode"):
+        migrate(w)
+
+
+def test_a_widget_that_is_not_known_is_named(migrate):
+    prompt = text_to_video().api()
+    sampler = next(node for node in prompt.values() if node["class_type"] == "CogVideoSampler")
+    sampler["inputs"]["eta"] = 0.7
+    assert said(migrate(prompt)[1], "CogVideoSampler", "eta 0.7 is not known here")
+
+
+@pytest.mark.parametrize("kind", ["CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXFunControlSampler"])
+def test_the_samplers_of_fun_are_named_as_what_they_are(migrate, kind):
+    prompt = {"1": {"class_type": "DownloadAndLoadCogVideoModel", "inputs": {}}, "2": {"class_type": kind, "inputs": {"pipeline": ["1", 0]}}}
+    with pytest.raises(ValueError, match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun.*does not run CogVideoX-Fun yet.*nothing was written'):
+        migrate(prompt)
+
+
+def test_a_model_of_another_kind_is_told_by_a_word_and_not_by_letters(migrate):
+    w = text_to_video()
+    w.change("loader", model="me/CogVideoX-5b-restoration-funny")
+    assert values_of(migrate(w)[0], "CogVideoX15ModelLoader")["model"] == "CogVideoX-5b-restoration-funny"
+
+
 def test_subgraphs_with_the_old_nodes_are_refused_and_others_kept(migrate):
     page = text_to_video().page("new")
     inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoDecode"}], "links": []}
@@ -811,6 +1200,87 @@ def test_odd_files_are_migrated_or_refused_in_a_sentence(migrate):
     new, _ = migrate(page)
     assert "CogVideoX15Sampler" in [node["type"] for node in new["nodes"] if isinstance(node, dict) and "type" in node]
     assert {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"} in new["nodes"]
+
+
+ODD = {
+    "a place nobody sees": lambda page: page["nodes"][0].update(pos=[1e18, -1e18]),
+    "a place of no number": lambda page: page["nodes"][0].update(pos=[float("nan"), float("inf")]),
+    "a number of 400 digits": lambda page: page["nodes"][0].update(pos=[10**400, 0], size=[10**400, 3]),
+    "a node of 1e18 pixels": lambda page: page["nodes"][1].update(size=[1e18, 1e18]),
+    "a name that is a list": lambda page: page["nodes"][0].update(inputs=[{"name": ["x"], "type": [], "link": None, "widget": {"name": []}}]),
+    "no inputs": lambda page: page["nodes"][0].pop("inputs"),
+    "links as an object": lambda page: page.update(links={str(link[0]): link for link in page["links"]}),
+    "links in both forms": lambda page: page["links"].append(
+        dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), page["links"].pop(), strict=True))
+    ),
+    "links of an output as a number": lambda page: page["nodes"][0]["outputs"][0].update(links=7),
+    "extra as a list": lambda page: page.update(extra=[]),
+    "bends of links as numbers": lambda page: page["extra"].update(linkExtensions=[1, {"id": []}], reroutes=[{"linkIds": [[], {}]}]),
+    "groups of no bounds": lambda page: page.update(groups=[None, {"bounding": "x"}, {"bounding": [float("nan")] * 4}]),
+    "a list for a name to set": lambda page: page["nodes"].append(
+        {"id": 950, "type": "SetNode", "widgets_values": [["x"]], "inputs": [], "outputs": []}
+    ),
+    "a mode of none": lambda page: page["nodes"][0].update(mode=[]),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_values_in_a_page_are_carried_along(migrate, pack, what):
+    page = text_to_video().page("new")
+    ODD[what](page)
+    new, _ = migrate(page)
+    ours = [node for node in new["nodes"] if node["type"] in KINDS]
+    assert len(ours) == 6
+    values = values_of(new, "CogVideoX15Sampler")
+    assert (values["steps"], values["seed"]) == (25, 123456789)
+    note = nodes_of(new, "Note")[-1]
+    assert all(abs(number) < 1e7 for number in note["pos"])
+    for node in ours:
+        for socket in node["inputs"]:
+            if socket["link"] is not None:
+                assert sum(link[0] == socket["link"] for link in workflows.links_of(new)) == 1
+
+
+def test_numbers_of_nodes_may_be_texts(migrate, pack):
+    page = text_to_video().page()
+    for node in page["nodes"]:
+        node["id"] = str(node["id"])
+    new, _ = migrate(page)
+    assert values_of(new, "CogVideoX15EmptyLatent")["width"] == 1360
+    by_id = {node["id"]: node for node in new["nodes"]}
+    assert all(link[1] in by_id and link[3] in by_id for link in new["links"])
+
+
+def test_two_nodes_of_one_number_are_refused(migrate):
+    page = text_to_video().page()
+    page["nodes"][1]["id"] = page["nodes"][0]["id"]
+    with pytest.raises(ValueError, match="two nodes with the number 10.*Open it in ComfyUI"):
+        migrate(page)
+
+
+def test_large_pages_are_migrated_or_refused_in_time(migrate):
+    """Nodes stacked in one place, bends in a row and samplers without number: none takes longer than its size."""
+    w = text_to_video()
+    page = w.page()
+    sampler = next(node for node in page["nodes"] if node["type"] == "CogVideoSampler")
+    pipe = [{"name": "", "type": "*", "link": None}]
+    for index in range(1000):
+        turn = {
+            "id": 10_000 + index,
+            "type": "Reroute",
+            "pos": [0, 0],
+            "inputs": copy.deepcopy(pipe),
+            "outputs": [{"name": "", "type": "*", "links": []}],
+        }
+        turn["inputs"][0]["link"] = 10_000 + index
+        page["nodes"] += [turn, copy.deepcopy(sampler) | {"id": 20_000 + index, "pos": [0, 0]}]
+        page["links"].append([10_000 + index, 9_999 + index, 0, 10_000 + index, 0, "*"])
+    begin = time.process_time()
+    new, _ = migrate(page)
+    assert time.process_time() - begin < 6
+    assert len(nodes_of(new, "CogVideoX15Sampler")) == 1001
+    with pytest.raises(ValueError, match="20,001 nodes, and a workflow that a person laid out"):
+        migrate({"nodes": [{"id": index} for index in range(20_001)], "links": []})
 
 
 def test_a_text_that_was_cut_inside_a_character_is_written_as_it_came(migrate):
@@ -878,6 +1348,16 @@ def test_a_write_that_fails_leaves_nothing(old, tmp_path, monkeypatch):
                 migrate_workflow(old, tmp_path / "new.json")
         assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
     assert old.read_bytes() == content
+
+
+@pytest.mark.parametrize("arguments", [["--migrate", "old.json", "new.json"], ["--check", "old.json"], ["--check", "inference.yaml"]])
+def test_neither_migrating_nor_checking_a_config_imports_torch(old, tmp_path, arguments):
+    (tmp_path / "inference.yaml").write_text("args:\n  bf16: True\n  sampling_num_frames: 22\n")
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import generate; status = generate.main({arguments}); "
+    program += "print(sorted({'torch', 'numpy', 'diffusers', 'transformers'} & sys.modules.keys())); sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_command_line_migrates_and_reports(old, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..words import short
 from . import tables
-from .graph import Graph, Node, Wire
+from .graph import PASSING, Graph, Node, Wire
 from .kinds import KINDS
 
 #: Larger numbers than that are of no widget, and cannot be added to others.
@@ -41,13 +41,13 @@ class Conversion:
                 graph.pass_on(node, 0, node.wires.get("images"))
             elif is_piped(node) and node.kind == "CogVideoSampler":
                 graph.pass_on(node, 0, node.wires.get("pipeline"))
-        #: Who takes what a node gives, directly.
-        self.consumers: dict[object, list[Node]] = {}
+        #: Nodes whose outputs others than those of the old pack take too.
+        self.shared: set = set()
         #: The first sampler that starts from what a node made.
         self.starts: dict[object, Node] = {}
         for node in self.nodes.values():
-            for wire in node.wires.values():
-                self.consumers.setdefault(wire.node, []).append(node)
+            if node.id not in self.old and node.kind not in PASSING:
+                self.shared |= {wire.node for wire in node.wires.values()}
         for node in self.samplers:
             for name in ("image_cond_latents", "samples"):
                 start = graph.trace(node.wires.get(name))

@@ -6,7 +6,7 @@ Formats: ComfyUI_frontend, src/platform/workflow/validation/schemas/workflowSche
 import copy
 import itertools
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -376,6 +376,8 @@ class _Places:
     def __init__(self, graph: Mapping):
         boxes = [(*_pair(raw.get("pos")), *_pair(raw.get("size"), 200)) for raw in _dicts(graph["nodes"]) if raw.get("pos") is not None]
         self.taken = sorted((box for box in boxes if max(map(abs, box)) < _FAR), key=_top)
+        self.tallest = max((box[3] for box in self.taken), default=0)
+        self.ends: dict[tuple, float] = {}
         bounds = [group.get("bounding") for group in _dicts(graph.get("groups"))]
         boxes = [(*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4]
         self.groups = [box for box in boxes if max(map(abs, box)) < _FAR]
@@ -386,10 +388,18 @@ class _Places:
         width, height = min(width, 2000), min(height, 2000)
         if max(abs(x), abs(y)) >= _FAR:
             x, y = 0, 0
-        # From the top down: what is passed once does not come again.
-        for left, top, wide, high in self.taken:
+        # Where many begin, the next one goes on where the last one ended.
+        wanted = x, y, width, height
+        y = self.ends.get(wanted, y)
+        # From the top down: what is passed once does not come again. What ends above cannot begin lower than that.
+        first = bisect_left(self.taken, y - self.tallest - 40, key=_top)
+        for left, top, wide, high in itertools.islice(self.taken, first, None):
+            if top >= y + height + 40:
+                break
             if x < left + wide and left < x + width and y < top + high + 40 and top < y + height + 40:
                 y = top + high + 40
+        self.ends[wanted] = y
+        self.tallest = max(self.tallest, height)
         insort(self.taken, (x, y, width, height), key=_top)
         return [x, y]
 

@@ -9,7 +9,7 @@ from ..variants import SIZE_STEP
 from ..words import short
 from . import tables
 from .conversion import frame_step, is_piped, usual_size
-from .graph import PASSING, Node, Wire
+from .graph import Node, Wire
 from .kinds import KINDS
 from .loaders import Loaders
 from .tables import AFTER_SEED
@@ -296,7 +296,7 @@ class Samplers(Loaders):
             self.say(
                 source, f"batch_size {short(batch)}: {tables.PACK} made one video whatever it said, and so does this. Set batch_size to make more."
             )
-        own = all(node.id in self.old or node.kind in PASSING for node in self.consumers.get(source.id, ()))
+        own = source.id not in self.shared
         new = self.make("CogVideoX15EmptyLatent", source, values, wires, own_id=own)
         return self.through(sampler.wires["samples"], source, Wire(new.id, 0)) if own else Wire(new.id, 0)
 

@@ -3,6 +3,7 @@
 How SAT takes the flags: zai-org/CogVideo (Apache-2.0), ``sat/arguments.py``.
 """
 
+import itertools
 import logging
 import os
 import pickle
@@ -146,17 +147,25 @@ def _loader(file: Path, text: str) -> type:
     That one takes tabs where SAT's does not, and its places do not count a byte order mark.
 
     Raises:
-        ValueError: if such a text is nested deeper than a loader written in C can bear.
+        ValueError: if the text is nested deeper than the loaders can bear.
     """
     yaml = _yaml()
+    # SAT's own takes the square of the number of open brackets.
+    opened = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text)]
+    if max(itertools.accumulate(opened), default=0) > 10 * _MAX_NESTING:
+        raise _nested(file)
     if len(text) < _LONG or "\t" in text or text.startswith("\ufeff") or not hasattr(yaml, "CSafeLoader"):
         return yaml.SafeLoader
     depth = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_NESTING:
-            raise ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
+            raise _nested(file)
     return yaml.CSafeLoader
+
+
+def _nested(file: Path) -> ValueError:
+    return ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
 
 
 def _parts(node, known: dict[int, int]) -> int:
