@@ -165,7 +165,7 @@ def _number(value, options) -> float:
     try:
         number = math.nan if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real) else float(value)
     except (OverflowError, ValueError):
-        raise _Odd(f"is a number of more than 300 digits, beyond its limits ({_limits(options)})") from None
+        raise _Odd("is a number of more than 300 digits") from None
     if not math.isfinite(number):
         raise _Odd(f"is {seen(value)}")
     return number
@@ -175,13 +175,9 @@ def _limits(options) -> str:
     return f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
 
 
-def _shown(number) -> str:
-    return short(number) if abs(number) < 10**80 else "a number of more than 80 digits"
-
-
 def _within(number, options):
     if not options.get("min", number) <= number <= options.get("max", number):
-        raise _Odd(f"is {_shown(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one.")
+        raise _Odd(f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one.")
     return number
 
 
@@ -191,7 +187,9 @@ def _float(value, options):
 
 def _int(value, options):
     # A float cannot hold every whole number; it only tells whether this is one.
-    number = value if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
+    if abs(number) > 10**80:
+        raise _Odd("is a number of more than 80 digits")
     if number != int(number):
         raise _Odd(f"is {seen(value)}")
     return _within(int(number), options)
