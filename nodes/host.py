@@ -92,9 +92,10 @@ def checkpoint_path(choice: str) -> Path:
     """Where the checkpoint lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
 
     Raises:
-        ValueError: if ComfyUI's model folders hold no such checkpoint.
+        ValueError: if ComfyUI's model folders hold no such checkpoint, or one that cannot run.
     """
     from ..cogvideox.checkpoint.catalogue import find_entry
+    from ..cogvideox.checkpoint.layout import open_checkpoint
 
     if not IN_COMFYUI:
         return Path(choice)
@@ -104,7 +105,8 @@ def checkpoint_path(choice: str) -> Path:
         return entry.path
     there = _unlisted((*_FOLDERS, "diffusion_models"), choice)
     if there is not None:
-        # Opening it says why it is not offered.
+        # It says why it is not offered.
+        open_checkpoint(there)
         return there
     places = " or ".join(str(root) for root in _roots(*_FOLDERS))
     if not found:
@@ -122,16 +124,18 @@ def part_path(kind: str, choice: str) -> Path:
     """Where the text encoder or VAE lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
 
     Raises:
-        ValueError: if ComfyUI's model folders hold no such file.
+        ValueError: if ComfyUI's model folders hold no such file, or one that cannot run.
     """
     from ..cogvideox.checkpoint.catalogue import find_entry
+    from ..cogvideox.checkpoint.layout import open_part
 
     if not IN_COMFYUI:
         return Path(choice)
     entry = find_entry(parts(kind), choice)
-    there = _unlisted((_PART_FOLDERS[kind],), choice)
-    if entry is None and there is not None:
-        # Opening it says why it is not offered.
+    there = _unlisted((_PART_FOLDERS[kind],), choice) if entry is None else None
+    if there is not None:
+        # It says why it is not offered.
+        open_part(there, kind)
         return there
     if entry is None:
         places = " or ".join(str(root) for root in _roots(_PART_FOLDERS[kind]))
