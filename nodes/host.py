@@ -95,9 +95,10 @@ def checkpoint_path(choice: str) -> Path:
     """Where the checkpoint lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
 
     Raises:
-        ValueError: if ComfyUI's model folders hold no such checkpoint.
+        ValueError: if ComfyUI's model folders hold no such checkpoint, or one that cannot run.
     """
     from ..cogvideox.checkpoint.catalogue import find_entry
+    from ..cogvideox.checkpoint.layout import open_checkpoint
 
     if not IN_COMFYUI:
         return _typed(choice, "checkpoint")
@@ -107,7 +108,8 @@ def checkpoint_path(choice: str) -> Path:
         return entry.path
     there = _unlisted((*_FOLDERS, "diffusion_models"), choice)
     if there is not None:
-        # Opening it says why it is not offered.
+        # It says why it is not offered.
+        open_checkpoint(there)
         return there
     places = _places(_roots(*_FOLDERS))
     if not found:
@@ -125,17 +127,19 @@ def part_path(kind: str, choice: str) -> Path:
     """Where the text encoder or VAE lies that was chosen by its label or name; outside ComfyUI ``choice`` is a path.
 
     Raises:
-        ValueError: if ComfyUI's model folders hold no such file.
+        ValueError: if ComfyUI's model folders hold no such file, or one that cannot run.
     """
     from ..cogvideox.checkpoint.catalogue import find_entry
+    from ..cogvideox.checkpoint.layout import open_part
 
     what = kind.replace("_", " ")
     if not IN_COMFYUI:
         return _typed(choice, what)
     entry = find_entry(parts(kind), choice)
-    there = _unlisted((_PART_FOLDERS[kind],), choice)
-    if entry is None and there is not None:
-        # Opening it says why it is not offered.
+    there = _unlisted((_PART_FOLDERS[kind],), choice) if entry is None else None
+    if there is not None:
+        # It says why it is not offered.
+        open_part(there, kind)
         return there
     if entry is None:
         there = listed((entry.name for entry in parts(kind)), 20) or "none"

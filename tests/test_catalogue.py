@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cogvideox.checkpoint import catalogue
 from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints, list_parts
@@ -98,3 +98,90 @@ def test_a_file_is_looked_into_once_and_again_when_it_changes(models, monkeypatc
     save_file({"x": torch.ones(3)}, models / "diffusion_models" / "cog.safetensors")
     assert "cog.safetensors" not in [entry.name for entry in listed(models)]
     assert seen == ["cog.safetensors"]
+
+
+def change_transformer(folder, edit):
+    """The transformer of a checkpoint's folder, edited, in one file."""
+    state = {}
+    for file in sorted((folder / "transformer").glob("*.safetensors*")):
+        state |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    edit(state)
+    save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_what_cannot_run_is_not_offered(models, source):
+    """Wan's UMT5, other latents, other inputs, other programs' packing, one piece of several: none of them in the lists."""
+    from tests.tiny_checkpoint import build_text_encoder, build_transformer
+
+    umt5 = build_text_encoder().state_dict()
+    umt5["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.ones(32, 2)
+    layouts.write_file(models / "text_encoders" / "umt5_xxl.safetensors", umt5)
+    layouts.write_file(models / "text_encoders" / "mt5.safetensors", build_text_encoder(vocabulary=70_000).state_dict())
+    layouts.write_file(models / "text_encoders" / "model-00001-of-00002.safetensors", build_text_encoder().state_dict())
+    vae = type(source[1]["vae"]).from_config(dict(source[1]["vae"].config) | {"latent_channels": 4})
+    layouts.write_file(models / "vae" / "other_latents.safetensors", vae.state_dict())
+    fun = build_transformer(in_channels=33)
+    layouts.write_file(models / "diffusion_models" / "fun.safetensors", fun.state_dict())
+    packed = dict(source[1]["transformer"].state_dict())
+    packed["transformer_blocks.0.attn1.to_q.weight.absmax"] = torch.ones(3)
+    layouts.write_file(models / "diffusion_models" / "nf4.safetensors", packed)
+    short = {name: value for name, value in source[1]["transformer"].state_dict().items() if name != "proj_out.bias"}
+    layouts.write_file(models / "diffusion_models" / "short.safetensors", short)
+    shutil.copytree(source[0], models / "CogVideo" / "fun")
+    shutil.rmtree(models / "CogVideo" / "fun" / "transformer")
+    fun.save_pretrained(models / "CogVideo" / "fun" / "transformer")
+    assert [entry.name for entry in list_parts("text_encoder", [models / "text_encoders"])] == ["t5xxl.safetensors"]
+    assert [entry.name for entry in list_parts("vae", [models / "vae"])] == ["cog_vae.safetensors"]
+    assert {"fun", "fun.safetensors", "nf4.safetensors", "short.safetensors"}.isdisjoint(entry.name for entry in listed(models))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda state: state.pop("proj_out.bias"), lambda state: state.update({"projectors.0.weight": torch.ones(2)})],
+    ids=["a tensor missing", "a head of training"],
+)
+def test_a_folder_that_is_not_whole_is_offered_as_such_until_it_is(models, source, edit):
+    folder = models / "CogVideo" / "mine"
+    shutil.copytree(source[0], folder)
+    change_transformer(folder, edit)
+    (entry,) = [entry for entry in listed(models) if entry.name == "mine"]
+    assert entry.what == f"CogVideoX1.5-I2V {SIZE} · incomplete · diffusers"
+    shutil.rmtree(folder / "transformer")
+    shutil.copytree(source[0] / "transformer", folder / "transformer")
+    (entry,) = [entry for entry in listed(models) if entry.name == "mine"]
+    assert entry.what == f"CogVideoX1.5-I2V {SIZE} · bf16 · diffusers"
+
+
+def test_entries_know_how_far_their_dtypes_round(tmp_path):
+    """Measured on their own weights, the order is the same: fp32, fp16, bf16, Q8_0, fp8 with and without scales, Q5_0, e5m2, Q4_0."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    from tests.tiny_checkpoint import build_text_encoder
+
+    torch.manual_seed(0)
+    state = {name: torch.randn_like(value) / 50 for name, value in build_text_encoder(width=64).state_dict().items() if "embed_tok" not in name}
+    matrices = {name: value for name, value in state.items() if value.ndim == 2 and value.shape[1] % 32 == 0}
+    wide = torch.cat([value.flatten() for value in matrices.values()])
+    files, measured = {}, {}
+
+    def note(name, write, rounded):
+        files[name] = write(tmp_path / name)
+        measured[name] = float((rounded.flatten() - wide).norm() / wide.norm())
+
+    for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
+        cast = {name: value.to(dtype) if name in matrices else value for name, value in state.items()}
+        note(f"{dtype}.safetensors", lambda path, cast=cast: layouts.write_file(path, cast), wide.to(dtype).float())
+    scales = {name: value.abs().max() / 448 for name, value in matrices.items()}
+    scaled = {name: (value / scales[name]).to(torch.float8_e4m3fn) if name in scales else value for name, value in state.items()}
+    scaled |= {f"{name.removesuffix('.weight')}.scale_weight": scale for name, scale in scales.items()}
+    rounded = torch.cat([scaled[name].float().flatten() * scales[name] for name in matrices])
+    note("scaled.safetensors", lambda path: layouts.write_file(path, scaled), rounded)
+    for kind in ("Q8_0", "Q5_0", "Q4_0"):
+        number = GGMLQuantizationType[kind]
+        rounded = torch.from_numpy(dequantize(quantize(wide.view(-1, 32).numpy(), number), number))
+        note(f"{kind}.gguf", lambda path, kind=kind: layouts.write_gguf(path, layouts.llama_names(state), kind), rounded)
+    entries = sorted(list_parts("text_encoder", [tmp_path]), key=lambda entry: entry.rounding)
+    assert [entry.name for entry in entries] == sorted(files, key=measured.get)
+    assert [entry.what for entry in entries if entry.name == "Q8_0.gguf"] == ["T5 encoder · GGUF Q8_0 · llama.cpp"]

@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests import layouts
+from tests.conftest import CPU
+from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer
+
 CONTRACT = {
     "CogVideoX15ModelLoader": (
         "CogVideoX-1.5 Model Loader",
@@ -363,6 +367,60 @@ class TestModelFolders:
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
         os.utime(folder / "vae" / "config.json", (1, 1))
         assert loader.IS_CHANGED(model="tiny", dtype="auto") != before
+
+    @pytest.fixture
+    def parts(self, host, tmp_path, monkeypatch):
+        """A transformer alone, and in the folders of text encoders several that go with it and several that do not, by their names."""
+        _, modules = layouts.build_modules(tmp_path / "whole")
+        layouts.write_file(tmp_path / "diffusion_models" / "cog.safetensors", modules["transformer"].state_dict())
+        layouts.write_file(tmp_path / "vae" / "cog_vae.safetensors", modules["vae"].state_dict())
+        state = {name: value for name, value in modules["text_encoder"].state_dict().items() if "embed_tokens" not in name}
+        umt5 = state | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(32, 2), "spiece_model": torch.ones(99999)}
+        fp8 = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in state.items()}
+        files = {
+            "a_fp8.safetensors": fp8,
+            "b_bf16.safetensors": {name: value.bfloat16() for name, value in state.items()},
+            # Larger than all others, for a decoder that is not used.
+            "c_whole_fp8.safetensors": fp8 | {"decoder.final_layer_norm.weight": torch.ones(99999)},
+            "umt5_xxl.safetensors": umt5,
+            "wide.safetensors": build_text_encoder(width=48).state_dict(),
+        }
+        for name, tensors in files.items():
+            layouts.write_file(tmp_path / "text_encoders" / name, tensors)
+        monkeypatch.setattr(host, "hardware", lambda: CPU)
+        monkeypatch.setattr(host, "show", lambda text: None)
+        return tmp_path
+
+    def test_auto_takes_the_most_exact_part_that_goes_with_the_checkpoint_and_says_so(self, pack, host, parts):
+        assert [entry.name for entry in host.parts("text_encoder")] == ["b_bf16.safetensors", "a_fp8.safetensors", "c_whole_fp8.safetensors"]
+        _, text_encoder, vae, report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")
+        assert text_encoder.weights.part.source.name == "b_bf16.safetensors"
+        assert vae.weights.part.source.name == "cog_vae.safetensors"
+        said = (
+            "text encoder: the checkpoint has none, so b_bf16.safetensors · T5 encoder · bf16 · single file is used, the most exact of those that go"
+        )
+        assert f"{said} with it (the others: a_fp8.safetensors, c_whole_fp8.safetensors)." in report
+
+    def test_where_none_goes_with_it_auto_takes_none_and_says_so(self, pack, host, parts):
+        for file in (parts / "text_encoders").glob("*.safetensors"):
+            if file.name != "wide.safetensors":
+                file.unlink()
+        # Another checkpoint reads it, so it is offered.
+        folder = build_checkpoint(parts / "CogVideo" / "other", change=lambda built: built.update(transformer=build_transformer(text_embed_dim=48)))
+        shutil.rmtree(folder / "text_encoder")
+        assert [entry.name for entry in host.parts("text_encoder")] == ["wide.safetensors"]
+        report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")[3]
+        assert "text encoder: the checkpoint has none, and none that is here goes with it (wide.safetensors" in report
+        assert "wide.safetensors · T5 encoder" in call(pack, "CogVideoX15ModelLoader", model="other", dtype="fp32")[3]
+
+    def test_what_is_not_offered_says_why_when_it_is_asked_for(self, pack, host, parts):
+        loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
+        assert "UMT5" in loader.VALIDATE_INPUTS(model="cog.safetensors", text_encoder_name="umt5_xxl.safetensors · T5 encoder · fp32 · single file")
+        layouts.write_file(parts / "diffusion_models" / "fun.safetensors", build_transformer(in_channels=33).state_dict())
+        assert "CogVideoX-Fun InP" in loader.VALIDATE_INPUTS(model="fun.safetensors")
+        assert "text_encoder for" not in loader.VALIDATE_INPUTS(model="cog.safetensors", text_encoder_name="gone.safetensors")
+        with pytest.raises(ValueError, match="gives 48 numbers a token.* reads 32"):
+            call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32", text_encoder_name="wide.safetensors")
 
 
 class TestImagesVideosAndLoras:
