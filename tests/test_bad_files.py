@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from cogvideox.checkpoint import catalogue
 from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints, list_parts
-from nodes import host
 from tests import layouts
 from tests.tiny_checkpoint import build_transformer
 
@@ -207,7 +206,8 @@ def test_names_are_printable_and_short_and_lead_to_their_files(models, state):
 
 
 @needs_posix
-def test_a_lora_whose_name_is_cut_is_found_again(tmp_path, monkeypatch):
+def test_a_lora_whose_name_is_cut_is_found_again(pack, tmp_path, monkeypatch):
+    host = sys.modules[f"{pack.__name__}.nodes.host"]
     for name in ("y" * 200, "plain"):
         save_file({"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, tmp_path / f"{name}.safetensors")
     monkeypatch.setattr(host, "IN_COMFYUI", True)
