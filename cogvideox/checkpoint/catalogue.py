@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -200,9 +201,9 @@ def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_
     """Every file with one of these endings below a root, less those of parts in folders of their own, with size and time from the same look."""
     found, visits = {}, {}
     # ComfyUI registers folders that need not be there.
-    todo = [(str(root), ())] if os.path.isdir(root) else []
+    todo = deque([(str(root), ())] if os.path.isdir(root) else [])
     while todo:
-        folder, above = todo.pop()
+        folder, above = todo.popleft()
         seen = _unless_bad(folder, os.stat, None)
         if seen is None:
             continue
@@ -215,7 +216,8 @@ def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_
         is_part = "config.json" in entries and bool(above)
         for entry in entries.values():
             if _unless_bad(entry.path, lambda _, entry=entry: entry.is_dir(), False):
-                todo.append((entry.path, (*above, here)))
+                # Links last: where they lead to may be in this tree, and is then called what it is called here.
+                (todo.append if entry.is_symlink() else todo.appendleft)((entry.path, (*above, here)))
             elif entry.name.endswith(endings) and not is_part:
                 kept = _unless_bad(entry.path, lambda _, entry=entry: entry.stat(), None)
                 # A pipe or device that is called so is no file to read.

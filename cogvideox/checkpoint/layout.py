@@ -363,9 +363,8 @@ def _check_floats(part: Part) -> None:
     Raises:
         ValueError: if there are some.
     """
-    odd = {
-        name: stored for name, stored in (*part.tensors.items(), *part.scales.items()) if not (stored.dtype.is_floating_point or stored.quantization)
-    }
+    tensors = (*part.tensors.items(), *part.scales.items())
+    odd = {name: stored for name, stored in tensors if not (stored.dtype.is_floating_point or stored.quantization)}
     if odd:
         kinds = ", ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in odd.values()}))
         raise ValueError(

@@ -35,7 +35,7 @@ _LEVELS = (
 #: Levels that are looked through.
 _DEPTH = 4
 #: Bytes of the archive's directory and of its pickle, and instructions in it: SAT's file of CogVideoX-5B has 0.1 and 0.2 million, and 40,000.
-_MAX_DIRECTORY, _MAX_PICKLE, _MOST_INSTRUCTIONS = 4 << 20, 16 << 20, 1_000_000
+_MAX_DIRECTORY, _MAX_PICKLE, _MOST_INSTRUCTIONS = 4 << 20, 16 << 20, 400_000
 
 _STORAGES = {
     "torch.DoubleStorage": "float64",
@@ -49,7 +49,9 @@ _STORAGES = {
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
     "torch.storage.UntypedStorage": "uint8",
-    **{f"torch.{name}Storage": name.lower() for name in ("ComplexFloat", "ComplexDouble", "QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")},
+    "torch.ComplexFloatStorage": "complex64",
+    "torch.ComplexDoubleStorage": "complex128",
+    **{f"torch.{name}Storage": name.lower() for name in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")},
 }
 #: torch's other functions that make tensors: what they make cannot be read in place.
 _UNREADABLE = {
