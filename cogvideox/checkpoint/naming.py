@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..words import listed
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -40,6 +41,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
     found = []
+    tensors = _without_wrappers(tensors)
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -53,6 +55,36 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     if not found:
         raise _unknown(tensors, file)
     return found
+
+
+#: What torch puts between a module's name and its parent's: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+def _without_wrappers(tensors: Tensors) -> Tensors:
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+
+
+def unwrapped(kind: str, tensors: Tensors, source: Path) -> Tensors:
+    """The tensors of a part in a folder of its own by its module's names, whatever program named them or put them under a prefix (``module.`` of
+    training on several cards); those that stand outside of the prefix keep their names.
+
+    Raises:
+        ValueError: if the part is there under several prefixes.
+    """
+    tensors = _without_wrappers(tensors)
+    found = [(prefix, rename) for part, _, markers, rename in _LAYOUTS if part == kind for prefix in _prefixes(tensors, markers)]
+    if len(found) > 1:
+        places = listed((f"{prefix}…" for prefix, _ in found), 4)
+        raise ValueError(
+            f"{source} holds several sets of weights in one ({places}), and which is meant is not known: one may be the average that training keeps "
+            "(EMA). Save the one you want in a file of its own."
+        )
+    for prefix, rename in found:
+        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        renamed = {new: piece for name, tensor in inside.items() for new, piece in rename(name[len(prefix) :], tensor)}
+        return {name: tensor for name, tensor in tensors.items() if name not in inside} | renamed
+    return tensors
 
 
 #: How the scales of fp8 weights are named, and what else files of scaled weights hold that is of no use here.
