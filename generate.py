@@ -248,6 +248,9 @@ def generate(options: argparse.Namespace) -> int:
     logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
     check_output(options.output)
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
+    if not options.plan:
+        for kind in ("text_encoder", "vae"):
+            checkpoint.part(kind)
     handles = make_handles(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch, options.memory)
     print(handles.plan.text, flush=True)
     model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
@@ -337,7 +340,7 @@ def check(options: argparse.Namespace) -> int:
     from cogvideox.precision.policy import plan_dtypes, scan_parts
     from cogvideox.precision.verdict import MISMATCH
 
-    backup = None
+    backup, incomplete = None, ()
     if is_config(options.check):
         if options.scan:
             raise ValueError(f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder.")
@@ -346,12 +349,15 @@ def check(options: argparse.Namespace) -> int:
         if options.fix:
             raise ValueError(f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another --dtype.")
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
+        incomplete = checkpoint.incomplete.values()
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
     print(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
         print(f"written; the file as it was is {backup}")
+    if incomplete:
+        raise ValueError("\n".join(incomplete))
     return MISMATCH_STATUS if report.verdict == MISMATCH else 0
 
 

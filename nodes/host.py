@@ -72,10 +72,11 @@ def _send_from(root: Path):
 
 
 def checkpoints() -> "list[Entry]":
-    """The CogVideoX checkpoints in ComfyUI's model folders: folders of diffusers and SAT, and single files."""
+    """The CogVideoX checkpoints in ComfyUI's model folders and in the Hugging Face cache: folders of diffusers and SAT, and single files."""
     from ..cogvideox.checkpoint.catalogue import list_checkpoints
+    from ..cogvideox.checkpoint.folders import hub_cache
 
-    return list_checkpoints(_roots(*_FOLDERS), _roots("CogVideo", "diffusion_models"))
+    return list_checkpoints([*_roots(*_FOLDERS), *([hub_cache()] if IN_COMFYUI else [])], _roots("CogVideo", "diffusion_models", "checkpoints"))
 
 
 def parts(kind: str) -> "list[Entry]":

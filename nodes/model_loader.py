@@ -139,5 +139,7 @@ def _open(model, text_encoder_name, vae_name):
         found = host.parts(kind) if kind not in checkpoint.parts else []
         if found:
             chosen[kind] = found[0].path
-            notes.append(f"{PARTS[kind][0]}: the checkpoint has none, so {found[0].label} is used.")
+            own = checkpoint.incomplete.get(kind)
+            why = f"the checkpoint's own cannot be used ({own})" if own else "the checkpoint has none"
+            notes.append(f"{PARTS[kind][0]}: {why}, so {found[0].label} is used.")
     return (open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen) if notes else checkpoint), notes

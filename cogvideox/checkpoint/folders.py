@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import read_bytes, read_json
+from ..files import read_bytes, read_json, unreadable
 from ..words import listed, short
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _sat_place(path: Path, weights: Path) -> Place:
 
 
 def _nested_place(path: Path) -> Place:
-    """What a folder without a transformer's may hold: weights without a config, or one checkpoint in its folders; of a training run, the last step."""
+    """What a folder without a transformer's holds: weights without a config, or one checkpoint in its folders; of a training run, the last step."""
     sets = [match["stem"] for match, _ in _weight_sets(path, "transformer")]
     # What it is can then be told from names and shapes, as of a single file.
     alone = Place(path, path, path, (path,))
@@ -191,6 +191,18 @@ def _transformer_subfolders(folder: Path, others: bool = False) -> list[Path]:
         return usual
     more = [inner for inner in _subfolders(folder) if inner.name.lower().startswith("transformer") and inner not in usual]
     return usual + [inner for inner in more if _is_transformer_folder(inner)]
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder holds an index of shards, and no config that says what they are."""
+    names = _names(folder)
+    return "config.json" not in names and any(map(_INDEX.fullmatch, names))
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of weights is one of several, by its name."""
+    match = _WEIGHTS.fullmatch(name)
+    return bool(match and match["number"]) and int(match["count"]) > 1
 
 
 def _is_transformer_folder(folder: Path) -> bool:
@@ -284,13 +296,17 @@ def _gone(file: Path) -> str:
     return f"{short(file, 400)} is a link to {target}, which is gone" + (" (removed from the cache)" if "blobs" in target else "")
 
 
+def is_checkpoint_json(file: Path) -> bool:
+    """Whether a file is, by its name, one that lies in a checkpoint's folder and stands for it."""
+    name = file.name.lower()
+    return name in ("model_index.json", "config.json", "scheduler_config.json") or _INDEX.fullmatch(name) is not None
+
+
 def _folder_of(file: Path, kind: str) -> Path | None:
     """The folder that a file in it stands for: a checkpoint's or part's own JSON files, ``latest``, a shard, or the weights beside a config."""
     name, folder = file.name.lower(), file.parent
-    if name in ("model_index.json", "config.json", "latest") or _INDEX.fullmatch(name):
-        return folder
-    if name == "scheduler_config.json":
-        return folder.parent
+    if is_checkpoint_json(file) or name == "latest":
+        return folder.parent if name == "scheduler_config.json" else folder
     weights = _WEIGHTS.fullmatch(file.name)
     if weights is None:
         return None
@@ -351,8 +367,8 @@ def snapshot(folder: Path) -> Path | None:
     found = sorted(_subfolders(repository / "snapshots"), key=lambda inner: (_is_whole(inner), os.stat(inner).st_mtime_ns))
     if not found:
         raise ValueError(
-            f"{repository} holds no files of {repository_name(repository)}: its download has not begun, or they were removed from the cache.{_unfinished(repository)} "
-            "Download it again."
+            f"{repository} holds no files of {repository_name(repository)}: its download has not begun, or they were removed from the cache."
+            f"{_unfinished(repository)} Download it again."
         )
     return found[-1]
 
@@ -379,9 +395,7 @@ _WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 #: ``diffusion_pytorch_model.safetensors.index.fp16.json``: diffusers puts the variant there.
-_INDEX = re.compile(
-    rf"(?P<stem>.+?)(?:\.(?P<variant>{_VARIANT}))?(?P<ending>{_ENDING})\.index(?:\.(?P<late>[\w-]+))?(?:\.json)", re.IGNORECASE
-)
+_INDEX = re.compile(rf"(?P<stem>.+?)(?:\.(?P<variant>{_VARIANT}))?(?P<ending>{_ENDING})\.index(?:\.(?P<late>[\w-]+))?(?:\.json)", re.IGNORECASE)
 #: What diffusers, transformers, accelerate and zero_to_fp32 call a model's weights.
 _USUAL = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_model_fsdp")
 #: Files of a training's state that end as weights do, and LoRAs.
@@ -454,8 +468,8 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
     if not others:
         return best
     broken = f" ({others[-1].wrong})" if others[-1].wrong else ""
-    note = f"{here} holds {len(others) + 1} sets of weights of the {name}: read is {best.label}, and not {listed(one.label for one in others)}{broken}."
-    return WeightSet(best.label, best.files, note=note)
+    rest = f"{listed(one.label for one in others)}{broken}"
+    return WeightSet(best.label, best.files, note=f"{here} holds {len(others) + 1} sets of the {name}'s weights: read is {best.label}, not {rest}.")
 
 
 def _weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
@@ -466,7 +480,9 @@ def _weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
         if index:
             yield index, _indexed(here, label, name)
         elif match and not match["number"] and not _NO_WEIGHTS.fullmatch(label) and not os.path.isdir(here / label):
-            wrong = f"{_gone(here / label)}: weights of the {name} are missing.{_unfinished(here)} Download the file again." if _dangles(here / label) else ""
+            wrong = ""
+            if _dangles(here / label):
+                wrong = f"{_gone(here / label)}, so weights of the {name} are missing.{_unfinished(here)} Download the file again."
             yield match, WeightSet(label, (here / label,), wrong)
 
 
@@ -490,8 +506,8 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
     if missing:
         gone = f" {_gone(missing[0])}." if _dangles(missing[0]) else ""
         wrong = (
-            f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: {listed((file.name for file in missing), 8)}. Without them weights are "
-            f"missing.{gone}{_unfinished(here)} Download them from the same repository into this folder."
+            f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: {listed((file.name for file in missing), 8)}. Without them "
+            f"weights are missing.{gone}{_unfinished(here)} Download them from the same repository into this folder."
         )
         return WeightSet(label, files, wrong)
     return WeightSet(label, files)
@@ -504,8 +520,8 @@ def _no_weights(here: Path, name: str) -> ValueError:
     shards = [label for label in _names(here) if (match := _WEIGHTS.fullmatch(label)) and match["number"]]
     if shards:
         return ValueError(
-            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not known whether they are all there. "
-            "Download the index from the same repository into this folder."
+            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not known whether they "
+            "are all there. Download the index from the same repository into this folder."
         )
     return ValueError(
         f"{here} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an index, and holds none."
@@ -544,11 +560,17 @@ def _names(folder: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:
-        raise ValueError(f"{short(folder, 400)} cannot be read ({getattr(error, 'strerror', None) or error}). Check the path and your rights.") from error
+        raise ValueError(unreadable(folder, error)) from error
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [folder / name for name in _names(folder) if os.path.isdir(folder / name)]
+    try:
+        with os.scandir(folder) as found:
+            inside = {entry.name for entry in found if entry.is_dir()}
+    except (OSError, ValueError):
+        # Told, if it is anything but missing, by whoever reads its names.
+        inside = set()
+    return [folder / name for name in _names(folder) if name in inside] if inside else []
 
 
 def _holds_something(folder: Path) -> bool:
@@ -568,7 +590,7 @@ def _unfinished(folder: Path) -> str:
 
 def _is_plain(name: object) -> bool:
     """Whether a name that stands in a file is that of something beside it: no path, and nothing a file system would not take."""
-    return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and name.isprintable() and not set(name) & set('/\\:')
+    return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and name.isprintable() and not set(name) & set("/\\:")
 
 
 def _one_name(file: Path) -> str | None:

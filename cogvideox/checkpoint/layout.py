@@ -245,7 +245,8 @@ def _open_part(here: Path, kind: str) -> Part:
     config_file = here / "config.json"
     if not os.path.lexists(config_file):
         raise ValueError(
-            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json from the same repository into it."
+            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json from the same repository "
+            "into it."
         )
     config = read_json(config_file)
     seen = config.get("_class_name") or ", ".join(config.get("architectures") or ["no class"])
@@ -282,8 +283,8 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[
             "Download scheduler/ from the same repository into the checkpoint's folder."
         )
     return variant.scheduler_config, (
-        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. If it was trained with another, put "
-        f"its scheduler/ into {root}."
+        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. If it was trained with "
+        f"another, put its scheduler/ into {root}."
     )
 
 

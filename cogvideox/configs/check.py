@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..checkpoint.folders import is_checkpoint_json
 from .report import WHERE, WORKFLOW, ConfigReport
 from .sat import PLACES, check_sat, fix_sat
 from .workflow import check_workflow
@@ -14,7 +15,7 @@ def is_config(path: Path | str) -> bool:
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        return path.is_file() and path.suffix.lower() in (".yaml", ".yml", ".json")
+        return path.is_file() and path.suffix.lower() in (".yaml", ".yml", ".json") and not is_checkpoint_json(path)
     # SAT releases have a transformer/ of their own; only diffusers puts a config.json into it.
     diffusers = (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file()
     return not diffusers and any((path / place).is_file() for place in PLACES)
