@@ -211,6 +211,12 @@ def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
     return found
 
 
+def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
+    """Whether something in a graph that is being run takes an output of a node; False where the graph is not known."""
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    return any([node, slot] == link for other in nodes if isinstance(other, dict) for link in (other.get("inputs") or {}).values())
+
+
 def device() -> torch.device:
     """The device ComfyUI runs models on, or torch's default."""
     return comfy.model_management.get_torch_device() if IN_COMFYUI else hardware().device

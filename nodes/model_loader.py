@@ -16,7 +16,7 @@ class ModelLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Model Loader"
     DESCRIPTION = (
         "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a single file in "
-        "models/diffusion_models), checks what its weights are stored in and were trained in, and decides in which dtype each part runs. Weights are "
+        "models/diffusion_models or models/checkpoints), checks what its weights are stored in and were trained in, and decides in which dtype each part runs. Weights are "
         "read when a node first needs them, not here."
     )
     SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
@@ -37,7 +37,7 @@ class ModelLoader(Node):
                     [entry.label for entry in host.checkpoints()],
                     {
                         "tooltip": "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or SAT), or a single file in "
-                        "models/diffusion_models. Only real CogVideoX checkpoints are listed, with what they are."
+                        "models/diffusion_models or models/checkpoints. Only real CogVideoX checkpoints are listed, with what they are."
                     },
                 ),
                 "dtype": (
@@ -81,7 +81,7 @@ class ModelLoader(Node):
                         [_AUTO, *(entry.label for entry in host.parts(kind))],
                         {
                             "default": _AUTO,
-                            "tooltip": f"{what} auto: the checkpoint's own; where it has none, the largest file found in {where}.",
+                            "tooltip": f"{what} auto: the checkpoint's own; where it has none that is whole, the largest file found in {where}.",
                         },
                     )
                     for kind, what, where in (
@@ -90,6 +90,7 @@ class ModelLoader(Node):
                     )
                 },
             },
+            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -109,13 +110,28 @@ class ModelLoader(Node):
         except ValueError as error:
             return str(error)
 
-    def execute(self, model, dtype="auto", on_mismatch="fix", memory="auto", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
+    def execute(
+        self,
+        model,
+        dtype="auto",
+        on_mismatch="fix",
+        memory="auto",
+        scan_weights=False,
+        text_encoder_name=_AUTO,
+        vae_name=_AUTO,
+        prompt=None,
+        unique_id=None,
+    ):
         from ..cogvideox.handles import make_handles
         from ..cogvideox.memory import memory_text
         from ..cogvideox.precision.policy import scan_parts
         from ..cogvideox.precision.verdict import OK
 
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
+        for slot, kind in enumerate(("text_encoder", "vae"), 1):
+            if host.is_connected(prompt, unique_id, slot):
+                # A part that is missing is told before the video is made, not when it is to be decoded.
+                checkpoint.part(kind)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
         report = "\n".join([plan.text, *notes, memory_text(handles.model)])

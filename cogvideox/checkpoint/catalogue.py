@@ -34,6 +34,7 @@ _DEEPEST, _MOST_FOLDERS = 8, 20_000
 _PASSED_OVER = (".git", ".cache", ".locks", ".ipynb_checkpoints", "__pycache__")
 #: Files of a folder whose sizes and times are looked at to see whether it changed.
 _MOST_FILES = 500
+_STEP = re.compile(r"checkpoint-\d+")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
 #: A layer of a CogVideoX block as a LoRA names it in its header, and what only other models' blocks have (LTX's second attention, U-Nets' levels).
@@ -66,10 +67,16 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     first of a name counts."""
     entries: dict[str, Entry] = {}
     file_roots = list(file_roots)
+    #: Folders of checkpoints that are listed, and what lies in them.
+    listed: set[Path] = set()
     for root in dict.fromkeys((*folder_roots, *file_roots)):
         for name, folder in _look(root)[0]:
-            for entry in _folder_entries(name, folder):
-                entries.setdefault(entry.name, entry)
+            inside = folder.parent in listed
+            # The steps of a training are checkpoints of their own, also beside its result.
+            found = [] if name in entries or (inside and not _STEP.fullmatch(folder.name)) else _folder_entries(name, folder)
+            entries |= {entry.name: entry for entry in found if entry.name not in entries}
+            if inside or found or name in entries:
+                listed.add(folder)
     for entry in _file_entries(file_roots, "transformer"):
         entries.setdefault(entry.name, entry)
     return list(entries.values())

@@ -193,7 +193,7 @@ def _open_transformer(place: Place) -> dict[str, Part]:
     source = place.transformer
     if not os.path.isdir(source):
         return _open_file(source)
-    if os.path.isfile(source / "config.json"):
+    if os.path.lexists(source / "config.json"):
         return {"transformer": _open_part(source, "transformer")}
     chosen = choose_weights(source, "transformer")
     return {kind: replace(part, note=chosen.note) for kind, part in _open_file(source, chosen.files).items()}
