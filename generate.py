@@ -454,6 +454,9 @@ def generate(options: argparse.Namespace) -> int:
     hardware = Hardware.detect(options.device)
 
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
+    if not options.plan:
+        for kind in ("text_encoder", "vae"):
+            checkpoint.part(kind)
     handles = make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
     _say(handles.plan.text)
     model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
@@ -651,7 +654,7 @@ def check(options: argparse.Namespace) -> int:
     """Check a checkpoint, a SAT config or a workflow; prints the report."""
     from cogvideox.precision.verdict import MISMATCH
 
-    backup = None
+    backup, incomplete = None, ()
     if _is_config(options.check):
         # Nothing that imports torch: a config is text.
         from cogvideox.configs.check import check_config, fix_config
@@ -667,12 +670,15 @@ def check(options: argparse.Namespace) -> int:
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
+        incomplete = checkpoint.incomplete.values()
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
     _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
         _say(f"written; the file as it was is {backup}")
+    if incomplete:
+        raise ValueError("\n".join(incomplete))
     return MISMATCH_STATUS if report.verdict == MISMATCH else 0
 
 

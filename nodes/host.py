@@ -75,10 +75,11 @@ def _send_from(root: Path):
 
 
 def checkpoints() -> "list[Entry]":
-    """The CogVideoX checkpoints in ComfyUI's model folders: folders of diffusers and SAT, and single files."""
+    """The CogVideoX checkpoints in ComfyUI's model folders and in the Hugging Face cache: folders of diffusers and SAT, and single files."""
     from ..cogvideox.checkpoint.catalogue import list_checkpoints
+    from ..cogvideox.checkpoint.folders import hub_cache
 
-    return list_checkpoints(_roots(*_FOLDERS), _roots("CogVideo", "diffusion_models"))
+    return list_checkpoints([*_roots(*_FOLDERS), *([hub_cache()] if IN_COMFYUI else [])], _roots("CogVideo", "diffusion_models", "checkpoints"))
 
 
 def parts(kind: str) -> "list[Entry]":
@@ -264,6 +265,12 @@ def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
         node = link[0]
         found.append((_queued[node].get("class_type", ""), _queued[node].get("inputs", {})))
     return found
+
+
+def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
+    """Whether something in a graph that is being run takes an output of a node; False where the graph is not known."""
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    return any([node, slot] == link for other in nodes if isinstance(other, dict) for link in (other.get("inputs") or {}).values())
 
 
 def device() -> torch.device:

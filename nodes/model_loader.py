@@ -17,8 +17,8 @@ class ModelLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Model Loader"
     DESCRIPTION = (
         "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a single file in "
-        "models/diffusion_models), checks what its weights are stored in and were trained in, and decides in which dtype each part runs. Weights are "
-        "read when a node first needs them, not here."
+        "models/diffusion_models or models/checkpoints), checks what its weights are stored in and were trained in, and decides in which dtype each "
+        "part runs. Weights are read when a node first needs them, not here."
     )
     SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")
@@ -38,7 +38,7 @@ class ModelLoader(Node):
                     [entry.label for entry in host.checkpoints()],
                     {
                         "tooltip": "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or SAT), or a single file in "
-                        "models/diffusion_models. Only real CogVideoX checkpoints are listed, with what they are."
+                        "models/diffusion_models or models/checkpoints. Only real CogVideoX checkpoints are listed, with what they are."
                     },
                 ),
                 "dtype": (
@@ -82,7 +82,8 @@ class ModelLoader(Node):
                         [_AUTO, *(entry.label for entry in host.parts(kind))],
                         {
                             "default": _AUTO,
-                            "tooltip": f"{what} auto: the checkpoint's own; where it has none, the most exact file in {where} that goes with it.",
+                            "tooltip": f"{what} auto: the checkpoint's own; where it has none that is whole, "
+                            f"the most exact file in {where} that goes with it.",
                         },
                     )
                     for kind, what, where in (
@@ -91,6 +92,7 @@ class ModelLoader(Node):
                     )
                 },
             },
+            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -109,13 +111,28 @@ class ModelLoader(Node):
         chosen = dict(model=model, text_encoder_name=text_encoder_name, vae_name=vae_name)
         return cls.fingerprint(chosen, lambda: _open(**chosen)[0].fingerprint)
 
-    def execute(self, model, dtype="auto", on_mismatch="fix", memory="auto", scan_weights=False, text_encoder_name=_AUTO, vae_name=_AUTO):
+    def execute(
+        self,
+        model,
+        dtype="auto",
+        on_mismatch="fix",
+        memory="auto",
+        scan_weights=False,
+        text_encoder_name=_AUTO,
+        vae_name=_AUTO,
+        prompt=None,
+        unique_id=None,
+    ):
         from ..cogvideox.handles import make_handles
         from ..cogvideox.memory import memory_text
         from ..cogvideox.precision.policy import scan_parts
         from ..cogvideox.precision.verdict import OK
 
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
+        for slot, kind in enumerate(("text_encoder", "vae"), 1):
+            if host.is_connected(prompt, unique_id, slot):
+                # A part that is missing is told before the video is made, not when it is to be decoded.
+                checkpoint.part(kind)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
         report = "\n".join([plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)])
@@ -156,9 +173,11 @@ def _find_part(kind, checkpoint):
         except ValueError as error:
             logger.info("%s is not taken by auto: %s", entry.name, error)
             refused.append(entry)
+    own = checkpoint.incomplete.get(kind)
+    lacking = f"the checkpoint's own cannot be used ({own})" if own else "the checkpoint has none"
     if not fitting:
-        told = f"{PARTS[kind][0]}: the checkpoint has none, and none that is here goes with it ({listed(entry.label for entry in refused)})."
+        told = f"{PARTS[kind][0]}: {lacking}, and none that is here goes with it ({listed(entry.label for entry in refused)})."
         return {}, [told] if refused else []
     best, *others = fitting
     why = f", the most exact of those that go with it (the others: {listed(entry.name for entry in others)})" if others else ""
-    return {kind: best.path}, [f"{PARTS[kind][0]}: the checkpoint has none, so {best.label} is used{why}."]
+    return {kind: best.path}, [f"{PARTS[kind][0]}: {lacking}, so {best.label} is used{why}."]

@@ -1,6 +1,7 @@
 """Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their dtype."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -202,8 +203,11 @@ class TestRefusals:
     """Each error says what is wrong, why it matters and what to do."""
 
     def refused(self, folder, *said):
+        """When it is opened, or, for a part that not every step needs, when that is asked for."""
         with pytest.raises(ValueError) as caught:
-            open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
+            for kind in CLASSES:
+                checkpoint.part(kind)
         for words in said:
             assert words in str(caught.value)
 
@@ -211,7 +215,7 @@ class TestRefusals:
         self.refused(tmp_path / "nowhere", "There is no", "Check the path")
 
     def test_a_file(self, tiny):
-        self.refused(tiny / "model_index.json", "is not a readable safetensors file")
+        self.refused(tiny / "tokenizer" / "spiece.model", "is not a readable safetensors file")
 
     def test_an_empty_folder(self, tmp_path):
         self.refused(tmp_path, "is empty", "CogVideoX1.5-5B")
@@ -271,10 +275,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="cannot take 8 bytes"):
             read_header(tmp_path / "x.safetensors")
 
-    def test_pickles_are_not_opened(self, copy):
-        for file in (copy / "vae").glob("*.safetensors"):
-            file.rename(file.with_suffix(".bin"))
-        self.refused(copy, "may run code when opened", "diffusion_pytorch_model.bin")
+    def test_a_pickle_with_code_in_it_is_not_run(self, copy, tmp_path):
+        trap = tmp_path / "it-ran"
+
+        class Trap:
+            def __reduce__(self):
+                return os.mkdir, (str(trap),)
+
+        (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+        torch.save({"weight": Trap()}, copy / "vae" / "diffusion_pytorch_model.bin")
+        self.refused(copy, "could run code on your computer", "diffusion_pytorch_model.bin")
+        assert not trap.exists()
 
     def test_no_noise_schedule(self, copy):
         shutil.rmtree(copy / "scheduler")

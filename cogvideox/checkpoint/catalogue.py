@@ -4,25 +4,24 @@ What a file is, is remembered by its path, size and time, so that a list that wa
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
 import stat
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 
-from ..files import open_regular
+from ..files import open_regular, read_json
 from ..precision.hardware import dtype_name
 from ..variants import identify
 from ..words import LIMIT, reason, short
+from .folders import holds_shards, is_shard, repository_name, sat_weights, snapshot, transformer_folders
 from .headers import MAX_HEADER, StoredTensor
-from .layout import Part, file_kinds, open_part, sat_weights, transformer_folders
+from .layout import PARTS, Part, file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .naming import ForeignError
 
@@ -40,7 +39,7 @@ _MARKERS = (
     b"t5.block_count",
     b"enc.blk.0.attn_q.weight",
 )
-_LISTED = (".safetensors", ".gguf")
+_LISTED = (".safetensors", ".sft", ".gguf")
 #: Bytes at the start of a GGUF file that hold the names of its first tensors.
 _GGUF_HEAD = 1 << 20
 #: Files that ComfyUI lists as LoRAs, and the bytes at the start of a pickle that hold the names of its first tensors.
@@ -61,8 +60,12 @@ _ROUNDING = {
 _ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
 
 
-#: Levels of folders that are looked into, and how often one folder is that links lead to again.
-_DEEPEST, _MOST_VISITS = 64, 8
+#: Folders below a root that are looked into: levels, how many, and how often one that links lead to again. Beyond that it is no folder of models.
+_DEEPEST, _MOST_FOLDERS, _MOST_VISITS = 64, 20_000, 8
+_PASSED_OVER = (".git", ".cache", ".locks", ".ipynb_checkpoints", "__pycache__")
+#: Files of a folder whose sizes and times are looked at to see whether it changed.
+_MOST_FILES = 500
+_STEP = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,21 @@ class Entry:
 
 
 def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -> list[Entry]:
-    """Every checkpoint below the roots: folders of diffusers and SAT one level below ``folder_roots``, single files anywhere below
-    ``file_roots``; the first of a name counts."""
+    """Every checkpoint below the roots: folders of diffusers and SAT, fine-tunes and caches below any of them, single files below ``file_roots``; the
+    first of a name counts."""
     entries: dict[str, Entry] = {}
-    for root in folder_roots:
-        for folder in _subfolders(root):
-            for entry in _unless_bad(folder, _folder_entries, []):
-                entries.setdefault(entry.name, entry)
+    file_roots = list(file_roots)
+    #: Folders of checkpoints that are listed, and what lies in them.
+    listed: set[Path] = set()
+    for root in dict.fromkeys((*folder_roots, *file_roots)):
+        for name, folder in _look(root)[0]:
+            inside = folder.parent in listed
+            # The steps of a training are checkpoints of their own, also beside its result.
+            passed = name in entries or (inside and not _STEP.fullmatch(folder.name))
+            found = [] if passed else _unless_bad(folder, lambda folder, name=name: _folder_entries(name, folder), [])
+            entries |= {entry.name: entry for entry in found if entry.name not in entries}
+            if inside or found or name in entries:
+                listed.add(folder)
     for entry in _file_entries(file_roots, "transformer"):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
@@ -129,12 +140,15 @@ def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
 
 
 def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
-    """The entry that was chosen by its label or its name; what it is may have changed since, and its name may be one that is cut in the list."""
-    entries = list(entries)
-    same = [entry for entry in entries if entry.label == chosen]
-    same = same or [entry for entry in entries if f"{chosen}{SEPARATOR}".startswith(f"{entry.name}{SEPARATOR}")]
-    same = same or [entry for entry in entries if entry.path.as_posix().endswith(f"/{chosen.split(SEPARATOR)[0]}")]
-    return max(same, key=lambda entry: len(entry.name), default=None)
+    """The entry that was chosen by its label or its name, in whichever system; what it is may have changed since, the folder it lies in too, and its
+    name may be one that is cut in the list."""
+    entries, chosen = list(entries), chosen.strip().replace("\\", "/")
+    for name in (chosen, *(chosen[: match.start()] for match in reversed(list(re.finditer(re.escape(SEPARATOR), chosen))))):
+        found = [entry for entry in entries if name in (entry.name, entry.label)]
+        found = found or [entry for entry in entries if name and f"/{entry.path.as_posix()}".endswith(f"/{name}")]
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 def _unless_bad(path: Path | str, look: Callable, otherwise):
@@ -157,29 +171,21 @@ def _shown(name: str) -> str:
     return f"{short(name, LIMIT - len(number) - 1)}~{number}"
 
 
-def _subfolders(root: Path) -> list[Path]:
-    # By name: paths themselves compare differently on Windows, and the first of the list is the loader's default.
-    names = _unless_bad(root, os.listdir, []) if os.path.isdir(root) else []
-    return [root / name for name in sorted(names) if os.path.isdir(root / name)]
-
-
-def _folder_entries(folder: Path) -> list[Entry]:
-    found = transformer_folders(folder)
-    # A name that stays when the other of transformer_T2V/ and transformer_I2V/ comes to lie beside it.
-    places = [folder] if [transformer.name for transformer in found] == ["transformer"] else found
-    if not found:
-        weights = sat_weights(folder)
-        if weights is None:
-            return []
-        seen = _remember(weights, _describe_file).get("transformer")
-        return [_entry(folder.name, seen, folder)] if seen else []
+def _folder_entries(name: str, folder: Path) -> list[Entry]:
+    """The checkpoints of a folder of a name."""
+    inside = snapshot(folder) or folder
+    found = transformer_folders(inside)
+    # Names that stay when another, such as the other of transformer_T2V/ and transformer_I2V/, comes to lie beside it.
+    places = {name if place.name == "transformer" or place == inside else f"{name}/{place.name}": place for place in found}
+    if not found and (sat_weights(inside) is not None or holds_shards(inside)):
+        places = {name: inside}
     entries = []
-    for place, transformer in zip(places, found, strict=True):
-        name = folder.name if place == folder else f"{folder.name}/{place.name}"
-        files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in os.scandir(transformer)))
-        seen = _remember(transformer / "config.json", _describe_folder, also=files).get("transformer")
+    for label, place in places.items():
+        # By the folder itself, so that what is newest in a cache is opened; and its other parts belong to it.
+        path = folder if label == name else place
+        seen = _remember(path, _describe_folder, _state(inside)).get("transformer")
         if seen:
-            entries.append(_entry(name, seen, place))
+            entries.append(_entry(label, seen, path))
     return entries
 
 
@@ -190,75 +196,125 @@ def _entry(name: str, seen: Seen, path: Path) -> Entry:
 def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
     entries = []
     for root in roots:
-        for path, found in sorted(_files(root, _LORAS if kind == "lora" else _LISTED).items()):
-            seen = _remember(path, _describe_lora if kind == "lora" else _describe_file, found).get(kind)
+        for path, (name, found) in sorted(_look(root, _LORAS if kind == "lora" else _LISTED)[1].items()):
+            describe = _describe_lora if kind == "lora" else _describe_file
+            seen = _remember(path, describe, (found.st_size, found.st_mtime_ns)).get(kind)
             if seen:
-                entries.append(_entry(Path(path).relative_to(root).as_posix(), seen, Path(path)))
+                entries.append(_entry(name, seen, Path(path)))
     return entries
 
 
-def _files(root: Path, endings: tuple[str, ...] = _LISTED) -> dict[str, os.stat_result]:
-    """Every file with one of these endings below a root, less those of parts in folders of their own, with size and time from the same look."""
-    found, visits = {}, {}
+def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[str, Path]], dict[str, tuple[str, os.stat_result]]]:
+    """What lies below a root: folders that may be checkpoints, by their names, in their order; and files with one of these endings, less those of
+    parts in folders of their own and single shards, with name, size and time from the same look."""
+    folders: list[tuple[str, Path]] = []
+    files: dict[str, tuple[str, os.stat_result]] = {}
+    visits: dict[int, int] = {}
     # ComfyUI registers folders that need not be there.
-    todo = deque([(str(root), ())] if os.path.isdir(root) else [])
+    todo, looked = [(str(root), "", 0)] if os.path.isdir(root) else [], 0
     while todo:
-        folder, above = todo.popleft()
-        seen = _unless_bad(folder, os.stat, None)
-        if seen is None:
+        path, name, depth = todo.pop()
+        looked += 1
+        if looked > _MOST_FOLDERS:
+            logger.warning("%s has more than %d folders: the rest is not looked into. Move the models to a folder of their own.", root, _MOST_FOLDERS)
+            break
+        number = _unless_bad(path, os.stat, None)
+        if number is None:
             continue
-        here = (seen.st_dev, seen.st_ino)
-        visits[here] = visits.get(here, 0) + 1
-        # A link may lead to a folder that it lies in, or two to each other's. Some network drives number no folders.
-        if len(above) == _DEEPEST or (seen.st_ino and (here in above or visits[here] > _MOST_VISITS)):
+        # A link may lead to a folder that others lead to. Some network drives number no folders.
+        visits[number.st_ino] = visits.get(number.st_ino, 0) + 1
+        if number.st_ino and visits[number.st_ino] > _MOST_VISITS:
             continue
-        entries = {entry.name: entry for entry in _unless_bad(folder, _scan, [])}
-        is_part = "config.json" in entries and bool(above)
-        for entry in entries.values():
+        here = _unless_bad(path, _scan, [])
+        names = {entry.name for entry in here}
+        if depth and "snapshots" in names and os.path.basename(path).startswith(("models--", "datasets--", "spaces--")):
+            cached = _unless_bad(path, lambda folder, name=name: _cached(Path(folder), name), None)
+            if cached is not None:
+                folders.append((cached[1], Path(path)))
+                todo.append((*cached, depth + 1))
+            continue
+        if depth:
+            folders.append((name, Path(path)))
+            if "config.json" in names:
+                continue
+        below = []
+        for entry in here:
+            inner = f"{name}/{entry.name}" if name else entry.name
             if _unless_bad(entry.path, lambda _, entry=entry: entry.is_dir(), False):
-                # Links last: where they lead to may be in this tree, and is then called what it is called here.
-                (todo.append if entry.is_symlink() else todo.appendleft)((entry.path, (*above, here)))
-            elif entry.name.endswith(endings) and not is_part:
+                if depth < _DEEPEST and entry.name not in _PASSED_OVER and not _leads_back(entry):
+                    below.append((entry.is_symlink(), (entry.path, inner, depth + 1)))
+            elif entry.name.lower().endswith(endings) and not is_shard(entry.name):
                 kept = _unless_bad(entry.path, lambda _, entry=entry: entry.stat(), None)
                 # A pipe or device that is called so is no file to read.
                 if kept is not None and stat.S_ISREG(kept.st_mode):
-                    found[entry.path] = kept
-    return found
+                    files[entry.path] = inner, kept
+        # Links last: where they lead to may be in this tree, and is then called what it is called here.
+        todo += [place for is_link, place in reversed(below) if not is_link]
+        todo = [place for is_link, place in reversed(below) if is_link] + todo
+    return folders, files
+
+
+def _cached(folder: Path, name: str) -> tuple[str, str] | None:
+    """The files of a repository in the Hugging Face cache, and the name they are known by: that of the repository."""
+    inside = snapshot(folder) if folder.name.startswith("models--") else None
+    above = name.rpartition("/")[0]
+    return None if inside is None else (str(inside), "/".join(filter(None, (above, repository_name(folder)))))
+
+
+def _leads_back(entry: os.DirEntry) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    return entry.is_symlink() and f"{os.path.realpath(os.path.dirname(entry.path))}{os.sep}".startswith(f"{os.path.realpath(entry.path)}{os.sep}")
+
+
+def _state(folder: Path) -> tuple:
+    """What changes when a file of a checkpoint does: name, size and time of each. A transformer's folder is one of its checkpoint's."""
+    state, todo = [], [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
+    while todo and len(state) < _MOST_FILES:
+        path, depth = todo.pop()
+        with os.scandir(path) as found:
+            for entry in found:
+                if depth < 2 and entry.is_dir():
+                    todo.append((entry.path, depth + 1))
+                elif os.path.exists(entry.path):
+                    seen = entry.stat()
+                    state.append((entry.path, seen.st_size, seen.st_mtime_ns))
+    return tuple(sorted(state))
 
 
 def _scan(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
-        return list(entries)
+        return sorted(entries, key=lambda entry: entry.name)
 
 
-def _remember(
-    path: Path | str, describe: Callable[[Path], dict[str, Seen]], found: os.stat_result | None = None, also: tuple = ()
-) -> dict[str, Seen]:
-    """What ``describe`` says of a file, by kind; asked once as long as the file, and what is ``also`` looked at, stays the same."""
-    found = found or os.stat(path)
-    key = (describe.__name__, str(path), found.st_size, found.st_mtime_ns, also)
+def _remember(path: Path | str, describe: Callable[[Path], dict[str, Seen]], state: tuple) -> dict[str, Seen]:
+    """What ``describe`` says of a file or folder, by kind; asked once as long as its ``state`` stays the same."""
+    key = (describe.__name__, str(path), state)
     if key not in _known:
         # What cannot be read is not offered.
         _known[key] = _unless_bad(Path(path), describe, {})
     return _known[key]
 
 
-def _describe_folder(config: Path) -> dict[str, Seen]:
+def _describe_folder(place: Path) -> dict[str, Seen]:
     try:
-        part = open_part(config.parent, "transformer")
+        checkpoint = open_checkpoint(place)
     except ForeignError:
         raise
     except ValueError as error:
+        transformer = next(iter(transformer_folders(snapshot(place) or place)), None)
+        if transformer is None:
+            raise
         # Offered all the same: to be told what is missing is more use than to look for it in vain.
-        logger.info("%s is not whole: %s", config.parent, error)
-        config = json.loads(config.read_text(encoding="utf-8"))
-        return {"transformer": Seen(SEPARATOR.join([identify(config).name, "incomplete", "diffusers"]))}
-    return {"transformer": _seen(part)}
+        logger.info("%s is not whole: %s", place, error)
+        return {"transformer": Seen(SEPARATOR.join([short(identify(read_json(transformer / "config.json")).name), "incomplete", "diffusers"]))}
+    seen = _seen(checkpoint.part("transformer"))
+    incomplete = [f"{PARTS[kind][0]} incomplete" for kind in checkpoint.incomplete]
+    return {"transformer": replace(seen, what=SEPARATOR.join([seen.what, *incomplete]))}
 
 
 def _describe_file(path: Path) -> dict[str, Seen]:
     """The CogVideoX parts of a file that can run: kind -> what it is."""
-    if path.suffix in _LISTED:
+    if path.suffix.lower() in _LISTED:
         head = _head(path)
         if not any(marker in head for marker in _MARKERS):
             return {}
@@ -305,10 +361,10 @@ def _head(path: Path) -> bytes:
     """The bytes at a file's start that hold its tensors' names (of a GGUF file or a pickle, the first of them); none, if they are more than any
     header's."""
     with open_regular(path) as file:
-        if path.suffix in (".safetensors", ".sft"):
+        if path.suffix.lower() in (".safetensors", ".sft"):
             length = int.from_bytes(file.read(8), "little")
         else:
-            length = _GGUF_HEAD if path.suffix == ".gguf" else _PICKLE_HEAD
+            length = _GGUF_HEAD if path.suffix.lower() == ".gguf" else _PICKLE_HEAD
         return file.read(length) if length <= MAX_HEADER else b""
 
 

@@ -165,8 +165,8 @@ def convert_checkpoint(
             "to keep what is stored."
         )
     _check_destination(source, destination, single)
-    kinds = [kind for kind in PARTS if kind in source.parts and (kind == "transformer" or not single)]
-    plans = [_plan(source.parts[kind], dtype, single, destination.name) for kind in kinds]
+    kinds = [kind for kind in PARTS if kind == "transformer" or (not single and kind in (*source.parts, *source.incomplete))]
+    plans = [_plan(source.part(kind), dtype, single, destination.name) for kind in kinds]
     others = {} if single else _others(source, plans)
     nbytes = sum(file.size for plan in plans for file in plan.files) + sum(map(len, others.values()))
     _check_space(destination, nbytes)

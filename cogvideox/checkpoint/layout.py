@@ -10,28 +10,32 @@ Folders as diffusers has them (the official releases)::
     scheduler/     scheduler_config.json
 
 with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors files with the names of
-diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt``).
+diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt``). ``folders`` has what else a folder
+may look like.
 """
 
-import json
 import logging
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from ..files import read_bytes, read_json
+from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
 from ..words import listed, short
 from .architecture import check_part, check_together
 from .configs import check_config
+from .folders import WHERE as _WHERE
+from .folders import Place, choose_weights, find_place, names_scheduler, part_path, what_else
+from .folders import is_checkpoint as is_checkpoint
+from .folders import sat_step as sat_step
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
-from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales
+from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales, unwrapped
 from .pickles import read_pickle_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
@@ -53,13 +57,6 @@ _INSTEAD = {
     "type cogvideox) to CogVideoX-1.5 Text Encode.",
     "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
 }
-_TRANSFORMER_FOLDERS = ("transformer", "transformer_T2V", "transformer_I2V")
-_SAT_WEIGHTS = "mp_rank_00_model_states.pt"
-_SAT_STEPS = ("1000", "1", ".")
-_WHERE = (
-    "A CogVideoX checkpoint is a folder with transformer/, text_encoder/, tokenizer/, vae/ and scheduler/ in it, such as "
-    "zai-org/CogVideoX1.5-5B on huggingface.co, or a single safetensors file of its transformer."
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +71,7 @@ class Part:
         tensors: every tensor, by the name that the module has for it.
         scales: what fp8 weights are to be multiplied by, by the weight's name.
         lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
+        note: which files were read where others lay beside them, in a sentence, or nothing.
     """
 
     kind: str
@@ -83,6 +81,7 @@ class Part:
     tensors: Mapping[str, StoredTensor]
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
     lora: Mapping[str, StoredTensor] = field(default_factory=dict)
+    note: str = ""
 
     @cached_property
     def stored(self) -> dict[torch.dtype | str, int]:
@@ -92,7 +91,7 @@ class Part:
     @property
     def files(self) -> list[Path]:
         """Every file it is read from."""
-        config = {self.source / "config.json"} if self.source.is_dir() else set()
+        config = {self.source / "config.json"} if os.path.isfile(self.source / "config.json") else set()
         return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
 
 
@@ -103,6 +102,8 @@ class Checkpoint:
     Attributes:
         path: the folder or file it was opened from.
         tokenizer: the folder of the tokenizer.
+        incomplete: part -> why the checkpoint's own cannot be used, as ``part`` raises it: it is not whole, or not CogVideoX's.
+        notes: what was decided where the folder left it open, in sentences.
     """
 
     path: Path
@@ -110,13 +111,17 @@ class Checkpoint:
     scheduler_config: Mapping
     tokenizer: Path
     parts: Mapping[str, Part] = field(repr=False)
+    incomplete: Mapping[str, str] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def part(self, kind: str) -> Part:
         """The part ``kind``.
 
         Raises:
-            ValueError: if there is none, saying what to use instead.
+            ValueError: if there is none, or none that is whole, saying what to use instead.
         """
+        if kind in self.incomplete:
+            raise ValueError(f"{self.incomplete[kind]} Or use another: {_INSTEAD[kind]}")
         if kind not in self.parts:
             raise ValueError(f"{self.path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}")
         return self.parts[kind]
@@ -125,7 +130,7 @@ class Checkpoint:
     def fingerprint(self) -> tuple:
         """Changes when a file of it is replaced: ``(path, size, mtime)`` of each."""
         files = {file for part in self.parts.values() for file in part.files}
-        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files))
+        return (*((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)), *self.incomplete.values())
 
     @property
     def text_tokens(self) -> int:
@@ -147,18 +152,18 @@ def open_checkpoint(
     """Open a checkpoint in any of the layouts: configs and headers, a few hundred kilobytes.
 
     Args:
-        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a transformer.
+        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a transformer; or what stands for one of
+            them, as ``find_place`` says.
         text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
         tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
-        ValueError: if it is not a CogVideoX checkpoint, or a file of it is missing, truncated or damaged.
+        ValueError: if it is not a CogVideoX checkpoint, or a file of its transformer is missing, truncated or damaged. Of the other parts, those
+            that are not whole are told when they are asked for.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"There is no {path}, so there is nothing to load. Check the path. {_WHERE}")
-    given = {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
-    parts = _open_folder(path) if path.is_dir() else _open_file(path, given)
+    place = find_place(path)
+    path, given = place.path, {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
+    parts = _open_transformer(place, given)
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
@@ -169,13 +174,10 @@ def open_checkpoint(
 
         lora_inside(transformer)
     check_part(transformer)
-    for kind in ("text_encoder", "vae"):
-        if kind in given:
-            parts[kind] = open_part(given[kind], kind)
-        elif kind in parts:
-            check_part(parts[kind])
-        if kind in parts:
-            check_together(transformer, parts[kind])
+    for kind, source in given.items():
+        parts[kind] = open_part(source, kind)
+        check_together(transformer, parts[kind])
+    incomplete = _add_own(place, parts)
     variant = identify(transformer.config)
     if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
@@ -183,8 +185,19 @@ def open_checkpoint(
         if parts["vae"].layout == "diffusers":
             logger.warning("%s gives no scaling_factor: taken is %s, that of %s.", parts["vae"].source, variant.latent_scale, variant.name)
         parts["vae"] = replace(parts["vae"], config=known | {name: value for name, value in parts["vae"].config.items() if value is not None})
-    root = transformer.source.parent if transformer.source != path or path.is_file() or path.name in _TRANSFORMER_FOLDERS else path
-    return Checkpoint(path, variant, _scheduler_config(root, transformer, variant), _tokenizer(root, parts, tokenizer), parts)
+    schedule, note = _scheduler_config(place.root, transformer, variant)
+    found = _tokenizer(place.root, parts, tokenizer)
+    if "text_encoder" in parts:
+        tensors = parts["text_encoder"].tensors
+        table = tensors.get("shared.weight") or tensors.get("encoder.embed_tokens.weight")
+        try:
+            check_tokenizer(found, table.shape[0] if table and table.shape else None)
+        except ValueError as error:
+            # Told when a prompt is to be encoded: with another text encoder it is not needed.
+            incomplete["text_encoder"] = str(error)
+            del parts["text_encoder"]
+    notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
+    return Checkpoint(path, variant, schedule, found, parts, incomplete, notes)
 
 
 def open_part(path: Path | str, kind: str) -> Part:
@@ -193,9 +206,7 @@ def open_part(path: Path | str, kind: str) -> Part:
     Raises:
         ValueError: if it is not there, is not whole, or is another part or model.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise ValueError(f"There is no {path}, so there is no {PARTS[kind][0]} to load. Check the path.")
+    path = part_path(path, kind)
     if path.is_dir():
         part = _open_part(path, kind)
     else:
@@ -217,71 +228,45 @@ def file_kinds(file: Path) -> list[str]:
     return list(dict.fromkeys(found.kind for found in find_parts(read_any_header(file), file)))
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a CogVideoX checkpoint in diffusers layout, by its transformer's config (one small file is read)."""
-    return bool(transformer_folders(folder))
+def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Part]:
+    """The transformer, and what else lies in the same file, less the kinds that are ``given`` from elsewhere."""
+    source = place.transformer
+    if not os.path.isdir(source):
+        return _open_file(source, given)
+    if os.path.lexists(source / "config.json"):
+        return {"transformer": _open_part(source, "transformer")}
+    chosen = choose_weights(source, "transformer")
+    return {kind: replace(part, note=chosen.note) for kind, part in _open_file(source, given, chosen.files).items()}
 
 
-def transformer_folders(folder: Path) -> list[Path]:
-    """The folders of CogVideoX transformers in a checkpoint's folder, by their configs."""
-    return [Path(folder) / name for name in _TRANSFORMER_FOLDERS if _is_transformer_folder(Path(folder) / name)]
+def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
+    """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and cannot be used cannot."""
+    incomplete = {}
+    for kind in ("text_encoder", "vae"):
+        inside, source = parts.get(kind), None
+        if inside is None:
+            source = place.own(kind)
+        elif inside.source != parts["transformer"].source:
+            continue
+        try:
+            if source is not None:
+                parts[kind] = open_part(source, kind)
+            elif inside is not None:
+                check_part(inside)
+            if kind in parts:
+                check_together(parts["transformer"], parts[kind])
+        except ValueError as error:
+            logger.info("The %s is left until it is asked for: %s", PARTS[kind][0], error)
+            incomplete[kind] = str(error)
+            parts.pop(kind, None)
+    return incomplete
 
 
-def _is_transformer_folder(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("_class_name") == TRANSFORMER_CLASS
-
-
-def sat_weights(folder: Path) -> Path | None:
-    """The file of a SAT transformer in its folder, or in ``transformer/`` of it, or None."""
-    return sat_step(folder) or sat_step(folder / "transformer")
-
-
-def sat_step(folder: Path) -> Path | None:
-    """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of those that releases have."""
-    latest = folder / "latest"
-    # A name of thousands of letters is none.
-    named = [Path(read_bytes(latest).decode("utf-8", "replace").strip()[:255]).name] if os.path.isfile(latest) else []
-    return next((file for step in (*named, *_SAT_STEPS) if os.path.isfile(file := folder / step / _SAT_WEIGHTS)), None)
-
-
-def _open_folder(path: Path) -> dict[str, Part]:
-    if not any(path.iterdir()):
-        raise ValueError(f"{path} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {_WHERE}")
-    sat = sat_weights(path)
-    if sat is not None:
-        return _open_sat(path, sat)
-    if path.name in _TRANSFORMER_FOLDERS and (path / "config.json").is_file():
-        root, transformer = path.parent, path
-    else:
-        found = [path / name for name in _TRANSFORMER_FOLDERS if (path / name).is_dir()]
-        if not found:
-            raise ValueError(f"{path} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(path)}. {_WHERE}")
-        if len(found) > 1:
-            names = " and ".join(folder.name for folder in found)
-            raise ValueError(f"{path} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the path of one of them.")
-        root, transformer = path, found[0]
-    parts = {"transformer": _open_part(transformer, "transformer")}
-    return parts | {kind: _open_part(root / kind, kind) for kind in ("text_encoder", "vae") if (root / kind).is_dir()}
-
-
-def _open_sat(folder: Path, weights: Path) -> dict[str, Part]:
-    """SAT's transformer, and beside it (or beside the folder it is in) its VAE, and T5 where its guide puts it."""
-    parts = _open_file(weights)
-    for root in (folder, folder.parent):
-        if "vae" not in parts and (root / "vae" / "3d-vae.pt").is_file():
-            parts["vae"] = open_part(root / "vae" / "3d-vae.pt", "vae")
-        if "text_encoder" not in parts and (root / "t5-v1_1-xxl" / "config.json").is_file():
-            parts["text_encoder"] = _open_part(root / "t5-v1_1-xxl", "text_encoder")
-    return parts
-
-
-def _open_file(file: Path, without: Container[str] = ()) -> dict[str, Part]:
-    """The parts that a single file holds, with configs from its shapes; kinds that are not wanted are not looked into."""
-    found = [part for part in find_parts(read_any_header(file), file) if part.kind not in without]
+def _open_file(file: Path, without: Container[str] = (), files: Sequence[Path] = ()) -> dict[str, Part]:
+    """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are not wanted are not looked
+    into."""
+    stored = {name: tensor for one in files or (file,) for name, tensor in read_any_header(one).items()}
+    found = [part for part in find_parts(stored, file) if part.kind not in without]
     return {kind: _file_part(kind, [part for part in found if part.kind == kind], file) for kind in dict.fromkeys(part.kind for part in found)}
 
 
@@ -318,22 +303,20 @@ def read_any_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: if it cannot be read.
     """
-    if file.suffix == ".gguf":
+    ending = file.suffix.lower()
+    if ending == ".gguf":
         return read_gguf_header(file)
-    return read_pickle_header(file) if file.suffix in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
-
-
-def _pipeline_name(folder: Path) -> str:
-    index = folder / "model_index.json"
-    name = read_json(index).get("_class_name") if index.is_file() else None
-    return f" (its model_index.json says {name})" if name else ""
+    return read_pickle_header(file) if ending in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
 
 
 def _open_part(here: Path, kind: str) -> Part:
     name, class_name = PARTS[kind]
     config_file = here / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{here} has no config.json, so how to build the {name} is unknown. Download config.json from the same repository into it.")
+    if not os.path.lexists(config_file):
+        raise ValueError(
+            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json from the same repository "
+            "into it."
+        )
     config = read_json(config_file)
     names = config.get("_class_name") or config.get("architectures") or (class_name if config.get("model_type") == "t5" else "no class")
     names = names if isinstance(names, list) else [names]
@@ -345,16 +328,26 @@ def _open_part(here: Path, kind: str) -> Part:
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and packing.get("quant_method"):
         raise packed_error(short(packing["quant_method"]), here, "its config.json says so")
+    chosen = choose_weights(here, kind, name, _EXACT if kind == "transformer" and _is_2b(config) else ())
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(here, name):
-        tensors |= read_header(file)
-    tensors, lora = split_lora(tensors)
+    for file in chosen.files:
+        tensors |= read_any_header(file)
     check_unpacked(tensors, here)
-    tensors = module_tensors(kind, tensors)
+    tensors, lora = split_lora(tensors)
+    tensors = module_tensors(kind, unwrapped(kind, tensors, here))
     check_config(kind, config, config_file, tensors)
-    part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora)
+    part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=chosen.note)
     _check_floats(part)
     return part
+
+
+#: Of a model that was trained in fp16, a copy in fp16 says more than one in bf16.
+_EXACT = ("fp32", "float32", "fp16", "float16")
+
+
+def _is_2b(config: Mapping) -> bool:
+    """Whether a config, which nobody has checked yet, says that the model was trained in fp16."""
+    return not config.get("patch_size_t") and not config.get("use_rotary_positional_embeddings")
 
 
 def _check_floats(part: Part) -> None:
@@ -374,50 +367,27 @@ def _check_floats(part: Part) -> None:
         )
 
 
-def _weight_files(here: Path, name: str) -> list[Path]:
-    indexes = sorted(here.glob("*.safetensors.index.json"), key=lambda path: len(path.name))
-    singles = sorted(path for path in here.glob("*.safetensors") if not re.search(r"-\d{5}-of-\d{5}", path.name))
-    shards = sorted(path for path in here.glob("*.safetensors") if path not in singles)
-    if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{indexes[0]} lists no weights, so the shards cannot be put together. Download this file again.")
-        files = sorted({here / Path(file).name for file in weight_map.values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(
-                f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: {', '.join(missing)}. Without them weights are "
-                "missing. Download them from the same repository into this folder."
-            )
-        return files
-    if shards and not singles:
-        raise ValueError(
-            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not known whether "
-            "they are all there. Download the index from the same repository into this folder."
-        )
-    if len(singles) != 1:
-        found = ", ".join(path.name for path in singles) or "none"
-        others = sorted(path.name for path in here.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        hint = f" {', '.join(others)} may run code when opened and is not read." if others else ""
-        raise ValueError(
-            f"{here} should hold the {name}'s weights in one safetensors file or in shards with an index; safetensors found: {found}."
-            f"{hint} Keep exactly one set, or download the part again."
-        )
-    return singles
+def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[Mapping, str]:
+    """The checkpoint's own noise schedule, or that of the release where it comes without one; and what to say about that.
 
-
-def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> Mapping:
-    """The checkpoint's own noise schedule; that of the release, where the layout has none."""
+    Raises:
+        ValueError: if it is to have one, by its ``model_index.json``, and that is missing.
+    """
     file = root / "scheduler" / "scheduler_config.json"
-    if file.is_file():
+    if os.path.lexists(file):
         config = read_json(file)
         check_config("scheduler", config, file)
-        return config
+        return config, ""
     if transformer.layout != "diffusers":
-        return variant.scheduler_config
-    raise ValueError(
-        f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
-        "Download scheduler/ from the same repository into the checkpoint's folder."
+        return variant.scheduler_config, ""
+    if names_scheduler(root):
+        raise ValueError(
+            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
+            "Download scheduler/ from the same repository into the checkpoint's folder."
+        )
+    return variant.scheduler_config, (
+        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. If it was trained with "
+        f"another, put its scheduler/ into {root}."
     )
 
 
@@ -432,9 +402,4 @@ def _tokenizer(root: Path, parts: Mapping[str, Part], given: Path | str | None) 
         source = parts["text_encoder"].source
         places += [source.parent / "tokenizer", source if source.is_dir() else source.parent]
     places += [Path(given).expanduser()] if given is not None else []
-    found = next((place for place in places if has_tokenizer(place)), places[0])
-    if "text_encoder" in parts:
-        tensors = parts["text_encoder"].tensors
-        table = tensors.get("shared.weight") or tensors.get("encoder.embed_tokens.weight")
-        check_tokenizer(found, table.shape[0] if table and table.shape else None)
-    return found
+    return next((place for place in places if has_tokenizer(place)), places[0])

@@ -47,7 +47,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
     found = []
-    tensors, lora = split_lora(tensors)
+    tensors, lora = split_lora(_without_wrappers(tensors))
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers, file):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -99,6 +99,36 @@ def check_unpacked(names: Iterable[str], source: Path) -> None:
         fitting = [name for name in marked if name.rpartition(".")[2].startswith(words)]
         if fitting:
             raise packed_error(program, source, f"{len(fitting)} tensors such as {short(fitting[0])}")
+
+
+#: What torch puts between a module's name and its parent's: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+
+
+def _without_wrappers(tensors: Tensors) -> Tensors:
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+
+
+def unwrapped(kind: str, tensors: Tensors, source: Path) -> Tensors:
+    """The tensors of a part in a folder of its own by its module's names, whatever program named them or put them under a prefix (``module.`` of
+    training on several cards); those that stand outside of the prefix keep their names.
+
+    Raises:
+        ValueError: if the part is there under several prefixes.
+    """
+    tensors = _without_wrappers(tensors)
+    found = [(prefix, rename) for part, _, markers, rename in _LAYOUTS if part == kind for prefix in _prefixes(tensors, markers, source)]
+    if len(found) > 1:
+        places = listed((f"{prefix}…" for prefix, _ in found), 4)
+        raise ValueError(
+            f"{source} holds several sets of weights in one ({places}), and which is meant is not known: one may be the average that training keeps "
+            "(EMA). Save the one you want in a file of its own."
+        )
+    for prefix, rename in found:
+        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        renamed = {new: piece for name, tensor in inside.items() for new, piece in rename(name[len(prefix) :], tensor)}
+        return {name: tensor for name, tensor in tensors.items() if name not in inside} | renamed
+    return tensors
 
 
 #: How the scales of fp8 weights are named, and what else files of scaled weights hold that is of no use here.

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ..checkpoint.folders import is_checkpoint_json
 from ..words import listed, short
 from .report import WHERE, WORKFLOW, ConfigReport
 from .sat import PLACES, check_sat, fix_sat
@@ -17,7 +18,7 @@ def is_config(path: Path | str) -> bool:
     path = Path(path).expanduser()
     # Not Path's own questions, which raise for a name that is too long.
     if not os.path.isdir(path):
-        return os.path.isfile(path) and path.suffix.lower() in (".yaml", ".yml", ".json")
+        return os.path.isfile(path) and path.suffix.lower() in (".yaml", ".yml", ".json") and not is_checkpoint_json(path)
     # SAT releases have a transformer/ of their own; only diffusers puts a config.json into it.
     diffusers = (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file()
     return not diffusers and any((path / place).is_file() for place in PLACES)

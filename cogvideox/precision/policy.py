@@ -1,7 +1,7 @@
 """The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a verdict."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,7 @@ class DtypePlan:
 
     Attributes:
         audits: what a scan of the weights found, where one was made.
+        incomplete, notes: of the checkpoint: the parts of it that cannot be used and why, and what was decided where its folder left it open.
     """
 
     variant: str
@@ -96,6 +97,8 @@ class DtypePlan:
     parts: tuple[PartPlan, ...]
     absent: tuple[str, ...]
     audits: tuple["WeightAudit", ...] = ()
+    incomplete: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def precision(self, kind: str) -> Precision:
         return next(part.run for part in self.parts if part.kind == kind)
@@ -110,6 +113,8 @@ class DtypePlan:
     def text(self) -> str:
         lines = [f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}", *(part.text for part in self.parts)]
         lines += [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
+        lines += [f"[incomplete] {PARTS[kind][0]}: {why}" for kind, why in self.incomplete.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *(audit.text for audit in self.audits)])
 
     def as_dict(self) -> dict:
@@ -135,6 +140,8 @@ class DtypePlan:
                 for part in self.parts
             ],
             "absent": list(self.absent),
+            "incomplete": dict(self.incomplete),
+            "notes": list(self.notes),
             "weights": [audit.as_dict() for audit in self.audits],
         }
 
@@ -167,8 +174,9 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
             "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
             + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
         )
-    absent = tuple(kind for kind in PARTS if kind not in checkpoint.parts)
-    return DtypePlan(checkpoint.variant.name, hardware, choice, tuple(parts), absent)
+    absent = tuple(kind for kind in PARTS if kind not in checkpoint.parts and kind not in checkpoint.incomplete)
+    whole = DtypePlan(checkpoint.variant.name, hardware, choice, tuple(parts), absent)
+    return replace(whole, incomplete=checkpoint.incomplete, notes=checkpoint.notes)
 
 
 def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None) -> DtypePlan:
