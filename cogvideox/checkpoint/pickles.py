@@ -96,6 +96,22 @@ def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         ValueError: if it is not a torch checkpoint, is damaged, or would run code.
     """
     path = Path(path)
+    archive, tensors, beside = _tensors(path)
+    return {name: _placed(path, archive, name, value) for name, value in tensors.items()}, beside
+
+
+def read_pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a torch checkpoint, wherever their numbers lie.
+
+    Raises:
+        ValueError: if it is not a torch checkpoint, is damaged, or would run code.
+    """
+    found = {name: value.size for name, value in _tensors(Path(path))[1].items() if isinstance(value, _Tensor)}
+    return {name: size for name, size in found.items() if isinstance(size, tuple) and all(type(length) is int for length in size)}
+
+
+def _tensors(path: Path) -> "tuple[_Archive, dict[str, _Tensor | _Unreadable], dict[str, Any]]":
+    """An archive, the tensors of its pickle that are the weights, by their names, and what lies beside them."""
     with opened(path) as (file, size):
         try:
             archive = _open_archive(file, size)
@@ -117,7 +133,7 @@ def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
             f"{short(path, 400)} has tensors under {listed(unnamed)}, and weights have names, so it is not known what they are. Save them under the "
             "names of the model they belong to."
         )
-    return {name: _placed(path, archive, name, value) for name, value in tensors.items()}, beside
+    return archive, tensors, beside
 
 
 def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:

@@ -6,7 +6,6 @@ How SAT takes the flags: zai-org/CogVideo (Apache-2.0), ``sat/arguments.py``.
 import itertools
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -291,7 +290,7 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
         try:
             variant = _stored(file)
         except Exception as error:  # whatever a damaged pickle makes torch raise: it is told, and the other sources still stand
-            refused = isinstance(error, pickle.UnpicklingError)
+            refused = "could run code" in str(error)
             why = "holds more than tensors, which could run code" if refused else f"cannot be read ({reason(error)})"
             said.append(
                 Finding(
@@ -394,13 +393,11 @@ def _stored(file: Path) -> Variant | None:
     """The variant whose weights a SAT checkpoint holds, by names and shapes; None if they do not say. No weight is read.
 
     Raises:
-        pickle.UnpicklingError: if it holds anything but tensors and plain containers: opening it would run code.
+        ValueError: if it cannot be read, or holds anything but tensors and plain containers: opening it would run code.
     """
-    import torch
+    from ..checkpoint.pickles import read_pickle_shapes
 
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    state = state.get("module", state) if isinstance(state, dict) else {}
-    shapes = {name.removeprefix("model.diffusion_model."): tuple(value.shape) for name, value in state.items() if torch.is_tensor(value)}
+    shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in read_pickle_shapes(file).items()}
     patch = shapes.get("mixins.patch_embed.proj.weight", ())
     if len(patch) not in (2, 4):
         return None

@@ -243,6 +243,8 @@ def mirror(source: Path, target: Path) -> Path:
 
 def put(path: Path, data: bytes) -> None:
     """Write a file in the place of a link, and not through it."""
+    if path.is_dir() and not path.is_symlink():
+        return
     if path.is_symlink() or path.exists():
         path.unlink()
     path.write_bytes(data)
