@@ -16,8 +16,8 @@ class ModelLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Model Loader"
     DESCRIPTION = (
         "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a single file in "
-        "models/diffusion_models or models/checkpoints), checks what its weights are stored in and were trained in, and decides in which dtype each part runs. Weights are "
-        "read when a node first needs them, not here."
+        "models/diffusion_models or models/checkpoints), checks what its weights are stored in and were trained in, and decides in which dtype each "
+        "part runs. Weights are read when a node first needs them, not here."
     )
     SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")

@@ -17,7 +17,7 @@ from ..files import read_json
 from ..precision.hardware import dtype_name
 from ..variants import identify
 from ..words import short
-from .folders import holds_shards, is_shard, repository_name, sat_weights, snapshot, transformer_folders
+from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
 from .layout import PARTS, open_checkpoint, read_any_header, stored_bytes
 from .naming import find_parts
 from .shapes import infer_config
@@ -66,18 +66,19 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     """Every checkpoint below the roots: folders of diffusers and SAT, fine-tunes and caches below any of them, single files below ``file_roots``; the
     first of a name counts."""
     entries: dict[str, Entry] = {}
-    file_roots = list(file_roots)
+    folder_roots, file_roots = list(folder_roots), list(file_roots)
+    looked = {root: _look(root) for root in (*folder_roots, *file_roots)}
     #: Folders of checkpoints that are listed, and what lies in them.
     listed: set[Path] = set()
-    for root in dict.fromkeys((*folder_roots, *file_roots)):
-        for name, folder in _look(root)[0]:
+    for folders, _ in looked.values():
+        for name, folder in folders:
             inside = folder.parent in listed
             # The steps of a training are checkpoints of their own, also beside its result.
             found = [] if name in entries or (inside and not _STEP.fullmatch(folder.name)) else _folder_entries(name, folder)
             entries |= {entry.name: entry for entry in found if entry.name not in entries}
             if inside or found or name in entries:
                 listed.add(folder)
-    for entry in _file_entries(file_roots, "transformer"):
+    for entry in _file_entries((looked[root][1] for root in file_roots), "transformer"):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
 
@@ -85,7 +86,7 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
 def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
     """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the names in its header."""
     entries: dict[str, Entry] = {}
-    for entry in _file_entries(roots, kind):
+    for entry in _file_entries((_look(root)[1] for root in roots), kind):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
 
@@ -123,10 +124,10 @@ def _folder_entries(name: str, folder: Path) -> list[Entry]:
         return []
 
 
-def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
+def _file_entries(looked: Iterable[dict[str, tuple[str, os.stat_result]]], kind: str) -> list[Entry]:
     entries = []
-    for root in roots:
-        for path, (name, stat) in sorted(_look(root)[1].items()):
+    for files in looked:
+        for path, (name, stat) in sorted(files.items()):
             what = _remember(path, _describe_lora if kind == "lora" else _describe_file, (stat.st_size, stat.st_mtime_ns)).get(kind)
             if what:
                 entries.append(Entry(name, _without(what, name), Path(path)))
@@ -161,10 +162,9 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
                 folders.append((cached[1], Path(path)))
                 todo.append((*cached, depth + 1))
             continue
-        if depth:
+        if depth and "config.json" in names:
             folders.append((name, Path(path)))
-            if "config.json" in names:
-                continue
+            continue
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name
@@ -176,6 +176,8 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
                     files[entry.path] = inner, entry.stat()
             except OSError as error:
                 logger.info("%s is passed over: %s", entry.path, error)
+        if depth and (below or may_be_checkpoint(names)):
+            folders.append((name, Path(path)))
         todo += reversed(below)
     return folders, files
 
