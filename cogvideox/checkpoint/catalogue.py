@@ -67,7 +67,7 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     first of a name counts."""
     entries: dict[str, Entry] = {}
     folder_roots, file_roots = list(folder_roots), list(file_roots)
-    looked = {root: _look(root) for root in (*folder_roots, *file_roots)}
+    looked = {root: _look(root) for root in dict.fromkeys((*folder_roots, *file_roots))}
     #: Folders of checkpoints that are listed, and what lies in them.
     listed: set[Path] = set()
     for folders, _ in looked.values():
