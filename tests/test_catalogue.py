@@ -1,6 +1,9 @@
 """The lists to choose from hold each CogVideoX checkpoint and part once, with what it is, and nothing else."""
 
+import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -185,3 +188,100 @@ def test_entries_know_how_far_their_dtypes_round(tmp_path):
     entries = sorted(list_parts("text_encoder", [tmp_path]), key=lambda entry: entry.rounding)
     assert [entry.name for entry in entries] == sorted(files, key=measured.get)
     assert [entry.what for entry in entries if entry.name == "Q8_0.gguf"] == ["T5 encoder · GGUF Q8_0 · llama.cpp"]
+
+
+def names(*roots):
+    return [entry.name for entry in list_checkpoints(roots, [])]
+
+
+def test_folders_two_levels_down_are_listed_by_their_path_and_those_one_level_down_as_before(tmp_path, source):
+    for place in ("CogVideoX1.5-5B-I2V", "zai-org/CogVideoX1.5-5B-I2V", "THUDM/2024/CogVideoX-5b-I2V"):
+        shutil.copytree(source[0], tmp_path / place)
+    shutil.copytree(source[0] / "vae", tmp_path / "vae-alone")
+    assert names(tmp_path) == ["CogVideoX1.5-5B-I2V", "THUDM/2024/CogVideoX-5b-I2V", "zai-org/CogVideoX1.5-5B-I2V"]
+
+
+def test_single_files_in_models_checkpoints_are_listed_and_other_models_there_are_not(tmp_path, source):
+    state = layouts.comfy_names(source[1]["transformer"].state_dict())
+    (tmp_path / "checkpoints" / "video").mkdir(parents=True)
+    layouts.write_file(tmp_path / "checkpoints" / "video" / "cog.safetensors", state, "model.diffusion_model.")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(3)}, tmp_path / "checkpoints" / "sdxl.safetensors")
+    # A config of another model beside the files takes none of them away.
+    (tmp_path / "checkpoints" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert [entry.name for entry in list_checkpoints([], [tmp_path / "checkpoints"])] == ["video/cog.safetensors"]
+
+
+BAD = {
+    "a config that is nested deeply": lambda folder: (folder / "transformer" / "config.json").write_text("[" * 50_000),
+    "a config that is no object": lambda folder: (folder / "transformer" / "config.json").write_text("3"),
+    "a config whose class is a list": lambda folder: change(folder / "transformer" / "config.json", _class_name=["CogVideoXTransformer3DModel"]),
+    "an index of nothing": lambda folder: change(next((folder / "transformer").glob("*.index.json")), weight_map={"a": None}),
+    "an index that is a folder": lambda folder: as_folder(next((folder / "transformer").glob("*.index.json"))),
+    "a pipe in the place of a config": lambda folder: as_pipe(folder / "transformer" / "config.json"),
+    "a model_index that is no text": lambda folder: (folder / "model_index.json").write_bytes(b"\xff\xfe\x00"),
+    "a latest of many letters": lambda folder: (folder / "latest").write_text("a" * 5000),
+    "a link that leads back": lambda folder: (folder / "again").symlink_to(folder),
+    "a link to itself": lambda folder: (folder / "self").symlink_to(folder / "self"),
+    "many links that lead back": lambda folder: [(folder / f"again{number}").symlink_to(folder.parent) for number in range(30)],
+    "folders without end": lambda folder: folder.joinpath(*["deeper"] * 60).mkdir(parents=True),
+}
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def as_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def as_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_folder_costs_itself_alone(tmp_path, source, how):
+    for name in ("a", "b", "c"):
+        shutil.copytree(source[0], tmp_path / name)
+    BAD[how](tmp_path / "b")
+    begun = time.perf_counter()
+    listed = list_checkpoints([tmp_path], [tmp_path])
+    assert time.perf_counter() - begun < 5
+    assert {"a", "c"} <= {entry.name for entry in listed} <= {"a", "b", "c"}
+    assert all(" · bf16 · diffusers" in entry.label for entry in listed if entry.name != "b")
+
+
+def test_an_entry_is_found_by_the_name_it_had_elsewhere(models):
+    (models / "CogVideo" / "sat").rename(models / "CogVideo" / "moved")
+    (models / "CogVideo" / "org").mkdir()
+    (models / "CogVideo" / "moved").rename(models / "CogVideo" / "org" / "sat")
+    entries = listed(models)
+    found = find_entry(entries, "org/sat")
+    assert found.path == models / "CogVideo" / "org" / "sat"
+    # Saved before it was moved; saved on Windows; from a folder whose name has what stands between a name and what it is.
+    assert find_entry(entries, "sat · CogVideoX1.5-I2V · bf16 · SAT") == found
+    assert find_entry(entries, "org\\sat") == found
+    assert find_entry(entries, "wan\\CogVideoX1.5_fp8.safetensors").name == "wan/CogVideoX1.5_fp8.safetensors"
+    assert find_entry(entries, "") is None
+    shutil.copytree(found.path, models / "CogVideo" / "a · b")
+    assert find_entry(listed(models), next(entry.label for entry in listed(models) if entry.name == "a · b")).name == "a · b"
+    # Two of a name are not told apart.
+    shutil.copytree(found.path, models / "CogVideo" / "other" / "sat")
+    assert find_entry(listed(models), "sat") is None
+
+
+def test_many_unrelated_files_are_looked_at_quickly(tmp_path, source):
+    save_file({f"layer.{number}.weight": torch.ones(1) for number in range(1000)}, tmp_path / "0.safetensors")
+    for number in range(1, 500):
+        os.link(tmp_path / "0.safetensors", tmp_path / f"{number}.safetensors")
+    (tmp_path / "below").mkdir()
+    layouts.write_file(tmp_path / "below" / "cog.safetensors", source[1]["transformer"].state_dict())
+    times = []
+    for _ in range(4):
+        begun = time.process_time()
+        assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["below/cog.safetensors"]
+        times.append(time.process_time() - begun)
+    assert times[0] < 0.5
+    assert min(times[1:]) < 0.05

@@ -205,9 +205,7 @@ class TestRefusals:
     def refused(self, folder, *said):
         """When it is opened, or, for a part that not every step needs, when that is asked for."""
         with pytest.raises(ValueError) as caught:
-            checkpoint = open_checkpoint(folder)
-            for kind in CLASSES:
-                checkpoint.part(kind)
+            [open_checkpoint(folder).part(kind) for kind in CLASSES]
         for words in said:
             assert words in str(caught.value)
 

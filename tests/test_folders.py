@@ -1,4 +1,4 @@
-"""What a folder may look like: fine-tunes, training runs, caches, sets side by side; each opens to the weights that are meant, or a sentence says why not."""
+"""Folders may be fine-tunes, training runs, caches, sets side by side: each opens to the weights that are meant, or a sentence says why not."""
 
 import json
 import os
@@ -110,22 +110,8 @@ class TestAPartThatIsNotWhole:
 
     def test_is_told_before_anything_is_made(self, copy, tmp_path, capsys):
         next((copy / "vae").glob("*.safetensors")).unlink()
-        command = [
-            "--model",
-            copy,
-            "--prompt",
-            "a panda",
-            "--output",
-            tmp_path / "out.mp4",
-            "--width",
-            32,
-            "--height",
-            32,
-            "--frames",
-            1,
-            "--steps",
-            1,
-        ]
+        command = ["--model", copy, "--prompt", "a panda", "--output", tmp_path / "out.mp4", "--width", 32, "--height", 32]
+        command += ["--frames", 1, "--steps", 1]
         assert generate.main([*map(str, command)]) == 1
         shown = capsys.readouterr()
         assert f"{copy / 'vae'} should hold the VAE's weights" in shown.err
@@ -175,9 +161,9 @@ class TestAPartThatIsNotWhole:
 
 
 class TestFineTunes:
-    @pytest.mark.parametrize(
-        "name", ["diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "pytorch_model_fsdp.bin", "weights.ckpt", "A.BIN"]
-    )
+    BIN = ["diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "pytorch_model_fsdp.bin", "weights.ckpt", "A.BIN"]
+
+    @pytest.mark.parametrize("name", BIN)
     def test_saved_by_torch(self, source, bare, name):
         torch.save(source[1], bare / "transformer" / name)
         assert is_the_one(open_checkpoint(bare), source[1])
@@ -392,11 +378,10 @@ class TestSetsSideBySide:
         assert folders.choose_weights(bare / "transformer", "transformer", exact=("fp16",)).label == "diffusion_pytorch_model.fp16.safetensors"
         assert config["use_rotary_positional_embeddings"]
 
-    @pytest.mark.parametrize("index", ["diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16.safetensors.index.json"])
-    @pytest.mark.parametrize(
-        "name", ["diffusion_pytorch_model.fp16-{:05}-of-00002.safetensors", "diffusion_pytorch_model-{:05}-of-00002.fp16.safetensors"]
-    )
+    @pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "fp16.safetensors.index.json"])
+    @pytest.mark.parametrize("name", [".fp16-{:05}-of-00002.safetensors", "-{:05}-of-00002.fp16.safetensors"])
     def test_a_variant_in_shards(self, source, bare, index, name):
+        index, name = f"diffusion_pytorch_model.{index}", f"diffusion_pytorch_model{name}"
         write_shards(bare / "transformer", source[1], index, name)
         assert is_the_one(open_checkpoint(bare), source[1])
         write_shards(bare / "transformer", other(source[1]))
@@ -434,16 +419,7 @@ class TestSetsSideBySide:
         (bare / "transformer" / "two.safetensors").rename(bare / "transformer" / "pytorch_lora_weights.safetensors")
         assert is_the_one(open_checkpoint(bare), source[1])
 
-    PLACES = [
-        "sub/model-00001.safetensors",
-        "../x.safetensors",
-        "/etc/x.safetensors",
-        "C:\\x.safetensors",
-        "..",
-        "",
-        "a\0.safetensors",
-        "config.json",
-    ]
+    PLACES = ["sub/x.safetensors", "../x.safetensors", "/etc/x.safetensors", "C:\\x.safetensors", "..", "", "a\0.safetensors", "config.json"]
 
     @pytest.mark.parametrize("place", [*PLACES, None, 3, ["a"], {"a": 1}, True, "\ud800.safetensors"])
     def test_an_index_names_files_beside_it(self, source, bare, place):

@@ -19,7 +19,7 @@ from ..files import open_regular, read_json
 from ..precision.hardware import dtype_name
 from ..variants import identify
 from ..words import LIMIT, reason, short
-from .folders import holds_shards, is_shard, repository_name, sat_weights, snapshot, transformer_folders
+from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
 from .headers import MAX_HEADER, StoredTensor
 from .layout import PARTS, Part, file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
@@ -114,11 +114,12 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     """Every checkpoint below the roots: folders of diffusers and SAT, fine-tunes and caches below any of them, single files below ``file_roots``; the
     first of a name counts."""
     entries: dict[str, Entry] = {}
-    file_roots = list(file_roots)
+    folder_roots, file_roots = list(folder_roots), list(file_roots)
+    looked = {root: _look(root) for root in dict.fromkeys((*folder_roots, *file_roots))}
     #: Folders of checkpoints that are listed, and what lies in them.
     listed: set[Path] = set()
-    for root in dict.fromkeys((*folder_roots, *file_roots)):
-        for name, folder in _look(root)[0]:
+    for folders, _ in looked.values():
+        for name, folder in folders:
             inside = folder.parent in listed
             # The steps of a training are checkpoints of their own, also beside its result.
             passed = name in entries or (inside and not _STEP.fullmatch(folder.name))
@@ -126,7 +127,7 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
             entries |= {entry.name: entry for entry in found if entry.name not in entries}
             if inside or found or name in entries:
                 listed.add(folder)
-    for entry in _file_entries(file_roots, "transformer"):
+    for entry in _file_entries((looked[root][1] for root in file_roots), "transformer"):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
 
@@ -134,7 +135,8 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
 def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
     """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the names in its header."""
     entries: dict[str, Entry] = {}
-    for entry in _file_entries(roots, kind):
+    endings = _LORAS if kind == "lora" else _LISTED
+    for entry in _file_entries((_look(root, endings)[1] for root in roots), kind):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
 
@@ -193,10 +195,10 @@ def _entry(name: str, seen: Seen, path: Path) -> Entry:
     return Entry(_shown(name), _without(seen.what, name), path, seen.width, seen.rounding)
 
 
-def _file_entries(roots: Iterable[Path], kind: str) -> list[Entry]:
+def _file_entries(looked: Iterable[dict[str, tuple[str, os.stat_result]]], kind: str) -> list[Entry]:
     entries = []
-    for root in roots:
-        for path, (name, found) in sorted(_look(root, _LORAS if kind == "lora" else _LISTED)[1].items()):
+    for files in looked:
+        for path, (name, found) in sorted(files.items()):
             describe = _describe_lora if kind == "lora" else _describe_file
             seen = _remember(path, describe, (found.st_size, found.st_mtime_ns)).get(kind)
             if seen:
@@ -233,10 +235,9 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
                 folders.append((cached[1], Path(path)))
                 todo.append((*cached, depth + 1))
             continue
-        if depth:
+        if depth and "config.json" in names:
             folders.append((name, Path(path)))
-            if "config.json" in names:
-                continue
+            continue
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name
@@ -248,6 +249,8 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
                 # A pipe or device that is called so is no file to read.
                 if kept is not None and stat.S_ISREG(kept.st_mode):
                     files[entry.path] = inner, kept
+        if depth and (below or may_be_checkpoint(names)):
+            folders.append((name, Path(path)))
         # Links last: where they lead to may be in this tree, and is then called what it is called here.
         todo += [place for is_link, place in reversed(below) if not is_link]
         todo = [place for is_link, place in reversed(below) if is_link] + todo

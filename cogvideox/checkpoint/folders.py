@@ -199,9 +199,14 @@ def holds_shards(folder: Path) -> bool:
     return "config.json" not in names and any(map(_INDEX.fullmatch, names))
 
 
+def may_be_checkpoint(names: Iterable[str]) -> bool:
+    """Whether a folder without folders in it may be a checkpoint, by the names of its files."""
+    return any(name == _SAT_WEIGHTS or name.endswith(".json") for name in names)
+
+
 def is_shard(name: str) -> bool:
     """Whether a file of weights is one of several, by its name."""
-    match = _WEIGHTS.fullmatch(name)
+    match = _WEIGHTS.fullmatch(name) if "-of-" in name else None
     return bool(match and match["number"]) and int(match["count"]) > 1
 
 
