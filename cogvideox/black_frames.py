@@ -93,8 +93,8 @@ class BlackFrameReport:
             )
         return (
             "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent was decoded without sampling, "
-            "the prompt asks for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to be dark, set "
-            "action to warn."
+            "the prompt asks for darkness, or the latents come from another model. Check what is connected to the decoder; if the video is meant to "
+            "be dark, set action to warn."
         )
 
 

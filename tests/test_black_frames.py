@@ -75,6 +75,56 @@ def test_a_bright_clip_is_ok():
     assert report.advice == ""
 
 
+class TestACauseIsNamed:
+    """NaN becomes 0 where a video is saved with 8 bits, so that such a video is finite all over."""
+
+    @pytest.mark.parametrize("level", [0, 16, 25])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_black_that_was_8_bit_once_is_likely_an_overflow(self, level, dtype):
+        images = torch.full((4, HEIGHT, WIDTH, 3), level / 255).to(dtype)
+        report = check_black_frames(images)
+        assert report.verdict == "black"
+        assert report.eight_bit == (0, 1, 2, 3)
+        assert "ran in a dtype too small for its activations, as fp16 is for weights trained in bf16" in report.advice
+        assert "not an overflow" not in report.advice
+        assert "directly behind the decoder" in report.advice
+
+    def test_so_is_noise_of_8_bits_and_a_black_frame_with_a_bright_logo(self):
+        noise = torch.randint(0, 20, (2, HEIGHT, WIDTH, 3)) / 255
+        noise[:, :2, :2] = 0.98765
+        assert check_black_frames(noise).eight_bit == (0, 1)
+
+    def test_a_saved_and_loaded_video_of_nan_is_one(self, tmp_path):
+        frames = torch.full((5, 64, 64, 3), float("nan"))
+        with np.errstate(invalid="ignore"):
+            saved = (frames.numpy() * 255).astype(np.uint8)
+        report = check_black_frames(torch.from_numpy(saved).float() / 255)
+        assert (report.verdict, report.nonfinite, len(report.eight_bit)) == ("black", (), 5)
+        assert "fp16" in report.advice
+
+    def test_darkness_finer_than_8_bits_is_not(self):
+        report = check_black_frames(torch.rand(3, HEIGHT, WIDTH, 3) * 0.05)
+        assert report.eight_bit == ()
+        assert "finer than 8 bits, so this is not an overflow" in report.advice
+
+    def test_of_a_video_that_is_half_black_the_black_frames_decide(self):
+        images = torch.rand(6, HEIGHT, WIDTH, 3)
+        images[:3] = 0
+        report = check_black_frames(images, video_black_ratio=0.5)
+        assert (report.verdict, report.eight_bit) == ("black", (0, 1, 2))
+        assert "fp16" in report.advice
+        assert check_black_frames(images).advice == ""
+        images[:, : HEIGHT // 2] = 0.5
+        assert check_black_frames(images).verdict == "ok"
+
+    def test_values_that_are_nan_are_named_first(self):
+        images = torch.zeros(2, HEIGHT, WIDTH, 3)
+        images[1, 0, 0, 0] = float("nan")
+        report = check_black_frames(images)
+        assert report.eight_bit == (0,)
+        assert "pass 65504, become Inf and then NaN" in report.advice
+
+
 def test_black_frames_are_told_as_ranges():
     images = torch.rand(20, HEIGHT, WIDTH, 3) * 0.5 + 0.5
     images[[0, 1, 2, 7, 18, 19]] = 0

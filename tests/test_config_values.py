@@ -1,4 +1,4 @@
-"""What a config says is looked at when a checkpoint is opened: a wrong value is told with its file, its field and what it may be; nothing is built."""
+"""What a config says is looked at when a checkpoint is opened: a wrong value is told with its file, field and what it may be; nothing is built."""
 
 import json
 import math

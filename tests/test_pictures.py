@@ -1,5 +1,8 @@
 """Images and clips that come in are fitted as core's nodes fit them, and what was changed is said."""
 
+import subprocess
+import sys
+
 import numpy
 import pytest
 import torch
@@ -7,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cogvideox import pictures
 from cogvideox.pictures import check_images, fit_grid, fit_length, fit_size
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(("old", "new"), [((100, 60), (64, 48)), ((60, 100), (64, 48)), ((31, 47), (96, 32)), ((64, 48), (32, 24))])
@@ -79,3 +84,48 @@ def test_what_is_no_image_is_refused_with_a_sentence(image, said):
 def test_what_resampling_sharpened_beyond_white_is_clamped():
     image = torch.tensor([-0.05, 0.5, 1.05]).expand(1, 2, 2, 3)
     assert check_images(image, "images")[0, 0, 0].tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_clip_that_is_well_is_given_back_itself_and_one_that_is_not_stays_as_it_was():
+    clip = torch.rand(3, 8, 8, 3)
+    assert check_images(clip, "images") is clip
+    half = clip.half()
+    assert torch.equal(check_images(half, "images"), half.float())
+    over = clip * 1.05
+    before = over.clone()
+    assert torch.equal(check_images(over, "images"), before.clamp(0, 1))
+    assert torch.equal(over, before)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (2, 15, 7, 2), (4, 31, 15, 1)])
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "holds 1 values"), (float("inf"), "holds 1 values"), (7.0, "from 0.5 to 7"), (-1.0, "from -1 to 0.5")]
+)
+def test_it_is_looked_at_in_pieces_of_which_none_is_overlooked(monkeypatch, place, value, said):
+    monkeypatch.setattr(pictures, "_BLOCK", 5 * 16 * 3)
+    clip = torch.full((5, 32, 16, 3), 0.5)
+    clip[place] = value
+    with pytest.raises(ValueError, match=said):
+        check_images(clip, "images")
+
+
+def test_beside_a_clip_there_is_no_copy_of_it():
+    script = """
+import torch
+from cogvideox.pictures import check_images
+images = torch.rand(2, 768, 1360, 3)
+check_images(images, "images")
+from tests.memory import peak_kilobytes
+before = peak_kilobytes()
+check_images(images.repeat(1, 1, 1, 1), "images")
+check_images(images[:1].expand(100, -1, -1, -1), "images")
+print(peak_kilobytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    # One copy of two frames, made above, and little else: the second clip is of 1.25 GB.
+    assert int(done.stdout) * 1024 < 64e6
+
+
+def test_sizes_that_no_machine_has_are_refused_in_time():
+    with pytest.raises(ValueError, match="takes 3,377,699,720,527,872 bytes|would take"):
+        check_images(torch.zeros(1, 16, 16, 3).expand(2**40, 16, 16, 3), "images")

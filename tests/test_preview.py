@@ -1,11 +1,12 @@
 """The pictures people look at: the preview of a video that is being made, and the sheet of frames the check objects to."""
 
+import numpy
 import pytest
 import torch
 from einops import rearrange
 from PIL import Image
 
-from cogvideox.black_frames import check_black_frames
+from cogvideox.black_frames import BlackFrameReport, check_black_frames
 from cogvideox.contact_sheet import contact_sheet
 from cogvideox.preview import preview_frames
 
@@ -65,3 +66,21 @@ def test_a_sheet_of_a_long_black_video_stays_small_and_has_its_first_and_last_fr
     assert isinstance(sheet, Image.Image)
     assert sheet.width * sheet.height < 1e6
     assert (255, 0, 255) in [colour for _, colour in sheet.getcolors(1 << 20)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1), (1, 1), (3, 5), (2000, 3000), (1360, 768)])
+def test_a_sheet_of_frames_of_any_size_and_number_stays_small(height, width):
+    images = torch.zeros(1, height, width, 3).expand(500, -1, -1, -1)
+    sheet = contact_sheet(images, BlackFrameReport((1.0,) * 500, (), 0.98, 1.0))
+    assert sheet.width <= 1000
+    assert sheet.height <= 1700
+
+
+def test_a_frame_on_a_sheet_has_its_shape_and_its_mean():
+    images = gradient_clip(1)[:, :, :20]
+    report = BlackFrameReport((1.0,), (), 0.98, 1.0)
+    sheet = torch.from_numpy(numpy.asarray(contact_sheet(images, report)).copy()).float() / 255
+    # 24 x 20, enlarged to 192 wide.
+    frame = sheet[31 : 31 + 230, 6 : 6 + 192]
+    assert frame[:, :10].mean() == pytest.approx(images[0, :, 0].mean().item(), abs=0.01)
+    assert frame[:, -10:].mean() == pytest.approx(images[0, :, -1].mean().item(), abs=0.01)

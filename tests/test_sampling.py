@@ -6,11 +6,14 @@ import pytest
 import torch
 from einops import rearrange
 
+from cogvideox import handles as handles_module
+from cogvideox import sampling as sampling_module
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.sampling import sample
+from cogvideox.precision.policy import FP32
+from cogvideox.sampling import NoiseInFp32, sample
 from tests.conftest import CPU
-from tests.reference import reference_latents
+from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH
 
 STEPS = 4
@@ -51,14 +54,111 @@ def test_the_1_0_models_equal_their_pipeline_too(checkpoints, prompts, variant):
     assert torch.equal(ours, reference(pipeline, prompts, shape, steps=2))
 
 
+def torch_draws_alike() -> bool:
+    """Whether torch draws the same numbers in 16 bits as in fp32: 2.13 does, 2.11 and before do not."""
+    fine, coarse = (torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    return torch.equal(fine.bfloat16(), coarse)
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
-def test_bf16_equals_the_pipeline_in_bf16(tiny, prompts, scheduler):
+def test_bf16_equals_the_pipeline_in_bf16_given_the_same_noise(tiny, prompts, scheduler):
     from diffusers import CogVideoXPipeline
 
     pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     ours = sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["odd"]), seed=1, steps=STEPS, scheduler=scheduler)
-    assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
+    with NoiseInFp32():
+        assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
+    if torch_draws_alike():
+        assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_seed_is_one_noise_in_every_dtype_whatever_torch_draws(monkeypatch, dtype):
+    real = torch.randn
+
+    def as_of_old(*shape, dtype=torch.float32, **more):
+        """torch 2.11 and before: other numbers in 16 bits."""
+        return real(*shape, dtype=torch.float32, **more).to(dtype) * (1 if dtype == torch.float32 else -1)
+
+    def draw(dtype):
+        return sampling_module._draw_noise(torch.empty(2, 3, 16, 2, 2, dtype=dtype), torch.Generator().manual_seed(5))
+
+    fine = draw(torch.float32)
+    monkeypatch.setattr(torch, "randn", as_of_old)
+    assert draw(dtype).dtype == dtype
+    assert torch.equal(draw(dtype), fine.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, None])
+def test_so_is_the_noise_that_a_scheduler_draws_in_a_step(dtype):
+    from diffusers.utils.torch_utils import randn_tensor
+
+    fine = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(5))
+    with NoiseInFp32():
+        drawn = randn_tensor((2, 16, 3), generator=torch.Generator().manual_seed(5), dtype=dtype)
+    assert drawn.dtype == (dtype or torch.float32)
+    assert torch.equal(drawn, fine.to(dtype or torch.float32))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_so_one_seed_is_one_video_in_every_dtype(tiny, prompts, scheduler):
+    latents = torch.zeros(SHAPES["odd"])
+    fine, coarse, safe = (
+        sample(open_handles(tiny, dtype, CPU).model, *prompts, latents, seed=1, steps=STEPS, scheduler=scheduler)
+        for dtype in ("fp32", "bf16", "fp16")
+    )
+    assert error(coarse, fine) < 0.05
+    assert error(safe, fine) < 0.01
+
+
+@pytest.mark.parametrize("heals", [False, True])
+def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(tiny, prompts, monkeypatch, heals):
+    projected, real = [], torch.nn.Linear.forward
+
+    def forward(self, given):
+        if given.shape[-1] == TEXT_WIDTH:
+            projected.append((id(given), given.dtype))
+            kept.append(given)
+        return real(self, given)
+
+    kept = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    load = handles_module.load_module
+
+    def spoilt(part, precision, *rest):
+        module = load(part, precision, *rest)
+        if heals:
+            module.register_forward_hook(lambda _m, _i, out: (out[0] * float("nan"),) if precision != FP32 else None)
+        return module
+
+    monkeypatch.setattr(handles_module, "load_module", spoilt)
+    sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=8)
+    assert [dtype for _, dtype in projected] == [torch.bfloat16, torch.float32] if heals else [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("steps", "trained"), [(61, 1000), (103, 1000), (999, 1000), (50, 1000), (1, 1000), (31, 100)])
+def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_below_0(steps, trained):
+    """diffusers' trailing schedule of 61 steps has 62, and the last would undo the video."""
+    config = dict(timestep_spacing="trailing", num_train_timesteps=trained, prediction_type="v_prediction")
+    timesteps = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 1.0)
+    assert len(timesteps) == steps
+    assert timesteps[0] == trained - 1
+    assert timesteps.min() >= 0
+    assert (timesteps.diff() < 0).all()
+    half = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
+    assert torch.equal(half, timesteps[steps - len(half) :])
+
+
+def test_a_run_of_61_steps_is_near_one_of_60(handles, prompts):
+    one, other = (sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=steps) for steps in (60, 61))
+    assert error(other, one) < 0.1
+
+
+def test_a_schedule_that_passes_its_last_timestep_is_refused():
+    scheduler = sampling_module.make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
+    with pytest.raises(ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"):
+        sampling_module.schedule_timesteps(scheduler, 50, 1.0)
 
 
 @pytest.mark.parametrize("denoise", [0.5, 0.75])
