@@ -415,10 +415,10 @@ def test_patterns_of_names_mean_what_they_mean_to_peft(tmp_path, pattern):
 @pytest.mark.parametrize("pattern", ["(", "(a+)+$", "(x*)*y", "(.*.*)*z", ".*" * 30 + "z", "", "\\", "[a-z]+", "a{1,9}", "(?=a)b", "x" * 301])
 def test_a_regular_expression_of_a_file_is_never_run(tmp_path, part, pattern):
     folder = with_settings(tmp_path, r=RANK, lora_alpha=RANK, alpha_pattern={pattern: 1})
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(ValueError, match="a regular expression that is not run here"):
         open_lora(folder, part)
-    assert time.perf_counter() - before < 1
+    assert time.process_time() - before < 1
 
 
 def test_ranks_that_peft_names_per_layer_are_checked_too(tmp_path, part):
@@ -641,11 +641,11 @@ def test_five_hundred_files_that_are_no_loras_of_cogvideox_are_listed_in_time(tm
     contents = [file.read_bytes() for file in files]
     for number in range(1000, 1497):
         (tmp_path / f"{number}{files[number % 3].suffix}").write_bytes(contents[number % 3])
-    before = time.perf_counter()
+    before = time.process_time()
     assert list_parts("lora", [tmp_path]) == []
-    first = time.perf_counter() - before
+    first = time.process_time() - before
     assert list_parts("lora", [tmp_path]) == []
-    again = time.perf_counter() - before - first
+    again = time.process_time() - before - first
     # 49 and 4 ms on two cores that others used too.
     assert first < 0.4
     assert again < 0.1
