@@ -364,7 +364,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
 def _say(text: str) -> None:
     """Print a line. Where nobody reads any more (``| head``), the run goes on without."""
     try:
-        print(text, flush=True)
+        print(_printable(text), flush=True)
     except BrokenPipeError:
         _mute(sys.stdout)
 
@@ -373,7 +373,12 @@ def _complain(text: str, debug: bool = False) -> None:
     with suppress(BrokenPipeError):
         if debug:
             traceback.print_exc()
-        print(text, file=sys.stderr, flush=True)
+        print(_printable(text), file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """A text whose names of files are no UTF-8, with those bytes escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _mute(stream) -> None:
@@ -623,14 +628,14 @@ def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Ite
         for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
             try:
                 path = write_latent(latent, folder, output.stem[:100])
-            except (OSError, ValueError) as why:
-                failed.append(f"{short(folder, 200)}: {reason(why)}")
+            except ValueError as why:
+                failed.append(str(why))
                 continue
             raise RuntimeError(
                 f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the same --model "
                 "makes the video of them."
             ) from error
-        raise RuntimeError(f"{said} The latents could not be kept either ({'; '.join(failed)}).") from error
+        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
 
 
 def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:

@@ -76,10 +76,12 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
                 # A JPEG can be decoded at a half, a quarter or an eighth.
                 sides = (int(side * (_KEPT_PIXELS / width / height) ** 0.5) for side in (width, height))
                 image.draft(None, tuple(sides))
-        if image.size[0] * image.size[1] > _MOST_PIXELS or width * height > _MOST_JPEG_PIXELS:
+        # Those of 32 bits a pixel are copied once more.
+        most = _MOST_PIXELS // 4 if image.mode in ("F", "I") else _MOST_PIXELS
+        if image.size[0] * image.size[1] > most or width * height > _MOST_JPEG_PIXELS:
             raise ValueError(
                 f"{short(path, 400)} is {width}x{height} pixels ({width * height / 1e6:,.0f} million), more than is read "
-                f"({_MOST_PIXELS / 1e6:.0f} million): a video shows about one million. Scale it down first."
+                f"({most / 1e6:.0f} million): a video shows about one million. Scale it down first."
             )
         with _from_library(path, "as an image", advice), _large_pictures():
             image.load()

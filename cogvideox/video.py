@@ -167,7 +167,7 @@ def check_room(path: Path, frames: int, width: int, height: int) -> None:
 
 def free_name(path: Path) -> Path:
     """The path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
-    if not os.path.lexists(path):
+    if not path.name or not os.path.lexists(path):
         return path
     return next(new for number in count(2) if not os.path.lexists(new := path.with_stem(f"{path.stem}_{number:05}")))
 
@@ -179,19 +179,23 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unf
         The new file, numbered so that none is overwritten.
 
     Raises:
-        OSError: if it cannot be written there.
+        ValueError: if it cannot be written there.
     """
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     # The second tensor is what core knows an unscaled latent by.
     content = save({"latent_tensor": samples.cpu().contiguous(), "latent_format_version_0": torch.tensor([])})
     while True:
         path = next(path for number in count(1) if not os.path.lexists(path := folder / f"{name}_{number:05}.latent"))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as partial:
                 partial.write_bytes(content)
             return path
+        except OSError as error:
+            raise ValueError(
+                f"{short(path, 400)} cannot be written ({reason(error)}), so the latents are not kept there. Choose another folder."
+            ) from error
         except ValueError:
             # Another came first: the next number.
             if not os.path.lexists(path):

@@ -397,7 +397,7 @@ class TestTheOutput:
 
         def write(samples, folder, name):
             if folder == tmp_path / "a":
-                raise OSError(28, "No space left on device")
+                raise ValueError("No space left on device")
             return real(samples, folder, name)
 
         (tmp_path / "a").mkdir()

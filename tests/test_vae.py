@@ -232,3 +232,14 @@ class TestOutOfMemory:
         full(lambda count, budget: True)
         with pytest.raises(RuntimeError, match="even with the smallest strips"):
             decode(handles.vae, torch.randn(1, 16, 1, 2, 2))
+
+
+def test_a_clip_in_8_bits_gives_the_latents_of_its_floats_and_no_second_clip_is_kept(handles, monkeypatch):
+    import cogvideox.vae as module
+
+    clip = torch.randint(0, 256, (17, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    kept, real = [], module._Chunks.run
+    monkeypatch.setattr(module._Chunks, "run", lambda self, index, piece, where: kept.append(piece) or real(self, index, piece, where))
+    assert torch.equal(encode(handles.vae, clip), encode(handles.vae, clip.float() / 255))
+    storage = clip.untyped_storage().data_ptr()
+    assert all(piece.untyped_storage().data_ptr() == storage for piece in kept[: len(kept) // 2])
