@@ -1,6 +1,5 @@
 """What every step of a migration needs: the old graph, what is made of it, and what is said about it."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +87,7 @@ class Conversion:
         value = node.values.get(name, default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not good or (numeric and kind is not int and not (math.isfinite(value) and abs(value) < _LARGEST)):
+        if not good or (numeric and kind is not int and not abs(value) < _LARGEST):
             self.say(node, f"{name} is {short(repr(value))}, which is not a value that it takes; {short(repr(default))} was taken.")
             return default
         return value

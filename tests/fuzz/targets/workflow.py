@@ -387,7 +387,7 @@ def _look(old, new):
             for id_, node in new.items()
             if isinstance(node, dict) and str(node.get("class_type", "")).startswith("CogVideoX15")
             for value in node["inputs"].values()
-            if isinstance(value, list) and len(value) == 2 and value[0] not in new
+            if isinstance(value, list) and len(value) == 2 and type(value[0]) in (int, str) and str(value[0]) not in new
         ]
         return f"a link of ours to a node that is not there: {lost[:2]}" if lost else None
     ids = {}
