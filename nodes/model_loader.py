@@ -3,6 +3,7 @@
 import logging
 
 from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
+from ..cogvideox.words import short
 from . import host
 from .base import Node
 
@@ -138,5 +139,5 @@ def _open(model, text_encoder_name, vae_name):
         found = host.parts(kind) if kind not in checkpoint.parts else []
         if found:
             chosen[kind] = found[0].path
-            notes.append(f"{PARTS[kind][0]}: the checkpoint has none, so {found[0].label} is used.")
+            notes.append(f"{PARTS[kind][0]}: the checkpoint has none, so {short(found[0].label, 160)} is used.")
     return (open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen) if notes else checkpoint), notes

@@ -64,9 +64,14 @@ def prepare(name: str) -> tuple:
 _acting, _allowed, _seen = False, [], []
 _SPAWNING = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn")
 
+_COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cl")
+
 
 def _audit(event, args):
     if not _acting:
+        return
+    if event == "subprocess.Popen" and args[0] in _COMPILERS and list(args[1])[1:] == ["--version"]:
+        # torch's, when the node Compile asks it whether there is one.
         return
     if event in _SPAWNING:
         _seen.append(f"{event} {str(args)[:150]}")
