@@ -75,7 +75,8 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
     if packed:
         raise ValueError(
             f"The {PARTS[part.kind][0]} ({short(part.source.name)}) is a quantized copy already ({', '.join(packed)}), which stays as small in "
-            "memory as it is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original weights."
+            "memory as it is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original "
+            "weights."
         )
     return method
 
