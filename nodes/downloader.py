@@ -3,6 +3,7 @@
 import logging
 
 from ..cogvideox.choices import check_choice
+from ..cogvideox.words import short
 from . import host
 from .base import Node
 
@@ -73,11 +74,12 @@ class Downloader(Node):
         target = checkpoint_folder(which, folder)
         if download:
             download_checkpoint(which, folder, on_progress=host.progress())
-            report = f"{REPOSITORIES[which]} is complete in {target}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
+            place = short(target, 400)
+            report = f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
         else:
             report = (
                 f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} (about 31 GB, less what is "
-                f"there already) from huggingface.co into {target}."
+                f"there already) from huggingface.co into {short(target, 400)}."
             )
         logger.info("%s", report)
         host.show(report)

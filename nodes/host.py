@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
 _FOLDERS = ("CogVideo", "diffusers")
+#: Letters of a line on a node.
+_LINE = 2000
 _PART_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
 
 if IN_COMFYUI:
@@ -333,10 +335,10 @@ def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
 
 
 def show(text: str) -> None:
-    """Show a text on the node that is running, where ComfyUI's page can; it is the caller's to log it too if it must not be missed."""
+    """Show a text on the node that is running, each line printable, where ComfyUI's page can; the caller logs it too if it must not be missed."""
     server, context = _running()
     if hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, context.node_id)
+        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), context.node_id)
 
 
 def _running() -> tuple:

@@ -61,12 +61,12 @@ class ImageToVideo(Node):
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
         # CogVideoX-5b-I2V makes 8N+1 frames; which model it is, the run knows.
-        short = isinstance(length, int) and length % 8 == 1
+        eights = isinstance(length, int) and length % 8 == 1
         return cls.refusal(
             dict(width=width, height=height, length=length, batch_size=batch_size),
             (check_side, "width", width),
             (check_side, "height", height),
-            (check_frames, length, 8 if short else 16),
+            (check_frames, length, 8 if eights else 16),
             (check_batch_size, batch_size),
             (check_video_room, width, height, length, batch_size),
         )

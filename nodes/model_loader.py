@@ -3,7 +3,7 @@
 import logging
 
 from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
-from ..cogvideox.words import listed
+from ..cogvideox.words import listed, short
 from . import host
 from .base import Node
 
@@ -180,4 +180,4 @@ def _find_part(kind, checkpoint):
         return {}, [told] if refused else []
     best, *others = fitting
     why = f", the most exact of those that go with it (the others: {listed(entry.name for entry in others)})" if others else ""
-    return {kind: best.path}, [f"{PARTS[kind][0]}: {lacking}, so {best.label} is used{why}."]
+    return {kind: best.path}, [f"{PARTS[kind][0]}: {lacking}, so {short(best.label, 160)} is used{why}."]

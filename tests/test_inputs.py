@@ -186,6 +186,7 @@ class TestTensors:
             "B of memory": torch.full([1] * len(shape), 0.5).expand(2**46, *shape[1:]),
         }
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_what_cannot_be_read_as_numbers_is_refused_at_each_socket(self, pack, good):
         for said, images in self.bad((1, 16, 16, 3)).items():
             for node_id, name in every_input(pack, ("IMAGE",)):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.headers import StoredTensor
+from ..words import short
 
 #: The dtypes a part can run in, and what to call them.
 TARGETS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -82,7 +83,7 @@ class WeightAudit:
     @property
     def text(self) -> str:
         """Three lines for people: is it sound, what would fp16 do to it, what does the dtype it runs in do."""
-        named = ", ".join(f"{tensor} ({what})" for tensor, what in self.worst)
+        named = ", ".join(f"{short(tensor)} ({what})" for tensor, what in self.worst)
         sound = "no NaN, no Inf."
         if self.damaged:
             sound = f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the weights again. In: {named}."

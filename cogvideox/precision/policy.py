@@ -10,6 +10,7 @@ import torch
 from ..checkpoint.layout import PARTS, Checkpoint, Part
 from ..choices import DTYPES, ON_MISMATCH, check_choice
 from ..variants import Variant
+from ..words import short
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
 from .packed import FP8_DTYPES
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
@@ -238,7 +239,7 @@ def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | Non
     else:
         run, findings = _asked_findings(kind, trained, variant, asked, asker, automatic, hardware)
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
-    origin = "" if part.layout == "diffusers" else f"{part.source.name}, {part.layout}"
+    origin = "" if part.layout == "diffusers" else f"{short(part.source.name)}, {part.layout}"
     origin = "with a LoRA inside" if part.lora and not origin else origin
     return PartPlan(kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..checkpoint.layout import PARTS, Part
 from ..choices import QUANTIZE, check_choice
+from ..words import short
 from .hardware import ABSENT, Hardware, dtype_name
 from .packed import DynamicWeight, PackedLinear, PackedWeight, in_pieces, quantize_rows
 from .policy import Precision
@@ -73,8 +74,9 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
     packed = sorted({dtype_name(t.kind) for tensor, t in part.tensors.items() if t.is_packed and _LAYERS[part.kind].fullmatch(tensor)})
     if packed:
         raise ValueError(
-            f"The {PARTS[part.kind][0]} ({part.source.name}) is a quantized copy already ({', '.join(packed)}), which stays as small in memory as it "
-            "is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original weights."
+            f"The {PARTS[part.kind][0]} ({short(part.source.name)}) is a quantized copy already ({', '.join(packed)}), which stays as small in "
+            "memory as it is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original "
+            "weights."
         )
     return method
 

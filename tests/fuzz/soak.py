@@ -1,5 +1,6 @@
 """``soak.py [RUNS]``: the tiny text-to-video graph again and again in one process, with LoRAs, caches and quantization, in many sizes; then one
-handle in four threads. Prints resident memory, open files, threads, temporary files, live tensors and leftover hooks as it goes."""
+handle in four threads. Prints resident memory, open files, threads, temporary files, live tensors and leftover hooks as it goes. The status is 1 if
+anything has grown after the first 50 runs, or was wrong."""
 
 import gc
 import hashlib
@@ -46,7 +47,7 @@ def main(runs):
     good, call, rng = state["good"], nodes_inputs.call, random.Random(7)
     files = ("folder", "fp8.safetensors", "q8.gguf", "sat", "diffusers.safetensors")
     print("start", json.dumps(measure()), flush=True)
-    first, history, seen, failed = None, [], {}, []
+    history, seen, failed = [], {}, []
     for run in range(runs):
         began = time.monotonic()
         again = rng.random() < 0.3
@@ -107,14 +108,29 @@ def main(runs):
         history.append(measure() | {"seconds": round(time.monotonic() - began, 2)})
         if run % 10 == 9:
             print(run + 1, json.dumps(history[-1]), flush=True)
-        if run == 19:
-            first = history[-1]
-    print("after 20:", first, "\nlast:", history[-1])
+    failed += growth(history)
     print("repeated settings compared:", sum(1 for _ in seen), "distinct of", runs)
     print("problems:", len(failed))
     for line in failed[:20]:
         print("  ", line)
-    return state
+    return state, not failed
+
+
+def growth(history, settled=50, window=25):
+    """What has grown after the first runs, in sentences: the least of the last ones is set against the least of those just after the first."""
+    if len(history) < settled + 2 * window:
+        print(f"too few runs to tell growth; {settled + 2 * window} are enough")
+        return []
+    said = []
+    for name in history[0]:
+        if name == "seconds":
+            continue
+        # Which settings a run has decides what it holds, so that only the least of many can be compared.
+        early, late = (min(entry[name] for entry in part) for part in (history[settled : settled + window], history[-window:]))
+        print(f"{name}: {early} after {settled} runs, {late} at the end")
+        if late - early > (30 if name == "rss_mb" else 0):
+            said.append(f"{name} has grown from {early} to {late}")
+    return said
 
 
 def threads(state, workers=4, rounds=4):
@@ -165,10 +181,13 @@ def threads(state, workers=4, rounds=4):
         thread.start()
     for thread in running:
         thread.join(300)
+    stuck = sum(thread.is_alive() for thread in running)
     print(
-        f"threads: {workers} x {len(jobs)} runs of one handle; wrong {wrong[:5]} ({len(wrong)}), errors {errors[:3]} ({len(errors)}), stuck {sum(t.is_alive() for t in running)}"
+        f"threads: {workers} x {len(jobs)} runs of one handle; wrong {wrong[:5]} ({len(wrong)}), errors {errors[:3]} ({len(errors)}), stuck {stuck}"
     )
+    return not (wrong or errors or stuck)
 
 
 if __name__ == "__main__":
-    threads(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100))
+    state, sound = main(int(sys.argv[1]) if len(sys.argv) > 1 else 300)
+    sys.exit(0 if threads(state) and sound else 1)
