@@ -94,17 +94,15 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         data = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    level, depth = [data], 0
-    while level := [child for value in level for child in _children(value)]:
+    level, depth = [data] if type(data) in _NESTS else [], 0
+    while level := [child for value in level for child in (value.values() if type(value) is dict else value) if type(child) in _NESTS]:
         depth += 1
         if depth > MAX_NESTING:
             raise ValueError("it is nested too deeply")
     return data
 
 
-def _children(value: Any) -> Iterator[Any]:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return (child for child in inner if isinstance(child, dict | list))
+_NESTS = {dict, list}
 
 
 def read_json(path: Path, limit: int = MAX_TEXT) -> dict:

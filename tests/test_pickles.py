@@ -112,28 +112,28 @@ def test_what_would_run_code_is_refused_by_its_name_and_not_run(tmp_path, where)
 
 
 UNREADABLE = {
-    "sparse": torch.ones(3).to_sparse(),
-    "quantized by torch": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "meta": torch.ones(3, device="meta"),
-    "complex64": torch.ones(3, dtype=torch.complex64),
-    "conjugate": torch.ones(3, dtype=torch.complex64).conj(),
-    "one piece": torch.ones(4, 6).t(),
-    "in 4 bytes": torch.zeros(1).expand(10**6, 10**6),
-    "uint16": torch.ones(3, dtype=torch.uint16),
+    "sparse": lambda: torch.ones(3).to_sparse(),
+    "quantized by torch": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "complex64": lambda: torch.ones(3, dtype=torch.complex64),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "one piece": lambda: torch.ones(4, 6).t(),
+    "in 4 bytes": lambda: torch.zeros(1).expand(10**6, 10**6),
+    "uint16": lambda: torch.ones(3, dtype=torch.uint16),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", UNREADABLE)
 def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, what):
-    said = refused(saved(tmp_path / "x.pt", {"module": {"layer.weight": UNREADABLE[what]}}))
+    said = refused(saved(tmp_path / "x.pt", {"module": {"layer.weight": UNREADABLE[what]()}}))
     assert what in said
     assert "layer.weight" in said
     assert "cannot be read in place" in said
 
 
 def test_such_tensors_beside_the_weights_do_not_matter(tmp_path):
-    file = saved(tmp_path / "x.pt", {"module": {"a": torch.ones(2)}, "optimizer": {0: torch.ones(4, 6).t(), "b": UNREADABLE["sparse"]}})
+    file = saved(tmp_path / "x.pt", {"module": {"a": torch.ones(2)}, "optimizer": {0: torch.ones(4, 6).t(), "b": UNREADABLE["sparse"]()}})
     assert set(read_pickle_header(file)) == {"a"}
 
 

@@ -282,15 +282,15 @@ class _Damaged(Exception):
 def _entry(path: Path, data_start: int, name: str, value: object) -> StoredTensor:
     try:
         kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        numbers = (begin, end, *shape)
+        numbers = begin, end, *shape
     except (KeyError, TypeError, ValueError):
         raise _Damaged(f"{short(name)} is not a tensor with dtype, shape and two data_offsets") from None
-    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
+    if type(shape) is not list or len(shape) > MOST_DIMENSIONS or set(map(type, numbers)) != {int} or min(numbers) < 0:
         raise _Damaged(f"the shape and data_offsets of {short(name)} are not whole numbers: {short(shape)}, {short([begin, end])}")
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise _Damaged(f"{short(name)} is stored as {short(kind)}, which is unknown here; known are {', '.join(DTYPES)}")
-    if prod(filter(None, shape)) > MOST_ELEMENTS or end - begin != prod(shape) * dtype.itemsize:
+    if end - begin != prod(shape) * dtype.itemsize or prod(filter(None, shape) if 0 in shape else shape) > MOST_ELEMENTS:
         raise _Damaged(f"a tensor of shape {short(shape)} in {kind} cannot take {short(end - begin)} bytes, as {short(name)} would")
     return StoredTensor(path, dtype, tuple(shape), data_start + begin, end - begin)
 
