@@ -16,7 +16,7 @@ from ..dependencies import DependencyError
 from ..files import read_json
 from ..precision.hardware import dtype_name
 from ..variants import identify
-from ..words import short
+from ..words import reason, short
 from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
 from .layout import PARTS, open_checkpoint, read_any_header, stored_bytes
 from .naming import find_parts
@@ -222,6 +222,10 @@ def _remember(path: Path | str, describe: Callable[[Path], dict[str, str]], stat
         except (OSError, ValueError, DependencyError) as error:
             # What cannot be read is not offered; opening it would say why.
             logger.info("%s is passed over: %s", path, error)
+            _known[key] = {}
+        except Exception as error:
+            # Nothing should come here. But one file that was not thought of is to take no others away: without the list no model can be chosen.
+            logger.warning("%s is passed over: %s: %s", short(path, 400), type(error).__name__, reason(error))
             _known[key] = {}
     return _known[key]
 
