@@ -18,8 +18,8 @@ from .choices import ON_BLACK, check_choice
 logger = logging.getLogger(__name__)
 
 _LUMA = (0.299, 0.587, 0.114)
-#: How far from a whole 255th a value may be that was 8 bits once: bf16's rounding of the brightest black, which is the next number.
-_GRID, _DARK = 0.06, 25.5
+#: 255ths up to which values are looked at for whether they were 8 bits once.
+_DARK = 25.5
 #: Pixels looked at together: small enough for the processor's cache, large enough to amortise a call.
 _BLOCK = 1 << 18
 
@@ -143,7 +143,9 @@ def check_black_frames(
 def _on_the_grid(rows: torch.Tensor) -> bool:
     """Whether all dark values of ``[rows, W, 3]``, finite ones, are whole 255ths, as those of pictures of 8 bits are."""
     levels = rows.float() * 255
-    return (((levels - levels.round()).abs() <= _GRID) | (levels > _DARK)).all().item()
+    # Within the rounding of their dtype.
+    off = (levels - levels.round()).abs() - levels.abs() * (torch.finfo(rows.dtype).eps / 2)
+    return ((off <= 1e-3) | (levels > _DARK)).all().item()
 
 
 def _count_dark(rows: torch.Tensor, limit: float, luma_of: torch.Tensor) -> tuple[int, bool]:

@@ -5,7 +5,7 @@ import math
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, max_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_max_pool1d, max_pool2d
 
 from .black_frames import BlackFrameReport
 
@@ -55,12 +55,13 @@ def _thumbnail(frame: torch.Tensor, width: int, height: int) -> Image.Image:
     """A frame ``[H, W, 3]`` as a picture of a size; every broken pixel becomes a magenta spot, so that none is overlooked."""
     colours, spots = torch.empty(3, height, width), torch.empty(1, height, width)
     for row in range(height):
-        # The rows that adaptive pooling puts together for this one.
+        # The rows that adaptive pooling would put together for this one.
         first, last = row * len(frame) // height, -(-(row + 1) * len(frame) // height)
-        pixels = rearrange(frame[first:last, :, :3].to("cpu", torch.float32), "h w c -> c h w")
+        pixels = frame[first:last, :, :3].to("cpu", torch.float32)
         finite = pixels.isfinite()
-        colours[:, row] = adaptive_avg_pool2d(pixels.where(finite, 0).clamp(0, 1) * 255, (1, width))[:, 0]
-        spots[:, row] = adaptive_max_pool2d((~finite).any(0, keepdim=True).float(), (1, width))[:, 0]
+        line = pixels.where(finite, 0).clamp_(0, 1).mean(0) * 255
+        colours[:, row] = adaptive_avg_pool1d(rearrange(line, "w c -> c w"), width)
+        spots[:, row] = adaptive_max_pool1d((~finite).any(-1).any(0)[None].float(), width)
     broken = max_pool2d(spots, 5, stride=1, padding=2) > 0
     colours = torch.where(broken, torch.tensor(_NOT_FINITE, dtype=torch.float32).view(3, 1, 1), colours)
     return Image.fromarray(rearrange(colours.round().to(torch.uint8), "c h w -> h w c").numpy())

@@ -68,7 +68,7 @@ def test_a_sheet_of_a_long_black_video_stays_small_and_has_its_first_and_last_fr
     assert (255, 0, 255) in [colour for _, colour in sheet.getcolors(1 << 20)]
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1), (1, 1), (3, 5), (2000, 3000), (1360, 768)])
+@pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1), (1, 1), (3, 5), (300, 2000), (680, 384)])
 def test_a_sheet_of_frames_of_any_size_and_number_stays_small(height, width):
     images = torch.zeros(1, height, width, 3).expand(500, -1, -1, -1)
     sheet = contact_sheet(images, BlackFrameReport((1.0,) * 500, (), 0.98, 1.0))

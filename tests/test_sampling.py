@@ -1,6 +1,7 @@
 """The sampler makes the reference pipeline's latents, bit for bit, and refuses what it cannot run."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -67,9 +68,7 @@ def test_bf16_equals_the_pipeline_in_bf16_given_the_same_noise(tiny, prompts, sc
     pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     ours = sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["odd"]), seed=1, steps=STEPS, scheduler=scheduler)
-    with NoiseInFp32():
-        assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
-    if torch_draws_alike():
+    with nullcontext() if torch_draws_alike() else NoiseInFp32():
         assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
 
 
@@ -101,15 +100,13 @@ def test_so_is_the_noise_that_a_scheduler_draws_in_a_step(dtype):
     assert torch.equal(drawn, fine.to(dtype or torch.float32))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
-def test_so_one_seed_is_one_video_in_every_dtype(tiny, prompts, scheduler):
-    latents = torch.zeros(SHAPES["odd"])
-    fine, coarse, safe = (
-        sample(open_handles(tiny, dtype, CPU).model, *prompts, latents, seed=1, steps=STEPS, scheduler=scheduler)
-        for dtype in ("fp32", "bf16", "fp16")
+def test_so_one_seed_is_one_video_in_every_dtype(tiny, prompts):
+    """``dpm`` draws noise at every step."""
+    settings = dict(seed=1, steps=2, scheduler="dpm")
+    fine, *others = (
+        sample(open_handles(tiny, dtype, CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), **settings) for dtype in ("fp32", "bf16", "fp16")
     )
-    assert error(coarse, fine) < 0.05
-    assert error(safe, fine) < 0.01
+    assert max(error(other, fine) for other in others) < 0.05
 
 
 @pytest.mark.parametrize("heals", [False, True])
@@ -133,7 +130,7 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
         return module
 
     monkeypatch.setattr(handles_module, "load_module", spoilt)
-    sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=8)
+    sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=3)
     assert [dtype for _, dtype in projected] == [torch.bfloat16, torch.float32] if heals else [torch.bfloat16]
 
 
@@ -148,11 +145,6 @@ def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_b
     assert (timesteps.diff() < 0).all()
     half = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
     assert torch.equal(half, timesteps[steps - len(half) :])
-
-
-def test_a_run_of_61_steps_is_near_one_of_60(handles, prompts):
-    one, other = (sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=steps) for steps in (60, 61))
-    assert error(other, one) < 0.1
 
 
 def test_a_schedule_that_passes_its_last_timestep_is_refused():
