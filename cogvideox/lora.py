@@ -56,8 +56,7 @@ class Lora:
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         scales = sorted({pair.scale for pair in self.pairs.values()})
         scale = "" if scales == [1] else f", scale {scales[0]:.4g}{f' to {scales[-1]:.4g}' if len(scales) > 1 else ''} (alpha / rank)"
-        layers = f"{len(self.pairs)} layers" if len(self.pairs) != 1 else "1 layer"
-        return "\n".join([f"LoRA {short(self.path.name)}: strength {self.strength:g}, {rank}{scale}, {layers}", *self.notes])
+        return "\n".join([f"LoRA {short(self.path.name)}: strength {self.strength:g}, {rank}{scale}, {len(self.pairs)} layers", *self.notes])
 
 
 def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:

@@ -486,7 +486,7 @@ def _not_a_lora(tensors: Mapping[str, StoredTensor], strange: list[str], has_hal
     elif has_halves:
         what = "it holds whole weights beside its LoRA, and a LoRA alone is less than what was trained"
     elif _is_model(tensors, where):
-        what = "it is a model or a part of one, and not a LoRA"
+        what = "it is not a LoRA but a model or a part of one"
     else:
         what = "it is not a LoRA"
     return ValueError(
