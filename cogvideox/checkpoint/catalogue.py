@@ -102,10 +102,15 @@ def _unless_bad(path: Path | str, look: Callable, otherwise):
         return look(path)
     except Exception as error:
         # Of any kind: what lies in a models folder is not the list's to vouch for, and opening it would say what is wrong with it.
-        if (str(path), str(error)) not in _told:
-            _told.add((str(path), str(error)))
-            logger.info("%s is passed over: %s", short(path, 400), reason(error, 600))
+        _pass_over(path, error)
         return otherwise
+
+
+def _pass_over(path: Path | str, error: Exception) -> None:
+    """Say once in the log why something is not listed."""
+    if (str(path), str(error)) not in _told:
+        _told.add((str(path), str(error)))
+        logger.info("%s is passed over: %s", short(path, 400), reason(error, 600))
 
 
 def _shown(name: str) -> str:
@@ -169,14 +174,17 @@ def _files(root: Path) -> dict[str, os.stat_result]:
         entries = {entry.name: entry for entry in _unless_bad(folder, _scan, [])}
         is_part = "config.json" in entries and bool(above)
         for entry in entries.values():
-            if _unless_bad(entry.path, lambda _, entry=entry: entry.is_dir(), False):
-                # Links last: where they lead to may be in this tree, and is then called what it is called here.
-                (todo.append if entry.is_symlink() else todo.appendleft)((entry.path, (*above, here)))
-            elif entry.name.endswith(_LISTED) and not is_part:
-                kept = _unless_bad(entry.path, lambda _, entry=entry: entry.stat(), None)
-                # A pipe or device that is called so is no file to read.
-                if kept is not None and stat.S_ISREG(kept.st_mode):
-                    found[entry.path] = kept
+            try:
+                if entry.is_dir():
+                    # Links last: where they lead to may be in this tree, and is then called what it is called here.
+                    (todo.append if entry.is_symlink() else todo.appendleft)((entry.path, (*above, here)))
+                elif entry.name.endswith(_LISTED) and not is_part:
+                    kept = entry.stat()
+                    # A pipe or device that is called so is no file to read.
+                    if stat.S_ISREG(kept.st_mode):
+                        found[entry.path] = kept
+            except OSError as error:
+                _pass_over(entry.path, error)
     return found
 
 

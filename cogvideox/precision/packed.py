@@ -36,9 +36,7 @@ class PackedWeight(nn.Module):
         shape: of the weight, where ``data`` holds blocks ``[blocks, bytes]`` because its rows are no whole blocks.
     """
 
-    def __init__(
-        self, data: torch.Tensor, scale: torch.Tensor | None = None, quantization: int | None = None, shape: tuple[int, ...] | None = None
-    ):
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor | None = None, quantization: int | None = None, shape: tuple[int, ...] | None = None):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_buffer("scale", None if scale is None else scale.float().reshape(-1, 1).to(data.device), persistent=False)
