@@ -1,7 +1,8 @@
 """How long the dtype check of a checkpoint of the real size takes: headers and configs only, 11 GB in three shards. Limit: 20 ms.
 
-And how long the header of its GGUF file takes, beside the gguf package's own reader. Limit: 30 ms. The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer. The other side reads the shards, as a check of weights
-would have to (a tenth of the bytes, to be done soon; holes, so no disk is waited for).
+The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer. The other side reads the shards, as a check of weights
+would have to (a tenth of the bytes, to be done soon; holes, so no disk is waited for). And how long the header of its GGUF file takes, with the
+gguf package's own reader on the other side. Limit: 30 ms.
 """
 
 import json

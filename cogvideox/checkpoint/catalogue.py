@@ -159,10 +159,15 @@ def _unless_bad(path: Path | str, look: Callable, otherwise):
         return look(path)
     except Exception as error:
         # Of any kind: what lies in a models folder is not the list's to vouch for, and opening it would say what is wrong with it.
-        if (str(path), str(error)) not in _told:
-            _told.add((str(path), str(error)))
-            logger.info("%s is passed over: %s", short(path, 400), reason(error, 600))
+        _pass_over(path, error)
         return otherwise
+
+
+def _pass_over(path: Path | str, error: Exception) -> None:
+    """Say once in the log why something is not listed."""
+    if (str(path), str(error)) not in _told:
+        _told.add((str(path), str(error)))
+        logger.info("%s is passed over: %s", short(path, 400), reason(error, 600))
 
 
 def _shown(name: str) -> str:
@@ -241,14 +246,17 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name
-            if _unless_bad(entry.path, lambda _, entry=entry: entry.is_dir(), False):
-                if depth < _DEEPEST and entry.name not in _PASSED_OVER and not _leads_back(entry):
-                    below.append((entry.is_symlink(), (entry.path, inner, depth + 1)))
-            elif entry.name.lower().endswith(endings) and not is_shard(entry.name):
-                kept = _unless_bad(entry.path, lambda _, entry=entry: entry.stat(), None)
-                # A pipe or device that is called so is no file to read.
-                if kept is not None and stat.S_ISREG(kept.st_mode):
-                    files[entry.path] = inner, kept
+            try:
+                if entry.is_dir():
+                    if depth < _DEEPEST and entry.name not in _PASSED_OVER and not _leads_back(entry):
+                        below.append((entry.is_symlink(), (entry.path, inner, depth + 1)))
+                elif entry.name.lower().endswith(endings) and not is_shard(entry.name):
+                    kept = entry.stat()
+                    # A pipe or device that is called so is no file to read.
+                    if stat.S_ISREG(kept.st_mode):
+                        files[entry.path] = inner, kept
+            except OSError as error:
+                _pass_over(entry.path, error)
         if depth and (below or may_be_checkpoint(names)):
             folders.append((name, Path(path)))
         # Links last: where they lead to may be in this tree, and is then called what it is called here.

@@ -245,7 +245,9 @@ def _json_header(path: Path) -> tuple[dict, int, int]:
             raise _truncated(path, size, 8 + length)
         text = head[8 : 8 + length] + file.read(max(0, 8 + length - len(head)))
     try:
-        entries = parse_json(text.decode("utf-8"), object_pairs_hook=_once_each, parse_int=_integer, parse_constant=_constant)
+        entries = parse_json(
+            text.decode("utf-8"), object_pairs_hook=_once_each, parse_int=_integer if b"-0" in text else None, parse_constant=_constant
+        )
         if b"\\ud" in text.lower():
             # Half of a letter that takes two: nothing that is written elsewhere could have it.
             json.dumps(entries, ensure_ascii=False).encode("utf-8")
@@ -267,8 +269,8 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _integer(text: str) -> int | float:
-    # To the library a number of tensors is not -0.
-    return float(text) if text == "-0" or len(text) > 20 else int(text)
+    # To the library -0 is no whole number.
+    return float(text) if text == "-0" else int(text)
 
 
 def _constant(text: str) -> None:
