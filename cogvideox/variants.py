@@ -134,7 +134,7 @@ def identify(config: Mapping) -> Variant:
         name = f"{line}{size}{suffix}"
     else:
         line = line if line.endswith("1.5") else f"{line}{size}"
-        name = f"{line}{suffix} (custom size: {shape[0]} layers x {shape[1]} heads)"
+        name = f"{line}{suffix} (custom size: {short(shape[0], 12)} layers x {short(shape[1], 12)} heads)"
     if line == "CogVideoX1.5":
         return Variant(name, dtype, image, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
     return Variant(name, dtype, image, 8, 49, 49, (720, 480), "720x480", 8)
