@@ -1,7 +1,8 @@
 """The denoising loop: free functions around diffusers' schedulers, equal to ``CogVideoXPipeline`` bit for bit.
 
 Noise is drawn on the CPU in fp32 and cast to the dtype of the run, so that one seed is one video on every card and in every dtype. That is the noise
-of the pipeline in fp32, and in 16 bits where torch draws the same there (2.13 does; 2.11 and before draw other numbers in 16 bits).
+of the pipeline in fp32, and in 16 bits where torch draws the same there (2.13 does; 2.11 and before draw other numbers in 16 bits). Start images and
+clips are the mode of the VAE's posterior, where the pipelines draw a sample of it.
 
 Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled and padded, as the transformer reads them;
 ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
