@@ -217,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_path,
         metavar=("OLD.json", "NEW.json"),
         help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
-        "and say what could not be carried over; OLD.json stays as it is",
+        "by any version of it, and say what could not be carried over; OLD.json stays as it is",
     )
     return parser
 

@@ -1027,9 +1027,11 @@ def test_a_missing_connection_is_said(migrate):
 
 def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, pack):
     w = text_to_video()
-    w.change("sampler", steps="many", denoise_strength=True)
+    w.change("sampler", steps="many", denoise_strength=True, cfg=float("nan"), num_frames=10**400)
+    w.change("positive", strength=10**400)
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
+    assert values_of(page, "CogVideoX15Sampler")["cfg"] == 6.0
     assert said(report, "steps is 'many'")
     assert said(report, "denoise_strength is True")
 
