@@ -383,7 +383,7 @@ def _printable(text: str) -> str:
 
 def _mute(stream) -> None:
     """Let a closed pipe's stream end nowhere, so that nothing fails on it again, at exit neither."""
-    with open(os.devnull, "w") as null, suppress(OSError, ValueError):
+    with open(os.devnull, "w", encoding="utf-8") as null, suppress(OSError, ValueError):
         os.dup2(null.fileno(), stream.fileno())
 
 

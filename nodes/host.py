@@ -156,8 +156,9 @@ def _unlisted(names: tuple[str, ...], choice: str) -> Path | None:
     from ..cogvideox.checkpoint.catalogue import SEPARATOR
 
     name = choice.split(SEPARATOR)[0]
-    places = [root / name for root in _roots(*names)] if name else []
-    return next((place for place in places if place.exists()), None)
+    # Below the folders only.
+    places = [(root, root / name) for root in _roots(*names) if name and ".." not in Path(name).parts]
+    return next((place for root, place in places if place.is_relative_to(root) and os.path.exists(place)), None)
 
 
 def loras() -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from cogvideox.checkpoint.layout import Checkpoint, open_checkpoint
 from tests.tiny_checkpoint import build_checkpoint, build_vae
 
 
@@ -132,3 +133,11 @@ def write_gguf(file: Path, state: dict, quantization: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def open_whole(path, **options) -> Checkpoint:
+    """Open a checkpoint, and ask for each part that is there: of those but the transformer, what is wrong is told then."""
+    checkpoint = open_checkpoint(path, **options)
+    for kind in (*checkpoint.parts, *checkpoint.incomplete):
+        checkpoint.part(kind)
+    return checkpoint

@@ -15,6 +15,7 @@ from cogvideox.handles import open_handles
 from cogvideox.sampling import make_scheduler
 from cogvideox.variants import full_config
 from tests.conftest import CPU, ROOT
+from tests.layouts import open_whole
 
 FILES = {kind: f"{kind}/config.json" for kind in ("transformer", "text_encoder", "vae")} | {"scheduler": "scheduler/scheduler_config.json"}
 REAL = ROOT.parent / "shared" / "real-configs" / "CogVideoX1.5-5B-I2V"
@@ -112,7 +113,7 @@ def test_a_wrong_value_is_refused_at_opening_by_file_and_field(changed, kind, fi
     folder = changed(kind, **{field: value})
     start = time.process_time()
     with pytest.raises(ValueError, match=said) as caught:
-        open_checkpoint(folder)
+        open_whole(folder)
     assert time.process_time() - start < 0.5
     assert str(folder / FILES[kind]) in str(caught.value)
     assert field in str(caught.value)

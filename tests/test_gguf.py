@@ -191,7 +191,6 @@ def quantized(state, kind, suffix="weight", left=()):
     return made
 
 
-@pytest.mark.usefixtures("one_noise")
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_blocks_in_safetensors_files_are_the_weights_that_gguf_dequantizes(tmp_path, state, kind):
     packed = quantized(state, kind, f"{kind}_qweight", left=("to_q",))

@@ -147,7 +147,7 @@ def test_without_a_text_encoder_its_output_says_what_to_connect(tmp_path, source
 class TestRefusals:
     def refused(self, path, *words, **options):
         def load():
-            for part in open_checkpoint(path, **options).parts.values():
+            for part in layouts.open_whole(path, **options).parts.values():
                 load_module(part, FP32, DEVICE)
 
         with pytest.raises(ValueError) as caught:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.conftest import CPU
-from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer
+from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
 
 CONTRACT = {
     "CogVideoX15ModelLoader": (
@@ -327,11 +327,12 @@ class TestModelFolders:
             root.mkdir()
         monkeypatch.setattr(host, "IN_COMFYUI", True)
         folders = {"CogVideo": roots[:1], "diffusers": roots[1:]}
-        for name in ("diffusion_models", "text_encoders", "vae"):
+        for name in ("diffusion_models", "checkpoints", "text_encoders", "vae"):
             (tmp_path / name).mkdir()
             folders[name] = [tmp_path / name]
         monkeypatch.setattr(host, "_roots", lambda *names: [root for name in names for root in folders[name]])
         monkeypatch.setattr(host, "tokenizer_folder", lambda: None)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         return host
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
@@ -367,6 +368,38 @@ class TestModelFolders:
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
         os.utime(folder / "vae" / "config.json", (1, 1))
         assert loader.IS_CHANGED(model="tiny", dtype="auto") != before
+
+    def test_single_files_in_models_checkpoints_and_the_hugging_face_cache_are_listed(self, host, tiny, tmp_path):
+        state = load_transformer(tiny)
+        save_file(state, tmp_path / "checkpoints" / "cog.safetensors")
+        shutil.copytree(tiny, tmp_path / "hub" / "models--zai-org--CogVideoX1.5-5B" / "snapshots" / "abc")
+        assert [entry.name for entry in host.checkpoints()] == ["zai-org/CogVideoX1.5-5B", "cog.safetensors"]
+        assert host.checkpoint_path("zai-org/CogVideoX1.5-5B") == tmp_path / "hub" / "models--zai-org--CogVideoX1.5-5B"
+
+    def test_auto_takes_a_part_that_is_found_where_the_checkpoints_own_is_not_whole(self, pack, host, tiny, tmp_path):
+        folder = shutil.copytree(tiny, host._roots("CogVideo")[0] / "tiny")
+        weights = next((folder / "vae").glob("*.safetensors"))
+        file = weights.rename(tmp_path / "away.safetensors")
+        graph = {"2": {"class_type": "CogVideoX15VAEDecode", "inputs": {"vae": ["1", 2], "samples": ["3", 0]}}}
+        loader = {"model": "tiny", "dtype": "fp32", "unique_id": "1"}
+        assert "[incomplete] VAE: " in call(pack, "CogVideoX15ModelLoader", **loader)[3]
+        # Nothing that the graph is to make needs it; or the video will be decoded by it.
+        assert call(pack, "CogVideoX15ModelLoader", **loader, prompt={"2": {"inputs": {"text_encoder": ["1", 1]}}})[0]
+        with pytest.raises(ValueError, match="should hold the VAE's weights"):
+            call(pack, "CogVideoX15ModelLoader", **loader, prompt=graph)
+        build_vae((32, 32, 32, 64), 32).save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "diffusion_pytorch_model.safetensors", tmp_path / "vae" / "cog_vae.safetensors")
+        _, _, vae, report = call(pack, "CogVideoX15ModelLoader", **loader, prompt=graph)
+        assert vae.weights.part.source == tmp_path / "vae" / "cog_vae.safetensors"
+        assert "VAE: the checkpoint's own cannot be used (" in report
+        assert "so cog_vae.safetensors" in report
+        shutil.copy(file, weights)
+        assert call(pack, "CogVideoX15ModelLoader", **loader, prompt=graph)[2].weights.part.source == folder / "vae"
+
+
+def load_transformer(checkpoint):
+    """The weights of a checkpoint's transformer, by their names."""
+    return {name: value for file in (checkpoint / "transformer").glob("*.safetensors") for name, value in load_file(file).items()}
 
     @pytest.fixture
     def parts(self, host, tmp_path, monkeypatch):

@@ -479,7 +479,7 @@ class TestSurface:
         assert none is None
         assert len(report.splitlines()) == 1
         assert only.weights.method.name == "int8_weight_only"
-        with pytest.raises(ValueError, match="CogVideoX-1.5 Quantize gives one only if its own text_encoder is connected"):
+        with pytest.raises(ValueError, match="CogVideoX-1.5 Quantize gives one only if its own is connected"):
             nodes["CogVideoX15TextEncode"]().run(text_encoder=none, prompt="a panda")
 
     def test_the_node_refuses_what_the_card_cannot_when_the_graph_is_queued(self, pack, monkeypatch):

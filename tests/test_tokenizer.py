@@ -12,6 +12,7 @@ from cogvideox.checkpoint.tokenizer import check_tokenizer
 from cogvideox.handles import open_handles
 from cogvideox.text import encode_prompt
 from tests.conftest import CPU, ROOT
+from tests.layouts import open_whole
 
 REAL = ROOT.parent / "shared" / "real-configs" / "CogVideoX1.5-5B-I2V" / "tokenizer"
 
@@ -96,7 +97,7 @@ def test_a_damaged_or_foreign_model_is_refused_at_opening(copied, change, said):
     file = copied / "tokenizer" / "spiece.model"
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ValueError, match=said) as caught:
-        open_checkpoint(copied)
+        open_whole(copied)
     assert str(file) in str(caught.value)
     assert "Download tokenizer/spiece.model of a CogVideoX repository again" in str(caught.value)
     assert "tiktoken" not in str(caught.value)
@@ -106,7 +107,7 @@ def test_one_with_more_tokens_than_the_text_encoders_table_has_rows_is_refused(c
     """As UMT5's, of 256,384 tokens, is for T5's 32,128 rows."""
     monkeypatch.setattr(module, "_count_pieces", lambda *_: 256_384)
     with pytest.raises(ValueError, match="has 256,384 tokens, and the text encoder's table has 256 rows: it is another model's"):
-        open_checkpoint(copied)
+        open_whole(copied)
 
 
 def test_where_there_is_no_text_encoder_its_tokenizer_does_not_matter(copied):
@@ -118,12 +119,12 @@ def test_where_there_is_no_text_encoder_its_tokenizer_does_not_matter(copied):
 def test_a_file_that_changes_is_looked_at_again(copied):
     file = copied / "tokenizer" / "spiece.model"
     whole = file.read_bytes()
-    open_checkpoint(copied)
+    open_whole(copied)
     file.write_bytes(whole[:500])
     with pytest.raises(ValueError, match="no whole SentencePiece model"):
-        open_checkpoint(copied)
+        open_whole(copied)
     file.write_bytes(whole)
-    open_checkpoint(copied)
+    open_whole(copied)
 
 
 class TestInTheFormatOfTokenizers:
@@ -142,11 +143,11 @@ class TestInTheFormatOfTokenizers:
         folder = copied / "tokenizer"
         tree = as_json(folder, folder)
         (folder / "spiece.model").unlink()
-        open_checkpoint(copied)
+        open_whole(copied)
         change(tree)
         (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
         with pytest.raises(ValueError, match=said) as caught:
-            open_checkpoint(copied)
+            open_whole(copied)
         assert "tokenizer.json" in str(caught.value)
 
     def test_what_only_its_library_finds_becomes_a_sentence(self, copied):

@@ -144,8 +144,10 @@ def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
 def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
     """The entry that was chosen by its label or its name, in whichever system; what it is may have changed since, the folder it lies in too, and its
     name may be one that is cut in the list."""
-    entries, chosen = list(entries), chosen.strip().replace("\\", "/")
-    for name in (chosen, *(chosen[: match.start()] for match in reversed(list(re.finditer(re.escape(SEPARATOR), chosen))))):
+    entries = list(entries)
+    # A workflow that was made on Windows has backslashes; and a letter that cannot be printed is one here.
+    chosen = [chosen.strip(), chosen.strip().replace("\\", "/")]
+    for name in (*chosen, *(text[: match.start()] for text in chosen for match in reversed(list(re.finditer(re.escape(SEPARATOR), text))))):
         found = [entry for entry in entries if name in (entry.name, entry.label)]
         found = found or [entry for entry in entries if name and f"/{entry.path.as_posix()}".endswith(f"/{name}")]
         if len(found) == 1:

@@ -191,11 +191,6 @@ def _unknown(tensors: Tensors, file: Path) -> ValueError:
     names = sorted(tensors)
     few = listed(names)
     check_unpacked(names, file)
-    if any(name.endswith(".base_layer.weight") for name in names):
-        return ForeignError(
-            f"{file} is a model that was saved with a LoRA attached to it and not merged ({len(names)} tensors: {few}). Load the "
-            "model itself here, and the LoRA on it."
-        )
     if any(re.search(r"lora_(A|B|up|down)\b|lora\.(up|down)\b|\.matrix_[AB]\.|\.alpha$|lokr_|hada_", name) for name in names):
         return ValueError(
             f"{file} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot run alone. "
