@@ -89,7 +89,7 @@ def host_bytes() -> int:
         limits.append(_GROWING * _windows_memory() or _ANY_MACHINE)
     elif Path("/proc/meminfo").is_file():
         with suppress(OSError, ValueError, KeyError):
-            table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+            table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line)
             memory, swap = (int(table[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
             limits.append(memory + swap)
             # Of a container, in both versions of cgroups; without a number where there is none.
