@@ -95,7 +95,7 @@ def host_bytes() -> int:
             # Of a container, in both versions of cgroups; without a number where there is none.
             for file in ("memory.max", "memory/memory.limit_in_bytes"):
                 with suppress(OSError, ValueError):
-                    limits.append(int((Path("/sys/fs/cgroup") / file).read_text()) + swap)
+                    limits.append(int((Path("/sys/fs/cgroup") / file).read_text(encoding="ascii")) + swap)
     else:
         with suppress(OSError, ValueError, AttributeError):
             limits.append(_GROWING * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
