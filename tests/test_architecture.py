@@ -12,7 +12,7 @@ from cogvideox.checkpoint.architecture import expected_tensors
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import ForeignError
-from cogvideox.precision.policy import Precision
+from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
 from tests import layouts
 from tests.tiny_checkpoint import TEXT_WIDTH, VARIANTS, build_text_encoder, build_transformer, build_vae
 
@@ -329,7 +329,23 @@ class TestTextEncoders:
         assert f"GGUF {quantization}" in part.stored
         ids = torch.arange(64)[None]
         with torch.no_grad():
-            assert torch.equal(load_module(part, FP32, CPU)(ids)[0], truth(ids)[0])
+            wanted = truth(ids)[0]
+            assert torch.equal(load_module(part, FP32, CPU)(ids)[0], wanted)
+            assert (load_module(part, RANGE_SAFE_FP16, CPU)(ids)[0] - wanted).norm() <= 2e-3 * wanted.norm()
+
+    def test_a_token_embedding_in_fp8_is_read_in_every_precision(self, tmp_path, states):
+        """As t5xxl_fp8_e4m3fn.safetensors has it."""
+        state = {name: value for name, value in states["text_encoder"].items() if "embed_tokens" not in name}
+        cast = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in state.items()}
+        wide = {name: value.float() for name, value in cast.items()}
+        part, truth = (
+            open_part(layouts.write_file(tmp_path / f"{name}.safetensors", tensors), "text_encoder") for name, tensors in (("a", cast), ("b", wide))
+        )
+        ids = torch.arange(64)[None]
+        with torch.no_grad():
+            wanted = load_module(truth, FP32, CPU)(ids)[0]
+            for precision in (FP32, RANGE_SAFE_FP16):
+                assert (load_module(part, precision, CPU)(ids)[0] - wanted).norm() <= 2e-3 * wanted.norm()
 
 
 class TestVaes:

@@ -78,6 +78,10 @@ def load_module(
             if is_weight and isinstance(owner, PackedLinear | RangeSafeLinear):
                 owner.load_packed(packed)
                 continue
+            if is_weight and isinstance(owner, ScaledWeight):
+                # T5's token embedding, which is looked up and not multiplied.
+                owner.load_weight(packed.scaled(torch.float32), device)
+                continue
             tensor = packed.scaled(precision.activations).reshape(stored.shape)
         elif name in quantized:
             owner.load_packed(quantizer.quantize(name, files.read(stored, stored.dtype, torch.device("cpu"), report), device))
