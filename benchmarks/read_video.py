@@ -1,4 +1,4 @@
-"""Reading 10 s of 720p for video to video: all frames at once in fp32, and ours, one by one at the size and rate that are needed. Time, and the
+"""Reading 10 s of 720p for video to video: all frames at once in fp32 (8 GB), and ours, one by one at the size and rate that are needed. Time, and the
 rise of the process's peak memory. Limit: 1 GB, the clip itself included. Each in a process of its own; Linux only, whose peak can be set back."""
 
 import argparse
@@ -31,14 +31,12 @@ def write_clip(path: Path) -> None:
 
 
 def at_once(path: Path) -> torch.Tensor:
-    """Every frame of the file, as floats; then scaled."""
+    """Every frame of the file, as floats, before any of it is scaled."""
     import av
-
-    from cogvideox.pictures import fit_length, fit_size
 
     with av.open(str(path)) as container:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return fit_size(fit_length(torch.stack(frames).float() / 255, STEP)[0], *TARGET)
+    return torch.stack(frames).float() / 255
 
 
 def ours(path: Path) -> torch.Tensor:
