@@ -1,5 +1,5 @@
-"""Reading 10 s of 720p for video to video: all frames at once in fp32 (8 GB), and ours, one by one at the size and rate that are needed. Time, and the
-rise of the process's peak memory. Limit: 1 GB, the clip itself included. Each in a process of its own; Linux only, whose peak can be set back."""
+"""Reading 10 s of 720p for video to video: all frames at once in fp32 (8 GB), and ours, one by one at the size and rate that are needed. Time, and
+the rise of the process's peak memory. Limit: 1 GB, the clip itself included. Each in a process of its own; Linux only, whose peak can be set back."""
 
 import argparse
 import subprocess
