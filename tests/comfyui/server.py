@@ -191,7 +191,7 @@ def add_example_files(base: Path) -> None:
         return
     build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
     Image.new("RGB", (200, 100), (200, 120, 40)).save(base / "input" / "example.png")
-    write_mp4(torch.rand(20, 64, 96, 3), base / "input" / "input.mp4", 16)
+    write_mp4(torch.rand(20, 64, 96, 3), base / "input" / "input.mp4", 16, overwrite=True)
     (models / "loras").mkdir(exist_ok=True)
     for file in ("my_cogvideox_lora", "another"):
         halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
