@@ -296,9 +296,3 @@ _RULES: Mapping[str, Callable[[Mapping], str]] = {
     "vae": _odd_vae,
     "scheduler": _odd_scheduler,
 }
-
-
-def class_of(config: Mapping) -> str:
-    """The class that a config says it is of: diffusers' ``_class_name``, or transformers' ``architectures``."""
-    found = config.get("_class_name") or config.get("architectures") or "no class"
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found)

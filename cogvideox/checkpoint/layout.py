@@ -33,7 +33,6 @@ from .folders import WHERE as _WHERE
 from .folders import Place, choose_weights, find_place, names_scheduler, part_path, what_else
 from .folders import is_checkpoint as is_checkpoint
 from .folders import sat_step as sat_step
-from .folders import sat_weights as sat_weights
 from .gguf import read_gguf_header
 from .headers import StoredTensor, read_header
 from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales, unwrapped

@@ -21,8 +21,9 @@ import torch
 
 from ..files import parse_json, read_json, read_text, unreadable
 from ..words import listed, reason, short
+from .folders import is_checkpoint, sat_weights
 from .headers import StoredTensor, read_metadata, read_tensor
-from .layout import Part, is_checkpoint, read_any_header, sat_weights
+from .layout import Part, read_any_header
 from .naming import SAT_LAYER, SAT_OTHERS, SAT_QKV, comfy_name, find_parts, sat_modules
 from .pickles import read_pickle
 
