@@ -141,7 +141,7 @@ def _shaped(where: str, module: str, pair: Pair, part: Part) -> Pair:
             f"trained on this checkpoint ({identify(part.config).name})."
         )
     ones = (1,) * (len(weight) - 2)
-    return replace(pair, down=replace(pair.down, shape=(rank, *inside)), up=replace(pair.up, shape=(weight[0], rank, *ones)))
+    return replace(pair, down=pair.down._replace(shape=(rank, *inside)), up=pair.up._replace(shape=(weight[0], rank, *ones)))
 
 
 def _differs(module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> str:

@@ -100,6 +100,8 @@ class Variant:
     def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
         """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or None."""
         said = []
+        if frames % self.frame_step != 1:
+            said.append(f"{frames} frames (the model card gives {self.frame_step}N+1)")
         if frames > self.max_frames:
             said.append(f"{frames} frames (the model card goes up to {self.max_frames})")
         if not self._trained_size(width, height):

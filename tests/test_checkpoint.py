@@ -193,6 +193,16 @@ def test_what_the_model_card_allows_is_not_warned_of(width, frames):
     assert "177 frames" in text.outside_model_card(1360, 768, 177)
 
 
+@given(frames=st.integers(1, 161))
+def test_a_length_that_the_model_card_does_not_give_is_said(frames):
+    newer, older = (identify({"in_channels": 16} | OFFICIAL[name][0]) for name in ("CogVideoX1.5-5B", "CogVideoX-5b"))
+    said = newer.outside_model_card(1360, 768, frames)
+    assert (said is None) == (frames % 16 == 1)
+    assert said is None or (f"{frames} frames" in said and "16N+1" in said)
+    said = older.outside_model_card(*older.default_size, frames)
+    assert (said is None) == (frames % 8 == 1 and frames <= older.max_frames)
+
+
 def test_is_checkpoint_looks_at_the_config_alone(tiny, tmp_path):
     assert is_checkpoint(tiny)
     assert not is_checkpoint(tmp_path)

@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -44,9 +43,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor in a file: where its bytes lie (``offset`` from the start of the file) and how they are to be read.
+
+    A tuple, because a checkpoint has a thousand of them and opening it takes milliseconds.
 
     Attributes:
         more: where the bytes go on, as (offset, bytes), for a tensor that is put together from rows of another.

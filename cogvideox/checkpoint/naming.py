@@ -94,7 +94,7 @@ def check_unpacked(names: Iterable[str], source: Path) -> None:
     Raises:
         ForeignError: if they are, naming the program.
     """
-    marked = sorted(name for name in names if name.rpartition(".")[2].startswith(_ANY_PACKED))
+    marked = sorted(name for name in names if name.startswith(_ANY_PACKED, name.rfind(".") + 1))
     for program, words in _PACKED if marked else ():
         fitting = [name for name in marked if name.rpartition(".")[2].startswith(words)]
         if fitting:
@@ -106,6 +106,8 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 
 
 def _without_wrappers(tensors: Tensors) -> Tensors:
+    if not _WRAPPERS.search("." + ".".join(tensors)):
+        return tensors
     return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
@@ -138,8 +140,11 @@ _SCALE_EXTRAS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "
 
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """The weights among the tensors of a part, and the scales of fp8 weights, by the weight's name."""
-    scales = {f"{name[: -len(end)]}.weight": tensor for name, tensor in tensors.items() for end in _SCALES if name.endswith(end)}
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith((*_SCALES, *_SCALE_EXTRAS))}, scales
+    others = {name for name in tensors if name.endswith((*_SCALES, *_SCALE_EXTRAS))}
+    if not others:
+        return tensors, {}
+    scales = {f"{name[: -len(end)]}.weight": tensors[name] for name in tensors if name in others for end in _SCALES if name.endswith(end)}
+    return {name: tensor for name, tensor in tensors.items() if name not in others}, scales
 
 
 #: Where a layer's own weights are while a LoRA is trained on it: SAT's trainer puts them under the first name, peft under the second.
@@ -150,9 +155,9 @@ _LORA_HALF = re.compile(r"\.(?:lora_\w+|matrix_[AB])(?:\.|$)")
 def split_lora(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """The weights of a model that was saved with a LoRA inside, by the names they have without it, and the LoRA's halves; all of them, and none,
     where there is no LoRA inside."""
-    inside = {name: _TRAINED_ON.sub("", name) for name in tensors if _TRAINED_ON.search(name)}
-    if not inside:
+    if not _TRAINED_ON.search("\n".join(tensors)):
         return tensors, {}
+    inside = {name: _TRAINED_ON.sub("", name) for name in tensors if _TRAINED_ON.search(name)}
     halves = {name: tensor for name, tensor in tensors.items() if name not in inside and _LORA_HALF.search(name)}
     return {inside.get(name, name): tensor for name, tensor in tensors.items() if name not in halves}, halves
 
