@@ -432,11 +432,11 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
     from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
     from cogvideox.memory import memory_text
+    from cogvideox.modules.cache import Cache
+    from cogvideox.modules.compiled import Compiled
     from cogvideox.pictures import check_images, fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.sampling import check_guidance, plan_steps, sample, steps_to_run
-    from cogvideox.speed.cache import Cache
-    from cogvideox.speed.compiled import Compiled
     from cogvideox.text import encode_prompt
     from cogvideox.vae import encode, image_latents
     from cogvideox.video import check_room, read_image, read_sound, read_video
@@ -551,7 +551,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _is_config(path: Path) -> bool:
-    from cogvideox.configs.check import is_config
+    from interop.check import is_config
 
     return is_config(path)
 
@@ -662,7 +662,7 @@ def check(options: argparse.Namespace) -> int:
     backup, incomplete = None, ()
     if _is_config(options.check):
         # Nothing that imports torch: a config is text.
-        from cogvideox.configs.check import check_config, fix_config
+        from interop.check import check_config, fix_config
 
         if options.scan:
             raise ValueError(f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder.")
@@ -712,7 +712,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def migrate(options: argparse.Namespace) -> int:
     """Migrate a workflow; prints what became of it."""
-    from cogvideox.configs.migrate import migrate_workflow
+    from interop.migrate import migrate_workflow
 
     _say(migrate_workflow(*options.migrate).text)
     return 0

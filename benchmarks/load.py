@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.loading import load_module
 from cogvideox.precision.policy import Precision, RANGE_SAFE_FP16
 from tests.memory import peak_kilobytes as peak
 folder, cpu = Path(sys.argv[1]), torch.device("cpu")

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cogvideox.geometry import latent_frames, padding_frames, rotary_embedding
 from cogvideox.memory import FusedAttention, LiveBytes
-from cogvideox.precision.range_safe import make_range_safe
+from cogvideox.modules.range_safe import make_range_safe
 
 aten = torch.ops.aten
 

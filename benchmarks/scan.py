@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from cogvideox.checkpoint.audit import TARGETS, scan_weights
 from cogvideox.checkpoint.headers import StoredTensor
-from cogvideox.precision.audit import TARGETS, scan_weights
 
 #: Bytes that the plain read takes at a time: the fastest of 0.25 to 64 MB where this was written.
 _BUFFER = 8 << 20

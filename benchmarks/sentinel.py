@@ -12,8 +12,8 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvideox.finite import is_finite
 from cogvideox.geometry import latent_frames
-from cogvideox.precision.sentinel import is_finite
 
 LAYERS, HEADS, HEAD_DIM, TEXT = 42, 48, 64, 226
 

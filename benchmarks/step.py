@@ -39,10 +39,10 @@ from cogvideox.checkpoint.naming import comfy_name
 from cogvideox.geometry import latent_frames, padding_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
 from cogvideox.memory import LiveBytes
+from cogvideox.modules.attention import available
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
-from cogvideox.speed.attention import available
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
 from cogvideox.variants import full_config
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint, build_transformer

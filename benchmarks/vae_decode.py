@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 from cogvideox.vae import chunk_lengths
 from tests.memory import LiveBytes, count_strips
 

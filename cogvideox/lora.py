@@ -23,9 +23,9 @@ from torch import nn
 from .checkpoint.headers import StoredTensor, read_tensor
 from .checkpoint.layout import Part
 from .checkpoint.lora_files import LoraFile, Pair, find_lora, lora_inside, read_lora
-from .precision.policy import Precision
-from .precision.range_safe import RangeSafeLinear
-from .precision.sentinel import check_finite
+from .dtypes import Precision
+from .finite import check_finite
+from .modules.range_safe import RangeSafeLinear
 from .variants import identify
 from .words import listed, short
 

@@ -13,54 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .choices import MODES
+from .dtypes import Precision
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
-from .precision.policy import Precision
-from .precision.quantize import Method, quantize_empty
-from .precision.range_safe import make_range_safe
-from .speed.joint import join
+from .modules.joint import join
+from .modules.quantize import Method, quantize_empty
+from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+from .weights import Way, ways
 
 if TYPE_CHECKING:
     from .handles import Model
 
-#: Share of the free memory that is counted on: allocators and convolutions' workspaces take some too.
-_SHARE = 0.85
 #: Bytes beside the weights with which 1360x768x81 is sampled, and decoded at nearly full speed; less works too.
 WANTED_BYTES = 8 * 10**9
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and other back ends)."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch holds and does not use is free too.
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int((free + idle) * _SHARE)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a part runs, as far as it decides what memory that takes.
-
-    Attributes:
-        mode: one of ``choices.MODES``.
-        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other, in half the activations,
-            which gives the same up to the rounding of another batch size.
-    """
-
-    mode: str
-    batched: bool = True
-
-    @property
-    def text(self) -> str:
-        return self.mode if self.batched else f"{self.mode} with the halves of guidance one after the other"
-
-
-def ways(batched: Sequence[bool] = (True,)) -> tuple[Way, ...]:
-    """All ways to run, the fastest and largest first, with the choices there are for ``Way.batched``."""
-    return tuple(Way(mode, together) for mode in MODES for together in batched)
 
 
 @dataclass(frozen=True)

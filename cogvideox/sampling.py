@@ -21,15 +21,17 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint.configs import known_fields
 from .choices import SCHEDULERS, check_choice
+from .dtypes import Precision
+from .finite import check_finite
 from .geometry import check_latent, padding_frames, pixel_frames, rotary_embedding
 from .handles import Model
 from .lora import applied
-from .memory import Way, check_host_room, plan_memory, ways
-from .precision.policy import Precision
-from .precision.sentinel import OutOfMemory, Sentinel, check_finite
-from .speed.speedups import Speedups
+from .memory import check_host_room, plan_memory
+from .modules.speedups import Speedups
+from .sentinel import OutOfMemory, Sentinel
 from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TRAINED_STEPS, full_config
+from .weights import Way, ways
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
 from .handles import TextEncoder
-from .memory import ways
-from .precision.sentinel import Sentinel
+from .sentinel import Sentinel
+from .weights import ways
 from .words import short
 
 #: Letters of a prompt that are looked at: what a model reads of it, 226 tokens, is never so long.

@@ -8,15 +8,16 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from .dtypes import Precision
+from .finite import check_finite
 from .geometry import check_latent, check_size, latent_frames, pixel_frames
 from .handles import VAE
-from .memory import free_bytes
+from .modules.strips import Strips
 from .pictures import check_images
-from .precision.policy import Precision
-from .precision.sentinel import OutOfMemory, Sentinel, check_finite
-from .strips import Strips
+from .sentinel import OutOfMemory, Sentinel
 from .tensors import check_room
 from .variants import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .weights import free_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 from .words import short
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
+#: part -> (what to call it, the class in its config.json)
+PARTS = {
+    "transformer": ("transformer", TRANSFORMER_CLASS),
+    "text_encoder": ("text encoder", "T5EncoderModel"),
+    "vae": ("VAE", "AutoencoderKLCogVideoX"),
+}
 LATENT_CHANNELS = 16
 #: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
 SPATIAL_COMPRESSION = 8

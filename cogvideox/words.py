@@ -36,3 +36,8 @@ def reason(error: BaseException, limit: int = 160) -> str:
 
 def _printable(letter: str) -> str:
     return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+
+
+def size_text(count: int) -> str:
+    """``11.14 GB``, or ``3.40 MB``."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..cogvideox.speed.attention import available, check_attention
+from ..cogvideox.modules.attention import available, check_attention
 from . import host
 from .base import Node
 

@@ -61,7 +61,7 @@ class Cache(Node):
     def execute(self, model, method, strength=0.6, start=0.1, end=0.95):
         from ..cogvideox.handles import with_cache
         from ..cogvideox.memory import memory_text
-        from ..cogvideox.speed.cache import Cache
+        from ..cogvideox.modules.cache import Cache
 
         changed = with_cache(model, Cache(method, strength, start, end))
         report = f"{changed.cache.text}\n{memory_text(changed)}"

@@ -46,7 +46,7 @@ class Compile(Node):
 
     def execute(self, model, mode, dynamic=False):
         from ..cogvideox.handles import with_compile
-        from ..cogvideox.speed.compiled import Compiled, missing_compiler
+        from ..cogvideox.modules.compiled import Compiled, missing_compiler
 
         changed = with_compile(model, Compiled(mode, dynamic))
         missing = missing_compiler(model.weights.device)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..cogvideox.checkpoint.catalogue import Entry
-    from ..cogvideox.handles import Weights
     from ..cogvideox.precision.hardware import Hardware
+    from ..cogvideox.weights import Weights
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in diffusers layout.
@@ -436,7 +436,7 @@ _registered: "weakref.WeakKeyDictionary[Weights, _Registered]" = weakref.WeakKey
 @contextmanager
 def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
     """Where memory runs out for good, save ``samples``, or what the error brings, where Load Latent finds it, and say so in the error."""
-    from ..cogvideox.precision.sentinel import OutOfMemory
+    from ..cogvideox.sentinel import OutOfMemory
     from ..cogvideox.video import write_latent
 
     try:

@@ -163,7 +163,8 @@ def _open(model, text_encoder_name, vae_name):
 def _find_part(kind, checkpoint):
     """The most exact part in the model folders that runs with the checkpoint's transformer, by its kind, and what to say about it."""
     from ..cogvideox.checkpoint.architecture import check_together
-    from ..cogvideox.checkpoint.layout import PARTS, open_part
+    from ..cogvideox.checkpoint.layout import open_part
+    from ..cogvideox.variants import PARTS
 
     fitting, refused = [], []
     for entry in host.parts(kind):

@@ -49,7 +49,7 @@ class Quantize(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, method=None):
-        from ..cogvideox.precision.quantize import check_method
+        from ..cogvideox.precision.quantizing import check_method
 
         return cls.refusal({"method": method}, (check_method, method, host.hardware()))
 

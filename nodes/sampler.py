@@ -100,8 +100,8 @@ class Sampler(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
+        from ..cogvideox.combinations import check_choices
         from ..cogvideox.sampling import check_guidance, steps_to_run
-        from ..cogvideox.speed.combine import check_choices
 
         return cls.refusal(
             dict(steps=steps, cfg=cfg, scheduler=scheduler, denoise=denoise, on_nan=on_nan),

@@ -39,8 +39,8 @@ class TextEncode(Node):
         }
 
     def execute(self, text_encoder, prompt):
+        from ..cogvideox.finite import check_finite
         from ..cogvideox.handles import TextEncoder
-        from ..cogvideox.precision.sentinel import check_finite
         from ..cogvideox.text import encode_prompt
         from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from cogvideox.memory import LiveBytes
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 
 
 def peak_kilobytes() -> int:

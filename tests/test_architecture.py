@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 import generate
 from cogvideox.checkpoint.architecture import expected_tensors
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import ForeignError
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
+from cogvideox.loading import load_module
 from tests import layouts
 from tests.tiny_checkpoint import TEXT_WIDTH, VARIANTS, build_text_encoder, build_transformer, build_vae
 

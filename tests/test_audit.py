@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cogvideox.checkpoint import audit
+from cogvideox.checkpoint.audit import WeightAudit, scan_weights
 from cogvideox.checkpoint.headers import StoredTensor, read_header
-from cogvideox.precision import audit
-from cogvideox.precision.audit import WeightAudit, scan_weights
 from tests.conftest import ROOT
 
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 import sys, torch
 from pathlib import Path
 from cogvideox.checkpoint.headers import StoredTensor
-from cogvideox.precision.audit import scan_weights
+from cogvideox.checkpoint.audit import scan_weights
 file, size = Path(sys.argv[1]), int(sys.argv[2])
 torch.randn(1000).bfloat16().double().max()
 from tests.memory import peak_kilobytes

@@ -11,18 +11,18 @@ import torch
 from diffusers import hooks
 from safetensors.torch import save_file
 
-from cogvideox import handles as handles_module
 from cogvideox import sampling as sampling_module
+from cogvideox import weights as weights_module
 from cogvideox.choices import CACHES
+from cogvideox.dtypes import FP32
 from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
+from cogvideox.modules import cache as cache_module
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled
+from cogvideox.modules.joint import JointAttention
 from cogvideox.precision.hardware import Hardware
-from cogvideox.precision.policy import FP32
 from cogvideox.sampling import sample
-from cogvideox.speed import cache as cache_module
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled
-from cogvideox.speed.joint import JointAttention
 from tests import layouts
 from tests.conftest import CPU
 from tests.reference import draw_prompts, reference_latents
@@ -302,7 +302,7 @@ class TestTogether:
             left.append(inside(offloaded.weights._module))
         # Noted once, and those hooks are not brought back.
         assert [len(hook.execution_order) for hook in notes] == [LAYERS] * notes_order
-        before = inside(handles_module.load_module(offloaded.weights.part, FP32, CPU.device))
+        before = inside(weights_module.load_module(offloaded.weights.part, FP32, CPU.device))
         assert left[0] == left[1]
         assert {place for place in left[0] if place[1] in ("forward", "_diffusers_hook")} == {
             place for place in before if place[1] in ("forward", "_diffusers_hook")
@@ -312,13 +312,13 @@ class TestTogether:
     def offloads(self, monkeypatch):
         from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 
-        real = handles_module.load_module
+        real = weights_module.load_module
 
         def offload(mode, notes_order):
             def load(*given):
                 module = real(*given)
                 try:
-                    handles_module._offload(module, mode, torch.device("cpu"))
+                    weights_module._offload(module, mode, torch.device("cpu"))
                 except AttributeError as error:
                     pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
                 if notes_order:
@@ -327,7 +327,7 @@ class TestTogether:
                 return module
 
             notes = []
-            monkeypatch.setattr(handles_module, "load_module", load)
+            monkeypatch.setattr(weights_module, "load_module", load)
             return notes
 
         return offload
@@ -359,7 +359,7 @@ class TestHealing:
 
     @pytest.mark.parametrize("method", CACHES)
     def test_a_run_healed_in_another_dtype_goes_on_with_a_cache(self, deep, prompts, monkeypatch, method):
-        real, healed = handles_module.load_module, []
+        real, healed = weights_module.load_module, []
 
         def load(part, precision, *given):
             module, calls = real(part, precision, *given), []
@@ -371,7 +371,7 @@ class TestHealing:
             module.register_forward_hook(spoil)
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         result, (skipped, total) = run(open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), on_heal=healed.append)
         assert result.isfinite().all()
         assert "Going on from here in fp32" in healed[0]
@@ -409,7 +409,7 @@ class TestCombinations:
     def test_an_old_diffusers_does_not_load_layers_that_were_skipped(self, deep, monkeypatch):
         card = Hardware(torch.device("meta"), "a card")
         model = open_handles(deep, "fp32", card, memory="offload_layers").model
-        monkeypatch.setattr("cogvideox.speed.combine.is_at_least", lambda name, version: False)
+        monkeypatch.setattr("cogvideox.combinations.is_at_least", lambda name, version: False)
         with pytest.raises(ValueError, match=r"first_block and memory offload_layers do not work together with diffusers"):
             with_cache(model, Cache())
         with_cache(model, Cache("taylorseer"))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from cogvideox.checkpoint.headers import read_header
 from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
-from cogvideox.precision.range_safe import make_range_safe
+from cogvideox.loading import load_module
+from cogvideox.modules.range_safe import make_range_safe
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
@@ -101,7 +101,7 @@ from pathlib import Path
 import torch
 from tests.tiny_checkpoint import build_text_encoder
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.loading import load_module
 from cogvideox.precision.policy import Precision
 folder = Path(sys.argv[1])
 part = open_part(folder / "text_encoder", "text_encoder")

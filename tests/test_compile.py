@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cogvideox import handles as handles_module
+from cogvideox import weights as weights_module
 from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.sampling import sample
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
 from tests import layouts
 from tests.conftest import CPU
 from tests.reference import draw_prompts
@@ -126,17 +126,17 @@ class TestTogether:
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):
-        real, said = handles_module.load_module, []
+        real, said = weights_module.load_module, []
 
         def load(*given):
             module = real(*given)
             try:
-                handles_module._offload(module, mode, torch.device("cpu"))
+                weights_module._offload(module, mode, torch.device("cpu"))
             except AttributeError as error:
                 pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
         assert any("runs without compiling: its layers are brought to the card one by one" in text for text in said) == (mode == "offload_layers")

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogvideox.configs.check import check_config, fix_config, is_config
+from interop.check import check_config, fix_config, is_config
 from tests.conftest import ROOT
 
 #: As zai-org/CogVideo has it (sat/configs/inference.yaml), with the flag of the black-video reports.

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from cogvideox.checkpoint import convert
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.checkpoint.loading import load_module
-from cogvideox.precision.policy import Precision
+from cogvideox.dtypes import Precision
+from cogvideox.loading import load_module
 from tests import layouts
 from tests.conftest import ROOT
 from tests.test_checkpoint import CLASSES

@@ -16,14 +16,15 @@ import cogvideox.sampling as sampling_module
 import cogvideox.vae as vae_module
 from cogvideox.choices import CACHES, MODES, QUANTIZE
 from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
-from cogvideox.memory import free_bytes, plan_memory, ways
+from cogvideox.memory import plan_memory
+from cogvideox.modules.attention import available
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
-from cogvideox.speed.attention import available
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
+from cogvideox.weights import free_bytes, ways
 from tests import layouts
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
@@ -206,7 +207,7 @@ class TestMemory:
         expected, plan = run(model, prompts, LARGE), plan_memory(model, LARGE)
         collect()
         room = plan.bytes_of(ways((True, False))[-1]) * 1.3 + 50e6
-        monkeypatch.setattr("cogvideox.handles.free_bytes", lambda device: int(room))
+        monkeypatch.setattr("cogvideox.weights.free_bytes", lambda device: int(room))
         model.weights.release()
         with at_most(room):
             ours = run(model, prompts, LARGE, on_note=told.append, on_heal=healed.append)

@@ -15,9 +15,9 @@ from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.headers import read_tensor
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.configs.check import is_config
 from cogvideox.handles import open_handles
 from cogvideox.precision.policy import plan_dtypes
+from interop.check import is_config
 from tests import layouts
 from tests.conftest import CPU, ROOT
 

@@ -346,7 +346,7 @@ def no_weights(monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were read")
 
-    for module in ("cogvideox.weights", "cogvideox.handles", "cogvideox.checkpoint.loading"):
+    for module in ("cogvideox.weights", "cogvideox.handles", "cogvideox.loading"):
         if module in sys.modules and hasattr(sys.modules[module], "load_module"):
             monkeypatch.setattr(f"{module}.load_module", load)
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint.catalogue import list_checkpoints
 from cogvideox.checkpoint.gguf import read_gguf_header
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.packed import _WIDENED
-from cogvideox.precision.policy import Precision
+from cogvideox.loading import load_module
+from cogvideox.modules.packed import _WIDENED
 from tests import layouts
 from tests.conftest import CPU
 from tests.test_layouts import latents

@@ -9,9 +9,9 @@ from einops import rearrange
 import cogvideox.sampling as sampling
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.memory import ways
 from cogvideox.sampling import sample
 from cogvideox.vae import encode, image_latents
+from cogvideox.weights import ways
 from tests.conftest import CPU
 from tests.reference import reference_latents
 from tests.tiny_checkpoint import build_checkpoint

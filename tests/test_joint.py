@@ -8,10 +8,10 @@ from cogvideox import choices
 from cogvideox.geometry import rotary_embedding
 from cogvideox.handles import open_handles, with_attention
 from cogvideox.memory import LiveBytes
+from cogvideox.modules import attention as attention_module
+from cogvideox.modules.attention import available, check_attention
+from cogvideox.modules.joint import join, project_once, rotate_, side_by_side
 from cogvideox.sampling import sample
-from cogvideox.speed import attention as attention_module
-from cogvideox.speed.attention import available, check_attention
-from cogvideox.speed.joint import join, project_once, rotate_, side_by_side
 from cogvideox.variants import full_config
 from tests.conftest import CPU
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
 from cogvideox.geometry import empty_latent, rotary_embedding
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
+from cogvideox.loading import load_module
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts

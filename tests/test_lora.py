@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint.catalogue import list_parts
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.precision.packed import PackedLinear
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
+from cogvideox.modules.packed import PackedLinear
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU

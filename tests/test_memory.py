@@ -7,21 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cogvideox.handles as handles_module
 import cogvideox.sampling as sampling_module
+import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.choices import CACHES
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, with_cache, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.memory import LiveBytes, MemoryPlan, Way, plan_memory, ways
+from cogvideox.memory import LiveBytes, MemoryPlan, plan_memory
+from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.sentinel import OutOfMemory
 from cogvideox.sampling import sample
-from cogvideox.speed.cache import Cache
+from cogvideox.sentinel import OutOfMemory
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
+from cogvideox.weights import Way, ways
 from tests import layouts
 from tests.conftest import CPU
 from tests.memory import left_behind
@@ -106,7 +107,7 @@ class TestPlan:
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
         monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
-        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(weights_module, "free_bytes", lambda device: 0)
         ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
@@ -125,7 +126,7 @@ class TestPlan:
         notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
         model = open_handles(tiny, "fp32", CPU, memory=memory).model
         limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
-        monkeypatch.setattr(handles_module.Weights, "free", limit)
+        monkeypatch.setattr(weights_module.Weights, "free", limit)
         found = sampling_module._choose_ways(model, latent, True, True, 226, notes.append)
         assert found == ways((True, False))[ways((True, False)).index(way) :]
         assert bool(notes) == bool(said)
@@ -133,7 +134,7 @@ class TestPlan:
 
     def test_what_other_parts_hold_on_the_device_counts_as_free(self, tiny, monkeypatch):
         """They make way when the transformer runs."""
-        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(weights_module, "free_bytes", lambda device: 1000)
         opened = open_handles(tiny, "fp32", CPU)
         before = opened.model.weights.free
         with opened.text_encoder.weights.running():
@@ -149,7 +150,7 @@ class TestPlan:
 def offloading():
     """diffusers' group offloading, which in 0.36 does not start without an accelerator."""
     try:
-        handles_module._offload(torch.nn.Sequential(torch.nn.Linear(2, 2)), "offload_layers", torch.device("cpu"))
+        weights_module._offload(torch.nn.Sequential(torch.nn.Linear(2, 2)), "offload_layers", torch.device("cpu"))
     except AttributeError as error:
         pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
 
@@ -157,7 +158,7 @@ def offloading():
 @pytest.fixture
 def card(offloading, monkeypatch):
     """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is no other device here."""
-    monkeypatch.setattr(handles_module, "_is_host", lambda device: False)
+    monkeypatch.setattr(weights_module, "_is_host", lambda device: False)
 
 
 def offloaded(weights) -> str:
@@ -197,7 +198,7 @@ class TestModes:
     def test_what_is_offloaded_waits_in_the_hosts_memory(self, tiny, monkeypatch, mode):
         """The meta device stands for a card; diffusers brings nothing to it."""
         asked, card = [], torch.device("meta")
-        monkeypatch.setattr(handles_module, "_offload", lambda module, mode, device: asked.append((mode, device)))
+        monkeypatch.setattr(weights_module, "_offload", lambda module, mode, device: asked.append((mode, device)))
         weights = open_handles(tiny, "fp32", Hardware(card, "a card")).model.weights
         with weights.running(mode=mode) as module:
             assert asked == ([] if mode == "gpu" else [(mode, card)])
@@ -224,7 +225,7 @@ class TestModes:
             return_dict=False,
         )
         plain, offloaded = (load_module(part, precision, device) for _ in range(2))
-        handles_module._offload(offloaded, mode, device)
+        weights_module._offload(offloaded, mode, device)
         with torch.no_grad():
             assert left_behind(offloaded, lambda: offloaded(**inputs), monkeypatch) == []
             for _ in range(2):
@@ -240,7 +241,7 @@ class TestModes:
         with weights.running() as module, torch.no_grad():
             expected = module(ids)[0]
         offloaded = load_module(weights.part, FP32, torch.device("cpu"))
-        handles_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
+        weights_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
         with torch.no_grad():
             assert torch.equal(offloaded(ids)[0], expected)
 
@@ -249,7 +250,7 @@ class TestOutOfMemory:
     @pytest.fixture
     def full(self, monkeypatch):
         """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1 over all loads."""
-        real, calls = handles_module.load_module, []
+        real, calls = weights_module.load_module, []
 
         def inject(kind, when):
             def load(part, *arguments):
@@ -264,7 +265,7 @@ class TestOutOfMemory:
                     module.register_forward_pre_hook(fail)
                 return module
 
-            monkeypatch.setattr(handles_module, "load_module", load)
+            monkeypatch.setattr(weights_module, "load_module", load)
             return calls
 
         return inject
@@ -310,7 +311,7 @@ class TestOutOfMemory:
         ]
 
     def test_a_model_that_does_not_even_load_is_loaded_in_the_next_mode(self, tiny, prompts, monkeypatch):
-        latent, said, real, calls = torch.zeros(1, 16, 4, 6, 10), [], handles_module.load_module, []
+        latent, said, real, calls = torch.zeros(1, 16, 4, 6, 10), [], weights_module.load_module, []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
         def load(*arguments):
@@ -319,7 +320,7 @@ class TestOutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return real(*arguments)
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, on_heal=said.append)
         assert torch.equal(ours, expected)
         assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == [
@@ -327,7 +328,7 @@ class TestOutOfMemory:
             "offload_blocks",
         ]
         calls.clear()
-        monkeypatch.setattr(handles_module, "load_module", lambda *_: load(calls.clear()))
+        monkeypatch.setattr(weights_module, "load_module", lambda *_: load(calls.clear()))
         with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest way"):
             sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 

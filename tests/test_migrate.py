@@ -14,13 +14,13 @@ from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox.configs.check import check_config
-from cogvideox.configs.kinds import KINDS
-from cogvideox.configs.migrate import migrate_workflow
-from cogvideox.configs.workflow import WIDGETS
-from cogvideox.speed.combine import check_choices
+from cogvideox.combinations import check_choices
 from cogvideox.variants import identify
 from generate import main
+from interop.check import check_config
+from interop.kinds import KINDS
+from interop.migrate import migrate_workflow
+from interop.workflow import WIDGETS
 from tests import workflows
 from tests.conftest import ROOT
 from tests.wrapper_workflows import NODES, PIPED, image_to_video, piped, text_to_video, video_to_video

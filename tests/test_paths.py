@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import generate
-from cogvideox.checkpoint import loading
+from cogvideox import loading
 from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.configs.check import fix_config
+from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import Precision
 from cogvideox.text import encode_prompt
+from interop.check import fix_config
 from tests import layouts
 from tests.conftest import CPU, ROOT
 

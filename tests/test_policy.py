@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.precision import hardware as hw
 from cogvideox.precision.hardware import ABSENT, EMULATED, NATIVE, Hardware
-from cogvideox.precision.policy import CHOICES, FP32, RANGE_SAFE_FP16, Precision, plan_dtypes, safer, scan_parts
+from cogvideox.precision.policy import CHOICES, plan_dtypes, safer, scan_parts
 from tests.tiny_checkpoint import build_checkpoint
 
 CPU = torch.device("cpu")

@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import cogvideox.checkpoint.loading as loading_module
-import cogvideox.handles as handles_module
-import cogvideox.precision.packed as packed_module
+import cogvideox.loading as loading_module
+import cogvideox.modules.packed as packed_module
+import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.choices import QUANTIZE
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, quantized, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
 from cogvideox.memory import LiveBytes, plan_memory
+from cogvideox.modules.packed import LARGEST, DynamicWeight, PackedLinear, PackedWeight, quantize_rows
+from cogvideox.modules.quantize import METHODS, Quantizer
+from cogvideox.modules.range_safe import RangeSafeLinear, scale_tokens
 from cogvideox.precision.hardware import NATIVE, Hardware, cuda_support
-from cogvideox.precision.packed import LARGEST, DynamicWeight, PackedLinear, PackedWeight, quantize_rows
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.quantize import METHODS, Quantizer
-from cogvideox.precision.range_safe import RangeSafeLinear, scale_tokens
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
@@ -316,7 +316,7 @@ class TestMemory:
         """diffusers' group offloading: from the host to the host, as there is no other device here."""
         offloaded = load(part, precision, method)
         try:
-            handles_module._offload(offloaded, mode, HOST)
+            weights_module._offload(offloaded, mode, HOST)
         except AttributeError as problem:
             pytest.skip(f"this diffusers cannot offload without an accelerator ({problem})")
         expected = run(load(part, precision, method), inputs, precision.activations)
@@ -367,8 +367,8 @@ class TestHandles:
         assert model.weights.method is None
 
     def test_measuring_loads_it_once_and_any_mode_can_follow(self, tiny, monkeypatch):
-        loads, real = [], handles_module.load_module
-        monkeypatch.setattr(handles_module, "load_module", lambda *given: loads.append(1) or real(*given))
+        loads, real = [], weights_module.load_module
+        monkeypatch.setattr(weights_module, "load_module", lambda *given: loads.append(1) or real(*given))
         for mode in ("gpu", "offload_blocks"):
             weights = quantized(open_handles(tiny, "fp32", CPU).model, "int8_weight_only").weights
             weights.quantization_text()
@@ -398,7 +398,7 @@ class TestHandles:
 
     @TWO
     def test_a_result_that_is_not_finite_is_healed_with_quantized_weights_and_whole_activations(self, tiny, prompts, monkeypatch, method):
-        real, said, ran = handles_module.load_module, [], []
+        real, said, ran = weights_module.load_module, [], []
 
         def spoiled(part, precision, *rest):
             module = real(part, precision, *rest)
@@ -410,7 +410,7 @@ class TestHandles:
         latent = torch.zeros(1, 16, 4, 6, 10)
         calm = quantized(open_handles(tiny, "fp32", CPU).model, METHODS[method].weight_only.name)
         expected = sample(calm, *prompts, latent, seed=1, steps=1, cfg=1.0)
-        monkeypatch.setattr(handles_module, "load_module", spoiled)
+        monkeypatch.setattr(weights_module, "load_module", spoiled)
         ours = sample(quantized(open_handles(tiny, "bf16", CPU).model, method), *prompts, latent, seed=1, steps=1, cfg=1.0, on_heal=said.append)
         assert "Going on from here in fp32" in said[-1]
         assert ran[0] == (BF16, method)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from einops import rearrange
 
-from cogvideox import handles as handles_module
 from cogvideox import sampling as sampling_module
+from cogvideox import weights as weights_module
+from cogvideox.dtypes import FP32
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import FP32
 from cogvideox.sampling import NoiseInFp32, sample
 from tests.conftest import CPU
 from tests.reference import error, reference_latents
@@ -121,7 +121,7 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
 
     kept = []
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    load = handles_module.load_module
+    load = weights_module.load_module
 
     def spoilt(part, precision, *rest):
         module = load(part, precision, *rest)
@@ -129,7 +129,7 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
             module.register_forward_hook(lambda _m, _i, out: (out[0] * float("nan"),) if precision != FP32 else None)
         return module
 
-    monkeypatch.setattr(handles_module, "load_module", spoilt)
+    monkeypatch.setattr(weights_module, "load_module", spoilt)
     sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=3)
     assert [dtype for _, dtype in projected] == [torch.bfloat16, torch.float32] if heals else [torch.bfloat16]
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from cogvideox import handles as handles_module
+from cogvideox import sentinel as sentinel_module
+from cogvideox import weights as weights_module
 from cogvideox.black_frames import BlackVideoError, check_black_frames, enforce
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.precision import sentinel as sentinel_module
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.sentinel import NonFiniteError, Sentinel
 from cogvideox.sampling import sample
+from cogvideox.sentinel import NonFiniteError, Sentinel
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from tests.conftest import CPU
@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 def fault(monkeypatch):
     """``fault(kind, module, when, value)``: every module of that kind loaded from now on puts ``value`` into the output of its submodule ``module``
     where ``when(call, precision)`` says so; calls are counted from 1 over all loads. Returns the list of precisions it was called in."""
-    real, calls = handles_module.load_module, []
+    real, calls = weights_module.load_module, []
 
     def inject(kind, name, when, value=NAN):
         def load(part, precision, *rest):
@@ -43,7 +43,7 @@ def fault(monkeypatch):
                 module.get_submodule(name).register_forward_hook(spoil)
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         return calls
 
     return inject

@@ -8,10 +8,10 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cogvideox.strips as strips_module
+import cogvideox.modules.strips as strips_module
 from benchmarks.vae_decode import build as build_released
 from cogvideox.handles import open_handles
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 from cogvideox.vae import chunk_lengths, decode, encode
 from tests.conftest import CPU
 from tests.memory import count_strips

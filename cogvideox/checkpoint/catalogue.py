@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from ..dtypes import dtype_name
 from ..files import open_regular, read_json
-from ..precision.hardware import dtype_name
-from ..variants import identify
+from ..variants import PARTS, identify
 from ..words import LIMIT, reason, short
 from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
 from .headers import MAX_HEADER, StoredTensor
-from .layout import PARTS, Part, file_kinds, open_checkpoint, open_part
+from .layout import Part, file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .naming import ForeignError
 

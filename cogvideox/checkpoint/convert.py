@@ -19,13 +19,14 @@ from typing import BinaryIO
 
 import torch
 
-from ..precision.audit import TARGETS, WeightAudit, scan_weights
-from ..precision.hardware import dtype_name
-from ..precision.packed import PackedWeight
-from ..precision.policy import size_text
+from ..dtypes import dtype_name
+from ..loading import empty_module
+from ..modules.packed import PackedWeight
+from ..variants import PARTS
+from ..words import size_text
+from .audit import TARGETS, WeightAudit, scan_weights
 from .headers import DTYPES, StoredTensor, fill, read_tensor
-from .layout import PARTS, Checkpoint, Part, stored_bytes
-from .loading import empty_module
+from .layout import Checkpoint, Part, stored_bytes
 from .tokenizer import has_tokenizer
 
 logger = logging.getLogger(__name__)

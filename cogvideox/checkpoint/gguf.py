@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..dependencies import DependencyError
-from ..precision.packed import check_quantization
+from ..modules.packed import check_quantization
 from ..words import reason, short
 from .headers import MOST_ELEMENTS, StoredTensor, opened, what_it_is
 

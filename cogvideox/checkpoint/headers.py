@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from ..dtypes import FP8_DTYPES
 from ..files import open_regular, parse_json, unreadable
-from ..precision.packed import FP8_DTYPES
 from ..words import reason, short
 
 #: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100 million. Parsed, they take

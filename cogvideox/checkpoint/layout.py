@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from ..files import read_json
-from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
+from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
 from ..words import listed, short
 from .architecture import check_part, check_together
 from .configs import check_config
@@ -42,12 +42,6 @@ from .tokenizer import check_tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
 
-#: part -> (what to call it, the class in its config.json)
-PARTS = {
-    "transformer": ("transformer", TRANSFORMER_CLASS),
-    "text_encoder": ("text encoder", "T5EncoderModel"),
-    "vae": ("VAE", "AutoencoderKLCogVideoX"),
-}
 #: Classes that have the part's tensors and more: whole T5s, whose encoder is the same.
 _WHOLE = {"text_encoder": ("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")}
 #: What to do where a part is not there.

@@ -14,22 +14,9 @@ from ..words import short
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 
-_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8 (e4m3fn)",
-    torch.float8_e5m2: "fp8 (e5m2)",
-    torch.int8: "int8",
-}
 # Turing cards without tensor cores, whose half-precision convolutions are known to give NaN.
 _BROKEN_HALF_CONVOLUTIONS = ("GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX")
 _OLD_ROCM = ("gfx8", "gfx900", "gfx906", "gfx10")
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """``torch.bfloat16`` -> ``bf16``; what is a name already (``GGUF Q4_K``) stays."""
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -7,44 +7,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.layout import PARTS, Checkpoint, Part
+from ..checkpoint.layout import Checkpoint, Part
 from ..choices import DTYPES, ON_MISMATCH, check_choice
-from ..variants import Variant
-from ..words import short
-from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
-from .packed import FP8_DTYPES
+from ..dtypes import FP8_DTYPES, FP32, RANGE_SAFE_FP16, Precision, dtype_name
+from ..variants import PARTS, Variant
+from ..words import short, size_text
+from .hardware import ABSENT, EMULATED, NATIVE, Hardware
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
 if TYPE_CHECKING:
-    from .audit import WeightAudit
+    from ..checkpoint.audit import WeightAudit
 
 #: The dtypes that can be chosen; None for ``auto``.
 CHOICES: dict[str, torch.dtype | None] = dict(zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True))
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a part runs: the dtype of its weights and matrix products, and whether what lies between them is kept in range.
-
-    Attributes:
-        range_safe: matrix products in ``dtype``, all else in fp32 (``range_safe.make_range_safe``); only with float16.
-    """
-
-    dtype: torch.dtype
-    range_safe: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"range-safe {dtype_name(self.dtype)}" if self.range_safe else dtype_name(self.dtype)
-
-    @property
-    def activations(self) -> torch.dtype:
-        """The dtype that goes in and comes out."""
-        return torch.float32 if self.range_safe else self.dtype
-
-
-RANGE_SAFE_FP16 = Precision(torch.float16, range_safe=True)
-FP32 = Precision(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -186,7 +161,7 @@ def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[i
     Args:
         on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
     """
-    from .audit import scan_weights
+    from ..checkpoint.audit import scan_weights
 
     sizes = {kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point) for kind, part in checkpoint.parts.items()}
     total = sum(sizes.values())
@@ -314,8 +289,3 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
             )
         ]
     return []
-
-
-def size_text(count: int) -> str:
-    """``11.14 GB``, or ``3.40 MB``."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

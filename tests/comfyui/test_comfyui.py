@@ -16,8 +16,8 @@ import av
 import pytest
 from PIL import Image
 
-from cogvideox.configs.kinds import KINDS
-from cogvideox.configs.migrate import migrate_workflow
+from interop.kinds import KINDS
+from interop.migrate import migrate_workflow
 from tests import layouts, locales, workflows, wrapper_workflows
 from tests.comfyui.prompts import error_of, example, id_of, node_of, small
 from tests.conftest import ROOT

@@ -291,7 +291,7 @@ def sat_yaml_laughs():
     file = folder().parent / "inference.yaml"
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     file.write_text("\n".join([*lines, "args:", "  fp16: *a11", ""]))
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     print(f"{file.stat().st_size} bytes")
     check_config(file)
@@ -302,7 +302,7 @@ def sat_yaml_laughs_fix():
     file = folder().parent / "inference.yaml"
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     file.write_text("\n".join([*lines, "args:", "  fp16: True", "  sampling_fps: 16", ""]))
-    from cogvideox.configs.check import check_config, fix_config
+    from interop.check import check_config, fix_config
 
     print(check_config(file).verdict)
     fix_config(file)
@@ -312,7 +312,7 @@ def sat_yaml_laughs_fix():
 def sat_yaml_bool_tag():
     file = folder().parent / "inference.yaml"
     file.write_text("args:\n  fp16: !!bool x\n")
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     check_config(file)
 
@@ -321,7 +321,7 @@ def sat_yaml_bool_tag():
 def sat_yaml_many_keys():
     file = folder().parent / "inference.yaml"
     file.write_text("args:\n  fp16: True\n" + "".join(f"  k{i}: {i}\n" for i in range(5000)))
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     start = time.process_time()
     check_config(file)
@@ -386,8 +386,8 @@ def _workflow(graph, migrates=True):
     folder()
     file = HERE / "old.json"
     file.write_text(json.dumps(graph))
-    from cogvideox.configs.check import check_config
-    from cogvideox.configs.migrate import migrate_workflow
+    from interop.check import check_config
+    from interop.migrate import migrate_workflow
 
     check_config(file)
     if migrates:

@@ -13,11 +13,11 @@ logging.disable(logging.CRITICAL)
 warnings.simplefilter("ignore")
 
 from cogvideox.checkpoint.layout import open_checkpoint  # noqa: E402
-from cogvideox.checkpoint.loading import load_module  # noqa: E402
+from cogvideox.dtypes import Precision  # noqa: E402
 from cogvideox.handles import make_handles  # noqa: E402
+from cogvideox.loading import load_module  # noqa: E402
 from cogvideox.memory import memory_text  # noqa: E402
 from cogvideox.precision.hardware import Hardware  # noqa: E402
-from cogvideox.precision.policy import Precision  # noqa: E402
 from tests.layouts import build_modules, comfy_names, write_file, write_gguf, write_sat  # noqa: E402
 from tests.tiny_checkpoint import TEXT_WIDTH  # noqa: E402
 

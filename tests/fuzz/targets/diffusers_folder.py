@@ -117,7 +117,7 @@ def case(state, rng, folder):
         def look():
             from cogvideox.checkpoint.catalogue import list_checkpoints
             from cogvideox.checkpoint.layout import open_part
-            from cogvideox.configs.check import is_config
+            from interop.check import is_config
 
             list_checkpoints([folder], [folder])
             is_config(path)
@@ -224,8 +224,8 @@ def case(state, rng, folder):
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints
         from cogvideox.checkpoint.convert import convert_checkpoint
-        from cogvideox.configs.check import is_config
         from cogvideox.text import encode_prompt
+        from interop.check import is_config
 
         list_checkpoints([folder], [folder])
         is_config(here)

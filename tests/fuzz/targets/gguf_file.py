@@ -103,7 +103,7 @@ def case(state, rng, folder):
 
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
-        from cogvideox.checkpoint.loading import empty_module
+        from cogvideox.loading import empty_module
 
         list_checkpoints([folder], [folder])
         list_parts("text_encoder", [folder])

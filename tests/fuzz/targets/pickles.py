@@ -269,8 +269,8 @@ def case(state, rng, folder):
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints
         from cogvideox.checkpoint.layout import open_part
-        from cogvideox.checkpoint.loading import empty_module
-        from cogvideox.configs.check import check_config
+        from cogvideox.loading import empty_module
+        from interop.check import check_config
 
         list_checkpoints([folder], [folder])
         check_config(config)

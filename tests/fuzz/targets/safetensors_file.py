@@ -232,7 +232,7 @@ def case(state, rng, folder):
         from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
         from cogvideox.checkpoint.convert import convert_checkpoint
         from cogvideox.checkpoint.layout import open_checkpoint, open_part
-        from cogvideox.checkpoint.loading import empty_module
+        from cogvideox.loading import empty_module
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         list_checkpoints([folder], [folder])

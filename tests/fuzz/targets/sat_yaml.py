@@ -150,7 +150,7 @@ def case(state, rng, folder):
         shutil.copytree(state["base"] / "sat" / "transformer", file.parent / "transformer")
 
     def act():
-        from cogvideox.configs.check import check_config, fix_config, is_config
+        from interop.check import check_config, fix_config, is_config
 
         is_config(folder), is_config(file)
         import json

@@ -11,7 +11,6 @@ NAME = "workflow"
 def prepare(base):
     from core import PROJECT
 
-    from cogvideox.configs import check, migrate  # noqa: F401
     from tests import wrapper_workflows as w
 
     drawn = {name: getattr(w, name)() for name in ("text_to_video", "image_to_video", "video_to_video")}
@@ -349,8 +348,8 @@ def case(state, rng, folder):
         said.append(replace_by(rng, file if rng.random() < 0.6 else target))
 
     def act():
-        from cogvideox.configs.check import check_config, is_config
-        from cogvideox.configs.migrate import migrate_workflow
+        from interop.check import check_config, is_config
+        from interop.migrate import migrate_workflow
 
         is_config(file)
         problem = None

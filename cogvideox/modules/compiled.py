@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..choices import COMPILE_MODES, check_choice
-from ..precision.range_safe import is_range_safe, norm_exponent
+from .range_safe import is_range_safe, norm_exponent
 
 logger = logging.getLogger(__name__)
 

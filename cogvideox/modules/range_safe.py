@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..speed.joint import rotate_, side_by_side
+from .joint import rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..checkpoint.layout import PARTS
-from ..choices import ON_NAN, check_choice
-from ..memory import Way
-from .hardware import dtype_name
-from .policy import Precision, safer
+from .choices import ON_NAN, check_choice
+from .dtypes import Precision, dtype_name
+from .finite import is_finite
+from .precision.policy import safer
+from .variants import PARTS
+from .weights import Way
 
 logger = logging.getLogger(__name__)
 
@@ -221,22 +222,6 @@ class Sentinel:
         logger.warning("%s", text)
         if self._on_heal is not None:
             self._on_heal(text)
-
-
-def is_finite(result: torch.Tensor | tuple) -> bool:
-    """Whether a tensor, or the first entry of a tuple, holds neither NaN nor Inf. Waits for the device once."""
-    return (result[0] if isinstance(result, tuple) else result).isfinite().all().item()
-
-
-def check_finite(tensor: torch.Tensor, what: str, remedy: str) -> None:
-    """Refuse an input that is not finite, before time is spent on it.
-
-    Raises:
-        ValueError: naming ``what`` it is and the ``remedy``.
-    """
-    if not is_finite(tensor):
-        bad = (~tensor.isfinite()).sum().item()
-        raise ValueError(f"{what} holds {bad:,} values that are NaN or Inf (of {tensor.numel():,}), which would end in a black video. {remedy}")
 
 
 def _advice(culprit: Culprit | None, ran: Precision) -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..precision.packed import PackedLinear, PackedWeight
-from ..precision.policy import Precision
-from ..precision.quantize import Quantizer
-from ..precision.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
-from ..speed.joint import join
-from ..words import reason, short
-from .architecture import check_tensors
-from .configs import known_fields
-from .headers import StoredTensor, read_tensor
-from .layout import PARTS, Part
+from .checkpoint.architecture import check_tensors
+from .checkpoint.configs import known_fields
+from .checkpoint.headers import StoredTensor, read_tensor
+from .checkpoint.layout import Part
+from .dtypes import Precision
+from .modules.joint import join
+from .modules.packed import PackedLinear, PackedWeight
+from .modules.quantize import Quantizer
+from .modules.range_safe import RangeSafeLinear, ScaledWeight, make_range_safe
+from .variants import PARTS
+from .words import reason, short
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20

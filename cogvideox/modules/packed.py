@@ -13,7 +13,6 @@ from torch import nn
 
 from ..words import short
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that negation is exact.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 #: The least scale: a row or token of zeros has it.

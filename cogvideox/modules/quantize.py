@@ -16,22 +16,19 @@ torchao's dynamic methods, torch's own ``_int_mm`` and ``_scaled_mm``, is called
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import nn
 
-from ..checkpoint.layout import PARTS, Part
-from ..choices import QUANTIZE, check_choice
-from ..words import short
-from .hardware import ABSENT, Hardware, dtype_name
+from ..choices import QUANTIZE
+from ..dtypes import Precision
+from ..variants import PARTS
 from .packed import DynamicWeight, PackedLinear, PackedWeight, in_pieces, quantize_rows
-from .policy import Precision
 from .range_safe import RangeSafeLinear
 
-_LAYERS = {
+LAYERS = {
     "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))\.weight"),
     "text_encoder": re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))\.weight"),
 }
@@ -62,48 +59,12 @@ class Method:
 METHODS = {name: Method(name, torch.int8 if name.startswith("int8") else torch.float8_e4m3fn, name.endswith("dynamic")) for name in QUANTIZE}
 
 
-def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
-    """The method that ``part`` is to be quantized by on ``hardware``, from its header alone.
-
-    Raises:
-        ValueError: if the name is not known, the device has no such products, or the file is a quantized copy already.
-    """
-    if part.kind != "transformer" and name in METHODS:
-        name = METHODS[name].weight_only.name
-    method = check_method(name, hardware)
-    packed = sorted({dtype_name(t.kind) for tensor, t in part.tensors.items() if t.is_packed and _LAYERS[part.kind].fullmatch(tensor)})
-    if packed:
-        raise ValueError(
-            f"The {PARTS[part.kind][0]} ({short(part.source.name)}) is a quantized copy already ({', '.join(packed)}), which stays as small in "
-            "memory as it is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original "
-            "weights."
-        )
-    return method
-
-
-def check_method(name: str, hardware: Hardware) -> Method:
-    """The method of that name, which the device can run.
-
-    Raises:
-        ValueError: if it is not known, or the device cannot; naming what to choose instead.
-    """
-    check_choice("The method", name, QUANTIZE)
-    method = METHODS[name]
-    eight, instead = dtype_name(method.dtype).split(" ")[0], "Choose int8_weight_only, which runs everywhere and takes as little memory."
-    if method.dynamic and getattr(hardware, eight) == ABSENT:
-        needs = {"int8": "NVIDIA RTX 20xx and newer, AMD MI200 and MI300, CPUs", "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000"}
-        raise ValueError(f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} ({needs[eight]} do). {instead}")
-    if eight == "fp8" and hardware.device.type == "mps":
-        raise ValueError(f"{method.name} keeps weights in fp8, and {hardware.name} has no such dtype. {instead}")
-    return method
-
-
 def quantizes(kind: str, name: str, precision: Precision) -> bool:
     """Whether the tensor ``name`` of a part is quantized where that part is."""
     if precision == Precision(torch.float16) and ".DenseReluDense.wo." in name:
         # transformers keeps it in fp32 there.
         return False
-    return _LAYERS[kind].fullmatch(name) is not None
+    return LAYERS[kind].fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -155,14 +116,6 @@ class Quantizer:
             )
         self.losses[name] = Loss(*sums.tolist())
         return self.method.pack(data, scales)
-
-
-def losses_text(losses: Mapping[str, Loss]) -> str:
-    """How many layers were quantized and what that cost, as a person reads it."""
-    name, worst = max(losses.items(), key=lambda item: item[1].relative)
-    layer = name.removesuffix(".weight")
-    whole = Loss(sum(loss.error for loss in losses.values()), sum(loss.total for loss in losses.values()))
-    return f"{len(losses)} layers; relative error of their weights {whole.relative:.2%} (largest {worst.relative:.2%}: {layer})"
 
 
 def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> None:

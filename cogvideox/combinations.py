@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
-from ..dependencies import is_at_least
+from .dependencies import is_at_least
 
 if TYPE_CHECKING:
-    from ..handles import Model
+    from .handles import Model
 
 #: Caches that act within a block, by changing what its attention gives.
 _INSIDE_BLOCKS = ("pab", "faster_cache")

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint.headers import StoredTensor
 from ..words import short
+from .headers import StoredTensor
 
 #: The dtypes a part can run in, and what to call them.
 TARGETS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
