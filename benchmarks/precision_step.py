@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cogvideox.geometry import latent_frames, padding_frames, rotary_embedding
 from cogvideox.memory import FusedAttention, LiveBytes
+from cogvideox.modules import internals
 from cogvideox.modules.range_safe import make_range_safe
 
 aten = torch.ops.aten
@@ -126,7 +127,7 @@ def build(side: str, device: str, layers: int, heads: int) -> nn.Module:
     if device == "meta":
         for norm in model.modules():
             if isinstance(norm, nn.LayerNorm):
-                norm._range_safe_exponent = 0  # there are no weights to take it from
+                norm.range_safe_exponent = 0  # there are no weights to take it from
     return model.requires_grad_(False).eval()
 
 
@@ -227,8 +228,8 @@ class Counter(LiveBytes):
         kwargs = kwargs or {}
         result = super().__torch_dispatch__(func, types, args, kwargs)
         inputs, written = tensor_arguments(func, args, kwargs)
-        known = {tensor.untyped_storage()._cdata for tensor in inputs + written}
-        new = [tensor for tensor in tensors(result) if tensor.untyped_storage()._cdata not in known]
+        known = {internals.storage_id(tensor) for tensor in inputs + written}
+        new = [tensor for tensor in tensors(result) if internals.storage_id(tensor) not in known]
         # A layer norm on CUDA first makes its input contiguous.
         copy = args[0].nbytes if func is aten.native_layer_norm.default and not args[0].is_contiguous() else 0
         self.peak = max(self.peak, self.live + copy)

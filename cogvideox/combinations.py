@@ -1,31 +1,16 @@
-"""What of a user's choices does not work together."""
+"""What of a user's choices does not go together (whether one of them is known at all, ``choices.check_choice`` asks)."""
 
 from collections.abc import Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from .dependencies import is_at_least
-
-if TYPE_CHECKING:
-    from .handles import Model
 
 #: Caches that act within a block, by changing what its attention gives.
 _INSIDE_BLOCKS = ("pab", "faster_cache")
 
 
-def check_combination(model: "Model") -> None:
-    """Refuse what cannot work, from the handle alone: nothing is read.
-
-    Raises:
-        ValueError: saying what does not go with what, why, and what to do.
-    """
-    cache, weights = model.cache, model.weights
-    caches = [cache.method] if cache is not None and cache.strength > 0 else []
-    methods = [] if weights.method is None else [weights.method.name]
-    check_choices(caches, methods, model.compiled is not None, weights.memory == "offload_layers" and weights.device.type != "cpu")
-
-
-def check_choices(caches: Sequence[str], methods: Sequence[str], compiled: bool, layers: bool) -> None:
+def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: bool, layers: bool) -> None:
     """Refuse what cannot work, from the choices alone, as they stand in a graph.
 
     Args:

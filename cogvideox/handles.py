@@ -10,7 +10,7 @@ import torch
 
 from .checkpoint.layout import Checkpoint, open_checkpoint
 from .choices import MEMORY, check_choice
-from .combinations import check_choices, check_combination
+from .combinations import check_combination
 from .lora import Lora, open_lora, own_loras
 from .modules.attention import check_attention
 from .modules.cache import Cache
@@ -51,7 +51,13 @@ class Model:
         """Raises:
         ValueError: for choices that do not work together.
         """
-        check_combination(self)
+        weights = self.weights
+        check_combination(
+            [self.cache.method] if self.cache is not None and self.cache.strength > 0 else [],
+            [] if weights.method is None else [weights.method.name],
+            self.compiled is not None,
+            weights.memory == "offload_layers" and weights.device.type != "cpu",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +163,7 @@ def with_cache(model: Model, cache: Cache) -> Model:
         ValueError: if it has one already, or one does not go with what else it has.
     """
     if model.cache is not None:
-        check_choices([model.cache.method, cache.method], [], False, False)
+        check_combination([model.cache.method, cache.method], [], False, False)
     return replace(model, cache=cache)
 
 

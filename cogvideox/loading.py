@@ -14,6 +14,7 @@ from .checkpoint.configs import known_fields
 from .checkpoint.headers import StoredTensor, read_tensor
 from .checkpoint.layout import Part
 from .dtypes import Precision
+from .modules import internals
 from .modules.joint import join
 from .modules.packed import PackedLinear, PackedWeight
 from .modules.quantize import Quantizer
@@ -53,9 +54,8 @@ def load_module(
     """
     module, slots, names = empty_module(part)
     quantized = {name for name in part.tensors if quantizer is not None and quantizer.takes(name)}
-    # Modules that transformers itself keeps in float32 when a model runs in float16 (T5's `wo`, which overflows there).
     plain_fp16 = precision == Precision(torch.float16)
-    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if plain_fp16 else ()
+    keep = internals.kept_in_fp32(module) if plain_fp16 else ()
     if precision.range_safe:
         make_range_safe(module)
     else:
@@ -99,10 +99,7 @@ def load_module(
             tensor = files.read(stored, wanted, device, report)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for owner, leaf in owners:
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = parameter
-            else:
-                owner._buffers[leaf] = tensor
+            setattr(owner, leaf, parameter if isinstance(getattr(owner, leaf), nn.Parameter) else tensor)
     if part.kind == "transformer":
         join(module)
     return module.to(device).requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .choices import MODES
 from .dtypes import Precision
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
+from .modules import internals
 from .modules.joint import join
 from .modules.quantize import Method, quantize_empty
 from .modules.range_safe import make_range_safe
@@ -169,7 +170,7 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
         for norm in module.modules():
             if isinstance(norm, nn.LayerNorm):
                 # It asks the weights otherwise.
-                norm._range_safe_exponent = 0
+                norm.range_safe_exponent = 0
     join(module)
     if method is not None:
         quantize_empty(module, method, precision)
@@ -206,11 +207,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not self.paused:
-            given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+            given = {internals.storage_id(tensor) for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
             for tensor in tree_leaves(result):
-                if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                if torch.is_tensor(tensor) and internals.storage_id(tensor) not in given:
                     storage = tensor.untyped_storage()
-                    given.add(storage._cdata)
+                    given.add(internals.storage_id(tensor))
                     self.live += storage.nbytes()
                     weakref.finalize(storage, self._release, storage.nbytes())
             self.peak = max(self.peak, self.live)
@@ -228,7 +229,7 @@ class FusedAttention(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
+        return internals.fused_attention(query, key, value, scale)
 
 
 def _gb(nbytes: int) -> str:

@@ -123,7 +123,7 @@ def sample(
     device = model.weights.device
     padding = padding_frames(latents.shape[2], config)
     generator = torch.Generator("cpu").manual_seed(seed)
-    speedups = Speedups(model, timesteps.tolist(), tell)
+    speedups = Speedups(model.attention, model.cache, model.compiled, device, timesteps.tolist(), tell)
 
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, way: Way) -> Iterator[None]:

@@ -100,7 +100,7 @@ class Sampler(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
-        from ..cogvideox.combinations import check_choices
+        from ..cogvideox.combinations import check_combination
         from ..cogvideox.sampling import check_guidance, steps_to_run
 
         return cls.refusal(
@@ -109,7 +109,7 @@ class Sampler(Node):
             (check_guidance, cfg),
             (check_choice, "scheduler", scheduler, SCHEDULERS),
             (check_choice, "on_nan", on_nan, ON_NAN),
-            (check_choices, *_chosen(host.upstream(unique_id, "model"))),
+            (check_combination, *_chosen(host.upstream(unique_id, "model"))),
         )
 
     def execute(

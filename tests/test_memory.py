@@ -368,13 +368,13 @@ class TestOutOfMemory:
         run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         run("VAEDecode", samples=latent, vae=vae)
         # The pack has an engine of its own.
-        engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "strips")}
+        engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "modules.strips")}
         real, calls = engine["sampling"]._step, []
         monkeypatch.setattr(engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given))
         with pytest.raises(RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"):
             run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         assert load_file(tmp_path / "CogVideoX_unfinished_00001.latent")["latent_tensor"].shape == (1, 16, 3, 4, 4)
-        monkeypatch.setattr(engine["strips"].Strips, "_tick", fail)
+        monkeypatch.setattr(engine["modules.strips"].Strips, "_tick", fail)
         with pytest.raises(RuntimeError, match=r"CogVideoX_unfinished_00002.latent can be opened with Load Latent"):
             run("VAEDecode", samples=latent, vae=vae)
         saved = load_file(tmp_path / "CogVideoX_unfinished_00002.latent")

@@ -35,8 +35,6 @@ _TILE = 1 << 15
 _STARTS = np.arange(0, _BLOCK, _TILE)
 #: Reading is one at a time, so more workers than this only wait.
 _MOST_WORKERS = 4
-#: A rounding error this close to the largest possible one is taken for it; the search ends there.
-_CLOSE = 0.998
 #: Tensors named in an audit.
 _NAMED = 5
 
@@ -57,8 +55,9 @@ class WeightAudit:
         flushed: weights that a cast to fp16 turns to zero: up to 2^-25, half the smallest fp16 number (a tie goes to the even zero).
         subnormal: weights that are subnormal in fp16: not zero but below 2^-14, with fewer than its 11 bits of precision left.
         overflowed, vanished: finite weights that the cast to ``target`` turns to Inf, and weights that it turns to zero.
-        rounding: the largest relative error ``|cast(w) - w| / |w|`` of the cast to ``target`` among the weights that it keeps finite
-            and not zero (the others are counted above); 0.0 if it is exact. To within 0.2 %, rounded up.
+        rounding: the largest relative error ``|cast(w) - w| / |w|`` that the cast to ``target`` can have for weights like those that it keeps
+            finite and not zero (the others are counted above): a constant of the two dtypes, another where weights become subnormal; 0.0 if the
+            cast is exact.
         worst: (tensor, what is wrong with it) of the first few tensors with NaN or Inf, then of those beyond fp16.
     """
 
@@ -295,13 +294,6 @@ class _Tally:
     #: tensor -> its NaN, Inf and values beyond fp16
     extremes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    def meet(self, error: float, possible: float) -> None:
-        """Take in an error. Once it is close to the largest ``possible``, that is taken instead, and nothing is left to search for.
-
-        So the result does not depend on which worker met which block first.
-        """
-        self.rounding = max(self.rounding, possible if error >= _CLOSE * possible else error)
-
 
 def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[str]) -> WeightAudit:
     extremes: dict[str, tuple[int, ...]] = {}
@@ -354,11 +346,11 @@ def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, t
             _count_extremes(block, doubled, mask, ruler, tally)
     if low < ruler.normal_fp16:
         tally.subnormal += _count(np.less, doubled, ruler.normal_fp16, mask)
-    if tally.rounding < ruler.normal_error:
-        _round_normal(doubled, ruler, tally)
+    if tally.rounding < ruler.normal_error and _drops_bits(doubled, ruler):
+        tally.rounding = ruler.normal_error
     bound = ruler.kept_fp16
     if tally.rounding < ruler.subnormal_error:
-        bound = max(bound, _could_exceed(ruler, tally.rounding))
+        bound = max(bound, ruler.normal)
     if low >= bound:
         return
     small = np.flatnonzero(lows < bound)
@@ -386,19 +378,13 @@ def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler:
         tally.extremes[name] = (before[0] + nan, before[1] + nonfinite - nan, before[2] + beyond - nonfinite)
 
 
-def _round_normal(doubled: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
-    """Meet the errors of the values in the target's normal range, tile by tile until the largest possible is found: mostly at once."""
-    # Bits that the cast drops: where they are zero in every value, as in fp32 files made from bf16, it is exact.
+def _drops_bits(doubled: np.ndarray, ruler: _Ruler) -> bool:
+    """Whether a value in the target's normal range has bits that the cast drops: seldom where fp32 files were made from bf16."""
     if not np.bitwise_or.reduce(doubled) & ruler.dropped:
-        return
-    for start in range(0, doubled.size, _TILE):
-        values = doubled[start : start + _TILE]
-        # Unsigned, what lies below the range wraps to the far end: one compare tests both bounds.
-        values = values[values - ruler.normal < ruler.overflowed - ruler.normal]
-        if values.size:
-            tally.meet(_error(values, ruler.stored, ruler.target), ruler.normal_error)
-        if tally.rounding >= ruler.normal_error:
-            return
+        return False
+    # Unsigned, what lies below the range wraps to the far end: one compare tests both bounds.
+    values = doubled[doubled - ruler.normal < ruler.overflowed - ruler.normal]
+    return bool(np.bitwise_or.reduce(values) & ruler.dropped)
 
 
 def _look_small(doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
@@ -418,14 +404,8 @@ def _look_small(doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger,
     tally.subnormal -= zeros + flushed
     tally.flushed += flushed
     tally.vanished += vanished
-    rest = small[vanished:]
-    while tally.rounding < ruler.subnormal_error:
-        # The smallest have the largest errors: after the first of them, little is left that could exceed those.
-        rest = rest[: rest.searchsorted(_could_exceed(ruler, tally.rounding))]
-        if not rest.size:
-            break
-        tally.meet(_error(rest[:_TILE], ruler.stored, ruler.target), ruler.subnormal_error)
-        rest = rest[_TILE:]
+    if small[vanished:].searchsorted(ruler.normal):
+        tally.rounding = max(tally.rounding, ruler.subnormal_error)
 
 
 def _error(doubled: np.ndarray, stored: torch.dtype, target: torch.dtype) -> float:
@@ -493,22 +473,8 @@ def _ruler(stored: torch.dtype, target: torch.dtype) -> _Ruler:
         overflowed=first(lambda w: ~w.to(target).isfinite()),
         dropped=unsigned((2**dropped - 1) * 2),
         # The error is at most half a unit in the last place, and relatively largest just above a power of two: u / (1 + u). float64 is
-        # cast by way of float32 and can exceed that by 2^-24, which is lost in what _CLOSE allows.
-        normal_error=other.eps / (2 + other.eps) if dropped else 0.0,
+        # cast by way of float32, which can add 2^-24.
+        normal_error=other.eps / (2 + other.eps) + (2.0**-24 if stored == torch.float64 and target != torch.float32 else 0.0) if dropped else 0.0,
         # Subnormals: the first that is kept was nearly halfway to zero.
         subnormal_error=_error(np.array([kept]), stored, target) if kept < normal else 0.0,
     )
-
-
-@lru_cache(maxsize=64)
-def _could_exceed(ruler: _Ruler, error: float) -> np.unsignedinteger:
-    """The bound below which subnormal numbers of the target can have a larger relative error than ``error``.
-
-    They lie in equal steps, so the error is at most half a step whatever the value: relatively larger the smaller the value is.
-    """
-    if not error:
-        return ruler.normal
-    info, bits = torch.finfo(ruler.target), {2: torch.int16, 4: torch.int32, 8: torch.int64}[ruler.stored.itemsize]
-    bound = torch.tensor(info.smallest_normal * info.eps / 2 / error, dtype=torch.float64, device="cpu").to(ruler.stored)
-    # Two patterns more: the bound itself is rounded, and is to be excluded.
-    return min(ruler.normal, type(ruler.normal)(2 * (bound.view(bits).item() + 2)))

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ..choices import CACHES, check_choice
+from ..modules import internals
 
 #: What is reused of each block, in words.
 _PARTS = {"first_block": "", "taylorseer": "", "pab": "the attention of ", "faster_cache": "the attention of "}
@@ -41,9 +42,7 @@ _GAIN = 1.5
 _EXTRAPOLATION = 0.3
 _LOW_FREQUENCIES, _HIGH_FREQUENCIES, _ALPHA = (99, 641), (-1, 301), 1.1
 #: What is put on modules while a cache is attached, and how it was before is restored.
-_ATTACHED = ("forward", "_diffusers_hook", "_cache_config")
-#: diffusers' hook that notes, in the first forward, in which order offloaded layers run, and takes itself off hooks that then must be the last.
-_NOTES_ORDER = "lazy_prefetch_group_offloading"
+_ATTACHED = ("forward", internals.HOOKS, internals.CACHE_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,7 @@ class CacheRun:
                 for name in _ATTACHED:
                     vars(child).pop(name, None)
                 vars(child).update(had)
-            if "_diffusers_hook" in vars(module):
-                # It keeps a list of the hooks below it, which those of diffusers before 0.42 do not renew.
-                vars(module._diffusers_hook).pop("_child_registries_cache", None)
+            internals.forget_hooks_below(module)
 
     def begin(self, index: int) -> None:
         """Step ``index`` is about to be run, or run again."""
@@ -198,6 +195,8 @@ class CacheRun:
             return
         if not self._hooks:
             self._attach()
+            if not self._hooks:
+                return
         elif again:
             for hook in self._hooks:
                 hook.reset_state(self._module)
@@ -207,19 +206,16 @@ class CacheRun:
         self._skips = within and due and self._filled
         if self._cache.method == "first_block":
             threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
-            for hook in self._hooks:
-                if hasattr(hook, "threshold"):
-                    hook.threshold = threshold
+            internals.steer(self._hooks, "threshold", threshold)
         elif self._cache.method == "taylorseer":
-            for hook in self._hooks:
-                hook.disable_cache_before_step = -1 if self._skips else sys.maxsize
+            internals.steer(self._hooks, "disable_cache_before_step", -1 if self._skips else sys.maxsize)
 
     def _attach(self) -> None:
         """Put diffusers' hooks on the module, unless it is about to take off others that must come after them: then at the next step."""
-        module, registry = self._module, vars(self._module).get("_diffusers_hook")
-        if registry is not None and registry.get_hook(_NOTES_ORDER) is not None:
+        module = self._module
+        if internals.notes_offload_order(module):
             return
-        self._before = [(child, {name: vars(child)[name] for name in _ATTACHED if name in vars(child)}) for child in module.modules()]
+        self._before = [(child, internals.had(child, _ATTACHED)) for child in module.modules()]
         for block in module.transformer_blocks:
             # Below the hooks, so that what they skip is not counted.
             counted = block.attn1 if _PARTS[self._cache.method] else block
@@ -227,8 +223,7 @@ class CacheRun:
         module.enable_cache(self._config())
         if self._cache.method == "taylorseer":
             module.forward = partial(_in_tuple, module.forward)
-        registries = [vars(child)["_diffusers_hook"] for child in module.modules() if "_diffusers_hook" in vars(child)]
-        self._hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
+        self._hooks = internals.stateful_hooks(module)
 
     def _config(self):
         """diffusers' config of the method, as ``begin`` steers it: where a method asks for the timestep, it is told whether to skip."""

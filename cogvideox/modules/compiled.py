@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..choices import COMPILE_MODES, check_choice
+from ..modules import internals
 from .range_safe import is_range_safe, norm_exponent
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,10 @@ class Compiled:
 def missing_compiler(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device, as a clause; None where the tools are there."""
     if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except RuntimeError:  # InvalidCxxCompiler; on Windows, torch 2.11 raises a plain one.
+        if internals.lacks_cpp_compiler():
             return "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the Visual Studio Build Tools)"
     elif device.type in ("cuda", "xpu"):
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
+        if internals.lacks_triton():
             return (
                 "triton is not installed or does not work with this card, and torch needs it (it comes with torch on Linux; on Windows install "
                 "triton-windows in ComfyUI's Python)"
@@ -100,8 +95,6 @@ class CompileRun:
             )
             yield
             return
-        from torch._dynamo.callback import callback_handler
-
         restore = []
         try:
             for block in module.transformer_blocks:
@@ -109,12 +102,9 @@ class CompileRun:
                     # They ask the weights once; a compiler cannot.
                     norm_exponent(block.attn1.norm_q)
                     norm_exponent(block.attn1.norm_k)
-                restore.append(_replace_forward(block, partial(self._run, block)))
-            callback_handler.register_start_callback(self._on_start)
-            restore.append(partial(callback_handler.remove_start_callback, self._on_start))
-            callback_handler.register_end_callback(self._on_end)
-            restore.append(partial(callback_handler.remove_end_callback, self._on_end))
-            with torch._dynamo.config.patch(recompile_limit=_VERSIONS):
+                restore.append(internals.replace_forward(block, partial(self._run, block)))
+            restore += internals.on_compiling(self._on_start, self._on_end)
+            with internals.compiled_versions(_VERSIONS):
                 yield
         finally:
             for undo in restore:
@@ -130,7 +120,7 @@ class CompileRun:
     def _run(self, block: nn.Module, *args, **kwargs) -> Any:
         forward = type(block).forward
         # A block that is watched (the sentinel's probes, looking for what is not finite) has to run as it is written.
-        if self._given_up or block._forward_hooks:
+        if self._given_up or internals.is_watched(block):
             return forward(block, *args, **kwargs)
         if "hidden_states" in kwargs:
             # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with any stride.
@@ -139,7 +129,7 @@ class CompileRun:
                 kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1))
         try:
             return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except internals.compiler_error() as error:
             cause = getattr(error, "inner_exception", None)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from error
@@ -171,17 +161,4 @@ def _compile(forward: Callable, compiled: Compiled, backend: str) -> Callable:
 
 def offloads_layers(module: nn.Module) -> bool:
     """Whether diffusers' hooks bring the layers within a block to the device one by one."""
-    return any(hasattr(child, "_diffusers_hook") for block in module.transformer_blocks for child in block.children() for child in child.modules())
-
-
-def _replace_forward(block: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Put ``forward`` in the place of a block's own, below all hooks of diffusers; returns what undoes it."""
-    registry = vars(block).get("_diffusers_hook")
-    if registry is not None and registry._fn_refs:
-        innermost = registry._fn_refs[0]
-        own = innermost.forward
-        innermost.forward = forward
-        return partial(setattr, innermost, "forward", own)
-    own = vars(block).get("forward")
-    block.forward = forward
-    return partial(vars(block).pop, "forward") if own is None else partial(setattr, block, "forward", own)
+    return any(internals.is_hooked(child) for block in module.transformer_blocks for child in block.children() for child in child.modules())

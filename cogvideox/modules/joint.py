@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..modules import internals
+
 
 def join(module: nn.Module) -> nn.Module:
     """Have a ``CogVideoXTransformer3DModel``, or one that was made range-safe, run with its stream joined; returns it."""
@@ -102,7 +104,7 @@ def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
     neighbours = not torch.compiler.is_compiling() and (
         text.stride() == video.stride()
         and text.stride(2) == 1
-        and text.untyped_storage()._cdata == video.untyped_storage()._cdata
+        and internals.storage_id(text) == internals.storage_id(video)
         and text.storage_offset() + text.shape[1] * text.stride(1) == video.storage_offset()
     )
     if not neighbours:
@@ -119,7 +121,7 @@ def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=No
         hidden_states=video_part, encoder_hidden_states=text_part, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
     )
     # What a hook of diffusers gives may be what it keeps for the next step, and must stay as it is.
-    own = not hasattr(self.attn1, "_diffusers_hook")
+    own = not internals.is_hooked(self.attn1)
     stream = _gated(stream, side_by_side(text_part, video_part), gate, text_gate, text, own)
     video_part, text_part, gate, text_gate = self.norm2(stream[:, text:], stream[:, :text], temb)
     stream = _gated(stream, self.ff(side_by_side(text_part, video_part)), gate, text_gate, text, own)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modules import internals
 from ..words import short
 
 #: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that negation is exact.
@@ -104,9 +105,8 @@ class DynamicWeight(nn.Module):
             return sum(some @ weights.t() for some, weights in pieces)
         if self.data.dtype == torch.int8:
             more = _LEAST_ROWS - len(tokens)
-            return torch._int_mm(tokens if more <= 0 else F.pad(tokens, (0, 0, 0, more)), self.data.t())[: len(tokens)]
-        one = torch.ones((), device=tokens.device)
-        return torch._scaled_mm(tokens, self.data.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
+            return internals.multiply_int8(tokens if more <= 0 else F.pad(tokens, (0, 0, 0, more)), self.data.t())[: len(tokens)]
+        return internals.multiply_fp8(tokens, self.data.t())
 
     def extra_repr(self) -> str:
         return f"{self.data.dtype}"

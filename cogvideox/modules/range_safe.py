@@ -195,10 +195,13 @@ def make_range_safe(module: nn.Module) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, replaced[id(child.weight)])
     for child in module.modules():
-        for tensors in (child._parameters, child._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and key != "scaled_weight":
-                    tensors[key] = nn.Parameter(tensor.float(), requires_grad=False) if tensors is child._parameters else tensor.float()
+        own = {
+            **dict(child.named_parameters(recurse=False, remove_duplicate=False)),
+            **dict(child.named_buffers(recurse=False, remove_duplicate=False)),
+        }
+        for key, tensor in own.items():
+            if tensor.is_floating_point() and key != "scaled_weight":
+                setattr(child, key, nn.Parameter(tensor.float(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.float())
     if hasattr(module, "set_attn_processor"):
         module.set_attn_processor(RangeSafeAttention())
         for block in module.transformer_blocks:
@@ -226,12 +229,12 @@ def norm_exponent(norm: nn.LayerNorm) -> int:
     A normalised vector of n values has the length sqrt(n) at most, and rotary positions keep it. By Cauchy-Schwarz a product of two such
     vectors stays below 2^14, whatever dtype a kernel adds it up in.
     """
-    if not hasattr(norm, "_range_safe_exponent"):
+    if not hasattr(norm, "range_safe_exponent"):
         weight = norm.weight.abs().max().item() if norm.weight is not None else 1.0
         bias = norm.bias.norm().item() if norm.bias is not None else 0.0
         length = math.sqrt(norm.normalized_shape[-1]) * weight + bias
-        norm._range_safe_exponent = max(0, math.frexp(length)[1] - _LENGTH_EXPONENT) if math.isfinite(length) else 0
-    return norm._range_safe_exponent
+        norm.range_safe_exponent = max(0, math.frexp(length)[1] - _LENGTH_EXPONENT) if math.isfinite(length) else 0
+    return norm.range_safe_exponent
 
 
 def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:

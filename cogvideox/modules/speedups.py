@@ -3,17 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from .attention import attending
-from .cache import CacheRun
-from .compiled import CompileRun
+from .cache import Cache, CacheRun
+from .compiled import Compiled, CompileRun
 from .joint import project_once
-
-if TYPE_CHECKING:
-    from ..handles import Model
 
 
 class Speedups:
@@ -23,14 +20,24 @@ class Speedups:
         shortcuts: what a step that is done again runs without, in words; "" where there is no such thing.
     """
 
-    def __init__(self, model: "Model", timesteps: Sequence[float], tell: Callable[[str, int], None]):
+    def __init__(
+        self,
+        attention: str,
+        cache: Cache | None,
+        compiled: Compiled | None,
+        device: torch.device,
+        timesteps: Sequence[float],
+        tell: Callable[[str, int], None],
+    ):
         """Args:
+        attention: one of ``choices.BACKENDS``.
+        device: where the model runs.
         timesteps: of all steps of the run.
         tell: called with sentences for the user, and logging's level of each.
         """
-        self._tell, self._attention = tell, model.attention
-        self._cache = None if model.cache is None else CacheRun(model.cache, timesteps)
-        self._compiled = None if model.compiled is None else CompileRun(model.compiled, model.weights.device, tell)
+        self._tell, self._attention = tell, attention
+        self._cache = None if cache is None else CacheRun(cache, timesteps)
+        self._compiled = None if compiled is None else CompileRun(compiled, device, tell)
         named = (("the cache", self._cache), ("compiled code", self._compiled))
         self.shortcuts = " and ".join(name for name, there in named if there is not None)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modules import internals
+
 #: Bytes of a strip's own tensors where memory is plentiful: enough to keep a GPU busy; on a CPU smaller ones are faster.
 _STRIP_BYTES = {"cpu": 64 << 20, "other": 512 << 20}
 #: On a CPU, PyTorch hands a convolution of one video to oneDNN if channels x frames x rows are more than this (``use_mkldnn`` in
@@ -94,7 +96,7 @@ class Strips:
         for level, block in enumerate(decoder.up_blocks):
             x = self._block(f"up.{level}", block, x)
         result = self._last("conv_out", decoder.conv_out, decoder.norm_out, x)
-        _tell_hooks(decoder, latent, result)
+        internals.call_forward_hooks(decoder, latent, result)
         self._latent = None
         return result
 
@@ -106,7 +108,7 @@ class Strips:
             x = self._block(f"down.{level}", block, x)
         x = self._block("mid", encoder.mid_block, x)
         moments = self._last("conv_out", encoder.conv_out, encoder.norm_out, x)
-        _tell_hooks(encoder, frames, moments)
+        internals.call_forward_hooks(encoder, frames, moments)
         if self.module.quant_conv is not None:
             moments = self.module.quant_conv(moments.to(self._device, self._dtype)).to("cpu", torch.float32)
         return moments
@@ -119,13 +121,13 @@ class Strips:
             x = self._upsample(upsampler, x)
         for downsampler in getattr(block, "downsamplers", None) or ():
             x = self._downsample(downsampler, x)
-        _tell_hooks(block, entered, x.data)
+        internals.call_forward_hooks(block, entered, x.data)
         return x
 
     def _first(self, key: str, conv: nn.Module, source: torch.Tensor) -> Plane:
         out = self._new(conv.conv.out_channels, source.shape[2:])
         self._convolve(key, conv, source, lambda target, first, last: target.copy_(source[..., first:last, :]), self._writer(out))
-        _tell_hooks(conv, source, out.data)
+        internals.call_forward_hooks(conv, source, out.data)
         return out
 
     def _last(self, key: str, conv: nn.Module, norm: nn.Module, x: Plane) -> torch.Tensor:
@@ -135,11 +137,11 @@ class Strips:
             out[..., first:last, :].copy_(strip)
 
         self._convolve(key, conv, x.data, self._normed(norm, x), write)
-        _tell_hooks(conv, x.data, out)
+        internals.call_forward_hooks(conv, x.data, out)
         return out
 
     def _resnet(self, key: str, resnet: nn.Module, x: Plane) -> Plane:
-        entered = x.data.to("cpu", copy=True) if resnet._forward_hooks else None
+        entered = x.data.to("cpu", copy=True) if internals.is_watched(resnet) else None
         hidden = self._new(resnet.out_channels, x.shape[2:])
         self._convolve(f"{key}.conv1", resnet.conv1, x.data, self._normed(resnet.norm1, x), self._writer(hidden))
         # Written where it was read: `x` takes the sum, or `hidden` where the shortcut changes the number of channels.
@@ -154,7 +156,7 @@ class Strips:
             write(first, last, strip.add_(rest if shortcut is None else F.conv3d(rest, shortcut.weight, shortcut.bias)))
 
         self._convolve(f"{key}.conv2", resnet.conv2, hidden.data, normed, add)
-        _tell_hooks(resnet, entered, out.data)
+        internals.call_forward_hooks(resnet, entered, out.data)
         return out
 
     def _upsample(self, upsampler: nn.Module, x: Plane) -> Plane:
@@ -302,15 +304,6 @@ class Strips:
     def _tick(self) -> None:
         if self._on_strip is not None:
             self._on_strip()
-
-
-def _tell_hooks(layer: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
-    """Call a layer's forward hooks, as calling it would: it runs here in another way. Whoever looks for the layer that gave NaN uses them."""
-    for number, hook in layer._forward_hooks.items():
-        arguments = ((given,), {}) if number in layer._forward_hooks_with_kwargs else ((given,),)
-        changed = hook(layer, *arguments, output)
-        if changed is not None:
-            output.copy_(changed)
 
 
 def _repeats(frames: int) -> torch.Tensor:
