@@ -12,7 +12,7 @@ from torch import nn
 from .checkpoint.architecture import check_tensors
 from .checkpoint.configs import known_fields
 from .checkpoint.headers import StoredTensor, read_tensor
-from .checkpoint.layout import Part
+from .checkpoint.parts import Part
 from .dtypes import Precision
 from .modules import internals
 from .modules.joint import join

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint.headers import StoredTensor, read_tensor
-from .checkpoint.layout import Part
 from .checkpoint.lora_files import LoraFile, Pair, find_lora, lora_inside, read_lora
+from .checkpoint.parts import Part
 from .dtypes import Precision
 from .finite import check_finite
 from .modules.range_safe import RangeSafeLinear

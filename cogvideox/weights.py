@@ -11,7 +11,8 @@ from math import prod
 import torch
 from torch import nn
 
-from .checkpoint.layout import Checkpoint, Part
+from .checkpoint.layout import Checkpoint
+from .checkpoint.parts import Part
 from .choices import MODES
 from .combinations import refuse_second_method
 from .dtypes import Precision

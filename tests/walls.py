@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": tuple(
         f"cogvideox/{name}.py"
-        for name in ("words", "choices", "dtypes", "events", "files", "dependencies", "variants", "geometry", "finite", "combinations")
+        for name in ("words", "choices", "dtypes", "events", "files", "dependencies", "variants", "geometry", "finite", "tensors", "combinations")
     ),
-    "frames": tuple(f"cogvideox/{name}.py" for name in ("black_frames", "contact_sheet", "pictures", "preview", "video")),
+    "frames": tuple(f"cogvideox/{name}.py" for name in ("black_frames", "contact_sheet", "pictures", "preview", "media", "video")),
     "modules": ("cogvideox/modules",),
     "checkpoint": ("cogvideox/checkpoint",),
     "precision": ("cogvideox/precision",),

@@ -15,7 +15,7 @@ from .headers import StoredTensor
 from .naming import ForeignError
 
 if TYPE_CHECKING:
-    from .layout import Part
+    from .parts import Part
 
 Shape = tuple[int, ...]
 #: Names of one and the same tensor in a part's module: any of them on disk is enough.

@@ -21,9 +21,10 @@ from ..variants import PARTS, identify
 from ..words import LIMIT, reason, short
 from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
 from .headers import MAX_HEADER, StoredTensor
-from .layout import Part, file_kinds, open_checkpoint, open_part
+from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .naming import ForeignError
+from .parts import Part
 
 logger = logging.getLogger(__name__)
 

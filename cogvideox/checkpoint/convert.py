@@ -20,13 +20,14 @@ from typing import BinaryIO
 import torch
 
 from ..dtypes import dtype_name
-from ..loading import empty_module
 from ..modules.packed import PackedWeight
 from ..variants import PARTS
 from ..words import size_text
+from .architecture import check_part
 from .audit import TARGETS, WeightAudit, scan_weights
 from .headers import DTYPES, StoredTensor, fill, read_tensor
-from .layout import Checkpoint, Part, stored_bytes
+from .layout import Checkpoint
+from .parts import Part, stored_bytes
 from .tokenizer import has_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ class _Plan:
 
 def _plan(part: Part, dtype: torch.dtype | None, single: bool, name: str) -> _Plan:
     """Which tensors go into which file. They stay in the order they lie in, so that the source is read from front to back."""
-    empty_module(part)
+    check_part(part)
     if part.lora:
         raise ValueError(
             f"The {PARTS[part.kind][0]} in {part.source} was saved with a LoRA inside ({len(part.lora)} tensors), which a converted copy would "

@@ -72,6 +72,8 @@ def read_blocks(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, St
         ValueError: if the bytes are no whole blocks, or a weight is there twice.
         DependencyError: if the package ``gguf`` is not installed.
     """
+    if not any(name.endswith("_qweight") for name in tensors):
+        return dict(tensors)
     found = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.([A-Z0-9_]+)_qweight", name)

@@ -127,7 +127,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: if the file is not safetensors, is damaged, or is shorter or longer than its header says.
-        DependencyError: if it holds GGUF's blocks, and the package ``gguf`` is not installed.
     """
     path = Path(path)
     entries, start, size = _json_header(path)
@@ -141,10 +140,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _truncated(path, size, end)
     if end < size:
         raise _not_safetensors(path, size, f"it goes on for {size - end:,} bytes after the last tensor of its header")
-    if any(name.endswith("_qweight") for name in tensors):
-        from .gguf import read_blocks
-
-        return read_blocks(tensors, path)
     return tensors
 
 

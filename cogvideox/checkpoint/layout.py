@@ -19,10 +19,7 @@ import os
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
@@ -33,10 +30,11 @@ from .folders import WHERE as _WHERE
 from .folders import Place, choose_weights, find_place, names_scheduler, part_path, what_else
 from .folders import is_checkpoint as is_checkpoint
 from .folders import sat_step as sat_step
-from .gguf import read_gguf_header
-from .headers import StoredTensor, read_header
+from .headers import StoredTensor
+from .lora_files import lora_inside
 from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales, unwrapped
-from .pickles import read_pickle_header
+from .parts import Part
+from .reading import read_any_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
 
@@ -51,42 +49,6 @@ _INSTEAD = {
     "type cogvideox) to CogVideoX-1.5 Text Encode.",
     "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One part of a checkpoint on disk: its config and the place of every tensor. Nothing of the weights is read.
-
-    Attributes:
-        kind: ``transformer``, ``text_encoder`` or ``vae``.
-        source: the folder or file it comes from.
-        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``llama.cpp``, ``single file`` (T5).
-        config: its ``config.json``, or what its shapes say.
-        tensors: every tensor, by the name that the module has for it.
-        scales: what fp8 weights are to be multiplied by, by the weight's name.
-        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
-        note: which files were read where others lay beside them, in a sentence, or nothing.
-    """
-
-    kind: str
-    source: Path
-    layout: str
-    config: Mapping
-    tensors: Mapping[str, StoredTensor]
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
-    lora: Mapping[str, StoredTensor] = field(default_factory=dict)
-    note: str = ""
-
-    @cached_property
-    def stored(self) -> dict[torch.dtype | str, int]:
-        """Bytes on disk by dtype (GGUF's quantizations by name), largest first."""
-        return stored_bytes(self.tensors)
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file it is read from."""
-        config = {self.source / "config.json"} if os.path.isfile(self.source / "config.json") else set()
-        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +94,6 @@ class Checkpoint:
         return self.part("transformer").config.get("max_text_seq_length") or DEFAULT_TEXT_TOKENS
 
 
-def stored_bytes(tensors: Mapping[str, StoredTensor]) -> dict[torch.dtype | str, int]:
-    """Bytes by dtype (GGUF's quantizations by name), largest first."""
-    count: dict[torch.dtype | str, int] = {}
-    for tensor in tensors.values():
-        count[tensor.kind] = count.get(tensor.kind, 0) + tensor.nbytes
-    return dict(sorted(count.items(), key=lambda item: -item[1]))
-
-
 def open_checkpoint(
     path: Path | str, text_encoder: Path | str | None = None, vae: Path | str | None = None, tokenizer: Path | str | None = None
 ) -> Checkpoint:
@@ -163,9 +117,6 @@ def open_checkpoint(
         raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
     transformer = parts["transformer"]
     if transformer.lora:
-        # Those who read LoRAs' files need this module.
-        from .lora_files import lora_inside
-
         lora_inside(transformer)
     check_part(transformer)
     for kind, source in given.items():
@@ -289,18 +240,6 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     part = Part(kind, file, f"{layout}, with a LoRA inside" if lora else layout, config, tensors, scales, lora)
     _check_floats(part)
     return part
-
-
-def read_any_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors, GGUF or torch file.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    ending = file.suffix.lower()
-    if ending == ".gguf":
-        return read_gguf_header(file)
-    return read_pickle_header(file) if ending in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
 
 
 def _open_part(here: Path, kind: str) -> Part:

@@ -23,9 +23,10 @@ from ..files import parse_json, read_json, read_text, unreadable
 from ..words import listed, reason, short
 from .folders import is_checkpoint, sat_weights
 from .headers import StoredTensor, read_metadata, read_tensor
-from .layout import Part, read_any_header
 from .naming import SAT_LAYER, SAT_OTHERS, SAT_QKV, comfy_name, find_parts, sat_modules
+from .parts import Part
 from .pickles import read_pickle
+from .reading import read_any_header
 
 _SAFETENSORS, _PICKLES = (".safetensors", ".sft"), (".pt", ".pth", ".ckpt", ".bin")
 #: What a LoRA in a folder of its own is called, by peft and by diffusers, and what its optimizer's and other states are called beside it.

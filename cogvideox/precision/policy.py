@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.layout import Checkpoint, Part
+from ..checkpoint.layout import Checkpoint
+from ..checkpoint.parts import Part
 from ..choices import DTYPES, ON_MISMATCH, check_choice
 from ..dtypes import FP8_DTYPES, FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from ..variants import PARTS, Variant

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..checkpoint.layout import Part
+from ..checkpoint.parts import Part
 from ..choices import QUANTIZE, check_choice
 from ..dtypes import dtype_name
 from ..modules.quantize import LAYERS, METHODS, Loss, Method
