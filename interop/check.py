@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from ..cogvideox.checkpoint.folders import is_checkpoint_json
-from ..cogvideox.words import listed, short
+from cogvideox.checkpoint.folders import is_checkpoint_json
+from cogvideox.words import listed, short
+
 from .report import WHERE, WORKFLOW, ConfigReport
 from .sat import PLACES, check_sat, fix_sat
 from .workflow import check_workflow

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..cogvideox.words import short
-from ..interop import tables
+from cogvideox.words import short
+
+from . import tables
 from .graph import PASSING, Graph, Node, Wire
 from .kinds import KINDS
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..cogvideox.words import short
+from cogvideox.words import short
+
 from .kinds import KINDS
 from .tables import AFTER_SEED
 from .workflow import BYPASSED, MUTED, graphs, is_page, widget_values

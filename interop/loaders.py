@@ -6,9 +6,10 @@ The chain is loader, LoRAs, Quantize, Attention, Cache, Compile, sampler. What o
 import re
 from collections.abc import Iterator
 
-from ..cogvideox.choices import COMPILE_MODES
-from ..cogvideox.words import short
-from ..interop import tables
+from cogvideox.choices import COMPILE_MODES
+from cogvideox.words import short
+
+from . import tables
 from .conversion import Conversion
 from .graph import PASSING, Node, Wire
 from .workflow import OURS, is_2b

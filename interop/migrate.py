@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cogvideox.files import written_whole
-from ..cogvideox.words import listed, reason, short
-from ..interop import tables
+from cogvideox.files import written_whole
+from cogvideox.words import listed, reason, short
+
+from . import tables
 from .conversion import is_old
 from .graph import Changes, Node, open_graph
 from .kinds import KINDS

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cogvideox.precision.verdict import Finding, worst
+from cogvideox.precision.verdict import Finding, worst
 
 SAT = "SAT inference.yaml"
 WORKFLOW = "ComfyUI workflow"

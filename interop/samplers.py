@@ -5,9 +5,10 @@ Here a clip's size and length lie in the latent and not in the sampler, and the 
 
 import re
 
-from ..cogvideox.variants import SIZE_STEP
-from ..cogvideox.words import short
-from ..interop import tables
+from cogvideox.variants import SIZE_STEP
+from cogvideox.words import short
+
+from . import tables
 from .conversion import frame_step, is_piped, usual_size
 from .graph import Node, Wire
 from .kinds import KINDS

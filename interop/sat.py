@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cogvideox.files import read_bytes, written_whole
-from ..cogvideox.precision.verdict import Finding
-from ..cogvideox.variants import Variant, identify
-from ..cogvideox.words import listed, reason, short
+from cogvideox.files import read_bytes, written_whole
+from cogvideox.precision.verdict import Finding
+from cogvideox.variants import Variant, identify
+from cogvideox.words import listed, reason, short
+
 from .report import BLACK, SAT, WHERE, ConfigReport
 
 logger = logging.getLogger(__name__)
@@ -372,7 +373,7 @@ def _checkpoint(config: _SatConfig) -> Path | None:
     if not folders:
         return None
     # Here and not above: it imports torch, which a config without its weights does not need.
-    from ..cogvideox.checkpoint.layout import sat_step
+    from cogvideox.checkpoint.layout import sat_step
 
     return next((file for folder in folders if (file := sat_step(folder)) is not None), None)
 
@@ -395,7 +396,7 @@ def _stored(file: Path) -> Variant | None:
     Raises:
         ValueError: if it cannot be read, or holds anything but tensors and plain containers: opening it would run code.
     """
-    from ..cogvideox.checkpoint.pickles import read_pickle_shapes
+    from cogvideox.checkpoint.pickles import read_pickle_shapes
 
     shapes = {name.removeprefix("model.diffusion_model."): shape for name, shape in read_pickle_shapes(file).items()}
     patch = shapes.get("mixins.patch_embed.proj.weight", ())

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..cogvideox.files import parse_json, read_text
-from ..cogvideox.precision.verdict import Finding
-from ..cogvideox.words import listed, reason, short
+from cogvideox.files import parse_json, read_text
+from cogvideox.precision.verdict import Finding
+from cogvideox.words import listed, reason, short
+
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport
 from .tables import ORDERS, order_of
 

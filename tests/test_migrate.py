@@ -14,7 +14,7 @@ from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox.combinations import check_choices
+from cogvideox.combinations import check_combination
 from cogvideox.variants import identify
 from generate import main
 from interop.check import check_config
@@ -630,7 +630,7 @@ def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
     assert chain == [("Cache", ["first_block", 0.6, 0.1, 0.95]), ("Compile", ["default", False])]
     memory = values_of(page, "CogVideoX15ModelLoader")["memory"]
     assert memory == "offload_blocks"
-    check_choices([chain[0][1][0]], [], True, memory == "offload_layers")
+    check_combination([chain[0][1][0]], [], True, memory == "offload_layers")
     assert said(report, "FasterCache is left out", "one cache")
     assert said(report, "offload_blocks", "not offload_layers")
     assert said(report, "reduce-overhead uses CUDA graphs")

@@ -179,7 +179,7 @@ class TestWindows:
         script = """
 import mmap, sys
 import generate
-from cogvideox.checkpoint import loading
+from cogvideox import loading
 loading._ACCESS = mmap.ACCESS_READ
 for dtype, memory in ("bf16", "gpu"), ("fp16", "offload_blocks"), ("fp32", "offload_layers"):
     if generate.main([*sys.argv[1:], "--overwrite", "--dtype", dtype, "--memory", memory]):
