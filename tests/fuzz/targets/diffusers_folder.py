@@ -72,6 +72,8 @@ def reshape(rng, state, here):
     said, root = [], here.parent
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
         inside = sorted(path for path in root.rglob("*") if not path.is_symlink() or path.exists())
+        if not inside:
+            break
         path = rng.choice(inside)
         target = rng.choice([path.parent, path.parent, root, *(other for other in inside if other.is_dir())]) / a_name(rng)
         step = rng.choice(("rename", "rename", "rename", "copy", "copy", "new", "new", "drop", "place", "cache", "nest", "flatten", "other"))
