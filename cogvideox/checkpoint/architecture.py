@@ -147,9 +147,10 @@ class _Fields:
 
     def odd(self, name: str, wanted: str) -> ValueError:
         value = short(repr(self._config[name])) if name in self._config else "not there"
+        origin = self._origin[0].upper() + self._origin[1:]
         return ValueError(
-            f"{self._origin[0].upper()}{self._origin[1:]} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. Download "
-            "config.json again from the repository of the weights."
+            f"{origin} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. Download config.json again from "
+            "the repository of the weights."
         )
 
 
