@@ -1,5 +1,6 @@
 """Pictures (through Pillow) and clips (through PyAV) as phones, cameras and programs make them, brought to what the model reads."""
 
+import errno
 import io
 import logging
 import os
@@ -270,6 +271,9 @@ def _said(error: Exception) -> str:
     """What a library said, without the names it has for the file."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "it is in no format that Pillow knows"
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        # ffmpeg takes a number of a file for a size, and refuses it.
+        return "it claims more than any memory holds, as a damaged file does"
     return getattr(error, "strerror", None) or reason(error)
 
 

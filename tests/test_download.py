@@ -434,9 +434,9 @@ class TestAnswersThatDoNotEnd:
             requests = pytest.importorskip("requests")
             monkeypatch.setattr("huggingface_hub.get_session", requests.Session)
 
-    @pytest.fixture
-    def impatient(self, monkeypatch):
-        monkeypatch.setattr(download, "_PATIENCE", 0.1)
+    @pytest.fixture(params=["_PATIENCE", "_WATCHED"])
+    def impatient(self, request, monkeypatch):
+        monkeypatch.setattr(download, request.param, {"_PATIENCE": 0.1, "_WATCHED": 1.0}[request.param])
 
     def refused(self, hub, folder, *said):
         start = time.monotonic()

@@ -1,5 +1,6 @@
 """Pictures and clips as phones, cameras and programs make them come in as what a person sees."""
 
+import errno
 import math
 import struct
 import zlib
@@ -538,3 +539,16 @@ class TestSound:
         notes = []
         assert read_sound(write_clip(tmp_path / "y.mp4"), 1.0, notes.append) is None
         assert "no sound" in notes[0]
+
+
+def test_a_number_that_ffmpeg_takes_for_a_size_is_the_files_fault(tmp_path, monkeypatch):
+    """What ffmpeg says is "Cannot allocate memory", and closing other programs would not help."""
+    import av
+
+    def open_(*_, **__):
+        raise av.error.FFmpegError(errno.ENOMEM, "Cannot allocate memory", "x.mp4")
+
+    (tmp_path / "x.mp4").write_bytes(b"clip")
+    monkeypatch.setattr(av, "open", open_)
+    with pytest.raises(ValueError, match="claims more than any memory holds, as a damaged file does"):
+        read_video(tmp_path / "x.mp4")

@@ -22,8 +22,9 @@ Shape = tuple[int, ...]
 TIED = {"text_encoder": (("shared.weight", "encoder.embed_tokens.weight"),)}
 #: The class's name in sentences.
 _NAMES = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "VAE"}
-#: The largest number of a config that is believed: ten times the largest size of a released part, and a count of things that are numbered.
-_LARGEST, _MOST = 1_000_000, 1000
+#: The largest number of a config that is believed, as in ``configs``: ten times the largest size of a released part, and a count of things that are
+#: numbered.
+_LARGEST, _MOST = 1 << 20, 1000
 #: T5 v1.1's tokens are 32,128, some of them for words that people add; multilingual T5s have 250,000.
 _MOST_TOKENS = 2 * 32_128
 #: Of T5 v1.1 XXL's encoder, which the released models were trained with.
@@ -146,9 +147,10 @@ class _Fields:
 
     def odd(self, name: str, wanted: str) -> ValueError:
         value = short(repr(self._config[name])) if name in self._config else "not there"
+        origin = self._origin[0].upper() + self._origin[1:]
         return ValueError(
-            f"{self._origin} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. Download "
-            "config.json again from the repository of the weights."
+            f"{origin} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. Download config.json again from "
+            "the repository of the weights."
         )
 
 

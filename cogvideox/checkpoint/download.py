@@ -52,9 +52,9 @@ _LAST = "transformer/config.json"
 _SPARE = 10**9
 #: Bytes read at a time: small enough that a cancel is noticed at once on a slow line.
 _BLOCK = 1 << 16
-#: Bytes a second below which it is given up, after so many times the client's own timeout (HF_HUB_DOWNLOAD_TIMEOUT, 10 s) of waiting; a listing, of a
-#: few KB, has to be there by then.
-_SLOWEST, _PATIENCE = 1000, 3
+#: Bytes a second below which it is given up, over so many seconds of waiting, where some come; a listing, of a few KB, has to be there by then.
+#: Where none come, the client's own timeout ends it (HF_HUB_DOWNLOAD_TIMEOUT, 10 s), or this, in so many of its lengths.
+_SLOWEST, _WATCHED, _PATIENCE = 1000, 8.0, 3
 #: Seconds between two looks for a cancel while nothing comes.
 _LOOK_EVERY = 0.5
 #: From one address to another, in a row.
@@ -428,8 +428,8 @@ def _read(hub: _Hub, url: str, on_wait: Callable[[], None], start: int = 0, at_o
             elif item:
                 yield position, item
                 position, came = position + len(item), came + len(item)
-            if waited > patience:
-                if at_once or came < _SLOWEST * patience:
+            if waited > (min(_WATCHED, patience) if came else patience):
+                if at_once or came < _SLOWEST * waited:
                     raise hub.slow()
                 waited, came = 0.0, 0
             if (now := time.monotonic()) - looked >= _LOOK_EVERY:

@@ -11,10 +11,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from math import prod
 
 import av
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
@@ -25,16 +27,26 @@ from tests.loud_models import loud_stream
 from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_vae
 
 
-def add_sparse_tensor(folder, nbytes):
-    """Give a part in shards one more, with a hole of zeros in it."""
-    header = json.dumps({"shared.large": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}).encode()
-    with (folder / "large.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + nbytes)
-    index = next(folder.glob("*.index.json"))
+def enlarge(folder, layers=512, wide=1 << 20):
+    """Make a tiny text encoder in shards one of hundreds of gigabytes: more and wider layers, which are holes in a file."""
+    config, index = json.loads((folder / "config.json").read_text()), next(folder.glob("*.index.json"))
     listed = json.loads(index.read_text())
-    listed["weight_map"]["shared.large"] = "large.safetensors"
-    index.write_text(json.dumps(listed))
+    header, end = {}, 0
+    for layer in range(layers):
+        # The first layer alone holds the relative positions.
+        for name in [name for name in listed["weight_map"] if name.startswith(f"encoder.block.{min(layer, 1)}.")]:
+            with safe_open(folder / listed["weight_map"][name], "pt") as file:
+                shape = [wide if side == config["d_ff"] else side for side in file.get_slice(name).get_shape()]
+            size = 4 * prod(shape)
+            header[re.sub(r"\d+", str(layer), name, count=1)] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header).encode()
+    # Of two shards that have a tensor, the last by name counts.
+    with (folder / "model-large.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    index.write_text(json.dumps({"weight_map": listed["weight_map"] | dict.fromkeys(header, "model-large.safetensors")}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": layers, "d_ff": wide}))
 
 
 def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
@@ -292,10 +304,10 @@ def test_comfyuis_memory_management_and_ours_are_one(comfy):
 
 
 def test_cancel_stops_the_scan(comfy, prompt):
-    """A sparse checkpoint of 400 gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
+    """A sparse checkpoint of 200 gigabytes would take minutes; the scan ends as soon as Cancel is pressed."""
     comfy.replace_checkpoint()
     folder = comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B"
-    add_sparse_tensor(folder / "text_encoder", 400 << 30)
+    enlarge(folder / "text_encoder")
     node_of(prompt, "CogVideoX15ModelLoader").update(scan_weights=True, dtype="fp32")
     queued = comfy.post("/prompt", {"prompt": prompt})
     time.sleep(2)

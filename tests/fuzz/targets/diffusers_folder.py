@@ -72,8 +72,10 @@ def reshape(rng, state, here):
     said, root = [], here.parent
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
         inside = sorted(path for path in root.rglob("*") if not path.is_symlink() or path.exists())
+        if not inside:
+            break
         path = rng.choice(inside)
-        target = rng.choice([path.parent, path.parent, root, *(other for other in inside if other.is_dir())]) / a_name(rng)
+        target = rng.choice([path.parent, path.parent, root, *(other for other in inside if other.is_dir() and not other.is_symlink())]) / a_name(rng)
         step = rng.choice(("rename", "rename", "rename", "copy", "copy", "new", "new", "drop", "place", "cache", "nest", "flatten", "other"))
         try:
             if step == "rename":
@@ -81,7 +83,7 @@ def reshape(rng, state, here):
             elif step == "copy":
                 target.symlink_to(path)
             elif step == "new":
-                target.write_bytes(rng.choice((b"", b"{}", b"[", b"500", b"a" * 5000, b"..", b"\xff\xfe", b"\0", dump(odd(rng)))))
+                put(target, rng.choice((b"", b"{}", b"[", b"500", b"a" * 5000, b"..", b"\xff\xfe", b"\0", dump(odd(rng)))))
             elif step == "drop":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             elif step == "place":

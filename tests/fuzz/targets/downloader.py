@@ -90,13 +90,14 @@ class _Server(ThreadingHTTPServer):
 
 
 def prepare(base):
-    import huggingface_hub  # noqa: F401
-    from huggingface_hub import HfApi, get_session  # noqa: F401
+    from huggingface_hub import HfApi, constants, get_session  # noqa: F401
 
     from cogvideox.checkpoint import download  # noqa: F401
 
     from . import common  # noqa: F401
 
+    # Another target may have imported the client before the environment was set.
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 2
     return {"base": base}
 
 
