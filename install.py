@@ -2,9 +2,10 @@
 
 ComfyUI Manager runs this after it has installed the requirements; by hand: ``python install.py`` with ComfyUI's Python.
 
-The Manager hands the lines to pip one by one, and pip then sees one package at a time: beside a transformers 4, which wants an older
-huggingface-hub, it takes the newest diffusers, which cannot be imported with that. Asked for all lines at once, with all else held at the version it
-has, pip finds the diffusers that fits. Where all fit already nothing is done, and no network is needed.
+The Manager hands the lines to pip one by one, and pip then sees one package at a time: beside a transformers 4, which
+wants an older huggingface-hub, it takes the newest diffusers, which cannot be imported with that. Asked for all lines
+at once, with all else held at the version it has, pip finds the diffusers that fits. Where all fit already nothing is
+done, and no network is needed.
 """
 
 import subprocess

@@ -1,4 +1,5 @@
-"""What of a user's choices does not go together (whether one of them is known at all, ``choices.check_choice`` asks)."""
+"""What of a user's choices does not go together (whether one of them is known at all, ``choices.check_choice``
+asks)."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,27 +25,30 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
     """
     if len(caches) > 1:
         raise ValueError(
-            f"The model has a cache already ({caches[0]}), and each would reuse what the other made up. Take one of the nodes CogVideoX-1.5 Cache "
-            "away."
+            f"The model has a cache already ({caches[0]}), and each would reuse what the other made up. Take one of "
+            "the nodes CogVideoX-1.5 Cache away."
         )
     if len(methods) > 1:
         refuse_second_method("transformer", methods[0])
     for cache in caches:
         if compiled and cache in _INSIDE_BLOCKS:
             raise ValueError(
-                f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, which then cannot be compiled as a "
-                "whole. Choose first_block or taylorseer, or take CogVideoX-1.5 Compile away."
+                f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, "
+                "which then cannot be compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 "
+                "Compile away."
             )
         if layers and cache != "taylorseer" and not is_at_least("diffusers", "0.37"):
             raise ValueError(
-                f"The cache {cache} and memory offload_layers do not work together with diffusers {metadata.version('diffusers')}: layers that were "
-                "skipped are not brought to the card when they run again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to "
-                "offload_blocks in the loader."
+                f"The cache {cache} and memory offload_layers do not work together with diffusers "
+                f"{metadata.version('diffusers')}: layers that were skipped are not brought to the card when they run "
+                "again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to offload_blocks in the "
+                "loader."
             )
     if compiled and layers:
         raise ValueError(
-            "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, within what would be compiled. "
-            "Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile away."
+            "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, "
+            "within what would be compiled. Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile "
+            "away."
         )
 
 
@@ -54,4 +58,7 @@ def refuse_second_method(part: str, method: str) -> NoReturn:
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"The {part} is quantized already ({method}), and rounding it again would only lose more. Use one CogVideoX-1.5 Quantize.")
+    raise ValueError(
+        f"The {part} is quantized already ({method}), and rounding it again would only lose more. Use one "
+        "CogVideoX-1.5 Quantize."
+    )

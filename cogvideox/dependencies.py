@@ -1,4 +1,5 @@
-"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails with a stranger one."""
+"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails
+with a stranger one."""
 
 import re
 from functools import cache
@@ -34,7 +35,10 @@ def require_dependencies() -> None:
         if found is None:
             raise _error(f"The package {name} is not installed; CogVideoX-1.5 needs {name} {lowest} or newer.")
         if is_older(found, lowest):
-            raise _error(f"The package {name} is installed as {found}, which is too old; CogVideoX-1.5 needs {name} {lowest} or newer.")
+            raise _error(
+                f"The package {name} is installed as {found}, which is too old; CogVideoX-1.5 needs {name} {lowest} "
+                "or newer."
+            )
     for name in requirements():
         needs = unmet_needs(name)
         try:
@@ -43,19 +47,24 @@ def require_dependencies() -> None:
                 import_module(_MODULES.get(name, name))
         except ImportError as error:
             raise _error(
-                f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other packages asked for that version "
-                "when they were installed after it."
+                f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other "
+                "packages asked for that version when they were installed after it."
             ) from error
 
 
 def unfit() -> list[str]:
     """The required packages that are missing, too old, or whose own needs the others that are installed do not meet."""
     found = {name: installed(name) for name in requirements()}
-    return [name for name, lowest in requirements().items() if found[name] is None or is_older(found[name], lowest) or unmet_needs(name)]
+    return [
+        name
+        for name, lowest in requirements().items()
+        if found[name] is None or is_older(found[name], lowest) or unmet_needs(name)
+    ]
 
 
 def unmet_needs(name: str) -> list[str]:
-    """What an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2 is installed``."""
+    """What an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2 is
+    installed``."""
     if util.find_spec("packaging") is None:
         # transformers and accelerate bring it: without them there is more to tell than this.
         return []
@@ -67,7 +76,9 @@ def unmet_needs(name: str) -> list[str]:
         if need.marker is None or need.marker.evaluate({"extra": ""}):
             found = installed(need.name)
             if found is None or not need.specifier.contains(found, prereleases=True):
-                unmet.append(f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed")
+                unmet.append(
+                    f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed"
+                )
     return unmet
 
 

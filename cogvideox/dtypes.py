@@ -22,7 +22,8 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 @dataclass(frozen=True)
 class Precision:
-    """How a part runs: the dtype of its weights and matrix products, and whether what lies between them is kept in range.
+    """How a part runs: the dtype of its weights and matrix products, and whether what lies between them is kept in
+    range.
 
     Attributes:
         range_safe: matrix products in ``dtype``, all else in fp32 (``range_safe.make_range_safe``); only with float16.

@@ -12,14 +12,16 @@ from typing import Any, BinaryIO
 
 from .words import reason, short
 
-#: Bytes of a text file (config, index, workflow) that are read: the largest that is known, T5's tokenizer.json, has 2.4 MB.
+#: Bytes of a text file (config, index, workflow) that are read: the largest that is known, T5's tokenizer.json, has 2.4
+#: MB.
 MAX_TEXT = 64 << 20
 #: Levels of brackets in brackets: configs have 3, workflows with subgraphs about 12.
 MAX_NESTING = 100
 
 
 def open_regular(path: Path, as_what: str = "") -> BinaryIO:
-    """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait for ever, or never end.
+    """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait
+    for ever, or never end.
 
     Args:
         as_what: what it is read as, for messages: `` as a video``.
@@ -35,7 +37,8 @@ def open_regular(path: Path, as_what: str = "") -> BinaryIO:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(
-                f"{short(path, 400)} is a folder, pipe or device and no regular file, so nothing is read from it. Choose the file itself."
+                f"{short(path, 400)} is a folder, pipe or device and no regular file, so nothing is read from it. "
+                "Choose the file itself."
             )
         return os.fdopen(descriptor, "rb", buffering=0)
     except BaseException:
@@ -45,7 +48,11 @@ def open_regular(path: Path, as_what: str = "") -> BinaryIO:
 
 def unreadable(path: Path, error: Exception, as_what: str = "") -> str:
     """The sentence for a file that cannot be opened or read."""
-    link = f"a link to {short(os.readlink(path), 200)}, which is gone" if os.path.islink(path) and not os.path.exists(path) else None
+    link = (
+        f"a link to {short(os.readlink(path), 200)}, which is gone"
+        if os.path.islink(path) and not os.path.exists(path)
+        else None
+    )
     return f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or download the file again."
 
 
@@ -59,7 +66,8 @@ def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ValueError(
-                f"{short(path, 400)} has {size:,} bytes, and a file of its kind has at most {limit:,}: it is something else. Download it again."
+                f"{short(path, 400)} has {size:,} bytes, and a file of its kind has at most {limit:,}: it is "
+                "something else. Download it again."
             )
         try:
             return file.read(limit + 1)
@@ -77,7 +85,8 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{short(path, 400)} is not text in UTF-8 ({reason(error)}), so it cannot be used. Save it as UTF-8, or download it again."
+            f"{short(path, 400)} is not text in UTF-8 ({reason(error)}), so it cannot be used. Save it as UTF-8, or "
+            "download it again."
         ) from error
 
 
@@ -95,7 +104,12 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level, depth = [data] if type(data) in _NESTS else [], 0
-    while level := [child for value in level for child in (value.values() if type(value) is dict else value) if type(child) in _NESTS]:
+    while level := [
+        child
+        for value in level
+        for child in (value.values() if type(value) is dict else value)
+        if type(child) in _NESTS
+    ]:
         depth += 1
         if depth > MAX_NESTING:
             raise ValueError("it is nested too deeply")
@@ -116,15 +130,20 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> dict:
     except ValueError as error:
         if str(error).startswith(short(path, 400)):
             raise
-        raise ValueError(f"{short(path, 400)} is not valid JSON ({reason(error)}), so it cannot be used. Download this file again.") from error
+        raise ValueError(
+            f"{short(path, 400)} is not valid JSON ({reason(error)}), so it cannot be used. Download this file again."
+        ) from error
     if not isinstance(data, dict):
-        raise ValueError(f"{short(path, 400)} should hold a JSON object but holds a {type(data).__name__}. Download this file again.")
+        raise ValueError(
+            f"{short(path, 400)} should hold a JSON object but holds a {type(data).__name__}. Download this file again."
+        )
     return data
 
 
 @contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A file in the making, beside ``path`` and with its suffix: given that name when the ``with`` block ends well, and removed otherwise.
+    """A file in the making, beside ``path`` and with its suffix: given that name when the ``with`` block ends well, and
+    removed otherwise.
 
     Args:
         overwrite: whether a file that has the name already is replaced.
@@ -149,7 +168,10 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def exists(path: Path) -> ValueError:
     """The error for a file that is not replaced unasked."""
-    return ValueError(f"{short(path, 400)} exists already and is not replaced unasked. Give another name, or say that it is to be overwritten.")
+    return ValueError(
+        f"{short(path, 400)} exists already and is not replaced unasked. Give another name, or say that it is to be "
+        "overwritten."
+    )
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:

@@ -16,4 +16,7 @@ def check_finite(tensor: torch.Tensor, what: str, remedy: str) -> None:
     """
     if not is_finite(tensor):
         bad = (~tensor.isfinite()).sum().item()
-        raise ValueError(f"{what} holds {bad:,} values that are NaN or Inf (of {tensor.numel():,}), which would end in a black video. {remedy}")
+        raise ValueError(
+            f"{what} holds {bad:,} values that are NaN or Inf (of {tensor.numel():,}), which would end in a black "
+            f"video. {remedy}"
+        )

@@ -1,4 +1,5 @@
-"""What flows between nodes: small frozen handles that say what is to be run and how. Weights load when they are first used."""
+"""What flows between nodes: small frozen handles that say what is to be run and how. Weights load when they are first
+used."""
 
 import logging
 from collections.abc import Mapping
@@ -25,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and what it runs with.
+    """COGVIDEOX_MODEL: the transformer, its noise schedule, the scales of the latents it works on, and what it runs
+    with.
 
     Attributes:
         latent_scale: what a VAE latent is multiplied by.
-        image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V, which was trained so
-            (``invert_scale_latents`` of the VAE's config).
+        image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V,
+            which was trained so (``invert_scale_latents`` of the VAE's config).
         loras: applied in this order whenever the transformer runs; the weights are never changed.
         cache: what is reused from step to step, if anything.
         compiled: how the blocks are compiled, if they are.
@@ -112,18 +114,24 @@ def open_handles(
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         hardware: where to run; by default the GPU if there is one.
         on_mismatch: ``fix``, ``warn`` or ``stop``: what to do where ``dtype`` would give a wrong picture.
-        memory: ``auto``, ``gpu``, ``offload_blocks``, ``offload_layers`` or ``cpu``: where the weights are while they run.
+        memory: ``auto``, ``gpu``, ``offload_blocks``, ``offload_layers`` or ``cpu``: where the weights are while they
+            run.
         text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
         tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
-        ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch`` is ``stop``.
+        ValueError: if it is not a CogVideoX checkpoint, is incomplete, or does not suit ``dtype`` and ``on_mismatch``
+            is ``stop``.
     """
     return make_handles(open_checkpoint(path, text_encoder, vae, tokenizer), dtype, hardware, on_mismatch, memory)
 
 
 def make_handles(
-    checkpoint: Checkpoint, dtype: str = "auto", hardware: Hardware | None = None, on_mismatch: str = "fix", memory: str = "auto"
+    checkpoint: Checkpoint,
+    dtype: str = "auto",
+    hardware: Hardware | None = None,
+    on_mismatch: str = "fix",
+    memory: str = "auto",
 ) -> Handles:
     """The handles of a checkpoint that is open already: ``open_handles`` in one step."""
     check_choice("memory", memory, MEMORY)
@@ -136,11 +144,15 @@ def make_handles(
         logger.info("%s", lora.text)
 
     def weights(kind: str) -> Weights:
-        return Weights(checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware, memory)
+        return Weights(
+            checkpoint, kind, plan.precision(kind if kind in checkpoint.parts else "transformer"), hardware, memory
+        )
 
     return Handles(
         checkpoint,
-        Model(checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer"), loras),
+        Model(
+            checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer"), loras
+        ),
         TextEncoder(checkpoint.tokenizer, checkpoint.text_tokens, weights("text_encoder")),
         VAE(weights("vae"), checkpoint.variant.frame_step),
         plan,
@@ -188,8 +200,9 @@ def with_compile(model: Model, compiled: Compiled) -> Model:
 
 
 def quantized(handle: _Handle, method: str) -> _Handle:
-    """A model, or a text encoder, whose weights are quantized by a method of ``choices.QUANTIZE`` when they load. The handle given and its weights
-    are not changed. A text encoder's activations stay as they are: with a dynamic method, its weights alone are quantized.
+    """A model, or a text encoder, whose weights are quantized by a method of ``choices.QUANTIZE`` when they load. The
+    handle given and its weights are not changed. A text encoder's activations stay as they are: with a dynamic method,
+    its weights alone are quantized.
 
     Raises:
         ValueError: if the part, or the device, does not allow that.
@@ -201,7 +214,8 @@ def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:
     """What latents, and the latents of start images, are multiplied by."""
     config = checkpoint.parts["vae"].config if "vae" in checkpoint.parts else {}
     scale = config.get("scaling_factor", checkpoint.variant.latent_scale)
-    # Folders that share one VAE between several transformers have the flag of only one of them: the family decides there.
+    # Folders that share one VAE between several transformers have the flag of only one of them: the family decides
+    # there.
     whole = checkpoint.parts["transformer"].source == checkpoint.path / "transformer" and "vae" in checkpoint.parts
     own = whole and checkpoint.parts["vae"].source == checkpoint.path / "vae"
     inverted = config.get("invert_scale_latents", False) if own else checkpoint.variant.inverts_image_latents

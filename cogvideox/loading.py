@@ -24,8 +24,9 @@ from .words import reason, short
 
 #: Bytes cast at a time, between two reports of progress.
 _CHUNK = 32 << 20
-#: For a map that may be written to, Windows sets aside memory or page file for every byte, written or not (Microsoft's documentation of
-#: MapViewOfFile): a model of 20 GB would not open where 20 GB are not free. Nothing here writes to weights.
+#: For a map that may be written to, Windows sets aside memory or page file for every byte, written or not (Microsoft's
+#: documentation of MapViewOfFile): a model of 20 GB would not open where 20 GB are not free. Nothing here writes to
+#: weights.
 _ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
 
 
@@ -38,9 +39,9 @@ def load_module(
 ) -> nn.Module:
     """Build the unmodified diffusers or transformers module of ``part`` and fill it from disk.
 
-    The module is built without memory for its weights. A tensor that stays in the host's memory as it is stored is mapped from the file, and read
-    when it is first used; any other is allocated once, in its final dtype and on its final device, and cast into place. Peak memory is the
-    loaded part, quantized if it is to be, plus one tensor.
+    The module is built without memory for its weights. A tensor that stays in the host's memory as it is stored is
+    mapped from the file, and read when it is first used; any other is allocated once, in its final dtype and on its
+    final device, and cast into place. Peak memory is the loaded part, quantized if it is to be, plus one tensor.
 
     Args:
         on_progress: called with (bytes read, bytes in all) as files are read.
@@ -50,7 +51,8 @@ def load_module(
         The module in eval mode, without gradients.
 
     Raises:
-        ValueError: if tensors are missing, left over, or of another shape than the config says, or one to be quantized is not finite.
+        ValueError: if tensors are missing, left over, or of another shape than the config says, or one to be quantized
+            is not finite.
     """
     module, slots, names = empty_module(part)
     quantized = {name for name in part.tensors if quantizer is not None and quantizer.takes(name)}
@@ -85,7 +87,9 @@ def load_module(
                 continue
             tensor = packed.scaled(precision.activations).reshape(stored.shape)
         elif name in quantized:
-            owner.load_packed(quantizer.quantize(name, files.read(stored, stored.dtype, torch.device("cpu"), report), device))
+            owner.load_packed(
+                quantizer.quantize(name, files.read(stored, stored.dtype, torch.device("cpu"), report), device)
+            )
             files.give_back(stored)
             continue
         elif is_weight and isinstance(owner, ScaledWeight):
@@ -95,7 +99,9 @@ def load_module(
             continue
         else:
             kept = any(word in name.split(".") for word in keep)
-            wanted = torch.float32 if kept else precision.activations if stored.dtype.is_floating_point else stored.dtype
+            wanted = (
+                torch.float32 if kept else precision.activations if stored.dtype.is_floating_point else stored.dtype
+            )
             tensor = files.read(stored, wanted, device, report)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for owner, leaf in owners:
@@ -109,8 +115,8 @@ def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Map
     """The module of ``part`` without memory for its weights, which are known to be the ones on disk.
 
     Returns:
-        The module; its tensors by name; and the names of each by its ``id``, as tied weights have several, and any of them on disk (T5's token
-        embedding).
+        The module; its tensors by name; and the names of each by its ``id``, as tied weights have several, and any of
+        them on disk (T5's token embedding).
 
     Raises:
         ValueError: if tensors are missing, left over, or of another shape than the config says.
@@ -131,12 +137,13 @@ def _build(part: Part) -> nn.Module:
     try:
         with init_empty_weights():
             module = _text_encoder(config) if part.kind == "text_encoder" else _from_config(PARTS[part.kind][1], config)
-    # Of any type: what a library finds wrong with a config is told in its own terms, and this one passed ``check_config``.
+    # Of any type: what a library finds wrong with a config is told in its own terms, and this one passed
+    # ``check_config``.
     except Exception as error:
         file = part.source / "config.json" if part.source.is_dir() else part.source
         raise ValueError(
-            f"The {PARTS[part.kind][0]} that {short(file, 400)} describes cannot be built ({reason(error)}), so its weights cannot be used. Download "
-            "config.json and the weights again from one repository."
+            f"The {PARTS[part.kind][0]} that {short(file, 400)} describes cannot be built ({reason(error)}), so its "
+            "weights cannot be used. Download config.json and the weights again from one repository."
         ) from error
     if part.kind == "text_encoder":
         # The empty weights are distinct again: the token embedding has two names and one tensor.
@@ -157,13 +164,17 @@ def _from_config(class_name: str, config: dict) -> nn.Module:
 
 
 class _MappedFiles:
-    """Files mapped into memory. A page that is written to becomes the process's own (Windows lets none be written to); the file never changes."""
+    """Files mapped into memory. A page that is written to becomes the process's own (Windows lets none be written to);
+    the file never changes."""
 
     def __init__(self):
         self._maps: dict[Path, tuple[mmap.mmap, torch.Tensor]] = {}
 
-    def read(self, stored: StoredTensor, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], None]) -> torch.Tensor:
-        """A tensor in ``dtype`` on ``device``. One that is to stay as it is on the host is a view of the file, read when it is used."""
+    def read(
+        self, stored: StoredTensor, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], None]
+    ) -> torch.Tensor:
+        """A tensor in ``dtype`` on ``device``. One that is to stay as it is on the host is a view of the file, read
+        when it is used."""
         shape = stored.raw_shape
         if not stored.nbytes:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -185,8 +196,8 @@ class _MappedFiles:
         return target
 
     def give_back(self, stored: StoredTensor) -> None:
-        """Tell the system that a tensor's pages are not needed: a map counts as the process's memory until then, which doubles the peak of a
-        cast. A page that a neighbour shares is read again when that is used."""
+        """Tell the system that a tensor's pages are not needed: a map counts as the process's memory until then, which
+        doubles the peak of a cast. A page that a neighbour shares is read again when that is used."""
         mapped = self._map(stored.file)[0]
         if hasattr(mapped, "madvise"):
             for offset, nbytes in stored.ranges:

@@ -1,4 +1,5 @@
-"""Pictures (through Pillow) and clips (through PyAV) as phones, cameras and programs make them, brought to what the model reads."""
+"""Pictures (through Pillow) and clips (through PyAV) as phones, cameras and programs make them, brought to what the
+model reads."""
 
 import errno
 import io
@@ -21,7 +22,8 @@ from .words import reason, short
 
 logger = logging.getLogger(__name__)
 
-#: Pixels of a picture, as it is decoded: phones make 200 million. And those of a JPEG, which is decoded at up to an eighth of its sides.
+#: Pixels of a picture, as it is decoded: phones make 200 million. And those of a JPEG, which is decoded at up to an
+#: eighth of its sides.
 _MOST_PIXELS, _MOST_JPEG_PIXELS = 210_000_000, 1_000_000_000
 #: Pixels of a picture that is kept: one of 8K. Larger ones are shrunk by a whole number while they are read.
 _KEPT_PIXELS = 7680 * 4320
@@ -40,7 +42,8 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, False, True),
 }
-#: swscale's name of a colour matrix, by ffmpeg's number (ISO/IEC 23091-2): BT.709, FCC, BT.601 (625 and 525 lines), SMPTE 240M, BT.2020.
+#: swscale's name of a colour matrix, by ffmpeg's number (ISO/IEC 23091-2): BT.709, FCC, BT.601 (625 and 525 lines),
+#: SMPTE 240M, BT.2020.
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 #: Transfer functions of high dynamic range, by ffmpeg's number.
 _HDR = {16: "PQ", 18: "HLG"}
@@ -50,15 +53,18 @@ Tell = Callable[[str], None]
 
 
 def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
-    """Read an image file: turned as its EXIF data says, in sRGB, transparency joined with white; float32 ``[1, H, W, 3]`` in 0..1.
+    """Read an image file: turned as its EXIF data says, in sRGB, transparency joined with white; float32 ``[1, H, W,
+    3]`` in 0..1.
 
-    16 bits and floating point keep their precision where they are grey. One of more pixels than an 8K screen is read smaller.
+    16 bits and floating point keep their precision where they are grey. One of more pixels than an 8K screen is read
+    smaller.
 
     Args:
         on_note: called with a sentence about what was changed or guessed; by default it is logged.
 
     Raises:
-        ValueError: if it is not there, no image that Pillow reads, cut off, too large, or of values whose white is not known.
+        ValueError: if it is not there, no image that Pillow reads, cut off, too large, or of values whose white is not
+            known.
     """
     from PIL import Image
 
@@ -67,7 +73,9 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
         head = file.read(4096)
         file.seek(0)
         if path.suffix.lower() in _RAW:
-            raise ValueError(f"{short(path, 400)} is a camera's raw file, which has to be developed first. Export it as PNG or JPEG.")
+            raise ValueError(
+                f"{short(path, 400)} is a camera's raw file, which has to be developed first. Export it as PNG or JPEG."
+            )
         advice = _image_advice(head)
         with _from_library(path, "as an image", advice), _large_pictures():
             Image.init()
@@ -81,8 +89,8 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
         most = _MOST_PIXELS // 4 if image.mode in ("F", "I") else _MOST_PIXELS
         if image.size[0] * image.size[1] > most or width * height > _MOST_JPEG_PIXELS:
             raise ValueError(
-                f"{short(path, 400)} is {width}x{height} pixels ({width * height / 1e6:,.0f} million), more than is read "
-                f"({most / 1e6:.0f} million): a video shows about one million. Scale it down first."
+                f"{short(path, 400)} is {width}x{height} pixels ({width * height / 1e6:,.0f} million), more than is "
+                f"read ({most / 1e6:.0f} million): a video shows about one million. Scale it down first."
             )
         with _from_library(path, "as an image", advice), _large_pictures():
             image.load()
@@ -100,7 +108,10 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
     if moving:
         tell(f"{short(path)} holds several pictures: the first is used.")
     if pixels.shape[0] * pixels.shape[1] < height * width:
-        tell(f"{short(path)} is {width}x{height} pixels, more than a video can show: it was read as {pixels.shape[1]}x{pixels.shape[0]}.")
+        tell(
+            f"{short(path)} is {width}x{height} pixels, more than a video can show: it was read as "
+            f"{pixels.shape[1]}x{pixels.shape[0]}."
+        )
     tensor = torch.from_numpy(np.ascontiguousarray(_turned(pixels, *turn)))[None]
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
 
@@ -134,8 +145,8 @@ def _deep(image, path: Path, tell: Tell, factor: int) -> np.ndarray:
         low, high = float(values.min()), float(values.max())
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(
-                f"{short(path, 400)} has floating-point values from {low:.3g} to {high:.3g}, but black is 0 and white is 1: it is of high dynamic "
-                "range, or scaled otherwise. Bring it to 0..1, or export it as PNG."
+                f"{short(path, 400)} has floating-point values from {low:.3g} to {high:.3g}, but black is 0 and white "
+                "is 1: it is of high dynamic range, or scaled otherwise. Bring it to 0..1, or export it as PNG."
             )
         white = 1
     elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
@@ -144,7 +155,8 @@ def _deep(image, path: Path, tell: Tell, factor: int) -> np.ndarray:
         white = 4095 if bits == 12 else 65535
     else:
         raise ValueError(
-            f"{short(path, 400)} has whole numbers of 32 bits, and which of them is white is not known. Save it with 8 or 16 bits, as PNG."
+            f"{short(path, 400)} has whole numbers of 32 bits, and which of them is white is not known. Save it with "
+            "8 or 16 bits, as PNG."
         )
     clear = image.info.get("transparency")
     if isinstance(clear, int) and (values == clear).any():
@@ -159,7 +171,8 @@ def _deep(image, path: Path, tell: Tell, factor: int) -> np.ndarray:
 
 
 def _colours(image, path: Path, tell: Tell, factor: int) -> np.ndarray:
-    """A picture of 8 bits as sRGB without transparency: uint8 ``[H, W, 3]``, shrunk by ``factor``. In strips, as it may be large."""
+    """A picture of 8 bits as sRGB without transparency: uint8 ``[H, W, 3]``, shrunk by ``factor``. In strips, as it may
+    be large."""
     width, height = image.size
     rows = max(1, (1 << 22) // width // factor) * factor
     to_srgb = _profile(image, path, tell)
@@ -209,11 +222,18 @@ def _profile(image, path: Path, tell: Tell) -> Callable[[Any], Any]:
     space = None
     if ImageCms is not None and (icc or mode == "LAB"):
         try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc and mode != "LAB" else ImageCms.createProfile("LAB")
+            profile = (
+                ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc and mode != "LAB" else ImageCms.createProfile("LAB")
+            )
             space = "LAB" if mode == "LAB" else profile.profile.xcolor_space.strip()
-            name = short(" ".join((profile.profile.profile_description or "without a name").split()), 60) if space != "LAB" else "CIELAB"
+            name = (
+                short(" ".join((profile.profile.profile_description or "without a name").split()), 60)
+                if space != "LAB"
+                else "CIELAB"
+            )
         except Exception as error:
-            # littlecms' errors have types of their own, and a damaged profile raises others too; the picture itself is well.
+            # littlecms' errors have types of their own, and a damaged profile raises others too; the picture itself is
+            # well.
             tell(f"The colour profile of {short(path)} is damaged ({reason(error)}): its colours are taken as sRGB.")
             return plain
         wanted = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
@@ -224,12 +244,23 @@ def _profile(image, path: Path, tell: Tell) -> Callable[[Any], Any]:
             target = ImageCms.createProfile("sRGB")
             transform = ImageCms.buildTransform(profile, target, wanted, "RGB")
             tell(f"The colours of {short(path)} were brought from its profile ({name}) to sRGB, which the model knows.")
-            return lambda picture: ImageCms.applyTransform(picture if picture.mode == wanted else picture.convert(wanted), transform)
-        tell(f"The colour profile of {short(path)} ({name}) is for another kind of picture than {mode}: its colours are taken as sRGB.")
+            return lambda picture: ImageCms.applyTransform(
+                picture if picture.mode == wanted else picture.convert(wanted), transform
+            )
+        tell(
+            f"The colour profile of {short(path)} ({name}) is for another kind of picture than {mode}: its colours "
+            "are taken as sRGB."
+        )
     elif icc and ImageCms is None:
-        tell(f"{short(path)} has a colour profile, and this Pillow cannot apply it: its colours are taken as sRGB, and may be paler.")
+        tell(
+            f"{short(path)} has a colour profile, and this Pillow cannot apply it: its colours are taken as sRGB, and "
+            "may be paler."
+        )
     if mode == "CMYK":
-        tell(f"{short(path)} has printing colours (CMYK) and no profile that says which: its colours are an approximation.")
+        tell(
+            f"{short(path)} has printing colours (CMYK) and no profile that says which: its colours are an "
+            "approximation."
+        )
     return plain
 
 
@@ -263,7 +294,8 @@ def _from_library(path: Path, what: str, advice: str) -> Iterator[None]:
     except _Refused:
         raise
     except Exception as error:
-        # Damaged files make Pillow, littlecms and ffmpeg raise anything: struct.error, SyntaxError, KeyError, zlib.error, MemoryError …
+        # Damaged files make Pillow, littlecms and ffmpeg raise anything: struct.error, SyntaxError, KeyError,
+        # zlib.error, MemoryError …
         raise ValueError(f"{short(path, 400)} cannot be read {what} ({_said(error)}). {advice}") from error
 
 
@@ -285,8 +317,8 @@ def _image_advice(head: bytes) -> str:
         return "The file is empty: copy or download it again."
     if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         return (
-            "It is an HEIC picture, as iPhones make them, which Pillow does not know: save it as JPEG or PNG (on the phone: Settings, Camera, "
-            "Formats, Most Compatible)."
+            "It is an HEIC picture, as iPhones make them, which Pillow does not know: save it as JPEG or PNG (on the "
+            "phone: Settings, Camera, Formats, Most Compatible)."
         )
     if brand in (b"avif", b"avis"):
         return "It is an AVIF picture, which needs Pillow 11.3 or newer: save it as JPEG or PNG."
@@ -303,7 +335,8 @@ def _image_advice(head: bytes) -> str:
     return "Check the path, or convert it to PNG."
 
 
-# --- Clips --------------------------------------------------------------------------------------------------------------------------
+# --- Clips
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def read_video(
@@ -316,13 +349,16 @@ def read_video(
     dtype: torch.dtype = torch.float32,
     on_note: Tell | None = None,
 ) -> torch.Tensor:
-    """Read the frames of a video file, one by one: turned as the camera says, with square pixels, at the size and rate that are needed.
+    """Read the frames of a video file, one by one: turned as the camera says, with square pixels, at the size and rate
+    that are needed.
 
-    Colours follow the file's matrix and range; where it names none, BT.709 from 720 lines on and BT.601 below, as players do.
+    Colours follow the file's matrix and range; where it names none, BT.709 from 720 lines on and BT.601 below, as
+    players do.
 
     Args:
         limit: frames to give at most; no more of the file is read than they need.
-        fps: frames per second to give. Each is the nearest by its time, so that a second stays a second. None gives all, as they come.
+        fps: frames per second to give. Each is the nearest by its time, so that a second stays a second. None gives
+            all, as they come.
         size: width and height to scale and centre-crop them to, with Lanczos' filter in 8 bits.
         step: cut the clip, or repeat its last frame, to the nearest ``step * N + 1`` frames.
         dtype: float32 gives 0..1; uint8 gives 0..255, in a quarter of the memory.
@@ -354,16 +390,25 @@ def read_video(
                     break
         duration = _duration(container, stream)
     if not taken:
-        raise ValueError(f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or convert it to mp4.")
+        raise ValueError(
+            f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or "
+            "convert it to mp4."
+        )
     for note in (*picture.notes, *frames.notes(path, duration, more)):
         tell(note)
     rate = float(fps or stream.average_rate or 0)
     if fps is not None and stream.average_rate and abs(float(stream.average_rate) / rate - 1) > 0.01:
         source = float(stream.average_rate)
-        tell(f"{short(path)} has {source:.4g} frames a second and {rate:.4g} are made of them, each the nearest in time: a second stays a second.")
+        tell(
+            f"{short(path)} has {source:.4g} frames a second and {rate:.4g} are made of them, each the nearest in "
+            "time: a second stays a second."
+        )
     if more:
         whole = f" of {duration:.1f} s" if duration else ""
-        tell(f"Only the first {len(taken)} frames{f' ({len(taken) / rate:.1f} s)' if rate else ''}{whole} of {short(path)} are used.")
+        tell(
+            f"Only the first {len(taken)} frames{f' ({len(taken) / rate:.1f} s)' if rate else ''}{whole} of "
+            f"{short(path)} are used."
+        )
     length, note = (len(taken), None) if step is None else nearest_length(len(taken), step)
     if note:
         tell(note)
@@ -428,12 +473,15 @@ _CLIP_ADVICE = "Check the path, or convert it to mp4."
 
 @contextmanager
 def _open_clip(path: Path) -> Iterator[Any]:
-    """Open a clip with PyAV, by its content and nothing but it: a playlist that names other files or addresses opens none of them."""
+    """Open a clip with PyAV, by its content and nothing but it: a playlist that names other files or addresses opens
+    none of them."""
     import av
 
     with open_regular(path, " as a video") as file:
         if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError(f"{short(path, 400)} cannot be read as a video: it is empty, 0 bytes. Copy or download it again.")
+            raise ValueError(
+                f"{short(path, 400)} cannot be read as a video: it is empty, 0 bytes. Copy or download it again."
+            )
         head = file.read(64)
         file.seek(0)
         advice = _CLIP_ADVICE
@@ -445,8 +493,8 @@ def _open_clip(path: Path) -> Iterator[Any]:
             still = container.format.name.endswith("_pipe") or container.format.name == "image2"
             if still or (head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"avif")):
                 raise ValueError(
-                    f"{short(path, 400)} is a picture and no video, so there is nothing that moves. Give it as the image, with an image-to-video "
-                    "checkpoint, or choose a video."
+                    f"{short(path, 400)} is a picture and no video, so there is nothing that moves. Give it as the "
+                    "image, with an image-to-video checkpoint, or choose a video."
                 )
             yield container
         finally:
@@ -467,8 +515,8 @@ def _video_stream(container, path: Path, tell: Tell):
     usable = [stream for stream in streams if stream.codec_context is not None]
     if not usable:
         raise ValueError(
-            f"{short(path, 400)} is in a video format that this PyAV has no decoder for, or was cut off, so its frames cannot be read. Convert it "
-            "to mp4 with H.264, or copy it again."
+            f"{short(path, 400)} is in a video format that this PyAV has no decoder for, or was cut off, so its "
+            "frames cannot be read. Convert it to mp4 with H.264, or copy it again."
         )
     chosen = max(usable, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
     if len(streams) > 1:
@@ -511,7 +559,8 @@ class _Frames:
                 shift = -raw if raw is not None else Fraction(0)
             else:
                 time = raw + shift if raw is not None else last + before
-                # No time at all, one that goes back, or hours further: the clock was set anew, so what follows counts from here.
+                # No time at all, one that goes back, or hours further: the clock was set anew, so what follows counts
+                # from here.
                 if not last < time < last + 3600:
                     time = last + before
                     shift = time - raw if raw is not None else shift
@@ -556,7 +605,8 @@ class _Frames:
 
 
 def _chosen(frames: _Frames, fps: Fraction | None) -> Iterator[tuple[Any, int]]:
-    """The frames to show and how many times each: at ``fps``, that nearest to each moment, the earlier of two as near."""
+    """The frames to show and how many times each: at ``fps``, that nearest to each moment, the earlier of two as
+    near."""
     if fps is None:
         for _, frame in frames:
             yield frame, 1
@@ -599,8 +649,8 @@ class _Picture:
         """
         if frame.width * frame.height > _MOST_FRAME_PIXELS:
             raise _Refused(
-                f"{short(self._path, 400)} has frames of {frame.width}x{frame.height} pixels, more than is read ({_MOST_FRAME_PIXELS / 1e6:.0f} "
-                "million): scale it down first."
+                f"{short(self._path, 400)} has frames of {frame.width}x{frame.height} pixels, more than is read "
+                f"({_MOST_FRAME_PIXELS / 1e6:.0f} million): scale it down first."
             )
 
     def pixels(self, frame) -> np.ndarray:
@@ -610,8 +660,8 @@ class _Picture:
         trc = int(getattr(frame, "color_trc", 0) or 0)
         if trc in _HDR:
             self._notes[
-                f"{short(self._path)} is of high dynamic range ({_HDR[trc]}), and its colours are taken as they are: they may look "
-                "pale. Convert it to SDR first for right ones."
+                f"{short(self._path)} is of high dynamic range ({_HDR[trc]}), and its colours are taken as they are: "
+                "they may look pale. Convert it to SDR first for right ones."
             ] = None
         pixels = self._rgb(frame)
         swap, mirror, flip = _display(frame)
@@ -629,7 +679,9 @@ class _Picture:
 
     def _rgb(self, frame) -> np.ndarray:
         clear = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
-        tagged = _MATRICES.get(int(frame.colorspace), "bt709" if frame.height >= 720 or frame.width >= 1280 else "bt601")
+        tagged = _MATRICES.get(
+            int(frame.colorspace), "bt709" if frame.height >= 720 or frame.width >= 1280 else "bt601"
+        )
         full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
         key = (frame.width, frame.height, frame.format.name, tagged, full, clear)
         if key not in self._graphs:
@@ -650,14 +702,19 @@ class _Picture:
 def _to_rgb(width: int, height: int, pix_fmt: str, matrix: str, full: bool, clear: bool) -> tuple[Any, Any, Any]:
     """A graph of filters that turns frames into rgb24 (rgba where they are clear in places), with its two ends.
 
-    swscale's reformatting as PyAV calls it heeds matrix and range in some versions only, and is off by up to 2 of 255 for 10 bits.
+    swscale's reformatting as PyAV calls it heeds matrix and range in some versions only, and is off by up to 2 of 255
+    for 10 bits.
     """
     from av.filter import Graph
 
     graph = Graph()
     source = graph.add("buffer", f"video_size={width}x{height}:pix_fmt={pix_fmt}:time_base=1/1000:pixel_aspect=1/1")
     how = f"flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp:in_color_matrix={matrix}:in_range={'pc' if full else 'tv'}"
-    middle, colours, sink = graph.add("scale", how), graph.add("format", "rgba" if clear else "rgb24"), graph.add("buffersink")
+    middle, colours, sink = (
+        graph.add("scale", how),
+        graph.add("format", "rgba" if clear else "rgb24"),
+        graph.add("buffersink"),
+    )
     source.link_to(middle)
     middle.link_to(colours)
     colours.link_to(sink)
@@ -666,7 +723,8 @@ def _to_rgb(width: int, height: int, pix_fmt: str, matrix: str, full: bool, clea
 
 
 def _display(frame) -> tuple[bool, bool, bool]:
-    """How a camera says that a frame is to be turned, in the quarters that ``_turned`` knows: from its display matrix (ISO/IEC 14496-12, 6.2.2)."""
+    """How a camera says that a frame is to be turned, in the quarters that ``_turned`` knows: from its display matrix
+    (ISO/IEC 14496-12, 6.2.2)."""
     try:
         matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
     except KeyError:

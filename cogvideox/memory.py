@@ -70,8 +70,9 @@ class MemoryPlan:
                 return way
         least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the smallest way, and {_gb(self.free)} are free ({self._modes}). Make it smaller or "
-            "shorter, close other programs that use the card, or set memory to cpu in the loader, which takes hours."
+            f"This video needs {_gb(least)} on the card even in the smallest way, and {_gb(self.free)} are free "
+            f"({self._modes}). Make it smaller or shorter, close other programs that use the card, or set memory to "
+            "cpu in the loader, which takes hours."
         )
 
     @property
@@ -83,7 +84,11 @@ class MemoryPlan:
     @property
     def _modes(self) -> str:
         modes = ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
-        return modes if self.halved is None else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
+        return (
+            modes
+            if self.halved is None
+            else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
+        )
 
 
 def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
@@ -105,7 +110,10 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
     tokens = tokens or config["max_text_seq_length"]
-    activations, halved = (step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method) for together in (guided, False))
+    activations, halved = (
+        step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method)
+        for together in (guided, False)
+    )
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
@@ -124,8 +132,8 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
 
 
 def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
-    """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and positions, and where the model runs
-    on the host, what a block keeps of each token.
+    """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and
+    positions, and where the model runs on the host, what a block keeps of each token.
 
     Raises:
         ValueError: with the bytes.
@@ -148,13 +156,27 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:
     """What a run takes, in a sentence; by default one of the model card's size and length."""
     (width, height), frames = model.variant.default_size, model.variant.default_frames
-    shape = shape or (1, LATENT_CHANNELS, latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    shape = shape or (
+        1,
+        LATENT_CHANNELS,
+        latent_frames(frames),
+        height // SPATIAL_COMPRESSION,
+        width // SPATIAL_COMPRESSION,
+    )
     size = f"{shape[4] * SPATIAL_COMPRESSION}x{shape[3] * SPATIAL_COMPRESSION}, {pixel_frames(shape[2])} frames"
     return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
 
 
-def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int, method: Method | None = None) -> int:
-    """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing behind) on the meta device."""
+def step_bytes(
+    config: Mapping,
+    precision: Precision,
+    shape: tuple[int, ...],
+    guided: bool,
+    tokens: int,
+    method: Method | None = None,
+) -> int:
+    """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing
+    behind) on the meta device."""
     from diffusers import CogVideoXTransformer3DModel
 
     batch, _, length, height, width = shape
@@ -192,7 +214,8 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device too.
+    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device
+    too.
 
     Attributes:
         live, peak: bytes now, and at most.
@@ -222,7 +245,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its matrix of weights."""
+    """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its
+    matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:

@@ -1,11 +1,12 @@
 """The denoising loop: free functions around diffusers' schedulers, equal to ``CogVideoXPipeline`` bit for bit.
 
-Noise is drawn on the CPU in fp32 and cast to the dtype of the run, so that one seed is one video on every card and in every dtype. That is the noise
-of the pipeline in fp32, and in 16 bits where torch draws the same there (2.13 does; 2.11 and before draw other numbers in 16 bits). Start images and
-clips are the mode of the VAE's posterior, where the pipelines draw a sample of it.
+Noise is drawn on the CPU in fp32 and cast to the dtype of the run, so that one seed is one video on every card and in
+every dtype. That is the noise of the pipeline in fp32, and in 16 bits where torch draws the same there (2.13 does; 2.11
+and before draw other numbers in 16 bits). Start images and clips are the mode of the VAE's posterior, where the
+pipelines draw a sample of it.
 
-Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled and padded, as the transformer reads them;
-``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
+Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled and padded, as the transformer reads
+them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 """
 
 import logging
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: ``ofs`` of the reference's image-to-video pipeline.
 _OFS = 2.0
-#: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the device). ``sample`` gives
-#: those of the video, without padding.
+#: Called after each step with (steps done, steps in all, predicted clean latents [B, 16, T, H/8, W/8], scaled, on the
+#: device). ``sample`` gives those of the video, without padding.
 StepCallback = Callable[[int, int, torch.Tensor], None]
 
 
@@ -64,23 +65,24 @@ def sample(
     """Denoise a batch of video latents.
 
     Args:
-        positive, negative: prompt embeddings ``[1 or B, tokens, width]``; ``negative`` is not read at ``cfg`` 1 and may be None. Those of
-            unequal length (prompts joined by Conditioning Concat) run one after the other.
+        positive, negative: prompt embeddings ``[1 or B, tokens, width]``; ``negative`` is not read at ``cfg`` 1 and may
+            be None. Those of unequal length (prompts joined by Conditioning Concat) run one after the other.
         latents: ``[B, 16, T, H/8, W/8]``, unscaled. All zeros means "start from noise"; anything else is the video that
             ``denoise`` < 1 starts from.
-        image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled: ``vae.image_latents``.
-        seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline. The noise is the same in
-            every dtype the model runs in, but for the rounding to it.
+        image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled:
+            ``vae.image_latents``.
+        seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline.
+            The noise is the same in every dtype the model runs in, but for the rounding to it.
         steps: steps of the whole schedule; ``denoise`` < 1 runs the last ``int(steps * denoise)`` of them, as
             ``CogVideoXVideoToVideoPipeline`` does with its ``strength``.
         cfg: classifier-free guidance (https://huggingface.co/papers/2207.12598); 1 switches it off.
         dynamic_cfg: the reference's cosine schedule of the guidance.
-        on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer way to run and goes on,
-            ``stop`` raises.
+        on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer way to run and
+            goes on, ``stop`` raises.
         on_step: called after each step; an exception it raises (an interruption) ends the run between two steps.
         on_heal: called with a sentence for the user when a step had to be healed.
-        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit on the card as a whole, and
-            about what it is made faster with.
+        on_note: called with a sentence for the user where the model was not trained for what is asked, or does not fit
+            on the card as a whole, and about what it is made faster with.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -88,24 +90,37 @@ def sample(
     Raises:
         ValueError: for input the model cannot run with, before any weight is read.
         NonFiniteError: for a step that is not finite and is not, or cannot be, healed.
-        OutOfMemory: if memory runs out in the smallest way too; its ``latents`` are those of the last finished step, as returned otherwise.
+        OutOfMemory: if memory runs out in the smallest way too; its ``latents`` are those of the last finished step, as
+            returned otherwise.
     """
     check_tensor(latents, "The latent", "Use Empty CogVideoX-1.5 Latent, or what another node of this pack gives.")
     # Before all of it is looked at.
     check_latent(latents)
     check_host_room(model, latents.shape)
-    check_finite(latents, "The latent", "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.")
+    check_finite(
+        latents,
+        "The latent",
+        "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.",
+    )
     starts_from_noise = not latents.any().item()
     if starts_from_noise and denoise < 1.0:
-        logger.warning("denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.", denoise)
+        logger.warning(
+            "denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.",
+            denoise,
+        )
         denoise = 1.0
-    noise_schedule, timesteps = plan_steps(model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise)
+    noise_schedule, timesteps = plan_steps(
+        model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise
+    )
     config = full_config(model.weights.config)
     batch = latents.shape[0]
     check_guidance(cfg)
     guided = cfg > 1.0
     if guided and negative is None:
-        raise ValueError(f"cfg is {cfg}, which needs a negative prompt to guide away from, and none is connected. Connect one or set cfg to 1.")
+        raise ValueError(
+            f"cfg is {cfg}, which needs a negative prompt to guide away from, and none is connected. Connect one or "
+            "set cfg to 1."
+        )
     prompts = [_check_embeddings(positive, "positive", config, batch)]
     if guided:
         prompts.insert(0, _check_embeddings(negative, "negative", config, batch))
@@ -130,7 +145,10 @@ def sample(
         with applied(model.loras, module, precision, device), speedups.attached(module, guided and way.batched):
             yield
 
-    with Sentinel(model.weights, on_nan, on_load, on_heal, prepared, smaller, speedups.shortcuts) as sentinel, torch.no_grad():
+    with (
+        Sentinel(model.weights, on_nan, on_load, on_heal, prepared, smaller, speedups.shortcuts) as sentinel,
+        torch.no_grad(),
+    ):
         dtype = model.weights.precision.activations
         start = rearrange(latents, "b c t h w -> b t c h w").to(device, dtype)
         start = model.latent_scale * torch.cat([start[:, :1].expand(-1, padding, -1, -1, -1), start], dim=1)
@@ -138,7 +156,9 @@ def sample(
         if image_latents is not None:
             image = rearrange(image_latents, "b c t h w -> b t c h w").expand(batch, -1, -1, -1, -1).to(device, dtype)
             # The reference's padding: zeros, as in every frame but the start image's. An end image stays the last.
-            image = model.image_latent_scale * torch.cat([image[:, :1], image.new_zeros(batch, padding, *image.shape[2:]), image[:, 1:]], dim=1)
+            image = model.image_latent_scale * torch.cat(
+                [image[:, :1], image.new_zeros(batch, padding, *image.shape[2:]), image[:, 1:]], dim=1
+            )
         noisy = noise if denoise >= 1.0 else noise_schedule.add_noise(start, noise, timesteps[:1].to(device))
 
         def finished(latents: torch.Tensor) -> torch.Tensor:
@@ -161,7 +181,9 @@ def sample(
                     dynamic_cfg=dynamic_cfg,
                     generator=generator,
                     on_begin=speedups.begin,
-                    on_step=None if on_step is None else lambda done, total, clean: on_step(done, total, clean[:, :, padding:]),
+                    on_step=None
+                    if on_step is None
+                    else lambda done, total, clean: on_step(done, total, clean[:, :, padding:]),
                 )
             )
         except OutOfMemory as error:
@@ -172,9 +194,16 @@ def sample(
 
 
 def plan_steps(
-    model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None = None, *, steps: int = 50, scheduler: str = "ddim", denoise: float = 1.0
+    model: Model,
+    latents: torch.Tensor,
+    image_latents: torch.Tensor | None = None,
+    *,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    denoise: float = 1.0,
 ):
-    """Check all of a run that needs no prompt, reading no weights: to be called before minutes are spent on encoding one.
+    """Check all of a run that needs no prompt, reading no weights: to be called before minutes are spent on encoding
+    one.
 
     Returns:
         The diffusers scheduler, set to ``steps``, and the timesteps that will run, ``[n]``.
@@ -206,13 +235,15 @@ def denoise_latents(
     on_begin: Callable[[int], None] | None = None,
     on_step: StepCallback | None = None,
 ) -> torch.Tensor:
-    """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape, in the dtype that the model then runs in.
+    """Run the loop: ``latents`` ``[B, T, C, h, w]`` at ``timesteps[0]`` to clean latents of the same shape, in the
+    dtype that the model then runs in.
 
     Args:
         sentinel: the transformer, entered; its way says whether both halves of guidance run as one batch.
         timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
-        prompts: embeddings ``[B, tokens, width]``, of the positive prompt; where ``cfg`` > 1 of the negative one before it.
+        prompts: embeddings ``[B, tokens, width]``, of the positive prompt; where ``cfg`` > 1 of the negative one before
+            it.
         image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
         ofs: what 1.5's image-to-video models are told besides the timestep.
         generator: source of the noise that the DPM scheduler adds.
@@ -227,7 +258,9 @@ def denoise_latents(
         # The same tensors at every step: what depends on the prompts alone is computed, and kept, once for each.
         return [prompt.to(dtype) for prompt in ([torch.cat(list(prompts))] if batched else prompts)]
 
-    def step(index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        index: int, drawn: torch.Tensor, transformer: nn.Module, precision: Precision
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # A step that is done again draws the same noise again.
         generator.set_state(drawn)
         if on_begin is not None:
@@ -258,7 +291,9 @@ def denoise_latents(
 
     for index in range(total):
         try:
-            latents, previous_clean = sentinel.run(partial(step, index, generator.get_state()), f"step {index + 1} of {total}")
+            latents, previous_clean = sentinel.run(
+                partial(step, index, generator.get_state()), f"step {index + 1} of {total}"
+            )
         except OutOfMemory as error:
             error.latents = latents
             raise
@@ -273,7 +308,8 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) 
 
 
 def dynamic_guidance(cfg: float, steps: int, timestep: int) -> float:
-    """The guidance of one step under ``dynamic_cfg``: the reference's formula, which sets a timestep (0..999) against a number of steps."""
+    """The guidance of one step under ``dynamic_cfg``: the reference's formula, which sets a timestep (0..999) against a
+    number of steps."""
     return 1 + cfg * ((1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2)
 
 
@@ -291,7 +327,8 @@ def make_scheduler(config: Mapping, name: str):
 
 
 def schedule_timesteps(scheduler, steps: int, denoise: float) -> torch.Tensor:
-    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run, as ``steps_to_run`` counts them.
+    """Set the scheduler to ``steps`` and return the timesteps that ``denoise`` leaves to run, as ``steps_to_run``
+    counts them.
 
     Raises:
         ValueError: if the noise schedule has no such timesteps.
@@ -299,30 +336,40 @@ def schedule_timesteps(scheduler, steps: int, denoise: float) -> torch.Tensor:
     trained = scheduler.config.num_train_timesteps
     count = steps_to_run(steps, denoise, trained)
     scheduler.set_timesteps(steps)
-    # "trailing" adds up fractions: at 61 steps, 103 and others diffusers' makes one more, at a timestep of -1, which would end a video in noise.
+    # "trailing" adds up fractions: at 61 steps, 103 and others diffusers' makes one more, at a timestep of -1, which
+    # would end a video in noise.
     scheduler.timesteps = scheduler.timesteps[:steps]
     if len(scheduler.timesteps) < steps or not 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() < trained:
         raise ValueError(
-            f"The noise schedule of this checkpoint cannot be run in {steps} steps: with its steps_offset of {scheduler.config.steps_offset} they "
-            f"would pass the {trained} timesteps it was trained with. Set steps to 50, or download scheduler/scheduler_config.json again."
+            f"The noise schedule of this checkpoint cannot be run in {steps} steps: with its steps_offset of "
+            f"{scheduler.config.steps_offset} they would pass the {trained} timesteps it was trained with. Set steps "
+            "to 50, or download scheduler/scheduler_config.json again."
         )
     return scheduler.timesteps[steps - count :]
 
 
 def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> int:
-    """How many of ``steps`` run at this ``denoise``: ``int(steps * denoise)``, as the reference's video-to-video pipeline counts them.
+    """How many of ``steps`` run at this ``denoise``: ``int(steps * denoise)``, as the reference's video-to-video
+    pipeline counts them.
 
     Raises:
         ValueError: if no step would run, or more than the model was trained with.
     """
     if not 1 <= steps <= trained:
-        raise ValueError(f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card uses 50.")
+        raise ValueError(
+            f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card "
+            "uses 50."
+        )
     if not 0.0 <= denoise <= 1.0:
-        raise ValueError(f"denoise is {denoise}, but it is a share between 0 and 1: how much of the video is made anew. Set it to 1 to make all.")
+        raise ValueError(
+            f"denoise is {denoise}, but it is a share between 0 and 1: how much of the video is made anew. Set it to "
+            "1 to make all."
+        )
     count = min(int(steps * denoise), steps)
     if count == 0:
         raise ValueError(
-            f"denoise {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise denoise to {1 / steps:.3g} or more, or steps."
+            f"denoise {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise denoise to "
+            f"{1 / steps:.3g} or more, or steps."
         )
     return count
 
@@ -334,15 +381,22 @@ def check_guidance(cfg: float) -> None:
         ValueError: for less than 1, or what is no number.
     """
     if not 1.0 <= cfg < math.inf:
-        raise ValueError(f"cfg is {cfg}, but guidance begins at 1, where it is off: less would lead away from the prompt. The model card uses 6.")
+        raise ValueError(
+            f"cfg is {cfg}, but guidance begins at 1, where it is off: less would lead away from the prompt. The "
+            "model card uses 6."
+        )
 
 
-def _step(scheduler, prediction, previous_clean, timestep, earlier, latents, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scheduler step: the next latents and the predicted clean ones. The two schedulers differ only in what they are told, and in that one draws
-    noise."""
+def _step(
+    scheduler, prediction, previous_clean, timestep, earlier, latents, generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scheduler step: the next latents and the predicted clean ones. The two schedulers differ only in what they
+    are told, and in that one draws noise."""
     if type(scheduler).__name__ == SCHEDULERS["dpm"]:
         with NoiseInFp32():
-            return scheduler.step(prediction, previous_clean, timestep, earlier, latents, generator=generator, return_dict=False)
+            return scheduler.step(
+                prediction, previous_clean, timestep, earlier, latents, generator=generator, return_dict=False
+            )
     return scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)
 
 
@@ -351,8 +405,8 @@ def _draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class NoiseInFp32(TorchFunctionMode):
-    """Noise that a library draws in this ``with`` block is drawn in fp32 and cast to the dtype it asks for: torch before 2.13 draws other numbers in
-    16 bits."""
+    """Noise that a library draws in this ``with`` block is drawn in fp32 and cast to the dtype it asks for: torch
+    before 2.13 draws other numbers in 16 bits."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -365,44 +419,52 @@ def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_lat
     takes_image = config["in_channels"] == 2 * LATENT_CHANNELS
     if config["in_channels"] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
         raise ValueError(
-            f"{model.variant.name} has {config['in_channels']} input channels; text-to-video models have {LATENT_CHANNELS} and image-to-video ones "
-            f"{2 * LATENT_CHANNELS}, so it is an extension that is not known here. Load an official checkpoint or a fine-tune of one."
+            f"{model.variant.name} has {config['in_channels']} input channels; text-to-video models have "
+            f"{LATENT_CHANNELS} and image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not "
+            "known here. Load an official checkpoint or a fine-tune of one."
         )
     if takes_image and image_latents is None:
         raise ValueError(
-            f"{model.variant.name} is an image-to-video model ({config['in_channels']} input channels) and no start image is connected: with "
-            "text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load a text-to-video checkpoint such as "
-            "CogVideoX1.5-5B."
+            f"{model.variant.name} is an image-to-video model ({config['in_channels']} input channels) and no start "
+            "image is connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the "
+            "sampler, or load a text-to-video checkpoint such as CogVideoX1.5-5B."
         )
     if image_latents is not None:
         if not takes_image:
             raise ValueError(
-                f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. Load an image-to-video "
-                "checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and denoise below 1 to start from a video."
+                f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
+                "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
+                "denoise below 1 to start from a video."
             )
         check_latent(image_latents)
         check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
         if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
             image, video = (
-                f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} frames)"
+                f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} "
+                "frames)"
                 for tensor in (image_latents, latents)
             )
             raise ValueError(
-                f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover the video. Give the sampler the "
-                "latent that CogVideoX-1.5 Image to Video gives, or one of the same size, length and batch."
+                f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
+                "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
+                "size, length and batch."
             )
     if config["use_learned_positional_embeddings"]:
         trained = (config["sample_height"], config["sample_width"])
         if tuple(latents.shape[3:]) != trained:
             raise ValueError(
-                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the latent is {latents.shape[4] * 8}x"
-                f"{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, which takes others."
+                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the "
+                f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
+                "which takes others."
             )
 
 
-def _choose_ways(model: Model, latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, tell: Callable[[str], None]) -> tuple[Way, ...]:
-    """The way to run, and those to go on in should memory run out: in the memory mode that was chosen, or else the fastest that fits; told if that is
-    not the fastest there is. Prompts of unequal length are not ``joinable`` into a batch."""
+def _choose_ways(
+    model: Model, latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, tell: Callable[[str], None]
+) -> tuple[Way, ...]:
+    """The way to run, and those to go on in should memory run out: in the memory mode that was chosen, or else the
+    fastest that fits; told if that is not the fastest there is. Prompts of unequal length are not ``joinable`` into a
+    batch."""
     found = ways((True, False) if guided and joinable else (joinable,))
     chosen = [way for way in found if way.mode == model.weights.memory] or found
     if model.weights.free is None:
@@ -410,7 +472,10 @@ def _choose_ways(model: Model, latents: torch.Tensor, guided: bool, joinable: bo
     plan = plan_memory(model, latents.shape, guided, tokens)
     first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
     if first.mode != chosen[0].mode:
-        tell(f"The whole model does not fit on the card, so it runs in {first.text}, which is slower and gives the same video: {plan.text}.")
+        tell(
+            f"The whole model does not fit on the card, so it runs in {first.text}, which is slower and gives the "
+            f"same video: {plan.text}."
+        )
     elif first != chosen[0]:
         tell(f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}.")
     return found[found.index(first) :]
@@ -421,24 +486,27 @@ def _check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batc
     shape = list(embeddings.shape)
     if embeddings.ndim != 3 or shape[-1] != width:
         raise ValueError(
-            f"The {name} conditioning has the shape {shape}, but this model reads [batch, tokens, {width}]: it was made by another model's text "
-            "encoder. Encode the prompt with CogVideoX-1.5 Text Encode and this checkpoint's text encoder."
+            f"The {name} conditioning has the shape {shape}, but this model reads [batch, tokens, {width}]: it was "
+            "made by another model's text encoder. Encode the prompt with CogVideoX-1.5 Text Encode and this "
+            "checkpoint's text encoder."
         )
     fixed = config["use_learned_positional_embeddings"] or not config["use_rotary_positional_embeddings"]
     if fixed and shape[1] != config["max_text_seq_length"]:
         raise ValueError(
-            f"The {name} conditioning has {shape[1]} tokens, and this model has positions for exactly {config['max_text_seq_length']}. Write one "
-            "prompt instead of joining several (Conditioning Concat); Conditioning Average works."
+            f"The {name} conditioning has {shape[1]} tokens, and this model has positions for exactly "
+            f"{config['max_text_seq_length']}. Write one prompt instead of joining several (Conditioning Concat); "
+            "Conditioning Average works."
         )
     if shape[0] not in (1, batch):
         raise ValueError(
-            f"The {name} conditioning holds {shape[0]} prompts and the latent {batch} videos, so it is not clear which belongs to which. Use one "
-            "prompt for all, or as many as videos."
+            f"The {name} conditioning holds {shape[0]} prompts and the latent {batch} videos, so it is not clear "
+            "which belongs to which. Use one prompt for all, or as many as videos."
         )
     check_finite(
         embeddings,
         f"The {name} conditioning",
-        "The text encoder that made it ran in a dtype too small for its values: encode the prompt with CogVideoX-1.5 Model Loader's own.",
+        "The text encoder that made it ran in a dtype too small for its values: encode the prompt with CogVideoX-1.5 "
+        "Model Loader's own.",
     )
     return embeddings.expand(batch, -1, -1)
 
@@ -452,7 +520,7 @@ def _outside_training(model: Model, latents: torch.Tensor, image_latents: torch.
         names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
         if not any("interp" in name.lower() for name in names):
             notes.append(
-                f"An end image is connected. {model.variant.name} as released was trained with a start image only: unless this is a fine-tune for "
-                "interpolation, the end will not be met."
+                f"An end image is connected. {model.variant.name} as released was trained with a start image only: "
+                "unless this is a fine-tune for interpolation, the end will not be met."
             )
     return [note for note in notes if note]

@@ -1,7 +1,8 @@
 """The sentinel: no result that is not finite gets past it, and no finished work is lost to one.
 
-What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds NaN or Inf is
-made again with a probe at every module, which names the first one whose output is not finite. Then the part goes on from there in the next
+What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds
+NaN or Inf is made again with a probe at every module, which names the first one whose output is not finite. Then the
+part goes on from there in the next
 safer way to run: range-safe fp16, bf16 where native, fp32.
 """
 
@@ -37,7 +38,8 @@ class OutOfMemory(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A result was not finite and could not be, or was not to be, healed. The message says where, why and what to do."""
+    """A result was not finite and could not be, or was not to be, healed. The message says where, why and what to
+    do."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Culprit:
         if self.input_finite:
             return f"the first module whose output was not finite is {where}; the largest magnitude before, in its input, was {self.largest:.4g}"
         return (
-            f"the first module whose output was not finite is {where}, and its input was not either: the sum or product just before it overflowed; "
-            f"the largest finite magnitude there was {self.largest:.4g}"
+            f"the first module whose output was not finite is {where}, and its input was not either: the sum or "
+            f"product just before it overflowed; the largest finite magnitude there was {self.largest:.4g}"
         )
 
 
@@ -80,7 +82,8 @@ class Sentinel:
     """Runs a part's module piece by piece, inside a ``with`` block, and heals or stops at a result that is not finite.
 
     Attributes:
-        weights: what the part runs with at present: the handle's own, or after healing a safer copy that lives as long as the block.
+        weights: what the part runs with at present: the handle's own, or after healing a safer copy that lives as long
+            as the block.
         module: its module, on the device.
         way: in which it runs at present; None where there is no other.
     """
@@ -95,14 +98,12 @@ class Sentinel:
         ways: Sequence[Way] = (),
         shortcuts: str = "",
     ):
-        """Args:
-            weights: a ``handles.Weights``.
-            on_nan: ``heal`` or ``stop``.
-            on_load: called with (bytes read, bytes in all) whenever weights have to be loaded.
-            on_heal: called with a sentence for the user whenever a result was not finite and the run goes on.
-            prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is run.
-            ways: in which it can run, the first to begin with. Where it runs out of memory, the next is tried.
-            shortcuts: what ``prepare`` lets the module run with at first, and not when a piece of work is done again, in words.
+        """Args: weights: a ``handles.Weights``. on_nan: ``heal`` or ``stop``. on_load: called with (bytes read, bytes
+            in all) whenever weights have to be loaded. on_heal: called with a sentence for the user whenever a result
+            was not finite and the run goes on. prepare: a context that the module runs in, such as LoRAs applied to it;
+            entered for every module that is run. ways: in which it can run, the first to begin with. Where it runs out
+            of memory, the next is tried. shortcuts: what ``prepare`` lets the module run with at first, and not when a
+            piece of work is done again, in words.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
@@ -134,12 +135,13 @@ class Sentinel:
         """Do a piece of work and return its result, which is finite; in less memory where it runs out.
 
         Args:
-            work: takes the module and how it runs, and returns a tensor, or a tuple whose first entry is checked. It may be called again,
-                with the same module or another, and must then start from the same state.
+            work: takes the module and how it runs, and returns a tensor, or a tuple whose first entry is checked. It
+                may be called again, with the same module or another, and must then start from the same state.
             where: what the work is, for messages: ``step 12 of 50``.
 
         Raises:
-            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it finite.
+            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it
+                finite.
             OutOfMemory: if memory runs out in the last way too.
         """
         while True:
@@ -156,8 +158,8 @@ class Sentinel:
         device, name = self.weights.device, PARTS[self.weights.kind][0]
         if not self._smaller:
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory, in the smallest way ({self.way.text}) too. Make the video smaller or shorter, or close other "
-                "programs that use the card."
+                f"{where}: {device} ran out of memory, in the smallest way ({self.way.text}) too. Make the video "
+                "smaller or shorter, or close other programs that use the card."
             )
         ran, (self.way, *self._smaller) = self.way, self._smaller
         fact = f"{where}: {device} ran out of memory with the {name} in {ran.text}."
@@ -189,7 +191,10 @@ class Sentinel:
             cause = "every module's output is finite, so it is what is done with them after that overflows"
         fact = f"{where}: the {name} in {ran.name} gave NaN or Inf; {cause}."
         if self._on_nan == "stop":
-            raise NonFiniteError(f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. {_advice(culprit, ran)}")
+            raise NonFiniteError(
+                f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. "
+                f"{_advice(culprit, ran)}"
+            )
         if is_finite(result):
             self._tell(f"{fact} The run goes on with the second result.")
             return result
@@ -201,7 +206,9 @@ class Sentinel:
             if is_finite(result):
                 return result
             fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
-        raise NonFiniteError(f"{fact} In {ran.name}, {cause}. There is no safer way to run left. {_advice(culprit, ran)}")
+        raise NonFiniteError(
+            f"{fact} In {ran.name}, {cause}. There is no safer way to run left. {_advice(culprit, ran)}"
+        )
 
     def _switch(self, precision: Precision) -> None:
         """Free the module in use and have the part's weights loaded anew to run in ``precision``."""
@@ -213,7 +220,9 @@ class Sentinel:
 
     def _start(self) -> None:
         with ExitStack() as running:
-            module = running.enter_context(self.weights.running(self._on_load, None if self.way is None else self.way.mode))
+            module = running.enter_context(
+                self.weights.running(self._on_load, None if self.way is None else self.way.mode)
+            )
             if self._prepare is not None:
                 running.enter_context(self._prepare(module, self.weights.precision, self.way))
             self.module, self._running = module, running.pop_all()
@@ -268,7 +277,11 @@ def _probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
 
 def _weights_state(module: nn.Module, precision: Precision) -> str:
     # Widened: what is in fp8 cannot be asked itself.
-    own = [tensor.float() for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if tensor.is_floating_point()]
+    own = [
+        tensor.float()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if tensor.is_floating_point()
+    ]
     if all(is_finite(tensor) for tensor in own):
         return "finite"
     plain_fp16 = precision == Precision(torch.float16)

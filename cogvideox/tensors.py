@@ -35,7 +35,9 @@ def check_tensor(value: object, what: str, remedy: str) -> torch.Tensor:
     if nbytes > value.untyped_storage().nbytes():
         # One number may stand for many (expand); what is made of them does not.
         check_room(nbytes, f"{what} ({tensor_text(value)})", remedy)
-    return value if type(value) is torch.Tensor and not value.requires_grad else value.detach().as_subclass(torch.Tensor)
+    return (
+        value if type(value) is torch.Tensor and not value.requires_grad else value.detach().as_subclass(torch.Tensor)
+    )
 
 
 def _flaw(value: object) -> str | None:
@@ -71,7 +73,10 @@ def check_room(nbytes: int, what: str, remedy: str) -> None:
     """
     there = host_bytes()
     if nbytes > there:
-        raise ValueError(f"{what} would take {bytes_text(nbytes)} of memory, and this computer has {bytes_text(there)}, swap included. {remedy}")
+        raise ValueError(
+            f"{what} would take {bytes_text(nbytes)} of memory, and this computer has {bytes_text(there)}, swap "
+            f"included. {remedy}"
+        )
 
 
 def bytes_text(nbytes: int) -> str:
@@ -83,13 +88,18 @@ def bytes_text(nbytes: int) -> str:
 
 
 def host_bytes() -> int:
-    """Bytes that this process can have at most, swap included: all of the computer's, or less where the system allows less."""
+    """Bytes that this process can have at most, swap included: all of the computer's, or less where the system allows
+    less."""
     limits = []
     if sys.platform == "win32":
         limits.append(_GROWING * _windows_memory() or _ANY_MACHINE)
     elif Path("/proc/meminfo").is_file():
         with suppress(OSError, ValueError, KeyError):
-            table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line)
+            table = dict(
+                line.split(":", 1)
+                for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+                if ":" in line
+            )
             memory, swap = (int(table[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
             limits.append(memory + swap)
             # Of a container, in both versions of cgroups; without a number where there is none.
@@ -114,7 +124,12 @@ def _windows_memory() -> int:
 
     class Status(ctypes.Structure):
         # https://learn.microsoft.com/windows/win32/api/sysinfoapi/ns-sysinfoapi-memorystatusex
-        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), ("total", ctypes.c_ulonglong), ("others", ctypes.c_ulonglong * 6)]
+        _fields_ = [
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            ("total", ctypes.c_ulonglong),
+            ("others", ctypes.c_ulonglong * 6),
+        ]
 
     status = Status(length=ctypes.sizeof(Status))
     return status.total if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0

@@ -47,26 +47,33 @@ def encode_prompt(
     """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
 
     Args:
-        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop`` raises.
+        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop``
+            raises.
         on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
         on_heal: called with a sentence for the user when the encoding had to be healed.
-        on_layer: called with (layers done, layers in all) after each layer of the encoder; an exception it raises (an interruption) ends the run.
+        on_layer: called with (layers done, layers in all) after each layer of the encoder; an exception it raises (an
+            interruption) ends the run.
 
     Returns:
         Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
 
     Raises:
-        ValueError: for what is no text, or if the tokenizer is missing or damaged, or the checkpoint holds no text encoder.
+        ValueError: for what is no text, or if the tokenizer is missing or damaged, or the checkpoint holds no text
+            encoder.
         NonFiniteError: if the embeddings are not finite and are not, or cannot be, healed.
     """
     check_prompt(prompt)
     notes, text = [], prompt[:_MAX_LETTERS]
     if len(prompt) > len(text):
-        notes.append(f"The prompt has {len(prompt):,} letters, of which only the first {_MAX_LETTERS:,} were looked at.")
+        notes.append(
+            f"The prompt has {len(prompt):,} letters, of which only the first {_MAX_LETTERS:,} were looked at."
+        )
     ids, whole, cut = _tokenize(encoder, text)
     if cut:
         # All of it, unless it is a book.
-        notes.append(f'The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "{short(cut, _QUOTED)}"')
+        notes.append(
+            f'The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "{short(cut, _QUOTED)}"'
+        )
     note = language_note(text)
     if note:
         notes.append(note)
@@ -90,19 +97,22 @@ def check_prompt(prompt: str) -> None:
     """
     if not isinstance(prompt, str):
         raise ValueError(
-            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; an empty one will do."
+            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; "
+            "an empty one will do."
         )
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words there are not known. It was "
-            "typed or saved in another encoding, such as GBK: set the terminal to UTF-8, or save the file it comes from as UTF-8."
+            f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words "
+            "there are not known. It was typed or saved in another encoding, such as GBK: set the terminal to UTF-8, "
+            "or save the file it comes from as UTF-8."
         ) from error
 
 
 def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
-    """The ids of a prompt, padded or cut to the encoder's tokens ``[1, tokens]``, their number before that, and the text of those cut off.
+    """The ids of a prompt, padded or cut to the encoder's tokens ``[1, tokens]``, their number before that, and the
+    text of those cut off.
 
     Raises:
         ValueError: if the tokenizer cannot be used.
@@ -110,8 +120,8 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
     folder = encoder.tokenizer_folder
     if not has_tokenizer(folder):
         raise ValueError(
-            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a CogVideoX repository into "
-            "the checkpoint's folder, or beside the text encoder's file."
+            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a "
+            "CogVideoX repository into the checkpoint's folder, or beside the text encoder's file."
         )
     tensors = encoder.weights.part.tensors
     rows = (tensors.get("shared.weight") or tensors["encoder.embed_tokens.weight"]).shape[0]
@@ -121,11 +131,19 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
         special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         whole = tokenizer(text).input_ids
-        padded = tokenizer(text, padding="max_length", max_length=encoder.tokens, truncation=True, add_special_tokens=True, return_tensors="pt")
+        padded = tokenizer(
+            text,
+            padding="max_length",
+            max_length=encoder.tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
         ids = padded.input_ids
         cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
-    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find out what is wrong with a
-    # tokenizer while they use it, and say so in their own terms or advise to install another package.
+    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find
+    # out what is wrong with a tokenizer while they use it, and say so in their own terms or advise to install another
+    # package.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -134,7 +152,10 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
         said = f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} another meaning"
         raise wrong_tokenizer(folder, said)
     if not 0 <= ids.min() <= ids.max() < rows:
-        raise wrong_tokenizer(folder, f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows")
+        raise wrong_tokenizer(
+            folder,
+            f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows",
+        )
     return ids, len(whole), cut
 
 
@@ -149,7 +170,10 @@ def _load_tokenizer(folder: Path):
 def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
     layers = module.encoder.block if on_layer is not None else ()
-    hooks = [layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers))) for done, layer in enumerate(layers, 1)]
+    hooks = [
+        layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers)))
+        for done, layer in enumerate(layers, 1)
+    ]
     try:
         yield
     finally:
@@ -167,7 +191,9 @@ _FOREIGN = set(
     het een van op met en
     i w na z się jest do""".split()
 ) - {"no", "do", "i", "on", "an", "a", "in", "is", "to", "as", "van", "at", "z", "w"}
-_ENGLISH = set("the a an of in on with and is are to at by from as its his her their into through while over under".split())
+_ENGLISH = set(
+    "the a an of in on with and is are to at by from as its his her their into through while over under".split()
+)
 
 
 def language_note(prompt: str) -> str | None:

@@ -1,7 +1,7 @@
 """The CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
 
-Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and the
-official repository zai-org/CogVideo (Apache-2.0).
+Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and
+the official repository zai-org/CogVideo (Apache-2.0).
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,8 @@ class Variant:
 
     Attributes:
         name: the released model it has the shape of, or the family and "custom size".
-        trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known to be finite.
+        trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known
+            to be finite.
         image_to_video: it takes the latent of a start image beside the noise (32 input channels).
         frame_step: a clip has ``frame_step * N + 1`` frames.
         max_frames: the longest clip of the model card, in frames.
@@ -83,7 +84,8 @@ class Variant:
 
     @property
     def inverts_image_latents(self) -> bool:
-        """``invert_scale_latents``: 1.5-5B-I2V was trained with start images whose latents were divided by the scale."""
+        """``invert_scale_latents``: 1.5-5B-I2V was trained with start images whose latents were divided by the
+        scale."""
         return self.image_to_video and self.frame_step == 16
 
     @property
@@ -104,7 +106,8 @@ class Variant:
         }
 
     def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
-        """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or None."""
+        """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or
+        None."""
         said = []
         if frames % self.frame_step != 1:
             said.append(f"{frames} frames (the model card gives {self.frame_step}N+1)")
@@ -117,7 +120,8 @@ class Variant:
         return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """The trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was trained in several shapes."""
+        """The trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was
+        trained in several shapes."""
         if not self.inverts_image_latents:
             return self.default_size
         long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))
@@ -160,14 +164,15 @@ def identify(config: Mapping) -> Variant:
 
 
 def foreign_inputs(config: Mapping) -> str | None:
-    """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what to do; else None."""
+    """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what
+    to do; else None."""
     channels, out = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
     plain = channels == LATENT_CHANNELS or channels == 2 * LATENT_CHANNELS
     learned = config.get("use_learned_positional_embeddings")
     if channels == 2 * LATENT_CHANNELS and not (config.get("patch_size_t") or learned):
         what = (
-            f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a CogVideoX-Fun Control or Pose model, "
-            "whose input is noise and a control video"
+            f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a "
+            "CogVideoX-Fun Control or Pose model, whose input is noise and a control video"
         )
     elif not plain:
         named = _FOREIGN_INPUTS.get(channels) if isinstance(channels, int) else None

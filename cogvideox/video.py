@@ -1,4 +1,5 @@
-"""What a run leaves behind: videos (through PyAV) and latents, in places that were tried before, written whole or not at all.
+"""What a run leaves behind: videos (through PyAV) and latents, in places that were tried before, written whole or not
+at all.
 
 What it starts from is read by ``media``, and can be had from here too.
 """
@@ -18,9 +19,20 @@ from .files import exists, open_regular, written_whole
 from .media import read_image, read_sound, read_video
 from .words import reason, short
 
-__all__ = ["check_output", "check_room", "free_name", "read_image", "read_latent", "read_sound", "read_video", "write_latent", "write_mp4"]
+__all__ = [
+    "check_output",
+    "check_room",
+    "free_name",
+    "read_image",
+    "read_latent",
+    "read_sound",
+    "read_video",
+    "write_latent",
+    "write_mp4",
+]
 
-#: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times what most take.
+#: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times
+#: what most take.
 _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
 
 
@@ -54,11 +66,14 @@ def write_mp4(
             _encode(images, partial, Fraction(fps).limit_denominator(1001), on_frame, sound)
     except (OSError, av.error.FFmpegError) as error:
         raise RuntimeError(
-            f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the disk full?"
+            f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the "
+            "disk full?"
         ) from error
 
 
-def _encode(images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None) -> None:
+def _encode(
+    images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None
+) -> None:
     import av
 
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
@@ -72,7 +87,9 @@ def _encode(images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable 
         spoken, pieces = (None, iter(())) if sound is None else _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
             pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709"
+            )
             for packet in stream.encode(frame):
                 container.mux(packet)
             for piece in pieces:
@@ -98,7 +115,9 @@ def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
 
     def pieces():
         for start in range(0, samples.shape[1], 1024):
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo")
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo"
+            )
             frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             yield frame
 
@@ -126,12 +145,16 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
         raise ValueError(f"The output is {name}, but only mp4 files are written. Give it a name that ends in .mp4.")
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise ValueError(f"The output is {name}, but the folder {short(folder, 400)} {what}. Create it or choose another.")
+        raise ValueError(
+            f"The output is {name}, but the folder {short(folder, 400)} {what}. Create it or choose another."
+        )
     taken = os.path.lexists(path)
     if taken:
         for source in made_from:
             if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-                raise ValueError(f"The output is {name}, which the video is made from: it would be lost. Give another name.")
+                raise ValueError(
+                    f"The output is {name}, which the video is made from: it would be lost. Give another name."
+                )
         if os.path.exists(path) and not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"The output is {name}, which is a pipe or device and no regular file. Give another name.")
         if not overwrite:
@@ -146,7 +169,9 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
             # Somebody else's trial, or a name that came meanwhile: written_whole sees to it.
             continue
         except (OSError, ValueError) as error:
-            raise ValueError(f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name.") from error
+            raise ValueError(
+                f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name."
+            ) from error
     return path
 
 
@@ -160,8 +185,8 @@ def check_room(path: Path, frames: int, width: int, height: int) -> None:
     free = shutil.disk_usage(path.absolute().parent).free
     if free < needed:
         raise ValueError(
-            f"The output is {short(path, 400)}, but its disk has {free / 1e6:,.0f} MB free, and {frames} frames of {width}x{height} may take "
-            f"{needed / 1e6:,.0f} MB. Make room, or choose another disk."
+            f"The output is {short(path, 400)}, but its disk has {free / 1e6:,.0f} MB free, and {frames} frames of "
+            f"{width}x{height} may take {needed / 1e6:,.0f} MB. Make room, or choose another disk."
         )
 
 
@@ -194,7 +219,8 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unf
             return path
         except OSError as error:
             raise ValueError(
-                f"{short(path, 400)} cannot be written ({reason(error)}), so the latents are not kept there. Choose another folder."
+                f"{short(path, 400)} cannot be written ({reason(error)}), so the latents are not kept there. Choose "
+                "another folder."
             ) from error
         except ValueError:
             # Another came first: the next number.
@@ -216,13 +242,14 @@ def read_latent(path: Path) -> torch.Tensor:
             tensors = load(file.read())
         except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
             raise ValueError(
-                f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. Choose a file that ends in "
-                ".latent, as this program and Save Latent write them."
+                f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. "
+                "Choose a file that ends in .latent, as this program and Save Latent write them."
             ) from error
     samples = tensors.get("latent_tensor")
     if samples is None or "latent_format_version_0" not in tensors or not samples.is_floating_point():
         raise ValueError(
-            f"{short(path, 400)} holds no latent of a video ({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in "
-            ".latent, as this program and Save Latent write them."
+            f"{short(path, 400)} holds no latent of a video "
+            f"({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in .latent, as "
+            "this program and Save Latent write them."
         )
     return samples.float()

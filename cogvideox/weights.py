@@ -30,7 +30,8 @@ _SHARE = 0.85
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and other back ends)."""
+    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and
+    other back ends)."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -45,8 +46,8 @@ class Way:
 
     Attributes:
         mode: one of ``choices.MODES``.
-        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other, in half the activations,
-            which gives the same up to the rounding of another batch size.
+        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other,
+            in half the activations, which gives the same up to the rounding of another batch size.
     """
 
     mode: str
@@ -62,7 +63,8 @@ def ways(batched: Sequence[bool] = (True,)) -> tuple[Way, ...]:
     return tuple(Way(mode, together) for mode in MODES for together in batched)
 
 
-# One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for the VAE.
+# One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for
+# the VAE.
 _turn = threading.RLock()
 
 
@@ -85,10 +87,23 @@ class Weights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, kind: str, precision: Precision, hardware: Hardware, memory: str = "auto", method: Method | None = None
+        self,
+        checkpoint: Checkpoint,
+        kind: str,
+        precision: Precision,
+        hardware: Hardware,
+        memory: str = "auto",
+        method: Method | None = None,
     ):
-        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run; ``method``, how they are quantized."""
-        self._checkpoint, self.kind, self.precision, self.hardware, self.memory = checkpoint, kind, precision, hardware, memory
+        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run; ``method``, how they are
+        quantized."""
+        self._checkpoint, self.kind, self.precision, self.hardware, self.memory = (
+            checkpoint,
+            kind,
+            precision,
+            hardware,
+            memory,
+        )
         self.method = method
         self._module: nn.Module | None = None
         # How it was set up to run; None while any way is open.
@@ -97,12 +112,15 @@ class Weights:
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
 
     def at(self, precision: Precision) -> "Weights":
-        """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there may be no room for others,
-        but activations are not quantized any more."""
-        return Weights(self._checkpoint, self.kind, precision, self.hardware, self.memory, self.method and self.method.weight_only)
+        """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there
+        may be no room for others, but activations are not quantized any more."""
+        return Weights(
+            self._checkpoint, self.kind, precision, self.hardware, self.memory, self.method and self.method.weight_only
+        )
 
     def quantized(self, name: str) -> "Weights":
-        """The same part, quantized by a method of ``choices.QUANTIZE`` when it loads: the same weights for all who ask while any of them has them.
+        """The same part, quantized by a method of ``choices.QUANTIZE`` when it loads: the same weights for all who ask
+        while any of them has them.
 
         Raises:
             ValueError: if the part, or the device, does not allow that.
@@ -135,7 +153,8 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so, and others may be quantized."""
+        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so, and others may be
+        quantized."""
         return sum(map(self.bytes_of, self.part.tensors))
 
     def bytes_of(self, name: str) -> int:
@@ -144,7 +163,11 @@ class Weights:
         if self.quantizes(name):
             scales = 2 if self.precision.range_safe and not self.method.dynamic else 1
             return prod(tensor.shape) + scales * 4 * tensor.shape[0]
-        return tensor.nbytes if tensor.is_packed else tensor.nbytes // tensor.dtype.itemsize * self.precision.dtype.itemsize
+        return (
+            tensor.nbytes
+            if tensor.is_packed
+            else tensor.nbytes // tensor.dtype.itemsize * self.precision.dtype.itemsize
+        )
 
     def quantizes(self, name: str) -> bool:
         """Whether a tensor is quantized when it loads."""
@@ -159,22 +182,30 @@ class Weights:
 
     @property
     def free(self) -> int | None:
-        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way; None where it is not known."""
+        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way;
+        None where it is not known."""
         free = free_bytes(self.device)
-        return None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
+        return (
+            None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
+        )
 
     @property
     def is_loaded(self) -> bool:
         return self._module is not None
 
     @contextmanager
-    def running(self, on_load: Callable[[int, int], None] | None = None, mode: str | None = None) -> Iterator[nn.Module]:
-        """Have the module ready to run on its device for the length of a ``with`` block, loading it if this is the first time.
+    def running(
+        self, on_load: Callable[[int, int], None] | None = None, mode: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Have the module ready to run on its device for the length of a ``with`` block, loading it if this is the
+        first time.
 
         Args:
-            on_load: called with (bytes read, bytes in all) while loading; an exception it raises stops the load cleanly.
-            mode: one of ``choices.MODES``: ``gpu`` has all of it on the device; the others keep it in the host's memory and have diffusers' group
-                offloading bring what is about to run. By default what was chosen, or else the fastest that fits.
+            on_load: called with (bytes read, bytes in all) while loading; an exception it raises stops the load
+                cleanly.
+            mode: one of ``choices.MODES``: ``gpu`` has all of it on the device; the others keep it in the host's memory
+                and have diffusers' group offloading bring what is about to run. By default what was chosen, or else the
+                fastest that fits.
         """
         with _turn:
             for other in list(_loaded):
@@ -192,7 +223,8 @@ class Weights:
             yield module if offloads else module.to(self.device)
 
     def quantization_text(self, on_load: Callable[[int, int], None] | None = None) -> str:
-        """What quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the host's memory, and are ready then."""
+        """What quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the host's
+        memory, and are ready then."""
         with _turn:
             self._load(torch.device("cpu"), on_load)
         plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
@@ -203,7 +235,13 @@ class Weights:
         """The module, read to ``device`` if it is not loaded."""
         if self._module is None:
             part, how = self.part, "" if self.method is None else f", {self.method.name}"
-            logger.info("Loading the %s of %s in %s%s", PARTS[self.kind][0], self._checkpoint.path.name, self.precision.name, how)
+            logger.info(
+                "Loading the %s of %s in %s%s",
+                PARTS[self.kind][0],
+                self._checkpoint.path.name,
+                self.precision.name,
+                how,
+            )
             quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
             self._module, self._mode = load_module(part, self.precision, device, on_load, quantizer), None
             self._losses = {} if quantizer is None else quantizer.losses
@@ -233,7 +271,8 @@ class Weights:
 
 
 def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
-    """Have diffusers bring each block, or each layer, of a module in the host's memory to the device when it is about to run."""
+    """Have diffusers bring each block, or each layer, of a module in the host's memory to the device when it is about
+    to run."""
     from diffusers.hooks import apply_group_offloading
 
     blocks = mode == "offload_blocks" and hasattr(module, "transformer_blocks")
@@ -242,7 +281,8 @@ def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
         onload_device=device,
         offload_type="block_level" if blocks else "leaf_level",
         num_blocks_per_group=1 if blocks else None,
-        # The next is on its way while one runs, from memory that is pinned as it goes: all of it pinned would be a second copy of the model.
+        # The next is on its way while one runs, from memory that is pinned as it goes: all of it pinned would be a
+        # second copy of the model.
         use_stream=device.type == "cuda",
         low_cpu_mem_usage=device.type == "cuda",
     )

@@ -62,11 +62,19 @@ class Conversion:
     def say(self, node: Node, text: str) -> None:
         self.differs.append(f"{node.where}: {text}")
 
-    def make(self, kind: str, place: Node, values: Mapping, wires: Mapping[str, Wire | None], own_id: bool = True) -> Node:
+    def make(
+        self, kind: str, place: Node, values: Mapping, wires: Mapping[str, Wire | None], own_id: bool = True
+    ) -> Node:
         """A new node in the place of ``place``, under its id or, if that is taken, under one of its own."""
         id_ = place.id if own_id and place.id not in self.made else self.graph.new_id()
         defaults = {entry.name: entry.default for entry in KINDS[kind].inputs if entry.default is not None}
-        self.made[id_] = node = Node(id_, kind, defaults | dict(values), {name: wire for name, wire in wires.items() if wire is not None}, place.raw)
+        self.made[id_] = node = Node(
+            id_,
+            kind,
+            defaults | dict(values),
+            {name: wire for name, wire in wires.items() if wire is not None},
+            place.raw,
+        )
         return node
 
     def resolve(self, wire: Wire | None) -> Wire | None:
@@ -89,7 +97,11 @@ class Conversion:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not good or (numeric and kind is not int and not abs(value) < _LARGEST):
-            self.say(node, f"{name} is {short(repr(value))}, which is not a value that it takes; {short(repr(default))} was taken.")
+            self.say(
+                node,
+                f"{name} is {short(repr(value))}, which is not a value that it takes; {short(repr(default))} was "
+                "taken.",
+            )
             return default
         return value
 
@@ -125,7 +137,13 @@ class Conversion:
         """The name of the model that a loader loads."""
         name = loader.values.get(tables.MODEL_LOADERS[loader.kind][0])
         # The node's first version had no widget for it.
-        return name if isinstance(name, str) else "THUDM/CogVideoX-2b" if loader.kind == "DownloadAndLoadCogVideoModel" else ""
+        return (
+            name
+            if isinstance(name, str)
+            else "THUDM/CogVideoX-2b"
+            if loader.kind == "DownloadAndLoadCogVideoModel"
+            else ""
+        )
 
 
 def is_old(node: Node) -> bool:

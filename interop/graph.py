@@ -1,6 +1,8 @@
-"""The graph in a workflow's file, as nodes and wires that know neither the page's format nor the API's, and back into the file.
+"""The graph in a workflow's file, as nodes and wires that know neither the page's format nor the API's, and back into
+the file.
 
-Formats: ComfyUI_frontend, src/platform/workflow/validation/schemas/workflowSchema.ts (version 0.4, links as lists; version 1, links as objects).
+Formats: ComfyUI_frontend, src/platform/workflow/validation/schemas/workflowSchema.ts (version 0.4, links as lists;
+version 1, links as objects).
 """
 
 import copy
@@ -86,7 +88,8 @@ class Graph:
     Attributes:
         data: the workflow as it was read.
         nodes: by their ids.
-        passed: outputs that only pass on what a wire brings to their node, besides those of the page's own nodes for that.
+        passed: outputs that only pass on what a wire brings to their node, besides those of the page's own nodes for
+            that.
     """
 
     def __init__(self, data: dict):
@@ -96,13 +99,17 @@ class Graph:
         for node in self._read():
             if node.id in self.nodes:
                 raise ValueError(
-                    f"The workflow has two nodes with the number {short(node.id)}, so which of them a link means is not known. Open it in ComfyUI, "
-                    "which numbers them anew, save it and take that file."
+                    f"The workflow has two nodes with the number {short(node.id)}, so which of them a link means is "
+                    "not known. Open it in ComfyUI, which numbers them anew, save it and take that file."
                 )
             self.nodes[node.id] = node
         self._origins: dict[tuple, Wire | None] = {}
         self._last = max(_numbers(self.nodes), default=0)
-        self._named = {name: node for node in reversed(self.nodes.values()) if node.kind == "SetNode" and isinstance(name := _first(node), str)}
+        self._named = {
+            name: node
+            for node in reversed(self.nodes.values())
+            if node.kind == "SetNode" and isinstance(name := _first(node), str)
+        }
 
     def _read(self) -> Iterator[Node]:
         raise NotImplementedError
@@ -133,12 +140,14 @@ class Graph:
         """Lay a note into what ``write`` gave, where the format has notes."""
 
     def trace(self, wire: Wire | None) -> Node | None:
-        """The node that an old wire comes from, past nodes that only pass it on; None if nothing that is switched on."""
+        """The node that an old wire comes from, past nodes that only pass it on; None if nothing that is switched
+        on."""
         origin = self.origin(wire)
         return None if origin is None else self.nodes[origin.node]
 
     def origin(self, wire: Wire | None) -> Wire | None:
-        """The output at the beginning of an old wire, past nodes that only pass it on; None if nothing that is switched on."""
+        """The output at the beginning of an old wire, past nodes that only pass it on; None if nothing that is switched
+        on."""
         seen, found = {}, None
         while wire is not None and wire.key not in seen:
             if wire.key in self._origins:
@@ -167,7 +176,14 @@ class Graph:
         if node is None or node.raw.get("mode") != BYPASSED:
             return next(iter(node.wires.values()), None) if node is not None else None
         wanted = _type(node.raw.get("outputs"), slot)
-        return next((wire for name, wire in node.wires.items() if wanted is not None and _type(node.raw.get("inputs"), name) == wanted), None)
+        return next(
+            (
+                wire
+                for name, wire in node.wires.items()
+                if wanted is not None and _type(node.raw.get("inputs"), name) == wanted
+            ),
+            None,
+        )
 
 
 def open_graph(data: dict) -> Graph:
@@ -191,7 +207,13 @@ class _Page(Graph):
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
                 wires = {_name(socket): self._wire(socket.get("link")) for socket in _dicts(raw.get("inputs"))}
-                yield Node(_id(raw["id"]), raw["type"], widget_values(raw), {name: wire for name, wire in wires.items() if wire is not None}, raw)
+                yield Node(
+                    _id(raw["id"]),
+                    raw["type"],
+                    widget_values(raw),
+                    {name: wire for name, wire in wires.items() if wire is not None},
+                    raw,
+                )
 
     def widgets(self, node: Node, order: Iterable[str]) -> dict:
         return widget_values(node.raw, tuple(order))
@@ -212,9 +234,13 @@ class _Page(Graph):
         links = self._connect(nodes, changes)
         data["nodes"] = nodes
         given = self.data.get("links")
-        as_objects = isinstance(given, dict) or (isinstance(given, list) and any(isinstance(link, dict) for link in given))
+        as_objects = isinstance(given, dict) or (
+            isinstance(given, list) and any(isinstance(link, dict) for link in given)
+        )
         names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        data["links"] = [self._old_link(link[0]) | dict(zip(names, link, strict=True)) for link in links] if as_objects else links
+        data["links"] = (
+            [self._old_link(link[0]) | dict(zip(names, link, strict=True)) for link in links] if as_objects else links
+        )
         last_node = max(_numbers(node.get("id") for node in nodes if isinstance(node, dict)), default=0)
         _count(data, last_node, max([*self.links, *(link[0] for link in links)], default=0))
         _forget_links(data, {link[0] for link in links} & self.links.keys())
@@ -266,7 +292,10 @@ class _Page(Graph):
             type_ = KINDS[changes.made[now.node].kind].outputs[now.slot][1]
             for socket in (*_dicts(raw.get("inputs")), *_dicts(raw.get("outputs"))):
                 if socket.get("type") != "*":
-                    socket |= {"name": type_ if socket.get("name") == socket.get("type") else socket.get("name"), "type": type_}
+                    socket |= {
+                        "name": type_ if socket.get("name") == socket.get("type") else socket.get("name"),
+                        "type": type_,
+                    }
 
     def _connect(self, nodes: list[dict], changes: Changes) -> list[list]:
         """Join the nodes by links: those of old that lead where they led under their old numbers."""
@@ -275,7 +304,9 @@ class _Page(Graph):
         for id_, raw in by_id.items():
             node = changes.made.get(id_)
             for slot, socket in enumerate(_dicts(raw.get("inputs"))):
-                wire = node.wires.get(socket["name"]) if node else changes.resolve(old := self._wire(socket.get("link")))
+                wire = (
+                    node.wires.get(socket["name"]) if node else changes.resolve(old := self._wire(socket.get("link")))
+                )
                 source = by_id.get(wire.node) if wire is not None else None
                 why = None if node or old is None else "" if source else "what was connected is left out"
                 type_ = _type(source.get("outputs"), wire.slot) if source else None
@@ -300,7 +331,9 @@ class _Page(Graph):
             for slot, socket in enumerate(_dicts(raw.get("outputs"))):
                 now = leaving.get((id_, slot), [])
                 before = socket.get("links")
-                if sorted(_numbers(before if isinstance(before, list) else [])) != sorted(now) or not isinstance(before, list | None):
+                if sorted(_numbers(before if isinstance(before, list) else [])) != sorted(now) or not isinstance(
+                    before, list | None
+                ):
                     socket["links"] = now
         return sorted(links, key=lambda link: link[0])
 
@@ -333,7 +366,13 @@ class _Api(Graph):
             if isinstance(raw, dict) and isinstance(raw.get("class_type"), str):
                 inputs = raw["inputs"] if isinstance(raw.get("inputs"), dict) else {}
                 wires = {name: Wire(str(value[0]), value[1]) for name, value in inputs.items() if _is_api_link(value)}
-                yield Node(id_, raw["class_type"], {name: value for name, value in inputs.items() if name not in wires}, wires, raw)
+                yield Node(
+                    id_,
+                    raw["class_type"],
+                    {name: value for name, value in inputs.items() if name not in wires},
+                    wires,
+                    raw,
+                )
 
     def new_id(self) -> str:
         return next(id_ for _ in itertools.count() if (id_ := str(super(_Api, self).new_id())) not in self.data)
@@ -362,9 +401,17 @@ class _Api(Graph):
         inputs = dict(node.raw["inputs"]) if node.wires else None
         for name, wire in node.wires.items():
             now = changes.resolve(wire)
-            type_ = KINDS[changes.made[now.node].kind].outputs[now.slot][1] if now is not None and now.node in changes.made else ""
+            type_ = (
+                KINDS[changes.made[now.node].kind].outputs[now.slot][1]
+                if now is not None and now.node in changes.made
+                else ""
+            )
             if now is None or type_ in _OWN_TYPES:
-                changes.say(node, f"{name} is not connected any more: what was connected is left out, or nothing that this node takes.")
+                changes.say(
+                    node,
+                    f"{name} is not connected any more: what was connected is left out, or nothing that this node "
+                    "takes.",
+                )
                 del inputs[name]
             elif now.key != wire.key:
                 inputs[name] = [now.node, now.slot]
@@ -375,12 +422,18 @@ class _Places:
     """Where there is room on the page."""
 
     def __init__(self, graph: Mapping):
-        boxes = [(*_pair(raw.get("pos")), *_pair(raw.get("size"), 200)) for raw in _dicts(graph["nodes"]) if raw.get("pos") is not None]
+        boxes = [
+            (*_pair(raw.get("pos")), *_pair(raw.get("size"), 200))
+            for raw in _dicts(graph["nodes"])
+            if raw.get("pos") is not None
+        ]
         self.taken = sorted((box for box in boxes if max(map(abs, box)) < _FAR), key=_top)
         self.tallest = max((box[3] for box in self.taken), default=0)
         self.ends: dict[tuple, float] = {}
         bounds = [group.get("bounding") for group in _dicts(graph.get("groups"))]
-        boxes = [(*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4]
+        boxes = [
+            (*_pair(bound), *_pair(bound[2:], 200)) for bound in bounds if isinstance(bound, list) and len(bound) == 4
+        ]
         self.groups = [box for box in boxes if max(map(abs, box)) < _FAR]
 
     def beside(self, raw: Mapping) -> list[float]:
@@ -407,7 +460,10 @@ class _Places:
     def above(self, size: list[float]) -> list[float]:
         """A place over everything, at the left."""
         everything = self.taken + self.groups
-        return [min((box[0] for box in everything), default=0), min((box[1] for box in everything), default=0) - size[1] - 100]
+        return [
+            min((box[0] for box in everything), default=0),
+            min((box[1] for box in everything), default=0) - size[1] - 100,
+        ]
 
 
 def _top(box: tuple) -> float:
@@ -457,7 +513,9 @@ def _forget_links(data: dict, there: set[int]) -> None:
     """Have the page's bends in links name only links that are there."""
     extra = data["extra"] if isinstance(data.get("extra"), dict) else {}
     if isinstance(extra.get("linkExtensions"), list):
-        extra["linkExtensions"] = [entry for entry in _dicts(extra["linkExtensions"]) if type(entry.get("id")) is int and entry["id"] in there]
+        extra["linkExtensions"] = [
+            entry for entry in _dicts(extra["linkExtensions"]) if type(entry.get("id")) is int and entry["id"] in there
+        ]
     for bend in (*_dicts(data.get("reroutes")), *_dicts(extra.get("reroutes"))):
         if isinstance(bend.get("linkIds"), list):
             bend["linkIds"] = [number for number in bend["linkIds"] if type(number) is int and number in there]
@@ -481,13 +539,19 @@ def _first(node: Node):
 def _type(sockets, which: int | str):
     """The type of a socket, by its number or name."""
     sockets = _dicts(sockets)
-    found = sockets[which : which + 1] if isinstance(which, int) else [socket for socket in sockets if socket.get("name") == which]
+    found = (
+        sockets[which : which + 1]
+        if isinstance(which, int)
+        else [socket for socket in sockets if socket.get("name") == which]
+    )
     return found[0].get("type") if found else None
 
 
 def _pair(value, default: float = 0) -> tuple[float, float]:
     """Two numbers of the page's, which writes them as a list or as an object with the keys 0 and 1."""
     pair = [value.get("0"), value.get("1")] if isinstance(value, dict) else value[:2] if isinstance(value, list) else []
-    good = len(pair) == 2 and all(type(number) is int or (type(number) is float and math.isfinite(number)) for number in pair)
+    good = len(pair) == 2 and all(
+        type(number) is int or (type(number) is float and math.isfinite(number)) for number in pair
+    )
     # Numbers of hundreds of digits cannot be added to others.
     return tuple(max(-1e18, min(number, 1e18)) for number in pair) if good else (default, default)

@@ -1,4 +1,5 @@
-"""The nodes that a migrated workflow has, as its file describes them: a table that a test holds against the nodes themselves."""
+"""The nodes that a migrated workflow has, as its file describes them: a table that a test holds against the nodes
+themselves."""
 
 from typing import NamedTuple
 
@@ -33,14 +34,24 @@ KINDS = {
             Input("text_encoder_name", "COMBO", "auto", True),
             Input("vae_name", "COMBO", "auto", True),
         ),
-        (("model", "COGVIDEOX_MODEL"), ("text_encoder", "COGVIDEOX_TEXT_ENCODER"), ("vae", "COGVIDEOX_VAE"), ("report", "STRING")),
+        (
+            ("model", "COGVIDEOX_MODEL"),
+            ("text_encoder", "COGVIDEOX_TEXT_ENCODER"),
+            ("vae", "COGVIDEOX_VAE"),
+            ("report", "STRING"),
+        ),
     ),
     "CogVideoX15TextEncode": Kind(
         (Input("text_encoder", "COGVIDEOX_TEXT_ENCODER,CLIP"), Input("prompt", "STRING", "")),
         (("conditioning", "CONDITIONING"),),
     ),
     "CogVideoX15EmptyLatent": Kind(
-        (Input("width", "INT", 1360), Input("height", "INT", 768), Input("length", "INT", 81), Input("batch_size", "INT", 1)),
+        (
+            Input("width", "INT", 1360),
+            Input("height", "INT", 768),
+            Input("length", "INT", 81),
+            Input("batch_size", "INT", 1),
+        ),
         (("latent", "LATENT"),),
     ),
     "CogVideoX15ImageToVideo": Kind(
@@ -70,7 +81,9 @@ KINDS = {
         ),
         (("model", "COGVIDEOX_MODEL"), ("text_encoder", "COGVIDEOX_TEXT_ENCODER"), ("report", "STRING")),
     ),
-    "CogVideoX15Attention": Kind((Input("model", "COGVIDEOX_MODEL"), Input("attention", "COMBO", "auto")), (("model", "COGVIDEOX_MODEL"),)),
+    "CogVideoX15Attention": Kind(
+        (Input("model", "COGVIDEOX_MODEL"), Input("attention", "COMBO", "auto")), (("model", "COGVIDEOX_MODEL"),)
+    ),
     "CogVideoX15Cache": Kind(
         (
             Input("model", "COGVIDEOX_MODEL"),
@@ -103,10 +116,15 @@ KINDS = {
     ),
     "CogVideoX15VAEDecode": Kind((Input("samples", "LATENT"), Input("vae", "COGVIDEOX_VAE")), (("images", "IMAGE"),)),
     "ConditioningAverage": Kind(
-        (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING"), Input("conditioning_to_strength", "FLOAT", 1.0)),
+        (
+            Input("conditioning_to", "CONDITIONING"),
+            Input("conditioning_from", "CONDITIONING"),
+            Input("conditioning_to_strength", "FLOAT", 1.0),
+        ),
         (("CONDITIONING", "CONDITIONING"),),
     ),
     "ConditioningConcat": Kind(
-        (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING")), (("CONDITIONING", "CONDITIONING"),)
+        (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING")),
+        (("CONDITIONING", "CONDITIONING"),),
     ),
 }

@@ -1,6 +1,8 @@
-"""The old pack's loaders, LoRAs and ways to be faster, as this pack's: there they are settings of the loader, here nodes behind it.
+"""The old pack's loaders, LoRAs and ways to be faster, as this pack's: there they are settings of the loader, here
+nodes behind it.
 
-The chain is loader, LoRAs, Quantize, Attention, Cache, Compile, sampler. What of it does not go together here is decided for what works, and said.
+The chain is loader, LoRAs, Quantize, Attention, Cache, Compile, sampler. What of it does not go together here is
+decided for what works, and said.
 """
 
 import re
@@ -55,9 +57,13 @@ class Loaders(Conversion):
             model = Wire(self.lora(lora, strength, model).id, 0)
         method = self.quantization(node, asked)
         if method is not None:
-            model = Wire(self.make("CogVideoX15Quantize", node, {"method": method}, {"model": model}, own_id=False).id, 0)
+            model = Wire(
+                self.make("CogVideoX15Quantize", node, {"method": method}, {"model": model}, own_id=False).id, 0
+            )
         if self.wants_sage(node):
-            model = Wire(self.make("CogVideoX15Attention", node, {"attention": "sage"}, {"model": model}, own_id=False).id, 0)
+            model = Wire(
+                self.make("CogVideoX15Attention", node, {"attention": "sage"}, {"model": model}, own_id=False).id, 0
+            )
         self.outputs[node.id, 0] = model
         if node.kind in ("DownloadAndLoadCogVideoModel", "DownloadAndLoadCogVideoGGUFModel"):
             self.outputs[node.id, 1] = Wire(new.id, 2)
@@ -69,16 +75,17 @@ class Loaders(Conversion):
             name = tables.FOLDERS.get(asked, asked.split("/")[-1])
             self.say(
                 node,
-                f"model {short(asked)} became {short(name)}, its folder in models/CogVideo. If the loader does not find it, download a model "
-                "(CogVideoX-1.5 Downloader has the official 1.5 ones) and choose that.",
+                f"model {short(asked)} became {short(name)}, its folder in models/CogVideo. If the loader does not "
+                "find it, download a model (CogVideoX-1.5 Downloader has the official 1.5 ones) and choose that.",
             )
         elif node.kind == "DownloadAndLoadCogVideoGGUFModel":
             name = f"GGUF/{name}"
             self.say(
                 node,
-                f"model {short(asked)} became {short(name)}, the file in models/CogVideo: its weights stay packed. If it lies in "
-                "models/diffusion_models, choose it there. Put models/CogVideo/VAE/cogvideox_vae.safetensors into models/vae, and a T5 into "
-                "models/text_encoders, if none are there.",
+                f"model {short(asked)} became {short(name)}, the file in models/CogVideo: its weights stay packed. If "
+                "it lies in models/diffusion_models, choose it there. Put "
+                "models/CogVideo/VAE/cogvideox_vae.safetensors into models/vae, and a T5 into models/text_encoders, "
+                "if none are there.",
             )
         return name
 
@@ -87,7 +94,11 @@ class Loaders(Conversion):
         dtype = self.setting(node, name, str, "bf16")
         if name in node.wires:
             self.settled.add((node.id, name))
-            self.say(node, f"{name} came over a link, which is no more: dtype auto was taken, which is right for every model and card.")
+            self.say(
+                node,
+                f"{name} came over a link, which is no more: dtype auto was taken, which is right for every model and "
+                "card.",
+            )
             return "auto"
         if node.kind == "MZ_CogVideoXLoader" and dtype not in tables.PRECISIONS:
             # What the weights are stored in: quantization tells of it.
@@ -95,8 +106,8 @@ class Loaders(Conversion):
         if dtype == "fp16" and not is_2b(model):
             self.say(
                 node,
-                f"{name} fp16 became dtype auto: the model was trained in bf16, and plain fp16 makes it black. auto takes bf16, or on a card that "
-                "has none fp16 in a way that cannot overflow.",
+                f"{name} fp16 became dtype auto: the model was trained in bf16, and plain fp16 makes it black. auto "
+                "takes bf16, or on a card that has none fp16 in a way that cannot overflow.",
             )
             return "auto"
         if dtype not in tables.PRECISIONS:
@@ -106,23 +117,40 @@ class Loaders(Conversion):
 
     def memory(self, node: Node) -> str:
         """Where the weights are, of a loader that has one layer at a time on the card."""
-        if any(self.cache(sampler) or self.compiling(node) for sampler in self.used_by.get(node.id, ()) if not sampler.is_off):
+        if any(
+            self.cache(sampler) or self.compiling(node)
+            for sampler in self.used_by.get(node.id, ())
+            if not sampler.is_off
+        ):
             self.say(
                 node,
-                "enable_sequential_cpu_offload became memory offload_blocks, not offload_layers, which does not go with compiling and with most "
-                "caches. Try auto: the same video, in the fastest way that fits your card.",
+                "enable_sequential_cpu_offload became memory offload_blocks, not offload_layers, which does not go "
+                "with compiling and with most caches. Try auto: the same video, in the fastest way that fits your "
+                "card.",
             )
             return "offload_blocks"
         self.say(
-            node, "enable_sequential_cpu_offload became memory offload_layers. Try auto: the same video, in the fastest way that fits your card."
+            node,
+            "enable_sequential_cpu_offload became memory offload_layers. Try auto: the same video, in the fastest way "
+            "that fits your card.",
         )
         return "offload_layers"
 
     def quantization(self, node: Node, model: str) -> str | None:
         """The method of the node Quantize, or None for none."""
-        name = "weight_dtype" if node.kind == "MZ_CogVideoXLoader" else "fp8_transformer" if "fp8_transformer" in node.values else "quantization"
+        name = (
+            "weight_dtype"
+            if node.kind == "MZ_CogVideoXLoader"
+            else "fp8_transformer"
+            if "fp8_transformer" in node.values
+            else "quantization"
+        )
         chosen = node.values.get(name, "disabled")
-        chosen = {True: "enabled", False: "disabled"}[chosen] if isinstance(chosen, bool) else self.setting(node, name, str, "disabled")
+        chosen = (
+            {True: "enabled", False: "disabled"}[chosen]
+            if isinstance(chosen, bool)
+            else self.setting(node, name, str, "disabled")
+        )
         if name == "weight_dtype":
             chosen = chosen if chosen.startswith("fp8") else "disabled"
         fast = "fp8_fast_mode" if name == "weight_dtype" else "fp8_fastmode"
@@ -134,7 +162,11 @@ class Loaders(Conversion):
             self.say(node, f"{chosen} was left out: the file, going by its name, is packed already, and stays so.")
             return None
         if chosen not in tables.QUANTIZATION:
-            self.say(node, f"{name} {short(chosen)} is not known here: weights are used as they are stored. CogVideoX-1.5 Quantize has int8 and fp8.")
+            self.say(
+                node,
+                f"{name} {short(chosen)} is not known here: weights are used as they are stored. CogVideoX-1.5 "
+                "Quantize has int8 and fp8.",
+            )
             return None
         method, same = tables.QUANTIZATION[chosen]
         why = "" if same else ": there is none smaller here, and this loses less"
@@ -142,11 +174,14 @@ class Loaders(Conversion):
         return method
 
     def wants_sage(self, node: Node) -> bool:
-        """Whether the attention is computed in 8 bits. All others give the same picture, and the fastest of them is taken without being told."""
+        """Whether the attention is computed in 8 bits. All others give the same picture, and the fastest of them is
+        taken without being told."""
         attention = self.setting(node, "attention_mode", str, "sdpa")
         if "sage" in attention:
             which = "" if attention == "sageattn" else ", which takes the kernel that suits the card"
-            self.say(node, f"attention_mode {short(attention)} became the node CogVideoX-1.5 Attention with sage{which}.")
+            self.say(
+                node, f"attention_mode {short(attention)} became the node CogVideoX-1.5 Attention with sage{which}."
+            )
             return True
         if attention not in ("sdpa", "fused_sdpa", "comfy"):
             self.say(node, f"attention_mode {short(attention)} is not known here: PyTorch's own attention is used.")
@@ -154,14 +189,19 @@ class Loaders(Conversion):
             self.not_needed.append(f"{node.where}: attention_mode {attention} (PyTorch's own gives the same)")
         return False
 
-    # LoRAs ---------------------------------------------------------------------------------------------------------------------------------------
+    # LoRAs
+    # ---------------------------------------------------------------------------------------------------------------------------------------
 
     def lora_chain(self, loader: Node) -> list[tuple[Node, float]]:
-        """The LoRAs that a loader is given, in the order in which they were chosen, and what their strengths are multiplied by."""
+        """The LoRAs that a loader is given, in the order in which they were chosen, and what their strengths are
+        multiplied by."""
         chain = list(self._loras(loader))[::-1]
         running = [node for node in chain if not node.is_off]
-        # That pack fuses all if the last is to be, and divides by the last one's rank if one (in older versions: the last) is a DimensionX.
-        divided = [node for node in running if re.search(tables.DIVIDED, str(node.values.get("lora", "")), re.IGNORECASE)]
+        # That pack fuses all if the last is to be, and divides by the last one's rank if one (in older versions: the
+        # last) is a DimensionX.
+        divided = [
+            node for node in running if re.search(tables.DIVIDED, str(node.values.get("lora", "")), re.IGNORECASE)
+        ]
         if "fp8_transformer" in loader.values:
             divided = [node for node in divided if node is running[-1]]
         if not divided or running[-1].values.get("fuse_lora") is not True:
@@ -169,11 +209,16 @@ class Loaders(Conversion):
         name = str(running[-1].values.get("lora", ""))
         rank = re.search(r"(?:rank|[_-]r|dim)[_-]?(\d{1,4})(?!\d)", name, re.IGNORECASE)
         known = int(rank[1]) if rank and int(rank[1]) > 0 else tables.DIMENSIONX_RANK
-        said = "by its name" if known != tables.DIMENSIONX_RANK or rank else "as of all that DimensionX published; if it is another, correct it"
+        said = (
+            "by its name"
+            if known != tables.DIMENSIONX_RANK or rank
+            else "as of all that DimensionX published; if it is another, correct it"
+        )
         self.say(
             running[-1],
-            f"fused LoRAs called orbit or dimensionx were applied at strength / rank there, and so {len(running)} of this chain is here: divided by "
-            f"{known}, the rank of {short(name)} ({said}). If that is too weak, the LoRA was trained to be used at its strength: set it.",
+            f"fused LoRAs called orbit or dimensionx were applied at strength / rank there, and so {len(running)} of "
+            f"this chain is here: divided by {known}, the rank of {short(name)} ({said}). If that is too weak, the "
+            "LoRA was trained to be used at its strength: set it.",
         )
         return [(node, 1 / known) for node in chain]
 
@@ -204,25 +249,36 @@ class Loaders(Conversion):
             values["strength"] = round(strength * share, 6)
             if "strength" in node.wires:
                 self.settled.add((node.id, "strength"))
-                self.say(node, f"strength came over a link, which was cut, as it is to be divided: {strength} x {share:.6g} was taken.")
+                self.say(
+                    node,
+                    f"strength came over a link, which was cut, as it is to be divided: {strength} x {share:.6g} was "
+                    "taken.",
+                )
         if self.setting(node, "fuse_lora", bool, False):
             self.not_needed.append(f"{node.where}: fuse_lora")
         return self.make("CogVideoX15LoraLoader", node, values, wires)
 
-    # Faster --------------------------------------------------------------------------------------------------------------------------------------
+    # Faster
+    # --------------------------------------------------------------------------------------------------------------------------------------
 
     def faster(self, sampler: Node) -> Wire | None:
-        """A sampler's model, with the cache and the compiling that are its own or its loader's: one chain for all samplers that ask the same."""
+        """A sampler's model, with the cache and the compiling that are its own or its loader's: one chain for all
+        samplers that ask the same."""
         model, loader = self.resolve(self.model_wire(sampler)), self.loader_of(sampler)
         if model is None or loader is None:
             return model
         cache, compiling = self.cache(sampler), self.compiling(loader)
-        for name, (place, given) in (("CogVideoX15Cache", cache or (None, {})), ("CogVideoX15Compile", compiling or (None, {}))):
+        for name, (place, given) in (
+            ("CogVideoX15Cache", cache or (None, {})),
+            ("CogVideoX15Compile", compiling or (None, {})),
+        ):
             if place is None:
                 continue
             key = name, model.key, tuple(given.items())
             if key not in self.sped_up:
-                self.sped_up[key] = Wire(self.make(name, place, given, {"model": model}, own_id=place.id != loader.id).id, 0)
+                self.sped_up[key] = Wire(
+                    self.make(name, place, given, {"model": model}, own_id=place.id != loader.id).id, 0
+                )
             model = self.sped_up[key]
         if cache is not None:
             self.say_cache(sampler, *cache, compiling is not None)
@@ -237,7 +293,10 @@ class Loaders(Conversion):
     def caches(self, sampler: Node) -> list[tuple[Node, dict]]:
         """All that a sampler is given; the first is the one that is taken, as a model has one cache here."""
         # Where the blocks are compiled, the one whose own method goes with that.
-        return sorted(self._caches(sampler), key=lambda found: found[1]["method"] == "first_block" and found[0].kind != "CogVideoXTeaCache")
+        return sorted(
+            self._caches(sampler),
+            key=lambda found: found[1]["method"] == "first_block" and found[0].kind != "CogVideoXTeaCache",
+        )
 
     def _caches(self, sampler: Node) -> Iterator[tuple[Node, dict]]:
         loader = self.loader_of(sampler)
@@ -249,18 +308,45 @@ class Loaders(Conversion):
             # It begins three steps after its counter has come to start_step.
             start = (self._number(faster, "start_step", 15, whole=True) + 3) / steps
             if start < 1:
-                yield faster, {"method": "first_block" if compiled else "faster_cache", "strength": 0.6, "start": round(start, 3), "end": 1.0}
+                yield (
+                    faster,
+                    {
+                        "method": "first_block" if compiled else "faster_cache",
+                        "strength": 0.6,
+                        "start": round(start, 3),
+                        "end": 1.0,
+                    },
+                )
         tea = self._given(sampler, "teacache_args")
         if tea is not None:
             threshold = self._number(tea, "rel_l1_thresh", 0.3)
             if threshold > 0:
-                yield tea, {"method": "first_block", "strength": min(0.8, max(0.05, round(2 * threshold, 2))), "start": 0.1, "end": 0.95}
+                yield (
+                    tea,
+                    {
+                        "method": "first_block",
+                        "strength": min(0.8, max(0.05, round(2 * threshold, 2))),
+                        "start": 0.1,
+                        "end": 0.95,
+                    },
+                )
         pab = self._given(loader, "pab_config") if loader is not None else None
         if pab is not None and pab.values.get("spatial_broadcast", True) is True:
             old = "pab_range" in pab.values
             every = self._number(pab, "pab_range" if old else "spatial_range", 2, whole=True)
             start, end = (
-                min(1.0, max(0.0, round(1 - self._number(pab, f"{'pab' if old else 'spatial'}_threshold_{side}", usual, whole=True) / 1000, 3)))
+                min(
+                    1.0,
+                    max(
+                        0.0,
+                        round(
+                            1
+                            - self._number(pab, f"{'pab' if old else 'spatial'}_threshold_{side}", usual, whole=True)
+                            / 1000,
+                            3,
+                        ),
+                    ),
+                )
                 for side, usual in (("start", 850), ("end", 100))
             )
             if every > 1 and start < end:
@@ -287,7 +373,11 @@ class Loaders(Conversion):
             text += f", as the cache {'faster_cache' if name == 'FasterCache' else 'pab'} does not go with compiling"
         self.say(place, f"{text}.")
         for other, _ in self.caches(sampler)[1:]:
-            self.say(other, f"{_CACHE_NAMES[other.kind]} is left out: a model has one cache here, and node {short(place.id)} gives it.")
+            self.say(
+                other,
+                f"{_CACHE_NAMES[other.kind]} is left out: a model has one cache here, and node {short(place.id)} "
+                "gives it.",
+            )
             self.told.add(other.id)
 
     def compiling(self, loader: Node) -> tuple[Node, dict] | None:
@@ -295,7 +385,11 @@ class Loaders(Conversion):
         settings, chosen = self._given(loader, "compile_args"), loader.values.get("compile")
         if any(name in loader.values for name in ("compile", "torch_compile", "onediff", "fp8_transformer")):
             # Then the settings counted only where compiling was chosen.
-            if chosen not in ("torch", "onediff") and loader.values.get("torch_compile") is not True and loader.values.get("onediff") is not True:
+            if (
+                chosen not in ("torch", "onediff")
+                and loader.values.get("torch_compile") is not True
+                and loader.values.get("onediff") is not True
+            ):
                 return None
         elif settings is None:
             return None
@@ -313,7 +407,8 @@ class Loaders(Conversion):
             text += "; only torch's inductor is here"
         self.say(place, f"{text}.")
 
-    # The VAE -------------------------------------------------------------------------------------------------------------------------------------
+    # The VAE
+    # -------------------------------------------------------------------------------------------------------------------------------------
 
     def vae_loader(self, node: Node) -> None:
         """A VAE in a file of its own is chosen in the model loader that it is used with."""
@@ -327,13 +422,19 @@ class Loaders(Conversion):
         name = self.setting(node, "model_name", str, "auto").replace("\\", "/")
         if loader.values["vae_name"] not in ("auto", name) and old.kind != "MZ_CogVideoXLoader":
             chosen = short(loader.values["vae_name"])
-            self.say(node, f"a loader has one VAE, and {chosen} was chosen in node {short(loader.id)} already; {short(name)} was left out.")
+            self.say(
+                node,
+                f"a loader has one VAE, and {chosen} was chosen in node {short(loader.id)} already; {short(name)} was "
+                "left out.",
+            )
         else:
             loader.values["vae_name"] = name
         if self._given(node, "compile_args") is not None:
             self.say(node, "compiling the VAE is not here: it runs as it is.")
         self.outputs[node.id, 0] = Wire(loader.id, 2)
-        self.not_needed.append(f"{node.where}: it is vae_name of node {short(loader.id)} now, and its precision follows dtype")
+        self.not_needed.append(
+            f"{node.where}: it is vae_name of node {short(loader.id)} now, and its precision follows dtype"
+        )
 
     def loader_beside(self, node: Node) -> Node | None:
         """The model loader of the sampler that a decoder or encoder works with."""
@@ -353,5 +454,8 @@ class Loaders(Conversion):
         if (now is not None and (source is None or source.id in self.old)) or old is None:
             return now
         if source is not None:
-            self.say(node, f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.")
+            self.say(
+                node,
+                f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.",
+            )
         return Wire(old.id, 2)

@@ -1,8 +1,8 @@
 """Workflows of ComfyUI-CogVideoXWrapper, of all its ages, made into workflows of this pack.
 
-Every node of that pack becomes the one of ours that does the same, under its id and in its place, or is left out and named in the report; all other
-nodes stay as they are. What would make another video if it were left out is refused. ``tables`` has the facts, ``loaders`` and ``samplers`` the
-steps.
+Every node of that pack becomes the one of ours that does the same, under its id and in its place, or is left out and
+named in the report; all other nodes stay as they are. What would make another video if it were left out is refused.
+``tables`` has the facts, ``loaders`` and ``samplers`` the steps.
 """
 
 import json
@@ -50,19 +50,25 @@ class MigrationReport:
     @property
     def notes(self) -> str:
         """The sentences, as the note in the new workflow has them."""
-        lines = ["To look at:", *(f"- {line}" for line in self.differs)] if self.differs else ["Everything was carried over."]
+        lines = (
+            ["To look at:", *(f"- {line}" for line in self.differs)]
+            if self.differs
+            else ["Everything was carried over."]
+        )
         if self.not_needed:
             lines += ["Left out, because this pack sees to it itself:", *(f"- {line}" for line in self.not_needed)]
         return "\n".join(lines)
 
 
 def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
-    """Read a workflow of ComfyUI-CogVideoXWrapper and write it with the nodes of this pack, in the format it came in: the page's or the API's.
+    """Read a workflow of ComfyUI-CogVideoXWrapper and write it with the nodes of this pack, in the format it came in:
+    the page's or the API's.
 
     ``source`` is only read. ``target`` appears whole or not at all.
 
     Raises:
-        ValueError: if ``source`` is no such workflow, or is for something that this pack cannot do; if ``target`` exists or cannot be written.
+        ValueError: if ``source`` is no such workflow, or is for something that this pack cannot do; if ``target``
+            exists or cannot be written.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if not os.path.exists(source):
@@ -75,7 +81,9 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
     data = graph.write(changes)
     # Said once of a node, however many others it was asked for.
     differs, not_needed = (tuple(dict.fromkeys(lines)) for lines in (migration.differs, migration.not_needed))
-    report = MigrationReport(source, target, len(graph.nodes.keys() & migration.made.keys()), len(migration.others), differs, not_needed)
+    report = MigrationReport(
+        source, target, len(graph.nodes.keys() & migration.made.keys()), len(migration.others), differs, not_needed
+    )
     graph.add_note(data, f"Migrated from {PACK}", report.notes)
     # A lone surrogate, as JavaScript leaves where it cuts a text, becomes the JSON escape that it came as.
     _write(target, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace"))
@@ -85,12 +93,18 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
 def _check_target(target: Path) -> None:
     name = short(target, 400)
     if target.suffix.lower() != ".json":
-        raise ValueError(f"The new workflow is to be {name}, but ComfyUI opens workflows that end in .json. Give it such a name.")
+        raise ValueError(
+            f"The new workflow is to be {name}, but ComfyUI opens workflows that end in .json. Give it such a name."
+        )
     if os.path.lexists(target):
-        raise ValueError(f"{name} exists, and a migration never writes over a file. Choose another name, or delete that file first.")
+        raise ValueError(
+            f"{name} exists, and a migration never writes over a file. Choose another name, or delete that file first."
+        )
     if not os.path.isdir(target.absolute().parent):
         folder = short(target.absolute().parent, 400)
-        raise ValueError(f"The new workflow is to be {name}, but the folder {folder} does not exist. Create it or choose another.")
+        raise ValueError(
+            f"The new workflow is to be {name}, but the folder {folder} does not exist. Create it or choose another."
+        )
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -100,7 +114,10 @@ def _write(target: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write to.") from error
+        raise ValueError(
+            f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write "
+            "to."
+        ) from error
 
 
 class _Migration(Samplers):
@@ -139,7 +156,11 @@ class _Migration(Samplers):
         if node.id in self.made:
             for name in sorted(widgets):
                 if name in node.wires and (node.id, name) not in self.settled:
-                    self.say(node, f"{name} came over a link, which is no more: {short(node.values.get(name, 'the default'))} was taken.")
+                    self.say(
+                        node,
+                        f"{name} came over a link, which is no more: {short(node.values.get(name, 'the default'))} "
+                        "was taken.",
+                    )
         elif node.kind in tables.ENCODERS:
             self.say(node, "left out: it is switched off.")
         elif node.kind in tables.LORAS:
@@ -150,40 +171,47 @@ class _Migration(Samplers):
         elif node.kind != "CogVideoXVAELoader":
             self.say(node, f"left out. {tables.LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
 
-    # What is refused -----------------------------------------------------------------------------------------------------------------------------
+    # What is refused
+    # -----------------------------------------------------------------------------------------------------------------------------
 
     def refuse(self) -> None:
         """Stop where the new workflow would not make the video that the old one made."""
         file = short(self.source, 400)
         if any(kind in tables.OLD for kind in self.graph.hidden()):
             raise ValueError(
-                f"{file} has nodes of {PACK} in a subgraph or group node, which are not migrated. Open it in ComfyUI, unpack those (right "
-                "click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."
+                f"{file} has nodes of {PACK} in a subgraph or group node, which are not migrated. Open it in ComfyUI, "
+                "unpack those (right click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."
             )
         fun = [node for node in self.old.values() if node.kind in tables.FUN_SAMPLERS]
         running = [node for node in fun if not node.is_off]
         if running or (fun and not self.samplers):
             node = (running or fun)[0]
             raise ValueError(
-                f"{node.where} in {file} is a sampler of CogVideoX-Fun, and this pack does not run CogVideoX-Fun yet: its models take other inputs "
-                f"than the CogVideoX they were made of, so nothing was written. Keep that workflow with {PACK}, or build it anew with "
-                "CogVideoX1.5-5B-I2V from one in example_workflows."
+                f"{node.where} in {file} is a sampler of CogVideoX-Fun, and this pack does not run CogVideoX-Fun yet: "
+                "its models take other inputs than the CogVideoX they were made of, so nothing was written. Keep "
+                f"that workflow with {PACK}, or build it anew with CogVideoX1.5-5B-I2V from one in example_workflows."
             )
         if not self.samplers:
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())
             have = "It is a workflow of this pack already." if ours else "Choose one that makes a video with that pack."
             raise ValueError(
-                f"{file} holds no CogVideoSampler of {PACK}, the node that makes the video there, so there is nothing to migrate. {have}"
+                f"{file} holds no CogVideoSampler of {PACK}, the node that makes the video there, so there is nothing "
+                f"to migrate. {have}"
             )
         looked_at: set = set()
         for sampler in self.samplers:
             for what, node, remedy in self.not_here(sampler):
                 if not sampler.is_off:
                     raise ValueError(
-                        f"{sampler.where} in {file} uses {what} ({node.where}), which this pack does not have: without it the video would be "
-                        f"another one, so nothing was written. {remedy}, save the workflow and migrate it again to have the rest."
+                        f"{sampler.where} in {file} uses {what} ({node.where}), which this pack does not have: "
+                        f"without it the video would be another one, so nothing was written. {remedy}, save the "
+                        "workflow and migrate it again to have the rest."
                     )
-                self.say(sampler, f"it uses {what} ({node.where}), which this pack does not have. It is switched off; switched on it would not work.")
+                self.say(
+                    sampler,
+                    f"it uses {what} ({node.where}), which this pack does not have. It is switched off; switched on "
+                    "it would not work.",
+                )
             if not sampler.is_off:
                 self.refuse_unknown(sampler, looked_at)
 
@@ -191,7 +219,11 @@ class _Migration(Samplers):
         """What a sampler uses that is not in this pack, and cannot be left out: what, the node, what to do."""
         source, model = self.graph.trace(self.model_wire(sampler)), self.loader_of(sampler)
         if source is not None and model is None:
-            yield f"a model from a loader that is not known here, {short(source.kind)}", source, "Put one of that pack's loaders in its place"
+            yield (
+                f"a model from a loader that is not known here, {short(source.kind)}",
+                source,
+                "Put one of that pack's loaders in its place",
+            )
         for pattern, what in tables.OTHER_MODELS.items():
             if model is not None and re.search(pattern, name := self.asked(model), re.IGNORECASE):
                 yield f"{what}, {short(name)}", model, "Choose another model there"
@@ -201,7 +233,11 @@ class _Migration(Samplers):
                 yield what, node, "Delete or mute it"
         image = self.graph.trace(sampler.wires.get("image_cond_latents"))
         if image is not None and image.kind not in tables.ENCODERS:
-            yield "image latents of another kind than CogVideoImageEncode's", image, "Put CogVideoImageEncode in its place"
+            yield (
+                "image latents of another kind than CogVideoImageEncode's",
+                image,
+                "Put CogVideoImageEncode in its place",
+            )
         start = self.graph.trace(sampler.wires.get("samples"))
         for node in (image, start):
             mask = None if node is None else self.graph.trace(node.wires.get("mask"))
@@ -229,9 +265,10 @@ class _Migration(Samplers):
             looked_at.add(node.id)
             for name, source in self.unknown(node):
                 raise ValueError(
-                    f"{node.where} in {short(self.source, 400)} is given {name} by {source.where}, and what that does is not known here: without it "
-                    f"the video may be another one, so nothing was written. Known are: {listed(tables.SOCKETS[node.kind], 20)}. Take that link away, "
-                    "save the workflow and migrate it again to have the rest."
+                    f"{node.where} in {short(self.source, 400)} is given {name} by {source.where}, and what that does "
+                    "is not known here: without it the video may be another one, so nothing was written. Known are: "
+                    f"{listed(tables.SOCKETS[node.kind], 20)}. Take that link away, save the workflow and migrate it "
+                    "again to have the rest."
                 )
             before = (self.graph.trace(wire) for wire in node.wires.values())
             todo += [other for other in before if other is not None and is_old(other)]

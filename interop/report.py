@@ -9,8 +9,8 @@ SAT = "SAT inference.yaml"
 WORKFLOW = "ComfyUI workflow"
 #: Why fp16 is wrong for weights trained in bf16, as the end of a sentence.
 BLACK = (
-    "activations of a bf16-trained model pass 65504, the largest fp16 number, so they become inf, the next LayerNorm makes them NaN, and "
-    "the video comes out black"
+    "activations of a bf16-trained model pass 65504, the largest fp16 number, so they become inf, the next LayerNorm "
+    "makes them NaN, and the video comes out black"
 )
 WHERE = "Choose a SAT inference.yaml (sat/configs/inference.yaml in zai-org/CogVideo is one) or a workflow saved or exported by ComfyUI as JSON."
 
@@ -49,4 +49,10 @@ class ConfigReport:
     def as_dict(self) -> dict:
         """The report as JSON has it."""
         findings = [asdict(finding) for finding in self.findings]
-        return {"path": str(self.path), "kind": self.kind, "verdict": self.verdict, "model": self.model, "findings": findings}
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "verdict": self.verdict,
+            "model": self.model,
+            "findings": findings,
+        }

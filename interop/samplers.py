@@ -33,17 +33,26 @@ class Samplers(Loaders):
             elif node.kind == "CogVideoSampler":
                 self.outputs[node.id, 1 if is_piped(node) else 0] = Wire(node.id, 0)
 
-    # Prompts -------------------------------------------------------------------------------------------------------------------------------------
+    # Prompts
+    # -------------------------------------------------------------------------------------------------------------------------------------
 
     def text_encode(self, node: Node) -> None:
         values, wires = {}, {"text_encoder": self.resolve(node.wires.get("clip"))}
         # Files that programs write have the widget's name of ComfyUI's own node.
-        name = "text" if "prompt" not in node.values and "prompt" not in node.wires and ("text" in node.values or "text" in node.wires) else "prompt"
+        name = (
+            "text"
+            if "prompt" not in node.values
+            and "prompt" not in node.wires
+            and ("text" in node.values or "text" in node.wires)
+            else "prompt"
+        )
         self.keep(node, name, self.setting(node, name, str, ""), wires, values, "prompt")
         strength = self.setting(node, "strength", (int, float), 1.0)
         self.look_at_prompt(node, values["prompt"])
         if strength != 1:
-            self.say(node, f"strength {strength} is not here: the prompt is used as the model was trained with it, at 1.")
+            self.say(
+                node, f"strength {strength} is not here: the prompt is used as the model was trained with it, at 1."
+            )
         self.make("CogVideoX15TextEncode", node, values, wires)
 
     def encode_prompt(self, node: Node) -> None:
@@ -58,29 +67,49 @@ class Samplers(Loaders):
 
     def look_at_prompt(self, node: Node, prompt: str) -> None:
         if re.search(r"\([^()]*:\s*\d", prompt[:10_000]):
-            self.say(node, "weights such as (word:1.2) are not read here: the model sees them as text. Write the prompt without them.")
+            self.say(
+                node,
+                "weights such as (word:1.2) are not read here: the model sees them as text. Write the prompt without "
+                "them.",
+            )
 
     def combine(self, node: Node) -> None:
         mode = self.setting(node, "combination_mode", str, "weighted_average")
         ratio = 0.5 if mode == "average" else self.setting(node, "weighted_average_ratio", (int, float), 0.5)
-        wires = {f"conditioning_{new}": self.resolve(node.wires.get(f"conditioning_{old}")) for new, old in (("to", 1), ("from", 2))}
+        wires = {
+            f"conditioning_{new}": self.resolve(node.wires.get(f"conditioning_{old}"))
+            for new, old in (("to", 1), ("from", 2))
+        }
         if mode == "concatenate":
             self.make("ConditioningConcat", node, {}, wires)
             return
         if not 0 <= ratio <= 1:
-            self.say(node, f"weighted_average_ratio {ratio} is not from 0 to 1, as ComfyUI's Conditioning Average takes it; the nearest was taken.")
+            self.say(
+                node,
+                f"weighted_average_ratio {ratio} is not from 0 to 1, as ComfyUI's Conditioning Average takes it; the "
+                "nearest was taken.",
+            )
         self.make("ConditioningAverage", node, {"conditioning_to_strength": min(1.0, max(0.0, 1.0 - ratio))}, wires)
 
-    # The sampler ---------------------------------------------------------------------------------------------------------------------------------
+    # The sampler
+    # ---------------------------------------------------------------------------------------------------------------------------------
 
     def sampler(self, node: Node) -> None:
         image, start = (self.graph.trace(node.wires.get(name)) for name in ("image_cond_latents", "samples"))
-        wires = {"model": self.faster(node)} | {name: self.resolve(node.wires.get(name)) for name in ("positive", "negative")}
+        wires = {"model": self.faster(node)} | {
+            name: self.resolve(node.wires.get(name)) for name in ("positive", "negative")
+        }
         if "embeds" in node.wires:
             both = self.graph.origin(node.wires["embeds"])
-            wires |= {name: both and self.outputs.get((both.node, slot)) for slot, name in enumerate(("positive", "negative"))}
+            wires |= {
+                name: both and self.outputs.get((both.node, slot)) for slot, name in enumerate(("positive", "negative"))
+            }
         values = {}
-        for name, new, low, high in (("seed", "seed", 0, 2**64 - 1), ("steps", "steps", 1, 1000), ("cfg", "cfg", 1, 100)):
+        for name, new, low, high in (
+            ("seed", "seed", 0, 2**64 - 1),
+            ("steps", "steps", 1, 1000),
+            ("cfg", "cfg", 1, 100),
+        ):
             default = next(entry.default for entry in KINDS["CogVideoX15Sampler"].inputs if entry.name == new)
             given = self.setting(node, name, int if name != "cfg" else (int, float), default)
             value = min(max(given, low), high)
@@ -93,9 +122,13 @@ class Samplers(Loaders):
         then = node.values.get(AFTER_SEED)
         values[AFTER_SEED] = then if isinstance(then, str) and then in tables.AFTERWARDS else "fixed"
         if "cfg" in node.wires:
-            self.say(node, "cfg comes over a link: see that it is one number, for a list with one a step is not taken here.")
+            self.say(
+                node, "cfg comes over a link: see that it is one number, for a list with one a step is not taken here."
+            )
         self.temporal_tiles(node)
-        latent = self.image_to_video(node, image, wires) if image is not None and image.kind in tables.ENCODERS else None
+        latent = (
+            self.image_to_video(node, image, wires) if image is not None and image.kind in tables.ENCODERS else None
+        )
         if start is not None and start.kind not in tables.EMPTY_LATENTS:
             latent = self.given_latent(node, start)
         elif latent is None:
@@ -116,15 +149,15 @@ class Samplers(Loaders):
         name = self.setting(node, "scheduler", str, "CogVideoXDDIM")
         first = "t_tile_length" in node.values or "fps" in node.values
         if name in ("DDIM", "DDIM_tiled") and (first or name == "DDIM_tiled" or not is_2b(self.model_of(node))):
-            # Until October 2024 this was CogVideoXDDIM's name. What that adds to diffusers' DDIM, a shift of the noise's strength, is none in the
-            # config of all models but 2b.
+            # Until October 2024 this was CogVideoXDDIM's name. What that adds to diffusers' DDIM, a shift of the
+            # noise's strength, is none in the config of all models but 2b.
             name = "CogVideoXDDIM"
         if name not in tables.SAME_SCHEDULER:
             near = tables.NEAR_SCHEDULER.get(name, "ddim")
             self.say(
                 node,
-                f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and {short(node.values.get('steps'))} steps may be "
-                "too few: 50 are usual.",
+                f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
+                f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
             )
             return near
         return tables.SAME_SCHEDULER[name]
@@ -135,8 +168,8 @@ class Samplers(Loaders):
         if type(tile) is int and type(frames) is int and tile < frames and "DDIM" in str(node.values.get("scheduler")):
             self.say(
                 node,
-                f"t_tile_length {tile} is not here: the whole clip is made at once, which takes more memory, and over the length that the model was "
-                "trained for the picture may suffer.",
+                f"t_tile_length {tile} is not here: the whole clip is made at once, which takes more memory, and over "
+                "the length that the model was trained for the picture may suffer.",
             )
         self.settled |= {(node.id, name) for name in ("t_tile_length", "t_tile_overlap")}
 
@@ -145,18 +178,23 @@ class Samplers(Loaders):
         if start.kind in tables.ENCODERS:
             encoded, frames = self.video_encode(start), self.frames(node)
             asked = "num_frames" if frames is None else f"num_frames {short(frames)}"
-            self.say(node, f"{asked} is not a setting here: the video is as long as the clip that node {short(encoded.id)} gets.")
+            self.say(
+                node,
+                f"{asked} is not a setting here: the video is as long as the clip that node {short(encoded.id)} gets.",
+            )
             self.settled |= {(node.id, side) for side in ("width", "height")}
             return self.through(node.wires["samples"], start, Wire(encoded.id, 0))
         if start.kind != "CogVideoSampler":
             self.say(
                 node,
-                f"it starts from what {start.where} makes: see that it is a video latent as ComfyUI has it, [batch, 16, frames, height/8, width/8].",
+                f"it starts from what {start.where} makes: see that it is a video latent as ComfyUI has it, [batch, "
+                "16, frames, height/8, width/8].",
             )
         self.settled |= {(node.id, name) for name in ("num_frames", "width", "height")}
         return self.resolve(node.wires["samples"])
 
-    # Pictures and clips --------------------------------------------------------------------------------------------------------------------------
+    # Pictures and clips
+    # --------------------------------------------------------------------------------------------------------------------------
 
     def video_encode(self, node: Node) -> Node:
         if node.id not in self.video_nodes:
@@ -179,12 +217,15 @@ class Samplers(Loaders):
         ):
             value = self.setting(node, name, (int, float), float(neutral))
             if value != neutral:
-                self.say(node, f"{name} {value} is not here ({meaning}): the image is used as the model was trained with it.")
+                self.say(
+                    node, f"{name} {value} is not here ({meaning}): the image is used as the model was trained with it."
+                )
         if node.values.get("enable_tiling") is True:
             self.not_needed.append(f"{node.where}: tiling")
 
     def image_to_video(self, sampler: Node, encode: Node, wires: dict) -> Wire | None:
-        """Lead the sampler's conditionings through a node that puts the start image into them: one for all samplers that ask the same of it."""
+        """Lead the sampler's conditionings through a node that puts the start image into them: one for all samplers
+        that ask the same of it."""
         name = self.model_of(sampler)
         values, new = self.length(sampler, frame_step(name))
         if is_piped(sampler):
@@ -207,17 +248,24 @@ class Samplers(Loaders):
         return self.through(sampler.wires["image_cond_latents"], encode, Wire(node.id, 2))
 
     def through(self, wire: Wire, source: Node, now: Wire) -> Wire:
-        """Where a sampler's latent comes from: ``now``, over the nodes that led there from ``source`` if they lead to the same still."""
+        """Where a sampler's latent comes from: ``now``, over the nodes that led there from ``source`` if they lead to
+        the same still."""
         if self.outputs.setdefault((source.id, 0), now).key == now.key:
             return self.resolve(wire) or now
         return now
 
     def decode(self, node: Node) -> None:
-        self.make("CogVideoX15VAEDecode", node, {}, {"samples": self.resolve(node.wires.get("samples")), "vae": self.vae(node)})
+        self.make(
+            "CogVideoX15VAEDecode",
+            node,
+            {},
+            {"samples": self.resolve(node.wires.get("samples")), "vae": self.vae(node)},
+        )
         if self.setting(node, "enable_vae_tiling", bool, True):
             self.not_needed.append(f"{node.where}: tiling (the untiled frames are made in whatever memory is free)")
 
-    # Sizes and lengths ---------------------------------------------------------------------------------------------------------------------------
+    # Sizes and lengths
+    # ---------------------------------------------------------------------------------------------------------------------------
 
     def frames(self, sampler: Node) -> int | None:
         """How many frames a sampler makes, if the file says it."""
@@ -229,7 +277,8 @@ class Samplers(Loaders):
         return known if type(known) is int else None
 
     def length(self, sampler: Node, step: int) -> tuple[dict, dict]:
-        """``length`` as a value and, where it came over a link, as a wire: num_frames of the sampler, made ``step`` N + 1."""
+        """``length`` as a value and, where it came over a link, as a wire: num_frames of the sampler, made ``step`` N +
+        1."""
         wire, known = sampler.wires.get("num_frames"), self.frames(sampler)
         frames = self.setting(sampler, "num_frames", int, 49) if known is None else known
         # One frame is a picture, and stays one; what was a video stays that.
@@ -237,7 +286,9 @@ class Samplers(Loaders):
         valid = min(_MAX_FRAMES, max(least, (frames - 1 + step // 2) // step * step + 1))
         if valid == frames or known is None:
             if known is None:
-                self.say(sampler, f"num_frames came over a link and is length now: what arrives there must be {step}N+1.")
+                self.say(
+                    sampler, f"num_frames came over a link and is length now: what arrives there must be {step}N+1."
+                )
             return {"length": valid}, {"length": self.resolve(wire)}
         self.say(
             sampler,
@@ -261,7 +312,8 @@ class Samplers(Loaders):
         return values, wires
 
     def is_flipped(self, sampler: Node) -> bool:
-        """Whether a list of values has the width first, as from 14 to 19 November 2024; ``tables`` reads it as if the height were."""
+        """Whether a list of values has the width first, as from 14 to 19 November 2024; ``tables`` reads it as if the
+        height were."""
         raw = sampler.raw
         if not isinstance(raw.get("widgets_values"), list) or isinstance(raw.get("widgets_values_named"), dict):
             return False
@@ -270,7 +322,9 @@ class Samplers(Loaders):
         if loader is None:
             return False
         sockets = loader.raw.get("inputs")
-        names = [socket.get("name") for socket in sockets if isinstance(socket, dict)] if isinstance(sockets, list) else []
+        names = (
+            [socket.get("name") for socket in sockets if isinstance(socket, dict)] if isinstance(sockets, list) else []
+        )
         return "pab_config" not in names and ("compile_args" in names or "attention_mode" in loader.values)
 
     def empty_latent(self, sampler: Node, source: Node | None) -> Wire | None:
@@ -295,7 +349,9 @@ class Samplers(Loaders):
         batch = given.get("batch_size", 1)
         if batch != 1 or "batch_size" in source.wires:
             self.say(
-                source, f"batch_size {short(batch)}: {tables.PACK} made one video whatever it said, and so does this. Set batch_size to make more."
+                source,
+                f"batch_size {short(batch)}: {tables.PACK} made one video whatever it said, and so does this. Set "
+                "batch_size to make more.",
             )
         own = source.id not in self.shared
         new = self.make("CogVideoX15EmptyLatent", source, values, wires, own_id=own)
@@ -327,18 +383,32 @@ class Samplers(Loaders):
         elif given is None:
             self.say(
                 encode,
-                f"the video was as large as its start image; here it is {values['width']}x{values['height']}, and the image is scaled and cropped to "
-                "that. Set width and height.",
+                f"the video was as large as its start image; here it is {values['width']}x{values['height']}, and the "
+                "image is scaled and cropped to that. Set width and height.",
             )
 
     def resized_to(self, node: Node, order: tuple[str, ...]) -> tuple[int, int] | None:
         """The size that a node scales every picture to, if the file says it."""
         given = self.graph.widgets(node, order)
         size = [given.get(side) for side in ("width", "height")]
-        depends = given.get("keep_proportion", given.get("method")) not in tables.EXACT or given.get("condition", "always") != "always"
-        if depends or tables.SIZE_INPUTS & node.wires.keys() or not all(type(side) is int and side > 0 for side in size):
+        depends = (
+            given.get("keep_proportion", given.get("method")) not in tables.EXACT
+            or given.get("condition", "always") != "always"
+        )
+        if (
+            depends
+            or tables.SIZE_INPUTS & node.wires.keys()
+            or not all(type(side) is int and side > 0 for side in size)
+        ):
             return None
-        step = next((given[name] for name in ("divisible_by", "multiple_of") if type(given.get(name)) is int and given[name] > 1), 1)
+        step = next(
+            (
+                given[name]
+                for name in ("divisible_by", "multiple_of")
+                if type(given.get(name)) is int and given[name] > 1
+            ),
+            1,
+        )
         size = tuple(side - side % step for side in size)
         return size if min(size) > 0 else None
 

@@ -1,4 +1,5 @@
-"""The ``inference.yaml`` of SAT, the authors' own training and inference format, whose ``args:`` hold ``bf16: True`` or ``fp16: True``.
+"""The ``inference.yaml`` of SAT, the authors' own training and inference format, whose ``args:`` hold ``bf16: True`` or
+``fp16: True``.
 
 How SAT takes the flags: zai-org/CogVideo (Apache-2.0), ``sat/arguments.py``.
 """
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 PLACES = ("inference.yaml", "configs/inference.yaml", "sat/configs/inference.yaml")
 _FLAGS = ("bf16", "fp16")
 _OTHER = {"bf16": "fp16", "fp16": "bf16"}
-#: Latent frames of the clips that CogVideoX-1.5 makes: 81 and 161 frames, and one more for its patches of two. The others make 13.
+#: Latent frames of the clips that CogVideoX-1.5 makes: 81 and 161 frames, and one more for its patches of two. The
+#: others make 13.
 _FRAMES_1_5 = (22, 42)
 #: What a checkpoint's folder is called -> the model, and what that was trained in.
 _FOLDERS = (
@@ -34,8 +36,8 @@ _FOLDERS = (
     (r"cogvideox?[-_ ]?5b", "CogVideoX-5b", "bf16"),
     (r"cogvideox?[-_ ]?2b", "CogVideoX-2b", "fp16"),
 )
-#: Bytes of such a file, and of all beside it, that are read (those of the authors have 2,000), and its parts, those that are repeated (& and *)
-#: counted each time.
+#: Bytes of such a file, and of all beside it, that are read (those of the authors have 2,000), and its parts, those
+#: that are repeated (& and *) counted each time.
 _MAX_BYTES, _MAX_PARTS = 256 << 10, 100_000
 #: Letters from which on a text is long, and levels of nesting that it may have then.
 _LONG, _MAX_NESTING = 10_000, 100
@@ -66,9 +68,10 @@ def fix_sat(file: Path) -> tuple[ConfigReport, Path | None]:
     if model.trained is None or (model.trained == "fp16" and not model.is_sure):
         # Wrongly set to fp16 a model turns black, so a name alone is not enough for that.
         raise ValueError(
-            f"Which model {short(file, 400)} is for is {model.source}, so the right dtype is not known either: fp16 for CogVideoX-2b, bf16 for every "
-            "other CogVideoX. Put the model's own config (such as cogvideox1.5_5b.yaml) beside it or the checkpoint's folder into args.load; or "
-            "write bf16: True by hand, which is finite with every CogVideoX."
+            f"Which model {short(file, 400)} is for is {model.source}, so the right dtype is not known either: fp16 "
+            "for CogVideoX-2b, bf16 for every other CogVideoX. Put the model's own config (such as "
+            "cogvideox1.5_5b.yaml) beside it or the checkpoint's folder into args.load; or write bf16: True by hand, "
+            "which is finite with every CogVideoX."
         )
     fixed = _apply(config, _edits(config, model.trained), model.trained)
     backup = _replace(file, raw, fixed.text.encode("utf-8"))
@@ -98,7 +101,9 @@ class _SatConfig:
 
     def place(self, *keys: str) -> str:
         """``args.fp16 (line 14)``; of a key that stands nowhere, the line of ``args``."""
-        named = [key for key, _ in self.args.value if key.value in keys] or [key for key, value in self.root.value if value is self.args]
+        named = [key for key, _ in self.args.value if key.value in keys] or [
+            key for key, value in self.root.value if value is self.args
+        ]
         lines = [key.start_mark.line + 1 for key in named]
         name = " and ".join(f"args.{key}" for key in keys) or "args"
         return f"{name} ({'line' if len(lines) == 1 else 'lines'} {' and '.join(map(str, lines))})"
@@ -109,8 +114,8 @@ def _yaml():
         import yaml
     except ImportError as error:
         raise RuntimeError(
-            "PyYAML is not installed, so YAML configs cannot be read. huggingface_hub and accelerate bring it along. Install it with: "
-            "python -m pip install pyyaml"
+            "PyYAML is not installed, so YAML configs cannot be read. huggingface_hub and accelerate bring it along. "
+            "Install it with: python -m pip install pyyaml"
         ) from error
     return yaml
 
@@ -128,15 +133,17 @@ def _compose(file: Path, raw: bytes) -> tuple[str, Any]:
         root = yaml.compose(text, Loader=_loader(file, text))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{short(file, 400)} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}), the only encoding SAT reads. Save it as UTF-8 in a "
-            "text editor."
+            f"{short(file, 400)} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}), the only encoding SAT "
+            "reads. Save it as UTF-8 in a text editor."
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{short(file, 400)} is not YAML ({reason(error)}), so SAT cannot read it either. Correct it there. {WHERE}") from error
+        raise ValueError(
+            f"{short(file, 400)} is not YAML ({reason(error)}), so SAT cannot read it either. Correct it there. {WHERE}"
+        ) from error
     if root is not None and _parts(root, {}) > _MAX_PARTS:
         raise ValueError(
-            f"{short(file, 400)} repeats its parts (& and *) within each other or in themselves, into more than {_MAX_PARTS:,}: no config is so "
-            f"large, and reading it would not end. {WHERE}"
+            f"{short(file, 400)} repeats its parts (& and *) within each other or in themselves, into more than "
+            f"{_MAX_PARTS:,}: no config is so large, and reading it would not end. {WHERE}"
         )
     return text, root
 
@@ -165,14 +172,23 @@ def _loader(file: Path, text: str) -> type:
 
 
 def _nested(file: Path) -> ValueError:
-    return ValueError(f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}")
+    return ValueError(
+        f"{short(file, 400)} is nested deeper than {_MAX_NESTING} levels, so it is no config that SAT reads. {WHERE}"
+    )
 
 
 def _parts(node, known: dict[int, int]) -> int:
-    """How many parts a node has if everything that it repeats is written out; more than are allowed for one that holds itself."""
+    """How many parts a node has if everything that it repeats is written out; more than are allowed for one that holds
+    itself."""
     if id(node) not in known:
         known[id(node)] = _MAX_PARTS + 1  # until it is counted: whoever meets it now is in it
-        inner = (part for pair in node.value for part in pair) if node.id == "mapping" else node.value if node.id == "sequence" else ()
+        inner = (
+            (part for pair in node.value for part in pair)
+            if node.id == "mapping"
+            else node.value
+            if node.id == "sequence"
+            else ()
+        )
         total = 1
         for part in inner:
             total = min(total + _parts(part, known), _MAX_PARTS + 1)
@@ -234,33 +250,53 @@ def _open_sat(file: Path, raw: bytes) -> _SatConfig:
     text, root = _compose(file, raw)
     found = _children(root, "args")
     if len(found) != 1 or not _is_mapping(found[0]):
-        seen = "no args: at all" if not found else "args: more than once" if len(found) > 1 else "an args: that is not a mapping of settings"
-        hint = " It describes a model; the dtype is in the inference.yaml it is run with." if _children(root, "model") else ""
+        seen = (
+            "no args: at all"
+            if not found
+            else "args: more than once"
+            if len(found) > 1
+            else "an args: that is not a mapping of settings"
+        )
+        hint = (
+            " It describes a model; the dtype is in the inference.yaml it is run with."
+            if _children(root, "model")
+            else ""
+        )
         raise ValueError(f"{short(file, 400)} has {seen}, and args: is where SAT finds bf16 and fp16.{hint} {WHERE}")
     args = found[0]
     try:
         values = _value(args)
     except ValueError as error:
-        raise ValueError(f"{short(file, 400)} holds a value in args: that SAT cannot read ({reason(error)}). Correct it there.") from error
-    config = _SatConfig(file, text, root, args, values, {flag: [pair for pair in args.value if pair[0].value == flag] for flag in _FLAGS})
+        raise ValueError(
+            f"{short(file, 400)} holds a value in args: that SAT cannot read ({reason(error)}). Correct it there."
+        ) from error
+    config = _SatConfig(
+        file,
+        text,
+        root,
+        args,
+        values,
+        {flag: [pair for pair in args.value if pair[0].value == flag] for flag in _FLAGS},
+    )
     for flag in _FLAGS:
         if not isinstance(values.get(flag, False), bool):
             seen = "empty" if values[flag] is None else short(repr(values[flag]))
             raise ValueError(
-                f"{config.place(flag)} of {short(file, 400)} is {seen}, which is not a boolean: SAT would take whatever Python counts as true. "
-                f"Write {flag}: True or {flag}: False."
+                f"{config.place(flag)} of {short(file, 400)} is {seen}, which is not a boolean: SAT would take "
+                f"whatever Python counts as true. Write {flag}: True or {flag}: False."
             )
     if values.get("mode", "inference") != "inference" and _children(root, "deepspeed"):
         raise ValueError(
-            f"{short(file, 400)} is for training (args.mode is {short(repr(values['mode']))}): there SAT takes the dtype from its deepspeed: section "
-            f"and not from args, so the flags checked here decide nothing. {WHERE}"
+            f"{short(file, 400)} is for training (args.mode is {short(repr(values['mode']))}): there SAT takes the "
+            f"dtype from its deepspeed: section and not from args, so the flags checked here decide nothing. {WHERE}"
         )
     return config
 
 
 @dataclass(frozen=True)
 class _Model:
-    """Which model a config runs, the dtype it was trained in (``bf16``, ``fp16`` or None for not known), how that is known, and whether for sure."""
+    """Which model a config runs, the dtype it was trained in (``bf16``, ``fp16`` or None for not known), how that is
+    known, and whether for sure."""
 
     name: str
     trained: str | None
@@ -269,14 +305,17 @@ class _Model:
 
     @property
     def text(self) -> str:
-        return f"{self.name}, trained in {self.trained}, {self.source}" if self.trained else f"{self.name}: {self.source}"
+        return (
+            f"{self.name}, trained in {self.trained}, {self.source}" if self.trained else f"{self.name}: {self.source}"
+        )
 
 
 def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
-    """Which model an ``inference.yaml`` runs, from the surest source that there is: by shapes, by settings, and by a folder's name last.
+    """Which model an ``inference.yaml`` runs, from the surest source that there is: by shapes, by settings, and by a
+    folder's name last.
 
-    SAT is given the model's config beside the inference.yaml on its command line, which is not to be seen here; so the places where
-    that config, or the weights, usually are are looked at in turn.
+    SAT is given the model's config beside the inference.yaml on its command line, which is not to be seen here; so the
+    places where that config, or the weights, usually are are looked at in turn.
     """
     said = []
 
@@ -290,7 +329,9 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
     if file is not None:
         try:
             variant = _stored(file)
-        except Exception as error:  # whatever a damaged pickle makes torch raise: it is told, and the other sources still stand
+        except (
+            Exception
+        ) as error:  # whatever a damaged pickle makes torch raise: it is told, and the other sources still stand
             refused = "could run code" in str(error)
             why = "holds more than tensors, which could run code" if refused else f"cannot be read ({reason(error)})"
             said.append(
@@ -307,18 +348,24 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
     if beside and len({variant.trained for variant in beside.values()}) == 1:
         return known(list(beside.values()), f"known by the model config beside it ({listed(beside, 5)})"), said
     if config.values.get("sampling_fps") == 16:
-        return _Model("CogVideoX1.5", "bf16", "known by sampling_fps: 16 (the other models make 8 frames a second)"), said
+        return _Model(
+            "CogVideoX1.5", "bf16", "known by sampling_fps: 16 (the other models make 8 frames a second)"
+        ), said
     frames = config.values.get("sampling_num_frames")
     if type(frames) is int and frames in _FRAMES_1_5:
-        return _Model("CogVideoX1.5", "bf16", f"known by sampling_num_frames: {frames} (latent frames; the other models make 13)"), said
+        return _Model(
+            "CogVideoX1.5", "bf16", f"known by sampling_num_frames: {frames} (latent frames; the other models make 13)"
+        ), said
     named = _named(config)
     if named:
         folder, name, trained = named
-        source = f"going by the name of the checkpoint's folder alone ({short(folder)} in args.load), which can be wrong"
+        source = (
+            f"going by the name of the checkpoint's folder alone ({short(folder)} in args.load), which can be wrong"
+        )
         return _Model(f"{name} (by its folder's name)", trained, source, False), said
     tried = (
-        "its own model: section, the checkpoint in args.load and its folder's name, the model configs beside it, sampling_fps and "
-        "sampling_num_frames do not say"
+        "its own model: section, the checkpoint in args.load and its folder's name, the model configs beside it, "
+        "sampling_fps and sampling_num_frames do not say"
     )
     return _Model("an unknown CogVideoX", None, f"not known ({tried})"), said
 
@@ -342,7 +389,13 @@ def _described(root) -> Variant | None:
         target = target.get(key) if isinstance(target, dict) else None
     if time_patch is None and not isinstance(target, str):
         return None
-    return _variant(params.get("num_layers"), params.get("num_attention_heads"), params.get("in_channels", 16), time_patch, "Rotary3D" in str(target))
+    return _variant(
+        params.get("num_layers"),
+        params.get("num_attention_heads"),
+        params.get("in_channels", 16),
+        time_patch,
+        "Rotary3D" in str(target),
+    )
 
 
 def _variant(layers, heads, channels, time_patch, rotary) -> Variant:
@@ -379,9 +432,12 @@ def _checkpoint(config: _SatConfig) -> Path | None:
 
 
 def _named(config: _SatConfig) -> tuple[str, str, str] | None:
-    """What the checkpoint's folder is called, if that is a model's name: the folder, the model, and what that was trained in."""
+    """What the checkpoint's folder is called, if that is a model's name: the folder, the model, and what that was
+    trained in."""
     load = config.values.get("load")
-    if not isinstance(load, str) or "{" in load:  # {your_CogVideoX-2b-sat_path}/transformer, as the authors' own file has it, is no name
+    if (
+        not isinstance(load, str) or "{" in load
+    ):  # {your_CogVideoX-2b-sat_path}/transformer, as the authors' own file has it, is no name
         return None
     for part in reversed(re.split(r"[\\/]", load)[-3:]):
         for pattern, name, trained in _FOLDERS:
@@ -391,7 +447,8 @@ def _named(config: _SatConfig) -> tuple[str, str, str] | None:
 
 
 def _stored(file: Path) -> Variant | None:
-    """The variant whose weights a SAT checkpoint holds, by names and shapes; None if they do not say. No weight is read.
+    """The variant whose weights a SAT checkpoint holds, by names and shapes; None if they do not say. No weight is
+    read.
 
     Raises:
         ValueError: if it cannot be read, or holds anything but tensors and plain containers: opening it would run code.
@@ -410,10 +467,12 @@ def _stored(file: Path) -> Variant | None:
     if any(name.endswith(("freqs_sin", "freqs_cos")) for name in shapes):
         rotary = True
     elif "mixins.pos_embed.pos_embedding" in shapes:
-        # The sin-cos table is a parameter. So is the learned one that image-to-video models have on top of rotary positions.
+        # The sin-cos table is a parameter. So is the learned one that image-to-video models have on top of rotary
+        # positions.
         rotary = patch[1] == 32
     elif width in (1920, 3072):
-        # Neither leaves a trace where the table was not saved and the rotary angles are no buffers: go by the released widths.
+        # Neither leaves a trace where the table was not saved and the rotary angles are no buffers: go by the released
+        # widths.
         rotary = width == 3072
     else:
         return None
@@ -458,15 +517,25 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
     if on:
         run, where, because = on[0], config.place(on[0]), f"{on[0]} is on"
     elif isinstance(zero, int) and zero > 0:
-        run, where, because = "fp16", config.place("zero_stage"), f"Neither flag is on and zero_stage is {zero}, for which SAT switches fp16 on"
+        run, where, because = (
+            "fp16",
+            config.place("zero_stage"),
+            f"Neither flag is on and zero_stage is {zero}, for which SAT switches fp16 on",
+        )
     else:
         reason = "Neither flag is on, so SAT runs in fp32: the picture is right, at about 3 to 4 times the time and twice the memory."
-        remedy = "Set fp16: True." if trained == "fp16" else "Set bf16: True, unless the GPU has no bf16 (V100, T4, RTX 20xx): there fp32 is right."
+        remedy = (
+            "Set fp16: True."
+            if trained == "fp16"
+            else "Set bf16: True, unless the GPU has no bf16 (V100, T4, RTX 20xx): there fp32 is right."
+        )
         return [*said, Finding(config.place(), "warning", reason, remedy)]
     if run == trained:
         return [*said, Finding(where, "ok", f"{because}, and {model.name} was trained in {trained}.")]
     if trained == "bf16":
-        remedy = "Set bf16: True instead; on a GPU that has no bf16 (V100, T4, RTX 20xx), switch both off and run in fp32."
+        remedy = (
+            "Set bf16: True instead; on a GPU that has no bf16 (V100, T4, RTX 20xx), switch both off and run in fp32."
+        )
         return [*said, Finding(where, "mismatch", f"{because}, but {model.name} was trained in bf16: {BLACK}.", remedy)]
     if trained == "fp16":
         reason = f"{because}, but {model.name} was trained in fp16: it stays finite, with the 8 significant bits of bf16 instead of the 11 of fp16."
@@ -477,11 +546,16 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
     return [*said, Finding(where, "warning", reason, "Set bf16: True instead, unless the model is CogVideoX-2b.")]
 
 
-# --- Changing the flags in the text -------------------------------------------------------------------------------------------------
+# --- Changing the flags in the text
+# -------------------------------------------------------------------------------------------------
 
 _Edit = tuple[int, int, str]  # replace text[start:end]
 _LINE_END = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # YAML's own
-_SPELLINGS = {form(yes): form(no) for yes, no in (("true", "false"), ("yes", "no"), ("on", "off")) for form in (str.lower, str.title, str.upper)}
+_SPELLINGS = {
+    form(yes): form(no)
+    for yes, no in (("true", "false"), ("yes", "no"), ("on", "off"))
+    for form in (str.lower, str.title, str.upper)
+}
 _OPPOSITE = _SPELLINGS | {no: yes for yes, no in _SPELLINGS.items()}
 
 
@@ -538,7 +612,8 @@ def _with(config: _SatConfig, setting: str) -> _Edit:
 
 
 def _end(key, value) -> int:
-    """Where a setting ends in the text. The end mark of a block collection lies past the comments after it, so its last leaf is asked."""
+    """Where a setting ends in the text. The end mark of a block collection lies past the comments after it, so its last
+    leaf is asked."""
     if value.start_mark.index < key.end_mark.index:
         return key.end_mark.index  # an alias: its node is elsewhere, and it stands on the key's line
     if value.id == "mapping" and not value.flow_style:
@@ -552,7 +627,8 @@ def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> _SatConfig:
     """The config with the edited text, checked: the flags are as wanted and no other setting changed.
 
     Raises:
-        ValueError: if the check fails, as it does where anchors, aliases or merge keys set a flag from elsewhere in the file.
+        ValueError: if the check fails, as it does where anchors, aliases or merge keys set a flag from elsewhere in the
+            file.
     """
     text = config.text
     for start, end, new in sorted(edits, reverse=True):
@@ -569,8 +645,9 @@ def _apply(config: _SatConfig, edits: list[_Edit], want: str) -> _SatConfig:
 
 def _by_hand(config: _SatConfig, why: str) -> ValueError:
     return ValueError(
-        f"{short(config.file, 400)} was not changed: {why}, so the flags cannot be set without touching other settings. In args:, set the dtype "
-        "named by the check to True and the other one to False by hand, and check it again."
+        f"{short(config.file, 400)} was not changed: {why}, so the flags cannot be set without touching other "
+        "settings. In args:, set the dtype named by the check to True and the other one to False by hand, and check "
+        "it again."
     )
 
 
@@ -591,7 +668,9 @@ def _replace(file: Path, old: bytes, new: bytes) -> Path:
     try:
         with written_whole(file, overwrite=True) as partial:
             # For nobody else's eyes, until it has the rights of the file.
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb") as stream:
+            with open(
+                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb"
+            ) as stream:
                 stream.write(new)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -602,8 +681,8 @@ def _replace(file: Path, old: bytes, new: bytes) -> Path:
         if backup is not None:
             backup.unlink(missing_ok=True)
         raise ValueError(
-            f"{short(file, 400)} cannot be rewritten ({reason(error)}), so it is as it was. Make it and its folder writable for you, or change it by "
-            "hand as the check says."
+            f"{short(file, 400)} cannot be rewritten ({reason(error)}), so it is as it was. Make it and its folder "
+            "writable for you, or change it by hand as the check says."
         ) from error
     return backup
 

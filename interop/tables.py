@@ -1,9 +1,11 @@
 """Facts of ComfyUI-CogVideoXWrapper and of the packs around it: nodes, and their sockets and widgets by age.
 
-Sources: kijai/ComfyUI-CogVideoXWrapper, nodes.py, model_loading.py and pipeline_cogvideox.py in all 341 commits; MinusZoneAI/ComfyUI-CogVideoX-MZ.
+Sources: kijai/ComfyUI-CogVideoXWrapper, nodes.py, model_loading.py and pipeline_cogvideox.py in all 341 commits;
+MinusZoneAI/ComfyUI-CogVideoX-MZ.
 
-Until 19 November 2024 one socket, ``pipeline``, brought model, VAE and text encoder to every node, and gave the sampler's size too. Ages are told
-from each other by their sockets' names and, where a file only lists values, by which widgets these would fit.
+Until 19 November 2024 one socket, ``pipeline``, brought model, VAE and text encoder to every node, and gave the
+sampler's size too. Ages are told from each other by their sockets' names and, where a file only lists values, by which
+widgets these would fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,17 @@ SOCKETS = {
     "CogVideoImageEncode": ("vae", "start_image", "end_image", "pipeline", "image", "mask", "vae_override"),
     "CogVideoImageInterpolationEncode": ("pipeline", "start_image", "end_image", "mask", "vae_override"),
     "CogVideoSampler": (
-        *("model", "pipeline", "positive", "negative", "embeds", "samples", "image_cond_latents", "context_options", "controlnet"),
+        *(
+            "model",
+            "pipeline",
+            "positive",
+            "negative",
+            "embeds",
+            "samples",
+            "image_cond_latents",
+            "context_options",
+            "controlnet",
+        ),
         *("tora_trajectory", "fastercache", "feta_args", "teacache_args"),
     ),
     "CogVideoDecode": ("vae", "samples", "pipeline", "vae_override"),
@@ -35,24 +47,57 @@ SOCKETS = {
 _TILES = ("tile_sample_min_height", "tile_sample_min_width", "tile_overlap_factor_height", "tile_overlap_factor_width")
 _OLD_SAMPLER = ("height", "width", "num_frames", "steps", "cfg", "seed", AFTER_SEED, "scheduler")
 _TEMPORAL_TILES = ("t_tile_length", "t_tile_overlap")
-#: Node -> the orders of its list of values, the newest first. Orders that only go on where an older one ends are left out.
+#: Node -> the orders of its list of values, the newest first. Orders that only go on where an older one ends are left
+#: out.
 ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "DownloadAndLoadCogVideoModel": (
         ("model", "precision", "quantization", "enable_sequential_cpu_offload", "attention_mode", "load_device"),
-        ("model", "precision", "fp8_transformer", "compile", "enable_sequential_cpu_offload", "attention_mode", "load_device"),
+        (
+            "model",
+            "precision",
+            "fp8_transformer",
+            "compile",
+            "enable_sequential_cpu_offload",
+            "attention_mode",
+            "load_device",
+        ),
         ("model", "precision", "fp8_transformer", "compile", "enable_sequential_cpu_offload", "load_device"),
         ("model", "precision", "fp8_transformer", "torch_compile", "onediff"),
         ("precision",),
     ),
-    "CogVideoXModelLoader": (("model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"),),
+    "CogVideoXModelLoader": (
+        ("model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
+    ),
     "DownloadAndLoadCogVideoGGUFModel": (
         ("model", "vae_precision", "fp8_fastmode", "load_device", "enable_sequential_cpu_offload", "attention_mode"),
-        ("model", "vae_precision", "fp8_fastmode", "load_device", "enable_sequential_cpu_offload", "compile", "attention_mode"),
+        (
+            "model",
+            "vae_precision",
+            "fp8_fastmode",
+            "load_device",
+            "enable_sequential_cpu_offload",
+            "compile",
+            "attention_mode",
+        ),
         ("model", "vae_precision", "fp8_fastmode", "compile"),
     ),
     "MZ_CogVideoXLoader": (
-        ("unet_name", "vae_name", "weight_dtype", "fp8_fast_mode", "enable_sequential_cpu_offload", "enable_vae_encode_tiling"),
-        ("unet_name", "vae_name", "weight_dtype", "fp8_fast_mode", "dyn_offload_cpu_layer", "enable_sequential_cpu_offload"),
+        (
+            "unet_name",
+            "vae_name",
+            "weight_dtype",
+            "fp8_fast_mode",
+            "enable_sequential_cpu_offload",
+            "enable_vae_encode_tiling",
+        ),
+        (
+            "unet_name",
+            "vae_name",
+            "weight_dtype",
+            "fp8_fast_mode",
+            "dyn_offload_cpu_layer",
+            "enable_sequential_cpu_offload",
+        ),
     ),
     "CogVideoXVAELoader": (("model_name", "precision"),),
     "CogVideoLoraSelect": (("lora", "strength", "fuse_lora"),),
@@ -71,11 +116,26 @@ ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("num_frames", "steps", "cfg", "seed", AFTER_SEED, "scheduler", "denoise_strength"),
         (*_OLD_SAMPLER, "denoise_strength"),
         (*_OLD_SAMPLER, *_TEMPORAL_TILES, "denoise_strength"),
-        ("height", "width", "num_frames", "fps", "steps", "cfg", "seed", AFTER_SEED, "scheduler", *_TEMPORAL_TILES, "denoise_strength"),
+        (
+            "height",
+            "width",
+            "num_frames",
+            "fps",
+            "steps",
+            "cfg",
+            "seed",
+            AFTER_SEED,
+            "scheduler",
+            *_TEMPORAL_TILES,
+            "denoise_strength",
+        ),
         ("height", "width", "num_frames", "fps", "steps", "cfg", "seed", AFTER_SEED, "scheduler", "denoise_strength"),
         ("height", "width", "num_frames", "fps", "steps", "cfg", "seed", AFTER_SEED, "denoise_strength"),
     ),
-    "CogVideoDecode": (("enable_vae_tiling", *_TILES, "auto_tile_size"), ("enable_vae_tiling", *_TILES, "enable_vae_slicing")),
+    "CogVideoDecode": (
+        ("enable_vae_tiling", *_TILES, "auto_tile_size"),
+        ("enable_vae_tiling", *_TILES, "enable_vae_slicing"),
+    ),
     "CogVideoXFasterCache": (("start_step", "hf_step", "lf_step", "cache_device", "num_blocks_to_cache"),),
     "CogVideoXTeaCache": (("rel_l1_thresh",),),
     "CogVideoXTorchCompileSettings": (("backend", "fullgraph", "mode", "dynamic", "dynamo_cache_size_limit"),),
@@ -85,16 +145,60 @@ ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
     ),
 }
 _SWITCHES = {
-    *("enable_sequential_cpu_offload", "fp8_fastmode", "fp8_fast_mode", "torch_compile", "onediff", "fuse_lora", "force_offload", "enable_tiling"),
-    *("enable_vae_tiling", "enable_vae_slicing", "enable_vae_encode_tiling", "auto_tile_size", "spatial_broadcast", "fullgraph", "dynamic"),
+    *(
+        "enable_sequential_cpu_offload",
+        "fp8_fastmode",
+        "fp8_fast_mode",
+        "torch_compile",
+        "onediff",
+        "fuse_lora",
+        "force_offload",
+        "enable_tiling",
+    ),
+    *(
+        "enable_vae_tiling",
+        "enable_vae_slicing",
+        "enable_vae_encode_tiling",
+        "auto_tile_size",
+        "spatial_broadcast",
+        "fullgraph",
+        "dynamic",
+    ),
 }
 _WHOLE = {
-    *("height", "width", "num_frames", "fps", "steps", "seed", "chunk_size", *_TEMPORAL_TILES, *_TILES[:2], "dyn_offload_cpu_layer"),
-    *("spatial_threshold_start", "spatial_threshold_end", "spatial_range", "pab_threshold_start", "pab_threshold_end", "pab_range"),
+    *(
+        "height",
+        "width",
+        "num_frames",
+        "fps",
+        "steps",
+        "seed",
+        "chunk_size",
+        *_TEMPORAL_TILES,
+        *_TILES[:2],
+        "dyn_offload_cpu_layer",
+    ),
+    *(
+        "spatial_threshold_start",
+        "spatial_threshold_end",
+        "spatial_range",
+        "pab_threshold_start",
+        "pab_threshold_end",
+        "pab_range",
+    ),
     *("start_step", "hf_step", "lf_step", "num_blocks_to_cache", "dynamo_cache_size_limit"),
 }
 _NUMBERS = {
-    *("cfg", "denoise_strength", "strength", "noise_aug_strength", "start_percent", "end_percent", "weighted_average_ratio", "rel_l1_thresh"),
+    *(
+        "cfg",
+        "denoise_strength",
+        "strength",
+        "noise_aug_strength",
+        "start_percent",
+        "end_percent",
+        "weighted_average_ratio",
+        "rel_l1_thresh",
+    ),
     *_TILES[2:],
 }
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -152,7 +256,8 @@ MODEL_LOADERS = {
 LORAS = ("CogVideoLoraSelect", "CogVideoLoraSelectComfy")
 ENCODERS = ("CogVideoImageEncode", "CogVideoImageInterpolationEncode")
 SPEED = ("CogVideoXFasterCache", "CogVideoXTeaCache", "CogVideoPABConfig", "CogVideoXTorchCompileSettings")
-#: Its schedulers that are ours, and of the others the one to begin with. Those named DPM and DDIM_tiled are of 2024's summer.
+#: Its schedulers that are ours, and of the others the one to begin with. Those named DPM and DDIM_tiled are of 2024's
+#: summer.
 SAME_SCHEDULER = {"CogVideoXDDIM": "ddim", "CogVideoXDPMScheduler": "dpm", "DPM": "dpm"}
 NEAR_SCHEDULER = {"DPM++": "dpm", "SASolverScheduler": "dpm"}
 #: The folder that DownloadAndLoadCogVideoModel makes in models/CogVideo, where it is not the repository's name.
@@ -208,8 +313,8 @@ FUN_SAMPLERS = ("CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXF
 #: Nodes that are left out, and what that means.
 LEFT_OUT = {
     "CogVideoContextOptions": (
-        "Context windows are not here: the whole clip is made at once, which takes more memory, and over the length that the model was trained for "
-        "the picture may suffer."
+        "Context windows are not here: the whole clip is made at once, which takes more memory, and over the length "
+        "that the model was trained for the picture may suffer."
     ),
     "CogVideoEnhanceAVideo": "Enhance-A-Video is not here, so the video will differ from the old one.",
     "CogVideoTransformerEdit": "Removing blocks of the transformer is not here: all of them run.",
@@ -221,14 +326,27 @@ LEFT_OUT = {
 }
 #: Its other nodes, which are refused where they are used.
 REST = {
-    *("CogVideoControlNet", "DownloadAndLoadCogVideoControlNet", "DownloadAndLoadToraModel", "ToraEncodeTrajectory", "ToraEncodeOpticalFlow"),
+    *(
+        "CogVideoControlNet",
+        "DownloadAndLoadCogVideoControlNet",
+        "DownloadAndLoadToraModel",
+        "ToraEncodeTrajectory",
+        "ToraEncodeOpticalFlow",
+    ),
     *("CogVideoImageEncodeFunInP", "CogVideoControlImageEncode", "CogVideoDualTextEncode_311"),
 }
-#: Nodes of others that make an empty image latent or scale a picture: their widgets in order, and whether their outputs 1 and 2 are width and height.
-EMPTY_LATENTS = {"EmptyLatentImage": ("width", "height", "batch_size"), "EmptySD3LatentImage": ("width", "height", "batch_size")}
+#: Nodes of others that make an empty image latent or scale a picture: their widgets in order, and whether their outputs
+#: 1 and 2 are width and height.
+EMPTY_LATENTS = {
+    "EmptyLatentImage": ("width", "height", "batch_size"),
+    "EmptySD3LatentImage": ("width", "height", "batch_size"),
+}
 RESIZERS = {
     "ImageResizeKJ": (("width", "height", "upscale_method", "keep_proportion", "divisible_by"), True),
-    "ImageResizeKJv2": (("width", "height", "upscale_method", "keep_proportion", "pad_color", "crop_position", "divisible_by"), True),
+    "ImageResizeKJv2": (
+        ("width", "height", "upscale_method", "keep_proportion", "pad_color", "crop_position", "divisible_by"),
+        True,
+    ),
     "ImageResize+": (("width", "height", "interpolation", "method", "condition", "multiple_of"), True),
     "GetImageSizeAndCount": ((), True),
     "CogVideoXFunResizeToClosestBucket": ((), False),
@@ -242,6 +360,15 @@ CONSTANTS = ("INTConstant", "PrimitiveNode", "PrimitiveInt", "Int", "easy int", 
 OLD = SOCKETS.keys() | ORDERS.keys() | LEFT_OUT.keys() | REST
 #: Widgets of the old nodes that change nothing about the video.
 WITHOUT_EFFECT = {
-    *("force_offload", "enable_tiling", "enable_vae_tiling", "load_device", "fuse_lora", "chunk_size", "enable_vae_slicing", "fps"),
+    *(
+        "force_offload",
+        "enable_tiling",
+        "enable_vae_tiling",
+        "load_device",
+        "fuse_lora",
+        "chunk_size",
+        "enable_vae_slicing",
+        "fps",
+    ),
     *("enable_vae_encode_tiling", "dyn_offload_cpu_layer", "auto_tile_size", *_TILES),
 }

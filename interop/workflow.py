@@ -1,4 +1,5 @@
-"""ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a CogVideoX."""
+"""ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a
+CogVideoX."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +14,27 @@ from .report import BLACK, WHERE, WORKFLOW, ConfigReport
 from .tables import ORDERS, order_of
 
 OURS = "CogVideoX15ModelLoader"
-#: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values. ``tables.ORDERS`` has all ages.
+#: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values.
+#: ``tables.ORDERS`` has all ages.
 WIDGETS = {
     OURS: ("model", "dtype", "on_mismatch", "memory", "scan_weights", "text_encoder_name", "vae_name"),
     **{
         kind: ORDERS[kind][0]
         for kind in (
-            *("DownloadAndLoadCogVideoModel", "CogVideoXModelLoader", "DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader", "CogVideoLoraSelect"),
-            *("CogVideoLoraSelectComfy", "CogVideoTextEncode", "CogVideoTextEncodeCombine", "CogVideoImageEncode", "CogVideoSampler"),
+            *(
+                "DownloadAndLoadCogVideoModel",
+                "CogVideoXModelLoader",
+                "DownloadAndLoadCogVideoGGUFModel",
+                "CogVideoXVAELoader",
+                "CogVideoLoraSelect",
+            ),
+            *(
+                "CogVideoLoraSelectComfy",
+                "CogVideoTextEncode",
+                "CogVideoTextEncodeCombine",
+                "CogVideoImageEncode",
+                "CogVideoSampler",
+            ),
         )
     },
     "CogVideoDecode": ("enable_vae_tiling",),  # and the tiles' sizes
@@ -56,25 +70,44 @@ _LOADERS = {
     "CogVideoXModelLoader": _Loader("model", "base_precision"),
     "DownloadAndLoadCogVideoGGUFModel": _Loader("model", "vae_precision"),
     "CogVideoXVAELoader": _Loader("model_name", "precision"),
-    # MinusZoneAI/ComfyUI-CogVideoX-MZ, mz_cogvideox_core.py: fp8_e4m3fn multiplies in fp16, fp8_e5m2 in bf16; its first versions said default.
-    "MZ_CogVideoXLoader": _Loader("unet_name", "weight_dtype", runs={"fp8_e4m3fn": "fp16", "fp8_e5m2": "bf16", "default": "bf16", "GGUF": "bf16"}),
+    # MinusZoneAI/ComfyUI-CogVideoX-MZ, mz_cogvideox_core.py: fp8_e4m3fn multiplies in fp16, fp8_e5m2 in bf16; its first
+    # versions said default.
+    "MZ_CogVideoXLoader": _Loader(
+        "unet_name", "weight_dtype", runs={"fp8_e4m3fn": "fp16", "fp8_e5m2": "bf16", "default": "bf16", "GGUF": "bf16"}
+    ),
     # aigc-apps/VideoX-Fun, comfyui/cogvideox_fun/nodes.py, under its three names.
-    "LoadCogVideoXFunModel": _Loader("model", "precision", "fp16", ("model", "model_type", "GPU_memory_mode", "precision")),
-    "LoadCogVideoX_Fun_Model": _Loader("model", "precision", "fp16", ("model", "model_type", "low_gpu_memory_mode", "precision")),
+    "LoadCogVideoXFunModel": _Loader(
+        "model", "precision", "fp16", ("model", "model_type", "GPU_memory_mode", "precision")
+    ),
+    "LoadCogVideoX_Fun_Model": _Loader(
+        "model", "precision", "fp16", ("model", "model_type", "low_gpu_memory_mode", "precision")
+    ),
     "LoadCogVideoX_FUN_Model": _Loader("model", "precision", "fp16", ("model", "low_gpu_memory_mode", "precision")),
     # ComfyUI's own nodes, and others' that load what they do.
     "UNETLoader": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
     "CheckpointLoaderSimple": _Loader("ckpt_name", order=("ckpt_name",), any_model=True),
     "DiffusersLoader": _Loader("model_path", order=("model_path",), any_model=True),
     "UnetLoaderGGUF": _Loader("unet_name", order=("unet_name",), any_model=True),
-    "UnetLoaderGGUFAdvanced": _Loader("unet_name", order=("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"), any_model=True),
+    "UnetLoaderGGUFAdvanced": _Loader(
+        "unet_name", order=("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"), any_model=True
+    ),
     "LoaderGGUF": _Loader("gguf_name", order=("gguf_name",), any_model=True),
     "UnetLoaderNF4": _Loader("unet_name", order=("unet_name",), any_model=True),
     "DiffusionModelLoaderKJ": _Loader(
-        *("model_name", "compute_dtype", "default", ("model_name", "weight_dtype", "compute_dtype"), _STORED, True, "weight_dtype"),
+        *(
+            "model_name",
+            "compute_dtype",
+            "default",
+            ("model_name", "weight_dtype", "compute_dtype"),
+            _STORED,
+            True,
+            "weight_dtype",
+        ),
     ),
     "UNETLoaderMultiGPU": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
-    "UNETLoaderDisTorch2MultiGPU": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
+    "UNETLoaderDisTorch2MultiGPU": _Loader(
+        "unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True
+    ),
     "UnetLoaderGGUFMultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
     "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
@@ -94,15 +127,21 @@ def check_workflow(file: Path) -> ConfigReport:
         ValueError: if it is no workflow.
     """
     nodes = list(_active_nodes(read_workflow(file)))
-    loaders = [(where, kind, widgets) for where, kind, widgets in nodes if kind in _LOADERS and _loads_cogvideo(kind, widgets)]
+    loaders = [
+        (where, kind, widgets) for where, kind, widgets in nodes if kind in _LOADERS and _loads_cogvideo(kind, widgets)
+    ]
     if not loaders:
-        none = Finding("workflow", "ok", "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong.")
+        none = Finding(
+            "workflow", "ok", "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong."
+        )
         return ConfigReport(file, WORKFLOW, "none", (none,))
     named = [widgets.get(_LOADERS[kind].model) for _, kind, widgets in loaders if kind != "CogVideoXVAELoader"]
     names = dict.fromkeys(name for name in named if isinstance(name, str))
     model = ", ".join(f"{short(name)} (trained in {'fp16' if is_2b(name) else 'bf16'})" for name in names)
     findings = tuple(_judge_loader(*loader) for loader in loaders)
-    return ConfigReport(file, WORKFLOW, f"{model}: by the name, which is all that a workflow says" if model else "not named", findings)
+    return ConfigReport(
+        file, WORKFLOW, f"{model}: by the name, which is all that a workflow says" if model else "not named", findings
+    )
 
 
 def is_2b(name: str) -> bool:
@@ -112,7 +151,9 @@ def is_2b(name: str) -> bool:
 
 def _loads_cogvideo(kind: str, widgets: Mapping) -> bool:
     name = widgets.get(_LOADERS[kind].model)
-    return not _LOADERS[kind].any_model or (isinstance(name, str) and re.search("cog.?video", name, re.IGNORECASE) is not None)
+    return not _LOADERS[kind].any_model or (
+        isinstance(name, str) and re.search("cog.?video", name, re.IGNORECASE) is not None
+    )
 
 
 def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
@@ -132,30 +173,51 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
     runs = dtype if dtype is _LINKED else loader.runs.get(dtype, dtype) if widget else ""
     if runs == "":
         chosen = f"{widget} is {short(dtype)}" if widget else "The node has no widget for the dtype"
-        return Finding(where, "ok", f"{chosen}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.")
+        return Finding(
+            where,
+            "ok",
+            f"{chosen}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.",
+        )
     if runs is not dtype and runs is not _LINKED:
         said = f"{widget} is {dtype}, which computes in {runs}"
     elif runs is not _LINKED:
         said = f"{widget} is {short(runs)}"
     if runs is not _LINKED and runs not in _DTYPES:
-        return Finding(where, "warning", f"{widget} is {short(repr(dtype))}, which this check does not know.", f"Set {widget} to bf16.")
+        return Finding(
+            where,
+            "warning",
+            f"{widget} is {short(repr(dtype))}, which this check does not know.",
+            f"Set {widget} to bf16.",
+        )
     if kind in _VAE_ONLY:
         if runs is _LINKED:
-            return Finding(where, "warning", f"{widget} comes from another node.", "See that what arrives there is bf16 or fp32.")
+            return Finding(
+                where, "warning", f"{widget} comes from another node.", "See that what arrives there is bf16 or fp32."
+            )
         if runs == "fp16":
-            return Finding(where, "warning", f"{said}, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32.")
+            return Finding(
+                where, "warning", f"{said}, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32."
+            )
         return Finding(where, "ok", f"{said}.")
     if is_2b(name):
         said = f"{widget} comes from another node" if runs is _LINKED else said
-        return Finding(where, "ok", f"{said}, and {name} was trained in fp16, going by the name: no dtype makes it black.")
+        return Finding(
+            where, "ok", f"{said}, and {name} was trained in fp16, going by the name: no dtype makes it black."
+        )
     if runs not in ("fp16", _LINKED):
         return Finding(where, "ok", f"{said}, in which a bf16-trained model stays finite.")
     on_mismatch = widgets.get("on_mismatch", "fix") if kind == OURS else None
     if on_mismatch == "fix":
-        return Finding(where, "ok", "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.")
+        return Finding(
+            where,
+            "ok",
+            "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.",
+        )
     if runs is _LINKED or on_mismatch is _LINKED:
         linked = widget if runs is _LINKED else "on_mismatch"
-        return Finding(where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16.")
+        return Finding(
+            where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16."
+        )
     because = f"{said} and {name} was trained in bf16, going by the name"
     remedy = f"Set {widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
     if kind == OURS:
@@ -168,7 +230,8 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
 
 
 def read_workflow(file: Path) -> dict:
-    """The graph in a workflow's file: as the page saves it (``nodes``, ``links``), or as the API takes it (``{id: {class_type, inputs}}``).
+    """The graph in a workflow's file: as the page saves it (``nodes``, ``links``), or as the API takes it (``{id:
+    {class_type, inputs}}``).
 
     Raises:
         ValueError: if it is no workflow.
@@ -178,17 +241,25 @@ def read_workflow(file: Path) -> dict:
         data = parse_json(text)
     except ValueError as error:
         raise ValueError(
-            f"{short(file, 400)} is not JSON ({reason(error)}), so there are no nodes to look at. Save the workflow again in ComfyUI."
+            f"{short(file, 400)} is not JSON ({reason(error)}), so there are no nodes to look at. Save the workflow "
+            "again in ComfyUI."
         ) from error
     graph = _find_graph(data)
     if graph is None:
-        seen = f"a JSON object with {listed(data, 4) or 'nothing in it'}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
-        raise ValueError(f"{short(file, 400)} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. {WHERE}")
+        seen = (
+            f"a JSON object with {listed(data, 4) or 'nothing in it'}"
+            if isinstance(data, dict)
+            else f"a JSON {type(data).__name__}"
+        )
+        raise ValueError(
+            f"{short(file, 400)} is {seen}, which is not a ComfyUI workflow: there are no nodes in it to look at. "
+            f"{WHERE}"
+        )
     count = sum(len(part["nodes"]) for _, _, part in graphs(graph)) if is_page(graph) else len(graph)
     if count > MAX_NODES:
         raise ValueError(
-            f"{short(file, 400)} has {count:,} nodes, and a workflow that a person laid out has at most a few hundred (here the limit is "
-            f"{MAX_NODES:,}): it was made by a program, or is damaged. Choose another file."
+            f"{short(file, 400)} has {count:,} nodes, and a workflow that a person laid out has at most a few hundred "
+            f"(here the limit is {MAX_NODES:,}): it was made by a program, or is damaged. Choose another file."
         )
     return graph
 
@@ -198,8 +269,11 @@ def _find_graph(data) -> dict | None:
         return None
     if is_page(data) or any(isinstance(node, dict) and "class_type" in node for node in data.values()):
         return data
-    # What the page sends to the queue, what lies in the metadata of a picture, and what servers take: the graph under one more name.
-    return next((graph for key in ("prompt", "workflow", "input") if (graph := _find_graph(data.get(key))) is not None), None)
+    # What the page sends to the queue, what lies in the metadata of a picture, and what servers take: the graph under
+    # one more name.
+    return next(
+        (graph for key in ("prompt", "workflow", "input") if (graph := _find_graph(data.get(key))) is not None), None
+    )
 
 
 def is_page(graph: Mapping) -> bool:
@@ -219,7 +293,11 @@ def _active_nodes(graph: Mapping) -> Iterator[tuple[str, str, dict]]:
 
 def _api_widgets(node: Mapping) -> dict:
     inputs = node.get("inputs")
-    return {name: _LINKED if isinstance(value, list) else value for name, value in inputs.items()} if isinstance(inputs, dict) else {}
+    return (
+        {name: _LINKED if isinstance(value, list) else value for name, value in inputs.items()}
+        if isinstance(inputs, dict)
+        else {}
+    )
 
 
 def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
@@ -234,7 +312,9 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
         return node.get("mode") in (MUTED, BYPASSED)
 
     # A subgraph is switched off with the nodes that stand for it.
-    muted = {node["type"] for *_, node in nodes if is_off(node)} - {node["type"] for *_, node in nodes if not is_off(node)}
+    muted = {node["type"] for *_, node in nodes if is_off(node)} - {
+        node["type"] for *_, node in nodes if not is_off(node)
+    }
     for subgraph, inside, node in nodes:
         if subgraph not in muted and not is_off(node):
             yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], _ui_widgets(node)
@@ -260,11 +340,16 @@ def _widget_sockets(node: Mapping) -> list[dict]:
     """The sockets of widgets that have a name."""
     inputs = node.get("inputs")
     sockets = [socket for socket in inputs if isinstance(socket, dict)] if isinstance(inputs, list) else []
-    return [socket for socket in sockets if isinstance(socket.get("widget"), dict) and isinstance(socket["widget"].get("name"), str)]
+    return [
+        socket
+        for socket in sockets
+        if isinstance(socket.get("widget"), dict) and isinstance(socket["widget"].get("name"), str)
+    ]
 
 
 def widget_values(node: Mapping, order: Sequence[str] = ()) -> dict:
-    """A node's widgets by name, as the page saves them. Newer files name them; older ones only list the values, in the order of the node's inputs.
+    """A node's widgets by name, as the page saves them. Newer files name them; older ones only list the values, in the
+    order of the node's inputs.
 
     Args:
         order: that of a node which is not known here.
@@ -280,7 +365,8 @@ def widget_values(node: Mapping, order: Sequence[str] = ()) -> dict:
 
 def _order(node: Mapping, values: Sequence, order: Sequence[str]) -> Sequence[str]:
     names, kind = [socket["widget"]["name"] for socket in _widget_sockets(node)], node["type"]
-    # The sockets of older files are only the widgets that were turned into inputs, so their order counts only where all are there.
+    # The sockets of older files are only the widgets that were turned into inputs, so their order counts only where all
+    # are there.
     if len(names) == len(values):
         return names
     if kind in ORDERS:

@@ -1,4 +1,5 @@
-"""What every node of the pack shares: its category, and a check of the installed packages and of its inputs before it runs."""
+"""What every node of the pack shares: its category, and a check of the installed packages and of its inputs before it
+runs."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +24,8 @@ LENGTH = (
 
 
 class Node:
-    """A node whose work is ``execute``. Running it first checks the dependencies and the inputs, so that what is wrong is told in a sentence."""
+    """A node whose work is ``execute``. Running it first checks the dependencies and the inputs, so that what is wrong
+    is told in a sentence."""
 
     CATEGORY = "CogVideoX-1.5"
     FUNCTION = "run"
@@ -34,12 +36,13 @@ class Node:
 
     @classmethod
     def refusal(cls, given: dict, *checks: tuple) -> str | bool:
-        """What ``VALIDATE_INPUTS`` answers when the graph is queued: True, or the sentences about the widgets that cannot run.
+        """What ``VALIDATE_INPUTS`` answers when the graph is queued: True, or the sentences about the widgets that
+        cannot run.
 
         Args:
             given: the widgets by name; those that another node will give are None as yet, and left to the run.
-            checks: functions of the engine that raise ValueError, each with its arguments. A check with an argument that is None, or is no value
-                for its widget, is left out.
+            checks: functions of the engine that raise ValueError, each with its arguments. A check with an argument
+                that is None, or is no value for its widget, is left out.
         """
         odd = objections(cls, given, limits=False)
         unusable, said = [given[name] for name in odd], list(odd.values())
@@ -53,8 +56,8 @@ class Node:
 
     @classmethod
     def fingerprint(cls, given: dict, look: Callable[[], Any]) -> Any:
-        """What ``IS_CHANGED`` answers: what ``look`` says of the files that were chosen, or why there are none; NaN, which is never the same, where
-        another node will choose."""
+        """What ``IS_CHANGED`` answers: what ``look`` says of the files that were chosen, or why there are none; NaN,
+        which is never the same, where another node will choose."""
         if any(value is None for value in given.values()):
             return math.nan
         odd = objections(cls, given)

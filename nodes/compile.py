@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 class Compile(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Compile"
     DESCRIPTION = (
-        "Compiles the transformer's blocks with torch.compile: faster steps and the same video within the dtype's rounding, for a longer first step. "
-        "One block is compiled and serves for all; the code stays for the next runs of the same size until ComfyUI ends. Where no compiler is, the "
-        "run goes on without and says so."
+        "Compiles the transformer's blocks with torch.compile: faster steps and the same video within the dtype's "
+        "rounding, for a longer first step. One block is compiled and serves for all; the code stays for the next "
+        "runs of the same size until ComfyUI ends. Where no compiler is, the run goes on without and says so."
     )
     SEARCH_ALIASES = ["cogvideo compile", "cogvideox compile", "torch compile", "inductor", "triton", "speed up"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
@@ -25,20 +25,30 @@ class Compile(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."}),
+                "model": (
+                    "COGVIDEOX_MODEL",
+                    {
+                        "tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                    },
+                ),
                 "mode": (
                     list(COMPILE_MODES),
                     {
                         "default": COMPILE_MODES[0],
-                        "tooltip": "default: compiles in a minute or so. max-autotune-no-cudagraphs: tries more ways to run each product, which "
-                        "takes several minutes once.",
+                        "tooltip": (
+                            "default: compiles in a minute or so. max-autotune-no-cudagraphs: tries more ways to run "
+                            "each product, which takes several minutes once."
+                        ),
                     },
                 ),
                 "dynamic": (
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Off: compiled anew for each size and length, to the fastest code. On: compiled once for all of them.",
+                        "tooltip": (
+                            "Off: compiled anew for each size and length, to the fastest code. On: compiled once for "
+                            "all of them."
+                        ),
                     },
                 ),
             }

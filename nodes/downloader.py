@@ -19,8 +19,9 @@ CHECKPOINTS = {
 class Downloader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Downloader"
     DESCRIPTION = (
-        "Downloads a CogVideoX-1.5 checkpoint from huggingface.co into models/CogVideo: only the files that are needed and not there yet, each "
-        "checked. Looks at the free space first, can be cancelled, and goes on where it stopped. Does nothing until download is switched on."
+        "Downloads a CogVideoX-1.5 checkpoint from huggingface.co into models/CogVideo: only the files that are "
+        "needed and not there yet, each checked. Looks at the free space first, can be cancelled, and goes on where "
+        "it stopped. Does nothing until download is switched on."
     )
     SEARCH_ALIASES = ["download cogvideo", "cogvideox download", "huggingface", "get model", "checkpoint downloader"]
     OUTPUT_NODE = True
@@ -37,14 +38,22 @@ class Downloader(Node):
             "required": {
                 "checkpoint": (
                     list(CHECKPOINTS),
-                    {"tooltip": "What to download: the model that makes videos from a prompt, or the one that starts from an image."},
+                    {
+                        "tooltip": (
+                            "What to download: the model that makes videos from a prompt, or the one that starts from "
+                            "an image."
+                        )
+                    },
                 ),
                 "download": (
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Off: nothing is downloaded and the network is not touched; the node only says what it would do. On: running "
-                        "the graph downloads what is missing. Running it again after a cancel goes on where it stopped.",
+                        "tooltip": (
+                            "Off: nothing is downloaded and the network is not touched; the node only says what it "
+                            "would do. On: running the graph downloads what is missing. Running it again after a "
+                            "cancel goes on where it stopped."
+                        ),
                     },
                 ),
             }
@@ -78,8 +87,8 @@ class Downloader(Node):
             report = f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
         else:
             report = (
-                f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} (about 31 GB, less what is "
-                f"there already) from huggingface.co into {short(target, 400)}."
+                f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} "
+                f"(about 31 GB, less what is there already) from huggingface.co into {short(target, 400)}."
             )
         logger.info("%s", report)
         host.show(report)

@@ -44,22 +44,26 @@ if IN_COMFYUI:
 
 
 def serve_files() -> None:
-    """Serve the help pages and the example workflows where ComfyUI's page asks for them, whatever the pack's folder is called.
+    """Serve the help pages and the example workflows where ComfyUI's page asks for them, whatever the pack's folder is
+    called.
 
-    ComfyUI serves both under the folder's name. But aiohttp finds no static route whose path holds a space or a letter beyond ASCII
-    (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. Those routes, and other packs', come before
-    these, as they are more specific.
+    ComfyUI serves both under the folder's name. But aiohttp finds no static route whose path holds a space or a letter
+    beyond ASCII (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. Those routes,
+    and other packs', come before these, as they are more specific.
     """
     server = getattr(PromptServer, "instance", None) if IN_COMFYUI else None
     if server is None:
         return
     pack = Path(__file__).parents[1]
     for address, folder in (("extensions", "web"), ("workflow_templates", "example_workflows")):
-        server.routes.get(f"/{address}/{{pack:{names_in_urls(pack.name)}}}/{{path:.+}}")(_send_from((pack / folder).resolve()))
+        server.routes.get(f"/{address}/{{pack:{names_in_urls(pack.name)}}}/{{path:.+}}")(
+            _send_from((pack / folder).resolve())
+        )
 
 
 def names_in_urls(folder: str) -> str:
-    """A regular expression, without braces, for the names under which the page knows the pack in ``folder``: its own, and it cut at dots."""
+    """A regular expression, without braces, for the names under which the page knows the pack in ``folder``: its own,
+    and it cut at dots."""
     names = {folder, re.split(r"[.@]", folder)[0]} - {""}
     return "|".join("".join(f"\\U{ord(letter):08x}" for letter in name) for name in sorted(names))
 
@@ -77,15 +81,20 @@ def _send_from(root: Path):
 
 
 def checkpoints() -> "list[Entry]":
-    """The CogVideoX checkpoints in ComfyUI's model folders and in the Hugging Face cache: folders of diffusers and SAT, and single files."""
+    """The CogVideoX checkpoints in ComfyUI's model folders and in the Hugging Face cache: folders of diffusers and SAT,
+    and single files."""
     from ..cogvideox.checkpoint.catalogue import list_checkpoints
     from ..cogvideox.checkpoint.folders import hub_cache
 
-    return list_checkpoints([*_roots(*_FOLDERS), *([hub_cache()] if IN_COMFYUI else [])], _roots("CogVideo", "diffusion_models", "checkpoints"))
+    return list_checkpoints(
+        [*_roots(*_FOLDERS), *([hub_cache()] if IN_COMFYUI else [])],
+        _roots("CogVideo", "diffusion_models", "checkpoints"),
+    )
 
 
 def parts(kind: str) -> "list[Entry]":
-    """The files of text encoders or VAEs that run with a checkpoint that is there, the most exact (least rounded) first."""
+    """The files of text encoders or VAEs that run with a checkpoint that is there, the most exact (least rounded)
+    first."""
     from ..cogvideox.checkpoint.catalogue import list_parts
 
     widths = {0, *(entry.width for entry in checkpoints())}
@@ -117,8 +126,8 @@ def checkpoint_path(choice: str) -> Path:
     places = _places(_roots(*_FOLDERS))
     if not found:
         raise ValueError(
-            f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example zai-org/CogVideoX1.5-5B from "
-            "huggingface.co, into a folder of its own there, then press R to refresh."
+            f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example "
+            "zai-org/CogVideoX1.5-5B from huggingface.co, into a folder of its own there, then press R to refresh."
         )
     raise ValueError(
         f"There is no CogVideoX checkpoint called {short(repr(choice))} in {places}. Choose one that is there "
@@ -147,7 +156,10 @@ def part_path(kind: str, choice: str) -> Path:
     if entry is None:
         there = listed((entry.name for entry in parts(kind)), 20) or "none"
         places = _places(_roots(_PART_FOLDERS[kind]))
-        raise ValueError(f"There is no {what} for CogVideoX called {short(repr(choice))} in {places} (there: {there}). Choose another, or auto.")
+        raise ValueError(
+            f"There is no {what} for CogVideoX called {short(repr(choice))} in {places} (there: {there}). Choose "
+            "another, or auto."
+        )
     return entry.path
 
 
@@ -175,7 +187,10 @@ def lora_path(choice: str) -> Path:
         ValueError: if ComfyUI's folders hold no such file.
     """
     if not choice:
-        raise ValueError("No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose it in lora_name.")
+        raise ValueError(
+            "No LoRA is chosen, so there is none to apply. Put one into models/loras, press R to refresh, and choose "
+            "it in lora_name."
+        )
     if not IN_COMFYUI:
         return _typed(choice, "LoRA")
     from ..cogvideox.checkpoint.catalogue import find_entry, list_parts
@@ -191,7 +206,8 @@ def lora_path(choice: str) -> Path:
         # Its name is cut in the list, or has letters that cannot be printed.
         return entry.path
     raise ValueError(
-        f"There is no LoRA called {short(repr(choice))} in {_places(_lora_roots())}. Put it there and press R to refresh, or choose another."
+        f"There is no LoRA called {short(repr(choice))} in {_places(_lora_roots())}. Put it there and press R to "
+        "refresh, or choose another."
     )
 
 
@@ -205,7 +221,10 @@ def _typed(choice: str, what: str) -> Path:
         path = Path(choice)
         os.stat(path)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"There is no {what} at {short(repr(choice), 400)} ({reason(error)}), so it cannot be loaded. Check the path.") from error
+        raise ValueError(
+            f"There is no {what} at {short(repr(choice), 400)} ({reason(error)}), so it cannot be loaded. Check the "
+            "path."
+        ) from error
     return path
 
 
@@ -233,7 +252,9 @@ def _roots(*names: str) -> list[Path]:
     if not IN_COMFYUI:
         return []
     known = folder_paths.folder_names_and_paths
-    return list(dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name)))
+    return list(
+        dict.fromkeys(Path(path) for name in names if name in known for path in folder_paths.get_folder_paths(name))
+    )
 
 
 #: The graph that is being queued, or was last: ComfyUI validates nodes one by one, and shows none of them the others.
@@ -252,13 +273,17 @@ def _remember(data: dict) -> dict:
     prompt = data.get("prompt") if isinstance(data, dict) else None
     _queued.clear()
     if isinstance(prompt, dict):
-        _queued.update((key, node) for key, node in prompt.items() if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict))
+        _queued.update(
+            (key, node)
+            for key, node in prompt.items()
+            if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
+        )
     return data
 
 
 def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
-    """The nodes of the graph that is being queued from which a node's socket comes, by their sockets of the same name, the nearest first: class and
-    inputs of each. Where another pack's node stands between, the chain ends."""
+    """The nodes of the graph that is being queued from which a node's socket comes, by their sockets of the same name,
+    the nearest first: class and inputs of each. Where another pack's node stands between, the chain ends."""
     found, seen = [], set()
     while node in _queued and node not in seen:
         seen.add(node)
@@ -273,7 +298,12 @@ def upstream(node: str, socket: str) -> list[tuple[str, dict]]:
 def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
     """Whether something in a graph that is being run takes an output of a node; False where the graph is not known."""
     nodes = prompt.values() if isinstance(prompt, dict) else ()
-    return any([node, slot] == link for other in nodes if isinstance(other, dict) for link in (other.get("inputs") or {}).values())
+    return any(
+        [node, slot] == link
+        for other in nodes
+        if isinstance(other, dict)
+        for link in (other.get("inputs") or {}).values()
+    )
 
 
 def device() -> torch.device:
@@ -296,16 +326,21 @@ def forced_dtypes(arguments) -> dict[str, tuple[torch.dtype, str]]:
     for kind, suffix in flags.items():
         # The general flags come first: ComfyUI turns --force-fp16 into --fp16-unet itself.
         for flag in ("force-fp32", "force-fp16", *(f"{name}-{suffix}" for name in short)):
-            if kind not in forced and getattr(arguments, flag.replace("-", "_"), False) and (kind == "transformer" or flag != "force-fp16"):
+            if (
+                kind not in forced
+                and getattr(arguments, flag.replace("-", "_"), False)
+                and (kind == "transformer" or flag != "force-fp16")
+            ):
                 forced[kind] = (short[flag.replace("force-", "").split("-")[0]], f"--{flag}")
     return forced
 
 
 def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
-    """The embeddings that ComfyUI's own T5 gives, as CogVideoX was trained with them: ``length`` tokens, padding included, no mask.
+    """The embeddings that ComfyUI's own T5 gives, as CogVideoX was trained with them: ``length`` tokens, padding
+    included, no mask.
 
-    The T5 inside a CLIP is asked directly: what the CLIP's type (cogvideox, sd3, mochi, …) does around it, such as other lengths, masks or
-    weighted words, is not what CogVideoX wants.
+    The T5 inside a CLIP is asked directly: what the CLIP's type (cogvideox, sd3, mochi, …) does around it, such as
+    other lengths, masks or weighted words, is not what CogVideoX wants.
 
     Returns:
         float32 ``[1, length, 4096]`` on the CPU.
@@ -315,13 +350,16 @@ def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
     """
     # Models of one encoder call it by its name, and their tokenizers clip_ and its name.
     model, tokenizer = (
-        next((getattr(holder, name) for name in ("t5xxl", "clip_t5xxl") if getattr(holder, name, None) is not None), None)
+        next(
+            (getattr(holder, name) for name in ("t5xxl", "clip_t5xxl") if getattr(holder, name, None) is not None), None
+        )
         for holder in (clip.cond_stage_model, clip.tokenizer)
     )
     if model is None or tokenizer is None:
         raise ValueError(
-            f"The CLIP that is connected is a {type(clip.cond_stage_model).__name__} without a T5-XXL, and CogVideoX reads T5-XXL's embeddings only. "
-            "Load a t5xxl file in CLIPLoader with type cogvideox, or use the text_encoder of CogVideoX-1.5 Model Loader."
+            f"The CLIP that is connected is a {type(clip.cond_stage_model).__name__} without a T5-XXL, and CogVideoX "
+            "reads T5-XXL's embeddings only. Load a t5xxl file in CLIPLoader with type cogvideox, or use the "
+            "text_encoder of CogVideoX-1.5 Model Loader."
         )
     ids = tokenizer.tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
     clip.cond_stage_model.reset_clip_options()
@@ -336,21 +374,24 @@ def encode_with_clip(clip, prompt: str, length: int) -> torch.Tensor:
 
 
 def show(text: str) -> None:
-    """Show a text on the node that is running, each line printable, where ComfyUI's page can; the caller logs it too if it must not be missed."""
+    """Show a text on the node that is running, each line printable, where ComfyUI's page can; the caller logs it too if
+    it must not be missed."""
     server, context = _running()
     if hasattr(server, "send_progress_text"):
         server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), context.node_id)
 
 
 def _running() -> tuple:
-    """ComfyUI's server, and the node and prompt that are being executed; None for both where there is no page to tell."""
+    """ComfyUI's server, and the node and prompt that are being executed; None for both where there is no page to
+    tell."""
     context = comfy_execution.utils.get_executing_context() if IN_COMFYUI else None
     server = getattr(PromptServer, "instance", None) if context is not None else None
     return (server, context) if server is not None else (None, None)
 
 
 def pictures(picture: "Image") -> dict:
-    """What a node returns as its ``ui`` to show a picture on it, kept in ComfyUI's temp folder; nothing without ComfyUI."""
+    """What a node returns as its ``ui`` to show a picture on it, kept in ComfyUI's temp folder; nothing without
+    ComfyUI."""
     if not IN_COMFYUI:
         return {}
     folder = Path(folder_paths.get_temp_directory())
@@ -361,22 +402,31 @@ def pictures(picture: "Image") -> dict:
 
 
 def show_pictures(pictures: dict) -> None:
-    """Show what ``pictures`` gave on the node that is running, now: for a node that is about to raise an error, and so returns nothing."""
+    """Show what ``pictures`` gave on the node that is running, now: for a node that is about to raise an error, and so
+    returns nothing."""
     server, context = _running()
     if pictures and server is not None:
-        told = {"node": context.node_id, "display_node": context.node_id, "output": pictures, "prompt_id": context.prompt_id}
+        told = {
+            "node": context.node_id,
+            "display_node": context.node_id,
+            "output": pictures,
+            "prompt_id": context.prompt_id,
+        }
         server.send_sync("executed", told, server.client_id)
 
 
 def make_room(weights: "Weights", room: int = 0) -> None:
-    """Tell ComfyUI that a part is about to run on its device, and needs ``room`` bytes beside its weights: it unloads other models for that, and
-    from now on knows of this one, to unload it in its turn when others need room."""
+    """Tell ComfyUI that a part is about to run on its device, and needs ``room`` bytes beside its weights: it unloads
+    other models for that, and from now on knows of this one, to unload it in its turn when others need room."""
     if IN_COMFYUI:
-        comfy.model_management.load_models_gpu([_registered.setdefault(weights, _Registered(weights))], memory_required=room)
+        comfy.model_management.load_models_gpu(
+            [_registered.setdefault(weights, _Registered(weights))], memory_required=room
+        )
 
 
 class _Registered:
-    """A part as ComfyUI's list of loaded models has it: what it asks of a ``ModelPatcher``. Lives as long as the part's weights."""
+    """A part as ComfyUI's list of loaded models has it: what it asks of a ``ModelPatcher``. Lives as long as the part's
+    weights."""
 
     parent = None
 
@@ -435,7 +485,8 @@ _registered: "weakref.WeakKeyDictionary[Weights, _Registered]" = weakref.WeakKey
 
 @contextmanager
 def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
-    """Where memory runs out for good, save ``samples``, or what the error brings, where Load Latent finds it, and say so in the error."""
+    """Where memory runs out for good, save ``samples``, or what the error brings, where Load Latent finds it, and say
+    so in the error."""
     from ..cogvideox.sentinel import OutOfMemory
     from ..cogvideox.video import write_latent
 
@@ -446,7 +497,9 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
         if latents is None:
             raise
         path = write_latent(latents, Path(folder_paths.get_input_directory()) if IN_COMFYUI else Path("."))
-        raise RuntimeError(f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path}).") from error
+        raise RuntimeError(
+            f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
+        ) from error
 
 
 def stop_if_cancelled() -> None:
@@ -461,7 +514,8 @@ def vae_callbacks() -> dict[str, Callable[..., None]]:
 
 
 def progress() -> Callable[..., None]:
-    """A callback ``(done, total, ...)`` that moves the node's progress bar and stops the run if the user pressed Cancel."""
+    """A callback ``(done, total, ...)`` that moves the node's progress bar and stops the run if the user pressed
+    Cancel."""
     if not IN_COMFYUI:
         return lambda done, total, *_: None
     bar = comfy.utils.ProgressBar(1)
@@ -474,7 +528,8 @@ def progress() -> Callable[..., None]:
 
 
 def sampling_progress(fps: int) -> Callable[[int, int, torch.Tensor], None]:
-    """``progress`` for the sampler, with a preview of the video so far, at the model's frames a second, where ComfyUI's setting asks for one.
+    """``progress`` for the sampler, with a preview of the video so far, at the model's frames a second, where ComfyUI's
+    setting asks for one.
 
     The preview is an animated PNG: pages that show it as an image play it, others show its first frame.
     """
@@ -497,4 +552,6 @@ def sampling_progress(fps: int) -> Callable[[int, int, torch.Tensor], None]:
 
 
 def _save_animation(frames: "list[Image]", milliseconds: int, file, *_, **__) -> None:
-    type(frames[0]).save(frames[0], file, "PNG", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, compress_level=1)
+    type(frames[0]).save(
+        frames[0], file, "PNG", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, compress_level=1
+    )

@@ -8,10 +8,19 @@ from .base import LENGTH, SIZE, Node
 class ImageToVideo(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Image to Video"
     DESCRIPTION = (
-        "The image a video starts from, and its size and length, for image-to-video checkpoints (CogVideoX1.5-5B-I2V, CogVideoX-5b-I2V). The image "
-        "is scaled and centre-cropped to the size, encoded with the checkpoint's own VAE, and put into both conditionings."
+        "The image a video starts from, and its size and length, for image-to-video checkpoints (CogVideoX1.5-5B-I2V, "
+        "CogVideoX-5b-I2V). The image is scaled and centre-cropped to the size, encoded with the checkpoint's own "
+        "VAE, and put into both conditionings."
     )
-    SEARCH_ALIASES = ["cogvideo i2v", "cogvideox image to video", "start image", "first frame", "end image", "first last frame", "animate image"]
+    SEARCH_ALIASES = [
+        "cogvideo i2v",
+        "cogvideox image to video",
+        "start image",
+        "first frame",
+        "end image",
+        "first last frame",
+        "animate image",
+    ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
@@ -22,9 +31,7 @@ class ImageToVideo(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        trained = (
-            "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
-        )
+        trained = "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
         return {
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
@@ -32,7 +39,12 @@ class ImageToVideo(Node):
                 "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
                 "start_image": (
                     "IMAGE",
-                    {"tooltip": "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several images the first is used."},
+                    {
+                        "tooltip": (
+                            "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several "
+                            "images the first is used."
+                        )
+                    },
                 ),
                 "width": ("INT", {"default": 1360, **SIZE, "tooltip": f"Width in pixels, {trained}"}),
                 "height": ("INT", {"default": 768, **SIZE, "tooltip": f"Height in pixels, {trained}"}),
@@ -51,8 +63,10 @@ class ImageToVideo(Node):
                 "end_image": (
                     "IMAGE",
                     {
-                        "tooltip": "The last frame, for checkpoints that were fine-tuned to go from one image to another. The released ones were "
-                        "not, and the sampler says so."
+                        "tooltip": (
+                            "The last frame, for checkpoints that were fine-tuned to go from one image to another. "
+                            "The released ones were not, and the sampler says so."
+                        )
                     },
                 ),
             },
@@ -83,5 +97,8 @@ class ImageToVideo(Node):
         )
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, start, length, end, **host.vae_callbacks())
-        with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
+        with_image = (
+            [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
+            for given in (positive, negative)
+        )
         return *with_image, {"samples": samples}

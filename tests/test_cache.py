@@ -43,7 +43,9 @@ def run(model, prompts, cache=None, said=None, **settings):
     """Latents of a run with a cache, and (block evaluations skipped, of how many)."""
     settings = dict(seed=1, steps=STEPS) | settings
     said = [] if said is None else said
-    result = sample(model if cache is None else with_cache(model, cache), *prompts, EMPTY, on_note=said.append, **settings)
+    result = sample(
+        model if cache is None else with_cache(model, cache), *prompts, EMPTY, on_note=said.append, **settings
+    )
     found = re.search(r"skipped (?:the attention of )?(\d+) of (\d+) block evaluations", said[-1])
     return result, found and tuple(map(int, found.groups()))
 
@@ -57,7 +59,9 @@ class TestReference:
 
     @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
     @pytest.mark.parametrize("method", CACHES)
-    def test_every_other_step_skipped_is_the_pipeline_with_diffusers_own_hook(self, pipeline, model, prompts, monkeypatch, method, scheduler):
+    def test_every_other_step_skipped_is_the_pipeline_with_diffusers_own_hook(
+        self, pipeline, model, prompts, monkeypatch, method, scheduler
+    ):
         # A fixed threshold, as diffusers has it.
         monkeypatch.setattr(cache_module, "_GAIN", 0.0)
         monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", THRESHOLDS[scheduler])
@@ -95,7 +99,8 @@ class TestReference:
 class TestStrength:
     @pytest.mark.parametrize("method", CACHES)
     def test_it_is_the_share_skipped_between_start_and_end(self, model, prompts, method, monkeypatch):
-        """Counted by the attention itself, too: with every method a block that is skipped, or whose attention is, does not run it."""
+        """Counted by the attention itself, too: with every method a block that is skipped, or whose attention is, does
+        not run it."""
         real, calls = JointAttention.__call__, []
 
         @functools.wraps(real)
@@ -144,7 +149,15 @@ class TestStrength:
         """Of 8 steps, denoise 0.5 runs the last four."""
         video = torch.randn(SHAPE)
         said = []
-        sample(with_cache(model, Cache(method, 1.0, 0.5, 1.0)), *prompts, video, seed=1, steps=8, denoise=0.5, on_note=said.append)
+        sample(
+            with_cache(model, Cache(method, 1.0, 0.5, 1.0)),
+            *prompts,
+            video,
+            seed=1,
+            steps=8,
+            denoise=0.5,
+            on_note=said.append,
+        )
         parts = 3 if method == "first_block" else 4
         assert f"{2 * parts} of {4 * LAYERS} block" in said[-1]
 
@@ -167,7 +180,9 @@ def inside(module):
     kept = {}
     for name, child in module.named_modules():
         for key, value in vars(child).items():
-            kept[name, key] = list(value) if key.startswith("_") and "hook" in key and hasattr(value, "__iter__") else id(value)
+            kept[name, key] = (
+                list(value) if key.startswith("_") and "hook" in key and hasattr(value, "__iter__") else id(value)
+            )
     return kept
 
 
@@ -227,7 +242,10 @@ class TestTogether:
         with state.running() as module:
             tensors = {name: value.clone() for name, value in module.state_dict().items()}
         if packed == "fp8":
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in tensors.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in tensors.items()
+            }
             path = layouts.write_file(tmp_path / "model.safetensors", small)
         else:
             path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
@@ -276,7 +294,8 @@ class TestTogether:
 
     @pytest.mark.parametrize("method", CACHES)
     def test_prompts_of_unequal_length_have_a_cache_each(self, model, prompts, monkeypatch, method):
-        """They run one after the other. Where only the positive is let count, the run is the one with the positive alone."""
+        """They run one after the other. Where only the positive is let count, the run is the one with the positive
+        alone."""
         monkeypatch.setattr(cache_module, "_GAIN", 0.0)
         monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", THRESHOLDS["ddim"])
         cache = Cache(method, 0.5, 0.0, 1.0)
@@ -288,9 +307,12 @@ class TestTogether:
         assert counted[0] > skipped > 0
 
     @pytest.mark.parametrize("method", CACHES)
-    @pytest.mark.parametrize(("mode", "notes_order"), [("offload_blocks", False), ("offload_blocks", True), ("offload_layers", False)])
+    @pytest.mark.parametrize(
+        ("mode", "notes_order"), [("offload_blocks", False), ("offload_blocks", True), ("offload_layers", False)]
+    )
     def test_offloading(self, offloads, model, prompts, deep, method, mode, notes_order):
-        """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes hooks off then."""
+        """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes
+        hooks off then."""
         expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
         notes = offloads(mode, notes_order)
         offloaded = open_handles(deep, "fp32", CPU).model
@@ -336,7 +358,8 @@ class TestTogether:
 class TestHealing:
     @pytest.mark.parametrize("method", CACHES)
     def test_a_step_done_again_is_evaluated_in_full_from_an_empty_cache(self, deep, prompts, monkeypatch, method):
-        """The transformer's own result is spoilt once, at a step that skips; what was cached in that step must not be read again."""
+        """The transformer's own result is spoilt once, at a step that skips; what was cached in that step must not be
+        read again."""
         model, said, healed = open_handles(deep, "fp32", CPU).model, [], []
         cache = Cache(method, 1.0, 0.5, 1.0)
         run(model, prompts, cache, said)
@@ -372,7 +395,9 @@ class TestHealing:
             return module
 
         monkeypatch.setattr(weights_module, "load_module", load)
-        result, (skipped, total) = run(open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), on_heal=healed.append)
+        result, (skipped, total) = run(
+            open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), on_heal=healed.append
+        )
         assert result.isfinite().all()
         assert "Going on from here in fp32" in healed[0]
         # Two steps before it may skip, one that does, the one that is done again in full, and four.
@@ -410,7 +435,9 @@ class TestCombinations:
         card = Hardware(torch.device("meta"), "a card")
         model = open_handles(deep, "fp32", card, memory="offload_layers").model
         monkeypatch.setattr("cogvideox.combinations.is_at_least", lambda name, version: False)
-        with pytest.raises(ValueError, match=r"first_block and memory offload_layers do not work together with diffusers"):
+        with pytest.raises(
+            ValueError, match=r"first_block and memory offload_layers do not work together with diffusers"
+        ):
             with_cache(model, Cache())
         with_cache(model, Cache("taylorseer"))
 

@@ -1,4 +1,5 @@
-"""Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their dtype."""
+"""Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their
+dtype."""
 
 import json
 import os
@@ -62,7 +63,9 @@ def test_weights_equal_from_pretrained_in_every_dtype(tiny, kind, dtype):
     import importlib
 
     library, name = CLASSES[kind]
-    theirs = getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
+    theirs = (
+        getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
+    )
     ours = load_module(open_checkpoint(tiny).part(kind), Precision(dtype), torch.device("cpu")).state_dict()
     assert set(ours) == set(theirs)
     for key in ours:
@@ -75,9 +78,16 @@ def test_one_file_without_index_loads_like_shards(tiny, tmp_path):
     from diffusers import CogVideoXTransformer3DModel
 
     single = shutil.copytree(tiny, tmp_path / "single", ignore=shutil.ignore_patterns("transformer"))
-    CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(single / "transformer")
-    assert [file.name for file in (single / "transformer").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
-    one, many = (load_module(open_checkpoint(path).part("transformer"), Precision(torch.bfloat16), torch.device("cpu")) for path in (single, tiny))
+    CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(
+        single / "transformer"
+    )
+    assert [file.name for file in (single / "transformer").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    one, many = (
+        load_module(open_checkpoint(path).part("transformer"), Precision(torch.bfloat16), torch.device("cpu"))
+        for path in (single, tiny)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
 
 
@@ -118,7 +128,9 @@ print(json.dumps([peak, sum(weights.values())]))
     from tests.tiny_checkpoint import build_text_encoder
 
     with tempfile.TemporaryDirectory() as folder:
-        build_text_encoder(vocabulary=32128, width=2048, layers=6).save_pretrained(f"{folder}/big/text_encoder", max_shard_size="300MB")
+        build_text_encoder(vocabulary=32128, width=2048, layers=6).save_pretrained(
+            f"{folder}/big/text_encoder", max_shard_size="300MB"
+        )
         build_text_encoder().save_pretrained(f"{folder}/small/text_encoder")
         command = [sys.executable, "-c", script, f"{folder}/big", f"{folder}/small"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -165,13 +177,24 @@ def test_an_interrupted_load_leaves_nothing_behind(tiny):
 
 
 OFFICIAL = {
-    "CogVideoX1.5-5B": (dict(num_layers=42, num_attention_heads=48, patch_size_t=2, use_rotary_positional_embeddings=True), torch.bfloat16),
-    "CogVideoX1.5-5B-I2V": (
-        dict(num_layers=42, num_attention_heads=48, patch_size_t=2, in_channels=32, use_rotary_positional_embeddings=True),
+    "CogVideoX1.5-5B": (
+        dict(num_layers=42, num_attention_heads=48, patch_size_t=2, use_rotary_positional_embeddings=True),
         torch.bfloat16,
     ),
-    "CogVideoX-5b": (dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True), torch.bfloat16),
-    "CogVideoX-5b-I2V": (dict(num_layers=42, num_attention_heads=48, in_channels=32, use_rotary_positional_embeddings=True), torch.bfloat16),
+    "CogVideoX1.5-5B-I2V": (
+        dict(
+            num_layers=42, num_attention_heads=48, patch_size_t=2, in_channels=32, use_rotary_positional_embeddings=True
+        ),
+        torch.bfloat16,
+    ),
+    "CogVideoX-5b": (
+        dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True),
+        torch.bfloat16,
+    ),
+    "CogVideoX-5b-I2V": (
+        dict(num_layers=42, num_attention_heads=48, in_channels=32, use_rotary_positional_embeddings=True),
+        torch.bfloat16,
+    ),
     "CogVideoX-2b": (dict(num_layers=30, num_attention_heads=30), torch.float16),
 }
 
@@ -267,7 +290,9 @@ class TestRefusals:
         self.refused(copy, "truncated", "-00002-of-00003", "download it again")
 
     def test_a_git_lfs_pointer(self, copy):
-        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+        )
         self.refused(copy, "not a readable safetensors file", "Git LFS")
 
     @given(data=st.binary(max_size=200))
@@ -315,7 +340,9 @@ class TestRefusals:
         tensors = load(file.read_bytes())
         tensors["decoder.surprise"] = tensors.pop("decoder.conv_in.conv.weight")
         save_file(tensors, file)
-        with pytest.raises(ValueError, match=r"1 missing \(decoder\.conv_in\.conv\.weight\); 1 unknown \(decoder\.surprise\)"):
+        with pytest.raises(
+            ValueError, match=r"1 missing \(decoder\.conv_in\.conv\.weight\); 1 unknown \(decoder\.surprise\)"
+        ):
             decode(open_handles(folder, "fp32", CPU).vae, torch.zeros(1, 16, 1, 2, 2))
 
 

@@ -1,4 +1,5 @@
-"""Compiled blocks give what the blocks give; one serves for all, in every run that follows; and nothing is left on the model."""
+"""Compiled blocks give what the blocks give; one serves for all, in every run that follows; and nothing is left on the
+model."""
 
 import math
 
@@ -27,7 +28,8 @@ def prompts():
 
 @pytest.fixture
 def graphs(use_backend):
-    """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one was."""
+    """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one
+    was."""
     captured = []
 
     def backend(graph, inputs, **_):
@@ -41,12 +43,20 @@ def graphs(use_backend):
 def run(model, prompts, compiled=None, said=None, shape=SHAPE, **settings):
     settings = dict(seed=1, steps=3) | settings
     said = [] if said is None else said
-    return sample(model if compiled is None else with_compile(model, compiled), *prompts, torch.zeros(shape), on_note=said.append, **settings)
+    return sample(
+        model if compiled is None else with_compile(model, compiled),
+        *prompts,
+        torch.zeros(shape),
+        on_note=said.append,
+        **settings,
+    )
 
 
 class TestSharing:
     @pytest.mark.parametrize("cfg", [1.0, 6.0])
-    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(self, model, deep, prompts, graphs, cfg):
+    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(
+        self, model, deep, prompts, graphs, cfg
+    ):
         plain, said = run(model, prompts, cfg=cfg), []
         assert torch.equal(run(model, prompts, Compiled(), said, cfg=cfg), plain)
         assert len(graphs) == 1
@@ -75,7 +85,9 @@ class TestSharing:
         assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
         assert len(graphs) == 1
 
-    def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(self, model, prompts, tmp_path, graphs):
+    def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(
+        self, model, prompts, tmp_path, graphs
+    ):
         tensors = {}
         for block in range(LAYERS):
             for layer in ("attn1.to_q", "attn1.to_out.0", "ff.net.2"):
@@ -107,7 +119,10 @@ class TestTogether:
         with model.weights.running() as module:
             tensors = {name: value.clone() for name, value in module.state_dict().items()}
         if packed == "fp8":
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in tensors.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in tensors.items()
+            }
             path = layouts.write_file(tmp_path / "model.safetensors", small)
         else:
             path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
@@ -139,7 +154,9 @@ class TestTogether:
         monkeypatch.setattr(weights_module, "load_module", load)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
-        assert any("runs without compiling: its layers are brought to the card one by one" in text for text in said) == (mode == "offload_layers")
+        assert any(
+            "runs without compiling: its layers are brought to the card one by one" in text for text in said
+        ) == (mode == "offload_layers")
 
 
 class TestTraces:

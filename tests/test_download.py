@@ -89,7 +89,8 @@ def stop_at(reached):
 
 
 def bytes_before(hub, path):
-    """What is done when the download comes to ``path``: files come in the order of their names, transformer/config.json last."""
+    """What is done when the download comes to ``path``: files come in the order of their names, transformer/config.json
+    last."""
     return sum(len(hub.files[name]) for name in needed(hub) if name < path and name != CONFIG)
 
 
@@ -128,7 +129,11 @@ def test_only_what_is_missing_or_other_than_on_the_hub_is_fetched(hub, tmp_path,
     index = target / "model_index.json"
     index.write_bytes(index.read_bytes().swapcase())
     download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
-    assert [request.path for request in hub.fetched()] == ["model_index.json", "text_encoder/model-00001-of-00003.safetensors", VAE]
+    assert [request.path for request in hub.fetched()] == [
+        "model_index.json",
+        "text_encoder/model-00001-of-00003.safetensors",
+        VAE,
+    ]
     assert index.read_bytes() == hub.files["model_index.json"]
 
 
@@ -166,7 +171,9 @@ class TestResuming:
 
     def test_a_download_that_broke_off_goes_on_in_the_next_call(self, hub, tmp_path, target):
         hub.drop_after[VAE] = [200_000, 0, 0, 0]
-        with pytest.raises(RuntimeError, match=r"The connection to .* failed .* what was fetched is kept\. Check the network"):
+        with pytest.raises(
+            RuntimeError, match=r"The connection to .* failed .* what was fetched is kept\. Check the network"
+        ):
             download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
         (part,) = parts_in(target)
         size = part.stat().st_size
@@ -277,7 +284,9 @@ class TestDisk:
     def test_too_little_room_is_told_before_anything_is_fetched(self, hub, tmp_path, monkeypatch):
         size = sum(len(hub.files[path]) for path in needed(hub))
         asked = self.free(monkeypatch, download._SPARE + size - 1)
-        with pytest.raises(RuntimeError, match=r"needs 2\.\d MB more .* 1\.0 GB to spare, but the disk .* 1\.0 GB free.*Make room"):
+        with pytest.raises(
+            RuntimeError, match=r"needs 2\.\d MB more .* 1\.0 GB to spare, but the disk .* 1\.0 GB free.*Make room"
+        ):
             download_checkpoint("t2v", tmp_path / "not" / "there" / "yet", endpoint=hub.endpoint)
         assert asked == [tmp_path]
         assert hub.fetched() == []
@@ -337,7 +346,9 @@ class TestRefusals:
         assert parts_in(target) == []
 
     def test_an_unknown_checkpoint(self, hub, tmp_path):
-        self.refused(hub, tmp_path, "'t3v'", "t2v (zai-org/CogVideoX1.5-5B)", "Choose one of", kind=ValueError, which="t3v")
+        self.refused(
+            hub, tmp_path, "'t3v'", "t2v (zai-org/CogVideoX1.5-5B)", "Choose one of", kind=ValueError, which="t3v"
+        )
         assert hub.requests == []
 
     def test_a_file_where_the_folder_should_be(self, hub, tmp_path, target):
@@ -350,7 +361,9 @@ class TestRefusals:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        self.refused(endpoint, tmp_path, f"The connection to {endpoint} failed", "is not complete yet", "Check the network")
+        self.refused(
+            endpoint, tmp_path, f"The connection to {endpoint} failed", "is not complete yet", "Check the network"
+        )
 
     def test_an_address_without_http(self, tmp_path):
         self.refused("hub.example", tmp_path, "hub.example", "HF_ENDPOINT", "download again")
@@ -364,7 +377,9 @@ class TestRefusals:
     @pytest.mark.parametrize("status", [401, 403])
     def test_a_login_is_wanted(self, hub, tmp_path, path, status):
         hub.status[path] = [status]
-        self.refused(hub, tmp_path, f"refuses zai-org/CogVideoX1.5-5B with status {status}", "HF_TOKEN", "accept its terms")
+        self.refused(
+            hub, tmp_path, f"refuses zai-org/CogVideoX1.5-5B with status {status}", "HF_TOKEN", "accept its terms"
+        )
 
     def test_no_such_repository(self, tiny, tmp_path):
         with HubServer(tiny, "someone/else") as hub:
@@ -486,15 +501,21 @@ class TestAnswersThatDoNotEnd:
         hub.instead[path] = lambda handler: send(handler, bomb, Content_Encoding="gzip", Content_Length=str(len(bomb)))
         taken = []
         decoded = download._decoded
-        monkeypatch.setattr(download, "_decoded", lambda *given: (taken.append(len(block)) or block for block in decoded(*given)))
-        with pytest.raises(RuntimeError, match="something other than the list" if path == "api" else f"{path} arrived damaged"):
+        monkeypatch.setattr(
+            download, "_decoded", lambda *given: (taken.append(len(block)) or block for block in decoded(*given))
+        )
+        with pytest.raises(
+            RuntimeError, match="something other than the list" if path == "api" else f"{path} arrived damaged"
+        ):
             download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
         assert max(taken) <= 1 << 16
         assert sum(taken) < 5_000_000
 
     def test_content_that_a_proxy_packed_is_unpacked(self, hub, tmp_path, target):
         packed = gzip.compress(hub.files[VAE])
-        hub.instead[VAE] = lambda handler: send(handler, packed, Content_Encoding="gzip", Content_Length=str(len(packed)))
+        hub.instead[VAE] = lambda handler: send(
+            handler, packed, Content_Encoding="gzip", Content_Length=str(len(packed))
+        )
         download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
         assert (target / VAE).read_bytes() == hub.files[VAE]
 
@@ -562,10 +583,18 @@ class TestListings:
             (lambda files, _: files[CONFIG].update(blobId=["a"]), f"it gives {CONFIG} the checksum"),
             (lambda files, _: files[CONFIG].update(rfilename=None), "for a file"),
             (lambda files, info: info["siblings"].append("a"), "it has a for a file"),
-            (lambda files, info: info["siblings"].append({**files[VAE], "rfilename": VAE, "lfs": None}), f"it has {VAE} twice"),
+            (
+                lambda files, info: info["siblings"].append({**files[VAE], "rfilename": VAE, "lfs": None}),
+                f"it has {VAE} twice",
+            ),
             (lambda files, info: info["siblings"].append({"rfilename": "vae/Config.json", "size": 1}), "twice"),
             (lambda files, info: info.update(siblings={}), "it holds no list of files"),
-            (lambda files, info: info["siblings"].extend({"rfilename": f"vae/{n}.json", "size": 1} for n in range(1001)), "more than 1000 files"),
+            (
+                lambda files, info: info["siblings"].extend(
+                    {"rfilename": f"vae/{n}.json", "size": 1} for n in range(1001)
+                ),
+                "more than 1000 files",
+            ),
         ],
     )
     def test_odd_values(self, hub, tmp_path, what, said):
@@ -586,7 +615,9 @@ class TestListings:
         download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
         assert [request.path for request in hub.fetched()].count(VAE) == 1
 
-    @pytest.mark.parametrize("name", ["CON.json", "nul.x.json", ".hidden.json", "a" * 300 + ".json", "é.json", "x\n.json", "..json"])
+    @pytest.mark.parametrize(
+        "name", ["CON.json", "nul.x.json", ".hidden.json", "a" * 300 + ".json", "é.json", "x\n.json", "..json"]
+    )
     def test_names_that_no_checkpoint_has_are_not_fetched(self, hub, tmp_path, target, name):
         self.listing(hub, lambda files, info: info["siblings"].append({"rfilename": f"vae/{name}", "size": 1}))
         download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
@@ -599,7 +630,12 @@ class TestListings:
         assert files_in(target) == needed(hub)
 
     def test_a_list_of_100_000_other_files_is_read(self, hub, tmp_path, target):
-        self.listing(hub, lambda files, info: info["siblings"].extend({"rfilename": f"samples/{n}.mp4", "size": 1} for n in range(100_000)))
+        self.listing(
+            hub,
+            lambda files, info: info["siblings"].extend(
+                {"rfilename": f"samples/{n}.mp4", "size": 1} for n in range(100_000)
+            ),
+        )
         download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
         assert files_in(target) == needed(hub)
 
@@ -643,7 +679,9 @@ class TestBusyHubs:
             download_checkpoint("t2v", tmp_path, stop_at(bytes_before(hub, VAE) + 200_000), hub.endpoint)
         content = hub.files[VAE]
         begin = int(where.split()[1].split("-")[0])
-        hub.instead[VAE] = lambda handler: send(handler, content[begin:], 206, Content_Range=where, Content_Length=str(len(content) - begin))
+        hub.instead[VAE] = lambda handler: send(
+            handler, content[begin:], 206, Content_Range=where, Content_Length=str(len(content) - begin)
+        )
         if begin:
             with pytest.raises(RuntimeError, match=r"on, it sends others.*what was fetched is kept"):
                 download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
@@ -673,11 +711,15 @@ def test_settings_that_the_client_cannot_read_are_a_sentence(hub, tmp_path, monk
         raise ValueError("Unknown scheme for proxy URL")
 
     monkeypatch.setattr("huggingface_hub.get_session", refuse)
-    with pytest.raises(RuntimeError, match=r"huggingface_hub cannot be used \(Unknown scheme for proxy URL\).*HTTP_PROXY"):
+    with pytest.raises(
+        RuntimeError, match=r"huggingface_hub cannot be used \(Unknown scheme for proxy URL\).*HTTP_PROXY"
+    ):
         download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
 
 
-@pytest.mark.parametrize("endpoint", ["http://[::1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://\x00", "\ud800"])
+@pytest.mark.parametrize(
+    "endpoint", ["http://[::1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://\x00", "\ud800"]
+)
 def test_an_address_that_is_none_is_a_sentence(tmp_path, endpoint):
     with pytest.raises(RuntimeError, match=r"The connection to .* failed .*HF_ENDPOINT") as caught:
         download_checkpoint("t2v", tmp_path, endpoint=endpoint)
@@ -705,7 +747,9 @@ assert "huggingface_hub" not in sys.modules
 print(download_checkpoint("t2v", sys.argv[1]))
 """
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert is_checkpoint(tmp_path / "CogVideoX1.5-5B")
 
@@ -738,7 +782,9 @@ class TestNode:
         assert list(module.CHECKPOINTS.values()) == list(REPOSITORIES)
         inputs = node.INPUT_TYPES()["required"]
         assert inputs["checkpoint"][0][0] == self.T2V
-        assert all(choice.split()[0] == REPOSITORIES[which].split("/")[1] for choice, which in module.CHECKPOINTS.items())
+        assert all(
+            choice.split()[0] == REPOSITORIES[which].split("/")[1] for choice, which in module.CHECKPOINTS.items()
+        )
         assert inputs["download"][1]["default"] is False
         assert node.OUTPUT_NODE
 
@@ -756,7 +802,9 @@ class TestNode:
         assert hub.requests == []
         assert list(tmp_path.iterdir()) == []
 
-    def test_asked_it_downloads_with_the_nodes_progress_and_names_the_checkpoint(self, node, hub, tmp_path, monkeypatch):
+    def test_asked_it_downloads_with_the_nodes_progress_and_names_the_checkpoint(
+        self, node, hub, tmp_path, monkeypatch
+    ):
         module, seen, shown = importlib.import_module(node.__module__), [], []
         monkeypatch.setattr(module.host, "progress", lambda: lambda done, total, *_: seen.append((done, total)))
         monkeypatch.setattr(module.host, "show", shown.append)

@@ -1,4 +1,5 @@
-"""Mutated inputs, the same ones each time: each works, or gets a sentence of the project's own. ``make fuzz`` tries many more."""
+"""Mutated inputs, the same ones each time: each works, or gets a sentence of the project's own. ``make fuzz`` tries
+many more."""
 
 import json
 import os
@@ -11,7 +12,9 @@ import pytest
 from tests.conftest import ROOT
 
 FUZZ = ROOT / "tests" / "fuzz"
-pytestmark = pytest.mark.skipif(not (hasattr(os, "fork") and Path("/proc/self/status").is_file()), reason="the harness needs fork and /proc")
+pytestmark = pytest.mark.skipif(
+    not (hasattr(os, "fork") and Path("/proc/self/status").is_file()), reason="the harness needs fork and /proc"
+)
 
 #: One case of each kind: what it does, and the kind that the harness has to call it.
 PLANTED = """
@@ -59,7 +62,14 @@ core.reproduce("planted", 1, 3)
 
 def run(*arguments, work, **environment):
     environment = {**os.environ, "FUZZ_WORK": str(work), **environment}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
 
 
 def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
@@ -67,7 +77,11 @@ def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     targets = {file.stem for file in (FUZZ / "targets").glob("*.py") if "def case(" in file.read_text(encoding="utf-8")}
     results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")]
-    assert {result["target"] for result in results} == targets >= {"downloader", "gguf_file", "lora", "nodes_inputs", "pickles", "workflow"}
+    assert (
+        {result["target"] for result in results}
+        == targets
+        >= {"downloader", "gguf_file", "lora", "nodes_inputs", "pickles", "workflow"}
+    )
     assert all(result["tried"] for result in results)
 
 
@@ -75,7 +89,22 @@ def test_the_harness_finds_what_is_planted(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
     done = run("-c", HARNESS, FUZZ, tmp_path, work=tmp_path / "work")
     found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
-    wanted = ["works", "ok", "silent", "raw", "raw", "raw", "unwieldy", "unwieldy", "hang", "memory", "crash", "forbidden", "forbidden", "forbidden"]
+    wanted = [
+        "works",
+        "ok",
+        "silent",
+        "raw",
+        "raw",
+        "raw",
+        "unwieldy",
+        "unwieldy",
+        "hang",
+        "memory",
+        "crash",
+        "forbidden",
+        "forbidden",
+        "forbidden",
+    ]
     assert found == [[index, {kind: 1}] for index, kind in enumerate(wanted)], done.stderr[-2000:]
     assert "KeyError: 'a'" in done.stderr
     assert done.stdout.splitlines()[-1] == "raw"

@@ -1,4 +1,5 @@
-"""What a run takes is known before it; every mode makes the same video; and where memory runs out, no finished step is lost."""
+"""What a run takes is known before it; every mode makes the same video; and where memory runs out, no finished step is
+lost."""
 
 import gc
 import sys
@@ -35,7 +36,8 @@ class TestPlan:
     @pytest.mark.parametrize("cfg", [1.0, 6.0])
     @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])
     @pytest.mark.parametrize(
-        ("variant", "dtype"), [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")]
+        ("variant", "dtype"),
+        [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")],
     )
     def test_it_is_within_15_percent_of_what_a_run_takes(self, checkpoints, prompts, variant, dtype, shape, cfg):
         model = open_handles(checkpoints(variant), dtype, CPU).model
@@ -48,10 +50,14 @@ class TestPlan:
             sample(model, *prompts, latent, **how)
         plan = plan_memory(model, shape, cfg > 1)
         assert plan.activations == pytest.approx(measured.peak, rel=0.15)
-        assert plan.weights == pytest.approx(sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15)
+        assert plan.weights == pytest.approx(
+            sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15
+        )
 
     @pytest.mark.parametrize(("variant", "dtype"), [("1.5", "bf16"), ("1.5-i2v", "fp16")])
-    def test_with_the_halves_of_guidance_one_after_the_other_too(self, checkpoints, prompts, monkeypatch, variant, dtype):
+    def test_with_the_halves_of_guidance_one_after_the_other_too(
+        self, checkpoints, prompts, monkeypatch, variant, dtype
+    ):
         monkeypatch.setattr(sampling_module, "ways", lambda batched: ways([False]))
         shape, model = (1, 16, 5, 20, 24), open_handles(checkpoints(variant), dtype, CPU).model
         how = dict(image_latents=torch.randn(shape) if "i2v" in variant else None, seed=1, steps=1)
@@ -73,12 +79,18 @@ class TestPlan:
 
     def test_a_lora_counts(self, tiny, tmp_path):
         name = "transformer.transformer_blocks.0.attn1.to_out.0"
-        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},
+            tmp_path / "lora.safetensors",
+        )
         model = open_handles(tiny, "bf16", CPU).model
         more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
         assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
 
-    @pytest.mark.parametrize(("free", "mode"), [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")])
+    @pytest.mark.parametrize(
+        ("free", "mode"),
+        [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")],
+    )
     def test_auto_is_the_fastest_that_fits(self, free, mode):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
         assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Way(mode)
@@ -100,10 +112,15 @@ class TestPlan:
 
     def test_where_nothing_fits_it_says_what_each_would_take(self):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
-        with pytest.raises(ValueError, match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)",
+        ):
             MemoryPlan(13 * GB, 7 * GB, 0, needed, 5 * GB).fastest()
 
-    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, card, tiny, prompts, monkeypatch):
+    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(
+        self, card, tiny, prompts, monkeypatch
+    ):
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
         monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
@@ -117,12 +134,19 @@ class TestPlan:
         ("memory", "free", "way", "said"),
         [
             ("auto", -1, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
-            ("offload_blocks", 0, Way("offload_blocks", False), "halves of guidance run one after the other, as the card has no room"),
+            (
+                "offload_blocks",
+                0,
+                Way("offload_blocks", False),
+                "halves of guidance run one after the other, as the card has no room",
+            ),
             ("gpu", 0, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
             ("offload_blocks", 1 << 40, Way("offload_blocks"), ""),
         ],
     )
-    def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(self, tiny, monkeypatch, memory, free, way, said):
+    def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(
+        self, tiny, monkeypatch, memory, free, way, said
+    ):
         notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
         model = open_handles(tiny, "fp32", CPU, memory=memory).model
         limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
@@ -157,12 +181,14 @@ def offloading():
 
 @pytest.fixture
 def card(offloading, monkeypatch):
-    """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is no other device here."""
+    """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is
+    no other device here."""
     monkeypatch.setattr(weights_module, "_is_host", lambda device: False)
 
 
 def offloaded(weights) -> str:
-    """What diffusers brings to the device when it is about to run: ``blocks``, ``layers`` or nothing; seen on the module itself."""
+    """What diffusers brings to the device when it is about to run: ``blocks``, ``layers`` or nothing; seen on the
+    module itself."""
     hooked = {name for name, child in weights._module.named_modules() if hasattr(child, "_diffusers_hook")}
     blocks = {name for name, child in weights._module.named_modules() if type(child).__name__ == "CogVideoXBlock"}
     layers = {name for name, child in weights._module.named_modules() if isinstance(child, torch.nn.Linear)}
@@ -171,7 +197,8 @@ def offloaded(weights) -> str:
 
 class TestModes:
     @pytest.mark.parametrize(
-        ("memory", "brought"), [("gpu", ""), ("offload_blocks", "blocks"), ("offload_layers", "layers"), ("auto", ""), ("cpu", "")]
+        ("memory", "brought"),
+        [("gpu", ""), ("offload_blocks", "blocks"), ("offload_layers", "layers"), ("auto", ""), ("cpu", "")],
     )
     def test_each_makes_the_same_latents(self, card, tiny, prompts, memory, brought):
         latent = torch.zeros(1, 16, 4, 6, 10)
@@ -206,17 +233,28 @@ class TestModes:
             assert weights.resident == (weights.nbytes if mode == "gpu" else 0)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
-    @pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
+    @pytest.mark.parametrize(
+        "precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"]
+    )
     @pytest.mark.parametrize("stored", ["plain", "fp8"])
-    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(self, offloading, tiny, tmp_path, monkeypatch, mode, precision, stored):
-        """diffusers' group offloading, applied for good: from the host to the host, as there is no other device here."""
+    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(
+        self, offloading, tiny, tmp_path, monkeypatch, mode, precision, stored
+    ):
+        """diffusers' group offloading, applied for good: from the host to the host, as there is no other device
+        here."""
         part = open_part(tiny / "transformer", "transformer")
         if stored == "fp8":
             state = load_module(part, FP32, torch.device("cpu")).state_dict()
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in state.items()
+            }
             part = open_part(layouts.write_file(tmp_path / "model.safetensors", small), "transformer")
         name = "transformer.transformer_blocks.0.attn1.to_q"
-        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},
+            tmp_path / "lora.safetensors",
+        )
         lora, device = open_lora(tmp_path / "lora.safetensors", part), torch.device("cpu")
         inputs = dict(
             hidden_states=torch.randn(1, 2, 16, 6, 10, dtype=precision.activations),
@@ -249,7 +287,8 @@ class TestModes:
 class TestOutOfMemory:
     @pytest.fixture
     def full(self, monkeypatch):
-        """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1 over all loads."""
+        """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1
+        over all loads."""
         real, calls = weights_module.load_module, []
 
         def inject(kind, when):
@@ -272,19 +311,24 @@ class TestOutOfMemory:
 
     @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
     @pytest.mark.parametrize("call", [1, 3])
-    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, card, tiny, prompts, full, call, scheduler):
+    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(
+        self, card, tiny, prompts, full, call, scheduler
+    ):
         latent, said, steps = torch.zeros(1, 16, 4, 6, 10), [], []
         settings = dict(seed=1, steps=4, scheduler=scheduler, cfg=1.0)
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == call)
         model = open_handles(tiny, "fp32", CPU).model
-        ours = sample(model, *prompts, latent, **settings, on_heal=said.append, on_step=lambda done, *_: steps.append(done))
+        ours = sample(
+            model, *prompts, latent, **settings, on_heal=said.append, on_step=lambda done, *_: steps.append(done)
+        )
         assert torch.equal(ours, expected)
         assert steps == [1, 2, 3, 4]
         assert len(calls) == 5
         assert offloaded(model.weights) == "blocks"
         assert said == [
-            f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
+            f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in "
+            "offload_blocks; no finished step is lost."
         ]
 
     @pytest.mark.parametrize("cache", [None, *CACHES])
@@ -298,7 +342,11 @@ class TestOutOfMemory:
 
         expected = sample(opened(), *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == 3)
-        callbacks = dict(on_heal=said.append, on_step=lambda done, *_: steps.append(done), on_load=lambda *_: loads.append(len(steps)))
+        callbacks = dict(
+            on_heal=said.append,
+            on_step=lambda done, *_: steps.append(done),
+            on_load=lambda *_: loads.append(len(steps)),
+        )
         ours = sample(opened(), *prompts, latent, **settings, **callbacks)
         # The cache begins anew with the step that is repeated.
         assert (ours - expected).norm() / expected.norm() < (1e-5 if cache is None else 0.3)
@@ -306,8 +354,8 @@ class TestOutOfMemory:
         assert set(loads) == {0}
         assert len(calls) == 3 + 2 * 2
         assert said == [
-            "step 3 of 4: cpu ran out of memory with the transformer in gpu. Going on from here in gpu with the halves of guidance one after the "
-            "other; no finished step is lost."
+            "step 3 of 4: cpu ran out of memory with the transformer in gpu. Going on from here in gpu with the "
+            "halves of guidance one after the other; no finished step is lost."
         ]
 
     def test_a_model_that_does_not_even_load_is_loaded_in_the_next_mode(self, tiny, prompts, monkeypatch):
@@ -363,15 +411,23 @@ class TestOutOfMemory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
         model, _, vae, _ = run("ModelLoader", model=str(tiny), dtype="fp32")
-        prompt, empty, latent = [[torch.randn(1, 226, 32), {}]], {"samples": torch.zeros(1, 16, 3, 4, 4)}, {"samples": torch.randn(1, 16, 3, 4, 4)}
+        prompt, empty, latent = (
+            [[torch.randn(1, 226, 32), {}]],
+            {"samples": torch.zeros(1, 16, 3, 4, 4)},
+            {"samples": torch.randn(1, 16, 3, 4, 4)},
+        )
         settings = dict(seed=1, steps=3, cfg=1.0, scheduler="ddim", denoise=1.0)
         run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         run("VAEDecode", samples=latent, vae=vae)
         # The pack has an engine of its own.
         engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "modules.strips")}
         real, calls = engine["sampling"]._step, []
-        monkeypatch.setattr(engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given))
-        with pytest.raises(RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"):
+        monkeypatch.setattr(
+            engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given)
+        )
+        with pytest.raises(
+            RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"
+        ):
             run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         assert load_file(tmp_path / "CogVideoX_unfinished_00001.latent")["latent_tensor"].shape == (1, 16, 3, 4, 4)
         monkeypatch.setattr(engine["modules.strips"].Strips, "_tick", fail)

@@ -46,7 +46,9 @@ def peak(model, runner, where=lambda name: True):
     seen = []
     hooks = [
         module.register_forward_hook(
-            lambda _m, _a, out: seen.extend(t.abs().max().item() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t))
+            lambda _m, _a, out: seen.extend(
+                t.abs().max().item() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)
+            )
         )
         for name, module in model.named_modules()
         if where(name)

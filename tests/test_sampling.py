@@ -35,7 +35,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("cfg", "dynamic_cfg"), [(1.0, False), (6.0, False), (6.0, True)], ids=["unguided", "fixed", "dynamic"])
+@pytest.mark.parametrize(
+    ("cfg", "dynamic_cfg"), [(1.0, False), (6.0, False), (6.0, True)], ids=["unguided", "fixed", "dynamic"]
+)
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_latents_equal_the_pipelines_bit_for_bit(handles, pipeline, prompts, scheduler, cfg, dynamic_cfg, shape):
     settings = dict(scheduler=scheduler, cfg=cfg, dynamic_cfg=dynamic_cfg)
@@ -57,7 +59,10 @@ def test_the_1_0_models_equal_their_pipeline_too(checkpoints, prompts, variant):
 
 def torch_draws_alike() -> bool:
     """Whether torch draws the same numbers in 16 bits as in fp32: 2.13 does, 2.11 and before do not."""
-    fine, coarse = (torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    fine, coarse = (
+        torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     return torch.equal(fine.bfloat16(), coarse)
 
 
@@ -67,7 +72,14 @@ def test_bf16_equals_the_pipeline_in_bf16_given_the_same_noise(tiny, prompts, sc
 
     pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
-    ours = sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["odd"]), seed=1, steps=STEPS, scheduler=scheduler)
+    ours = sample(
+        open_handles(tiny, "bf16", CPU).model,
+        *prompts,
+        torch.zeros(SHAPES["odd"]),
+        seed=1,
+        steps=STEPS,
+        scheduler=scheduler,
+    )
     with nullcontext() if torch_draws_alike() else NoiseInFp32():
         assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
 
@@ -104,7 +116,8 @@ def test_so_one_seed_is_one_video_in_every_dtype(tiny, prompts):
     """``dpm`` draws noise at every step."""
     settings = dict(seed=1, steps=2, scheduler="dpm")
     fine, *others = (
-        sample(open_handles(tiny, dtype, CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), **settings) for dtype in ("fp32", "bf16", "fp16")
+        sample(open_handles(tiny, dtype, CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), **settings)
+        for dtype in ("fp32", "bf16", "fp16")
     )
     assert max(error(other, fine) for other in others) < 0.05
 
@@ -143,13 +156,19 @@ def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_b
     assert timesteps[0] == trained - 1
     assert timesteps.min() >= 0
     assert (timesteps.diff() < 0).all()
-    half = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
+    half = (
+        sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5)
+        if steps > 1
+        else timesteps
+    )
     assert torch.equal(half, timesteps[steps - len(half) :])
 
 
 def test_a_schedule_that_passes_its_last_timestep_is_refused():
     scheduler = sampling_module.make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
-    with pytest.raises(ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"):
+    with pytest.raises(
+        ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"
+    ):
         sampling_module.schedule_timesteps(scheduler, 50, 1.0)
 
 
@@ -158,7 +177,8 @@ def test_a_schedule_that_passes_its_last_timestep_is_refused():
 def test_denoise_below_1_equals_the_video_to_video_pipeline(pipeline, handles, prompts, scheduler, denoise):
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXVideoToVideoPipeline
 
-    # 8 latent frames: the pipeline counts given latents as if they were pixels, and wants the quarter of them to be even too.
+    # 8 latent frames: the pipeline counts given latents as if they were pixels, and wants the quarter of them to be
+    # even too.
     start = torch.randn(1, 16, 8, 6, 10, generator=torch.Generator().manual_seed(3))
     ours = sample(handles.model, *prompts, start, seed=1, steps=STEPS, denoise=denoise, scheduler=scheduler)
     classes = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -201,13 +221,19 @@ def test_denoise_of_an_empty_latent_starts_from_noise_and_says_so(handles, promp
 
 
 def test_the_same_seed_gives_the_same_video_and_another_does_not(handles, prompts):
-    run = [sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=seed, steps=2, scheduler="dpm") for seed in (7, 7, 8)]
+    run = [
+        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=seed, steps=2, scheduler="dpm")
+        for seed in (7, 7, 8)
+    ]
     assert torch.equal(run[0], run[1])
     assert not torch.equal(run[0], run[2])
 
 
 def test_the_largest_seed_of_the_widget_works(handles, prompts):
-    largest, zero = (sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=seed, steps=1) for seed in (0xFFFFFFFFFFFFFFFF, 0))
+    largest, zero = (
+        sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=seed, steps=1)
+        for seed in (0xFFFFFFFFFFFFFFFF, 0)
+    )
     assert largest.isfinite().all()
     assert not torch.equal(largest, zero)
 
@@ -267,7 +293,10 @@ class _WithConfig:
 
 
 def run(handles, **changes):
-    settings = dict(prompts=(torch.zeros(1, 226, TEXT_WIDTH),) * 2, latents=torch.zeros(SHAPES["even"]), seed=1, steps=1) | changes
+    settings = (
+        dict(prompts=(torch.zeros(1, 226, TEXT_WIDTH),) * 2, latents=torch.zeros(SHAPES["even"]), seed=1, steps=1)
+        | changes
+    )
     return sample(handles.model, *settings.pop("prompts"), **settings)
 
 

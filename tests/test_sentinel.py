@@ -1,4 +1,5 @@
-"""No value that is not finite survives: faults are put into chosen modules at chosen times, and the run heals or names them."""
+"""No value that is not finite survives: faults are put into chosen modules at chosen times, and the run heals or names
+them."""
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def fault(monkeypatch):
-    """``fault(kind, module, when, value)``: every module of that kind loaded from now on puts ``value`` into the output of its submodule ``module``
-    where ``when(call, precision)`` says so; calls are counted from 1 over all loads. Returns the list of precisions it was called in."""
+    """``fault(kind, module, when, value)``: every module of that kind loaded from now on puts ``value`` into the output
+    of its submodule ``module`` where ``when(call, precision)`` says so; calls are counted from 1 over all loads.
+    Returns the list of precisions it was called in."""
     real, calls = weights_module.load_module, []
 
     def inject(kind, name, when, value=NAN):
@@ -77,10 +79,14 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
 
 def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tiny, prompts, fault, caplog):
     bf16 = Precision(torch.bfloat16)
-    calls = fault("transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16)
+    calls = fault(
+        "transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16
+    )
     said, clean = [], []
     opened = open_handles(tiny, "bf16", CPU)
-    result = run(opened, prompts, on_heal=said.append, on_step=lambda done, total, predicted: clean.append(predicted.dtype))
+    result = run(
+        opened, prompts, on_heal=said.append, on_step=lambda done, total, predicted: clean.append(predicted.dtype)
+    )
     assert result.isfinite().all()
     # Two steps, the third and its probe, and the third again and the rest: no finished step is done twice.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
@@ -98,14 +104,18 @@ def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tin
 
 def test_the_largest_value_before_the_fault_is_told(tiny, prompts, fault):
     fault("transformer", "proj_out", lambda call, precision: True)
-    with pytest.raises(NonFiniteError, match=r"proj_out \(Linear\) in fp32; the largest magnitude before, in its input, was [0-9.]+;?"):
+    with pytest.raises(
+        NonFiniteError, match=r"proj_out \(Linear\) in fp32; the largest magnitude before, in its input, was [0-9.]+;?"
+    ):
         run(open_handles(tiny, "fp32", CPU), prompts)
 
 
 def test_stop_raises_at_that_step_with_the_same_facts(tiny, prompts, fault):
     fault("transformer", "transformer_blocks.0", lambda call, _: call >= 2)
     steps = []
-    with pytest.raises(NonFiniteError, match=r"step 2 of 5: .* in bf16 .*transformer_blocks\.0 \(CogVideoXBlock\)") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"step 2 of 5: .* in bf16 .*transformer_blocks\.0 \(CogVideoXBlock\)"
+    ) as caught:
         run(open_handles(tiny, "bf16", CPU), prompts, on_nan="stop", on_step=lambda done, *_: steps.append(done))
     assert steps == [1]
     assert "on_nan is stop" in str(caught.value)
@@ -124,7 +134,10 @@ def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path, prompts):
             parts["transformer"].transformer_blocks[1].attn1.to_v.weight[2, 3] = NAN
 
     opened = open_handles(build_checkpoint(tmp_path / "damaged", change=damage), "bf16", CPU)
-    with pytest.raises(NonFiniteError, match=r"weights of transformer_blocks\.1\.attn1\.to_v \(Linear\) themselves hold NaN.*download it again"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"weights of transformer_blocks\.1\.attn1\.to_v \(Linear\) themselves hold NaN.*download it again",
+    ):
         run(opened, prompts)
     opened = open_handles(tmp_path / "damaged", "fp16", CPU)
     with pytest.raises(NonFiniteError, match=r"to_v \(RangeSafeLinear\) themselves"):
@@ -160,7 +173,9 @@ def test_a_chunk_of_frames_that_is_not_finite_is_decoded_again_in_fp32(tiny, fau
     in_fp32 = decode(open_handles(tiny, "fp32", CPU).vae, latents)
     calls = fault("vae", "decoder.mid_block", lambda call, precision: call >= 2 and precision != FP32)
     said, chunks = [], []
-    images = decode(open_handles(tiny, "bf16", CPU).vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done))
+    images = decode(
+        open_handles(tiny, "bf16", CPU).vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done)
+    )
     # A chunk that is done again needs the one before it for what its convolutions remember.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
     assert chunks == [3, 5, 7]
@@ -214,7 +229,10 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
     """The promise, end to end: a model whose residual streams pass 1e5, in fp16."""
 
     def video(self, opened, **settings):
-        prompts = [encode_prompt(opened.text_encoder, prompt, **settings).embeddings for prompt in ("a panda plays the guitar", "")]
+        prompts = [
+            encode_prompt(opened.text_encoder, prompt, **settings).embeddings
+            for prompt in ("a panda plays the guitar", "")
+        ]
         latents = sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=3, steps=3, **settings)
         return decode(opened.vae, latents, **settings)
 
@@ -242,5 +260,8 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         images = self.video(opened, on_heal=said.append)
         enforce(check_black_frames(images), "stop")
         assert len(said) == 3  # two prompts, one run
-        assert "step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks" in said[2]
+        assert (
+            "step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is "
+            "transformer_blocks" in said[2]
+        )
         assert "Going on from here in range-safe fp16" in said[2]

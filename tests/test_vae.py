@@ -86,7 +86,9 @@ def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length
             (Strips.encode, frames, vae.encode(frames).latent_dist.parameters, vae.num_sample_frames_batch_size),
         ):
             strips = Strips(vae, torch.float32, torch.device("cpu"), budget)
-            ours = torch.cat([step(strips, piece) for piece in given_.split(chunk_lengths(given_.shape[2], chunk), dim=2)], dim=2)
+            ours = torch.cat(
+                [step(strips, piece) for piece in given_.split(chunk_lengths(given_.shape[2], chunk), dim=2)], dim=2
+            )
             assert ours.shape == expected.shape
             assert error(ours, expected) < 1e-5
 
@@ -197,7 +199,8 @@ class TestMemory:
 class TestOutOfMemory:
     @pytest.fixture
     def full(self, monkeypatch):
-        """``full(when)``: memory runs out in the strips for which ``when(strip, budget)`` says so; strips are counted from 1 over all chunks."""
+        """``full(when)``: memory runs out in the strips for which ``when(strip, budget)`` says so; strips are counted
+        from 1 over all chunks."""
         real, count = Strips._tick, [0]
 
         def inject(when):
@@ -239,7 +242,9 @@ def test_a_clip_in_8_bits_gives_the_latents_of_its_floats_and_no_second_clip_is_
 
     clip = torch.randint(0, 256, (17, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     kept, real = [], module._Chunks.run
-    monkeypatch.setattr(module._Chunks, "run", lambda self, index, piece, where: kept.append(piece) or real(self, index, piece, where))
+    monkeypatch.setattr(
+        module._Chunks, "run", lambda self, index, piece, where: kept.append(piece) or real(self, index, piece, where)
+    )
     assert torch.equal(encode(handles.vae, clip), encode(handles.vae, clip.float() / 255))
     storage = clip.untyped_storage().data_ptr()
     assert all(piece.untyped_storage().data_ptr() == storage for piece in kept[: len(kept) // 2])

@@ -1,4 +1,5 @@
-"""What a run leaves behind goes where it was asked to, whole or not at all, over nothing that was there, and no finished step is lost."""
+"""What a run leaves behind goes where it was asked to, whole or not at all, over nothing that was there, and no
+finished step is lost."""
 
 import os
 import sys
@@ -136,7 +137,9 @@ class TestWriting:
         sound, _ = read_sound(tmp_path / "x.mp4", 1.5)
         assert np.abs(sound[0, 4800:67_200] - wave[4800:67_200]).mean() < 0.02
 
-    @pytest.mark.parametrize("folder", ["plain", "with: colon", "übung 日本", os.fsdecode(b"\xe9") if sys.platform == "linux" else "x"])
+    @pytest.mark.parametrize(
+        "folder", ["plain", "with: colon", "übung 日本", os.fsdecode(b"\xe9") if sys.platform == "linux" else "x"]
+    )
     def test_names_of_every_kind(self, tmp_path, folder, monkeypatch):
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path)

@@ -21,13 +21,21 @@ def test_no_wall_is_crossed():
     ("file", "source", "said"),
     [
         ("cogvideox/choices.py", "from .sampling import sample", "which is above"),
-        ("cogvideox/choices.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .handles import Model", "which is above"),
+        (
+            "cogvideox/choices.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .handles import Model",
+            "which is above",
+        ),
         ("cogvideox/words.py", "from .choices import DTYPES", "a circle of files"),
         ("cogvideox/text.py", "import folder_paths", "imports ComfyUI's folder_paths"),
         ("nodes/cache.py", "import comfy.utils", "imports ComfyUI's comfy.utils"),
         ("cogvideox/text.py", "import transformers", "imports transformers when it is imported itself"),
         ("cogvideox/text.py", "def run(module):\n    return module._diffusers_hook", "touches _diffusers_hook"),
-        ("cogvideox/text.py", "def run(module):\n    return getattr(module, '_forward_hooks')", "touches _forward_hooks"),
+        (
+            "cogvideox/text.py",
+            "def run(module):\n    return getattr(module, '_forward_hooks')",
+            "touches _forward_hooks",
+        ),
         ("cogvideox/text.py", "from torch import _dynamo", "touches _dynamo"),
         ("cogvideox/somewhere.py", "import math", "stands on no floor"),
     ],
@@ -41,7 +49,11 @@ def test_each_wall_falls_when_it_is_crossed(file, source, said, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["def run():\n    import transformers", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"]
+    "text",
+    [
+        "def run():\n    import transformers",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
+    ],
 )
 def test_a_heavy_import_inside_a_function_costs_nothing_at_the_start(text, monkeypatch):
     changed = dict(walls.sources()) | {"cogvideox/text.py": ast.parse(text)}

@@ -1,4 +1,5 @@
-"""Every node is told in words, in English and in Chinese: what ComfyUI's page shows on it, its help page, and the README."""
+"""Every node is told in words, in English and in Chinese: what ComfyUI's page shows on it, its help page, and the
+README."""
 
 import re
 import sys
@@ -11,7 +12,8 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "web" / "docs"
 NODES = [path.stem for path in sorted(DOCS.glob("*.md"))]
-#: Where the page looks for a node's help, by language. English is what it falls back to where there is no ``<node>/<language>.md``.
+#: Where the page looks for a node's help, by language. English is what it falls back to where there is no
+#: ``<node>/<language>.md``.
 HELP = {"en": "{}.md", "zh": "{}/zh.md"}
 #: Names that Chinese users of ComfyUI write so too.
 SAME_IN_CHINESE = {"VAE", "Latent"}
@@ -39,7 +41,9 @@ def test_the_english_words_are_those_that_the_nodes_declare(pack):
 def test_every_node_input_and_output_has_a_name_and_a_tooltip_and_nothing_is_left_over(pack, language):
     expected = set()
     for node_id, node in pack.NODE_CLASS_MAPPINGS.items():
-        sockets = [("inputs", name) for name in locales.inputs(node)] + [("outputs", str(index)) for index in range(len(node.RETURN_TYPES))]
+        sockets = [("inputs", name) for name in locales.inputs(node)] + [
+            ("outputs", str(index)) for index in range(len(node.RETURN_TYPES))
+        ]
         expected |= {(node_id, "display_name"), (node_id, "description")}
         expected |= {(node_id, *socket, word) for socket in sockets for word in ("name", "tooltip")}
     words = leaves(locales.read(language))
@@ -67,7 +71,10 @@ def test_the_chinese_words_are_chinese():
 
 def test_the_chinese_words_name_the_same_choices_files_and_figures():
     """A tooltip that was changed in one language only."""
-    named = re.compile(r"\d+(?:\.\d+)?|\b(?:auto|gpu|cpu|offload_\w+|fix|warn|stop|pass|heal|ddim|dpm|bf16|fp16|models/[\w/]+)\b", re.ASCII)
+    named = re.compile(
+        r"\d+(?:\.\d+)?|\b(?:auto|gpu|cpu|offload_\w+|fix|warn|stop|pass|heal|ddim|dpm|bf16|fp16|models/[\w/]+)\b",
+        re.ASCII,
+    )
     chinese = leaves(locales.read("zh"))
     for path, text in leaves(locales.read("en")).items():
         if path[-1] in ("tooltip", "description"):
@@ -76,7 +83,9 @@ def test_the_chinese_words_name_the_same_choices_files_and_figures():
 
 def test_there_is_a_help_page_for_every_node_and_for_nothing_else(pack):
     assert set(NODES) == set(pack.NODE_CLASS_MAPPINGS)
-    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} == {HELP[language].format(node) for language in HELP for node in NODES}
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} == {
+        HELP[language].format(node) for language in HELP for node in NODES
+    }
     assert (ROOT / pack.WEB_DIRECTORY / "docs").samefile(DOCS)
 
 
@@ -111,7 +120,9 @@ def test_a_help_page_has_a_picture(node_id):
         assert min(picture.size) >= 100
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", *(HELP[language].format(node) for language in HELP for node in NODES)])
+@pytest.mark.parametrize(
+    "page", ["README.md", "README.zh.md", *(HELP[language].format(node) for language in HELP for node in NODES)]
+)
 def test_links_to_files_lead_somewhere(page):
     root = ROOT if page.startswith("README") else DOCS
     for target in re.findall(r"\]\(([^)]+)\)", (root / page).read_text(encoding="utf-8")):
@@ -154,8 +165,8 @@ def test_the_page_finds_help_whatever_the_folder_is_called(pack, folder, asked):
 
 
 def outline(text: str) -> list[dict]:
-    """By section what does not depend on the language: the heading's level, the shape of its tables, its code without comments, the names in
-    `code` and the figures in its text, and where its links lead."""
+    """By section what does not depend on the language: the heading's level, the shape of its tables, its code without
+    comments, the names in `code` and the figures in its text, and where its links lead."""
     sections = []
     for heading, body in zip(*[iter(re.split(r"(?m)^(#+) ", text)[1:])] * 2, strict=True):
         blocks = re.findall(r"(?ms)^ *```\n(.*?)^ *```$", body)
@@ -168,7 +179,9 @@ def outline(text: str) -> list[dict]:
                 "code": [re.sub(r" +#.*", "", block) for block in blocks],
                 "names": set(re.findall(r"`([^`]+)`", prose)),
                 "figures": set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\([^)]+\)", "", prose))),
-                "links": sorted(target for target in re.findall(r"\]\(([^)]+)\)", prose) if not target.startswith("README")),
+                "links": sorted(
+                    target for target in re.findall(r"\]\(([^)]+)\)", prose) if not target.startswith("README")
+                ),
             }
         )
     return sections

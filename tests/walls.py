@@ -1,6 +1,8 @@
-"""The walls of ARCHITECTURE.md, read from the imports: ``python -m tests.walls`` prints the floors, and ends with status 1 where one is crossed.
+"""The walls of ARCHITECTURE.md, read from the imports: ``python -m tests.walls`` prints the floors, and ends with
+status 1 where one is crossed.
 
-What is read is the source (``ast``), nothing is imported. ``TYPE_CHECKING`` imports count, as what a file knows is what its reader has to know.
+What is read is the source (``ast``), nothing is imported. ``TYPE_CHECKING`` imports count, as what a file knows is what
+its reader has to know.
 """
 
 import ast
@@ -10,17 +12,34 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-#: The floors from the ground up: name -> what is on it, as files or folders of the tree. Imports go down, or along a floor without a circle.
+#: The floors from the ground up: name -> what is on it, as files or folders of the tree. Imports go down, or along a
+#: floor without a circle.
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": tuple(
         f"cogvideox/{name}.py"
-        for name in ("words", "choices", "dtypes", "events", "files", "dependencies", "variants", "geometry", "finite", "tensors", "combinations")
+        for name in (
+            "words",
+            "choices",
+            "dtypes",
+            "events",
+            "files",
+            "dependencies",
+            "variants",
+            "geometry",
+            "finite",
+            "tensors",
+            "combinations",
+        )
     ),
-    "frames": tuple(f"cogvideox/{name}.py" for name in ("black_frames", "contact_sheet", "pictures", "preview", "media", "video")),
+    "frames": tuple(
+        f"cogvideox/{name}.py" for name in ("black_frames", "contact_sheet", "pictures", "preview", "media", "video")
+    ),
     "modules": ("cogvideox/modules",),
     "checkpoint": ("cogvideox/checkpoint",),
     "precision": ("cogvideox/precision",),
-    "a part in memory": tuple(f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel")),
+    "a part in memory": tuple(
+        f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel")
+    ),
     "a run": tuple(f"cogvideox/{name}.py" for name in ("text", "requests", "sampling", "vae")),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),
@@ -50,20 +69,27 @@ INTERNALS = "cogvideox/modules/internals.py"
 @cache
 def sources() -> dict[str, ast.Module]:
     """Every shipped Python file by its path in the tree, parsed."""
-    found = [*ROOT.glob("*.py"), *(path for top in ("cogvideox", "interop", "nodes") for path in (ROOT / top).rglob("*.py"))]
+    found = [
+        *ROOT.glob("*.py"),
+        *(path for top in ("cogvideox", "interop", "nodes") for path in (ROOT / top).rglob("*.py")),
+    ]
     return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(found)}
 
 
 def floor_of(file: str) -> int | None:
     """The number of a file's floor; None if it stands on none. The longest place that fits counts."""
     fits = [
-        (len(place), number) for number, places in enumerate(FLOORS.values()) for place in places if file == place or file.startswith(f"{place}/")
+        (len(place), number)
+        for number, places in enumerate(FLOORS.values())
+        for place in places
+        if file == place or file.startswith(f"{place}/")
     ]
     return max(fits)[1] if fits else None
 
 
 def imports(file: str) -> Iterator[tuple[str, int, bool]]:
-    """What a file imports: (a file of the tree or the name of a module of others, line, whether when it is imported itself)."""
+    """What a file imports: (a file of the tree or the name of a module of others, line, whether when it is imported
+    itself)."""
     package = file.split("/")[:-1]
 
     def walk(node: ast.AST, at_start: bool) -> Iterator[tuple[str, int, bool]]:
@@ -95,7 +121,12 @@ def _place(parts: list[str], name: str | None) -> str | None:
 
 def arrows() -> dict[str, dict[str, int]]:
     """file -> the files of the tree that it imports, and in which line first."""
-    return {file: {target: line for target, line, _ in reversed(list(imports(file))) if target in sources() and target != file} for file in sources()}
+    return {
+        file: {
+            target: line for target, line, _ in reversed(list(imports(file))) if target in sources() and target != file
+        }
+        for file in sources()
+    }
 
 
 def broken() -> list[str]:
@@ -124,9 +155,15 @@ def _circles() -> Iterator[str]:
     folders: dict[str, set[str]] = {}
     for file, targets in files.items():
         here = file.rpartition("/")[0]
-        folders.setdefault(here, set()).update(target.rpartition("/")[0] for target in targets if not target.startswith(f"{here}/") or here == "")
+        folders.setdefault(here, set()).update(
+            target.rpartition("/")[0] for target in targets if not target.startswith(f"{here}/") or here == ""
+        )
     # A folder's own files and the folder below it are one house: cogvideox/ holds rooms and files of several floors.
-    inner = {folder: {target for target in targets if target != folder} for folder, targets in folders.items() if folder.count("/")}
+    inner = {
+        folder: {target for target in targets if target != folder}
+        for folder, targets in folders.items()
+        if folder.count("/")
+    }
     yield from _circles_of({folder: targets & set(inner) for folder, targets in inner.items()}, "folders")
 
 
@@ -184,7 +221,11 @@ def _private() -> Iterator[str]:
                 name = node.attr
             elif isinstance(node, ast.ImportFrom) and not node.level and _place(node.module.split("."), None) is None:
                 name = next((alias.name for alias in node.names if alias.name.startswith("_")), None)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr") and len(node.args) > 1:
+            elif (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr")
+                and len(node.args) > 1
+            ):
                 second = node.args[1]
                 name = second.value if isinstance(second, ast.Constant) and isinstance(second.value, str) else None
             if name and name.startswith("_") and not name.startswith("__") and name not in own:

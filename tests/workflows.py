@@ -37,7 +37,8 @@ def widget_values(node: dict) -> dict:
 
 
 def to_api(workflow: dict) -> dict:
-    """What the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``, as the page calls it."""
+    """What the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``, as
+    the page calls it."""
     definitions = {graph["id"]: graph for graph in workflow.get("definitions", {}).get("subgraphs", [])}
     nodes = {str(node["id"]): node for node in workflow["nodes"]}
     links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
@@ -55,7 +56,9 @@ def to_api(workflow: dict) -> dict:
     for name, node in nodes.items():
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        inputs = widget_values(node) | {socket["name"]: source(socket["link"]) for socket in node["inputs"] if socket.get("link") is not None}
+        inputs = widget_values(node) | {
+            socket["name"]: source(socket["link"]) for socket in node["inputs"] if socket.get("link") is not None
+        }
         graph = definitions.get(node["type"])
         if graph is None:
             prompt[name] = {"class_type": node["type"], "inputs": inputs}
@@ -68,7 +71,9 @@ def to_api(workflow: dict) -> dict:
                     link = inside[socket["link"]]
                     from_outside = link["origin_id"] == INPUTS
                     given = (
-                        inputs[graph["inputs"][link["origin_slot"]]["name"]] if from_outside else [f"{name}:{link['origin_id']}", link["origin_slot"]]
+                        inputs[graph["inputs"][link["origin_slot"]]["name"]]
+                        if from_outside
+                        else [f"{name}:{link['origin_id']}", link["origin_slot"]]
                     )
                     values[socket["name"]] = given
             prompt[f"{name}:{part['id']}"] = {"class_type": part["type"], "inputs": values}
@@ -81,7 +86,11 @@ def combined(node_class) -> dict:
 
 
 def ours(workflow: dict, pack) -> list:
-    return [(node, pack.NODE_CLASS_MAPPINGS[node["type"]]) for node in workflow["nodes"] if node["type"].startswith("CogVideoX15")]
+    return [
+        (node, pack.NODE_CLASS_MAPPINGS[node["type"]])
+        for node in workflow["nodes"]
+        if node["type"].startswith("CogVideoX15")
+    ]
 
 
 def links_of(workflow: dict) -> list[list]:
@@ -91,7 +100,8 @@ def links_of(workflow: dict) -> list[list]:
 
 
 def check(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
-    """That a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets whose choices are files."""
+    """That a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets whose
+    choices are files."""
     check_sockets(workflow, pack)
     check_widgets(workflow, pack, unknown)
     check_links(workflow)
@@ -104,7 +114,9 @@ def check_sockets(workflow: dict, pack) -> None:
         assert [(socket["name"], socket["type"]) for socket in node["outputs"]] == list(
             zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True)
         )
-        declared = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in combined(node_class).items()}
+        declared = {
+            name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in combined(node_class).items()
+        }
         assert {socket["name"]: socket["type"] for socket in node["inputs"]} == declared
 
 
@@ -131,9 +143,13 @@ def check_links(workflow: dict) -> None:
         assert "*" in (in_socket["type"], out_socket["type"]) or out_socket["type"] in in_socket["type"].split(",")
     numbers = [link[0] for link in links]
     assert len(set(numbers)) == len(numbers)
-    known = [socket["link"] for node in nodes.values() for socket in node.get("inputs", ()) if socket.get("link") is not None]
+    known = [
+        socket["link"] for node in nodes.values() for socket in node.get("inputs", ()) if socket.get("link") is not None
+    ]
     assert sorted(known) == sorted(numbers)
-    assert sorted(number for node in nodes.values() for socket in node.get("outputs", ()) for number in socket["links"] or ()) == sorted(numbers)
+    assert sorted(
+        number for node in nodes.values() for socket in node.get("outputs", ()) for number in socket["links"] or ()
+    ) == sorted(numbers)
 
 
 def check_required(workflow: dict, pack) -> None:

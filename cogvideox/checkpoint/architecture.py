@@ -1,8 +1,10 @@
 """What a part is made of: the name and shape of every tensor by its config, and whether the ones on disk are those.
 
-The rules say what the modules of diffusers (``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX``) and transformers (``T5EncoderModel``)
-have in their state dicts, so that a part is known to be whole in a millisecond, without building its module: a test holds them equal to the
-modules. What a part is, if it is none that runs here, is told by name before its tensors are counted.
+The rules say what the modules of diffusers (``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX``) and
+transformers (``T5EncoderModel``)
+have in their state dicts, so that a part is known to be whole in a millisecond, without building its module: a test
+holds them equal to the modules. What a part is, if it is none that runs here, is told by name before its tensors are
+counted.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,8 +24,8 @@ Shape = tuple[int, ...]
 TIED = {"text_encoder": (("shared.weight", "encoder.embed_tokens.weight"),)}
 #: The class's name in sentences.
 _NAMES = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "VAE"}
-#: The largest number of a config that is believed, as in ``configs``: ten times the largest size of a released part, and a count of things that are
-#: numbered.
+#: The largest number of a config that is believed, as in ``configs``: ten times the largest size of a released part,
+#: and a count of things that are numbered.
 _LARGEST, _MOST = 1 << 20, 1000
 #: T5 v1.1's tokens are 32,128, some of them for words that people add; multilingual T5s have 250,000.
 _MOST_TOKENS = 2 * 32_128
@@ -60,14 +62,15 @@ def check_together(transformer: "Part", part: "Part") -> None:
     xxl = "a T5 v1.1 XXL encoder, such as t5xxl_fp16.safetensors"
     if width != wanted:
         raise ForeignError(
-            f"The text encoder in {part.source} gives {width} numbers a token, and the transformer in {transformer.source} "
-            f"reads {wanted}: it was trained with another T5. Choose {xxl if wanted == 4096 else 'the T5 it was trained with'}."
+            f"The text encoder in {part.source} gives {width} numbers a token, and the transformer in "
+            f"{transformer.source} reads {wanted}: it was trained with another T5. Choose "
+            f"{xxl if wanted == 4096 else 'the T5 it was trained with'}."
         )
     variant, layers = identify(transformer.config), _count_blocks(part)
     if variant.is_released and layers != _XXL_LAYERS:
         raise ForeignError(
-            f"The text encoder in {part.source} has {layers} layers, and the T5 v1.1 XXL that {variant.name} was trained with "
-            f"has {_XXL_LAYERS}: its embeddings would be others. Choose {xxl}."
+            f"The text encoder in {part.source} has {layers} layers, and the T5 v1.1 XXL that {variant.name} was "
+            f"trained with has {_XXL_LAYERS}: its embeddings would be others. Choose {xxl}."
         )
 
 
@@ -98,14 +101,15 @@ def check_tensors(part: "Part", wanted: Mapping[str, Shape], tied: Iterable[Coll
         first = min(wrong)
         told = f" {short(first)} is {short(found[first].shape)}, and should be {wanted[first]}."
     raise ValueError(
-        f"The weights in {part.source} (layout: {part.layout}) do not fit {_origin(part)}, from which the {_NAMES[part.kind]} "
-        f"would be made: of {len(wanted)} tensors, {'; '.join(problems)}.{told}{_blocks(part)} The model would not be the one "
-        f"that was trained. {_remedy(missing, unknown, wrong)}"
+        f"The weights in {part.source} (layout: {part.layout}) do not fit {_origin(part)}, from which the "
+        f"{_NAMES[part.kind]} would be made: of {len(wanted)} tensors, {'; '.join(problems)}.{told}{_blocks(part)} "
+        f"The model would not be the one that was trained. {_remedy(missing, unknown, wrong)}"
     )
 
 
 def expected_tensors(kind: str, config: Mapping, origin: str = "its config.json") -> dict[str, Shape]:
-    """The name and shape of every tensor that a part's module has, by the part's config; tied tensors by all of their names.
+    """The name and shape of every tensor that a part's module has, by the part's config; tied tensors by all of their
+    names.
 
     Raises:
         ValueError: if the config says something that no module can be made of.
@@ -135,7 +139,11 @@ class _Fields:
     def numbers(self, name: str, default: tuple[int, ...]) -> list[int]:
         """A list of whole numbers of at least 1."""
         value = self._config.get(name, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= _MOST or not all(type(n) is int and 1 <= n <= _LARGEST for n in value):
+        if (
+            not isinstance(value, list | tuple)
+            or not 1 <= len(value) <= _MOST
+            or not all(type(n) is int and 1 <= n <= _LARGEST for n in value)
+        ):
             raise self.odd(name, "a list of whole numbers of at least 1")
         return list(value)
 
@@ -149,8 +157,8 @@ class _Fields:
         value = short(repr(self._config[name])) if name in self._config else "not there"
         origin = self._origin[0].upper() + self._origin[1:]
         return ValueError(
-            f"{origin} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. Download config.json again from "
-            "the repository of the weights."
+            f"{origin} cannot be used: {name} is {value}, and should be {wanted}, so the model cannot be built. "
+            "Download config.json again from the repository of the weights."
         )
 
 
@@ -195,9 +203,16 @@ def _transformer(fields: _Fields) -> _Tensors:
     if fields.flag("use_learned_positional_embeddings", False):
         if not fields.flag("use_rotary_positional_embeddings", False):
             raise fields.odd("use_rotary_positional_embeddings", "true where use_learned_positional_embeddings is")
-        rows, columns = (fields.number(f"sample_{side}", default) // patch for side, default in (("height", 60), ("width", 90)))
-        frames = (fields.number("sample_frames", 49) - 1) // fields.number("temporal_compression_ratio", TEMPORAL_COMPRESSION) + 1
-        yield "patch_embed.pos_embedding", (1, fields.number("max_text_seq_length", 226) + rows * columns * frames, width)
+        rows, columns = (
+            fields.number(f"sample_{side}", default) // patch for side, default in (("height", 60), ("width", 90))
+        )
+        frames = (fields.number("sample_frames", 49) - 1) // fields.number(
+            "temporal_compression_ratio", TEMPORAL_COMPRESSION
+        ) + 1
+        yield (
+            "patch_embed.pos_embedding",
+            (1, fields.number("max_text_seq_length", 226) + rows * columns * frames, width),
+        )
     yield from _linear("time_embedding.linear_1", time, width)
     yield from _linear("time_embedding.linear_2", time, time)
     # diffusers reads zero as none, too.
@@ -224,7 +239,11 @@ def _transformer(fields: _Fields) -> _Tensors:
 
 
 def _text_encoder(fields: _Fields) -> _Tensors:
-    width, tokens, inner = fields.number("d_model", 512, "hidden_size"), fields.number("vocab_size", 32128), fields.number("d_ff", 2048)
+    width, tokens, inner = (
+        fields.number("d_model", 512, "hidden_size"),
+        fields.number("vocab_size", 32128),
+        fields.number("d_ff", 2048),
+    )
     heads = fields.number("num_heads", 8, "num_attention_heads")
     inside = heads * fields.number("d_kv", 64, "head_dim")
     ways_in = ("wi_0", "wi_1") if str(fields.get("feed_forward_proj", "relu")).startswith("gated-") else ("wi",)
@@ -236,7 +255,10 @@ def _text_encoder(fields: _Fields) -> _Tensors:
             yield f"{attention}.SelfAttention.{projection}.weight", (inside, width)
         yield f"{attention}.SelfAttention.o.weight", (width, inside)
         if number == 0:
-            yield f"{attention}.SelfAttention.relative_attention_bias.weight", (fields.number("relative_attention_num_buckets", 32), heads)
+            yield (
+                f"{attention}.SelfAttention.relative_attention_bias.weight",
+                (fields.number("relative_attention_num_buckets", 32), heads),
+            )
         yield f"{attention}.layer_norm.weight", (width,)
         for way in ways_in:
             yield f"{feed_forward}.DenseReluDense.{way}.weight", (inner, width)
@@ -246,7 +268,10 @@ def _text_encoder(fields: _Fields) -> _Tensors:
 
 
 def _vae(fields: _Fields) -> _Tensors:
-    widths, latent = fields.numbers("block_out_channels", (128, 256, 256, 512)), fields.number("latent_channels", LATENT_CHANNELS)
+    widths, latent = (
+        fields.numbers("block_out_channels", (128, 256, 256, 512)),
+        fields.number("latent_channels", LATENT_CHANNELS),
+    )
     layers, groups = fields.number("layers_per_block", 3, most=_MOST), fields.number("norm_num_groups", 32)
     into, out = fields.number("in_channels", 3), fields.number("out_channels", 3)
     for name, kind in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
@@ -304,7 +329,10 @@ def _check_transformer(part: "Part") -> None:
 def _check_text_encoder(part: "Part") -> None:
     """T5 v1.1's encoder, whatever its size, and none of its relatives."""
     tokens = part.config.get("vocab_size")
-    many_biases = any(name.endswith(".SelfAttention.relative_attention_bias.weight") and ".block.0." not in name for name in part.tensors)
+    many_biases = any(
+        name.endswith(".SelfAttention.relative_attention_bias.weight") and ".block.0." not in name
+        for name in part.tensors
+    )
     if many_biases:
         what = "UMT5 (every layer has its own relative_attention_bias), the text encoder of Wan and others"
     elif isinstance(tokens, int) and tokens > _MOST_TOKENS:
@@ -314,15 +342,18 @@ def _check_text_encoder(part: "Part") -> None:
     else:
         return
     raise ForeignError(
-        f"{part.source} is {what}: CogVideoX was trained with T5 v1.1, and its embeddings mean nothing to it. Choose a T5 v1.1 "
-        "XXL encoder, such as t5xxl_fp16.safetensors."
+        f"{part.source} is {what}: CogVideoX was trained with T5 v1.1, and its embeddings mean nothing to it. Choose "
+        "a T5 v1.1 XXL encoder, such as t5xxl_fp16.safetensors."
     )
 
 
 def _check_vae(part: "Part") -> None:
     """The latents must be those that CogVideoX's transformers were trained on."""
     config = part.config
-    latent, widths = config.get("latent_channels", LATENT_CHANNELS), config.get("block_out_channels", (128, 256, 256, 512))
+    latent, widths = (
+        config.get("latent_channels", LATENT_CHANNELS),
+        config.get("block_out_channels", (128, 256, 256, 512)),
+    )
     if latent != LATENT_CHANNELS:
         seen = f"{short(latent)} latent channels, and CogVideoX's have {LATENT_CHANNELS}"
     elif isinstance(widths, list | tuple) and 2 ** (len(widths) - 1) != SPATIAL_COMPRESSION:
@@ -333,8 +364,8 @@ def _check_vae(part: "Part") -> None:
     else:
         return
     raise ForeignError(
-        f"The VAE in {part.source} has {seen}: no CogVideoX transformer was trained on its latents. Choose the VAE of a "
-        "CogVideoX release, such as vae/ of zai-org/CogVideoX1.5-5B."
+        f"The VAE in {part.source} has {seen}: no CogVideoX transformer was trained on its latents. Choose the VAE of "
+        "a CogVideoX release, such as vae/ of zai-org/CogVideoX1.5-5B."
     )
 
 
@@ -347,14 +378,19 @@ def _check_scales(part: "Part") -> None:
     def fits(name: str, scale: StoredTensor) -> bool:
         weight = part.tensors.get(name)
         rows = weight.shape[0] if weight is not None and weight.shape else 1
-        return weight is not None and weight.is_packed and weight.quantization is None and scale.shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+        return (
+            weight is not None
+            and weight.is_packed
+            and weight.quantization is None
+            and scale.shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+        )
 
     wrong = sorted(name for name, scale in part.scales.items() if not fits(name, scale))
     if wrong:
         raise ValueError(
-            f"{part.source} holds {len(wrong)} scales that fit no fp8 weight ({listed(wrong)}): a scale is one number, or one for "
-            "each row, and multiplies a weight in fp8. How these weights are packed is not known here. Choose another fp8 file, "
-            "GGUF, or the weights as they were."
+            f"{part.source} holds {len(wrong)} scales that fit no fp8 weight ({listed(wrong)}): a scale is one "
+            "number, or one for each row, and multiplies a weight in fp8. How these weights are packed is not known "
+            "here. Choose another fp8 file, GGUF, or the weights as they were."
         )
 
 

@@ -1,9 +1,10 @@
 """The weight audit: what lies in a checkpoint's weights that a dtype cannot hold. Every weight is read once.
 
-The scan is nearly as quick as reading the file (``benchmarks/scan.py``): a few workers take turns at reading, block by block in
-the order the weights lie in, and each looks at its block while the next one reads. Everything is decided on bit patterns: without
-its sign, a float's pattern read as an integer is ordered as its magnitude, so every question ("does fp16 flush it?") is a compare
-with one integer. Those integers are found by asking torch's own cast, not written down.
+The scan is nearly as quick as reading the file (``benchmarks/scan.py``): a few workers take turns at reading, block by
+block in the order the weights lie in, and each looks at its block while the next one reads. Everything is decided on
+bit patterns: without its sign, a float's pattern read as an integer is ordered as its magnitude, so every question
+("does fp16 flush it?") is a compare with one integer. Those integers are found by asking torch's own cast, not written
+down.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from .headers import StoredTensor
 #: The dtypes a part can run in, and what to call them.
 TARGETS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-#: Bytes read at a time. Small enough that a block is still in the processor's cache when it is looked at, large enough that a
-#: worker seldom has to wait for the interpreter while another holds it.
+#: Bytes read at a time. Small enough that a block is still in the processor's cache when it is looked at, large enough
+#: that a worker seldom has to wait for the interpreter while another holds it.
 _BLOCK = 1 << 22
-#: Values of a block looked at alone where something rare was seen in them. At most torch's grain (32768): more would start its own threads.
+#: Values of a block looked at alone where something rare was seen in them. At most torch's grain (32768): more would
+#: start its own threads.
 _TILE = 1 << 15
 _STARTS = np.arange(0, _BLOCK, _TILE)
 #: Reading is one at a time, so more workers than this only wait.
@@ -44,20 +46,25 @@ _SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 @dataclass(frozen=True)
 class WeightAudit:
-    """What one part's weights hold. Counts are of single weights, of either sign; a weight that is ±0 is in none of them.
+    """What one part's weights hold. Counts are of single weights, of either sign; a weight that is ±0 is in none of
+    them.
 
     Attributes:
         name: the part, for people (``transformer``).
         target: the dtype the part is to run in.
         values: floating-point weights read.
         nan, inf: weights that are NaN or ±Inf as stored.
-        beyond_fp16: finite weights beyond 65504, the largest fp16 number. (Up to 65520 a cast rounds to it, from there on to Inf.)
-        flushed: weights that a cast to fp16 turns to zero: up to 2^-25, half the smallest fp16 number (a tie goes to the even zero).
-        subnormal: weights that are subnormal in fp16: not zero but below 2^-14, with fewer than its 11 bits of precision left.
-        overflowed, vanished: finite weights that the cast to ``target`` turns to Inf, and weights that it turns to zero.
-        rounding: the largest relative error ``|cast(w) - w| / |w|`` that the cast to ``target`` can have for weights like those that it keeps
-            finite and not zero (the others are counted above): a constant of the two dtypes, another where weights become subnormal; 0.0 if the
-            cast is exact.
+        beyond_fp16: finite weights beyond 65504, the largest fp16 number. (Up to 65520 a cast rounds to it, from there
+            on to Inf.)
+        flushed: weights that a cast to fp16 turns to zero: up to 2^-25, half the smallest fp16 number (a tie goes to
+            the even zero).
+        subnormal: weights that are subnormal in fp16: not zero but below 2^-14, with fewer than its 11 bits of
+            precision left.
+        overflowed, vanished: finite weights that the cast to ``target`` turns to Inf, and weights that it turns to
+            zero.
+        rounding: the largest relative error ``|cast(w) - w| / |w|`` that the cast to ``target`` can have for weights
+            like those that it keeps finite and not zero (the others are counted above): a constant of the two dtypes,
+            another where weights become subnormal; 0.0 if the cast is exact.
         worst: (tensor, what is wrong with it) of the first few tensors with NaN or Inf, then of those beyond fp16.
     """
 
@@ -90,7 +97,11 @@ class WeightAudit:
         lines = [f"[{label}] {self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
         fp16 = [
             f"{what} {_number(count)} ({_percent(count / max(self.values, 1))})"
-            for what, count in (("overflow at", self.beyond_fp16), ("flush to zero", self.flushed), ("keep only as subnormals", self.subnormal))
+            for what, count in (
+                ("overflow at", self.beyond_fp16),
+                ("flush to zero", self.flushed),
+                ("keep only as subnormals", self.subnormal),
+            )
             if count
         ]
         lines.append(f"An fp16 copy would {_listed(fp16) if fp16 else 'hold every weight in its normal range'}.")
@@ -105,7 +116,11 @@ class WeightAudit:
     def as_dict(self) -> dict:
         """For JSON: plain numbers and strings, all finite."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return plain | {"target": TARGETS[self.target], "worst": [list(entry) for entry in self.worst], "damaged": self.damaged}
+        return plain | {
+            "target": TARGETS[self.target],
+            "worst": [list(entry) for entry in self.worst],
+            "damaged": self.damaged,
+        }
 
 
 def scan_weights(
@@ -116,22 +131,23 @@ def scan_weights(
 ) -> WeightAudit:
     """Read every floating-point weight once and count what it would lose. Integers and booleans are passed over.
 
-    Memory is constant: 8 MB for each of at most four threads (as many as torch uses here), and a little more where something rare is found.
+    Memory is constant: 8 MB for each of at most four threads (as many as torch uses here), and a little more where
+    something rare is found.
 
     Args:
         tensors: every tensor by name, as ``Part.tensors`` has it.
         target: the dtype they are to run in: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
         name: what to call the part in ``WeightAudit.text``.
-        on_progress: called in the calling thread with (bytes done, bytes in all), last with both equal. What it raises stops the
-            scan and is passed on.
+        on_progress: called in the calling thread with (bytes done, bytes in all), last with both equal. What it raises
+            stops the scan and is passed on.
 
     Raises:
         ValueError: if ``target`` is another dtype, or a file ends before its weights do.
     """
     if target not in TARGETS:
         raise ValueError(
-            f"The weights were to be audited for {target}, which no part can run in, so what the cast would do is unknown. "
-            f"Choose {', '.join(map(str, TARGETS))}."
+            f"The weights were to be audited for {target}, which no part can run in, so what the cast would do is "
+            f"unknown. Choose {', '.join(map(str, TARGETS))}."
         )
     runs = _runs(tensors)
     total = sum(run.end - run.starts[0] for run in runs)
@@ -217,7 +233,9 @@ class _Reader:
     """Hands out the blocks to whoever asks next, in order: one file open, one read at a time, as a disk likes it."""
 
     def __init__(self, runs: list[_Run]):
-        self._blocks = (_Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK))
+        self._blocks = (
+            _Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK)
+        )
         self._lock = threading.Lock()
         self._file = self._run = None
         self._stopped = False
@@ -234,7 +252,10 @@ class _Reader:
             while done < block.nbytes:
                 count = self._file.readinto(buffer[done : block.nbytes])
                 if not count:
-                    raise ValueError(f"{block.run.file} ended while its weights were read: it is truncated or being written. Download it again.")
+                    raise ValueError(
+                        f"{block.run.file} ended while its weights were read: it is truncated or being written. "
+                        "Download it again."
+                    )
                 done += count
             return block
 
@@ -304,14 +325,31 @@ def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[st
     place = {tensor: index for index, tensor in enumerate(order)} if extremes else {}
     first = sorted(extremes, key=lambda tensor: (not any(extremes[tensor][:2]), place[tensor]))[:_NAMED]
     kinds = ("NaN", "Inf", "beyond 65504")
-    worst = tuple((tensor, ", ".join(f"{n:,} {kind}" for n, kind in zip(extremes[tensor], kinds, strict=True) if n)) for tensor in first)
-    summed = {what: sum(getattr(tally, what) for tally in tallies) for what in ("values", "flushed", "subnormal", "overflowed", "vanished")}
-    return WeightAudit(name, target, nan=nan, inf=inf, beyond_fp16=beyond, rounding=max(tally.rounding for tally in tallies), worst=worst, **summed)
+    worst = tuple(
+        (tensor, ", ".join(f"{n:,} {kind}" for n, kind in zip(extremes[tensor], kinds, strict=True) if n))
+        for tensor in first
+    )
+    summed = {
+        what: sum(getattr(tally, what) for tally in tallies)
+        for what in ("values", "flushed", "subnormal", "overflowed", "vanished")
+    }
+    return WeightAudit(
+        name,
+        target,
+        nan=nan,
+        inf=inf,
+        beyond_fp16=beyond,
+        rounding=max(tally.rounding for tally in tallies),
+        worst=worst,
+        **summed,
+    )
 
 
 def _work(reader: _Reader, target: torch.dtype, tally: _Tally, on_block: Callable[[int], None]) -> None:
-    """Scan blocks until there are no more. Every array is made once: fresh memory costs more than all that is done in it."""
-    # torch's memory begins at a multiple of 64 bytes and numpy's at one of 16: reading into the latter takes twice as long.
+    """Scan blocks until there are no more. Every array is made once: fresh memory costs more than all that is done in
+    it."""
+    # torch's memory begins at a multiple of 64 bytes and numpy's at one of 16: reading into the latter takes twice as
+    # long.
     buffer, mask = (torch.empty(_BLOCK, dtype=dtype, device="cpu").numpy() for dtype in (torch.uint8, torch.bool))
     view = memoryview(buffer)
     try:
@@ -335,8 +373,8 @@ def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, t
     """
     tally.values += doubled.size
     starts = _STARTS[: -(-doubled.size // _TILE)]
-    # Patterns of 2.0 and above have their top bit set and so are negative here: one pass tells that there are none of them, hence
-    # neither NaN nor Inf nor anything large, and finds the smallest magnitudes.
+    # Patterns of 2.0 and above have their top bit set and so are negative here: one pass tells that there are none of
+    # them, hence neither NaN nor Inf nor anything large, and finds the smallest magnitudes.
     lows = np.minimum.reduceat(doubled.view(_SIGNED[doubled.itemsize]), starts)
     low = np.minimum.reduce(lows)
     if low < 0:
@@ -379,7 +417,8 @@ def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler:
 
 
 def _drops_bits(doubled: np.ndarray, ruler: _Ruler) -> bool:
-    """Whether a value in the target's normal range has bits that the cast drops: seldom where fp32 files were made from bf16."""
+    """Whether a value in the target's normal range has bits that the cast drops: seldom where fp32 files were made from
+    bf16."""
     if not np.bitwise_or.reduce(doubled) & ruler.dropped:
         return False
     # Unsigned, what lies below the range wraps to the far end: one compare tests both bounds.
@@ -387,8 +426,11 @@ def _drops_bits(doubled: np.ndarray, ruler: _Ruler) -> bool:
     return bool(np.bitwise_or.reduce(values) & ruler.dropped)
 
 
-def _look_small(doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
-    """Tell apart what lies below ``bound``: zeros, what fp16 and the target flush to zero, what the target rounds coarsely.
+def _look_small(
+    doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally
+) -> None:
+    """Tell apart what lies below ``bound``: zeros, what fp16 and the target flush to zero, what the target rounds
+    coarsely.
 
     The last look at ``doubled``: it is overwritten if there are ``zeros_too``.
     """
@@ -427,7 +469,8 @@ class _Ruler:
         beyond_fp16, nonfinite, nan: above 65504, Inf or NaN, NaN.
         kept, normal, overflowed: no longer zero, no longer subnormal, no longer finite in the target.
         dropped: the mantissa bits that the target has no room for.
-        normal_error, subnormal_error: the largest relative error that is possible among normal and among subnormal numbers of the target.
+        normal_error, subnormal_error: the largest relative error that is possible among normal and among subnormal
+            numbers of the target.
     """
 
     stored: torch.dtype
@@ -447,12 +490,15 @@ class _Ruler:
 
 @lru_cache(maxsize=64)
 def _ruler(stored: torch.dtype, target: torch.dtype) -> _Ruler:
-    """Find the bounds by asking torch's cast, so that they hold for what is going to be done and not for what should be."""
+    """Find the bounds by asking torch's cast, so that they hold for what is going to be done and not for what should
+    be."""
     unsigned = _UNSIGNED[stored.itemsize]
 
     def first(is_past: Callable[[torch.Tensor], torch.Tensor]) -> np.unsignedinteger:
         largest = 2 ** (8 * stored.itemsize - 1) - 1
-        found = bisect_left(range(largest), True, 0, largest, key=lambda p: bool(is_past(_values(np.array([p], unsigned), stored))))
+        found = bisect_left(
+            range(largest), True, 0, largest, key=lambda p: bool(is_past(_values(np.array([p], unsigned), stored)))
+        )
         return unsigned(2 * found)
 
     half, own, other = torch.float16, torch.finfo(stored), torch.finfo(target)
@@ -472,9 +518,12 @@ def _ruler(stored: torch.dtype, target: torch.dtype) -> _Ruler:
         normal=normal,
         overflowed=first(lambda w: ~w.to(target).isfinite()),
         dropped=unsigned((2**dropped - 1) * 2),
-        # The error is at most half a unit in the last place, and relatively largest just above a power of two: u / (1 + u). float64 is
-        # cast by way of float32, which can add 2^-24.
-        normal_error=other.eps / (2 + other.eps) + (2.0**-24 if stored == torch.float64 and target != torch.float32 else 0.0) if dropped else 0.0,
+        # The error is at most half a unit in the last place, and relatively largest just above a power of two: u / (1 +
+        # u). float64 is cast by way of float32, which can add 2^-24.
+        normal_error=other.eps / (2 + other.eps)
+        + (2.0**-24 if stored == torch.float64 and target != torch.float32 else 0.0)
+        if dropped
+        else 0.0,
         # Subnormals: the first that is kept was nearly halfway to zero.
         subnormal_error=_error(np.array([kept]), stored, target) if kept < normal else 0.0,
     )

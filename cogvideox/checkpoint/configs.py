@@ -1,8 +1,9 @@
-"""What a config may say: one small table for each kind, looked at when a checkpoint is opened, before anything is built or run with a number of it.
+"""What a config may say: one small table for each kind, looked at when a checkpoint is opened, before anything is built
+or run with a number of it.
 
-The fields are those of diffusers' ``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX`` and CogVideoX schedulers, and those of transformers'
-``T5Config`` that shape its encoder. What is left out takes the class's default, as old releases leave fields out; a field that is not in a table
-is not used, whatever it says.
+The fields are those of diffusers' ``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX`` and CogVideoX schedulers,
+and those of transformers' ``T5Config`` that shape its encoder. What is left out takes the class's default, as old
+releases leave fields out; a field that is not in a table is not used, whatever it says.
 """
 
 import math
@@ -14,11 +15,13 @@ from ..variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSIO
 from ..words import short
 from .headers import StoredTensor
 
-#: Most tokens of a table of positions, which is computed when a transformer without rotary positions is built (2b: 17,550).
+#: Most tokens of a table of positions, which is computed when a transformer without rotary positions is built (2b:
+#: 17,550).
 _MAX_POSITIONS = 1 << 16
 #: The VAE halves height and width once at each level but the last.
 _LEVELS = SPATIAL_COMPRESSION.bit_length()
-#: The share of the signal that is left at the last timestep, at least: beyond that, fp32 has no numbers for the steps between.
+#: The share of the signal that is left at the last timestep, at least: beyond that, fp32 has no numbers for the steps
+#: between.
 _LEAST_SIGNAL = 1e-30
 
 
@@ -32,7 +35,8 @@ class _Field:
         one_of: all that it may be, if not empty.
         null: whether it may be null.
         many: whether it is a list of such; as an int, of exactly so many.
-        bound: what the weights themselves limit it by: ``sizes`` (no larger than the largest side of a tensor) or ``count`` (no more than tensors).
+        bound: what the weights themselves limit it by: ``sizes`` (no larger than the largest side of a tensor) or
+            ``count`` (no more than tensors).
         multiple: what a whole number is to be divisible by.
     """
 
@@ -60,7 +64,9 @@ class _Field:
         if self.one_of:
             return value in self.one_of
         # Comparisons alone, which hold for integers of any length, and never for NaN.
-        return self.kind in ("flag", "text") or (self.low <= value <= min(self.high, limit) and (self.multiple == 1 or value % self.multiple == 0))
+        return self.kind in ("flag", "text") or (
+            self.low <= value <= min(self.high, limit) and (self.multiple == 1 or value % self.multiple == 0)
+        )
 
     def text(self, limit: float = math.inf) -> str:
         """What it may be, in words."""
@@ -70,7 +76,9 @@ class _Field:
             one = {"flag": "true or false", "text": "a text"}[self.kind]
         else:
             one = "a whole number" if self.kind == "whole" else "a number"
-            one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (f", a multiple of {self.multiple}" if self.multiple > 1 else "")
+            one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (
+                f", a multiple of {self.multiple}" if self.multiple > 1 else ""
+            )
         listed = {False: one, True: f"a list, each {one}"}.get(self.many, f"a list of {self.many}, each {one}")
         return f"{listed}{', or null' if self.null else ''}"
 
@@ -191,11 +199,13 @@ def known_fields(kind: str, config: Mapping) -> dict:
 
 
 def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, StoredTensor] | None = None) -> None:
-    """Refuse a config that cannot be that of a CogVideoX part: a field of another type, no number, or out of all proportion.
+    """Refuse a config that cannot be that of a CogVideoX part: a field of another type, no number, or out of all
+    proportion.
 
     Args:
         kind: ``transformer``, ``text_encoder``, ``vae`` or ``scheduler``.
-        tensors: the weights that it describes: no size in it is larger than their largest, and no layer is without a tensor.
+        tensors: the weights that it describes: no size in it is larger than their largest, and no layer is without a
+            tensor.
 
     Raises:
         ValueError: naming the file, the field, what it says and what it may be.
@@ -206,12 +216,17 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
             raise _wrong(file, name, f'"{short(field)}" is {value}, which is no number')
     largest = {"": math.inf, "sizes": math.inf, "count": math.inf}
     if tensors:
-        largest |= {"sizes": max((side for tensor in tensors.values() for side in tensor.shape), default=1), "count": len(tensors)}
+        largest |= {
+            "sizes": max((side for tensor in tensors.values() for side in tensor.shape), default=1),
+            "count": len(tensors),
+        }
     for field, rule in table.items():
         if field in config and not rule.allows(config[field], largest[rule.bound]):
             beside = " beside these weights" if rule.low <= largest[rule.bound] < rule.high else ""
             limit = largest[rule.bound] if beside else math.inf
-            raise _wrong(file, name, f'"{field}" is {_shown(config[field])}, and it can only be {rule.text(limit)}{beside}')
+            raise _wrong(
+                file, name, f'"{field}" is {_shown(config[field])}, and it can only be {rule.text(limit)}{beside}'
+            )
     odd = _RULES[kind](config)
     if odd:
         raise _wrong(file, name, odd)
@@ -219,8 +234,8 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
 
 def _wrong(file: Path, name: str, what: str) -> ValueError:
     return ValueError(
-        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again "
-        "from the repository that the weights come from."
+        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was "
+        "trained. Download this file again from the repository that the weights come from."
     )
 
 
@@ -252,7 +267,10 @@ def _odd_transformer(config: Mapping) -> str:
 
 
 def _odd_text_encoder(config: Mapping) -> str:
-    buckets, distance = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
+    buckets, distance = (
+        config.get("relative_attention_num_buckets", 32),
+        config.get("relative_attention_max_distance", 128),
+    )
     if distance <= buckets // 4:
         return f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than {buckets // 4}'
     return ""
@@ -261,7 +279,9 @@ def _odd_text_encoder(config: Mapping) -> str:
 def _odd_vae(config: Mapping) -> str:
     groups, channels = config.get("norm_num_groups", 32), config.get("block_out_channels", [128, 256, 256, 512])
     if any(count % groups for count in channels):
-        return f'"block_out_channels" is {short(channels)}, and "norm_num_groups", {groups}, does not divide each of them'
+        return (
+            f'"block_out_channels" is {short(channels)}, and "norm_num_groups", {groups}, does not divide each of them'
+        )
     return ""
 
 
@@ -285,7 +305,11 @@ def _odd_scheduler(config: Mapping) -> str:
         low, high = start ** (1 / power), end ** (1 / power)
         betas = [(low + (high - low) * step / (count - 1)) ** power for step in range(count)]
     if betas is not None and sum(map(math.log1p, (-beta for beta in betas))) < math.log(_LEAST_SIGNAL):
-        said = f'"trained_betas" is {short(betas)}' if config.get("trained_betas") else f'"beta_start" is {start:g} and "beta_end" {end:g}'
+        said = (
+            f'"trained_betas" is {short(betas)}'
+            if config.get("trained_betas")
+            else f'"beta_start" is {start:g} and "beta_end" {end:g}'
+        )
         return f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be NaN"
     return ""
 

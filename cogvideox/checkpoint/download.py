@@ -1,11 +1,14 @@
-"""Fetch a checkpoint in diffusers layout from huggingface.co: only the files it needs, checked, and going on where an earlier call stopped.
+"""Fetch a checkpoint in diffusers layout from huggingface.co: only the files it needs, checked, and going on where an
+earlier call stopped.
 
-Addresses, tokens and the HTTP session are huggingface_hub's. The bytes are read here and not by its ``hf_hub_download``, for three
-reasons: since 1.20 or so that deletes what an interrupted call fetched, and a shard is 5 GB; older versions show their progress only to a second
-thread, which a cancel cannot stop; and none of them checks the SHA-256. The listing is read here too, as its own reads an answer without end.
+Addresses, tokens and the HTTP session are huggingface_hub's. The bytes are read here and not by its
+``hf_hub_download``, for three
+reasons: since 1.20 or so that deletes what an interrupted call fetched, and a shard is 5 GB; older versions show their
+progress only to a second thread, which a cancel cannot stop; and none of them checks the SHA-256. The listing is read
+here too, as its own reads an answer without end.
 
-Whatever answers may be no hub: everything is read with bounds on bytes and on time, in a thread of its own, so that a cancel is heard while a name
-is looked up, a connection is made or a byte is waited for.
+Whatever answers may be no hub: everything is read with bounds on bytes and on time, in a thread of its own, so that a
+cancel is heard while a name is looked up, a connection is made or a byte is waited for.
 """
 
 import hashlib
@@ -35,8 +38,8 @@ logger = logging.getLogger(__name__)
 #: what to call it -> the repository that holds it. Each is about 31 GB.
 REPOSITORIES = {"t2v": "zai-org/CogVideoX1.5-5B", "i2v": "zai-org/CogVideoX1.5-5B-I2V"}
 _FOLDERS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
-#: What is not a plain name directly in one of the five folders is not fetched, so that no listing can write elsewhere, or to one of the devices that
-#: Windows has in every folder.
+#: What is not a plain name directly in one of the five folders is not fetched, so that no listing can write elsewhere,
+#: or to one of the devices that Windows has in every folder.
 _NEEDED = re.compile(
     rf"model_index\.json|(?:{'|'.join(_FOLDERS)})/(?!(?i:con|nul|prn|aux|com\d|lpt\d)\.)\w[\w.-]{{0,100}}\.(?:json|safetensors)|tokenizer/spiece\.model",
     re.ASCII,
@@ -44,7 +47,8 @@ _NEEDED = re.compile(
 #: Files of a checkpoint at most; the released ones have 20.
 _MOST_FILES = 1000
 _SHA256, _SHA1, _COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{6,64}")
-#: A second copy of the weights in another dtype, as ``diffusion_pytorch_model.fp16.safetensors``: the layout wants one set.
+#: A second copy of the weights in another dtype, as ``diffusion_pytorch_model.fp16.safetensors``: the layout wants one
+#: set.
 _SECOND_COPY = re.compile(r"\.(?:fp16|bf16|fp32)\b")
 #: ``is_checkpoint`` looks at this file, so it comes last: a checkpoint is listed when it is complete.
 _LAST = "transformer/config.json"
@@ -52,8 +56,9 @@ _LAST = "transformer/config.json"
 _SPARE = 10**9
 #: Bytes read at a time: small enough that a cancel is noticed at once on a slow line.
 _BLOCK = 1 << 16
-#: Bytes a second below which it is given up, over so many seconds of waiting, where some come; a listing, of a few KB, has to be there by then.
-#: Where none come, the client's own timeout ends it (HF_HUB_DOWNLOAD_TIMEOUT, 10 s), or this, in so many of its lengths.
+#: Bytes a second below which it is given up, over so many seconds of waiting, where some come; a listing, of a few KB,
+#: has to be there by then. Where none come, the client's own timeout ends it (HF_HUB_DOWNLOAD_TIMEOUT, 10 s), or this,
+#: in so many of its lengths.
 _SLOWEST, _WATCHED, _PATIENCE = 1000, 8.0, 3
 #: Seconds between two looks for a cancel while nothing comes.
 _LOOK_EVERY = 0.5
@@ -104,29 +109,40 @@ def checkpoint_folder(which: str, folder: Path | str) -> Path:
     """
     if not isinstance(which, str) or which not in REPOSITORIES:
         choices = ", ".join(f"{key} ({repository})" for key, repository in REPOSITORIES.items())
-        raise ValueError(f"There is no checkpoint called {short(repr(which))}, so it is not known what to download. Choose one of: {choices}.")
+        raise ValueError(
+            f"There is no checkpoint called {short(repr(which))}, so it is not known what to download. Choose one of: "
+            f"{choices}."
+        )
     try:
         place = Path(folder).expanduser()
     except RuntimeError as error:
         raise ValueError(
-            f"{short(folder, 400)} is in no home folder that is known here, so nothing can be downloaded there. Write it out."
+            f"{short(folder, 400)} is in no home folder that is known here, so nothing can be downloaded there. Write "
+            "it out."
         ) from error
     if "\0" in str(place):
-        raise ValueError(f"{short(folder, 400)} holds a character that no file name can, so nothing can be downloaded there. Choose another folder.")
+        raise ValueError(
+            f"{short(folder, 400)} holds a character that no file name can, so nothing can be downloaded there. "
+            "Choose another folder."
+        )
     return place / REPOSITORIES[which].rpartition("/")[2]
 
 
-def download_checkpoint(which: str, folder: Path | str, on_progress: Callable[[int, int], None] | None = None, endpoint: str | None = None) -> Path:
+def download_checkpoint(
+    which: str, folder: Path | str, on_progress: Callable[[int, int], None] | None = None, endpoint: str | None = None
+) -> Path:
     """Download a checkpoint, or what is still missing of it.
 
-    Files that are there in their right size are left alone, an interrupted file goes on where it stopped, and the content of each fetched
-    file is checked (SHA-256 for weights, git's SHA-1 for the small files) before it gets its name.
+    Files that are there in their right size are left alone, an interrupted file goes on where it stopped, and the
+    content of each fetched file is checked (SHA-256 for weights, git's SHA-1 for the small files) before it gets its
+    name.
 
     Args:
         which: a key of ``REPOSITORIES``.
         folder: the folder to make the checkpoint's own folder in, such as ``models/CogVideo``.
-        on_progress: called with ``(done, total)`` in bytes of all needed files, ten times a second, and with ``(0, 1)`` while the list of them is
-            waited for. What it raises stops the download within a second; what was fetched is kept for the next call.
+        on_progress: called with ``(done, total)`` in bytes of all needed files, ten times a second, and with ``(0, 1)``
+            while the list of them is waited for. What it raises stops the download within a second; what was fetched is
+            kept for the next call.
         endpoint: the hub's address; None is huggingface_hub's own, which ``HF_ENDPOINT`` sets.
 
     Returns:
@@ -134,14 +150,16 @@ def download_checkpoint(which: str, folder: Path | str, on_progress: Callable[[i
 
     Raises:
         ValueError: if ``which`` is unknown or a file is where the folder should be.
-        RuntimeError: if the hub cannot be reached or refuses, the disk is too small or cannot be written, or a file arrives damaged.
+        RuntimeError: if the hub cannot be reached or refuses, the disk is too small or cannot be written, or a file
+            arrives damaged.
     """
     target, repository = checkpoint_folder(which, folder), REPOSITORIES[which]
     with _disk_errors(target):
         for place in (target, *target.parents):
             if place.exists() and not place.is_dir():
                 raise ValueError(
-                    f"{short(place, 400)} is a file, so no folder for {repository} can be made there. Choose another folder, or move the file away."
+                    f"{short(place, 400)} is a file, so no folder for {repository} can be made there. Choose another "
+                    "folder, or move the file away."
                 )
 
     with _client_errors():
@@ -166,8 +184,9 @@ def download_checkpoint(which: str, folder: Path | str, on_progress: Callable[[i
         report.before += file.size
     if not is_checkpoint(target):
         raise RuntimeError(
-            f"{short(target, 400)} is complete, but its transformer/config.json describes no CogVideoX model, so it cannot be loaded. "
-            f"{short(hub, 200)} may be a mirror that serves something else as {repository}: unset HF_ENDPOINT and download again."
+            f"{short(target, 400)} is complete, but its transformer/config.json describes no CogVideoX model, so it "
+            f"cannot be loaded. {short(hub, 200)} may be a mirror that serves something else as {repository}: unset "
+            "HF_ENDPOINT and download again."
         )
     return target
 
@@ -182,34 +201,41 @@ class _Hub:
 
     def broken(self, why: str) -> str:
         return (
-            f"The connection to {short(self.address, 200)} failed ({why}), so {self.repository} is not complete yet; what was fetched is kept. Check "
-            "the network (a proxy, a firewall, HF_ENDPOINT) and download again: it goes on where it stopped."
+            f"The connection to {short(self.address, 200)} failed ({why}), so {self.repository} is not complete yet; "
+            "what was fetched is kept. Check the network (a proxy, a firewall, HF_ENDPOINT) and download again: it "
+            "goes on where it stopped."
         )
 
     def refusal(self, status: int, wait: float | None) -> RuntimeError:
         hub = short(self.address, 200)
         if status in (401, 403):
             return RuntimeError(
-                f"{hub} refuses {self.repository} with status {status}: it wants a login, or your token does not allow this repository. Without "
-                f"access nothing more can be downloaded. Open {hub}/{self.repository} in a browser, accept its terms if it asks, and log in with "
-                "`hf auth login` or set HF_TOKEN."
+                f"{hub} refuses {self.repository} with status {status}: it wants a login, or your token does not "
+                f"allow this repository. Without access nothing more can be downloaded. Open {hub}/{self.repository} "
+                "in a browser, accept its terms if it asks, and log in with `hf auth login` or set HF_TOKEN."
             )
         if status == 404:
             return RuntimeError(
-                f"{hub} has no {self.repository}, or a file of it is gone (status 404), so the checkpoint cannot be completed. If HF_ENDPOINT is "
-                "set, the mirror may lack it: unset it. Otherwise download again; the files fetched so far are kept."
+                f"{hub} has no {self.repository}, or a file of it is gone (status 404), so the checkpoint cannot be "
+                "completed. If HF_ENDPOINT is set, the mirror may lack it: unset it. Otherwise download again; the "
+                "files fetched so far are kept."
             )
         later = "later" if wait is None else f"in {wait:.0f} seconds, as it asks,"
         text = (
-            f"{hub} answers status {status} for {self.repository}, so it is not complete yet; what was fetched is kept. The hub may be busy or in "
-            f"trouble: download again {later} and it goes on where it stopped."
+            f"{hub} answers status {status} for {self.repository}, so it is not complete yet; what was fetched is "
+            f"kept. The hub may be busy or in trouble: download again {later} and it goes on where it stopped."
         )
-        return _PassingError(text, wait or 0) if status in _PASSING and (wait or 0) <= _LONGEST_WAIT else RuntimeError(text)
+        return (
+            _PassingError(text, wait or 0)
+            if status in _PASSING and (wait or 0) <= _LONGEST_WAIT
+            else RuntimeError(text)
+        )
 
     def slow(self) -> RuntimeError:
         return RuntimeError(
-            f"{short(self.address, 200)} sends less than {_SLOWEST} bytes a second, so {self.repository} would take years; what was fetched is kept. "
-            "Check the network (a proxy, a firewall, HF_ENDPOINT) and download again: it goes on where it stopped."
+            f"{short(self.address, 200)} sends less than {_SLOWEST} bytes a second, so {self.repository} would take "
+            "years; what was fetched is kept. Check the network (a proxy, a firewall, HF_ENDPOINT) and download "
+            "again: it goes on where it stopped."
         )
 
 
@@ -219,11 +245,13 @@ def _list_files(hub: _Hub, on_wait: Callable[[], None]) -> tuple[str, list[Remot
 
     if constants.HF_HUB_OFFLINE:
         raise RuntimeError(
-            f"HF_HUB_OFFLINE is set, so {hub.repository} cannot be downloaded: it forbids huggingface_hub every connection. "
-            "Unset it and start again, or copy the checkpoint's folder here from another computer."
+            f"HF_HUB_OFFLINE is set, so {hub.repository} cannot be downloaded: it forbids huggingface_hub every "
+            "connection. Unset it and start again, or copy the checkpoint's folder here from another computer."
         )
     body = bytearray()
-    with closing(_read(hub, f"{hub.address}/api/models/{hub.repository}?blobs=true", on_wait, at_once=True)) as arriving:
+    with closing(
+        _read(hub, f"{hub.address}/api/models/{hub.repository}?blobs=true", on_wait, at_once=True)
+    ) as arriving:
         for _, block in arriving:
             body += block
             if len(body) > MAX_TEXT:
@@ -235,17 +263,18 @@ def _list_files(hub: _Hub, on_wait: Callable[[], None]) -> tuple[str, list[Remot
         files = _needed_files(listing)
     except ValueError as error:
         raise RuntimeError(
-            f"{short(hub.address, 200)} answers with something other than the list of {hub.repository}'s files ({reason(error)}), so nothing can be "
-            "downloaded. A network that asks for a login in the browser does that, and so does a wrong HF_ENDPOINT. Open the address in a browser, "
-            "then download again."
+            f"{short(hub.address, 200)} answers with something other than the list of {hub.repository}'s files "
+            f"({reason(error)}), so nothing can be downloaded. A network that asks for a login in the browser does "
+            "that, and so does a wrong HF_ENDPOINT. Open the address in a browser, then download again."
         ) from error
     names = {file.path for file in files if file.size is not None}
     absent = [name for name in ("model_index.json", _LAST) if name not in names]
     absent += [f"{name}/" for name in _FOLDERS if not any(path.startswith(f"{name}/") for path in names)]
     if absent or len(names) < len(files):
         raise RuntimeError(
-            f"{hub.repository} on {short(hub.address, 200)} lists no {', '.join(absent) or 'sizes'}, so a whole checkpoint cannot be downloaded from "
-            "it. It may be changing just now, or be an incomplete mirror: try again later, or unset HF_ENDPOINT."
+            f"{hub.repository} on {short(hub.address, 200)} lists no {', '.join(absent) or 'sizes'}, so a whole "
+            "checkpoint cannot be downloaded from it. It may be changing just now, or be an incomplete mirror: try "
+            "again later, or unset HF_ENDPOINT."
         )
     commit = listing.get("sha")
     known = isinstance(commit, str) and _COMMIT.fullmatch(commit)
@@ -288,7 +317,8 @@ def _needed_files(listing: Any) -> list[RemoteFile]:
 
 
 def _is_there(file: RemoteFile, target: Path) -> bool:
-    """Whether a file needs no fetching. Weights are judged by their size alone: reading 31 GB at every call would take minutes."""
+    """Whether a file needs no fetching. Weights are judged by their size alone: reading 31 GB at every call would take
+    minutes."""
     if not target.is_file() or target.stat().st_size != file.size:
         return False
     if file.sha256 or not file.blob_id:
@@ -299,7 +329,8 @@ def _is_there(file: RemoteFile, target: Path) -> bool:
 
 
 def _part(file: RemoteFile, target: Path) -> Path:
-    """Where a file lies until it is complete. The name holds its checksum: a file that changed on the hub is begun anew."""
+    """Where a file lies until it is complete. The name holds its checksum: a file that changed on the hub is begun
+    anew."""
     return target.with_name(f"{target.name}.{(file.checksum or 'unknown')[:12]}.part")
 
 
@@ -310,17 +341,23 @@ def _check_space(repository: str, missing: list[RemoteFile], target: Path) -> No
         needed += max(0, file.size - (part.stat().st_size if part.is_file() else 0))
     place = next((path for path in (target.absolute(), *target.absolute().parents) if path.is_dir()), None)
     if place is None:
-        raise RuntimeError(f"There is no {short(target.anchor)} for {short(target, 400)}, so nothing can be downloaded there. Choose another folder.")
+        raise RuntimeError(
+            f"There is no {short(target.anchor)} for {short(target, 400)}, so nothing can be downloaded there. Choose "
+            "another folder."
+        )
     free = shutil.disk_usage(place).free
     if free < needed + _SPARE:
         raise RuntimeError(
-            f"{repository} needs {_bytes(needed)} more in {short(target, 400)} and {_bytes(_SPARE)} to spare, but the disk with {short(place, 400)} "
-            f"has only {_bytes(free)} free. A full disk would stop the download halfway, and other programs with it, so nothing was fetched. "
-            "Make room, or choose a folder on another disk."
+            f"{repository} needs {_bytes(needed)} more in {short(target, 400)} and {_bytes(_SPARE)} to spare, but the "
+            f"disk with {short(place, 400)} has only {_bytes(free)} free. A full disk would stop the download "
+            "halfway, and other programs with it, so nothing was fetched. Make room, or choose a folder on another "
+            "disk."
         )
 
 
-def _fetch(file: RemoteFile, target: Path, blocks: Callable[[int], Iterator[tuple[int, bytes]]], report: Callable[[int], None]) -> None:
+def _fetch(
+    file: RemoteFile, target: Path, blocks: Callable[[int], Iterator[tuple[int, bytes]]], report: Callable[[int], None]
+) -> None:
     """Bring one file into its ``.part``, going on from what that holds; check it; give it its name.
 
     ``blocks(start)`` gives the file's bytes from ``start`` on, each block with its position.
@@ -357,17 +394,18 @@ def _fetch(file: RemoteFile, target: Path, blocks: Callable[[int], Iterator[tupl
             return
         part.unlink()
     raise RuntimeError(
-        f"{file.path} arrived damaged: {done} bytes with the checksum {digest.hexdigest()[:12]}… instead of {file.size} with "
-        f"{(file.checksum or 'any')[:12]}…. It would spoil every video, so it has been deleted; the files before it are kept. Download again; "
-        "if it happens again, suspect a proxy, the disk or the memory of this computer."
+        f"{file.path} arrived damaged: {done} bytes with the checksum {digest.hexdigest()[:12]}… instead of "
+        f"{file.size} with {(file.checksum or 'any')[:12]}…. It would spoil every video, so it has been deleted; the "
+        "files before it are kept. Download again; if it happens again, suspect a proxy, the disk or the memory of "
+        "this computer."
     )
 
 
 def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], start: int) -> Iterator[tuple[int, bytes]]:
     """A file's bytes from ``start`` on, as ``(position, block)``, over as many connections as it takes.
 
-    Position 0 out of turn means that the server sends the whole file though only the rest was asked for. ``on_wait`` is called with the
-    position again and again while a connection, or what it brings, is waited for.
+    Position 0 out of turn means that the server sends the whole file though only the rest was asked for. ``on_wait`` is
+    called with the position again and again while a connection, or what it brings, is waited for.
     """
     waits, furthest = iter(_RETRY_WAITS), start
     while start < size:
@@ -390,14 +428,18 @@ def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], sta
             raise failure or _PassingError(hub.broken(f"{short(url, 400)} ended after {start} of {size} bytes"))
         wait = max(wait, failure.wait if failure else 0)
         cause = "no reason given" if failure is None else reason(failure.__cause__ or failure)
-        logger.warning("%s broke off at %d of %d bytes; going on in %g s (%s)", short(url, 400), start, size, wait, cause)
+        logger.warning(
+            "%s broke off at %d of %d bytes; going on in %g s (%s)", short(url, 400), start, size, wait, cause
+        )
         end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0:
             on_wait(start)
             time.sleep(min(left, 0.2))
 
 
-def _read(hub: _Hub, url: str, on_wait: Callable[[], None], start: int = 0, at_once: bool = False) -> Iterator[tuple[int, bytes]]:
+def _read(
+    hub: _Hub, url: str, on_wait: Callable[[], None], start: int = 0, at_once: bool = False
+) -> Iterator[tuple[int, bytes]]:
     """What an address answers, from byte ``start`` on or from the first, as ``(position, block)``.
 
     Args:
@@ -462,7 +504,8 @@ class _Answer:
 
 
 def _transfer(session: Any, url: str, headers: Mapping[str, str], timeout: float) -> Iterator[_Answer | bytes]:
-    """GET, with requests (huggingface_hub before 1.0) or httpx (since): the head of the answer, then its bytes as they come.
+    """GET, with requests (huggingface_hub before 1.0) or httpx (since): the head of the answer, then its bytes as they
+    come.
 
     Redirects are followed here, as both libraries read what comes with one to its end, should it have one.
     """
@@ -477,7 +520,9 @@ def _transfer(session: Any, url: str, headers: Mapping[str, str], timeout: float
             place = place if response.status_code in (301, 302, 303, 307, 308) else None
             if not place:
                 yield _Answer(response.status_code, response.headers)
-                yield from _decoded(response.iter_raw() if is_httpx else _raw(response.raw), response.headers.get("content-encoding"))
+                yield from _decoded(
+                    response.iter_raw() if is_httpx else _raw(response.raw), response.headers.get("content-encoding")
+                )
                 return
         old, url = urlsplit(url), urljoin(url, place)
         new = urlsplit(url)
@@ -506,7 +551,8 @@ def _raw(response: Any) -> Iterator[bytes]:
 
 
 def _decoded(blocks: Iterable[bytes], encoding: str | None) -> Iterator[bytes]:
-    """The content of an answer. Nothing encoded is asked for, but a proxy may do so all the same; it is taken in pieces, however long it gets."""
+    """The content of an answer. Nothing encoded is asked for, but a proxy may do so all the same; it is taken in
+    pieces, however long it gets."""
     encoding = (encoding or "identity").strip().lower()
     if encoding == "identity":
         yield from blocks
@@ -527,7 +573,8 @@ _T = TypeVar("_T")
 
 
 def _apart(make: Callable[[], Iterator[_T]]) -> Iterator[tuple[_T | BaseException | None, float]]:
-    """What an iterator gives, or raises, made in a thread of its own, each with the seconds it was waited for; None while nothing comes.
+    """What an iterator gives, or raises, made in a thread of its own, each with the seconds it was waited for; None
+    while nothing comes.
 
     Closing it ends the thread at the next that comes, or at the client's timeout; nobody waits for that.
     """
@@ -551,7 +598,8 @@ def _apart(make: Callable[[], Iterator[_T]]) -> Iterator[tuple[_T | BaseExceptio
                         return
             give(end)
         except BaseException as error:
-            # Only the client runs here, and what it raises is told by who reads: the exceptions of three libraries, and of Python's own beneath.
+            # Only the client runs here, and what it raises is told by who reads: the exceptions of three libraries, and
+            # of Python's own beneath.
             give(error)
 
     threading.Thread(target=work, name="download", daemon=True).start()
@@ -597,13 +645,14 @@ class _PassingError(RuntimeError):
 
 @contextmanager
 def _client_errors() -> Iterator[None]:
-    """Say in a sentence why huggingface_hub cannot be set up: what its settings may be wrong in is as many exceptions."""
+    """Say in a sentence why huggingface_hub cannot be set up: what its settings may be wrong in is as many
+    exceptions."""
     try:
         yield
     except Exception as error:
         raise RuntimeError(
-            f"huggingface_hub cannot be used ({reason(error)}), so nothing can be downloaded. Look at the settings it reads: HF_ENDPOINT, HF_TOKEN, "
-            "HF_HUB_DOWNLOAD_TIMEOUT, HTTP_PROXY and HTTPS_PROXY; or install it anew."
+            f"huggingface_hub cannot be used ({reason(error)}), so nothing can be downloaded. Look at the settings it "
+            "reads: HF_ENDPOINT, HF_TOKEN, HF_HUB_DOWNLOAD_TIMEOUT, HTTP_PROXY and HTTPS_PROXY; or install it anew."
         ) from error
 
 
@@ -614,9 +663,9 @@ def _disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RuntimeError(
-            f"{short(target, 400)} cannot be written: {error.strerror or reason(error)}. The checkpoint is not complete yet; what was fetched is "
-            "kept. Make room on the disk, allow writing to the folder, or choose another one (FAT32 disks cannot hold its files of 5 GB), and "
-            "download again."
+            f"{short(target, 400)} cannot be written: {error.strerror or reason(error)}. The checkpoint is not "
+            "complete yet; what was fetched is kept. Make room on the disk, allow writing to the folder, or choose "
+            "another one (FAT32 disks cannot hold its files of 5 GB), and download again."
         ) from error
 
 

@@ -1,4 +1,5 @@
-"""What a folder may look like: where in it a checkpoint's parts and their weights lie, told by names and small JSON files.
+"""What a folder may look like: where in it a checkpoint's parts and their weights lie, told by names and small JSON
+files.
 
 Beside the folders that diffusers and SAT write (``layout``), people have::
 
@@ -7,8 +8,8 @@ Beside the folders that diffusers and SAT write (``layout``), people have::
     run/latest, run/500/mp_rank_00_…     SAT's and DeepSpeed's training
     models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, which are links into blobs/
 
-and weights as safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side. No weights are opened here, and
-torch is not needed.
+and weights as safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side. No
+weights are opened here, and torch is not needed.
 """
 
 import logging
@@ -24,24 +25,27 @@ from ..words import listed, short
 logger = logging.getLogger(__name__)
 
 WHERE = (
-    "A CogVideoX checkpoint is a folder with transformer/, text_encoder/, tokenizer/, vae/ and scheduler/ in it, such as "
-    "zai-org/CogVideoX1.5-5B on huggingface.co, or a single safetensors file of its transformer."
+    "A CogVideoX checkpoint is a folder with transformer/, text_encoder/, tokenizer/, vae/ and scheduler/ in it, such "
+    "as zai-org/CogVideoX1.5-5B on huggingface.co, or a single safetensors file of its transformer."
 )
 #: ``variants.TRANSFORMER_CLASS``, which is not imported because it brings torch.
 _TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
-#: What a transformer's folder is called; another name that begins so counts where none of these is there (``transformer_ema``).
+#: What a transformer's folder is called; another name that begins so counts where none of these is there
+#: (``transformer_ema``).
 _TRANSFORMER_FOLDERS = ("transformer", "transformer_T2V", "transformer_I2V")
 #: What SAT's trainer and DeepSpeed call the weights of one training step.
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
 #: Where SAT's guide puts the other parts.
 _SAT_PARTS = {"vae": "vae/3d-vae.pt", "text_encoder": "t5-v1_1-xxl"}
-#: How far above SAT's weights they are looked for: transformer/1000/ is two folders below them, and the folder may be in another.
+#: How far above SAT's weights they are looked for: transformer/1000/ is two folders below them, and the folder may be
+#: in another.
 _SAT_ABOVE = 4
 #: Bytes of a config that are read to see what it is; the largest known has 1,000.
 _CONFIG_BYTES = 1 << 20
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------------------------------------------------
+# --- Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Place:
     notes: tuple[str, ...] = ()
 
     def own(self, kind: str) -> Path | None:
-        """The folder or file of the checkpoint's own ``text_encoder`` or ``vae``, whole or not; an empty folder is none."""
+        """The folder or file of the checkpoint's own ``text_encoder`` or ``vae``, whole or not; an empty folder is
+        none."""
         sat = os.path.basename(self.transformer) == _SAT_WEIGHTS
         for root in self.roots:
             if not sat and _holds_something(root / kind):
@@ -75,7 +80,8 @@ class Place:
 
 
 def find_place(path: Path | str) -> Place:
-    """Where the checkpoint lies that a path stands for: its folder, a file in it, one of its parts' folders, a training run, a cache.
+    """Where the checkpoint lies that a path stands for: its folder, a file in it, one of its parts' folders, a training
+    run, a cache.
 
     Raises:
         ValueError: if there is none, or it is not known which is meant.
@@ -99,7 +105,10 @@ def _folder_place(path: Path) -> Place:
     found = [folder for folder in _transformer_subfolders(path) if _holds_something(folder)]
     if len(found) > 1:
         names = " and ".join(folder.name for folder in found)
-        raise ValueError(f"{path} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the path of one of them.")
+        raise ValueError(
+            f"{path} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the path of one "
+            "of them."
+        )
     if found:
         return Place(path, found[0], path, (path,))
     return _nested_place(path)
@@ -112,14 +121,16 @@ def _sat_place(path: Path, weights: Path) -> Place:
         notes = (f"{weights.parent.parent} holds {len(steps)} training steps: read is {weights.parent.name}.",)
     if os.path.lexists(weights.with_name("mp_rank_01_model_states.pt")):
         raise ValueError(
-            f"{weights.parent} holds a model that was trained in several pieces (mp_rank_00, mp_rank_01, …), and one of them alone cannot run. Join "
-            "them with SAT's tools (merge_model of SwissArmyTransformer), or get the model in diffusers' layout."
+            f"{weights.parent} holds a model that was trained in several pieces (mp_rank_00, mp_rank_01, …), and one "
+            "of them alone cannot run. Join them with SAT's tools (merge_model of SwissArmyTransformer), or get the "
+            "model in diffusers' layout."
         )
     return Place(path, weights, weights.parent, tuple(above)[:_SAT_ABOVE], notes)
 
 
 def _nested_place(path: Path) -> Place:
-    """What a folder without a transformer's holds: weights without a config, or one checkpoint in its folders; of a training run, the last step."""
+    """What a folder without a transformer's holds: weights without a config, or one checkpoint in its folders; of a
+    training run, the last step."""
     sets = [match["stem"] for match, _ in _weight_sets(path, "transformer")]
     # What it is can then be told from names and shapes, as of a single file.
     alone = Place(path, path, path, (path,))
@@ -128,16 +139,29 @@ def _nested_place(path: Path) -> Place:
     below = [inner for inner in _subfolders(path) if _is_checkpoint_folder(inner)]
     if not below:
         below = [inner for folder in _subfolders(path) for inner in _subfolders(folder) if _is_checkpoint_folder(inner)]
-    steps = {int(number[1]): inner for inner in below if (number := re.fullmatch(r"(?:checkpoint|step|global_step)[-_]?(\d+)", inner.name))}
+    steps = {
+        int(number[1]): inner
+        for inner in below
+        if (number := re.fullmatch(r"(?:checkpoint|step|global_step)[-_]?(\d+)", inner.name))
+    }
     if steps and len(steps) == len(below):
         below = [steps[max(steps)]]
     if len(below) == 1:
         inner = _folder_place(snapshot(below[0]) or below[0])
         why = f", the last of {len(steps)} training steps" if len(steps) > 1 else ""
-        return Place(inner.path, inner.transformer, inner.root, inner.roots, (f"{path}: read is {below[0].name} in it{why}.", *inner.notes))
+        return Place(
+            inner.path,
+            inner.transformer,
+            inner.root,
+            inner.roots,
+            (f"{path}: read is {below[0].name} in it{why}.", *inner.notes),
+        )
     if below:
         names = listed((inner.relative_to(path).as_posix() for inner in below), 5)
-        raise ValueError(f"{path} holds {len(below)} checkpoints ({names}), and which is meant is not known. Give the path of one of them.")
+        raise ValueError(
+            f"{path} holds {len(below)} checkpoints ({names}), and which is meant is not known. Give the path of one "
+            "of them."
+        )
     if len(sets) == 1:
         return alone
     raise _no_checkpoint(path)
@@ -155,13 +179,22 @@ def _is_checkpoint_folder(folder: Path) -> bool:
 def _no_checkpoint(path: Path) -> ValueError:
     names = _names(path)
     if not names:
-        return ValueError(f"{path} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {WHERE}")
-    return ValueError(f"{path} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(path)}. {what_else(path)}{WHERE}")
+        return ValueError(
+            f"{path} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {WHERE}"
+        )
+    return ValueError(
+        f"{path} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(path)}. "
+        f"{what_else(path)}{WHERE}"
+    )
 
 
 def _pipeline_name(folder: Path) -> str:
     try:
-        name = read_json(folder / "model_index.json").get("_class_name") if os.path.isfile(folder / "model_index.json") else None
+        name = (
+            read_json(folder / "model_index.json").get("_class_name")
+            if os.path.isfile(folder / "model_index.json")
+            else None
+        )
     except ValueError as error:
         return f" ({error})"
     return f" (its model_index.json says {short(name)})" if name else ""
@@ -173,23 +206,28 @@ def names_scheduler(root: Path) -> bool:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a CogVideoX checkpoint in diffusers layout, by its transformer's config (one small file is read)."""
+    """Whether a folder is a CogVideoX checkpoint in diffusers layout, by its transformer's config (one small file is
+    read)."""
     return any(os.path.basename(found) in _TRANSFORMER_FOLDERS for found in transformer_folders(folder))
 
 
 def transformer_folders(folder: Path) -> list[Path]:
-    """The folders of CogVideoX transformers in a checkpoint's folder, or the folder itself if it is one, by their configs."""
+    """The folders of CogVideoX transformers in a checkpoint's folder, or the folder itself if it is one, by their
+    configs."""
     if _is_transformer_folder(Path(folder)):
         return [Path(folder)]
     return [inner for inner in _transformer_subfolders(Path(folder), others=True) if _is_transformer_folder(inner)]
 
 
 def _transformer_subfolders(folder: Path, others: bool = False) -> list[Path]:
-    """The folders that are named as a transformer's; with ``others``, also those that do not count beside the usual ones."""
+    """The folders that are named as a transformer's; with ``others``, also those that do not count beside the usual
+    ones."""
     usual = [folder / name for name in _TRANSFORMER_FOLDERS if os.path.isdir(folder / name)]
     if any(_holds_something(inner) for inner in usual) and not others:
         return usual
-    more = [inner for inner in _subfolders(folder) if inner.name.lower().startswith("transformer") and inner not in usual]
+    more = [
+        inner for inner in _subfolders(folder) if inner.name.lower().startswith("transformer") and inner not in usual
+    ]
     return usual + [inner for inner in more if _is_transformer_folder(inner)]
 
 
@@ -212,7 +250,10 @@ def is_shard(name: str) -> bool:
 
 def _is_transformer_folder(folder: Path) -> bool:
     try:
-        return os.path.isfile(folder / "config.json") and read_json(folder / "config.json", _CONFIG_BYTES).get("_class_name") == _TRANSFORMER_CLASS
+        return (
+            os.path.isfile(folder / "config.json")
+            and read_json(folder / "config.json", _CONFIG_BYTES).get("_class_name") == _TRANSFORMER_CLASS
+        )
     except ValueError as error:
         logger.info("%s is not known as a transformer's folder: %s", folder, error)
         return False
@@ -224,7 +265,8 @@ def sat_weights(folder: Path) -> Path | None:
 
 
 def sat_step(folder: Path) -> Path | None:
-    """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of the last one."""
+    """The file of a SAT transformer in its own folder: of the training step that ``latest`` names, else of the last
+    one."""
     named = _one_name(folder / "latest")
     if named and os.path.isfile(folder / named / _SAT_WEIGHTS):
         return folder / named / _SAT_WEIGHTS
@@ -238,12 +280,13 @@ def sat_steps(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: (int(re.search(r"(\d{0,18})$", file.parent.name)[1] or -1), file.parent.name))
 
 
-# --- Paths ---------------------------------------------------------------------------------------------------------------------------------
+# --- Paths
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def meant_path(path: Path | str, kind: str = "transformer") -> Path:
-    """The folder or file that a path stands for: ``~``, quotes around it, a file that stands for its folder, and the Hugging Face cache are seen
-    through.
+    """The folder or file that a path stands for: ``~``, quotes around it, a file that stands for its folder, and the
+    Hugging Face cache are seen through.
 
     Raises:
         ValueError: if nothing is there.
@@ -289,7 +332,10 @@ _NAMES = {"text_encoder": "text encoder", "vae": "VAE"}
 def _nothing(here: Path, kind: str) -> ValueError:
     shown = short(here, 400)
     if os.path.islink(here):
-        return ValueError(f"{_gone(here)}. Nothing can be loaded from it. Download it again, or give the path of the file or folder itself.")
+        return ValueError(
+            f"{_gone(here)}. Nothing can be loaded from it. Download it again, or give the path of the file or folder "
+            "itself."
+        )
     if kind != "transformer":
         return ValueError(f"There is no {shown}, so there is no {_NAMES.get(kind, kind)} to load. Check the path.")
     return ValueError(f"There is no {shown}, so there is nothing to load. Check the path. {WHERE}")
@@ -298,7 +344,9 @@ def _nothing(here: Path, kind: str) -> ValueError:
 def _gone(file: Path) -> str:
     """What a link that leads nowhere is."""
     target = short(os.readlink(file), 200)
-    return f"{short(file, 400)} is a link to {target}, which is gone" + (" (removed from the cache)" if "blobs" in target else "")
+    return f"{short(file, 400)} is a link to {target}, which is gone" + (
+        " (removed from the cache)" if "blobs" in target else ""
+    )
 
 
 def is_checkpoint_json(file: Path) -> bool:
@@ -308,7 +356,8 @@ def is_checkpoint_json(file: Path) -> bool:
 
 
 def _folder_of(file: Path, kind: str) -> Path | None:
-    """The folder that a file in it stands for: a checkpoint's or part's own JSON files, ``latest``, a shard, or the weights beside a config."""
+    """The folder that a file in it stands for: a checkpoint's or part's own JSON files, ``latest``, a shard, or the
+    weights beside a config."""
     name, folder = file.name.lower(), file.parent
     if is_checkpoint_json(file) or name == "latest":
         return folder.parent if name == "scheduler_config.json" else folder
@@ -318,7 +367,9 @@ def _folder_of(file: Path, kind: str) -> Path | None:
     if weights["number"] and (os.path.isfile(folder / "config.json") or any(map(_INDEX.fullmatch, _names(folder)))):
         return folder
     # A file beside its config, if it is the one that would be read from there: the config says more than shapes do.
-    if (_is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")) and _is_usual(weights["stem"]):
+    if (
+        _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
+    ) and _is_usual(weights["stem"]):
         try:
             return folder if choose_weights(folder, kind).files == (file,) else None
         except ValueError as error:
@@ -326,11 +377,13 @@ def _folder_of(file: Path, kind: str) -> Path | None:
     return None
 
 
-# --- The Hugging Face cache ----------------------------------------------------------------------------------------------------------------
+# --- The Hugging Face cache
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads (https://huggingface.co/docs/huggingface_hub/guides/manage-cache), without importing it."""
+    """Where huggingface_hub keeps what it downloads (https://huggingface.co/docs/huggingface_hub/guides/manage-cache),
+    without importing it."""
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if named:
         return Path(os.path.expanduser(named))
@@ -353,12 +406,14 @@ def repository_name(folder: Path) -> str:
 
 def _is_cache(folder: Path) -> bool:
     """Whether a folder is a repository's in the cache."""
-    return os.path.isdir(folder / "snapshots") and (folder.name.startswith("models--") or os.path.isdir(folder / "blobs"))
+    return os.path.isdir(folder / "snapshots") and (
+        folder.name.startswith("models--") or os.path.isdir(folder / "blobs")
+    )
 
 
 def snapshot(folder: Path) -> Path | None:
-    """The files of a repository's folder in the cache, or of the ``snapshots`` in it: what ``refs/main`` names, else the newest that is whole; None
-    for other folders.
+    """The files of a repository's folder in the cache, or of the ``snapshots`` in it: what ``refs/main`` names, else
+    the newest that is whole; None for other folders.
 
     Raises:
         ValueError: if nothing was downloaded into it.
@@ -369,11 +424,13 @@ def snapshot(folder: Path) -> Path | None:
     named = _one_name(repository / "refs" / "main")
     if named and os.path.isdir(repository / "snapshots" / named):
         return repository / "snapshots" / named
-    found = sorted(_subfolders(repository / "snapshots"), key=lambda inner: (_is_whole(inner), os.stat(inner).st_mtime_ns))
+    found = sorted(
+        _subfolders(repository / "snapshots"), key=lambda inner: (_is_whole(inner), os.stat(inner).st_mtime_ns)
+    )
     if not found:
         raise ValueError(
-            f"{repository} holds no files of {repository_name(repository)}: its download has not begun, or they were removed from the cache."
-            f"{_unfinished(repository)} Download it again."
+            f"{repository} holds no files of {repository_name(repository)}: its download has not begun, or they were "
+            f"removed from the cache.{_unfinished(repository)} Download it again."
         )
     return found[-1]
 
@@ -386,21 +443,40 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-# --- Weights -------------------------------------------------------------------------------------------------------------------------------
+# --- Weights
+# -------------------------------------------------------------------------------------------------------------------------------
 
 #: Variants that files are named after, the most exact first; the plain file comes before all of them.
-_VARIANTS = ("", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16", "half", "fp8", "fp8_e4m3fn", "fp8_e5m2", "non_ema", "ema")
+_VARIANTS = (
+    "",
+    "fp32",
+    "float32",
+    "bf16",
+    "bfloat16",
+    "fp16",
+    "float16",
+    "half",
+    "fp8",
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+    "non_ema",
+    "ema",
+)
 _VARIANT = "|".join(_VARIANTS[1:])
 #: Formats, by their endings: safetensors is read first where both are there.
 _ENDINGS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 _ENDING = "|".join(map(re.escape, _ENDINGS))
-#: ``diffusion_pytorch_model.fp16-00001-of-00002.safetensors``, and older ``diffusion_pytorch_model-00001-of-00002.fp16.safetensors``.
+#: ``diffusion_pytorch_model.fp16-00001-of-00002.safetensors``, and older
+#: ``diffusion_pytorch_model-00001-of-00002.fp16.safetensors``.
 _WEIGHTS = re.compile(
     rf"(?P<stem>.+?)(?:\.(?P<variant>{_VARIANT}))?(?:-(?P<number>\d{{1,6}})-of-(?P<count>\d{{1,6}}))?(?:\.(?P<late>{_VARIANT}))?(?P<ending>{_ENDING})",
     re.IGNORECASE,
 )
 #: ``diffusion_pytorch_model.safetensors.index.fp16.json``: diffusers puts the variant there.
-_INDEX = re.compile(rf"(?P<stem>.+?)(?:\.(?P<variant>{_VARIANT}))?(?P<ending>{_ENDING})\.index(?:\.(?P<late>[\w-]+))?(?:\.json)", re.IGNORECASE)
+_INDEX = re.compile(
+    rf"(?P<stem>.+?)(?:\.(?P<variant>{_VARIANT}))?(?P<ending>{_ENDING})\.index(?:\.(?P<late>[\w-]+))?(?:\.json)",
+    re.IGNORECASE,
+)
 #: What diffusers, transformers, accelerate and zero_to_fp32 call a model's weights.
 _USUAL = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_model_fsdp")
 #: Files of a training's state that end as weights do, and LoRAs.
@@ -464,8 +540,8 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
     if rivals:
         found = listed((one.label for one in (best, *rivals)), 5)
         raise ValueError(
-            f"{here} should hold the {name}'s weights in one file or in shards with an index, and it is not known which of these is meant: "
-            f"{found}. Keep exactly one set, or give the path of the file."
+            f"{here} should hold the {name}'s weights in one file or in shards with an index, and it is not known "
+            f"which of these is meant: {found}. Keep exactly one set, or give the path of the file."
         )
     if best.wrong:
         raise ValueError(best.wrong)
@@ -474,7 +550,11 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
         return best
     broken = f" ({others[-1].wrong})" if others[-1].wrong else ""
     rest = f"{listed(one.label for one in others)}{broken}"
-    return WeightSet(best.label, best.files, note=f"{here} holds {len(others) + 1} sets of the {name}'s weights: read is {best.label}, not {rest}.")
+    return WeightSet(
+        best.label,
+        best.files,
+        note=f"{here} holds {len(others) + 1} sets of the {name}'s weights: read is {best.label}, not {rest}.",
+    )
 
 
 def _weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
@@ -499,7 +579,9 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
     except ValueError as error:
         return WeightSet(label, (), str(error))
     if not isinstance(weight_map, dict) or not weight_map:
-        return WeightSet(label, (), f"{index} lists no weights, so the shards cannot be put together. Download this file again.")
+        return WeightSet(
+            label, (), f"{index} lists no weights, so the shards cannot be put together. Download this file again."
+        )
     # Thousands of tensors lie in a few files.
     shards = list({file if isinstance(file, str) else repr(file): file for file in weight_map.values()}.values())
     odd = [file for file in shards if not _is_plain(file) or not str(file).lower().endswith(_ENDINGS)]
@@ -511,8 +593,9 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
     if missing:
         gone = f" {_gone(missing[0])}." if _dangles(missing[0]) else ""
         wrong = (
-            f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: {listed((file.name for file in missing), 8)}. Without them "
-            f"weights are missing.{gone}{_unfinished(here)} Download them from the same repository into this folder."
+            f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: "
+            f"{listed((file.name for file in missing), 8)}. Without them weights are "
+            f"missing.{gone}{_unfinished(here)} Download them from the same repository into this folder."
         )
         return WeightSet(label, files, wrong)
     return WeightSet(label, files)
@@ -525,17 +608,18 @@ def _no_weights(here: Path, name: str) -> ValueError:
     shards = [label for label in _names(here) if (match := _WEIGHTS.fullmatch(label)) and match["number"]]
     if shards:
         return ValueError(
-            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not known whether they "
-            "are all there. Download the index from the same repository into this folder."
+            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not "
+            "known whether they are all there. Download the index from the same repository into this folder."
         )
     return ValueError(
-        f"{here} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an index, and holds none."
-        f"{_unfinished(here)} {what_else(here)}Download the part again."
+        f"{here} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an index, and "
+        f"holds none.{_unfinished(here)} {what_else(here)}Download the part again."
     )
 
 
 def what_else(folder: Path) -> str:
-    """What a folder holds in the place of weights, if that is known, and what to do with it: a sentence and a space, or nothing."""
+    """What a folder holds in the place of weights, if that is known, and what to do with it: a sentence and a space, or
+    nothing."""
     names = [*_names(folder), *(label for inner in _subfolders(folder) for label in _names(inner))]
     if any(label.endswith(".distcp") for label in names):
         return "Its weights are in the pieces of a training on several cards (FSDP); join them with: accelerate merge-weights FOLDER OUTPUT. "
@@ -543,7 +627,11 @@ def what_else(folder: Path) -> str:
         return "Its weights are in the pieces of a training on several cards (DeepSpeed ZeRO); join them with the zero_to_fp32.py beside them. "
     if any(label.startswith(_LORAS) for label in names):
         return "It holds a LoRA, which changes a model and is none: give it in the LoRA's place (--lora, CogVideoX-1.5 LoRA Loader). "
-    files = [label for label in _names(folder) if label.lower().endswith((*_ENDINGS, ".gguf")) and not _NO_WEIGHTS.fullmatch(label)]
+    files = [
+        label
+        for label in _names(folder)
+        if label.lower().endswith((*_ENDINGS, ".gguf")) and not _NO_WEIGHTS.fullmatch(label)
+    ]
     return f"It holds {listed(files, 5)}: give the path of that file itself, if it is meant. " if files else ""
 
 
@@ -551,7 +639,8 @@ def _is_usual(stem: str) -> bool:
     return stem.lower() in _USUAL
 
 
-# --- Small things --------------------------------------------------------------------------------------------------------------------------
+# --- Small things
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def _names(folder: Path) -> list[str]:
@@ -561,7 +650,11 @@ def _names(folder: Path) -> list[str]:
         ValueError: if it cannot be read.
     """
     try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith(".") and name.lower() not in ("desktop.ini", "thumbs.db"))
+        return sorted(
+            name
+            for name in os.listdir(folder)
+            if not name.startswith(".") and name.lower() not in ("desktop.ini", "thumbs.db")
+        )
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:
@@ -589,13 +682,22 @@ def _dangles(file: Path) -> bool:
 def _unfinished(folder: Path) -> str:
     """A sentence about downloads that were broken off, in a folder or in the cache that it belongs to."""
     places: Iterable[Path] = (folder, folder / "blobs", *(parent / "blobs" for parent in tuple(folder.parents)[:4]))
-    found = [label for place in places if os.path.isdir(place) for label in _names(place) if label.endswith(_UNFINISHED)]
+    found = [
+        label for place in places if os.path.isdir(place) for label in _names(place) if label.endswith(_UNFINISHED)
+    ]
     return f" A download was broken off ({listed(found, 2)})." if found else ""
 
 
 def _is_plain(name: object) -> bool:
-    """Whether a name that stands in a file is that of something beside it: no path, and nothing a file system would not take."""
-    return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and name.isprintable() and not set(name) & set("/\\:")
+    """Whether a name that stands in a file is that of something beside it: no path, and nothing a file system would not
+    take."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) < 256
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+    )
 
 
 def _one_name(file: Path) -> str | None:

@@ -9,9 +9,9 @@ Folders as diffusers has them (the official releases)::
     vae/           config.json + the same
     scheduler/     scheduler_config.json
 
-with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors files with the names of
-diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt``). ``folders`` has what else a folder
-may look like.
+with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors
+files with the names of diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``,
+``vae/3d-vae.pt``). ``folders`` has what else a folder may look like.
 """
 
 import logging
@@ -32,7 +32,17 @@ from .folders import is_checkpoint as is_checkpoint
 from .folders import sat_step as sat_step
 from .headers import StoredTensor
 from .lora_files import lora_inside
-from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales, unwrapped
+from .naming import (
+    ForeignError,
+    FoundPart,
+    check_unpacked,
+    find_parts,
+    module_tensors,
+    packed_error,
+    split_lora,
+    split_scales,
+    unwrapped,
+)
 from .parts import Part
 from .reading import read_any_header
 from .shapes import infer_config
@@ -45,8 +55,10 @@ _WHOLE = {"text_encoder": ("T5ForConditionalGeneration", "T5Model", "T5WithLMHea
 #: What to do where a part is not there.
 _INSTEAD = {
     "transformer": "Choose another checkpoint.",
-    "text_encoder": "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's CLIPLoader (t5xxl, "
-    "type cogvideox) to CogVideoX-1.5 Text Encode.",
+    "text_encoder": (
+        "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's "
+        "CLIPLoader (t5xxl, type cogvideox) to CogVideoX-1.5 Text Encode."
+    ),
     "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
 }
 
@@ -58,7 +70,8 @@ class Checkpoint:
     Attributes:
         path: the folder or file it was opened from.
         tokenizer: the folder of the tokenizer.
-        incomplete: part -> why the checkpoint's own cannot be used, as ``part`` raises it: it is not whole, or not CogVideoX's.
+        incomplete: part -> why the checkpoint's own cannot be used, as ``part`` raises it: it is not whole, or not
+            CogVideoX's.
         notes: what was decided where the folder left it open, in sentences.
     """
 
@@ -79,14 +92,19 @@ class Checkpoint:
         if kind in self.incomplete:
             raise ValueError(f"{self.incomplete[kind]} Or use another: {_INSTEAD[kind]}")
         if kind not in self.parts:
-            raise ValueError(f"{self.path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}")
+            raise ValueError(
+                f"{self.path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
+            )
         return self.parts[kind]
 
     @property
     def fingerprint(self) -> tuple:
         """Changes when a file of it is replaced: ``(path, size, mtime)`` of each."""
         files = {file for part in self.parts.values() for file in part.files}
-        return (*((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)), *self.incomplete.values())
+        return (
+            *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)),
+            *self.incomplete.values(),
+        )
 
     @property
     def text_tokens(self) -> int:
@@ -95,26 +113,35 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path | str, text_encoder: Path | str | None = None, vae: Path | str | None = None, tokenizer: Path | str | None = None
+    path: Path | str,
+    text_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    tokenizer: Path | str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint in any of the layouts: configs and headers, a few hundred kilobytes.
 
     Args:
-        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a transformer; or what stands for one of
-            them, as ``find_place`` says.
+        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a
+            transformer; or what stands for one of them, as ``find_place`` says.
         text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
         tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
-        ValueError: if it is not a CogVideoX checkpoint, or a file of its transformer is missing, truncated or damaged. Of the other parts, those
-            that are not whole are told when they are asked for.
+        ValueError: if it is not a CogVideoX checkpoint, or a file of its transformer is missing, truncated or damaged.
+            Of the other parts, those that are not whole are told when they are asked for.
     """
     place = find_place(path)
-    path, given = place.path, {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
+    path, given = (
+        place.path,
+        {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None},
+    )
     parts = _open_transformer(place, given)
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
-        raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
+        raise ValueError(
+            f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. "
+            f"{_WHERE}"
+        )
     transformer = parts["transformer"]
     if transformer.lora:
         lora_inside(transformer)
@@ -128,8 +155,16 @@ def open_checkpoint(
         # Two numbers that no shape shows: those of the release the transformer belongs to.
         known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
         if parts["vae"].layout == "diffusers":
-            logger.warning("%s gives no scaling_factor: taken is %s, that of %s.", parts["vae"].source, variant.latent_scale, variant.name)
-        parts["vae"] = replace(parts["vae"], config=known | {name: value for name, value in parts["vae"].config.items() if value is not None})
+            logger.warning(
+                "%s gives no scaling_factor: taken is %s, that of %s.",
+                parts["vae"].source,
+                variant.latent_scale,
+                variant.name,
+            )
+        parts["vae"] = replace(
+            parts["vae"],
+            config=known | {name: value for name, value in parts["vae"].config.items() if value is not None},
+        )
     schedule, note = _scheduler_config(place.root, transformer, variant)
     found = _tokenizer(place.root, parts, tokenizer)
     if "text_encoder" in parts:
@@ -185,7 +220,8 @@ def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Par
 
 
 def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
-    """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and cannot be used cannot."""
+    """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and
+    cannot be used cannot."""
     incomplete = {}
     for kind in ("text_encoder", "vae"):
         inside, source = parts.get(kind), None
@@ -208,25 +244,29 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
 
 
 def _open_file(file: Path, without: Container[str] = (), files: Sequence[Path] = ()) -> dict[str, Part]:
-    """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are not wanted are not looked
-    into."""
+    """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are
+    not wanted are not looked into."""
     stored = {name: tensor for one in files or (file,) for name, tensor in read_any_header(one).items()}
     found = [part for part in find_parts(stored, file) if part.kind not in without]
-    return {kind: _file_part(kind, [part for part in found if part.kind == kind], file) for kind in dict.fromkeys(part.kind for part in found)}
+    return {
+        kind: _file_part(kind, [part for part in found if part.kind == kind], file)
+        for kind in dict.fromkeys(part.kind for part in found)
+    }
 
 
 def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     if len(found) > 1:
         places = " and ".join(short(part.prefix + "…") for part in found)
         raise ValueError(
-            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the average that "
-            "training keeps (EMA). Save the one you want in a file of its own."
+            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the "
+            "average that training keeps (EMA). Save the one you want in a file of its own."
         )
     shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
     if shard and int(shard[2]) > 1:
         raise ValueError(
-            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot run. Give the "
-            "folder that all of them lie in, with its config.json and index, or choose a file that is whole."
+            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot "
+            "run. Give the folder that all of them lie in, with its config.json and index, or choose a file that is "
+            "whole."
         )
     check_unpacked(found[0].tensors, file)
     tensors, scales = split_scales(found[0].tensors)
@@ -247,16 +287,20 @@ def _open_part(here: Path, kind: str) -> Part:
     config_file = here / "config.json"
     if not os.path.lexists(config_file):
         raise ValueError(
-            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json from the same repository "
-            "into it."
+            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json "
+            "from the same repository into it."
         )
     config = read_json(config_file)
-    names = config.get("_class_name") or config.get("architectures") or (class_name if config.get("model_type") == "t5" else "no class")
+    names = (
+        config.get("_class_name")
+        or config.get("architectures")
+        or (class_name if config.get("model_type") == "t5" else "no class")
+    )
     names = names if isinstance(names, list) else [names]
     if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
         raise ForeignError(
-            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
-            f"Choose a CogVideoX checkpoint. {_WHERE}"
+            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and "
+            f"CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
         )
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and packing.get("quant_method"):
@@ -284,7 +328,8 @@ def _is_2b(config: Mapping) -> bool:
 
 
 def _check_floats(part: Part) -> None:
-    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were trained.
+    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were
+    trained.
 
     Raises:
         ValueError: if there are some.
@@ -294,14 +339,16 @@ def _check_floats(part: Part) -> None:
     if odd:
         kinds = ", ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in odd.values()}))
         raise ValueError(
-            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} as {kinds} ({listed(odd)}), and "
-            "floating-point numbers belong there: it is damaged, or a copy that another program has quantized in a way that is not known here. "
-            "Choose a file in bf16, fp16, fp32, fp8 or GGUF."
+            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} "
+            f"as {kinds} ({listed(odd)}), and floating-point numbers belong there: it is damaged, or a copy that "
+            "another program has quantized in a way that is not known here. Choose a file in bf16, fp16, fp32, fp8 "
+            "or GGUF."
         )
 
 
 def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[Mapping, str]:
-    """The checkpoint's own noise schedule, or that of the release where it comes without one; and what to say about that.
+    """The checkpoint's own noise schedule, or that of the release where it comes without one; and what to say about
+    that.
 
     Raises:
         ValueError: if it is to have one, by its ``model_index.json``, and that is missing.
@@ -315,12 +362,12 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[
         return variant.scheduler_config, ""
     if names_scheduler(root):
         raise ValueError(
-            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
-            "Download scheduler/ from the same repository into the checkpoint's folder."
+            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil "
+            "the picture. Download scheduler/ from the same repository into the checkpoint's folder."
         )
     return variant.scheduler_config, (
-        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. If it was trained with "
-        f"another, put its scheduler/ into {root}."
+        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. "
+        f"If it was trained with another, put its scheduler/ into {root}."
     )
 
 

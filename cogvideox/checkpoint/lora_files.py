@@ -1,12 +1,13 @@
-"""LoRAs on disk: which layers a file changes, by which halves and how strongly, whoever wrote it. Nothing of the weights is read but the alphas.
+"""LoRAs on disk: which layers a file changes, by which halves and how strongly, whoever wrote it. Nothing of the
+weights is read but the alphas.
 
-A name in such a file is four things: what trainers put around the model (``transformer.``, ``base_model.model.``, ``module.``, in any number and
-order), the layer, which half of its change this is, and the name of the adapter. The layer is called as diffusers, ComfyUI's core, SAT or
-DiffSynth call it, with dots or, by kohya's trainers, with underscores throughout; as dots and underscores never tell two layers apart, all are
-looked up with underscores.
+A name in such a file is four things: what trainers put around the model (``transformer.``, ``base_model.model.``,
+``module.``, in any number and order), the layer, which half of its change this is, and the name of the adapter. The
+layer is called as diffusers, ComfyUI's core, SAT or DiffSynth call it, with dots or, by kohya's trainers, with
+underscores throughout; as dots and underscores never tell two layers apart, all are looked up with underscores.
 
-What a file says about itself (peft's ``adapter_config.json``, metadata, what lies beside the weights in a pickle) is data: numbers are checked,
-and its patterns are matched here, as they would be regular expressions of a stranger.
+What a file says about itself (peft's ``adapter_config.json``, metadata, what lies beside the weights in a pickle) is
+data: numbers are checked, and its patterns are matched here, as they would be regular expressions of a stranger.
 """
 
 import math
@@ -29,7 +30,8 @@ from .pickles import read_pickle
 from .reading import read_any_header
 
 _SAFETENSORS, _PICKLES = (".safetensors", ".sft"), (".pt", ".pth", ".ckpt", ".bin")
-#: What a LoRA in a folder of its own is called, by peft and by diffusers, and what its optimizer's and other states are called beside it.
+#: What a LoRA in a folder of its own is called, by peft and by diffusers, and what its optimizer's and other states are
+#: called beside it.
 _FILES = tuple(f"{name}{end}" for end in (".safetensors", ".bin") for name in ("adapter_model", "pytorch_lora_weights"))
 _STATES = ("optimizer", "scheduler", "random_states", "rng_state", "training_args", "scaler", "sampler")
 _SETTINGS_FILE = "adapter_config.json"
@@ -70,7 +72,8 @@ _RELATIVES = {
 }
 _FULL_WEIGHTS = ("diff", "diff_b", "set_weight", "w_norm", "b_norm", "modules_to_save")
 _GLORA = re.compile(r"\.[ab][12]\.weight")
-#: What only other models' layers are called, with underscores, all of a line -> whose they are. The first that fits counts.
+#: What only other models' layers are called, with underscores, all of a line -> whose they are. The first that fits
+#: counts.
 _OTHER_MODELS = (
     (("double_blocks",), "Flux or HunyuanVideo"),
     (("single_blocks",), "Flux or HunyuanVideo"),
@@ -105,8 +108,19 @@ _AROUND = set(
 #: What compiling and sharding put into the middle of names, and diffusers' first format, with underscores.
 _WRAPPERS = re.compile(r"(?:^|(?<=_))(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|processor)(?:_|$)")
 #: Where the layers of blocks are, with underscores.
-_BLOCK = re.compile(r"(?:^|(?<=_))(transformer_blocks|blocks|transformer_layers|mixins_adaln_layer_adaLN_modulations)_([0-9]{1,4})_")
-_BLOCK_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")
+_BLOCK = re.compile(
+    r"(?:^|(?<=_))(transformer_blocks|blocks|transformer_layers|mixins_adaln_layer_adaLN_modulations)_([0-9]{1,4})_"
+)
+_BLOCK_LAYERS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+)
 _OTHER_LAYERS = (
     "patch_embed.proj",
     "patch_embed.text_proj",
@@ -148,16 +162,28 @@ def _tables() -> tuple[dict[str, tuple[Target, ...]], dict[str, tuple[Target, ..
         for alias in (name, comfy_name(name.replace("#", "0")).replace("blocks.0", "blocks.#"), f"blocks.#.{layer}"):
             block[_flat(alias)] = (Target(name),)
     for container in ("transformer_blocks", "blocks"):
-        block |= {f"{container}_#_{alias}": (Target(f"transformer_blocks.#.{layer}"),) for alias, layer in _BLOCK_ALIASES.items()}
-        fused = tuple(Target(f"transformer_blocks.#.attn1.to_{part}", (number,), 3) for number, part in enumerate("qkv"))
+        block |= {
+            f"{container}_#_{alias}": (Target(f"transformer_blocks.#.{layer}"),)
+            for alias, layer in _BLOCK_ALIASES.items()
+        }
+        fused = tuple(
+            Target(f"transformer_blocks.#.attn1.to_{part}", (number,), 3) for number, part in enumerate("qkv")
+        )
         block |= {f"{container}_#_{alias}": fused for alias in _FUSED}
-    for path in (*(f"transformer.layers.0.{layer}" for layer in (SAT_QKV, *SAT_LAYER)), "mixins.adaln_layer.adaLN_modulations.0.1"):
+    for path in (
+        *(f"transformer.layers.0.{layer}" for layer in (SAT_QKV, *SAT_LAYER)),
+        "mixins.adaln_layer.adaLN_modulations.0.1",
+    ):
         targets = tuple(Target(module.replace(".0.", ".#.", 1), rows, of) for module, rows, of in sat_modules(path))
         if all(target.module.removeprefix("transformer_blocks.#.") in _BLOCK_LAYERS for target in targets):
             block[_flat(path.replace(".0.", ".#.", 1))] = targets
     for layer in _OTHER_LAYERS:
         others |= {_flat(alias): (Target(layer),) for alias in (layer, comfy_name(layer))}
-    others |= {_flat(alias): (Target(layer),) for alias, layer in (SAT_OTHERS | _OTHER_ALIASES).items() if layer in _OTHER_LAYERS}
+    others |= {
+        _flat(alias): (Target(layer),)
+        for alias, layer in (SAT_OTHERS | _OTHER_ALIASES).items()
+        if layer in _OTHER_LAYERS
+    }
     return block, dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
 
@@ -170,8 +196,8 @@ _IN_BLOCKS, _OUTSIDE = _tables()
 
 @dataclass(frozen=True)
 class Pair:
-    """The two halves of one layer's change: ``down [rank, in]`` and ``up [out, rank]`` (of a convolution ``[rank, in, k, k]`` and
-    ``[out, rank, 1, 1]``), and ``scale``, alpha / rank."""
+    """The two halves of one layer's change: ``down [rank, in]`` and ``up [out, rank]`` (of a convolution ``[rank, in,
+    k, k]`` and ``[out, rank, 1, 1]``), and ``scale``, alpha / rank."""
 
     down: StoredTensor
     up: StoredTensor
@@ -206,7 +232,10 @@ def find_lora(path: Path) -> Path:
             raise ValueError(f"There is no LoRA {short(path, 400)}. Check the path.")
         return path
     if is_checkpoint(path):
-        raise ValueError(f"{short(path, 400)} is a CogVideoX checkpoint and no LoRA. A model is loaded with CogVideoX-1.5 Model Loader, or --model.")
+        raise ValueError(
+            f"{short(path, 400)} is a CogVideoX checkpoint and no LoRA. A model is loaded with CogVideoX-1.5 Model "
+            "Loader, or --model."
+        )
     folders = [path]
     for _ in range(_LEVELS):
         found = {folder: files for folder in folders if (files := _lora_files(folder))}
@@ -232,12 +261,17 @@ def find_lora(path: Path) -> Path:
 
 
 def _lora_files(folder: Path) -> list[Path]:
-    """The files in a folder that can be the LoRA: the one with a usual name, else those that are no trainer's states."""
+    """The files in a folder that can be the LoRA: the one with a usual name, else those that are no trainer's
+    states."""
     usual = next((folder / name for name in _FILES if (folder / name).is_file()), None) or sat_weights(folder)
     if usual is not None:
         return [usual]
     for endings in (_SAFETENSORS, _PICKLES):
-        found = [file for file in _inside(folder) if file.suffix.lower() in endings and not file.name.startswith(_STATES) and file.is_file()]
+        found = [
+            file
+            for file in _inside(folder)
+            if file.suffix.lower() in endings and not file.name.startswith(_STATES) and file.is_file()
+        ]
         if found:
             return found
     return []
@@ -282,7 +316,8 @@ def _lora_of(tensors: Mapping[str, StoredTensor], path: Path, settings: "Setting
     names = _sort(tensors, where)
     if not names.halves:
         raise ValueError(
-            f"{where} holds no change of the transformer: all its {names.text_encoder} tensors are for the text encoder. Choose another LoRA."
+            f"{where} holds no change of the transformer: all its {names.text_encoder} tensors are for the text "
+            "encoder. Choose another LoRA."
         )
     alphas = _alphas(names, tensors, where, settings)
     pairs: dict[str, Pair] = {}
@@ -299,12 +334,21 @@ def _lora_of(tensors: Mapping[str, StoredTensor], path: Path, settings: "Setting
         pairs[module] = Pair(down, up, settings.scale(module, rank, alphas.get(module), names.sat, where))
     notes = []
     if names.text_encoder:
-        notes.append(f"{short(path.name)} trains the text encoder too ({names.text_encoder} tensors), which is left as it is.")
+        notes.append(
+            f"{short(path.name)} trains the text encoder too ({names.text_encoder} tensors), which is left as it is."
+        )
     if names.sat:
-        alpha = "alpha 1, as SAT's trainer has it" if settings.alpha is None else f"alpha {settings.alpha:g}, as its training_config.yaml says"
+        alpha = (
+            "alpha 1, as SAT's trainer has it"
+            if settings.alpha is None
+            else f"alpha {settings.alpha:g}, as its training_config.yaml says"
+        )
         notes.append(f"SAT's LoRA: strength 1 is {alpha}, divided by the rank.")
     if names.model:
-        notes.append(f"{short(path.name)} holds the model it was trained on too ({names.model} tensors), of which nothing is used here.")
+        notes.append(
+            f"{short(path.name)} holds the model it was trained on too ({names.model} tensors), of which nothing is "
+            "used here."
+        )
     return LoraFile(path, pairs, settings.base, tuple(notes))
 
 
@@ -315,7 +359,10 @@ def _alphas(names: "_Names", tensors: Mapping[str, StoredTensor], where: str, se
         alpha = _number(_value(where, name, tensors[name]), f"the alpha {short(name)}", where)
         for module in modules:
             if module not in names.halves:
-                raise ValueError(f"{where} holds an alpha of {module} and no halves of its change, so it is not whole. Download it again.")
+                raise ValueError(
+                    f"{where} holds an alpha of {module} and no halves of its change, so it is not whole. Download it "
+                    "again."
+                )
             if alphas.setdefault(module, alpha) != alpha:
                 raise ValueError(
                     f"{where} gives {module} two alphas, {alphas[module]:g} and {alpha:g}, so how strongly it was "
@@ -337,7 +384,8 @@ class _Names:
 
 @dataclass(frozen=True)
 class _Name:
-    """What a name says: which half (or that it is an alpha) of which path, of which adapter; SAT numbers the halves of fused layers."""
+    """What a name says: which half (or that it is an alpha) of which path, of which adapter; SAT numbers the halves of
+    fused layers."""
 
     kind: str
     path: str
@@ -369,8 +417,14 @@ def _sort(tensors: Mapping[str, StoredTensor], where: str) -> _Names:
     layers = {name: places[said.path, said.number] for name, said in known.items()}
     unknown = {around for around, _ in layers.values() if not _is_around(around)}
     # A prefix that nobody else has is taken for one where it is before every name.
-    common = len(unknown) == 1 and all(around in unknown for around, _ in layers.values()) and _may_be_around(next(iter(unknown)))
-    unmatched = [name for name, (around, targets) in layers.items() if not targets or not (common or _is_around(around))]
+    common = (
+        len(unknown) == 1
+        and all(around in unknown for around, _ in layers.values())
+        and _may_be_around(next(iter(unknown)))
+    )
+    unmatched = [
+        name for name, (around, targets) in layers.items() if not targets or not (common or _is_around(around))
+    ]
     if unmatched:
         raise _no_layer(tensors, unmatched, where)
     given: dict[tuple[str, str], str] = {}
@@ -388,7 +442,11 @@ def _sort(tensors: Mapping[str, StoredTensor], where: str) -> _Names:
                     "of their own."
                 )
             stored = tensors[name]
-            half = stored.rows(*target.rows, of=target.of) if target.rows and said.kind == _UP and said.number is None else stored
+            half = (
+                stored.rows(*target.rows, of=target.of)
+                if target.rows and said.kind == _UP and said.number is None
+                else stored
+            )
             names.halves.setdefault(target.module, {})[said.kind] = half
     adapters = sorted({said.adapter for said in known.values() if said.kind != "alpha"})
     if len(adapters) > 1:
@@ -405,12 +463,22 @@ def _parse(name: str) -> _Name | None:
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else ""
         if word in _SAT_MARKERS and re.fullmatch("[0-9]{1,3}", following):
-            return _Name(_SAT_MARKERS[word], ".".join(words[:place]), number=int(following)) if len(words) == place + 2 else None
+            return (
+                _Name(_SAT_MARKERS[word], ".".join(words[:place]), number=int(following))
+                if len(words) == place + 2
+                else None
+            )
         if following in _HALVES and (word in _WORDS or word.endswith("_lora")):
-            return _half(_HALVES[following], words[:place] + [word.removesuffix("_lora")] * (word not in _WORDS), words[place + 2 :])
+            return _half(
+                _HALVES[following],
+                words[:place] + [word.removesuffix("_lora")] * (word not in _WORDS),
+                words[place + 2 :],
+            )
         marker = next((marker for marker in _MARKERS if word == marker or word.endswith(f"_{marker}")), None)
         if marker is not None:
-            return _half(_MARKERS[marker], words[:place] + [word[: -len(marker) - 1]] * (word != marker), words[place + 1 :])
+            return _half(
+                _MARKERS[marker], words[:place] + [word[: -len(marker) - 1]] * (word != marker), words[place + 1 :]
+            )
     if words[-1] in _ALPHAS:
         path = words[:-2] if len(words) > 1 and words[-2] in _WORDS else words[:-1]
         return _Name("alpha", ".".join(path).removesuffix("_lora"))
@@ -420,7 +488,8 @@ def _parse(name: str) -> _Name | None:
 
 
 def _half(kind: str, path: list[str], rest: list[str]) -> _Name | None:
-    """A half, by what follows its mark: the adapter's name, which may hold dots, and ``weight``; None for a bias or a scale of it."""
+    """A half, by what follows its mark: the adapter's name, which may hold dots, and ``weight``; None for a bias or a
+    scale of it."""
     if rest and (rest[-1] == "bias" or rest[-1] in _SCALES):
         return None
     if rest and rest[-1] in _ALPHAS:
@@ -429,14 +498,17 @@ def _half(kind: str, path: list[str], rest: list[str]) -> _Name | None:
 
 
 def _layer(path: str, number: int | None) -> tuple[str, tuple[Target, ...]]:
-    """What is around the name of a layer, with underscores, and the layers; none if it is no layer of a CogVideoX transformer."""
+    """What is around the name of a layer, with underscores, and the layers; none if it is no layer of a CogVideoX
+    transformer."""
     flat = _flat(_WRAPPERS.sub("", _flat(path))).strip("_")
     around, targets = "", ()
     for match in _BLOCK.finditer(flat):
         targets = _IN_BLOCKS.get(f"{match[1]}_#_{flat[match.end() :]}", ())
         if targets:
             around = flat[: match.start()]
-            targets = tuple(replace(target, module=target.module.replace("#", str(int(match[2])))) for target in targets)
+            targets = tuple(
+                replace(target, module=target.module.replace("#", str(int(match[2])))) for target in targets
+            )
             break
     if not targets:
         alias = next((alias for alias in _OUTSIDE if flat == alias or flat.endswith(f"_{alias}")), None)
@@ -457,10 +529,13 @@ def _is_around(prefix: str) -> bool:
 
 
 def _may_be_around(prefix: str) -> bool:
-    """Whether a prefix that is not known can be one: the name of a trainer's own wrapper, not of a part of another model."""
+    """Whether a prefix that is not known can be one: the name of a trainer's own wrapper, not of a part of another
+    model."""
     words = prefix.split("_")
     return not any(
-        word.isdigit() or word in ("blocks", "block", "controlnet", "control", "text", "encoder", "vae", "clip", "single") for word in words
+        word.isdigit()
+        or word in ("blocks", "block", "controlnet", "control", "text", "encoder", "vae", "clip", "single")
+        for word in words
     )
 
 
@@ -539,21 +614,28 @@ def _rank(where: str, module: str, down: StoredTensor, up: StoredTensor) -> int:
             )
     shapes = f"(shapes {list(down.shape)} and {list(up.shape)})"
     if len(down.shape) not in (2, 4) or len(up.shape) not in (2, 4) or any(size != 1 for size in up.shape[2:]):
-        raise ValueError(f"{where} does not fit: the halves of {module} are neither matrices nor convolutions {shapes}. Download it again.")
+        raise ValueError(
+            f"{where} does not fit: the halves of {module} are neither matrices nor convolutions {shapes}. Download "
+            "it again."
+        )
     if down.shape[0] != up.shape[1]:
         raise ValueError(
             f"{where} is damaged: the halves of {module} have the ranks {down.shape[0]} and {up.shape[1]} {shapes}, "
             "and must have one. Download it again."
         )
     if not down.nbytes or not up.nbytes:
-        raise ValueError(f"{where} is empty where it should change {module}: its halves are of rank {down.shape[0]} {shapes}. Download it again.")
+        raise ValueError(
+            f"{where} is empty where it should change {module}: its halves are of rank {down.shape[0]} {shapes}. "
+            "Download it again."
+        )
     return down.shape[0]
 
 
 def _value(where: str, name: str, stored: StoredTensor) -> Any:
     if stored.nbytes != stored.dtype.itemsize or stored.quantization is not None:
         raise ValueError(
-            f"{where} is damaged: an alpha has the shape {short(list(stored.shape))} and should be one number ({short(name)}). Download it again."
+            f"{where} is damaged: an alpha has the shape {short(list(stored.shape))} and should be one number "
+            f"({short(name)}). Download it again."
         )
     return read_tensor(stored).to(torch.float64 if stored.dtype.is_floating_point else stored.dtype).item()
 
@@ -567,13 +649,14 @@ def _number(value: Any, what: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf or value > 1e30:
         shown = f"the text '{short(value)}'" if isinstance(value, str) else short(value)
         raise ValueError(
-            f"{where} is refused: {what} is {shown}, and it must be a finite number of at least 1, or how strongly the LoRA was trained is not "
-            "known. Download it again, or ask its maker."
+            f"{where} is refused: {what} is {shown}, and it must be a finite number of at least 1, or how strongly "
+            "the LoRA was trained is not known. Download it again, or ask its maker."
         )
     return float(value)
 
 
-# --- Settings ------------------------------------------------------------------------------------------------------------------------
+# --- Settings
+# ------------------------------------------------------------------------------------------------------------------------
 
 #: What settings of peft mean a change that two halves do not show -> what to call it.
 _MORE_THAN_LORA = {
@@ -587,7 +670,13 @@ _MORE_THAN_LORA = {
 }
 #: peft's ways to begin that leave the base weights as they are.
 _BEGUN = ("gaussian", "eva", "orthogonal", "default", "true", "false", "")
-_BASES = ("base_model_name_or_path", "base_model", "ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")
+_BASES = (
+    "base_model_name_or_path",
+    "base_model",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "modelspec.architecture",
+)
 
 
 @dataclass(frozen=True)
@@ -609,7 +698,8 @@ class Settings:
     base: str | None = None
 
     def scale(self, module: str, rank: int, alpha: float | None, sat: bool, where: str) -> float:
-        """alpha / rank of a layer whose alpha the weights may tell; 1 where nothing tells one, as diffusers has it, and 1 / rank for SAT's.
+        """alpha / rank of a layer whose alpha the weights may tell; 1 where nothing tells one, as diffusers has it, and
+        1 / rank for SAT's.
 
         Raises:
             ValueError: if these are the settings of another LoRA.
@@ -638,11 +728,26 @@ def _settings(path: Path, beside: Mapping[str, Any]) -> Settings:
     if os.path.lexists(file) and (path.stem == "adapter_model" or _lora_files(path.parent) == [path]):
         return _checked(read_json(file, _MOST_SETTINGS), where)
     if path.suffix.lower() in _PICKLES:
-        found = next((value for key in ("lora_config", "peft_config", "adapter_config", "config") if isinstance(value := beside.get(key), dict)), {})
+        found = next(
+            (
+                value
+                for key in ("lora_config", "peft_config", "adapter_config", "config")
+                if isinstance(value := beside.get(key), dict)
+            ),
+            {},
+        )
         # peft keeps the settings of its adapters by their names.
         found = found["default"] if isinstance(found.get("default"), dict) else found
-        numbers = {"lora_alpha": ("lora_alpha", "alpha", "network_alpha"), "r": ("lora_r", "lora_rank", "rank", "r", "network_dim")}
-        flat = {name: value for name, keys in numbers.items() for key in reversed(keys) if (value := found.get(key, beside.get(key))) is not None}
+        numbers = {
+            "lora_alpha": ("lora_alpha", "alpha", "network_alpha"),
+            "r": ("lora_r", "lora_rank", "rank", "r", "network_dim"),
+        }
+        flat = {
+            name: value
+            for name, keys in numbers.items()
+            for key in reversed(keys)
+            if (value := found.get(key, beside.get(key))) is not None
+        }
         if "lora_alpha" not in flat:
             # Where no alpha is said, a rank may be that of a process among several.
             flat.pop("r", None)
@@ -655,11 +760,13 @@ def _settings(path: Path, beside: Mapping[str, Any]) -> Settings:
         metadata = read_metadata(path)
     except ValueError as error:
         raise ValueError(
-            f"The settings of the LoRA {where} cannot be read ({reason(error)}), so its strength is not known. Download it again."
+            f"The settings of the LoRA {where} cannot be read ({reason(error)}), so its strength is not known. "
+            "Download it again."
         ) from error
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"The settings of the LoRA {where} are a {type(metadata).__name__} and no table, so its strength is not known. Download it again."
+            f"The settings of the LoRA {where} are a {type(metadata).__name__} and no table, so its strength is not "
+            "known. Download it again."
         )
     written: dict = {}
     for key in ("lora_adapter_metadata", "lora_config"):
@@ -712,8 +819,8 @@ def _checked(given: Mapping, where: str) -> Settings:
         more = short(kind)
     if more is not None:
         raise ValueError(
-            f"{where} cannot be applied: its settings say that it is {_article(more)}, and only LoRAs are known here. Ask its "
-            "maker for a LoRA, or for the whole model."
+            f"{where} cannot be applied: its settings say that it is {_article(more)}, and only LoRAs are known here. "
+            "Ask its maker for a LoRA, or for the whole model."
         )
     begun = given.get("init_lora_weights")
     if begun is not None and str(begun).lower() not in _BEGUN:
@@ -724,7 +831,10 @@ def _checked(given: Mapping, where: str) -> Settings:
         )
     by_root = given.get("use_rslora")
     if by_root not in (None, True, False) or isinstance(by_root, float):
-        raise ValueError(f"{where} is refused: use_rslora in its settings is {short(by_root)} and must be true or false. Download it again.")
+        raise ValueError(
+            f"{where} is refused: use_rslora in its settings is {short(by_root)} and must be true or false. Download "
+            "it again."
+        )
 
     def number(key: str) -> float | None:
         return None if given.get(key) is None else _number(given[key], f"{key} in its settings", where)
@@ -738,10 +848,14 @@ def _patterns(given: Any, key: str, where: str) -> Iterator[tuple["_Pattern", fl
     if given is None:
         return
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where} is refused: {key} in its settings is {short(given)} and must be a table of layers and numbers. Download it again.")
+        raise ValueError(
+            f"{where} is refused: {key} in its settings is {short(given)} and must be a table of layers and numbers. "
+            "Download it again."
+        )
     if len(given) > _MOST_PATTERNS:
         raise ValueError(
-            f"{where} is refused: {key} in its settings has {len(given):,} entries, more than a transformer has layers. Download it again."
+            f"{where} is refused: {key} in its settings has {len(given):,} entries, more than a transformer has "
+            "layers. Download it again."
         )
     choices = 0
     for pattern, value in given.items():
@@ -758,11 +872,13 @@ def _patterns(given: Any, key: str, where: str) -> Iterator[tuple["_Pattern", fl
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A name of layers as peft has them: the end of their names, from a dot on, or all of it (``^``); matched in time that its length bounds.
+    """A name of layers as peft has them: the end of their names, from a dot on, or all of it (``^``); matched in time
+    that its length bounds.
 
     Attributes:
         name: all of it, where it is a name and nothing else.
-        choices: else sequences of what must follow: letters (None: any), whether there may be none of them, and whether many.
+        choices: else sequences of what must follow: letters (None: any), whether there may be none of them, and whether
+            many.
         whole: whether it must begin where the name does.
     """
 

@@ -18,11 +18,13 @@ class Part:
     Attributes:
         kind: ``transformer``, ``text_encoder`` or ``vae``.
         source: the folder or file it comes from.
-        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``llama.cpp``, ``single file`` (T5).
+        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``,
+            ``llama.cpp``, ``single file`` (T5).
         config: its ``config.json``, or what its shapes say.
         tensors: every tensor, by the name that the module has for it.
         scales: what fp8 weights are to be multiplied by, by the weight's name.
-        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
+        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a
+            part of the model.
         note: which files were read where others lay beside them, in a sentence, or nothing.
     """
 

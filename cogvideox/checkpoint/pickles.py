@@ -1,8 +1,10 @@
 """Torch checkpoints (SAT's ``.pt`` files): where each tensor lies in the file, told without unpickling anything.
 
-``torch.save`` writes a zip archive of storages, and a pickle: a program that calls functions by their names to put tensors together. Here the
-program is followed on paper: a name stays a name, a call of torch's own functions becomes the place of a tensor, and a name beside those that
-weights need ends the reading. So nothing is run, imported or allocated, whatever the file claims.
+``torch.save`` writes a zip archive of storages, and a pickle: a program that calls functions by their names to put
+tensors together. Here the
+program is followed on paper: a name stays a name, a call of torch's own functions becomes the place of a tensor, and a
+name beside those that weights need ends the reading. So nothing is run, imported or allocated, whatever the file
+claims.
 """
 
 import pickletools
@@ -18,7 +20,8 @@ import torch
 from ..words import listed, reason, short
 from .headers import DTYPES, StoredTensor, opened, what_it_is
 
-#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``; the others are trainers' of LoRAs.
+#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``; the others are trainers'
+#: of LoRAs.
 _LEVELS = (
     "model",
     "module",
@@ -34,7 +37,8 @@ _LEVELS = (
 )
 #: Levels that are looked through.
 _DEPTH = 4
-#: Bytes of the archive's directory and of its pickle, and instructions in it: SAT's file of CogVideoX-5B has 0.1 and 0.2 million, and 40,000.
+#: Bytes of the archive's directory and of its pickle, and instructions in it: SAT's file of CogVideoX-5B has 0.1 and
+#: 0.2 million, and 40,000.
 _MAX_DIRECTORY, _MAX_PICKLE, _MOST_INSTRUCTIONS = 4 << 20, 16 << 20, 400_000
 
 _STORAGES = {
@@ -66,14 +70,23 @@ _UNREADABLE = {
         "device_tensor_from_cpu_tensor": "of another device",
     }.items()
 }
-#: What else stands beside weights: of torch, what ``weights_only=True`` allows; of numpy, what the states of random numbers are made of that SAT's
-#: trainer saves (``sat/training/model_io.py``), by the module's names in numpy 1 and 2.
+#: What else stands beside weights: of torch, what ``weights_only=True`` allows; of numpy, what the states of random
+#: numbers are made of that SAT's trainer saves (``sat/training/model_io.py``), by the module's names in numpy 1 and 2.
 _INERT = {
     "torch.device",
     "torch.Tensor",
     "torch.nn.parameter.Parameter",
     "torch.serialization._get_layout",
-    *(f"torch.per_{name}" for name in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric", "channel_affine_float_qparams")),
+    *(
+        f"torch.per_{name}"
+        for name in (
+            "tensor_affine",
+            "tensor_symmetric",
+            "channel_affine",
+            "channel_symmetric",
+            "channel_affine_float_qparams",
+        )
+    ),
     "_codecs.encode",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
     "collections.Counter",
@@ -89,8 +102,8 @@ def read_pickle_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """The tensors of a torch checkpoint, as places in the file, and what else is in it beside them (numbers, settings): its weights are not read, and
-    nothing in it is run.
+    """The tensors of a torch checkpoint, as places in the file, and what else is in it beside them (numbers, settings):
+    its weights are not read, and nothing in it is run.
 
     Raises:
         ValueError: if it is not a torch checkpoint, is damaged, or would run code.
@@ -107,7 +120,11 @@ def read_pickle_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ValueError: if it is not a torch checkpoint, is damaged, or would run code.
     """
     found = {name: value.size for name, value in _tensors(Path(path))[1].items() if isinstance(value, _Tensor)}
-    return {name: size for name, size in found.items() if isinstance(size, tuple) and all(type(length) is int for length in size)}
+    return {
+        name: size
+        for name, size in found.items()
+        if isinstance(size, tuple) and all(type(length) is int for length in size)
+    }
 
 
 def _tensors(path: Path) -> "tuple[_Archive, dict[str, _Tensor | _Unreadable], dict[str, Any]]":
@@ -118,20 +135,20 @@ def _tensors(path: Path) -> "tuple[_Archive, dict[str, _Tensor | _Unreadable], d
             state = _follow(archive.pickle)
         except _Foreign as error:
             raise ValueError(
-                f"{short(path, 400)} holds more than tensors ({error}), and opening that could run code on your computer, so it was not opened. Get "
-                "the weights from the authors, or as safetensors."
+                f"{short(path, 400)} holds more than tensors ({error}), and opening that could run code on your "
+                "computer, so it was not opened. Get the weights from the authors, or as safetensors."
             ) from error
         except _Damaged as error:
             raise ValueError(
-                f"{short(path, 400)} ({size:,} bytes) is not a readable torch checkpoint: {error}. No weights can be taken from it. If the download "
-                "was interrupted, delete it and download it again."
+                f"{short(path, 400)} ({size:,} bytes) is not a readable torch checkpoint: {error}. No weights can be "
+                "taken from it. If the download was interrupted, delete it and download it again."
             ) from error
     tensors, beside = _weights(state)
     unnamed = [name for name in tensors if not isinstance(name, str)]
     if unnamed:
         raise ValueError(
-            f"{short(path, 400)} has tensors under {listed(unnamed)}, and weights have names, so it is not known what they are. Save them under the "
-            "names of the model they belong to."
+            f"{short(path, 400)} has tensors under {listed(unnamed)}, and weights have names, so it is not known what "
+            "they are. Save them under the names of the model they belong to."
         )
     return archive, tensors, beside
 
@@ -143,7 +160,11 @@ def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
         inner = _level_below(state) if isinstance(state, dict) else None
         if inner is None:
             break
-        beside |= {key: value for key, value in state.items() if isinstance(key, str) and value is not inner and not _is_tensor(value)}
+        beside |= {
+            key: value
+            for key, value in state.items()
+            if isinstance(key, str) and value is not inner and not _is_tensor(value)
+        }
         state = inner
     if not isinstance(state, dict):
         return {}, beside
@@ -152,7 +173,8 @@ def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
 
 
 def _level_below(state: dict) -> dict | None:
-    """Where the weights are that are not on this level: under one of the usual names, or under the only one that holds tensors."""
+    """Where the weights are that are not on this level: under one of the usual names, or under the only one that holds
+    tensors."""
     for level in _LEVELS:
         if isinstance(state.get(level), dict):
             return state[level]
@@ -166,10 +188,18 @@ def _holds_tensors(value: Any) -> bool:
     """Whether a level, or one below it, has tensors with names. Each is looked at once: they may hold each other."""
     level, seen = [value], {id(value)}
     for _ in range(_DEPTH - 1):
-        named = [inner for outer in level if isinstance(outer, dict) for name, inner in outer.items() if isinstance(name, str)]
+        named = [
+            inner
+            for outer in level
+            if isinstance(outer, dict)
+            for name, inner in outer.items()
+            if isinstance(name, str)
+        ]
         if any(map(_is_tensor, named)):
             return True
-        level = list({id(inner): inner for inner in named if isinstance(inner, dict) and id(inner) not in seen}.values())
+        level = list(
+            {id(inner): inner for inner in named if isinstance(inner, dict) and id(inner) not in seen}.values()
+        )
         seen |= set(map(id, level))
     return False
 
@@ -186,7 +216,8 @@ class _Foreign(Exception):
     """The name that a pickle asks for, of what does not belong beside weights."""
 
 
-# --- The archive ---------------------------------------------------------------------------------------------------------------------------
+# --- The archive
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,14 +250,17 @@ def _open_archive(file: BinaryIO, size: int) -> _Archive:
     except (_Damaged, OSError):
         raise
     except Exception as error:
-        # zipfile knows BadZipFile; damaged numbers bring struct.error, NotImplementedError, UnicodeDecodeError and others out of it.
+        # zipfile knows BadZipFile; damaged numbers bring struct.error, NotImplementedError, UnicodeDecodeError and
+        # others out of it.
         raise _Damaged(f"the archive is truncated or damaged ({reason(error)})") from error
     names = {info.filename: info for info in infos}
     if len(names) < len(infos):
         raise _Damaged("two records of the archive have one name")
     pickles = [name for name in names if name.split("/", 1)[-1] == "data.pkl"]
     if len(pickles) != 1:
-        raise _Damaged(f"the archive holds {len(pickles) or 'no'} data.pkl, and one that torch.save has written has one")
+        raise _Damaged(
+            f"the archive holds {len(pickles) or 'no'} data.pkl, and one that torch.save has written has one"
+        )
     root = pickles[0].removesuffix("data.pkl")
     wanted = [name for name in names if name.startswith(f"{root}data/") or name in (pickles[0], f"{root}byteorder")]
     places = {name: _place(file, size, names[name]) for name in wanted}
@@ -238,7 +272,10 @@ def _open_archive(file: BinaryIO, size: int) -> _Archive:
     if _read(file, names.get(f"{root}byteorder"), places) not in (b"", b"little"):
         raise _Damaged("it was written on a machine of another byte order (big-endian)")
     content = _read(file, names[pickles[0]], places)
-    return _Archive(content, {name.removeprefix(f"{root}data/"): place for name, place in places.items() if name.startswith(f"{root}data/")})
+    return _Archive(
+        content,
+        {name.removeprefix(f"{root}data/"): place for name, place in places.items() if name.startswith(f"{root}data/")},
+    )
 
 
 def _place(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -246,7 +283,10 @@ def _place(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> tuple[int, int]:
     if info.flag_bits & 1:
         raise _Damaged("the archive is locked with a password: unpack it, and pack nothing")
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-        raise _Damaged("the archive was packed again, with compression, and torch.save uses none: unpack it, and load and save it with torch")
+        raise _Damaged(
+            "the archive was packed again, with compression, and torch.save uses none: unpack it, and load and save "
+            "it with torch"
+        )
     file.seek(info.header_offset)
     local = file.read(30)
     begin = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
@@ -261,7 +301,10 @@ def _read(file: BinaryIO, info: zipfile.ZipInfo | None, places: dict[str, tuple[
         return b""
     offset, count = places[info.filename]
     if count > _MAX_PICKLE:
-        raise _Damaged(f"{short(info.filename)} would take {count:,} bytes, and what it says of weights takes at most {_MAX_PICKLE:,}")
+        raise _Damaged(
+            f"{short(info.filename)} would take {count:,} bytes, and what it says of weights takes at most "
+            f"{_MAX_PICKLE:,}"
+        )
     file.seek(offset)
     content = file.read(count)
     if zlib.crc32(content) != info.CRC:
@@ -269,7 +312,8 @@ def _read(file: BinaryIO, info: zipfile.ZipInfo | None, places: dict[str, tuple[
     return content
 
 
-# --- The pickle ----------------------------------------------------------------------------------------------------------------------------
+# --- The pickle
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 class _Name(NamedTuple):
@@ -306,7 +350,17 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": _Inert}
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING"),
+    *(
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    ),
 }
 _GET, _PUT = {"BINGET", "LONG_BINGET"}, {"BINPUT", "LONG_BINPUT"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -319,7 +373,8 @@ def _follow(pickle: bytes) -> Any:
     except (_Damaged, _Foreign):
         raise
     except Exception as error:
-        # Instructions that make no sense bring whatever Python has for them; none of them does anything but move what is in lists.
+        # Instructions that make no sense bring whatever Python has for them; none of them does anything but move what
+        # is in lists.
         raise _Damaged(f"its list of tensors is damaged ({reason(error)})") from error
 
 
@@ -334,7 +389,9 @@ class _Program:
     def follow(self, pickle: bytes) -> Any:
         for number, (instruction, argument, _) in enumerate(pickletools.genops(pickle)):
             if number > _MOST_INSTRUCTIONS:
-                raise _Damaged(f"its list of tensors has more than {_MOST_INSTRUCTIONS:,} instructions, which no checkpoint's has")
+                raise _Damaged(
+                    f"its list of tensors has more than {_MOST_INSTRUCTIONS:,} instructions, which no checkpoint's has"
+                )
             self.step(instruction.name, argument)
         return self.stack[-1]
 
@@ -430,12 +487,22 @@ def _call(function: Any, arguments: Any) -> Any:
     return _CALLS[path](*arguments) if path in _CALLS else _Inert()
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, metadata: Any = None) -> Any:
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Any:
     # Conjugate or negative numbers are stored as they are not.
     return _Unreadable("conjugate or negative") if metadata else _Tensor(storage, offset, size, stride, storage.dtype)
 
 
-def _tensor_of(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None) -> Any:
+def _tensor_of(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> Any:
     tensor = _tensor(storage, offset, size, stride, metadata=metadata)
     return tensor._replace(dtype=dtype.path.removeprefix("torch.")) if isinstance(tensor, _Tensor) else tensor
 
@@ -482,7 +549,11 @@ def _placed(path: Path, archive: _Archive, name: str, value: _Tensor | _Unreadab
         or not isinstance(stride, tuple)
         or len(stride) != len(sizes)
     ):
-        raise _unreadable(path, name, f"cannot have the shape {short(size)} and the strides {short(stride)} in {short(storage.count)} numbers")
+        raise _unreadable(
+            path,
+            name,
+            f"cannot have the shape {short(size)} and the strides {short(stride)} in {short(storage.count)} numbers",
+        )
     count = prod(sizes)
     if storage.count * stored.itemsize != nbytes or (offset + count) * dtype.itemsize > nbytes:
         raise _unreadable(path, name, f"of shape {short(list(sizes))} cannot lie in {nbytes:,} bytes")
@@ -499,4 +570,7 @@ _DTYPE_NAMES = {f"torch.{name}" for name, value in vars(torch).items() if isinst
 
 
 def _unreadable(path: Path, name: str, why: str) -> ValueError:
-    return ValueError(f"{short(path, 400)}: {short(name)} {why}, so it cannot be read in place. Save it again with torch.save, or use safetensors.")
+    return ValueError(
+        f"{short(path, 400)}: {short(name)} {why}, so it cannot be read in place. Save it again with torch.save, or "
+        "use safetensors."
+    )

@@ -16,4 +16,6 @@ def read_any_header(file: Path) -> dict[str, StoredTensor]:
     ending = file.suffix.lower()
     if ending == ".gguf":
         return read_gguf_header(file)
-    return read_pickle_header(file) if ending in (".pt", ".pth", ".ckpt", ".bin") else read_blocks(read_header(file), file)
+    return (
+        read_pickle_header(file) if ending in (".pt", ".pth", ".ckpt", ".bin") else read_blocks(read_header(file), file)
+    )

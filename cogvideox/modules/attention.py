@@ -14,7 +14,8 @@ from ..words import short
 
 #: Those that also take fp32.
 _FP32 = ("auto", "sdpa", "xformers")
-#: Choice -> the package it needs, the lowest version of it that diffusers' dispatch can call, and the CUDA compute capabilities it runs on.
+#: Choice -> the package it needs, the lowest version of it that diffusers' dispatch can call, and the CUDA compute
+#: capabilities it runs on.
 _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool]]] = {
     "cudnn": (None, None, lambda capability: capability >= (8, 0)),
     "flash": ("flash_attn", "2.6.3", lambda capability: capability >= (8, 0)),
@@ -41,14 +42,18 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
     there = ", ".join(available(device))
     if choice not in BACKENDS:
         raise ValueError(
-            f"The attention is {short(repr(choice))}, which is not known here, so it cannot be used. Choose one of those there are: {there}."
+            f"The attention is {short(repr(choice))}, which is not known here, so it cannot be used. Choose one of "
+            f"those there are: {there}."
         )
     missing = _missing(choice, device)
     if missing:
-        raise ValueError(f"The attention {choice} will not run here: {missing}. Choose one of those that will: {there}.")
+        raise ValueError(
+            f"The attention {choice} will not run here: {missing}. Choose one of those that will: {there}."
+        )
     if dtype == torch.float32 and choice not in _FP32:
         raise ValueError(
-            f"The attention {choice} computes in 16 bits only, and the model runs in fp32. Choose sdpa, or in the loader a dtype of 16 bits."
+            f"The attention {choice} computes in 16 bits only, and the model runs in fp32. Choose sdpa, or in the "
+            "loader a dtype of 16 bits."
         )
 
 

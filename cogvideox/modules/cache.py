@@ -1,18 +1,22 @@
-"""Step caching: what changes little from one step to the next is not computed again. Faster, and another video than without.
+"""Step caching: what changes little from one step to the next is not computed again. Faster, and another video than
+without.
 
-The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals, each method for others,
-whose effect on a run is not known before; here every method is told how large a share of its work it is to save, and where.
+The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals,
+each method for others, whose effect on a run is not known before; here every method is told how large a share of its
+work it is to save, and where.
 
-``first_block`` (https://github.com/chengzeyi/ParaAttention) runs the first block; where its change is close to that of the last full evaluation,
-    it reuses the change that all other blocks made then.
-``taylorseer`` (https://huggingface.co/papers/2503.06923) runs nothing at all, and extrapolates the transformer's output from the last full
-    evaluations: diffusers' "lite" variant, as the one that keeps every layer's output takes 46 GB at full size.
-``pab``, pyramid attention broadcast (https://huggingface.co/papers/2408.12588), reuses each block's attention; the feed-forwards run.
-``faster_cache`` (https://huggingface.co/papers/2410.19355) extrapolates each block's attention from its last two, and the unconditional half of a
-    guided batch from the conditional one.
+``first_block`` (https://github.com/chengzeyi/ParaAttention) runs the first block; where its change is close to that of
+    the last full evaluation, it reuses the change that all other blocks made then.
+``taylorseer`` (https://huggingface.co/papers/2503.06923) runs nothing at all, and extrapolates the transformer's output
+    from the last full evaluations: diffusers' "lite" variant, as the one that keeps every layer's output takes 46 GB at
+    full size.
+``pab``, pyramid attention broadcast (https://huggingface.co/papers/2408.12588), reuses each block's attention; the
+feed-forwards run. ``faster_cache`` (https://huggingface.co/papers/2410.19355) extrapolates each block's attention from
+its last two, and the unconditional half of a guided batch from the conditional one.
 
-Not offered: MagCache needs ratios measured on the model itself, and none are published for CogVideoX-1.5. SeaCache came after the oldest diffusers
-that is supported. cache-dit counts steps by itself, so that one that is done again would shift all that follow, and does not go with offloading.
+Not offered: MagCache needs ratios measured on the model itself, and none are published for CogVideoX-1.5. SeaCache came
+after the oldest diffusers that is supported. cache-dit counts steps by itself, so that one that is done again would
+shift all that follow, and does not go with offloading.
 """
 
 import math
@@ -32,13 +36,16 @@ from ..modules import internals
 #: What is reused of each block, in words.
 _PARTS = {"first_block": "", "taylorseer": "", "pab": "the attention of ", "faster_cache": "the attention of "}
 _NAMES = {"first_block": "FirstBlockCache", "taylorseer": "TaylorSeer", "pab": "PAB", "faster_cache": "FasterCache"}
-#: ``first_block``: the threshold of change that a run begins with. It follows the strength from there, so this moves a few steps at most.
+#: ``first_block``: the threshold of change that a run begins with. It follows the strength from there, so this moves a
+#: few steps at most.
 _FIRST_THRESHOLD = 0.08
-#: How fast it follows: its logarithm moves so far for every step that was to be skipped and was not, or the other way round. The number of skipped
-#: steps is off by the logarithm of how far the threshold has come since the beginning, over this.
+#: How fast it follows: its logarithm moves so far for every step that was to be skipped and was not, or the other way
+#: round. The number of skipped steps is off by the logarithm of how far the threshold has come since the beginning,
+#: over this.
 _GAIN = 1.5
-#: ``faster_cache``: how far attention is extrapolated, and from where to where in the noise schedule, and by how much, the differences between the
-#: two halves grow with each step: as diffusers documents it for CogVideoX, and as in the paper.
+#: ``faster_cache``: how far attention is extrapolated, and from where to where in the noise schedule, and by how much,
+#: the differences between the two halves grow with each step: as diffusers documents it for CogVideoX, and as in the
+#: paper.
 _EXTRAPOLATION = 0.3
 _LOW_FREQUENCIES, _HIGH_FREQUENCIES, _ALPHA = (99, 641), (-1, 301), 1.1
 #: What is put on modules while a cache is attached, and how it was before is restored.
@@ -51,9 +58,11 @@ class Cache:
 
     Attributes:
         method: one of ``choices.CACHES``.
-        strength: 0..1, the share of the evaluations that are to be skipped among those the method can skip between ``start`` and ``end``: whole
-            blocks, or with ``pab`` and ``faster_cache`` blocks' attention. 0 changes nothing.
-        start, end: 0..1, shares of the run's steps between which it may skip; outside them every step is evaluated in full.
+        strength: 0..1, the share of the evaluations that are to be skipped among those the method can skip between
+            ``start`` and ``end``: whole blocks, or with ``pab`` and ``faster_cache`` blocks' attention. 0 changes
+            nothing.
+        start, end: 0..1, shares of the run's steps between which it may skip; outside them every step is evaluated in
+            full.
     """
 
     method: str = CACHES[0]
@@ -69,9 +78,14 @@ class Cache:
         for name in ("strength", "start", "end"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"The cache's {name} is {value}, but it is a share between 0 and 1. Set it to one; 0 for strength changes nothing.")
+                raise ValueError(
+                    f"The cache's {name} is {value}, but it is a share between 0 and 1. Set it to one; 0 for strength "
+                    "changes nothing."
+                )
         if self.start > self.end:
-            raise ValueError(f"The cache's start is {self.start} and its end {self.end}, so it would never act. Set start below end.")
+            raise ValueError(
+                f"The cache's start is {self.start} and its end {self.end}, so it would never act. Set start below end."
+            )
 
     @property
     def name(self) -> str:
@@ -82,8 +96,8 @@ class Cache:
         if self.strength == 0:
             return f"{self.name}: strength 0, nothing is skipped"
         return (
-            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} and {self.end:.0%} of the "
-            "steps are to be skipped; the sampler says how many were"
+            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} "
+            f"and {self.end:.0%} of the steps are to be skipped; the sampler says how many were"
         )
 
     def nbytes(self, config: Mapping, shape: Sequence[int], copies: int, tokens: int, itemsize: int) -> int:
@@ -100,24 +114,33 @@ class Cache:
             return 0
         _, _, length, height, width = shape
         frames, patch = length // (config["patch_size_t"] or 1), config["patch_size"]
-        stream = (frames * height * width // patch**2 + tokens) * config["num_attention_heads"] * config["attention_head_dim"] * itemsize * copies
+        stream = (
+            (frames * height * width // patch**2 + tokens)
+            * config["num_attention_heads"]
+            * config["attention_head_dim"]
+            * itemsize
+            * copies
+        )
         if self.method == "taylorseer":
             # The output and its slope.
             return 2 * copies * config["out_channels"] * length * height * width * torch.float32.itemsize
-        # The first block's output and change and what the others added, new beside old for a moment. Or of every layer the last result; of the last
-        # two where they are extrapolated, of both halves, as those of the conditional one are views.
+        # The first block's output and change and what the others added, new beside old for a moment. Or of every layer
+        # the last result; of the last two where they are extrapolated, of both halves, as those of the conditional one
+        # are views.
         held = {"first_block": 4, "pab": config["num_layers"], "faster_cache": 2 * config["num_layers"]}
         return stream * held[self.method]
 
 
 class CacheRun:
-    """One run's cache: ``attached`` to the transformer, told of each step as it begins, and asked for a report at the end.
+    """One run's cache: ``attached`` to the transformer, told of each step as it begins, and asked for a report at the
+    end.
 
     A step that is done again, or in another module, begins with nothing cached, and is evaluated in full.
 
     Attributes:
-        ran, total: block evaluations (or with ``pab`` and ``faster_cache`` those of attention) that ran, and that there would have been without a
-            cache, by step: counted where they happen, of a step that was repeated the last time.
+        ran, total: block evaluations (or with ``pab`` and ``faster_cache`` those of attention) that ran, and that there
+            would have been without a cache, by step: counted where they happen, of a step that was repeated the last
+            time.
     """
 
     def __init__(self, cache: Cache, timesteps: Sequence[float]):
@@ -211,7 +234,8 @@ class CacheRun:
             internals.steer(self._hooks, "disable_cache_before_step", -1 if self._skips else sys.maxsize)
 
     def _attach(self) -> None:
-        """Put diffusers' hooks on the module, unless it is about to take off others that must come after them: then at the next step."""
+        """Put diffusers' hooks on the module, unless it is about to take off others that must come after them: then at
+        the next step."""
         module = self._module
         if internals.notes_offload_order(module):
             return
@@ -226,7 +250,8 @@ class CacheRun:
         self._hooks = internals.stateful_hooks(module)
 
     def _config(self):
-        """diffusers' config of the method, as ``begin`` steers it: where a method asks for the timestep, it is told whether to skip."""
+        """diffusers' config of the method, as ``begin`` steers it: where a method asks for the timestep, it is told
+        whether to skip."""
         from diffusers import hooks
 
         skips = dict(current_timestep_callback=lambda: 1 if self._skips else 3)
@@ -235,7 +260,10 @@ class CacheRun:
         if self._cache.method == "taylorseer":
             # The pattern that only the transformer's own name matches.
             return hooks.TaylorSeerCacheConfig(
-                cache_interval=sys.maxsize, disable_cache_before_step=sys.maxsize, cache_identifiers=[""], taylor_factors_dtype=torch.float32
+                cache_interval=sys.maxsize,
+                disable_cache_before_step=sys.maxsize,
+                cache_identifiers=[""],
+                taylor_factors_dtype=torch.float32,
             )
         if self._cache.method == "pab":
             return hooks.PyramidAttentionBroadcastConfig(

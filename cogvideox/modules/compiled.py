@@ -1,7 +1,10 @@
-"""Regional ``torch.compile``: the transformer's blocks are alike, so one of them is compiled and all run so, within the dtype's rounding as before.
+"""Regional ``torch.compile``: the transformer's blocks are alike, so one of them is compiled and all run so, within the
+dtype's rounding as before.
 
-Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code belongs to the class of the
-blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA, while the module is left as it was.
+Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code
+belongs to the class of the
+blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA, while the module is left as
+it was.
 """
 
 import logging
@@ -22,7 +25,8 @@ from .range_safe import is_range_safe, norm_exponent
 logger = logging.getLogger(__name__)
 
 _BACKEND = "inductor"
-#: Versions of the block's code that torch may keep: of every size, dtype and kind of layer one. At its own limit of 8 it would stop to compile.
+#: Versions of the block's code that torch may keep: of every size, dtype and kind of layer one. At its own limit of 8
+#: it would stop to compile.
 _VERSIONS = 64
 
 
@@ -31,8 +35,8 @@ class Compiled:
     """How the blocks are compiled.
 
     Attributes:
-        mode: one of ``choices.COMPILE_MODES``, as ``torch.compile`` has it. Those with CUDA graphs are left out: they keep a second copy of the
-            activations, and the memory plan does not know of it.
+        mode: one of ``choices.COMPILE_MODES``, as ``torch.compile`` has it. Those with CUDA graphs are left out: they
+            keep a second copy of the activations, and the memory plan does not know of it.
         dynamic: compile once for all sizes, to slightly slower code; otherwise anew for each size and length.
     """
 
@@ -59,8 +63,8 @@ def missing_compiler(device: torch.device) -> str | None:
     elif device.type in ("cuda", "xpu"):
         if internals.lacks_triton():
             return (
-                "triton is not installed or does not work with this card, and torch needs it (it comes with torch on Linux; on Windows install "
-                "triton-windows in ComfyUI's Python)"
+                "triton is not installed or does not work with this card, and torch needs it (it comes with torch on "
+                "Linux; on Windows install triton-windows in ComfyUI's Python)"
             )
     elif device.type != "mps":
         return f"torch cannot compile for {device}"
@@ -85,13 +89,16 @@ class CompileRun:
 
     @contextmanager
     def attached(self, module: nn.Module) -> Iterator[None]:
-        """Have the blocks of ``module`` run compiled for the length of a ``with`` block. Afterwards nothing of it is left on the module."""
+        """Have the blocks of ``module`` run compiled for the length of a ``with`` block. Afterwards nothing of it is
+        left on the module."""
         if self._given_up:
             yield
             return
         if offloads_layers(module):
             self._tell(
-                "The model runs without compiling: its layers are brought to the card one by one, within what would be compiled.", logging.WARNING
+                "The model runs without compiling: its layers are brought to the card one by one, within what would "
+                "be compiled.",
+                logging.WARNING,
             )
             yield
             return
@@ -114,7 +121,11 @@ class CompileRun:
         """Step ``index`` is about to be run, or run again."""
         if self._announced:
             self._announced = False
-            self._tell(f"Compiled in {self._seconds:.0f} s. The next run of this size starts at once, as long as the program runs.", logging.INFO)
+            self._tell(
+                f"Compiled in {self._seconds:.0f} s. The next run of this size starts at once, as long as the program "
+                "runs.",
+                logging.INFO,
+            )
             self._seconds = 0.0
 
     def _run(self, block: nn.Module, *args, **kwargs) -> Any:
@@ -123,7 +134,8 @@ class CompileRun:
         if self._given_up or internals.is_watched(block):
             return forward(block, *args, **kwargs)
         if "hidden_states" in kwargs:
-            # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with any stride.
+            # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with
+            # any stride.
             for name in ("hidden_states", "encoder_hidden_states"):
                 given = kwargs[name].contiguous()
                 kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1))
@@ -144,7 +156,11 @@ class CompileRun:
             self._began = time.perf_counter()
             if not self._announced:
                 self._announced = True
-                self._tell("Compiling the transformer's block for this size. This step takes longer, often by a minute or two.", logging.INFO)
+                self._tell(
+                    "Compiling the transformer's block for this size. This step takes longer, often by a minute or "
+                    "two.",
+                    logging.INFO,
+                )
         self._depth += 1
 
     def _on_end(self, *_) -> None:
@@ -161,4 +177,9 @@ def _compile(forward: Callable, compiled: Compiled, backend: str) -> Callable:
 
 def offloads_layers(module: nn.Module) -> bool:
     """Whether diffusers' hooks bring the layers within a block to the device one by one."""
-    return any(internals.is_hooked(child) for block in module.transformer_blocks for child in block.children() for child in child.modules())
+    return any(
+        internals.is_hooked(child)
+        for block in module.transformer_blocks
+        for child in block.children()
+        for child in child.modules()
+    )

@@ -1,7 +1,8 @@
 """Private attributes of diffusers, transformers and torch: each is named here and nowhere else.
 
-What is private may be renamed in any release. A test asserts that each of ``NAMES`` is there, so that the job with the newest versions fails with the
-name; and what is set on a hook has to be there already (``steer``), as a field that no hook reads would silently do nothing.
+What is private may be renamed in any release. A test asserts that each of ``NAMES`` is there, so that the job with the
+newest versions fails with the name; and what is set on a hook has to be there already (``steer``), as a field that no
+hook reads would silently do nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import nn
 
 #: Where diffusers keeps a module's hooks, and what ``enable_cache`` notes on it.
 HOOKS, CACHE_CONFIG = "_diffusers_hook", "_cache_config"
-#: diffusers' hook that notes, in the first forward, in which order offloaded layers run, and takes itself off hooks that then must be the last.
+#: diffusers' hook that notes, in the first forward, in which order offloaded layers run, and takes itself off hooks
+#: that then must be the last.
 _NOTES_ORDER = "lazy_prefetch_group_offloading"
 #: Every private name that is relied on: (module, attribute path).
 NAMES: tuple[tuple[str, str], ...] = (
@@ -48,7 +50,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def notes_offload_order(module: nn.Module) -> bool:
-    """Whether a hook waits for the module's first forward to note in which order offloaded layers run: no hook may be put on top of it."""
+    """Whether a hook waits for the module's first forward to note in which order offloaded layers run: no hook may be
+    put on top of it."""
     registry = hook_registry(module)
     return registry is not None and registry.get_hook(_NOTES_ORDER) is not None
 
@@ -75,7 +78,9 @@ def steer(hooks: Sequence[Any], field: str, value: Any) -> None:
     found = [hook for hook in hooks if hasattr(hook, field)]
     if not found:
         kinds = ", ".join(sorted({type(hook).__name__ for hook in hooks})) or "no hooks"
-        raise AttributeError(f"None of diffusers' hooks ({kinds}) has the field {field}: this version of diffusers calls it otherwise.")
+        raise AttributeError(
+            f"None of diffusers' hooks ({kinds}) has the field {field}: this version of diffusers calls it otherwise."
+        )
     for hook in found:
         setattr(hook, field, value)
 
@@ -102,7 +107,8 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def call_forward_hooks(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
-    """Call a module's forward hooks, as calling it would, where it runs in another way; what they return is copied into ``output``."""
+    """Call a module's forward hooks, as calling it would, where it runs in another way; what they return is copied into
+    ``output``."""
     for number, hook in module._forward_hooks.items():
         arguments = ((given,), {}) if number in module._forward_hooks_with_kwargs else ((given,),)
         changed = hook(module, *arguments, output)
@@ -172,7 +178,8 @@ def compiler_error() -> type[Exception]:
 
 
 def kept_in_fp32(module: nn.Module) -> Sequence[str]:
-    """The modules that transformers itself keeps in float32 when a model runs in float16 (T5's ``wo``, which overflows there)."""
+    """The modules that transformers itself keeps in float32 when a model runs in float16 (T5's ``wo``, which overflows
+    there)."""
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
 
 

@@ -1,9 +1,11 @@
-"""diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same arithmetic, without the copies.
+"""diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same arithmetic,
+without the copies.
 
-``CogVideoXBlock`` holds text and video apart, and joins them for the attention and again for the feed-forward; its rotary positions take ten passes
-over queries and keys. Here the stream stays joined and what a block makes is worked on in place, each number by the same operations in the same
-order: the result is equal bit for bit on a CPU, and up to rounding on a card. Modules are called as diffusers calls them, so that hooks on
-them (LoRAs, offloading, caches) work.
+``CogVideoXBlock`` holds text and video apart, and joins them for the attention and again for the feed-forward; its
+rotary positions take ten passes over queries and keys. Here the stream stays joined and what a block makes is worked on
+in place, each number by the same operations in the same
+order: the result is equal bit for bit on a CPU, and up to rounding on a card. Modules are called as diffusers calls
+them, so that hooks on them (LoRAs, offloading, caches) work.
 """
 
 import types
@@ -17,7 +19,8 @@ from ..modules import internals
 
 
 def join(module: nn.Module) -> nn.Module:
-    """Have a ``CogVideoXTransformer3DModel``, or one that was made range-safe, run with its stream joined; returns it."""
+    """Have a ``CogVideoXTransformer3DModel``, or one that was made range-safe, run with its stream joined; returns
+    it."""
     from diffusers.models.activations import GELU
 
     for block in module.transformer_blocks:
@@ -34,9 +37,10 @@ def join(module: nn.Module) -> nn.Module:
 class JointAttention:
     """An attention processor as ``CogVideoXAttnProcessor2_0``, through diffusers' dispatch.
 
-    Takes ``hidden_states [B, video tokens, C]`` and ``encoder_hidden_states [B, text tokens, C]``, which need no copy if they lie side by side in one
-    tensor, and returns the same pair, side by side. Queries, keys and values are three products: one with their weights in a row, of the same
-    numbers, took 0.96 to 1.08 of the time on two CPU cores, at widths of 512 and 3072.
+    Takes ``hidden_states [B, video tokens, C]`` and ``encoder_hidden_states [B, text tokens, C]``, which need no copy
+    if they lie side by side in one tensor, and returns the same pair, side by side. Queries, keys and values are three
+    products: one with their weights in a row, of the same numbers, took 0.96 to 1.08 of the time on two CPU cores, at
+    widths of 512 and 3072.
     """
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
@@ -62,8 +66,8 @@ class JointAttention:
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned, in fp32, by the angles of diffusers' tables
-    ``[tokens, channels]``, which hold each angle twice."""
+    """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned, in fp32, by the
+    angles of diffusers' tables ``[tokens, channels]``, which hold each angle twice."""
     wide = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # Compilers know no complex numbers, and make one pass of this.
@@ -99,7 +103,8 @@ def project_once(module: nn.Module) -> Iterator[None]:
 
 
 def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """``[B, text tokens, C]`` and ``[B, video tokens, C]`` as ``[B, tokens, C]``: a view where they are neighbours in one tensor, else a copy."""
+    """``[B, text tokens, C]`` and ``[B, video tokens, C]`` as ``[B, tokens, C]``: a view where they are neighbours in
+    one tensor, else a copy."""
     # What is compiled is joined by the compiler.
     neighbours = not torch.compiler.is_compiling() and (
         text.stride() == video.stride()
@@ -118,7 +123,10 @@ def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=No
     stream = side_by_side(encoder_hidden_states, hidden_states)
     video_part, text_part, gate, text_gate = self.norm1(stream[:, text:], stream[:, :text], temb)
     video_part, text_part = self.attn1(
-        hidden_states=video_part, encoder_hidden_states=text_part, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
+        hidden_states=video_part,
+        encoder_hidden_states=text_part,
+        image_rotary_emb=image_rotary_emb,
+        **(attention_kwargs or {}),
     )
     # What a hook of diffusers gives may be what it keeps for the next step, and must stay as it is.
     own = not internals.is_hooked(self.attn1)
@@ -129,7 +137,8 @@ def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=No
 
 
 def _gated(stream, change, gate, text_gate, text, own):
-    """``stream + gate * change``, in the place of ``change`` if it is the block's own, as nobody needs it afterwards."""
+    """``stream + gate * change``, in the place of ``change`` if it is the block's own, as nobody needs it
+    afterwards."""
     change = change if own else change.clone()
     change[:, text:].mul_(gate)
     change[:, :text].mul_(text_gate)
@@ -142,7 +151,8 @@ def _gelu(self, projected):
 
 
 def _modulate(self, hidden_states, encoder_hidden_states, temb):
-    """Stands in for ``CogVideoXLayerNormZero.forward``: one norm over the joined stream, scaled and shifted in place."""
+    """Stands in for ``CogVideoXLayerNormZero.forward``: one norm over the joined stream, scaled and shifted in
+    place."""
     text = encoder_hidden_states.shape[1]
     shift, scale, gate, text_shift, text_scale, text_gate = self.linear(self.silu(temb))[:, None].chunk(6, dim=-1)
     normed = self.norm(side_by_side(encoder_hidden_states, hidden_states))

@@ -1,7 +1,8 @@
-"""Weights that stay packed in memory (fp8, int8, GGUF): widened for each product, or multiplied as they are by activations that are packed too.
+"""Weights that stay packed in memory (fp8, int8, GGUF): widened for each product, or multiplied as they are by
+activations that are packed too.
 
-The tensors of a packed weight are reached by calling its module only: that is what diffusers' group offloading waits for to bring them to the
-device.
+The tensors of a packed weight are reached by calling its module only: that is what diffusers' group offloading waits
+for to bring them to the device.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from torch import nn
 from ..modules import internals
 from ..words import short
 
-#: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that negation is exact.
+#: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that
+#: negation is exact.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 #: The least scale: a row or token of zeros has it.
 _LEAST_SCALE = 2.0**-100
-#: Tokens that are quantized and multiplied at once: their sums, of 4 bytes each, are larger than what goes in and comes out.
+#: Tokens that are quantized and multiplied at once: their sums, of 4 bytes each, are larger than what goes in and comes
+#: out.
 _TOKENS = 4096
 #: Products of two int8 whose sum is below 2^24.
 _EXACT = 1024
@@ -27,7 +30,8 @@ _LEAST_ROWS = 32
 
 
 class PackedWeight(nn.Module):
-    """A weight ``[out, in]`` in fp8 or int8, or in blocks of one of GGUF's quantizations. Called, it gives the weight in a wider dtype.
+    """A weight ``[out, in]`` in fp8 or int8, or in blocks of one of GGUF's quantizations. Called, it gives the weight
+    in a wider dtype.
 
     Args:
         data: fp8 or int8 ``[out, in]``, or GGUF's bytes ``[out, bytes]``.
@@ -36,10 +40,18 @@ class PackedWeight(nn.Module):
         shape: of the weight, where ``data`` holds blocks ``[blocks, bytes]`` because its rows are no whole blocks.
     """
 
-    def __init__(self, data: torch.Tensor, scale: torch.Tensor | None = None, quantization: int | None = None, shape: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        data: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        quantization: int | None = None,
+        shape: tuple[int, ...] | None = None,
+    ):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
-        self.register_buffer("scale", None if scale is None else scale.float().reshape(-1, 1).to(data.device), persistent=False)
+        self.register_buffer(
+            "scale", None if scale is None else scale.float().reshape(-1, 1).to(data.device), persistent=False
+        )
         self.quantization, self.shape = quantization, shape
 
     def forward(self, dtype: torch.dtype, factor: float | None = None) -> torch.Tensor:
@@ -62,13 +74,16 @@ class PackedWeight(nn.Module):
 
 
 class DynamicWeight(nn.Module):
-    """A weight ``[out, in]`` in int8 or fp8 (e4m3fn) that is multiplied as it is. Called with activations, it gives the product.
+    """A weight ``[out, in]`` in int8 or fp8 (e4m3fn) that is multiplied as it is. Called with activations, it gives the
+    product.
 
-    Each token is divided by its largest magnitude over the largest number of the dtype, and rounded; the products are added up in int32 or fp32,
-    and multiplied by the scales of token and row in fp32. These are torch's own kernels, the ones torchao calls.
+    Each token is divided by its largest magnitude over the largest number of the dtype, and rounded; the products are
+    added up in int32 or fp32, and multiplied by the scales of token and row in fp32. These are torch's own kernels, the
+    ones torchao calls.
 
-    Nothing overflows that is finite in fp32: a sum over n channels stays below 127^2 n < 2^31 for n < 133,000 (the models have 12,288), or below
-    448^2 n < 2^128. Inf and NaN go into a token's scale, and so come out in all of its outputs, for the sentinel to see.
+    Nothing overflows that is finite in fp32: a sum over n channels stays below 127^2 n < 2^31 for n < 133,000 (the
+    models have 12,288), or below 448^2 n < 2^128. Inf and NaN go into a token's scale, and so come out in all of its
+    outputs, for the sentinel to see.
 
     Args:
         data: int8 or fp8 ``[out, in]``; both a multiple of 16, as the kernels want them.
@@ -80,11 +95,16 @@ class DynamicWeight(nn.Module):
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_buffer("scale", scale.reshape(-1, 1), persistent=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, token_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]`` in the dtype of ``x``; in fp32 where ``x`` was scaled by a ``token_scale`` ``[..., 1]`` before."""
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, token_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[..., in]`` -> ``[..., out]`` in the dtype of ``x``; in fp32 where ``x`` was scaled by a ``token_scale``
+        ``[..., 1]`` before."""
         rows = x.reshape(-1, x.shape[-1])
         scales = None if token_scale is None else token_scale.reshape(-1, 1)
-        result = torch.empty(len(rows), len(self.data), dtype=x.dtype if scales is None else torch.float32, device=x.device)
+        result = torch.empty(
+            len(rows), len(self.data), dtype=x.dtype if scales is None else torch.float32, device=x.device
+        )
         row_scale, bias = self.scale.flatten(), None if bias is None else bias.float()
         # In equal pieces: a last one of a few tokens would waste a kernel.
         step = -(-len(rows) // max(1, -(-len(rows) // _TOKENS)))
@@ -100,12 +120,15 @@ class DynamicWeight(nn.Module):
     def _sums(self, tokens: torch.Tensor) -> torch.Tensor:
         """The matrix product, int32 or fp32."""
         if self.data.dtype == torch.int8 and tokens.device.type == "cpu":
-            # torch's own is a plain loop there, twenty times slower than this. Sums of so few products are exact in fp32, too: below 2^24.
+            # torch's own is a plain loop there, twenty times slower than this. Sums of so few products are exact in
+            # fp32, too: below 2^24.
             pieces = zip(*(x.float().split(_EXACT, dim=1) for x in (tokens, self.data)), strict=True)
             return sum(some @ weights.t() for some, weights in pieces)
         if self.data.dtype == torch.int8:
             more = _LEAST_ROWS - len(tokens)
-            return internals.multiply_int8(tokens if more <= 0 else F.pad(tokens, (0, 0, 0, more)), self.data.t())[: len(tokens)]
+            return internals.multiply_int8(tokens if more <= 0 else F.pad(tokens, (0, 0, 0, more)), self.data.t())[
+                : len(tokens)
+            ]
         return internals.multiply_fp8(tokens, self.data.t())
 
     def extra_repr(self) -> str:
@@ -113,10 +136,12 @@ class DynamicWeight(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A Linear that keeps its weight packed, computing in the dtype of what it is given: ``[..., in]`` -> ``[..., out]``.
+    """A Linear that keeps its weight packed, computing in the dtype of what it is given: ``[..., in]`` -> ``[...,
+    out]``.
 
-    What it gives is what a Linear with the widened weight gives, bit for bit, unless the activations are packed too. Unlike diffusers' layerwise
-    casting it leaves the bias in the dtype it is stored in, and knows scales. ``weight`` is None: T5 casts activations to its dtype.
+    What it gives is what a Linear with the widened weight gives, bit for bit, unless the activations are packed too.
+    Unlike diffusers' layerwise casting it leaves the bias in the dtype it is stored in, and knows scales. ``weight`` is
+    None: T5 casts activations to its dtype.
     """
 
     weight = None
@@ -142,15 +167,21 @@ class PackedLinear(nn.Module):
 def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows in ``dtype`` (a key of ``LARGEST``), and the fp32 scales ``[rows, 1]`` that undo it.
 
-    int8: no number is off by more than half its scale. fp8: by no more than 2^-4 of itself or 2^-10 of the scale. Inf and NaN are in the scales.
+    int8: no number is off by more than half its scale. fp8: by no more than 2^-4 of itself or 2^-10 of the scale. Inf
+    and NaN are in the scales.
     """
-    scale = (torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).float() / LARGEST[dtype]).clamp_min_(_LEAST_SCALE)
+    scale = (torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).float() / LARGEST[dtype]).clamp_min_(
+        _LEAST_SCALE
+    )
     quantized = rows / scale
     return (quantized.round_() if dtype == torch.int8 else quantized).to(dtype), scale
 
 
-def in_pieces(weight: torch.Tensor, device: torch.device, columns: torch.Tensor | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; each piece is the receiver's to change."""
+def in_pieces(
+    weight: torch.Tensor, device: torch.device, columns: torch.Tensor | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; each piece is the receiver's to
+    change."""
     # On the host a piece should fit its caches.
     count = max(1, (1 << (18 if device.type == "cpu" else 24)) // weight.shape[1])
     buffer = torch.empty(min(count, len(weight)), weight.shape[1], device=device)
@@ -180,13 +211,14 @@ def check_quantization(quantization: int, name: str, file: Path) -> None:
     if kind not in dequantize_functions:
         known = ", ".join(sorted(known.name for known in dequantize_functions))
         raise ValueError(
-            f"{short(name)} in {short(file, 400)} is quantized as {kind.name}, which diffusers cannot read, so its weights cannot be used. Choose a "
-            f"file in one of {known}."
+            f"{short(name)} in {short(file, 400)} is quantized as {kind.name}, which diffusers cannot read, so its "
+            f"weights cannot be used. Choose a file in one of {known}."
         )
 
 
 def dequantize(data: torch.Tensor, quantization: int) -> torch.Tensor:
-    """GGUF's bytes ``[rows, bytes]`` -> numbers ``[rows, columns]``, by diffusers' kernels; ``check_quantization`` says whether it has one."""
+    """GGUF's bytes ``[rows, bytes]`` -> numbers ``[rows, columns]``, by diffusers' kernels; ``check_quantization`` says
+    whether it has one."""
     from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
     from gguf import GGMLQuantizationType
 

@@ -1,18 +1,21 @@
 """Quantizing while loading: int8 and fp8 made of the weights of attention and feed-forward, layer by layer.
 
-Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same. They are 85 % of the
-1.5-5B transformer. Modulation (``norm1.linear``, ``norm2.linear``), embeddings of time, ``ofs``, patches and text, ``norm_out`` and ``proj_out``
+Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same.
+They are 85 % of the 1.5-5B transformer. Modulation (``norm1.linear``, ``norm2.linear``), embeddings of time, ``ofs``,
+patches and text, ``norm_out`` and ``proj_out``
 stay as they load without it, bit for bit: what they are off by goes into every token, or into the video itself.
 
-Weight-only, the weights take a byte each and are widened for each product: what runs is the unmodified module with weights that are rounded.
-Dynamic, the activations are quantized too, token by token, and the product is one of int8 or fp8. T5 is always weight-only: it runs once per
-prompt, and a few of its activations are so large (transformers keeps ``wo`` in fp32 for them) that a token's others would be rounded to zero.
+Weight-only, the weights take a byte each and are widened for each product: what runs is the unmodified module with
+weights that are rounded. Dynamic, the activations are quantized too, token by token, and the product is one of int8 or
+fp8. T5 is always weight-only: it runs once per prompt, and a few of its activations are so large (transformers keeps
+``wo`` in fp32 for them) that a token's others would be rounded to zero.
 
-Why not torchao, which has all four methods: its weights are tensor subclasses. diffusers 0.36, with which this pack still runs, cannot offload
-them by groups; they answer for their bytes as if they were not quantized (0.18: ``nbytes`` of an int8 weight is that of the fp32 one), which
-would make every memory plan wrong, and ComfyUI's room-making too; they are made of a module that is loaded already, which takes the memory that
-quantizing is to save; and they know no range-safe fp16. The packed layers that fp8 files run with (``packed``) have all of that. What is fast in
-torchao's dynamic methods, torch's own ``_int_mm`` and ``_scaled_mm``, is called from there.
+Why not torchao, which has all four methods: its weights are tensor subclasses. diffusers 0.36, with which this pack
+still runs, cannot offload them by groups; they answer for their bytes as if they were not quantized (0.18: ``nbytes``
+of an int8 weight is that of the fp32 one), which would make every memory plan wrong, and ComfyUI's room-making too;
+they are made of a module that is loaded already, which takes the memory that quantizing is to save; and they know no
+range-safe fp16. The packed layers that fp8 files run with (``packed``) have all of that. What is fast in torchao's
+dynamic methods, torch's own ``_int_mm`` and ``_scaled_mm``, is called from there.
 """
 
 import re
@@ -30,7 +33,9 @@ from .range_safe import RangeSafeLinear
 
 LAYERS = {
     "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))\.weight"),
-    "text_encoder": re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))\.weight"),
+    "text_encoder": re.compile(
+        r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))\.weight"
+    ),
 }
 
 
@@ -56,7 +61,10 @@ class Method:
         return DynamicWeight(data, scale) if self.dynamic else PackedWeight(data, scale)
 
 
-METHODS = {name: Method(name, torch.int8 if name.startswith("int8") else torch.float8_e4m3fn, name.endswith("dynamic")) for name in QUANTIZE}
+METHODS = {
+    name: Method(name, torch.int8 if name.startswith("int8") else torch.float8_e4m3fn, name.endswith("dynamic"))
+    for name in QUANTIZE
+}
 
 
 def quantizes(kind: str, name: str, precision: Precision) -> bool:
@@ -111,22 +119,31 @@ class Quantizer:
             sums[0] += _squares(rows.sub_(quantized.float().mul_(scale)))
         if not scales.isfinite().all():
             raise ValueError(
-                f"{name} of the {PARTS[self._kind][0]} holds NaN or Inf, so it cannot be quantized, and would turn the video black as it is. The "
-                "file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, lists what is wrong in it)."
+                f"{name} of the {PARTS[self._kind][0]} holds NaN or Inf, so it cannot be quantized, and would turn "
+                "the video black as it is. The file is damaged: download it again (scan_weights in the loader, or "
+                "generate.py --check PATH --scan, lists what is wrong in it)."
             )
         self.losses[name] = Loss(*sums.tolist())
         return self.method.pack(data, scales)
 
 
 def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> None:
-    """Give a transformer on the meta device, range-safe already if it is to be, the layers that it will run with: for what they take in memory."""
+    """Give a transformer on the meta device, range-safe already if it is to be, the layers that it will run with: for
+    what they take in memory."""
     for name, layer in list(module.named_modules()):
-        if not isinstance(layer, nn.Linear | RangeSafeLinear) or not quantizes("transformer", f"{name}.weight", precision):
+        if not isinstance(layer, nn.Linear | RangeSafeLinear) or not quantizes(
+            "transformer", f"{name}.weight", precision
+        ):
             continue
         shape, meta = (layer.out_features, layer.in_features), torch.device("meta")
         packed = method.pack(torch.empty(shape, dtype=method.dtype, device=meta), torch.empty(shape[0], 1, device=meta))
         if isinstance(layer, RangeSafeLinear):
-            layer.packed, layer.scaled_weight, layer.widening, layer.row_scale = packed, None, 1.0, packed.scale.flatten()
+            layer.packed, layer.scaled_weight, layer.widening, layer.row_scale = (
+                packed,
+                None,
+                1.0,
+                packed.scale.flatten(),
+            )
         else:
             path, _, leaf = name.rpartition(".")
             small = PackedLinear(layer)

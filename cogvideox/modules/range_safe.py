@@ -1,19 +1,20 @@
 """fp16 that cannot overflow: weights and matrix products in fp16, everything between them in fp32.
 
-For y = W x + b, Hölder's inequality bounds every output, and every partial sum on the way to it, by max|x| times the L1 norm of the row
-of W. So if each stored row has an L1 norm of at most 2^9, and each token of x is scaled to at most 2^6 in magnitude, nothing in the
-product can pass 2^15, half of fp16's largest number, whatever the weights and the activations are. Both scales are powers of two, so
-scaling loses nothing by itself; what remains is fp16's rounding of x and W, at most 2^-11 of each value (bf16: 2^-8), and, below 2^-14,
-2^-25 of the scaled values. Scales of x are one per token and stay on the device; scales of W are fixed when it is loaded, one for the
-matrix or, where rows differ too much for one, one per row. Where columns differ too much (an outlier channel that meets small weights),
-x is scaled by the columns' binades first, so that a token's largest channel is the one that counts most in the result. The result is
+For y = W x + b, Hölder's inequality bounds every output, and every partial sum on the way to it, by max|x| times the L1
+norm of the row of W. So if each stored row has an L1 norm of at most 2^9, and each token of x is scaled to at most 2^6
+in magnitude, nothing in the product can pass 2^15, half of fp16's largest number, whatever the weights and the
+activations are. Both scales are powers of two, so scaling loses nothing by itself; what remains is fp16's rounding of x
+and W, at most 2^-11 of each value (bf16: 2^-8), and, below 2^-14, 2^-25 of the scaled values. Scales of x are one per
+token and stay on the device; scales of W are fixed when it is loaded, one for the matrix or, where rows differ too much
+for one, one per row. Where columns differ too much (an outlier channel that meets small weights), x is scaled by the
+columns' binades first, so that a token's largest channel is the one that counts most in the result. The result is
 scaled back, and the bias added, in fp32.
 
-Attention: q and k come out of LayerNorms, so bounds on their lengths follow from those norms' weights; the softmax's output is a convex
-combination of the values, so v is scaled per channel and scaled back after.
+Attention: q and k come out of LayerNorms, so bounds on their lengths follow from those norms' weights; the softmax's
+output is a convex combination of the values, so v is scaled per channel and scaled back after.
 
-What it holds for: finite x, and finite W whose rows' L1 norms lie within fp32's range (2^128), as far as the result does. Wraps the
-unmodified modules of diffusers (``CogVideoXTransformer3DModel``) and transformers (``T5EncoderModel``).
+What it holds for: finite x, and finite W whose rows' L1 norms lie within fp32's range (2^128), as far as the result
+does. Wraps the unmodified modules of diffusers (``CogVideoXTransformer3DModel``) and transformers (``T5EncoderModel``).
 """
 
 import math
@@ -44,14 +45,17 @@ _FEED_FORWARD_TOKENS = 4096
 class ScaledWeight(nn.Module):
     """A weight ``[rows, columns]`` kept in fp16 with powers of two for its rows: the common ground of the layers below.
 
-    ``load_weight`` fills it. ``weight`` itself is None: T5 casts activations to its dtype, which is the very overflow to be avoided.
+    ``load_weight`` fills it. ``weight`` itself is None: T5 casts activations to its dtype, which is the very overflow
+    to be avoided.
     """
 
     weight = None
 
     def __init__(self, rows: int, columns: int, device: torch.device | str | None = None):
         super().__init__()
-        self.scaled_weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.float16, device=device), requires_grad=False)
+        self.scaled_weight = nn.Parameter(
+            torch.empty(rows, columns, dtype=torch.float16, device=device), requires_grad=False
+        )
         self.register_buffer("row_scale", torch.empty(1, device=device), persistent=False)
 
     def load_weight(self, weight: torch.Tensor, device: torch.device) -> None:
@@ -61,7 +65,8 @@ class ScaledWeight(nn.Module):
 
 
 class RangeSafeLinear(ScaledWeight):
-    """A Linear with fp16 weights that takes and gives fp32 ``[..., in]`` -> ``[..., out]`` and cannot overflow in between.
+    """A Linear with fp16 weights that takes and gives fp32 ``[..., in]`` -> ``[..., out]`` and cannot overflow in
+    between.
 
     The weight is ``row_scale * scaled_weight * column_scale``.
     """
@@ -91,12 +96,13 @@ class RangeSafeLinear(ScaledWeight):
         self.scaled_weight, self.row_scale = _scale_rows(weight, self.column_scale, norms, device)
 
     def load_packed(self, packed: PackedWeight | DynamicWeight) -> None:
-        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is widened; one that is not widened
-        needs none."""
+        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is
+        widened; one that is not widened needs none."""
         if isinstance(packed, DynamicWeight):
             self.packed, self.scaled_weight, self.row_scale = packed, None, None
             return
-        # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to nothing by that in fp16.
+        # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to
+        # nothing by that in fp16.
         norms, _ = _row_norms_and_column_maxima(packed.widen(torch.float32), None, packed.data.device)
         exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
         self.packed, self.scaled_weight, self.widening = packed, None, 2.0**-exponent
@@ -104,7 +110,8 @@ class RangeSafeLinear(ScaledWeight):
         self.row_scale = 2.0**exponent * scale * torch.ones(1, device=packed.data.device)
 
     def forward(self, x: torch.Tensor, token_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale`` ``[..., 1]`` too."""
+        """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale``
+        ``[..., 1]`` too."""
         if isinstance(self.packed, DynamicWeight):
             return self.packed(x, self.bias, token_scale)
         if token_scale is None:
@@ -172,7 +179,9 @@ class RangeSafeAttention:
         key, key_exponent = positioned(attn.to_k, attn.norm_k)
         value = heads(attn.to_v)
         # One scale per channel, over all tokens: a convex combination of the values keeps their bound.
-        value, value_scale = _scale_to(value, torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True), _TOKEN_EXPONENT)
+        value, value_scale = _scale_to(
+            value, torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True), _TOKEN_EXPONENT
+        )
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
         mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, scale=scale, backend=self.backend)
         mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
@@ -182,8 +191,8 @@ class RangeSafeAttention:
 def make_range_safe(module: nn.Module) -> nn.Module:
     """Turn a transformer or T5 encoder, in place, into one that runs range-safe in fp16; takes and gives fp32.
 
-    Its Linears and token embedding become range-safe; all else becomes fp32. On the meta device the weights are left to be filled with
-    ``load_weight``; elsewhere the present ones are taken.
+    Its Linears and token embedding become range-safe; all else becomes fp32. On the meta device the weights are left to
+    be filled with ``load_weight``; elsewhere the present ones are taken.
     """
     # T5's token embedding is one weight under two names, of one module or two: it stays one.
     replaced: dict[int, nn.Module] = {}
@@ -191,7 +200,9 @@ def make_range_safe(module: nn.Module) -> nn.Module:
         if not isinstance(child, nn.Linear | nn.Embedding) or name.endswith("relative_attention_bias"):
             continue
         if id(child.weight) not in replaced:
-            replaced[id(child.weight)] = RangeSafeLinear.like(child) if isinstance(child, nn.Linear) else RangeSafeEmbedding.like(child)
+            replaced[id(child.weight)] = (
+                RangeSafeLinear.like(child) if isinstance(child, nn.Linear) else RangeSafeEmbedding.like(child)
+            )
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, replaced[id(child.weight)])
     for child in module.modules():
@@ -201,7 +212,13 @@ def make_range_safe(module: nn.Module) -> nn.Module:
         }
         for key, tensor in own.items():
             if tensor.is_floating_point() and key != "scaled_weight":
-                setattr(child, key, nn.Parameter(tensor.float(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.float())
+                setattr(
+                    child,
+                    key,
+                    nn.Parameter(tensor.float(), requires_grad=False)
+                    if isinstance(tensor, nn.Parameter)
+                    else tensor.float(),
+                )
     if hasattr(module, "set_attn_processor"):
         module.set_attn_processor(RangeSafeAttention())
         for block in module.transformer_blocks:
@@ -224,10 +241,11 @@ def scale_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def norm_exponent(norm: nn.LayerNorm) -> int:
-    """Binades by which a LayerNorm's output must shrink for its Euclidean length to stay below 2^7: 0 unless its weights are huge.
+    """Binades by which a LayerNorm's output must shrink for its Euclidean length to stay below 2^7: 0 unless its
+    weights are huge.
 
-    A normalised vector of n values has the length sqrt(n) at most, and rotary positions keep it. By Cauchy-Schwarz a product of two such
-    vectors stays below 2^14, whatever dtype a kernel adds it up in.
+    A normalised vector of n values has the length sqrt(n) at most, and rotary positions keep it. By Cauchy-Schwarz a
+    product of two such vectors stays below 2^14, whatever dtype a kernel adds it up in.
     """
     if not hasattr(norm, "range_safe_exponent"):
         weight = norm.weight.abs().max().item() if norm.weight is not None else 1.0
@@ -252,7 +270,8 @@ def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[to
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
-    """int32 e with x < 2^e, and 2^(e-1) <= x where x is normal, for fp32 x >= 0. From its bits: frexp is not to be had on every device."""
+    """int32 e with x < 2^e, and 2^(e-1) <= x where x is normal, for fp32 x >= 0. From its bits: frexp is not to be had
+    on every device."""
     return (x.view(torch.int32) >> 23) - 126
 
 
@@ -261,8 +280,11 @@ def _power(exponents: torch.Tensor) -> torch.Tensor:
     return ((exponents + 127) << 23).view(torch.float32)
 
 
-def _row_norms_and_column_maxima(weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 norms of the rows, on the host, and magnitudes of the columns' largest weights, of a weight whose columns are divided by ``columns``."""
+def _row_norms_and_column_maxima(
+    weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 norms of the rows, on the host, and magnitudes of the columns' largest weights, of a weight whose columns are
+    divided by ``columns``."""
     norms, largest = [], torch.zeros(weight.shape[1], device=device)
     for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
@@ -274,7 +296,8 @@ def _row_norms_and_column_maxima(weight: torch.Tensor, columns: torch.Tensor | N
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
-    """Per column, the power of two by which its largest weight lies below the matrix's largest: fp32 ``[in]``, or None if all are level."""
+    """Per column, the power of two by which its largest weight lies below the matrix's largest: fp32 ``[in]``, or None
+    if all are level."""
     exponents = _exponent(largest)
     used = exponents[largest > 0]
     if len(used) == 0 or used.max() - used.min() <= _LEVEL_BINADES:
@@ -282,8 +305,11 @@ def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
     return _power(torch.where(largest > 0, exponents - used.max(), 0).clamp(_MIN_EXPONENT, 0))
 
 
-def _scale_rows(weight: torch.Tensor, columns: torch.Tensor | None, norms: torch.Tensor, device: torch.device) -> tuple[nn.Parameter, torch.Tensor]:
-    """fp16 rows with an L1 norm of at most 2^9, and the scale that undoes it: fp32 ``[out]``, or ``[1]`` where one serves all rows."""
+def _scale_rows(
+    weight: torch.Tensor, columns: torch.Tensor | None, norms: torch.Tensor, device: torch.device
+) -> tuple[nn.Parameter, torch.Tensor]:
+    """fp16 rows with an L1 norm of at most 2^9, and the scale that undoes it: fp32 ``[out]``, or ``[1]`` where one
+    serves all rows."""
     exponents = (torch.frexp(norms).exponent - _ROW_EXPONENT).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
     used = exponents[norms > 0]
     shared = len(used) == 0 or used.max() - used.min() <= _SHARED_BINADES
@@ -297,7 +323,8 @@ def _scale_rows(weight: torch.Tensor, columns: torch.Tensor | None, norms: torch
 
 
 def _feed_forward_in_pieces(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """A FeedForward, token-wise as it is, a few thousand tokens at a time. Stands in for ``forward`` of one instance."""
+    """A FeedForward, token-wise as it is, a few thousand tokens at a time. Stands in for ``forward`` of one
+    instance."""
     forward = type(self).forward
     if hidden_states.shape[1] <= _FEED_FORWARD_TOKENS:
         return forward(self, hidden_states, *args, **kwargs)

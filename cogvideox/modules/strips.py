@@ -1,12 +1,13 @@
 """The VAE's encoder and decoder, layer by layer and strip by strip: exact, and as small as memory asks for.
 
-Untiled, every layer holds a whole chunk of frames several times over. Tiles, the usual remedy, have GroupNorm statistics of their own each,
-which shows as seams. Here each layer runs over horizontal strips of the whole chunk: its convolution sees one row of the neighbours on either
-side, and its normalisation the statistics of the whole chunk, gathered strip by strip while the layer before was written. So the result is
-that of diffusers' ``AutoencoderKLCogVideoX`` but for the order of sums, whatever the strips' height.
+Untiled, every layer holds a whole chunk of frames several times over. Tiles, the usual remedy, have GroupNorm
+statistics of their own each, which shows as seams. Here each layer runs over horizontal strips of the whole chunk: its
+convolution sees one row of the neighbours on either side, and its normalisation the statistics of the whole chunk,
+gathered strip by strip while the layer before was written. So the result is that of diffusers'
+``AutoencoderKLCogVideoX`` but for the order of sums, whatever the strips' height.
 
-Less is done, too: frames that are repeated in time are convolved once, and the spatial norm's 1 x 1 convolutions run on the latent before it
-is stretched, as they commute with nearest-neighbour upsampling.
+Less is done, too: frames that are repeated in time are convolved once, and the spatial norm's 1 x 1 convolutions run on
+the latent before it is stretched, as they commute with nearest-neighbour upsampling.
 """
 
 import weakref
@@ -19,10 +20,11 @@ from torch import nn
 
 from ..modules import internals
 
-#: Bytes of a strip's own tensors where memory is plentiful: enough to keep a GPU busy; on a CPU smaller ones are faster.
+#: Bytes of a strip's own tensors where memory is plentiful: enough to keep a GPU busy; on a CPU smaller ones are
+#: faster.
 _STRIP_BYTES = {"cpu": 64 << 20, "other": 512 << 20}
-#: On a CPU, PyTorch hands a convolution of one video to oneDNN if channels x frames x rows are more than this (``use_mkldnn`` in
-#: ATen/native/Convolution.cpp), and otherwise to a kernel that takes three times as long.
+#: On a CPU, PyTorch hands a convolution of one video to oneDNN if channels x frames x rows are more than this
+#: (``use_mkldnn`` in ATen/native/Convolution.cpp), and otherwise to a kernel that takes three times as long.
 _ONEDNN_SIZE = 20480
 #: The least a strip takes, in bytes, before nothing smaller helps.
 _MIN_STRIP_BYTES = 4 << 20
@@ -30,7 +32,8 @@ _MIN_STRIP_BYTES = 4 << 20
 
 @dataclass
 class Plane:
-    """The activations of a layer, ``[1, C, T, H, W]``, on the device or the host, and what is known of each strip of them.
+    """The activations of a layer, ``[1, C, T, H, W]``, on the device or the host, and what is known of each strip of
+    them.
 
     Attributes:
         statistics: per strip and group, what it counts and its mean and variance: ``(count, [G], [G])``.
@@ -63,18 +66,25 @@ class _Held:
 
 
 class Strips:
-    """Runs a VAE's encoder or decoder chunk by chunk over one video, keeping what each convolution has to know of the frames before.
+    """Runs a VAE's encoder or decoder chunk by chunk over one video, keeping what each convolution has to know of the
+    frames before.
 
     Args:
         module: an ``AutoencoderKLCogVideoX`` on its device.
         dtype: of the activations.
         device: where strips are computed.
-        budget: bytes that activations may take on the device; None: all that is wanted. What does not fit stays in the host's memory.
+        budget: bytes that activations may take on the device; None: all that is wanted. What does not fit stays in the
+            host's memory.
         on_strip: called after every strip; what it raises (an interruption) stops the work.
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, device: torch.device, budget: int | None = None, on_strip: Callable[[], None] | None = None
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: int | None = None,
+        on_strip: Callable[[], None] | None = None,
     ):
         self.module, self._dtype, self._device, self._on_strip = module, dtype, device, on_strip
         self._groups = module.config.norm_num_groups
@@ -85,7 +95,8 @@ class Strips:
         self._latent: torch.Tensor | None = None
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """The next frames of a video: ``[1, 16, t, h, w]`` -> ``[1, 3, T, 8h, 8w]`` in about -1..1, fp32, on the host."""
+        """The next frames of a video: ``[1, 16, t, h, w]`` -> ``[1, 3, T, 8h, 8w]`` in about -1..1, fp32, on the
+        host."""
         decoder = self.module.decoder
         latent = latent.to(self._device, self._dtype)
         if self.module.post_quant_conv is not None:
@@ -101,7 +112,8 @@ class Strips:
         return result
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """The moments of the next frames of a video: ``[1, 3, T, H, W]`` in -1..1 -> ``[1, 32, t, H/8, W/8]``, fp32, on the host."""
+        """The moments of the next frames of a video: ``[1, 3, T, H, W]`` in -1..1 -> ``[1, 32, t, H/8, W/8]``, fp32, on
+        the host."""
         encoder = self.module.encoder
         x = self._first("conv_in", encoder.conv_in, frames)
         for level, block in enumerate(encoder.down_blocks):
@@ -126,7 +138,9 @@ class Strips:
 
     def _first(self, key: str, conv: nn.Module, source: torch.Tensor) -> Plane:
         out = self._new(conv.conv.out_channels, source.shape[2:])
-        self._convolve(key, conv, source, lambda target, first, last: target.copy_(source[..., first:last, :]), self._writer(out))
+        self._convolve(
+            key, conv, source, lambda target, first, last: target.copy_(source[..., first:last, :]), self._writer(out)
+        )
         internals.call_forward_hooks(conv, source, out.data)
         return out
 
@@ -160,7 +174,8 @@ class Strips:
         return out
 
     def _upsample(self, upsampler: nn.Module, x: Plane) -> Plane:
-        """Twice the rows and columns, and where time was compressed twice the frames but for a first one; then a convolution of each frame."""
+        """Twice the rows and columns, and where time was compressed twice the frames but for a first one; then a
+        convolution of each frame."""
         _, _, frames, height, width = x.shape
         repeated = _repeats(frames) if upsampler.compress_time else torch.arange(frames)
         out = self._new(upsampler.conv.out_channels, (len(repeated), 2 * height, 2 * width))
@@ -192,7 +207,9 @@ class Strips:
             stop = min(start + rows, height // 2)
             piece = x.data[..., 2 * start : 2 * stop + 1, :].to(self._device)
             if first < frames:
-                piece = torch.cat([piece[:, :, :first], piece[:, :, first::2].add(piece[:, :, first + 1 :: 2]).mul_(0.5)], dim=2)
+                piece = torch.cat(
+                    [piece[:, :, :first], piece[:, :, first::2].add(piece[:, :, first + 1 :: 2]).mul_(0.5)], dim=2
+                )
             piece = F.pad(piece[0].transpose(0, 1), (0, 1, 0, int(stop == height // 2)))
             strip = F.conv2d(piece, downsampler.conv.weight, downsampler.conv.bias, stride=2)
             write(start, stop, strip.transpose(0, 1)[None])
@@ -207,7 +224,8 @@ class Strips:
         prepare: Callable[[torch.Tensor, int, int], None],
         sink: Callable[[int, int, torch.Tensor], None],
     ) -> None:
-        """A causal convolution over strips: ``prepare`` fills rows of its input, once each and in order; ``sink`` takes rows of its output.
+        """A causal convolution over strips: ``prepare`` fills rows of its input, once each and in order; ``sink`` takes
+        rows of its output.
 
         A row is read before any row above it is given out, so that the output may be written over the input.
         """
@@ -220,7 +238,9 @@ class Strips:
         numbers = width * (channels * (2 * frames + past) + 4 * out_channels * frames)
         rows = self._rows(numbers, height)
         taller = min(height, _ONEDNN_SIZE // (channels * (past + frames)))
-        if self._device.type == "cpu" and (self._budget is None or taller * numbers * self._dtype.itemsize <= 2 * self._strip_bytes):
+        if self._device.type == "cpu" and (
+            self._budget is None or taller * numbers * self._dtype.itemsize <= 2 * self._strip_bytes
+        ):
             rows = max(rows, taller)
         buffer = torch.empty(1, channels, past + frames, rows + 2, width, device=self._device, dtype=self._dtype)
         for start in range(0, height, rows):
@@ -315,5 +335,7 @@ def _repeats(frames: int) -> torch.Tensor:
 def _stretched(frames: int, wanted: int) -> torch.Tensor:
     """Which of the latent's frames each of a layer's frames belongs to, as nearest-neighbour interpolation has it."""
     if wanted > 1 and wanted % 2:
-        return torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(wanted - 1) * (frames - 1) // (wanted - 1)])
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.long), 1 + torch.arange(wanted - 1) * (frames - 1) // (wanted - 1)]
+        )
     return torch.arange(wanted) * frames // wanted

@@ -1,4 +1,5 @@
-"""The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a verdict."""
+"""The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a
+verdict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from ..checkpoint.audit import WeightAudit
 
 #: The dtypes that can be chosen; None for ``auto``.
-CHOICES: dict[str, torch.dtype | None] = dict(zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True))
+CHOICES: dict[str, torch.dtype | None] = dict(
+    zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True)
+)
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about that.
+    """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about
+    that.
 
     Attributes:
         origin: the file it comes from and whose names that has, "" for a folder in diffusers layout.
@@ -48,10 +52,20 @@ class PartPlan:
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({size_text(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
-        packed = next((dtype_name(dtype).split(" (")[0] for dtype in self.stored if isinstance(dtype, str) or dtype in FP8_DTYPES), "")
+        packed = next(
+            (
+                dtype_name(dtype).split(" (")[0]
+                for dtype in self.stored
+                if isinstance(dtype, str) or dtype in FP8_DTYPES
+            ),
+            "",
+        )
         kept = f", weights kept in {packed}" if packed else ""
         label = f"{self.verdict}, fixed" if self.changed else self.verdict
-        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{kept}{origin}"]
+        lines = [
+            f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
+            f"{self.run.name}{kept}{origin}"
+        ]
         if self.changed:
             lines.append(f"    changed: {self.changed}")
         for finding in self.findings:
@@ -65,7 +79,8 @@ class DtypePlan:
 
     Attributes:
         audits: what a scan of the weights found, where one was made.
-        incomplete, notes: of the checkpoint: the parts of it that cannot be used and why, and what was decided where its folder left it open.
+        incomplete, notes: of the checkpoint: the parts of it that cannot be used and why, and what was decided where
+            its folder left it open.
     """
 
     variant: str
@@ -88,7 +103,10 @@ class DtypePlan:
 
     @property
     def text(self) -> str:
-        lines = [f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}", *(part.text for part in self.parts)]
+        lines = [
+            f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}",
+            *(part.text for part in self.parts),
+        ]
         lines += [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
         lines += [f"[incomplete] {PARTS[kind][0]}: {why}" for kind, why in self.incomplete.items()]
         lines += [f"note: {note}" for note in self.notes]
@@ -99,7 +117,13 @@ class DtypePlan:
         hardware = self.hardware
         return {
             "variant": self.variant,
-            "device": {"type": hardware.device.type, "name": hardware.name, "bf16": hardware.bf16, "fp16": hardware.fp16, "fp8": hardware.fp8},
+            "device": {
+                "type": hardware.device.type,
+                "name": hardware.name,
+                "bf16": hardware.bf16,
+                "fp16": hardware.fp16,
+                "fp8": hardware.fp8,
+            },
             "dtype": self.choice,
             "verdict": self.verdict,
             "parts": [
@@ -156,26 +180,35 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
     return replace(whole, incomplete=checkpoint.incomplete, notes=checkpoint.notes)
 
 
-def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None) -> DtypePlan:
-    """Read every weight of ``checkpoint`` once and add to its plan what was found, against the dtype each part is to run in.
+def scan_parts(
+    checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None
+) -> DtypePlan:
+    """Read every weight of ``checkpoint`` once and add to its plan what was found, against the dtype each part is to
+    run in.
 
     Args:
         on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
     """
     from ..checkpoint.audit import scan_weights
 
-    sizes = {kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point) for kind, part in checkpoint.parts.items()}
+    sizes = {
+        kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point)
+        for kind, part in checkpoint.parts.items()
+    }
     total = sum(sizes.values())
     audits, before = [], 0
     for kind, part in checkpoint.parts.items():
-        report = None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
+        report = (
+            None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
+        )
         audits.append(scan_weights(part.tensors, plan.precision(kind).dtype, PARTS[kind][0], report))
         before += sizes[kind]
     return replace(plan, audits=tuple(audits))
 
 
 def safer(kind: str, precision: Precision, hardware: Hardware) -> list[Precision]:
-    """The ways to run a part that hold larger values than ``precision`` does, fastest first: range-safe fp16, bf16 where native, fp32.
+    """The ways to run a part that hold larger values than ``precision`` does, fastest first: range-safe fp16, bf16
+    where native, fp32.
 
     The VAE's convolutions are not made range-safe: it goes straight to fp32.
     """
@@ -196,7 +229,8 @@ class _Asker:
 
 
 def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hardware) -> Precision:
-    """What ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is, else fp32."""
+    """What ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is, else
+    fp32."""
     dtype = variant.trained_dtype
     if hardware.support(dtype) != NATIVE:
         dtype = torch.float16 if dtype == torch.bfloat16 and hardware.fp16 == NATIVE else torch.float32
@@ -205,7 +239,9 @@ def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hard
     return Precision(dtype, range_safe=dtype == torch.float16 and kind != "vae" and trained != torch.float16)
 
 
-def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | None, asker: _Asker, hardware: Hardware) -> PartPlan:
+def _plan_part(
+    kind: str, part: Part, variant: Variant, asked: torch.dtype | None, asker: _Asker, hardware: Hardware
+) -> PartPlan:
     """Plan a part for the dtype asked for (None: ``auto``), with the fix where it does not suit."""
     # T5 was trained in bf16 whatever transformer reads its embeddings.
     trained = torch.bfloat16 if kind == "text_encoder" else variant.trained_dtype
@@ -217,14 +253,24 @@ def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | Non
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
     origin = "" if part.layout == "diffusers" else f"{short(part.source.name)}, {part.layout}"
     origin = "with a LoRA inside" if part.lora and not origin else origin
-    return PartPlan(kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
+    return PartPlan(
+        kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed
+    )
 
 
 def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:
     if run.range_safe:
-        why = "was trained in bf16" if hardware.bf16 == NATIVE else f"was trained in bf16, which {hardware.name} has not natively"
+        why = (
+            "was trained in bf16"
+            if hardware.bf16 == NATIVE
+            else f"was trained in bf16, which {hardware.name} has not natively"
+        )
         who = "T5" if kind == "text_encoder" else "It"
-        return [Finding(PARTS[kind][0], OK, f"{who} {why}: range-safe fp16 cannot overflow, and is closer to fp32 than bf16 is.")]
+        return [
+            Finding(
+                PARTS[kind][0], OK, f"{who} {why}: range-safe fp16 cannot overflow, and is closer to fp32 than bf16 is."
+            )
+        ]
     if run == FP32 and kind == "vae" and not hardware.half_convolutions:
         return [Finding(PARTS[kind][0], OK, f"Convolutions in fp16 give NaN on {hardware.name}, so it runs in fp32.")]
     if run == FP32 and trained != torch.float32:
@@ -234,23 +280,35 @@ def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardwar
 
 
 def _asked_findings(
-    kind: str, trained: torch.dtype, variant: Variant, asked: torch.dtype, asker: _Asker, automatic: Precision, hardware: Hardware
+    kind: str,
+    trained: torch.dtype,
+    variant: Variant,
+    asked: torch.dtype,
+    asker: _Asker,
+    automatic: Precision,
+    hardware: Hardware,
 ) -> tuple[Precision, list[Finding]]:
     """Judge a dtype that somebody asked for, and say how to run instead where it would give a wrong picture."""
     where, dtype, support = PARTS[kind][0], dtype_name(asked), hardware.support(asked)
     undo = f"{asker.undo}: then it runs in {automatic.name} here."
     if support == ABSENT:
-        return automatic, [Finding(where, MISMATCH, f"{asker.said}, but {hardware.name} has no {dtype}: it would fail or crawl.", undo)]
+        return automatic, [
+            Finding(where, MISMATCH, f"{asker.said}, but {hardware.name} has no {dtype}: it would fail or crawl.", undo)
+        ]
     if asked == torch.float16 and kind == "vae" and not hardware.half_convolutions:
-        return FP32, [Finding(where, MISMATCH, f"{asker.said}, but convolutions in fp16 give NaN on {hardware.name}.", undo)]
+        return FP32, [
+            Finding(where, MISMATCH, f"{asker.said}, but convolutions in fp16 give NaN on {hardware.name}.", undo)
+        ]
     run, findings = Precision(asked), []
     if asked == torch.float16 and kind == "vae":
-        findings.append(Finding(where, OK, "Every chunk of frames is checked, and one that is not finite is decoded again in fp32."))
+        findings.append(
+            Finding(where, OK, "Every chunk of frames is checked, and one that is not finite is decoded again in fp32.")
+        )
     elif asked == torch.float16 and trained != torch.float16:
         who = "T5" if kind == "text_encoder" else variant.name
         reason = (
-            f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass 65504, become Inf, then NaN, "
-            "and the video turns black."
+            f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass "
+            "65504, become Inf, then NaN, and the video turns black."
         )
         remedy = f"{asker.undo}, or leave on_mismatch at fix: range-safe fp16 cannot overflow."
         run, findings = RANGE_SAFE_FP16, [Finding(where, MISMATCH, reason, remedy)]
@@ -275,7 +333,8 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
             Finding(
                 name,
                 WARNING,
-                f"The file is an fp8 copy: its weights keep {bits} significant bits and lost the rest, whatever they run in.",
+                f"The file is an fp8 copy: its weights keep {bits} significant bits and lost the rest, whatever they "
+                "run in.",
                 "For full quality download the original weights.",
             )
         ]
@@ -284,8 +343,8 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
             Finding(
                 name,
                 WARNING,
-                "The file is an fp16 copy of weights trained in bf16: magnitudes under 5.96e-8 became zero and those over 65504 Inf, and that is "
-                "lost whatever they run in.",
+                "The file is an fp16 copy of weights trained in bf16: magnitudes under 5.96e-8 became zero and those "
+                "over 65504 Inf, and that is lost whatever they run in.",
                 "Usually little is lost; scan_weights tells, and the original file is in bf16.",
             )
         ]

@@ -20,12 +20,18 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
     if part.kind != "transformer" and name in METHODS:
         name = METHODS[name].weight_only.name
     method = check_method(name, hardware)
-    packed = sorted({dtype_name(t.kind) for tensor, t in part.tensors.items() if t.is_packed and LAYERS[part.kind].fullmatch(tensor)})
+    packed = sorted(
+        {
+            dtype_name(t.kind)
+            for tensor, t in part.tensors.items()
+            if t.is_packed and LAYERS[part.kind].fullmatch(tensor)
+        }
+    )
     if packed:
         raise ValueError(
-            f"The {PARTS[part.kind][0]} ({short(part.source.name)}) is a quantized copy already ({', '.join(packed)}), which stays as small in "
-            "memory as it is on disk: rounding it again would only lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original "
-            "weights."
+            f"The {PARTS[part.kind][0]} ({short(part.source.name)}) is a quantized copy already "
+            f"({', '.join(packed)}), which stays as small in memory as it is on disk: rounding it again would only "
+            "lose more. Take CogVideoX-1.5 Quantize (--quantize) away, or load the original weights."
         )
     return method
 
@@ -38,10 +44,19 @@ def check_method(name: str, hardware: Hardware) -> Method:
     """
     check_choice("The method", name, QUANTIZE)
     method = METHODS[name]
-    eight, instead = dtype_name(method.dtype).split(" ")[0], "Choose int8_weight_only, which runs everywhere and takes as little memory."
+    eight, instead = (
+        dtype_name(method.dtype).split(" ")[0],
+        "Choose int8_weight_only, which runs everywhere and takes as little memory.",
+    )
     if method.dynamic and getattr(hardware, eight) == ABSENT:
-        needs = {"int8": "NVIDIA RTX 20xx and newer, AMD MI200 and MI300, CPUs", "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000"}
-        raise ValueError(f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} ({needs[eight]} do). {instead}")
+        needs = {
+            "int8": "NVIDIA RTX 20xx and newer, AMD MI200 and MI300, CPUs",
+            "fp8": "NVIDIA RTX 40xx, H100 and newer, AMD MI300, RX 9000",
+        }
+        raise ValueError(
+            f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} "
+            f"({needs[eight]} do). {instead}"
+        )
     if eight == "fp8" and hardware.device.type == "mps":
         raise ValueError(f"{method.name} keeps weights in fp8, and {hardware.name} has no such dtype. {instead}")
     return method

@@ -13,7 +13,8 @@ class Finding:
 
     Attributes:
         where: what it is about: a part, a line of a file, a node.
-        verdict: ``ok``, ``warning`` (right, but slower or coarser than it could be) or ``mismatch`` (would give a wrong picture, or none).
+        verdict: ``ok``, ``warning`` (right, but slower or coarser than it could be) or ``mismatch`` (would give a wrong
+            picture, or none).
         reason: one sentence.
         remedy: one sentence, or "" where there is nothing to do.
     """

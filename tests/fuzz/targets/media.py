@@ -1,5 +1,5 @@
-"""Pictures and clips: mutated bytes of every format and odd parameters. Oracle: the size that was asked for, finite values in 0..1, frames as many
-as the model makes; what is unharmed has its brightness."""
+"""Pictures and clips: mutated bytes of every format and odd parameters. Oracle: the size that was asked for, finite
+values in 0..1, frames as many as the model makes; what is unharmed has its brightness."""
 
 import io
 import math
@@ -39,7 +39,9 @@ def _pictures() -> dict[str, bytes]:
         try:
             image.save(
                 file,
-                format={"jpg": "JPEG", "tiff": "TIFF", "pgm": "PPM", "jp2": "JPEG2000"}.get(name.split(".")[1], name.split(".")[1].upper()),
+                format={"jpg": "JPEG", "tiff": "TIFF", "pgm": "PPM", "jp2": "JPEG2000"}.get(
+                    name.split(".")[1], name.split(".")[1].upper()
+                ),
                 **options,
             )
         except (KeyError, OSError):
@@ -69,7 +71,9 @@ def _clips(base) -> dict[str, bytes]:
                     container.mux(stream.encode(frame.reformat(format=pix_fmt)))
                 if sound is not None:
                     for start in range(0, 20_480, 1024):
-                        piece = av.AudioFrame.from_ndarray(np.full((2, 1024), 0.1, np.float32), format="fltp", layout="stereo")
+                        piece = av.AudioFrame.from_ndarray(
+                            np.full((2, 1024), 0.1, np.float32), format="fltp", layout="stereo"
+                        )
                         piece.sample_rate, piece.pts = 44100, start
                         container.mux(sound.encode(piece))
                     container.mux(sound.encode())
@@ -124,7 +128,9 @@ def case(state, rng, folder):
         elif kind == "sound":
             sound = read_sound(path, limit / 16, notes.append)
             if sound is not None and (
-                not np.isfinite(sound[0]).all() or sound[0].shape != (2, round(limit / 16 * sound[1])) or np.abs(sound[0]).max() > 1
+                not np.isfinite(sound[0]).all()
+                or sound[0].shape != (2, round(limit / 16 * sound[1]))
+                or np.abs(sound[0]).max() > 1
             ):
                 return "sound of another form"
         else:

@@ -1,5 +1,6 @@
-"""Where videos and latents are to be written: folders, links, pipes, long and odd names, what exists, what is interrupted. Oracle: what was there
-stays as it was unless it was to be replaced, a refusal leaves nothing behind, and what is written is whole."""
+"""Where videos and latents are to be written: folders, links, pipes, long and odd names, what exists, what is
+interrupted. Oracle: what was there stays as it was unless it was to be replaced, a refusal leaves nothing behind, and
+what is written is whole."""
 
 import os
 
@@ -65,8 +66,14 @@ def case(state, rng, folder):
     name = rng.choice(NAMES)
     kind = rng.choice(("check", "video", "video", "stopped", "latent"))
     overwrite, absolute = rng.random() < 0.4, rng.random() < 0.5
-    sound = rng.choice((None, (np.zeros((2, rng.choice((0, 1, 1000, 100_000))), np.float32), rng.choice((44_100, 48_000)))))
-    frames, fps, made_from = rng.choice((1, 3)), rng.choice((8, 16, 24)), rng.choice(((), ("there.mp4",), ("folder", "none", "target.mp4")))
+    sound = rng.choice(
+        (None, (np.zeros((2, rng.choice((0, 1, 1000, 100_000))), np.float32), rng.choice((44_100, 48_000))))
+    )
+    frames, fps, made_from = (
+        rng.choice((1, 3)),
+        rng.choice((8, 16, 24)),
+        rng.choice(((), ("there.mp4",), ("folder", "none", "target.mp4"))),
+    )
     stem = rng.choice(("out", "x" * 100, "übung", os.fsdecode(b"\xe9"), "a b"))
 
     def act():
@@ -84,7 +91,11 @@ def case(state, rng, folder):
                 place = folder / rng.choice(("folder", "new", "file", "loop", "."))
                 samples = torch.rand(1, 16, 1, 2, 2)
                 written = [write_latent(samples, place, stem) for _ in range(2)]
-                return None if len(set(written)) == 2 and torch.equal(read_latent(written[0]), samples) else "the latent is another"
+                return (
+                    None
+                    if len(set(written)) == 2 and torch.equal(read_latent(written[0]), samples)
+                    else "the latent is another"
+                )
 
             def stop(done, total):
                 if kind == "stopped" and done == total:
@@ -104,7 +115,10 @@ def case(state, rng, folder):
         new = set(after) - set(before)
         changed = {key for key in before if after.get(key) != before[key]}
         wanted = os.path.join(os.path.realpath(target.absolute().parent), target.name)
-        if changed and (not overwrite or {os.path.realpath(os.path.dirname(key)) + "/" + os.path.basename(key) for key in changed} != {wanted}):
+        if changed and (
+            not overwrite
+            or {os.path.realpath(os.path.dirname(key)) + "/" + os.path.basename(key) for key in changed} != {wanted}
+        ):
             return f"something else was replaced: {len(changed)}"
         return None if len(new) + len(changed) == 1 else f"{len(new)} new files"
 
