@@ -30,8 +30,10 @@ def listed(names, most: int = 3) -> str:
 
 
 def reason(error: BaseException, limit: int = 160) -> str:
-    """What a library said, for the brackets of a sentence: one line, printable, cut; its type where it said nothing."""
-    return short(" ".join(str(error).split()), limit) or type(error).__name__
+    """What a library said, for the brackets of a sentence: one line, printable, cut; its type where it said nothing. Of the system's errors no number
+    and no file, which the sentence names."""
+    said = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
+    return short(" ".join(said.split()), limit) or type(error).__name__
 
 
 def _printable(letter: str) -> str:

@@ -63,6 +63,22 @@ _INSTEAD = {
 }
 
 
+class Parts(dict[str, Part]):
+    """The parts of a checkpoint that can be used. Asked for another, it says why that is not one of them, and what to
+    do."""
+
+    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str]):
+        super().__init__(parts)
+        self._path, self._incomplete = path, incomplete
+
+    def __missing__(self, kind: str) -> Part:
+        if kind in self._incomplete:
+            raise ValueError(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
+        raise ValueError(
+            f"{self._path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint, opened but not read: ``open_checkpoint`` makes one.
@@ -79,7 +95,7 @@ class Checkpoint:
     variant: Variant
     scheduler_config: Mapping
     tokenizer: Path
-    parts: Mapping[str, Part] = field(repr=False)
+    parts: Parts = field(repr=False)
     incomplete: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
 
@@ -89,12 +105,7 @@ class Checkpoint:
         Raises:
             ValueError: if there is none, or none that is whole, saying what to use instead.
         """
-        if kind in self.incomplete:
-            raise ValueError(f"{self.incomplete[kind]} Or use another: {_INSTEAD[kind]}")
-        if kind not in self.parts:
-            raise ValueError(
-                f"{self.path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
-            )
+        return self.parts[kind]
         return self.parts[kind]
 
     @property
@@ -177,7 +188,7 @@ def open_checkpoint(
             incomplete["text_encoder"] = str(error)
             del parts["text_encoder"]
     notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
-    return Checkpoint(path, variant, schedule, found, parts, incomplete, notes)
+    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete), incomplete, notes)
 
 
 def open_part(path: Path | str, kind: str) -> Part:

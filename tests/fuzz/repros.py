@@ -231,14 +231,14 @@ def open_device():
 def config_wrong_type():
     here = folder()
     change(here / "vae/config.json", block_out_channels=0.5)
-    common.load_module(open_(here).parts["vae"], common.FP32, torch.device("cpu"))
+    common.load_module(open_(here).part("vae"), common.FP32, torch.device("cpu"))
 
 
 @repro
 def t5_config_wrong_type():
     here = folder()
     change(here / "text_encoder/config.json", is_encoder_decoder=1.5)
-    common.load_module(open_(here).parts["text_encoder"], common.FP32, torch.device("cpu"))
+    common.load_module(open_(here).part("text_encoder"), common.FP32, torch.device("cpu"))
 
 
 def _scale(value):
