@@ -14,8 +14,10 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the
 # script.
@@ -35,6 +37,14 @@ from cogvideox.choices import (
 )
 from cogvideox.files import read_bytes
 from cogvideox.words import reason, short
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogvideox.events import Events
+    from cogvideox.handles import Handles, Model, TextEncoder
+    from cogvideox.precision.hardware import Hardware
+    from cogvideox.variants import Variant
 
 EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
@@ -598,124 +608,49 @@ def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
     import torch
 
-    from cogvideox.checkpoint.layout import open_checkpoint
-    from cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
-    from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
+    from cogvideox.geometry import empty_latent
     from cogvideox.memory import memory_text
-    from cogvideox.modules.cache import Cache
-    from cogvideox.modules.compiled import Compiled
-    from cogvideox.pictures import check_images, fit_size
+    from cogvideox.pictures import fit_size
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.sampling import check_guidance, plan_steps, sample, steps_to_run
+    from cogvideox.requests import plan_steps
+    from cogvideox.sampling import sample
     from cogvideox.text import encode_prompt
     from cogvideox.vae import encode, image_latents
-    from cogvideox.video import check_room, read_image, read_sound, read_video
 
-    # What a cache skipped and how long compiling took is no warning, and is to be seen.
-    logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
     # All that can be wrong is told before any weights are read, the cheapest first.
-    denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
-    if not 0 < denoise <= 1:
-        raise ValueError(
-            f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
-            "default is 0.8."
-        )
-    steps_to_run(options.steps, denoise)
-    check_guidance(options.cfg)
-    for side in ("width", "height"):
-        if getattr(options, side) is not None:
-            check_side(side, getattr(options, side))
+    denoise = _check_settings(options)
     output = _output(options)
-    texts = {
-        name: _prompt(given, name) for name in ("prompt", "negative") if (given := getattr(options, name)) is not None
-    }
-    if not texts.get("prompt", "x").strip():
-        _say("prompt: it is empty, so the model is not told what to show.")
-    hardware = Hardware.detect(options.device)
-
-    checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
-    if not options.plan:
-        for kind in ("text_encoder", "vae"):
-            checkpoint.part(kind)
-    handles = make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
+    texts = _texts(options)
+    events = _events()
+    handles = _open(options, Hardware.detect(options.device))
     _say(handles.plan.text)
-    model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
-    if options.quantize_text_encoder is not None:
-        text_encoder = quantized(text_encoder, options.quantize_text_encoder)
-    if options.quantize is not None:
-        model = quantized(model, options.quantize)
-    for lora in model.loras:
-        print(lora.text)
-    for path, strength in options.lora:
-        model = with_lora(model, path, strength)
-        _say(model.loras[-1].text)
-    if options.attention != "auto":
-        model = with_attention(model, options.attention)
-    if options.cache is not None:
-        method, strength = options.cache
-        given = {} if strength is None else {"strength": strength}
-        if options.cache_range is not None:
-            given["start"], given["end"] = options.cache_range
-        model = with_cache(model, Cache(method, **given))
-        _say(model.cache.text)
-    if options.compile is not None:
-        model = with_compile(model, Compiled(options.compile))
-        _say(model.compiled.text)
-
-    if options.frames is not None:
-        check_frames(options.frames, variant.frame_step)
-    start, end = (
-        None if path is None else check_images(read_image(path, _say), short(path))
-        for path in (options.image, options.end_image)
-    )
-    usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
-    width, height = (
-        given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True)
-    )
-    fps = _fps(options, variant)
-    longest = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
-    check_video_room(width, height, longest)
-    clip, frames, sound = None, longest, None
-    if options.video is not None:
-        clip = read_video(
-            options.video,
-            longest,
-            fps=fps,
-            size=(width, height),
-            step=variant.frame_step,
-            dtype=torch.uint8,
-            on_note=_say,
-        )
-        frames = len(clip)
-        if options.frames is not None and frames < options.frames:
-            _say(f"--frames is {options.frames}, and the clip has not so many: the video has {frames}.")
-        if options.keep_audio:
-            sound = read_sound(options.video, frames / fps, _say)
-    check_room(output, frames, width, height)
-    latent = empty_latent(width, height, frames, frame_step=variant.frame_step)
+    model, text_encoder = _changed(options, handles)
+    source = _source(options, model.variant, output, events)
+    latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
     # Shapes are enough to know the rest.
-    image = None if start is None else torch.zeros_like(latent)
+    image = None if source.start is None else torch.zeros_like(latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
 
     if options.plan:
         _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
         return 0
 
-    for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
+    for handle in (text_encoder, model):
         if handle.weights.method is not None:
-            _say(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")))
-    how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
-    if start is not None:
-        start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
-        image = image_latents(handles.vae, start, frames, end, **how)
-    if clip is not None:
-        latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
-        clip = None
+            _say(handle.weights.quantization_text(events))
+    how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
+    if source.start is not None:
+        start, end = (
+            None if picture is None else fit_size(picture, source.width, source.height)
+            for picture in (source.start, source.end)
+        )
+        image = image_latents(handles.vae, start, source.frames, end, **how)
+    if source.clip is not None:
+        latent = encode(handles.vae, source.clip, **how)
+        source.clip = None
     prompts = []
     for name in ("prompt", "negative"):
-        encoded = encode_prompt(
-            text_encoder, texts[name], on_nan=options.on_nan, on_load=_bar("loading text encoder", "B")
-        )
+        encoded = encode_prompt(text_encoder, texts[name], **how)
         prompts.append(encoded.embeddings)
         for note in encoded.notes:
             _say(f"{name}: {note}")
@@ -731,13 +666,148 @@ def generate(options: argparse.Namespace) -> int:
             cfg=options.cfg,
             scheduler=options.scheduler,
             dynamic_cfg=options.dynamic_cfg,
-            on_nan=options.on_nan,
-            on_step=_bar("sampling", "step"),
-            on_load=_bar("loading transformer", "B"),
+            **how,
         )
     with _latents_kept(options, output, latent):
-        _finish(options, handles.vae, latent, output, fps, sound)
+        _finish(options, handles.vae, latent, output, source.fps, source.sound)
     return 0
+
+
+def _check_settings(options: argparse.Namespace) -> float:
+    """Check the numbers that need no checkpoint; return ``denoise``.
+
+    Raises:
+        ValueError: for the first that cannot be run with.
+    """
+    from cogvideox.geometry import check_side
+    from cogvideox.requests import check_guidance
+    from cogvideox.schedulers import steps_to_run
+
+    denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
+    if not 0 < denoise <= 1:
+        raise ValueError(
+            f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
+            "default is 0.8."
+        )
+    steps_to_run(options.steps, denoise)
+    check_guidance(options.cfg)
+    for side in ("width", "height"):
+        if getattr(options, side) is not None:
+            check_side(side, getattr(options, side))
+    return denoise
+
+
+def _texts(options: argparse.Namespace) -> dict[str, str]:
+    """Return the prompts by name, read from a file or stdin where that was asked for."""
+    texts = {
+        name: _prompt(given, name) for name in ("prompt", "negative") if (given := getattr(options, name)) is not None
+    }
+    if not texts.get("prompt", "x").strip():
+        _say("prompt: it is empty, so the model is not told what to show.")
+    return texts
+
+
+def _open(options: argparse.Namespace, hardware: "Hardware") -> "Handles":
+    """Open the checkpoint. All of its parts have to be there, unless a plan alone is wanted or latents are decoded."""
+    from cogvideox.checkpoint.layout import open_checkpoint
+    from cogvideox.handles import make_handles
+
+    checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
+    if not options.plan and options.decode is None:
+        for kind in ("text_encoder", "vae"):
+            checkpoint.part(kind)
+    return make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
+
+
+def _changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, TextEncoder]":
+    """Return the transformer and the text encoder with what the options change about them."""
+    from cogvideox.handles import quantized, with_attention, with_cache, with_compile, with_lora
+    from cogvideox.modules.cache import Cache
+    from cogvideox.modules.compiled import Compiled
+
+    model, text_encoder = handles.model, handles.text_encoder
+    if options.quantize_text_encoder is not None:
+        text_encoder = quantized(text_encoder, options.quantize_text_encoder)
+    if options.quantize is not None:
+        model = quantized(model, options.quantize)
+    for lora in model.loras:
+        _say(lora.text)
+    for path, strength in options.lora:
+        model = with_lora(model, path, strength)
+        _say(model.loras[-1].text)
+    if options.attention != "auto":
+        model = with_attention(model, options.attention)
+    if options.cache is not None:
+        method, strength = options.cache
+        given = {} if strength is None else {"strength": strength}
+        if options.cache_range is not None:
+            given["start"], given["end"] = options.cache_range
+        cache = Cache(method, **given)
+        model = with_cache(model, cache)
+        _say(cache.text)
+    if options.compile is not None:
+        compiled = Compiled(options.compile)
+        model = with_compile(model, compiled)
+        _say(compiled.text)
+    return model, text_encoder
+
+
+@dataclass
+class _Source:
+    """What a run starts from, and the size and length of what it makes."""
+
+    width: int
+    height: int
+    frames: int
+    fps: Fraction
+    start: "torch.Tensor | None" = None
+    end: "torch.Tensor | None" = None
+    clip: "torch.Tensor | None" = None
+    sound: Any = None
+
+
+def _source(options: argparse.Namespace, variant: "Variant", output: Path, events: "Events") -> _Source:
+    """Read the images or the clip that a run starts from.
+
+    Raises:
+        ValueError: for what cannot be read, and for a size or length that cannot be made.
+    """
+    import torch
+
+    from cogvideox.geometry import check_frames, check_video_room
+    from cogvideox.pictures import check_images
+    from cogvideox.video import check_room, read_image, read_sound, read_video
+
+    if options.frames is not None:
+        check_frames(options.frames, variant.frame_step)
+    start, end = (
+        None if path is None else check_images(read_image(path, events.note), short(path))
+        for path in (options.image, options.end_image)
+    )
+    usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
+    width, height = (
+        given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True)
+    )
+    frames = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
+    source = _Source(width, height, frames, _fps(options, variant), start, end)
+    check_video_room(width, height, frames)
+    if options.video is not None:
+        source.clip = read_video(
+            options.video,
+            frames,
+            fps=source.fps,
+            size=(width, height),
+            step=variant.frame_step,
+            dtype=torch.uint8,
+            on_note=events.note,
+        )
+        source.frames = len(source.clip)
+        if options.frames is not None and source.frames < options.frames:
+            _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
+        if options.keep_audio:
+            source.sound = read_sound(options.video, source.frames / source.fps, events.note)
+    check_room(output, source.frames, width, height)
+    return source
 
 
 def _is_config(path: Path) -> bool:
@@ -748,9 +818,7 @@ def _is_config(path: Path) -> bool:
 
 def decode_latent(options: argparse.Namespace) -> int:
     """Make the video of latents that are in a file."""
-    from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import check_latent
-    from cogvideox.handles import make_handles
     from cogvideox.precision.hardware import Hardware
     from cogvideox.video import check_room, read_latent
 
@@ -758,13 +826,7 @@ def decode_latent(options: argparse.Namespace) -> int:
     hardware = Hardware.detect(options.device)
     latent = read_latent(options.decode)
     check_latent(latent)
-    handles = make_handles(
-        open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer),
-        options.dtype,
-        hardware,
-        options.on_mismatch,
-        options.memory,
-    )
+    handles = _open(options, hardware)
     _say(handles.plan.text)
     check_room(output, *(side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True)))
     _finish(options, handles.vae, latent, output, _fps(options, handles.model.variant))
@@ -847,16 +909,17 @@ def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fractio
     from cogvideox.vae import decode
     from cogvideox.video import free_name, write_mp4
 
-    images = decode(
-        vae, latent, on_nan=options.on_nan, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B")
-    )
+    events = _events()
+    images = decode(vae, latent, on_nan=options.on_nan, events=events)
     report = check_black_frames(images)
     _say(report.text)
     enforce(report, options.on_black)
     if options.output is None and not options.overwrite:
         # Another run may have taken the name meanwhile.
         output = free_name(DEFAULT_OUTPUT)
-    write_mp4(images, output, fps, on_frame=_bar("writing", "frame"), overwrite=options.overwrite, sound=sound)
+    write_mp4(
+        images, output, fps, on_frame=events.counter("writing", "frame"), overwrite=options.overwrite, sound=sound
+    )
     _say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
 
 
@@ -888,7 +951,7 @@ def check(options: argparse.Namespace) -> int:
         incomplete = checkpoint.incomplete.values()
         report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
-            report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
+            report = scan_parts(checkpoint, report, on_progress=_events().counter("reading weights", "B"))
     _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
         _say(f"written; the file as it was is {backup}")
@@ -907,7 +970,8 @@ def download(options: argparse.Namespace) -> int:
             f"--download takes what to download and at most one folder, but {len(folder)} were given. Quote a folder "
             "with spaces."
         )
-    _say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=_bar('downloading', 'B'))}")
+    told = _events().counter("downloading", "B")
+    _say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=told)}")
     return 0
 
 
@@ -919,7 +983,8 @@ def convert(options: argparse.Namespace) -> int:
 
     source, destination = options.convert
     checkpoint = open_checkpoint(source, options.text_encoder, options.vae, options.tokenizer)
-    _say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=_bar("converting", "B")).text)
+    told = _events().counter("converting", "B")
+    _say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=told).text)
     return 0
 
 
@@ -934,25 +999,33 @@ def migrate(options: argparse.Namespace) -> int:
 _WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
 
 
-def _bar(label: str, unit: str) -> Callable[..., None]:
-    """A progress callback ``(done, total, ...)`` that draws a bar when it is first called."""
+def _events() -> "Events":
+    """What a run tells, in a terminal: a bar for each kind of work, and sentences."""
     from tqdm import tqdm
 
-    bar = None
+    from cogvideox.events import Events
 
-    def report(done: int, total: int, *_) -> None:
-        nonlocal bar
-        try:
-            if bar is None:
-                bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B")
-            bar.total = total
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-        except BrokenPipeError:
-            _mute(sys.stderr)
+    class Terminal(Events):
+        def __init__(self) -> None:
+            self._bars: dict[str, Any] = {}
 
-    return report
+        def note(self, text: str, level: int = logging.WARNING) -> None:
+            _say(text)
+
+        def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            try:
+                if what not in self._bars:
+                    self._bars[what] = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B")
+                bar = self._bars[what]
+                bar.total = total
+                bar.update(done - bar.n)
+                if done == total:
+                    # The next of its kind has a bar of its own.
+                    self._bars.pop(what).close()
+            except BrokenPipeError:
+                _mute(sys.stderr)
+
+    return Terminal()
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import cogvideox.sampling as sampling
+from cogvideox import memory
 from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.events import Events
 from cogvideox.geometry import latent_frames, padding_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
 from cogvideox.memory import LiveBytes
@@ -46,6 +47,7 @@ from cogvideox.modules.attention import available
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
+from cogvideox.sampling import sample
 from cogvideox.variants import full_config
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint, build_transformer
@@ -205,20 +207,28 @@ def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str,
 def _ours(
     model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int, batched: bool = True
 ) -> torch.Tensor:
-    own = sampling.ways
-    sampling.ways = lambda _: own([batched])
+    own = memory.placements
+    memory.placements = lambda _: own([batched])
     try:
-        return sampling.sample(
+        return sample(
             model,
             prompts[0],
             prompts[1],
             torch.zeros(shape),
             seed=NOISE_SEED,
             steps=steps,
-            on_step=lambda *_: on_step(),
+            events=_Steps(on_step),
         )
     finally:
-        sampling.ways = own
+        memory.placements = own
+
+
+class _Steps(Events):
+    def __init__(self, on_step: Callable[[], None]):
+        self._on_step = on_step
+
+    def step(self, *_) -> None:
+        self._on_step()
 
 
 def _theirs(
@@ -273,7 +283,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
                 torch.cuda.reset_peak_memory_stats(device)
         ends.append(time.perf_counter())
 
-    with _same_noise(), _forwards_timed(inside, device):
+    with _forwards_timed(inside, device):
         latents = side.run(on_step=on_step)
     if not warm:
         taken = ends[-1] - ends[0]
@@ -291,17 +301,6 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
         with LiveBytes() as live:
             side.run(on_step=on_step)
         side.peak = live.peak
-
-
-@contextmanager
-def _same_noise():
-    """Every side starts from the same noise, drawn in fp32: in another dtype the generator gives other numbers."""
-    own = sampling._draw_noise
-    sampling._draw_noise = lambda like, generator: _noise(like.shape).to(like)
-    try:
-        yield
-    finally:
-        sampling._draw_noise = own
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .choices import MODES
 from .dtypes import Precision
+from .events import Events
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
 from .modules import internals
 from .modules.joint import join
@@ -21,7 +22,7 @@ from .modules.quantize import Method, quantize_empty
 from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
-from .weights import Way, ways
+from .weights import Placement, placements
 
 if TYPE_CHECKING:
     from .handles import Model
@@ -52,25 +53,26 @@ class MemoryPlan:
     cache: int = 0
     halved: int | None = None
 
-    def bytes_of(self, way: Way) -> int:
-        """All that a way takes."""
-        return self.needed[way.mode] - (0 if way.batched or self.halved is None else self.activations - self.halved)
+    def bytes_of(self, placement: Placement) -> int:
+        """Return all that a placement takes."""
+        saved = 0 if placement.batched or self.halved is None else self.activations - self.halved
+        return self.needed[placement.mode] - saved
 
-    def fits(self, way: Way) -> bool:
-        return self.free is None or self.bytes_of(way) <= self.free
+    def fits(self, placement: Placement) -> bool:
+        return self.free is None or self.bytes_of(placement) <= self.free
 
-    def fastest(self, among: Sequence[Way] = ways()) -> Way:
-        """The fastest of these ways that fits; they begin with the fastest.
+    def fastest(self, among: Sequence[Placement] = placements()) -> Placement:
+        """Return the fastest of these placements that fits; they begin with the fastest.
 
         Raises:
             ValueError: if none does.
         """
-        for way in among:
-            if self.fits(way):
-                return way
+        for placement in among:
+            if self.fits(placement):
+                return placement
         least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the smallest way, and {_gb(self.free)} are free "
+            f"This video needs {_gb(least)} on the card even in the mode that takes the least, and {_gb(self.free)} are free "
             f"({self._modes}). Make it smaller or shorter, close other programs that use the card, or set memory to "
             "cpu in the loader, which takes hours."
         )
@@ -129,6 +131,32 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
     needed = {mode: held[mode] + activations + loras + cache for mode in MODES}
     return MemoryPlan(total, activations, loras, needed, weights.free, cache, halved if guided else None)
+
+
+def choose_placements(
+    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events
+) -> tuple[Placement, ...]:
+    """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the fastest
+    that fits; told if that is not the fastest there is.
+
+    Args:
+        joinable: whether the prompts are of one length, so that both halves of guidance can be one batch.
+        tokens: of the prompt.
+    """
+    found = placements((True, False) if guided and joinable else (joinable,))
+    chosen = [placement for placement in found if placement.mode == model.weights.memory] or found
+    if model.weights.free is None:
+        return found[found.index(chosen[0]) :]
+    plan = plan_memory(model, latents.shape, guided, tokens)
+    first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
+    if first.mode != chosen[0].mode:
+        events.note(
+            f"The whole model does not fit on the card, so it runs in {first.text}, which is slower and gives the "
+            f"same video: {plan.text}."
+        )
+    elif first != chosen[0]:
+        events.note(f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}.")
+    return found[found.index(first) :]
 
 
 def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:

@@ -3,10 +3,9 @@
 What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds
 NaN or Inf is made again with a probe at every module, which names the first one whose output is not finite. Then the
 part goes on from there in the next
-safer way to run: range-safe fp16, bf16 where native, fp32.
+safer precision: range-safe fp16, bf16 where native, fp32.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ from torch import nn
 
 from .choices import ON_NAN, check_choice
 from .dtypes import Precision, dtype_name
+from .events import Events
 from .finite import is_finite
 from .precision.policy import safer
 from .variants import PARTS
-from .weights import Way
-
-logger = logging.getLogger(__name__)
+from .weights import Placement, Weights
 
 Result = TypeVar("Result", torch.Tensor, tuple)
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out in the smallest way too.
+    """Memory ran out even in the mode that takes the least.
 
     Attributes:
         latents: what was finished, ``[B, 16, T, H/8, W/8]``, unscaled, where there is such a thing.
@@ -85,33 +83,34 @@ class Sentinel:
         weights: what the part runs with at present: the handle's own, or after healing a safer copy that lives as long
             as the block.
         module: its module, on the device.
-        way: in which it runs at present; None where there is no other.
+        placement: how it runs at present, as far as memory goes; None where there is no other.
     """
 
     def __init__(
         self,
-        weights,
+        weights: Weights,
         on_nan: str = "heal",
-        on_load: Callable[[int, int], None] | None = None,
-        on_heal: Callable[[str], None] | None = None,
-        prepare: Callable[[nn.Module, Precision, Way | None], AbstractContextManager] | None = None,
-        ways: Sequence[Way] = (),
+        events: Events | None = None,
+        prepare: Callable[[nn.Module, Precision, Placement | None], AbstractContextManager] | None = None,
+        placements: Sequence[Placement] = (),
         shortcuts: str = "",
     ):
-        """Args: weights: a ``handles.Weights``. on_nan: ``heal`` or ``stop``. on_load: called with (bytes read, bytes
-            in all) whenever weights have to be loaded. on_heal: called with a sentence for the user whenever a result
-            was not finite and the run goes on. prepare: a context that the module runs in, such as LoRAs applied to it;
-            entered for every module that is run. ways: in which it can run, the first to begin with. Where it runs out
-            of memory, the next is tried. shortcuts: what ``prepare`` lets the module run with at first, and not when a
-            piece of work is done again, in words.
+        """Args:
+            on_nan: ``heal`` or ``stop``.
+            events: told whenever weights have to be loaded, and whenever work had to be done again.
+            prepare: a context that the module runs in, such as LoRAs applied to it; entered for every module that is
+                run.
+            placements: how it can run, the first to begin with. Where it runs out of memory, the next is tried.
+            shortcuts: what ``prepare`` lets the module run with at first, and not when a piece of work is done again,
+                in words.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
         check_choice("on_nan", on_nan, ON_NAN)
-        self.weights, self._on_nan, self._on_load, self._on_heal = weights, on_nan, on_load, on_heal
+        self.weights, self._on_nan, self._events = weights, on_nan, events or Events()
         self._prepare, self._shortcuts = prepare, shortcuts
-        self.way, self._smaller = (ways[0], ways[1:]) if ways else (None, ())
+        self.placement, self._smaller = (placements[0], placements[1:]) if placements else (None, ())
         self.module: nn.Module | None = None
         self._running = ExitStack()
 
@@ -120,7 +119,7 @@ class Sentinel:
             try:
                 self._start()
             except torch.OutOfMemoryError:
-                if self.way is None:
+                if self.placement is None:
                     raise
             if self.module is None:
                 # Not in there: the error holds on to what was being made.
@@ -140,9 +139,9 @@ class Sentinel:
             where: what the work is, for messages: ``step 12 of 50``.
 
         Raises:
-            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no way of running makes it
+            NonFiniteError: if the result is not finite and ``on_nan`` is ``stop``, or no precision makes it
                 finite.
-            OutOfMemory: if memory runs out in the last way too.
+            OutOfMemory: if memory runs out in the last placement too.
         """
         while True:
             try:
@@ -150,7 +149,7 @@ class Sentinel:
                     self._start()
                 return self._run_finite(work, where)
             except torch.OutOfMemoryError:
-                if self.way is None:
+                if self.placement is None:
                     raise
             self._make_smaller(where)
 
@@ -158,15 +157,15 @@ class Sentinel:
         device, name = self.weights.device, PARTS[self.weights.kind][0]
         if not self._smaller:
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory, in the smallest way ({self.way.text}) too. Make the video "
-                "smaller or shorter, or close other programs that use the card."
+                f"{where}: {device} ran out of memory even in the mode that takes the least ({self.placement.text}). "
+                "Make the video smaller or shorter, or close other programs that use the card."
             )
-        ran, (self.way, *self._smaller) = self.way, self._smaller
+        ran, (self.placement, *self._smaller) = self.placement, self._smaller
         fact = f"{where}: {device} ran out of memory with the {name} in {ran.text}."
-        self._tell(f"{fact} Going on from here in {self.way.text}; no finished step is lost.")
+        self._events.healed(f"{fact} Going on from here in {self.placement.text}; no finished step is lost.")
         self.module = None
         self._running.close()
-        if self.way.mode != ran.mode:
+        if self.placement.mode != ran.mode:
             self.weights.release()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -196,18 +195,18 @@ class Sentinel:
                 f"{_advice(culprit, ran)}"
             )
         if is_finite(result):
-            self._tell(f"{fact} The run goes on with the second result.")
+            self._events.healed(f"{fact} The run goes on with the second result.")
             return result
         del result
         for precision in safer(self.weights.kind, ran, self.weights.hardware):
-            self._tell(f"{fact} Going on from here in {precision.name}; nothing that was finished is lost.")
+            self._events.healed(f"{fact} Going on from here in {precision.name}; nothing that was finished is lost.")
             self._switch(precision)
             result = work(self.module, precision)
             if is_finite(result):
                 return result
             fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
         raise NonFiniteError(
-            f"{fact} In {ran.name}, {cause}. There is no safer way to run left. {_advice(culprit, ran)}"
+            f"{fact} In {ran.name}, {cause}. There is no safer precision left. {_advice(culprit, ran)}"
         )
 
     def _switch(self, precision: Precision) -> None:
@@ -221,16 +220,11 @@ class Sentinel:
     def _start(self) -> None:
         with ExitStack() as running:
             module = running.enter_context(
-                self.weights.running(self._on_load, None if self.way is None else self.way.mode)
+                self.weights.running(self._events, None if self.placement is None else self.placement.mode)
             )
             if self._prepare is not None:
-                running.enter_context(self._prepare(module, self.weights.precision, self.way))
+                running.enter_context(self._prepare(module, self.weights.precision, self.placement))
             self.module, self._running = module, running.pop_all()
-
-    def _tell(self, text: str) -> None:
-        logger.warning("%s", text)
-        if self._on_heal is not None:
-            self._on_heal(text)
 
 
 def _advice(culprit: Culprit | None, ran: Precision) -> str:

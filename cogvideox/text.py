@@ -1,19 +1,21 @@
 """Prompt to embeddings: T5 as the reference pipeline runs it (padded to the maximum, no attention mask)."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
+from .events import Events
 from .handles import TextEncoder
 from .sentinel import Sentinel
-from .weights import ways
+from .weights import placements
 from .words import short
 
 #: Letters of a prompt that are looked at: what a model reads of it, 226 tokens, is never so long.
@@ -40,19 +42,14 @@ def encode_prompt(
     encoder: TextEncoder,
     prompt: str,
     on_nan: str = "heal",
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_layer: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> EncodedPrompt:
     """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
 
     Args:
-        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop``
+        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer precision, ``stop``
             raises.
-        on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
-        on_heal: called with a sentence for the user when the encoding had to be healed.
-        on_layer: called with (layers done, layers in all) after each layer of the encoder; an exception it raises (an
-            interruption) ends the run.
+        events: told of the loading, of each layer of the encoder, and when the encoding had to be healed.
 
     Returns:
         Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
@@ -78,11 +75,11 @@ def encode_prompt(
     if note:
         notes.append(note)
     mode = encoder.weights.fitting_mode()
-    smaller = tuple(dropwhile(lambda way: way.mode != mode, ways()))
-    with Sentinel(encoder.weights, on_nan, on_load, on_heal, ways=smaller) as sentinel, torch.no_grad():
+    smaller = tuple(dropwhile(lambda placement: placement.mode != mode, placements()))
+    with Sentinel(encoder.weights, on_nan, events, placements=smaller) as sentinel, torch.no_grad():
 
         def encode(module: nn.Module, _) -> torch.Tensor:
-            with _layers_told(module, on_layer):
+            with _layers_told(module, events):
                 return module(ids.to(encoder.weights.device))[0]
 
         embeddings = sentinel.run(encode, "encoding the prompt")
@@ -167,11 +164,12 @@ def _load_tokenizer(folder: Path):
 
 
 @contextmanager
-def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None) -> Iterator[None]:
+def _layers_told(module: Any, events: Events | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
-    layers = module.encoder.block if on_layer is not None else ()
+    layers = module.encoder.block if events is not None else ()
+    told = None if events is None else events.counter("encoding", "layer")
     hooks = [
-        layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers)))
+        layer.register_forward_hook(lambda *_, done=done: told(done, len(layers)))
         for done, layer in enumerate(layers, 1)
     ]
     try:

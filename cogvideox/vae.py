@@ -1,6 +1,5 @@
 """Frames to latents and back with the checkpoint's own VAE."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -9,6 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from .dtypes import Precision
+from .events import Events
 from .finite import check_finite
 from .geometry import check_latent, check_size, latent_frames, pixel_frames
 from .handles import VAE
@@ -19,8 +19,6 @@ from .tensors import check_room
 from .variants import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from .weights import free_bytes
 
-logger = logging.getLogger(__name__)
-
 #: Where memory is not counted, the budget that the first failure halves; and the one below which there is nothing to be
 #: saved.
 _PLENTY, _LEAST = 16 << 30, 64 << 20
@@ -30,10 +28,7 @@ def decode(
     vae: VAE,
     samples: torch.Tensor,
     on_nan: str = "heal",
-    on_chunk: Callable[[int, int], None] | None = None,
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_strip: Callable[[], None] | None = None,
+    events: Events | None = None,
     budget: int | None = None,
 ) -> torch.Tensor:
     """Decode video latents, one video and two latent frames at a time, in as little memory as there is.
@@ -46,10 +41,8 @@ def decode(
         samples: ``[B, 16, T, H/8, W/8]``, unscaled.
         on_nan: what to do about a chunk that is not finite: ``heal`` decodes it again in fp32 and goes on so, ``stop``
             raises.
-        on_chunk: called with (latent frames done, latent frames in all) after each chunk; an exception it raises stops
-            the decode.
-        on_heal: called with a sentence for the user when a chunk had to be healed, or done again in less memory.
-        on_strip: called many times a chunk; an exception it raises stops the decode.
+        events: told of the loading, of each chunk (in latent frames), and when a chunk had to be healed or done again
+            in less memory; asked many times a chunk whether to stop.
         budget: bytes that may be taken on the device beside the weights; by default what is free there. Less is slower
             and gives the same.
 
@@ -62,6 +55,7 @@ def decode(
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
+    events = events or Events()
     check_latent(samples)
     batch, _, length, height, width = samples.shape
     frames, height, width = _decoded_frames(length), height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
@@ -74,9 +68,9 @@ def decode(
         samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another."
     )
     images = torch.empty(batch, frames, height, width, 3)
-    with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
+    with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
         chunks = chunk_lengths(length, sentinel.module.num_latent_frames_batch_size)
-        work = _Chunks(sentinel, Strips.decode, budget, on_strip, on_heal)
+        work = _Chunks(sentinel, Strips.decode, budget, events)
         for video, latent in enumerate(samples.split(1)):
             start, first = 0, 0
             for index, piece in enumerate(latent.split(chunks, dim=2)):
@@ -85,8 +79,7 @@ def decode(
                     decoded.mul_(0.5).add_(0.5).clamp_(0, 1), "1 c f h w -> f h w c"
                 )
                 start, first = start + decoded.shape[2], first + piece.shape[2]
-                if on_chunk is not None:
-                    on_chunk(video * length + first, batch * length)
+                events.progress("decoding", video * length + first, batch * length, "latent frame")
     return rearrange(images, "b f h w c -> (b f) h w c")
 
 
@@ -94,10 +87,7 @@ def encode(
     vae: VAE,
     images: torch.Tensor,
     on_nan: str = "heal",
-    on_chunk: Callable[[int, int], None] | None = None,
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_strip: Callable[[], None] | None = None,
+    events: Events | None = None,
     budget: int | None = None,
 ) -> torch.Tensor:
     """Encode one clip, or one image, eight frames at a time: the mode of diffusers' ``vae.encode``, so that the same
@@ -105,8 +95,7 @@ def encode(
 
     Args:
         images: ``[F, H, W, 3]`` in 0..1, or uint8 in 0..255, F = 4N+1, H and W multiples of 16.
-        on_nan, on_load, on_heal, on_strip, budget: as ``decode`` has them.
-        on_chunk: called with (frames done, frames in all) after each chunk; an exception it raises stops the encoding.
+        on_nan, events, budget: as ``decode`` has them; chunks are told in frames.
 
     Returns:
         float32 ``[1, 16, (F - 1) / 4 + 1, H/8, W/8]`` on the CPU, unscaled; relative L2 to the reference under 1e-5 in
@@ -117,6 +106,7 @@ def encode(
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
+    events = events or Events()
     if images.dtype != torch.uint8:
         images = check_images(images, "images")
     count, height, width = images.shape[:3]
@@ -128,15 +118,14 @@ def encode(
             f"{fitting}, or repeat frames."
         )
     done, moments = 0, []
-    with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
-        work = _Chunks(sentinel, _encode_frames, budget, on_strip, on_heal)
+    with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
+        work = _Chunks(sentinel, _encode_frames, budget, events)
         for index, piece in enumerate(images.split(chunk_lengths(count, sentinel.module.num_sample_frames_batch_size))):
             encoded = work.run(index, piece, f"encoding frames from {done} of {count}")
             # The posterior's mean, which is its mode; the other half is its variance.
             moments.append(encoded.chunk(2, dim=1)[0])
             done += len(piece)
-            if on_chunk is not None:
-                on_chunk(done, count)
+            events.progress("encoding", done, count, "frame")
     return torch.cat(moments, dim=2)
 
 
@@ -156,10 +145,9 @@ class _Chunks:
         sentinel: Sentinel,
         step: Callable[[Strips, torch.Tensor], torch.Tensor],
         budget: int | None,
-        on_strip: Callable[[], None] | None,
-        on_heal: Callable[[str], None] | None,
+        events: Events,
     ):
-        self._sentinel, self._step, self._on_strip, self._on_heal = sentinel, step, on_strip, on_heal
+        self._sentinel, self._step, self._events = sentinel, step, events
         self._budget = free_bytes(sentinel.weights.device) if budget is None else budget
         self._pieces: list[torch.Tensor] = []
         self._strips: Strips | None = None
@@ -178,7 +166,9 @@ class _Chunks:
 
     def _work(self, index: int, module: nn.Module, precision: Precision) -> torch.Tensor:
         if index == 0 or self._strips is None or self._reached != index or self._strips.module is not module:
-            self._strips = Strips(module, precision.dtype, self._sentinel.weights.device, self._budget, self._on_strip)
+            self._strips = Strips(
+                module, precision.dtype, self._sentinel.weights.device, self._budget, self._events.check_cancelled
+            )
             for earlier in self._pieces[:index]:
                 self._step(self._strips, earlier)
         # Until it is done, what the chunks before left is half overwritten.
@@ -203,9 +193,7 @@ class _Chunks:
                 "Close other programs that use the card, or make the video smaller or shorter."
             )
         text = f"{where}: {device} ran out of memory. Going on from here with at most {self._budget / 1e9:.2f} GB; nothing that was finished is lost."
-        logger.warning("%s", text)
-        if self._on_heal is not None:
-            self._on_heal(text)
+        self._events.healed(text)
 
 
 def image_latents(
@@ -217,7 +205,7 @@ def image_latents(
     Args:
         start_image, end_image: ``[1, H, W, 3]`` in 0..1, H and W multiples of 16.
         frames: of the clip to make.
-        how: ``on_nan``, ``on_load`` and the other callbacks, as ``encode`` has them.
+        how: ``on_nan``, ``events`` and ``budget``, as ``encode`` has them.
 
     Returns:
         float32 ``[1, 16, T, H/8, W/8]``, unscaled: ``concat_latent_image`` of a CONDITIONING.

@@ -3,7 +3,7 @@
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +16,7 @@ from .checkpoint.parts import Part
 from .choices import MODES
 from .combinations import refuse_second_method
 from .dtypes import Precision
+from .events import Events
 from .loading import load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
@@ -41,7 +42,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 @dataclass(frozen=True)
-class Way:
+class Placement:
     """How a part runs, as far as it decides what memory that takes.
 
     Attributes:
@@ -58,9 +59,9 @@ class Way:
         return self.mode if self.batched else f"{self.mode} with the halves of guidance one after the other"
 
 
-def ways(batched: Sequence[bool] = (True,)) -> tuple[Way, ...]:
-    """All ways to run, the fastest and largest first, with the choices there are for ``Way.batched``."""
-    return tuple(Way(mode, together) for mode in MODES for together in batched)
+def placements(batched: Sequence[bool] = (True,)) -> tuple[Placement, ...]:
+    """Return all placements, the fastest and largest first, with the choices there are for ``Placement.batched``."""
+    return tuple(Placement(mode, together) for mode in MODES for together in batched)
 
 
 # One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for
@@ -106,7 +107,7 @@ class Weights:
         )
         self.method = method
         self._module: nn.Module | None = None
-        # How it was set up to run; None while any way is open.
+        # How it was set up to run; None while any is open.
         self._mode: str | None = None
         self._losses: Mapping[str, Loss] = {}
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
@@ -194,15 +195,12 @@ class Weights:
         return self._module is not None
 
     @contextmanager
-    def running(
-        self, on_load: Callable[[int, int], None] | None = None, mode: str | None = None
-    ) -> Iterator[nn.Module]:
+    def running(self, events: Events | None = None, mode: str | None = None) -> Iterator[nn.Module]:
         """Have the module ready to run on its device for the length of a ``with`` block, loading it if this is the
         first time.
 
         Args:
-            on_load: called with (bytes read, bytes in all) while loading; an exception it raises stops the load
-                cleanly.
+            events: told of the loading; an exception it raises stops the load cleanly.
             mode: one of ``choices.MODES``: ``gpu`` has all of it on the device; the others keep it in the host's memory
                 and have diffusers' group offloading bring what is about to run. By default what was chosen, or else the
                 fastest that fits.
@@ -216,23 +214,23 @@ class Weights:
                 # Hooks that offload cannot be taken off again by anything that is public.
                 self._module, self._mode = None, None
             offloads = mode != MODES[0] and not _is_host(self.device)
-            module = self._load(torch.device("cpu") if offloads else self.device, on_load)
+            module = self._load(torch.device("cpu") if offloads else self.device, events)
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
             self._mode = mode
             yield module if offloads else module.to(self.device)
 
-    def quantization_text(self, on_load: Callable[[int, int], None] | None = None) -> str:
-        """What quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the host's
-        memory, and are ready then."""
+    def quantization_text(self, events: Events | None = None) -> str:
+        """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
+        host's memory, and are ready then."""
         with _turn:
-            self._load(torch.device("cpu"), on_load)
+            self._load(torch.device("cpu"), events, "quantizing")
         plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
         sizes = f"{size_text(plain)} -> {size_text(self.nbytes)} in {self.precision.name}"
         return f"{PARTS[self.kind][0]}: {self.method.name}, {sizes}; {losses_text(self._losses)}"
 
-    def _load(self, device: torch.device, on_load: Callable[[int, int], None] | None) -> nn.Module:
-        """The module, read to ``device`` if it is not loaded."""
+    def _load(self, device: torch.device, events: Events | None, work: str = "loading") -> nn.Module:
+        """Return the module, read to ``device`` if it is not loaded."""
         if self._module is None:
             part, how = self.part, "" if self.method is None else f", {self.method.name}"
             logger.info(
@@ -243,7 +241,8 @@ class Weights:
                 how,
             )
             quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
-            self._module, self._mode = load_module(part, self.precision, device, on_load, quantizer), None
+            told = None if events is None else events.counter(f"{work} {PARTS[self.kind][0]}", "B")
+            self._module, self._mode = load_module(part, self.precision, device, told, quantizer), None
             self._losses = {} if quantizer is None else quantizer.losses
             _loaded.add(self)
         return self._module

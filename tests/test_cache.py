@@ -27,6 +27,7 @@ from tests import layouts
 from tests.conftest import CPU
 from tests.reference import draw_prompts, reference_latents
 from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
+from tests.told import Told
 
 STEPS, SHAPE = 8, (1, 16, 4, 4, 6)
 EMPTY = torch.zeros(SHAPE)
@@ -39,12 +40,16 @@ def prompts():
     return draw_prompts(8)
 
 
-def run(model, prompts, cache=None, said=None, **settings):
+def run(model, prompts, cache=None, said=None, healed=None, step=None, **settings):
     """Latents of a run with a cache, and (block evaluations skipped, of how many)."""
     settings = dict(seed=1, steps=STEPS) | settings
     said = [] if said is None else said
     result = sample(
-        model if cache is None else with_cache(model, cache), *prompts, EMPTY, on_note=said.append, **settings
+        model if cache is None else with_cache(model, cache),
+        *prompts,
+        EMPTY,
+        events=Told(said, healed, step),
+        **settings,
     )
     found = re.search(r"skipped (?:the attention of )?(\d+) of (\d+) block evaluations", said[-1])
     return result, found and tuple(map(int, found.groups()))
@@ -136,7 +141,7 @@ class TestStrength:
         seen = {}
         for cache in (None, Cache(method, 1.0, 0.5, 1.0)):
             latents = []
-            run(model, prompts, cache, on_step=lambda done, total, clean, latents=latents: latents.append(clean))
+            run(model, prompts, cache, step=lambda done, total, clean, latents=latents: latents.append(clean))
             seen[cache] = latents
         plain, cached = seen.values()
         equal = [torch.equal(*pair) for pair in zip(plain, cached, strict=True)]
@@ -156,7 +161,7 @@ class TestStrength:
             seed=1,
             steps=8,
             denoise=0.5,
-            on_note=said.append,
+            events=Told(said),
         )
         parts = 3 if method == "first_block" else 4
         assert f"{2 * parts} of {4 * LAYERS} block" in said[-1]
@@ -213,7 +218,7 @@ class TestTraces:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(model, prompts, Cache(method, 0.5, 0.0, 1.0), on_step=stop)
+            run(model, prompts, Cache(method, 0.5, 0.0, 1.0), step=stop)
         assert inside(model.weights._module) == before
         assert torch.equal(run(model, prompts)[0], plain)
 
@@ -372,7 +377,7 @@ class TestHealing:
 
         with model.weights.running() as module:
             watch = module.register_forward_hook(spoil)
-        result, (skipped, _) = run(model, prompts, cache, on_heal=healed.append)
+        result, (skipped, _) = run(model, prompts, cache, healed=healed)
         watch.remove()
         assert result.isfinite().all()
         assert re.search(r"step 6 of 8.* run again without the cache it is finite\. The run goes on", healed[0])
@@ -396,7 +401,7 @@ class TestHealing:
 
         monkeypatch.setattr(weights_module, "load_module", load)
         result, (skipped, total) = run(
-            open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), on_heal=healed.append
+            open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), healed=healed
         )
         assert result.isfinite().all()
         assert "Going on from here in fp32" in healed[0]

@@ -23,6 +23,7 @@ from cogvideox.vae import decode
 from cogvideox.variants import identify
 from tests.conftest import CPU, ROOT
 from tests.tiny_checkpoint import build_checkpoint
+from tests.told import Told
 
 CLASSES = {
     "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
@@ -154,7 +155,11 @@ def test_a_loaded_part_is_not_loaded_again_and_is_freed_with_its_last_handle(tin
     handles = open_handles(tiny, "fp32", CPU)
     reads = []
     for _ in range(2):
-        encode_prompt(handles.text_encoder, "a cat", on_load=lambda done, total: reads.append((done, total)))
+        encode_prompt(
+            handles.text_encoder,
+            "a cat",
+            events=Told(progress=lambda done, total: reads.append((done, total)), of="loading"),
+        )
     assert reads[-1][0] == reads[-1][1]
     assert len({done for done, _ in reads}) == len(reads)
     with handles.text_encoder.weights.running() as module:
@@ -171,7 +176,7 @@ def test_an_interrupted_load_leaves_nothing_behind(tiny):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_prompt(handles.text_encoder, "a cat", on_load=stop)
+        encode_prompt(handles.text_encoder, "a cat", events=Told(progress=stop))
     assert not handles.text_encoder.weights.is_loaded
     assert encode_prompt(handles.text_encoder, "a cat").embeddings.isfinite().all()
 

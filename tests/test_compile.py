@@ -19,6 +19,7 @@ from tests.conftest import CPU
 from tests.reference import draw_prompts
 from tests.test_cache import SHAPE, inside
 from tests.tiny_checkpoint import LAYERS
+from tests.told import Told
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def graphs(use_backend):
     return captured
 
 
-def run(model, prompts, compiled=None, said=None, shape=SHAPE, **settings):
+def run(model, prompts, compiled=None, said=None, shape=SHAPE, healed=None, **settings):
     settings = dict(seed=1, steps=3) | settings
     said = [] if said is None else said
     return sample(
         model if compiled is None else with_compile(model, compiled),
         *prompts,
         torch.zeros(shape),
-        on_note=said.append,
+        events=Told(said, healed),
         **settings,
     )
 
@@ -222,7 +223,7 @@ class TestFallback:
             return graph.forward
 
         use_backend(backend)
-        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, on_heal=healed.append)
+        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, healed=healed)
         assert torch.equal(ours, run(model, prompts, cfg=1.0))
         assert "step 1 of 3: cpu ran out of memory" in healed[0]
         assert calls == [1, 1]
@@ -237,7 +238,7 @@ class TestHealing:
 
         use_backend(backend)
         model, healed = open_handles(deep, "fp32", CPU).model, []
-        ours = run(model, prompts, Compiled(), on_heal=healed.append)
+        ours = run(model, prompts, Compiled(), healed=healed)
         assert torch.equal(ours, run(model, prompts))
         assert "run again without compiled code it is finite" in healed[0]
 

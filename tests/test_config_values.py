@@ -13,7 +13,7 @@ from cogvideox.checkpoint.configs import check_config, known_fields
 from cogvideox.checkpoint.layout import open_checkpoint
 from cogvideox.handles import open_handles
 from cogvideox.loading import empty_module
-from cogvideox.sampling import make_scheduler
+from cogvideox.schedulers import make_scheduler
 from cogvideox.variants import full_config
 from tests.conftest import CPU, ROOT
 from tests.layouts import open_whole

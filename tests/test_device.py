@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cogvideox.sampling as sampling_module
+import cogvideox.memory as memory_module
 import cogvideox.vae as vae_module
 from cogvideox.choices import CACHES, MODES, QUANTIZE
 from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
@@ -25,10 +25,11 @@ from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
-from cogvideox.weights import free_bytes, ways
+from cogvideox.weights import free_bytes, placements
 from tests import layouts
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
+from tests.told import Told
 
 DEVICE = torch.device(os.environ.get("COGVIDEOX_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(
@@ -156,7 +157,7 @@ class TestPrecision:
         exact = run(open_handles(loud, "fp32", hardware).model, prompts)
         safe, bf16 = (run(open_handles(loud, dtype, hardware).model, prompts) for dtype in ("fp16", "bf16"))
         healed, said = open_handles(loud, "fp16", hardware, "warn"), []
-        plain = run(healed.model, prompts, on_heal=said.append)
+        plain = run(healed.model, prompts, events=Told(heals=said))
         print(
             f"range-safe {error(safe, exact):.1e}, bf16 {error(bf16, exact):.1e}, healed {error(plain, exact):.1e}: "
             f"{said}"
@@ -209,10 +210,10 @@ class TestMemory:
         expected = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE)
         plan = plan_memory(open_handles(wide, "bf16", hardware).model, LARGE)
         # So that it is found out, and not foreseen.
-        monkeypatch.setattr(sampling_module, "plan_memory", lambda *_: plan)
+        monkeypatch.setattr(memory_module, "plan_memory", lambda *_: plan)
         said = []
         with at_most(0.5 * plan.needed["gpu"]):
-            ours = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE, on_heal=said.append)
+            ours = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE, events=Told(heals=said))
         print("\n".join(said))
         assert said
         assert error(ours, expected) < ROUNDING["bf16"]
@@ -225,11 +226,11 @@ class TestMemory:
         model = open_handles(wide, "bf16", hardware).model
         expected, plan = run(model, prompts, LARGE), plan_memory(model, LARGE)
         collect()
-        room = plan.bytes_of(ways((True, False))[-1]) * 1.3 + 50e6
+        room = plan.bytes_of(placements((True, False))[-1]) * 1.3 + 50e6
         monkeypatch.setattr("cogvideox.weights.free_bytes", lambda device: int(room))
         model.weights.release()
         with at_most(room):
-            ours = run(model, prompts, LARGE, on_note=told.append, on_heal=healed.append)
+            ours = run(model, prompts, LARGE, events=Told(told, healed))
         print(told, healed)
         assert told
         assert not healed
@@ -269,7 +270,7 @@ class TestSpeedups:
     def test_every_cache_runs_in_every_mode(self, wide, prompts, hardware, expected, method, mode):
         notes = []
         model = with_cache(open_handles(wide, "bf16", hardware, memory=mode).model, Cache(method))
-        ours = run(model, prompts, steps=10, on_note=notes.append)
+        ours = run(model, prompts, steps=10, events=Told(notes))
         print(notes[-1])
         assert ours.isfinite().all()
         assert "skipped" in notes[-1]
@@ -315,7 +316,7 @@ class TestSpeedups:
         elif case == "lora":
             model = with_lora(model, write_lora(tmp_path / "l.safetensors", "attn1.to_q", 1024, 1024))
         notes = []
-        ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, on_note=notes.append)
+        ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, events=Told(notes))
         found = error(ours, run(model, prompts))
         print(f"compiled {case}: {found:.1e} {notes}")
         # What was compiled for the case before serves a LoRA too.
@@ -414,7 +415,7 @@ class TestVAE:
         # What it is told is free is not.
         monkeypatch.setattr(vae_module, "free_bytes", lambda device: 16 << 30)
         with at_most(200 << 20):
-            ours = decode(vae, latent, on_heal=said.append)
+            ours = decode(vae, latent, events=Told(heals=said))
         print("\n".join(said))
         assert said
         assert error(ours, expected) < ROUNDING["bf16"]

@@ -11,10 +11,11 @@ from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.vae import encode, image_latents
-from cogvideox.weights import ways
+from cogvideox.weights import placements
 from tests.conftest import CPU
 from tests.reference import reference_latents
 from tests.tiny_checkpoint import build_checkpoint
+from tests.told import Told
 
 STEPS = 3
 
@@ -123,7 +124,7 @@ def test_an_end_image_is_the_last_latent_and_is_said_to_be_untrained(i2v, prompt
     assert not latents[:, :, 1:-1].any()
     said = []
     with_end = sample(
-        handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, on_note=said.append
+        handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, events=Told(said)
     )
     latents[:, :, -1] = 0
     without = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1)
@@ -204,7 +205,7 @@ def test_joined_prompts_run_and_a_prompt_joined_with_nothing_is_itself(handles, 
 def test_prompts_one_by_one_give_what_one_batch_gives(handles, prompts, monkeypatch):
     latent = torch.zeros(1, 16, 4, 6, 10)
     batched = sample(handles.model, *prompts, latent, seed=1, steps=2)
-    monkeypatch.setattr(sampling, "ways", lambda batched: ways([False]))
+    monkeypatch.setattr(sampling, "ways", lambda batched: placements([False]))
     apart = sample(handles.model, *prompts, latent, seed=1, steps=2)
     assert (apart - batched).norm() / batched.norm() < 1e-5
 

@@ -22,6 +22,7 @@ from tests import layouts
 from tests.conftest import CPU
 from tests.reference import error
 from tests.reference import run_module as run
+from tests.told import Told
 
 RANK = 3
 #: The layers that trainers choose, and those that some choose too.
@@ -272,7 +273,7 @@ def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
     file, said = write(tmp_path / "loud.safetensors", halves, **FORMATS["diffusers"]), []
     latent = torch.zeros(1, 16, 4, 6, 10)
     plain = open_handles(tiny, "fp16", CPU, on_mismatch="warn").model
-    ours = sample(with_lora(plain, file), *prompts, latent, seed=1, steps=2, on_heal=said.append)
+    ours = sample(with_lora(plain, file), *prompts, latent, seed=1, steps=2, events=Told(heals=said))
     assert any("range-safe fp16" in text for text in said)
     expected = sample(with_lora(open_handles(tiny, "fp32", CPU).model, file), *prompts, latent, seed=1, steps=2)
     assert error(ours, expected.double()) < 5e-2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cogvideox.memory as memory_module
 import cogvideox.sampling as sampling_module
 import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
@@ -16,18 +17,19 @@ from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, with_cache, with_lora
 from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.memory import LiveBytes, MemoryPlan, plan_memory
+from cogvideox.memory import LiveBytes, MemoryPlan, choose_placements, plan_memory
 from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.sentinel import OutOfMemory
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
-from cogvideox.weights import Way, ways
+from cogvideox.weights import Placement, placements
 from tests import layouts
 from tests.conftest import CPU
 from tests.memory import left_behind
 from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.told import Told
 
 GB = 10**9
 
@@ -58,7 +60,7 @@ class TestPlan:
     def test_with_the_halves_of_guidance_one_after_the_other_too(
         self, checkpoints, prompts, monkeypatch, variant, dtype
     ):
-        monkeypatch.setattr(sampling_module, "ways", lambda batched: ways([False]))
+        monkeypatch.setattr(memory_module, "placements", lambda batched: placements([False]))
         shape, model = (1, 16, 5, 20, 24), open_handles(checkpoints(variant), dtype, CPU).model
         how = dict(image_latents=torch.randn(shape) if "i2v" in variant else None, seed=1, steps=1)
         sample(model, *prompts, torch.zeros(shape), **how)
@@ -68,7 +70,9 @@ class TestPlan:
         plan = plan_memory(model, shape)
         assert plan.halved == pytest.approx(measured.peak, rel=0.15)
         assert plan.halved < 0.6 * plan.activations
-        assert plan.bytes_of(Way("gpu")) - plan.bytes_of(Way("gpu", False)) == plan.activations - plan.halved
+        assert (
+            plan.bytes_of(Placement("gpu")) - plan.bytes_of(Placement("gpu", False)) == plan.activations - plan.halved
+        )
         assert plan_memory(model, shape, guided=False).halved is None
 
     def test_nothing_is_read_or_loaded_for_it(self, tiny):
@@ -93,22 +97,22 @@ class TestPlan:
     )
     def test_auto_is_the_fastest_that_fits(self, free, mode):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
-        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Way(mode)
+        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Placement(mode)
 
     @pytest.mark.parametrize(
-        ("free", "way"),
+        ("free", "placement"),
         [
-            (20, Way("gpu")),
-            (19, Way("gpu", False)),
-            (16, Way("offload_blocks")),
-            (7, Way("offload_blocks", False)),
-            (4, Way("offload_layers", False)),
+            (20, Placement("gpu")),
+            (19, Placement("gpu", False)),
+            (16, Placement("offload_blocks")),
+            (7, Placement("offload_blocks", False)),
+            (4, Placement("offload_layers", False)),
         ],
     )
-    def test_halves_of_guidance_one_after_the_other_come_before_the_next_mode(self, free, way):
+    def test_halves_of_guidance_one_after_the_other_come_before_the_next_mode(self, free, placement):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
         plan = MemoryPlan(13 * GB, 7 * GB, 0, needed, free * GB, halved=4 * GB)
-        assert plan.fastest(ways((True, False))) == way
+        assert plan.fastest(placements((True, False))) == placement
 
     def test_where_nothing_fits_it_says_what_each_would_take(self):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
@@ -123,36 +127,41 @@ class TestPlan:
     ):
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
-        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
+        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Placement("offload_blocks"))
         monkeypatch.setattr(weights_module, "free_bytes", lambda device: 0)
-        ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
+        ours = sample(model, *prompts, latent, seed=1, steps=2, events=Told(said))
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
         assert offloaded(model.weights) == "blocks"
 
     @pytest.mark.parametrize(
-        ("memory", "free", "way", "said"),
+        ("memory", "free", "placement", "said"),
         [
-            ("auto", -1, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
+            (
+                "auto",
+                -1,
+                Placement("gpu", False),
+                "halves of guidance run one after the other, as the card has no room",
+            ),
             (
                 "offload_blocks",
                 0,
-                Way("offload_blocks", False),
+                Placement("offload_blocks", False),
                 "halves of guidance run one after the other, as the card has no room",
             ),
-            ("gpu", 0, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
-            ("offload_blocks", 1 << 40, Way("offload_blocks"), ""),
+            ("gpu", 0, Placement("gpu", False), "halves of guidance run one after the other, as the card has no room"),
+            ("offload_blocks", 1 << 40, Placement("offload_blocks"), ""),
         ],
     )
     def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(
-        self, tiny, monkeypatch, memory, free, way, said
+        self, tiny, monkeypatch, memory, free, placement, said
     ):
         notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
         model = open_handles(tiny, "fp32", CPU, memory=memory).model
         limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
         monkeypatch.setattr(weights_module.Weights, "free", limit)
-        found = sampling_module._choose_ways(model, latent, True, True, 226, notes.append)
-        assert found == ways((True, False))[ways((True, False)).index(way) :]
+        found = choose_placements(model, latent, True, True, 226, Told(notes))
+        assert found == placements((True, False))[placements((True, False)).index(placement) :]
         assert bool(notes) == bool(said)
         assert said in "".join(notes)
 
@@ -320,7 +329,7 @@ class TestOutOfMemory:
         calls = full("transformer", lambda number: number == call)
         model = open_handles(tiny, "fp32", CPU).model
         ours = sample(
-            model, *prompts, latent, **settings, on_heal=said.append, on_step=lambda done, *_: steps.append(done)
+            model, *prompts, latent, **settings, events=Told(heals=said, step=lambda done, *_: steps.append(done))
         )
         assert torch.equal(ours, expected)
         assert steps == [1, 2, 3, 4]
@@ -342,12 +351,13 @@ class TestOutOfMemory:
 
         expected = sample(opened(), *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == 3)
-        callbacks = dict(
-            on_heal=said.append,
-            on_step=lambda done, *_: steps.append(done),
-            on_load=lambda *_: loads.append(len(steps)),
+        events = Told(
+            heals=said,
+            step=lambda done, *_: steps.append(done),
+            progress=lambda *_: loads.append(len(steps)),
+            of="loading",
         )
-        ours = sample(opened(), *prompts, latent, **settings, **callbacks)
+        ours = sample(opened(), *prompts, latent, **settings, events=events)
         # The cache begins anew with the step that is repeated.
         assert (ours - expected).norm() / expected.norm() < (1e-5 if cache is None else 0.3)
         assert steps == [1, 2, 3, 4]
@@ -369,7 +379,7 @@ class TestOutOfMemory:
             return real(*arguments)
 
         monkeypatch.setattr(weights_module, "load_module", load)
-        ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, on_heal=said.append)
+        ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, events=Told(heals=said))
         assert torch.equal(ours, expected)
         assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == [
             "gpu with the halves of guidance one after the other",
@@ -377,7 +387,7 @@ class TestOutOfMemory:
         ]
         calls.clear()
         monkeypatch.setattr(weights_module, "load_module", lambda *_: load(calls.clear()))
-        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest way"):
+        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory even in the mode that takes the least"):
             sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
     def test_where_the_smallest_fails_too_the_finished_latents_come_with_the_error(self, tiny, prompts, full):
@@ -386,7 +396,7 @@ class TestOutOfMemory:
         model = open_handles(tiny, "fp32", CPU).model
         with pytest.raises(
             OutOfMemory,
-            match=r"step 3 of 4: cpu ran out of memory, in the smallest way \(offload_layers with the halves of guidance one after the other\) too",
+            match=r"step 3 of 4: cpu ran out of memory even in the mode that takes the least \(offload_layers with the halves of guidance one after the other\)",
         ) as caught:
             sample(model, *prompts, latent, seed=1, steps=4)
         assert caught.value.latents.shape == latent.shape
@@ -397,7 +407,7 @@ class TestOutOfMemory:
         said = []
         full("text_encoder", lambda number: number == 1)
         encoder = open_handles(tiny, "fp32", CPU).text_encoder
-        assert torch.equal(encode_prompt(encoder, "a panda", on_heal=said.append).embeddings, expected)
+        assert torch.equal(encode_prompt(encoder, "a panda", events=Told(heals=said)).embeddings, expected)
         assert offloaded(encoder.weights)
         assert "with the text encoder in gpu" in said[0]
 
@@ -456,6 +466,8 @@ def test_a_smaller_way_may_join_the_halves_of_guidance_again(tiny, prompts, monk
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", forward)
-    monkeypatch.setattr(sampling_module, "_choose_ways", lambda *_: (Way("gpu", False), Way("offload_blocks", True)))
+    monkeypatch.setattr(
+        sampling_module, "choose_placements", lambda *_: (Placement("gpu", False), Placement("offload_blocks", True))
+    )
     assert torch.equal(sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), **how), expected)
     assert calls == [1, 2, 2]

@@ -35,6 +35,7 @@ from tests.reference import error
 from tests.reference import run_module as run
 from tests.test_generate import run as run_generate
 from tests.tiny_checkpoint import build_transformer
+from tests.told import Told
 
 HOST = torch.device("cpu")
 BF16 = Precision(torch.bfloat16)
@@ -485,7 +486,7 @@ class TestHandles:
             seed=1,
             steps=1,
             cfg=1.0,
-            on_heal=said.append,
+            events=Told(heals=said),
         )
         assert "Going on from here in fp32" in said[-1]
         assert ran[0] == (BF16, method)

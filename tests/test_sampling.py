@@ -12,10 +12,12 @@ from cogvideox import weights as weights_module
 from cogvideox.dtypes import FP32
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.sampling import NoiseInFp32, sample
+from cogvideox.sampling import sample
+from cogvideox.schedulers import NoiseInFp32, make_scheduler, schedule_timesteps
 from tests.conftest import CPU
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.told import Told
 
 STEPS = 4
 
@@ -151,13 +153,13 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
 def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_below_0(steps, trained):
     """diffusers' trailing schedule of 61 steps has 62, and the last would undo the video."""
     config = dict(timestep_spacing="trailing", num_train_timesteps=trained, prediction_type="v_prediction")
-    timesteps = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 1.0)
+    timesteps = schedule_timesteps(make_scheduler(config, "ddim"), steps, 1.0)
     assert len(timesteps) == steps
     assert timesteps[0] == trained - 1
     assert timesteps.min() >= 0
     assert (timesteps.diff() < 0).all()
     half = (
-        sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5)
+        schedule_timesteps(make_scheduler(config, "ddim"), steps, 0.5)
         if steps > 1
         else timesteps
     )
@@ -165,11 +167,11 @@ def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_b
 
 
 def test_a_schedule_that_passes_its_last_timestep_is_refused():
-    scheduler = sampling_module.make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
+    scheduler = make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
     with pytest.raises(
         ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"
     ):
-        sampling_module.schedule_timesteps(scheduler, 50, 1.0)
+        schedule_timesteps(scheduler, 50, 1.0)
 
 
 @pytest.mark.parametrize("denoise", [0.5, 0.75])
@@ -254,7 +256,7 @@ def test_progress_is_told_at_every_step_with_the_predicted_video(handles, prompt
         torch.zeros(SHAPES["odd"]),
         seed=1,
         steps=3,
-        on_step=lambda done, total, clean: seen.append((done, total, clean.shape)),
+        events=Told(step=lambda done, total, clean: seen.append((done, total, clean.shape))),
     )
     assert seen == [(step, 3, (1, 16, 5, 6, 10)) for step in (1, 2, 3)]
 
@@ -269,7 +271,7 @@ def test_a_run_can_be_interrupted_between_steps_and_the_model_used_again(handles
 
     before = sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3)
     with pytest.raises(Cancelled):
-        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, on_step=cancel)
+        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, events=Told(step=cancel))
     assert torch.equal(before, sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3))
 
 

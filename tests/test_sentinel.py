@@ -16,6 +16,7 @@ from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from tests.conftest import CPU
 from tests.tiny_checkpoint import build_checkpoint
+from tests.told import Told
 
 STEPS = 5
 NAN, INF = float("nan"), float("inf")
@@ -67,7 +68,9 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
     calls = fault("transformer", "transformer_blocks.1", lambda call, _: call == 3)
     said, steps = [], []
     healed = open_handles(tiny, "bf16", CPU)
-    result = run(healed, prompts, scheduler=scheduler, on_heal=said.append, on_step=lambda done, *_: steps.append(done))
+    result = run(
+        healed, prompts, scheduler=scheduler, events=Told(heals=said, step=lambda done, *_: steps.append(done))
+    )
     assert torch.equal(result, expected)
     assert calls == ["bf16"] * (STEPS + 1)
     assert steps == list(range(1, STEPS + 1))
@@ -85,7 +88,7 @@ def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tin
     said, clean = [], []
     opened = open_handles(tiny, "bf16", CPU)
     result = run(
-        opened, prompts, on_heal=said.append, on_step=lambda done, total, predicted: clean.append(predicted.dtype)
+        opened, prompts, events=Told(heals=said, step=lambda done, total, predicted: clean.append(predicted.dtype))
     )
     assert result.isfinite().all()
     # Two steps, the third and its probe, and the third again and the rest: no finished step is done twice.
@@ -116,14 +119,19 @@ def test_stop_raises_at_that_step_with_the_same_facts(tiny, prompts, fault):
     with pytest.raises(
         NonFiniteError, match=r"step 2 of 5: .* in bf16 .*transformer_blocks\.0 \(CogVideoXBlock\)"
     ) as caught:
-        run(open_handles(tiny, "bf16", CPU), prompts, on_nan="stop", on_step=lambda done, *_: steps.append(done))
+        run(
+            open_handles(tiny, "bf16", CPU),
+            prompts,
+            on_nan="stop",
+            events=Told(step=lambda done, *_: steps.append(done)),
+        )
     assert steps == [1]
     assert "on_nan is stop" in str(caught.value)
 
 
 def test_where_nothing_helps_the_error_says_that_every_way_was_tried(tiny, prompts, fault):
     calls = fault("transformer", "transformer_blocks.0", lambda call, _: True, INF)
-    with pytest.raises(NonFiniteError, match="no safer way to run left"):
+    with pytest.raises(NonFiniteError, match="no safer precision left"):
         run(open_handles(tiny, "fp16", CPU), prompts)
     assert calls == ["range-safe fp16", "range-safe fp16", "bf16", "fp32"]
 
@@ -151,7 +159,7 @@ def test_weights_that_only_fp16_cannot_hold_are_not_called_damaged(tmp_path, pro
 
     opened = open_handles(build_checkpoint(tmp_path / "large", change=enlarge), "fp16", CPU, on_mismatch="warn")
     said = []
-    run(opened, prompts, on_heal=said.append)
+    run(opened, prompts, events=Told(heals=said))
     assert "weights of transformer_blocks.1.attn1.to_v (Linear) pass 65504" in said[0]
 
 
@@ -159,7 +167,7 @@ def test_inf_from_t5_is_healed(tiny, fault):
     expected = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda").embeddings
     calls = fault("text_encoder", "encoder.block.1", lambda _, precision: precision.dtype == torch.bfloat16, INF)
     said = []
-    encoded = encode_prompt(open_handles(tiny, "bf16", CPU).text_encoder, "a panda", on_heal=said.append)
+    encoded = encode_prompt(open_handles(tiny, "bf16", CPU).text_encoder, "a panda", events=Told(heals=said))
     assert torch.equal(encoded.embeddings, expected)
     assert calls == ["bf16", "bf16", "fp32"]
     assert "encoding the prompt: the text encoder in bf16" in said[0]
@@ -174,7 +182,9 @@ def test_a_chunk_of_frames_that_is_not_finite_is_decoded_again_in_fp32(tiny, fau
     calls = fault("vae", "decoder.mid_block", lambda call, precision: call >= 2 and precision != FP32)
     said, chunks = [], []
     images = decode(
-        open_handles(tiny, "bf16", CPU).vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done)
+        open_handles(tiny, "bf16", CPU).vae,
+        latents,
+        events=Told(heals=said, progress=lambda done, _: chunks.append(done), of="decoding"),
     )
     # A chunk that is done again needs the one before it for what its convolutions remember.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
@@ -217,7 +227,7 @@ def test_an_interruption_while_healing_is_not_swallowed(tiny, prompts, fault):
 
     opened = open_handles(tiny, "bf16", CPU)
     with opened.model.weights.running() as _, pytest.raises(KeyboardInterrupt):
-        run(opened, prompts, on_load=cancel)
+        run(opened, prompts, events=Told(progress=cancel, of="loading"))
 
 
 def test_an_unknown_on_nan_is_refused(tiny):
@@ -240,7 +250,7 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         opened = open_handles(loud, "fp16", CPU)
         assert opened.model.weights.precision == opened.text_encoder.weights.precision == RANGE_SAFE_FP16
         said = []
-        images = self.video(opened, on_heal=said.append)
+        images = self.video(opened, events=Told(heals=said))
         enforce(check_black_frames(images), "stop")
         assert said == []
         truth = self.video(open_handles(loud, "fp32", CPU))
@@ -257,7 +267,7 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         opened = open_handles(loud, "fp16", CPU, on_mismatch="warn")
         assert opened.model.weights.precision == Precision(torch.float16)
         said = []
-        images = self.video(opened, on_heal=said.append)
+        images = self.video(opened, events=Told(heals=said))
         enforce(check_black_frames(images), "stop")
         assert len(said) == 3  # two prompts, one run
         assert (

@@ -17,6 +17,7 @@ from tests.conftest import CPU
 from tests.memory import count_strips
 from tests.reference import error
 from tests.tiny_checkpoint import build_vae
+from tests.told import Told
 
 
 def reference(pipeline, latents):
@@ -115,19 +116,23 @@ def test_a_clip_of_the_contract_has_16n_plus_1_frames(handles):
 
 def test_progress_is_told_for_every_chunk_and_can_stop_the_decode(handles):
     seen = []
-    decode(handles.vae, torch.randn(2, 16, 5, 2, 2), on_chunk=lambda done, total: seen.append((done, total)))
+    decode(
+        handles.vae,
+        torch.randn(2, 16, 5, 2, 2),
+        events=Told(progress=lambda done, total: seen.append((done, total)), of="decoding"),
+    )
     assert seen == [(3, 10), (5, 10), (8, 10), (10, 10)]
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, torch.randn(1, 16, 5, 2, 2), on_chunk=stop)
+        decode(handles.vae, torch.randn(1, 16, 5, 2, 2), events=Told(progress=stop, of="decoding"))
 
 
 def test_it_can_be_stopped_between_strips_and_the_vae_used_again(handles):
     latents, strips = torch.randn(1, 16, 3, 2, 2), []
-    expected = decode(handles.vae, latents, on_strip=lambda: strips.append(1))
+    expected = decode(handles.vae, latents, events=Told(check=lambda: strips.append(1)))
     assert len(strips) > 20
 
     def stop():
@@ -136,7 +141,7 @@ def test_it_can_be_stopped_between_strips_and_the_vae_used_again(handles):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, latents, on_strip=stop)
+        decode(handles.vae, latents, events=Told(check=stop))
     assert torch.equal(decode(handles.vae, latents), expected)
 
 
@@ -151,7 +156,7 @@ def test_nothing_of_a_run_outlives_it(handles):
     images = decode(handles.vae, torch.randn(1, 16, 3, 4, 6))
     encode(handles.vae, images)
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, torch.randn(1, 16, 3, 4, 6), on_chunk=_interrupt)
+        decode(handles.vae, torch.randn(1, 16, 3, 4, 6), events=Told(progress=_interrupt, of="decoding"))
     assert len(alive()) == before
 
 
@@ -219,7 +224,9 @@ class TestOutOfMemory:
         latents, said, chunks = torch.randn(1, 16, 5, 4, 4), [], []
         expected = decode(handles.vae, latents)
         full(lambda count, budget: count == strip)
-        images = decode(handles.vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done))
+        images = decode(
+            handles.vae, latents, events=Told(heals=said, progress=lambda done, _: chunks.append(done), of="decoding")
+        )
         assert error(images, expected) < 1e-5
         assert chunks == [3, 5]
         assert len(said) == 1
