@@ -253,8 +253,8 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
     """NaN from a block in every dtype but fp32, through the nodes."""
     import sys
 
-    handles, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.handles", "nodes.host"))
-    real, shown = handles.load_module, []
+    weights, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.weights", "nodes.host"))
+    real, shown = weights.load_module, []
 
     def load(part, precision, *rest):
         module = real(part, precision, *rest)
@@ -262,7 +262,7 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
             module.proj_out.register_forward_hook(lambda _m, _a, output: output * float("nan"))
         return module
 
-    monkeypatch.setattr(handles, "load_module", load)
+    monkeypatch.setattr(weights, "load_module", load)
     monkeypatch.setattr(host, "show", shown.append)
     model, text_encoder, _, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="bf16")
     (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
