@@ -9,7 +9,7 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
-#: choice in the graph -> what the engine calls it
+#: By choice in the graph: what the engine calls it.
 CHECKPOINTS = {
     "CogVideoX1.5-5B (text to video, 31 GB)": "t2v",
     "CogVideoX1.5-5B-I2V (image to video, 31 GB)": "i2v",

@@ -33,7 +33,7 @@ _CORE = {
     "ControlBase": "CONTROL_NET",
     "ClipVisionModel": "CLIP_VISION",
 }
-#: type of a socket or widget -> what belongs there, and what to do where it does not
+#: By type of a socket or widget: what belongs there, and what to do if something else comes in.
 _WANTED = {
     "COGVIDEOX_MODEL": ("a transformer (COGVIDEOX_MODEL)", f"Connect the model of {_LOADER}, or of a node behind it."),
     "COGVIDEOX_TEXT_ENCODER": ("a text encoder (COGVIDEOX_TEXT_ENCODER)", f"Connect the text_encoder of {_LOADER}."),
