@@ -39,7 +39,7 @@ class Attention(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, attention=None):
-        # Whether the model runs in 16 bits, the run knows.
+        # Only the run knows whether the model runs in 16 bits.
         return cls.refusal({"attention": attention}, (check_attention, attention, host.device(), torch.float16))
 
     def execute(self, model, attention="auto"):

@@ -41,7 +41,9 @@ class Cache(Node):
                 "model": (
                     "COGVIDEOX_MODEL",
                     {
-                        "tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        "tooltip": (
+                            "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        )
                     },
                 ),
                 "method": (
@@ -95,8 +97,9 @@ class Cache(Node):
         from ..cogvideox.memory import memory_text
         from ..cogvideox.modules.cache import Cache
 
-        changed = with_cache(model, Cache(method, strength, start, end))
-        report = f"{changed.cache.text}\n{memory_text(changed)}"
+        cache = Cache(method, strength, start, end)
+        changed = with_cache(model, cache)
+        report = f"{cache.text}\n{memory_text(changed)}"
         logger.info("%s", report)
         host.show(report)
         return (changed,)

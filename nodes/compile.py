@@ -28,7 +28,9 @@ class Compile(Node):
                 "model": (
                     "COGVIDEOX_MODEL",
                     {
-                        "tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        "tooltip": (
+                            "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        )
                     },
                 ),
                 "mode": (
@@ -58,9 +60,10 @@ class Compile(Node):
         from ..cogvideox.handles import with_compile
         from ..cogvideox.modules.compiled import Compiled, missing_compiler
 
-        changed = with_compile(model, Compiled(mode, dynamic))
+        compiled = Compiled(mode, dynamic)
+        changed = with_compile(model, compiled)
         missing = missing_compiler(model.weights.device)
-        report = changed.compiled.text if missing is None else f"The model will run without compiling: {missing}."
+        report = compiled.text if missing is None else f"The model will run without compiling: {missing}."
         logger.log(logging.INFO if missing is None else logging.WARNING, "%s", report)
         host.show(report)
         return (changed,)

@@ -1,4 +1,4 @@
-"""CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, if and only if it is switched on."""
+"""CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, but only once it is switched on."""
 
 import logging
 
@@ -9,7 +9,7 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
-#: choice in the graph -> what the engine calls it
+#: By choice in the graph: what the engine calls it.
 CHECKPOINTS = {
     "CogVideoX1.5-5B (text to video, 31 GB)": "t2v",
     "CogVideoX1.5-5B-I2V (image to video, 31 GB)": "i2v",
@@ -65,7 +65,7 @@ class Downloader(Node):
 
     @classmethod
     def IS_CHANGED(cls, checkpoint=None, download=False):
-        """A checkpoint that was deleted since is downloaded again; one that is there is left alone."""
+        """Tell whether the checkpoint is there: one that was deleted since is downloaded again, and no other."""
         from ..cogvideox.checkpoint.download import checkpoint_folder
         from ..cogvideox.checkpoint.layout import is_checkpoint
 
@@ -84,7 +84,10 @@ class Downloader(Node):
         if download:
             download_checkpoint(which, folder, on_progress=host.progress())
             place = short(target, 400)
-            report = f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
+            report = (
+                f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in "
+                "CogVideoX-1.5 Model Loader."
+            )
         else:
             report = (
                 f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} "

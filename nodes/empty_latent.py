@@ -63,6 +63,6 @@ class EmptyLatent(Node):
 
 
 def _check_length(length):
-    # CogVideoX-5b and -2b make 8N+1 frames; which model it is, the run knows.
+    # CogVideoX-5b and -2b make 8N+1 frames; only the run knows which model it is.
     if length % 8 != 1:
         check_frames(length)

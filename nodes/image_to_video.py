@@ -31,7 +31,10 @@ class ImageToVideo(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        trained = "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
+        trained = (
+            "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; "
+            "CogVideoX-5b-I2V takes 720x480."
+        )
         return {
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
@@ -74,7 +77,7 @@ class ImageToVideo(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        # CogVideoX-5b-I2V makes 8N+1 frames; which model it is, the run knows.
+        # CogVideoX-5b-I2V makes 8N+1 frames; only the run knows which model it is.
         eights = isinstance(length, int) and length % 8 == 1
         return cls.refusal(
             dict(width=width, height=height, length=length, batch_size=batch_size),
@@ -91,10 +94,8 @@ class ImageToVideo(Node):
         from ..cogvideox.vae import image_latents
 
         samples = empty_latent(width, height, length, batch_size, vae.frame_step)
-        start, end = (
-            None if image is None else fit_size(check_images(image, name)[:1], width, height)
-            for name, image in (("start_image", start_image), ("end_image", end_image))
-        )
+        start = fit_size(check_images(start_image, "start_image")[:1], width, height)
+        end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, start, length, end, **host.vae_callbacks())
         with_image = (

@@ -1,13 +1,14 @@
-"""What comes in at a node's sockets and widgets: checked against what the node declares, before the node is run.
+"""Checks of what comes in at a node's sockets and widgets against what the node declares, before the node is run.
 
-ComfyUI checks the types of what is connected by their names only, and nothing checks what a script or another pack's
-node hands over.
+ComfyUI compares the names of the types that are connected, and nothing checks what a script or another pack's node
+really hands over.
 """
 
 import inspect
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..cogvideox.handles import VAE, Model, TextEncoder
 from ..cogvideox.tensors import check_tensor, tensor_text
 from ..cogvideox.words import listed, short
 
-#: Letters of a text at most: a prompt that the model reads to its end has about 1000.
+#: Letters of a text at most. A prompt of about 1000 is all that the model reads.
 _LONGEST_TEXT = 100_000
 _LOADER = "CogVideoX-1.5 Model Loader"
 _HANDLES = {
@@ -24,7 +25,7 @@ _HANDLES = {
     TextEncoder: "text encoder (COGVIDEOX_TEXT_ENCODER)",
     VAE: "video VAE (COGVIDEOX_VAE)",
 }
-#: ComfyUI's own, by the names of their classes.
+#: Sockets of ComfyUI's own models, by the names of the models' classes.
 _CORE = {
     "ModelPatcher": "MODEL",
     "CLIP": "CLIP",
@@ -32,7 +33,7 @@ _CORE = {
     "ControlBase": "CONTROL_NET",
     "ClipVisionModel": "CLIP_VISION",
 }
-#: type of a socket or widget -> what belongs there, and what to do where it does not
+#: By type of a socket or widget: what belongs there, and what to do if something else comes in.
 _WANTED = {
     "COGVIDEOX_MODEL": ("a transformer (COGVIDEOX_MODEL)", f"Connect the model of {_LOADER}, or of a node behind it."),
     "COGVIDEOX_TEXT_ENCODER": ("a text encoder (COGVIDEOX_TEXT_ENCODER)", f"Connect the text_encoder of {_LOADER}."),
@@ -56,20 +57,28 @@ _WANTED = {
 }
 
 
+class Declares(Protocol):
+    """What is read of a node's class."""
+
+    DISPLAY_NAME: ClassVar[str]
+    INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
+    execute: ClassVar[Callable[..., Any]]
+
+
 class _Odd(Exception):
-    """What is wrong with a value, as the end of a sentence that begins with the socket's name; and what to do, if that
-    is special."""
+    """Raised for a value that does not belong: ``flaw`` ends a sentence that begins with the socket's name, and
+    ``remedy`` is what to do, if that is not the usual for the type."""
 
     def __init__(self, flaw: str, remedy: str | None = None):
         super().__init__(flaw)
         self.flaw, self.remedy = flaw, remedy
 
 
-def checked(node: type, given: dict) -> dict:
-    """The arguments of a node's ``execute``, of what it was given.
+def checked(node: type[Declares], given: dict[str, Any]) -> dict[str, Any]:
+    """Make the arguments of a node's ``execute`` from what the node was given.
 
-    Numbers come out as Python's, whichever library's they were; tensors apart from autograd; what is optional and None
-    is left out.
+    Numbers come out as Python's, whichever library they came from, and tensors detached from autograd. What is optional
+    and None is left out.
 
     Raises:
         ValueError: naming the node, the socket, what came, what is wanted and what to connect.
@@ -93,11 +102,16 @@ def checked(node: type, given: dict) -> dict:
     return found
 
 
-def objections(node: type, given: dict, limits: bool = True) -> dict[str, str]:
-    """By name, the sentences about the widgets whose values are no such; None is what another node will give.
-    ``limits`` of numbers count too, unless the engine is asked, which knows better why."""
+def objections(node: type[Declares], given: dict[str, Any], limits: bool = True) -> dict[str, str]:
+    """Collect the sentences about the widgets whose values do not belong there, by the widget's name. None is what
+    another node will give, and is passed over.
+
+    Args:
+        limits: whether the limits of numbers count. They do not before the engine is asked, which says better why.
+    """
     types = node.INPUT_TYPES()
-    declared, said = {**types.get("required", {}), **types.get("optional", {})}, {}
+    declared = {**types.get("required", {}), **types.get("optional", {})}
+    said: dict[str, str] = {}
     for name, value in given.items():
         if value is not None:
             try:
@@ -107,11 +121,12 @@ def objections(node: type, given: dict, limits: bool = True) -> dict[str, str]:
     return said
 
 
-def check_value(node: type, name: str, spec: tuple, value: object, limits: bool = True) -> object:
-    """One value, as ``execute`` takes it.
+def check_value(node: type[Declares], name: str, spec: tuple, value: object, limits: bool = True) -> object:
+    """Check one value and return it as ``execute`` takes it.
 
     Args:
         spec: what ``INPUT_TYPES`` says of it.
+        limits: whether the limits of numbers count.
 
     Raises:
         ValueError: if it is not what is declared.
@@ -211,7 +226,7 @@ def _float(value, options):
 
 
 def _int(value, options):
-    # A float cannot hold every whole number; it only tells whether this is one.
+    # A float cannot hold every whole number, so it only serves to tell whether the value is one.
     number = (
         int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
     )
@@ -246,7 +261,7 @@ def _boolean(value, _):
 
 
 def _choice(value, _):
-    # Whether it is one of them the engine says, and what the others are.
+    # The engine says whether it is one of them, and what the others are.
     if isinstance(value, str):
         return value
     raise _Odd(f"is {seen(value)}")
@@ -269,7 +284,7 @@ _READERS: dict[str, Callable] = {
 
 
 def seen(value: object) -> str:
-    """What a value is, as a person calls it who looks at the graph."""
+    """Say what a value is, in the words of a person who looks at the graph."""
     for kind, name in _HANDLES.items():
         if isinstance(value, kind):
             return f"a {name}"

@@ -43,7 +43,9 @@ class LoraLoader(Node):
                         "step": 0.05,
                         # Fine enough for the strengths of migrated workflows, such as 1 / 256.
                         "round": 0.000001,
-                        "tooltip": "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way.",
+                        "tooltip": (
+                            "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way."
+                        ),
                     },
                 ),
             }

@@ -1,4 +1,4 @@
-"""CogVideoX-1.5 Model Loader: a checkpoint's transformer, text encoder and VAE, and a report of their dtypes."""
+"""CogVideoX-1.5 Model Loader: opens a checkpoint's transformer, text encoder and VAE, and reports their dtypes."""
 
 import logging
 
@@ -9,7 +9,7 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
-#: Of a part: the checkpoint's own, or one that is found.
+#: The choice of a part that takes the checkpoint's own, or one that is found.
 _AUTO = "auto"
 
 
@@ -159,7 +159,7 @@ class ModelLoader(Node):
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
         for slot, kind in enumerate(("text_encoder", "vae"), 1):
             if host.is_connected(prompt, unique_id, slot):
-                # A part that is missing is told before the video is made, not when it is to be decoded.
+                # A missing part is an error now, not after the video is made.
                 checkpoint.part(kind)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
         plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
@@ -177,7 +177,8 @@ def _chosen_parts(text_encoder_name, vae_name):
 
 
 def _open(model, text_encoder_name, vae_name):
-    """The checkpoint with the parts chosen, or found where it has none, and what to say about that."""
+    """Open the checkpoint with the parts that were chosen, or found where it has none, and return it with what to say
+    about the latter."""
     from ..cogvideox.checkpoint.layout import open_checkpoint
 
     path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
@@ -191,8 +192,8 @@ def _open(model, text_encoder_name, vae_name):
 
 
 def _find_part(kind, checkpoint):
-    """The most exact part in the model folders that runs with the checkpoint's transformer, by its kind, and what to
-    say about it."""
+    """Find the most exact part in the model folders that runs with the checkpoint's transformer: its path by its kind,
+    and what to say about it."""
     from ..cogvideox.checkpoint.architecture import check_together
     from ..cogvideox.checkpoint.layout import open_part
     from ..cogvideox.variants import PARTS
@@ -208,12 +209,13 @@ def _find_part(kind, checkpoint):
     own = checkpoint.incomplete.get(kind)
     lacking = f"the checkpoint's own cannot be used ({own})" if own else "the checkpoint has none"
     if not fitting:
-        told = f"{PARTS[kind][0]}: {lacking}, and none that is here goes with it ({listed(entry.label for entry in refused)})."
+        others = listed(entry.label for entry in refused)
+        told = f"{PARTS[kind][0]}: {lacking}, and none that is here goes with it ({others})."
         return {}, [told] if refused else []
-    best, *others = fitting
+    best, *rest = fitting
     why = (
-        f", the most exact of those that go with it (the others: {listed(entry.name for entry in others)})"
-        if others
+        f", the most exact of those that go with it (the others: {listed(entry.name for entry in rest)})"
+        if rest
         else ""
     )
     return {kind: best.path}, [f"{PARTS[kind][0]}: {lacking}, so {short(best.label, 160)} is used{why}."]

@@ -65,7 +65,7 @@ class Quantize(Node):
     def execute(self, model, method, text_encoder=None):
         from ..cogvideox.handles import quantized
 
-        # Both, before minutes are spent on one.
+        # Both are checked before minutes are spent on one.
         handles = [handle and quantized(handle, method) for handle in (model, text_encoder)]
         report = "\n".join(
             handle.weights.quantization_text(host.progress()) for handle in handles if handle is not None

@@ -178,8 +178,8 @@ class Sampler(Node):
 
 
 def _chosen(chain):
-    """What the nodes before the sampler are set to: caches, quantizations, whether compiled, and whether offloaded by
-    layers on a card."""
+    """Read what the nodes before the sampler are set to: the caches, the quantizations, whether it is compiled, and
+    whether it is offloaded by layers on a card."""
 
     def of(kind):
         return [inputs for name, inputs in chain if name == f"CogVideoX15{kind}"]
@@ -192,7 +192,11 @@ def _chosen(chain):
 
 
 def _image_latents(positive, negative):
-    """The start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it."""
+    """Return the start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it.
+
+    Raises:
+        ValueError: if they are no such latents, or differ.
+    """
     what, remedy = (
         "The start image's latent in the conditioning",
         "Connect CogVideoX-1.5 Image to Video between the prompt and the sampler.",
@@ -214,7 +218,11 @@ def _image_latents(positive, negative):
 
 
 def _embeddings(conditioning, name):
-    """The embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry."""
+    """Return the embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry.
+
+    Raises:
+        ValueError: if it has several.
+    """
     if len(conditioning) != 1:
         raise ValueError(
             f"The {name} conditioning holds {len(conditioning)} prompts side by side (Conditioning Combine makes "

@@ -27,7 +27,9 @@ class VAEEncode(Node):
                 "images": (
                     "IMAGE",
                     {
-                        "tooltip": "The frames of one video. CogVideoX-1.5 was trained at 1360x768 and 16 frames a second."
+                        "tooltip": (
+                            "The frames of one video. CogVideoX-1.5 was trained at 1360x768 and 16 frames a second."
+                        )
                     },
                 ),
                 "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),

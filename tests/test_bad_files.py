@@ -233,8 +233,8 @@ def test_a_lora_whose_name_is_cut_is_found_again(pack, tmp_path, monkeypatch):
             {f"transformer_blocks.0.attn1.to_q.{half}.weight": value for half, value in halves.items()},
             tmp_path / f"{name}.safetensors",
         )
-    monkeypatch.setattr(host, "IN_COMFYUI", True)
-    monkeypatch.setattr(host, "_lora_roots", lambda: [tmp_path])
+    monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+    monkeypatch.setattr(host.folders, "_lora_roots", lambda: [tmp_path])
     names = host.loras()
     assert [len(name) for name in names] == [len("plain.safetensors"), 80]
     assert [host.lora_path(name).name for name in names] == ["plain.safetensors", f"{'y' * 200}.safetensors"]

@@ -425,8 +425,8 @@ class TestNames:
     @pytest.fixture
     def host(self, pack, tmp_path, monkeypatch):
         host = sys.modules[f"{pack.__name__}.nodes.host"]
-        monkeypatch.setattr(host, "IN_COMFYUI", True)
-        monkeypatch.setattr(host, "_roots", lambda *names: [tmp_path / name for name in names])
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.folders, "_roots", lambda *names: [tmp_path / name for name in names])
         return host
 
     @pytest.mark.parametrize("name", ["a" * 5000, "two\nlines", "right\u202eleft", "\ud800", "é\x00"])
@@ -459,6 +459,6 @@ class TestNames:
     )
     def test_a_graph_that_is_none_is_passed_over(self, host, prompt):
         for data in ({"prompt": prompt}, prompt):
-            assert host._remember(data) is data
+            assert host.page._remember(data) is data
             assert host.upstream("1", "model") == []
-        host._queued.clear()
+        host.page._queued.clear()

@@ -253,8 +253,8 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
     """NaN from a block in every dtype but fp32, through the nodes."""
     import sys
 
-    handles, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.handles", "nodes.host"))
-    real, shown = handles.load_module, []
+    weights, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.weights", "nodes.host"))
+    real, shown = weights.load_module, []
 
     def load(part, precision, *rest):
         module = real(part, precision, *rest)
@@ -262,7 +262,7 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
             module.proj_out.register_forward_hook(lambda _m, _a, output: output * float("nan"))
         return module
 
-    monkeypatch.setattr(handles, "load_module", load)
+    monkeypatch.setattr(weights, "load_module", load)
     monkeypatch.setattr(host, "show", shown.append)
     model, text_encoder, _, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="bf16")
     (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
@@ -358,18 +358,18 @@ class TestModelFolders:
         roots = [tmp_path / "CogVideo", tmp_path / "diffusers"]
         for root in roots:
             root.mkdir()
-        monkeypatch.setattr(host, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
         folders = {"CogVideo": roots[:1], "diffusers": roots[1:]}
         for name in ("diffusion_models", "checkpoints", "text_encoders", "vae"):
             (tmp_path / name).mkdir()
             folders[name] = [tmp_path / name]
-        monkeypatch.setattr(host, "_roots", lambda *names: [root for name in names for root in folders[name]])
+        monkeypatch.setattr(host.folders, "_roots", lambda *names: [root for name in names for root in folders[name]])
         monkeypatch.setattr(host, "tokenizer_folder", lambda: None)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         return host
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
-        ours, diffusers = host._roots("CogVideo", "diffusers")
+        ours, diffusers = host.folders._roots("CogVideo", "diffusers")
         for place in (ours / "tiny", diffusers / "tiny"):
             shutil.copytree(tiny, place)
         (diffusers / "other").symlink_to(tiny)
@@ -389,16 +389,16 @@ class TestModelFolders:
     def test_an_empty_model_folder_says_what_to_download_and_where(self, pack, host):
         said = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert "zai-org/CogVideoX1.5-5B" in said
-        assert str(host._roots("CogVideo", "diffusers")[0]) in said
+        assert str(host.folders._roots("CogVideo", "diffusers")[0]) in said
 
     def test_a_checkpoint_that_is_gone_names_those_that_are_there(self, pack, host, tiny):
-        shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
+        shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert loader.VALIDATE_INPUTS(model="tiny") is True
 
     def test_a_changed_file_is_noticed(self, pack, host, tiny):
-        folder = shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
+        folder = shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         before = loader.IS_CHANGED(model="tiny", dtype="auto")
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
@@ -417,7 +417,7 @@ class TestModelFolders:
     ):
         monkeypatch.setattr(host, "hardware", lambda: CPU)
         monkeypatch.setattr(host, "show", lambda text: None)
-        folder = shutil.copytree(tiny, host._roots("CogVideo")[0] / "tiny")
+        folder = shutil.copytree(tiny, host.folders._roots("CogVideo")[0] / "tiny")
         weights = next((folder / "vae").glob("*.safetensors"))
         file = weights.rename(tmp_path / "away.safetensors")
         graph = {"2": {"class_type": "CogVideoX15VAEDecode", "inputs": {"vae": ["1", 2], "samples": ["3", 0]}}}
@@ -485,7 +485,10 @@ def load_transformer(checkpoint):
         _, text_encoder, vae, report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")
         assert text_encoder.weights.part.source.name == "b_bf16.safetensors"
         assert vae.weights.part.source.name == "cog_vae.safetensors"
-        said = "text encoder: the checkpoint has none, so b_bf16.safetensors · T5 encoder · bf16 · single file is used, the most exact of those that go"
+        said = (
+            "text encoder: the checkpoint has none, so b_bf16.safetensors · T5 encoder · bf16 · single file is used, "
+            "the most exact of those that go"
+        )
         assert f"{said} with it (the others: a_fp8.safetensors, c_whole_fp8.safetensors)." in report
 
     def test_where_none_goes_with_it_auto_takes_none_and_says_so(self, pack, host, parts):
@@ -704,8 +707,8 @@ def test_the_sampler_sees_the_nodes_before_it_in_the_graph_that_is_queued(pack, 
         "3": {"class_type": "CogVideoX15Compile", "inputs": {"model": ["4", 0], "mode": "default"}},
         "4": {"class_type": "CogVideoX15ModelLoader", "inputs": {"memory": "auto"}},
     }
-    assert host._remember({"prompt": graph}) == {"prompt": graph}
-    monkeypatch.setattr(host, "_queued", graph)
+    assert host.page._remember({"prompt": graph}) == {"prompt": graph}
+    monkeypatch.setattr(host.page, "_queued", graph)
     assert [kind for kind, _ in host.upstream("1", "model")] == [
         f"CogVideoX15{kind}" for kind in ("Cache", "Compile", "ModelLoader")
     ]

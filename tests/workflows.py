@@ -1,4 +1,4 @@
-"""Reading the workflow files that ComfyUI's Save writes."""
+"""Read and check the workflow files that ComfyUI's Save writes."""
 
 import json
 from pathlib import Path
@@ -19,33 +19,34 @@ def read(path: Path) -> dict:
 
 
 def twin(path: Path) -> Path:
-    """The file with the same workflow in API format, for scripts."""
+    """Return the file with the same workflow in API format, for scripts."""
     return path.parent / "api" / path.name
 
 
 def inside(block: dict) -> dict:
-    """What is inside a block, in a workflow's own form. Its links begin and end at ``INPUTS`` and ``OUTPUTS`` too."""
+    """Read what is inside a block, in the form of a workflow. Links also begin at ``INPUTS`` and end at ``OUTPUTS``."""
     (graph,) = block["definitions"]["subgraphs"]
     fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     return graph | {"links": [[link[field] for field in fields] for link in graph["links"]]}
 
 
 def widget_values(node: dict) -> dict:
-    """A node's widgets by name, as the file itself names them."""
+    """Read a node's widgets by name, as the file itself names them."""
     named = node.get("widgets_values_named") or {}
     return {name: value for name, value in named.items() if name not in PAGE_WIDGETS}
 
 
 def to_api(workflow: dict) -> dict:
-    """What the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``, as
-    the page calls it."""
+    """Make what the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``,
+    as the page calls it."""
     definitions = {graph["id"]: graph for graph in workflow.get("definitions", {}).get("subgraphs", [])}
     nodes = {str(node["id"]): node for node in workflow["nodes"]}
     links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
     prompt = {}
 
     def source(link):
-        """The node and the socket that a link of the workflow comes from, in a subgraph where it comes out of one."""
+        """Find the node and the socket that a link of the workflow comes from: inside the subgraph, if it comes out of
+        one."""
         origin, slot = links[link]
         graph = definitions.get(nodes[origin]["type"]) if origin in nodes else None
         if graph is None:
@@ -94,14 +95,14 @@ def ours(workflow: dict, pack) -> list:
 
 
 def links_of(workflow: dict) -> list[list]:
-    """Every link as ``[id, origin, output, target, input, type]``, which newer files write as objects."""
+    """List every link as ``[id, origin, output, target, input, type]``; newer files write them as objects."""
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     return [[link[name] for name in names] if isinstance(link, dict) else link for link in workflow["links"]]
 
 
 def check(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
-    """That a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets whose
-    choices are files."""
+    """Assert that a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets
+    whose choices are files."""
     check_sockets(workflow, pack)
     check_widgets(workflow, pack, unknown)
     check_links(workflow)
@@ -133,7 +134,7 @@ def check_widgets(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
 
 
 def check_links(workflow: dict) -> None:
-    """Every link joins sockets of one type, both of which know it, and no socket knows of another."""
+    """Assert that every link joins sockets of one type, both of which know it, and that no socket knows of another."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = links_of(workflow)
     for number, origin, output, target, entry, _kind in links:
