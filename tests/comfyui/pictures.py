@@ -1,5 +1,5 @@
 """Makes every picture of ComfyUI's page that the pack shows: of the help pages, the examples' thumbnails, and those of
-README.md.
+README.md and docs/.
 
 Run from the repository's root, with the variables of the browser tests set: ``python -m tests.comfyui.pictures [help]
 [thumbnails] [readme]``.
