@@ -155,7 +155,9 @@ def choose_placements(
             f"same video: {plan.text}."
         )
     elif first != chosen[0]:
-        events.note(f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}.")
+        events.note(
+            f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}."
+        )
     return found[found.index(first) :]
 
 

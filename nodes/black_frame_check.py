@@ -94,7 +94,11 @@ class BlackFrameCheck(Node):
         from ..cogvideox.contact_sheet import contact_sheet
 
         report = check_black_frames(
-            images, pixel_black_threshold, picture_black_ratio, video_black_ratio, on_frame=host.progress()
+            images,
+            pixel_black_threshold,
+            picture_black_ratio,
+            video_black_ratio,
+            on_frame=host.NodeEvents().counter("checking", "frame"),
         )
         host.show(report.text)
         sheet = contact_sheet(images, report)

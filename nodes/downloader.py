@@ -82,7 +82,7 @@ class Downloader(Node):
         which, folder = CHECKPOINTS[checkpoint], host.download_folder()
         target = checkpoint_folder(which, folder)
         if download:
-            download_checkpoint(which, folder, on_progress=host.progress())
+            download_checkpoint(which, folder, on_progress=host.NodeEvents().counter("downloading", "B"))
             place = short(target, 400)
             report = (
                 f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in "

@@ -97,7 +97,7 @@ class ImageToVideo(Node):
         start = fit_size(check_images(start_image, "start_image")[:1], width, height)
         end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)
-        latents = image_latents(vae, start, length, end, **host.vae_callbacks())
+        latents = image_latents(vae, start, length, end, events=host.NodeEvents())
         with_image = (
             [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
             for given in (positive, negative)

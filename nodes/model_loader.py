@@ -162,7 +162,11 @@ class ModelLoader(Node):
                 # A missing part is an error now, not after the video is made.
                 checkpoint.part(kind)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
-        plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
+        plan = (
+            scan_parts(checkpoint, handles.plan, on_progress=host.NodeEvents().counter("reading weights", "B"))
+            if scan_weights
+            else handles.plan
+        )
         report = "\n".join(
             [plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)]
         )

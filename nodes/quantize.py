@@ -68,7 +68,7 @@ class Quantize(Node):
         # Both are checked before minutes are spent on one.
         handles = [handle and quantized(handle, method) for handle in (model, text_encoder)]
         report = "\n".join(
-            handle.weights.quantization_text(host.progress()) for handle in handles if handle is not None
+            handle.weights.quantization_text(host.NodeEvents()) for handle in handles if handle is not None
         )
         logger.info("%s", report)
         host.show(report)

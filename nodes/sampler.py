@@ -121,7 +121,8 @@ class Sampler(Node):
     @classmethod
     def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
         from ..cogvideox.combinations import check_combination
-        from ..cogvideox.sampling import check_guidance, steps_to_run
+        from ..cogvideox.requests import check_guidance
+        from ..cogvideox.schedulers import steps_to_run
 
         return cls.refusal(
             dict(steps=steps, cfg=cfg, scheduler=scheduler, denoise=denoise, on_nan=on_nan),
@@ -169,10 +170,7 @@ class Sampler(Node):
                 denoise=denoise,
                 dynamic_cfg=dynamic_cfg,
                 on_nan=on_nan,
-                on_step=host.sampling_progress(model.variant.fps),
-                on_load=host.progress(),
-                on_heal=host.show,
-                on_note=host.show,
+                events=host.NodeEvents(model.variant.fps),
             )
         return ({"samples": samples},)
 

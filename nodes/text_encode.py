@@ -57,9 +57,7 @@ class TextEncode(Node):
             )
             return ([[embeddings, {}]],)
         host.make_room(text_encoder.weights)
-        encoded = encode_prompt(
-            text_encoder, prompt, on_load=host.progress(), on_heal=host.show, on_layer=host.progress()
-        )
+        encoded = encode_prompt(text_encoder, prompt, events=host.NodeEvents())
         for note in encoded.notes:
             logger.warning("%s", note)
         return ([[encoded.embeddings, {}]],)

@@ -31,4 +31,4 @@ class VAEDecode(Node):
 
         host.make_room(vae.weights, WANTED_BYTES)
         with host.saving_latents(samples["samples"]):
-            return (decode(vae, samples["samples"], **host.vae_callbacks()),)
+            return (decode(vae, samples["samples"], events=host.NodeEvents()),)

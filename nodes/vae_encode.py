@@ -49,4 +49,4 @@ class VAEEncode(Node):
         if notes:
             host.show("\n".join(notes))
         host.make_room(vae.weights, WANTED_BYTES)
-        return ({"samples": encode(vae, images, **host.vae_callbacks())},)
+        return ({"samples": encode(vae, images, events=host.NodeEvents())},)

@@ -158,11 +158,7 @@ def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_b
     assert timesteps[0] == trained - 1
     assert timesteps.min() >= 0
     assert (timesteps.diff() < 0).all()
-    half = (
-        schedule_timesteps(make_scheduler(config, "ddim"), steps, 0.5)
-        if steps > 1
-        else timesteps
-    )
+    half = schedule_timesteps(make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
     assert torch.equal(half, timesteps[steps - len(half) :])
 
 

@@ -17,9 +17,10 @@ from .folders import (
 )
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import is_connected, names_in_urls, pictures, serve_files, show, show_pictures, upstream, watch_queue
-from .progress import progress, sampling_progress, saving_latents, stop_if_cancelled, vae_callbacks
+from .progress import NodeEvents, saving_latents
 
 __all__ = [
+    "NodeEvents",
     "checkpoint_path",
     "checkpoints",
     "device",
@@ -35,15 +36,11 @@ __all__ = [
     "part_path",
     "parts",
     "pictures",
-    "progress",
-    "sampling_progress",
     "saving_latents",
     "serve_files",
     "show",
     "show_pictures",
-    "stop_if_cancelled",
     "tokenizer_folder",
     "upstream",
-    "vae_callbacks",
     "watch_queue",
 ]

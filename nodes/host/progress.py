@@ -1,13 +1,15 @@
 """ComfyUI's progress bar, its Cancel button and its previews, and the latents that are saved when memory runs out."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...cogvideox.events import Events
 from . import comfyui
 from .page import show
 
@@ -15,72 +17,67 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class VAECallbacks(TypedDict):
-    """The callbacks that the engine's encode and decode share."""
+class NodeEvents(Events):
+    """What the engine tells, to where a person sees it: the node's progress bar, its text and its preview.
 
-    on_chunk: Callable[..., None]
-    on_load: Callable[..., None]
-    on_heal: Callable[[str], None]
-    on_strip: Callable[[], None]
-
-
-def stop_if_cancelled() -> None:
-    """Stop the run here if the user pressed Cancel."""
-    if comfyui.IN_COMFYUI:
-        comfyui.comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def progress() -> Callable[..., None]:
-    """Make a callback ``(done, total, ...)`` that moves the node's progress bar, and stops the run if the user pressed
-    Cancel."""
-    if not comfyui.IN_COMFYUI:
-        return lambda done, total, *_: None
-    bar = comfyui.comfy.utils.ProgressBar(1)
-
-    def report(done: int, total: int, *_) -> None:
-        stop_if_cancelled()
-        bar.update_absolute(done, total)
-
-    return report
-
-
-def sampling_progress(fps: int) -> Callable[[int, int, torch.Tensor], None]:
-    """Make ``progress`` for the sampler, with a preview of the video so far, at the model's frames a second, where
-    ComfyUI's setting asks for one.
-
-    The preview is an animated PNG: pages that show it as an image play it, others show its first frame.
+    Progress stops the run where the user pressed Cancel.
     """
-    if not comfyui.IN_COMFYUI:
-        return progress()
-    arguments = comfyui.comfy.cli_args
-    if arguments.args.preview_method == arguments.LatentPreviewMethod.NoPreviews:
-        return progress()
+
+    def __init__(self, fps: int = 0):
+        """Args:
+        fps: frames a second of the video that steps are shown of.
+        """
+        self._fps = fps
+        self._bars: dict[str, Any] = {}
+
+    def check_cancelled(self) -> None:
+        if comfyui.IN_COMFYUI:
+            comfyui.comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        super().note(text, level)
+        show(text)
+
+    def progress(self, what: str, done: int, total: int, unit: str) -> None:
+        self._update(what, done, total)
+
+    def step(self, done: int, total: int, clean: torch.Tensor) -> None:
+        """Show a preview of the video so far, where ComfyUI's setting asks for one.
+
+        It is an animated PNG: pages that show it as an image play it, others show its first frame.
+        """
+        preview = None
+        if comfyui.IN_COMFYUI:
+            self.check_cancelled()
+            arguments = comfyui.comfy.cli_args
+            if arguments.args.preview_method != arguments.LatentPreviewMethod.NoPreviews:
+                preview = _preview(clean, self._fps, getattr(arguments.args, "preview_size", 512))
+        self._update("sampling", done, total, preview)
+
+    def _update(self, what: str, done: int, total: int, preview: tuple | None = None) -> None:
+        self.check_cancelled()
+        if comfyui.IN_COMFYUI:
+            if what not in self._bars:
+                self._bars[what] = comfyui.comfy.utils.ProgressBar(1)
+            self._bars[what].update_absolute(done, total, preview)
+
+
+def _preview(clean: torch.Tensor, fps: int, size: int) -> tuple:
+    """Make what ComfyUI's progress bar sends to the page of predicted clean latents."""
     from ...cogvideox.preview import preview_frames
     from ...cogvideox.variants import TEMPORAL_COMPRESSION
 
-    size, milliseconds = getattr(arguments.args, "preview_size", 512), 1000 * TEMPORAL_COMPRESSION // fps
-    bar = comfyui.comfy.utils.ProgressBar(1)
-
-    def report(done: int, total: int, clean: torch.Tensor) -> None:
-        stop_if_cancelled()
-        frames = preview_frames(clean, size)
-        first: Any = frames[0]
-        # The server asks the picture to save itself, and knows of one frame only.
-        first.save = partial(_save_animation, frames, milliseconds)
-        bar.update_absolute(done, total, ("PNG", first, None))
-
-    return report
+    frames = preview_frames(clean, size)
+    first: Any = frames[0]
+    # The server asks the picture to save itself, and knows of one frame only.
+    first.save = partial(_save_animation, frames, 1000 * TEMPORAL_COMPRESSION // fps)
+    return ("PNG", first, None)
 
 
 def _save_animation(frames: "list[Image]", milliseconds: int, file, *_, **__) -> None:
     type(frames[0]).save(
         frames[0], file, "PNG", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, compress_level=1
     )
-
-
-def vae_callbacks() -> VAECallbacks:
-    """Make the callbacks that bring what the engine's encode and decode tell to where a person sees it."""
-    return dict(on_chunk=progress(), on_load=progress(), on_heal=show, on_strip=stop_if_cancelled)
 
 
 @contextmanager
