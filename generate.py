@@ -5,6 +5,7 @@ ComfyUI-CogVideoXWrapper to this pack.
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the
 # script.
@@ -44,12 +45,16 @@ if TYPE_CHECKING:
     from cogvideox.events import Events
     from cogvideox.handles import Handles, Model, TextEncoder
     from cogvideox.precision.hardware import Hardware
+    from cogvideox.precision.policy import DtypePlan
     from cogvideox.variants import Variant
+    from interop.report import ConfigReport
 
 EXAMPLE = """examples:
-  python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
-  python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." --lora style.safetensors:0.8
-  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar." --output panda.mp4
+  python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." \\
+    --lora style.safetensors:0.8
+  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
+    --prompt "The same scene in snow."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -58,8 +63,9 @@ EXAMPLE = """examples:
   python generate.py --convert CogVideoX1.5-5B-SAT models/CogVideoX1.5-5B --dtype bf16
   python generate.py --migrate old_workflow.json new_workflow.json
 
-A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
-and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
+A video of 81 frames, 5 seconds, takes about 16 minutes on an A100 (official figure) and needs a GPU. A run ends with a
+verdict on black frames, and a black video is not written (see --on-black). --check ends with status 0 if all is well or
+only slower than it could be, and with 3 at a mismatch.
 """
 #: Exit status of --check where the checked thing would give a wrong picture.
 MISMATCH_STATUS = 3
@@ -70,7 +76,7 @@ MAX_PROMPT = 1 << 20
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """End with one line: what is wrong with the options, without all of them."""
         self.exit(2, f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is.\n")
 
@@ -640,24 +646,23 @@ def generate(options: argparse.Namespace) -> int:
             _say(handle.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
     if source.start is not None:
-        start, end = (
-            None if picture is None else fit_size(picture, source.width, source.height)
-            for picture in (source.start, source.end)
-        )
+        start = fit_size(source.start, source.width, source.height)
+        end = None if source.end is None else fit_size(source.end, source.width, source.height)
         image = image_latents(handles.vae, start, source.frames, end, **how)
     if source.clip is not None:
         latent = encode(handles.vae, source.clip, **how)
         source.clip = None
-    prompts = []
+    prompts = {}
     for name in ("prompt", "negative"):
         encoded = encode_prompt(text_encoder, texts[name], **how)
-        prompts.append(encoded.embeddings)
+        prompts[name] = encoded.embeddings
         for note in encoded.notes:
             _say(f"{name}: {note}")
     with _latents_kept(options, output):
         latent = sample(
             model,
-            *prompts,
+            prompts["prompt"],
+            prompts["negative"],
             latent,
             image_latents=image,
             denoise=denoise,
@@ -805,7 +810,7 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
         if options.frames is not None and source.frames < options.frames:
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
         if options.keep_audio:
-            source.sound = read_sound(options.video, source.frames / source.fps, events.note)
+            source.sound = read_sound(options.video, float(source.frames / source.fps), events.note)
     check_room(output, source.frames, width, height)
     return source
 
@@ -927,7 +932,8 @@ def check(options: argparse.Namespace) -> int:
     """Check a checkpoint, a SAT config or a workflow; prints the report."""
     from cogvideox.precision.verdict import MISMATCH
 
-    backup, incomplete = None, ()
+    backup, incomplete = None, list[str]()
+    report: ConfigReport | DtypePlan
     if _is_config(options.check):
         # Nothing that imports torch: a config is text.
         from interop.check import check_config, fix_config
@@ -948,10 +954,10 @@ def check(options: argparse.Namespace) -> int:
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
-        incomplete = checkpoint.incomplete.values()
-        report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
+        incomplete = list(checkpoint.incomplete.values())
+        report = plan = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
-            report = scan_parts(checkpoint, report, on_progress=_events().counter("reading weights", "B"))
+            report = scan_parts(checkpoint, plan, on_progress=_events().counter("reading weights", "B"))
     _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
         _say(f"written; the file as it was is {backup}")
@@ -1032,6 +1038,6 @@ if __name__ == "__main__":
     # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192
     # for an arrow, not a traceback.
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ def load_module(
                 owner.load_weight(packed.scaled(torch.float32), device)
                 continue
             tensor = packed.scaled(precision.activations).reshape(stored.shape)
-        elif name in quantized:
+        elif quantizer is not None and name in quantized:
             owner.load_packed(
                 quantizer.quantize(name, files.read(stored, stored.dtype, torch.device("cpu"), report), device)
             )
@@ -147,7 +148,8 @@ def _build(part: Part) -> nn.Module:
         ) from error
     if part.kind == "text_encoder":
         # The empty weights are distinct again: the token embedding has two names and one tensor.
-        module.encoder.embed_tokens.weight = module.shared.weight
+        t5: Any = module
+        t5.encoder.embed_tokens.weight = t5.shared.weight
     return module
 
 
@@ -218,12 +220,13 @@ def _keep_packed(module: nn.Module, names: Iterable[str]) -> None:
     """Put a Linear that keeps its weight packed in the place of each whose weight is one of ``names``."""
     for name in names:
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(module.get_submodule(path), nn.Linear):
+        linear = module.get_submodule(path)
+        if leaf == "weight" and isinstance(linear, nn.Linear):
             parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, PackedLinear(module.get_submodule(path)))
+            setattr(module.get_submodule(parent), child, PackedLinear(linear))
 
 
-def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
+def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
     """The modules that hold the tensor of these names, and what they call it."""
     paths = [name.rpartition(".") for name in names]
     return [(module.get_submodule(path), leaf) for path, _, leaf in paths]

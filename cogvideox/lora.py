@@ -88,7 +88,10 @@ def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
     found = read_lora(find_lora(path))
     lora = _fitted(found, part, strength)
     if part.lora and found.path in {stored.file for stored in part.lora.values()}:
-        note = f"{short(found.path.name)} is the checkpoint itself, which runs with its LoRA already: this one is applied on top of it."
+        note = (
+            f"{short(found.path.name)} is the checkpoint itself, which runs with its LoRA already: this one is "
+            "applied on top of it."
+        )
         lora = replace(lora, notes=(*lora.notes, note))
     return lora
 
@@ -132,7 +135,10 @@ def _lacks(unmatched: Sequence[str], part: Part) -> str:
     blocks = {int(match[1]) for name in unmatched if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
     if blocks:
         count = len({name.split(".")[1] for name in part.tensors if name.startswith("transformer_blocks.")})
-        return f"It is for a model of at least {max(blocks) + 1} blocks, and this one has {count}: 2b has 30, 5b and 1.5 have 42."
+        return (
+            f"It is for a model of at least {max(blocks) + 1} blocks, and this one has {count}: 2b has 30, 5b and 1.5 "
+            "have 42."
+        )
     if any(name.startswith("ofs_embedding") for name in unmatched):
         return "Only CogVideoX1.5-5B-I2V has ofs_embedding, so it was trained on that."
     return "It was made for another model."
@@ -173,7 +179,10 @@ def _differs(module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tu
                 4: "a convolution, as CogVideoX 1.0 (2b, 5b, 5b-I2V) has",
             }
             return f"its patch embedding is {kinds[len(down)]}, and this model's is {kinds[len(weight)]}"
-        return f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice as many as text to video"
+        return (
+            f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice "
+            "as many as text to video"
+        )
     if up[0] == weight[0] and down[1:] != weight[1:]:
         return f"its layer takes {down[1]} inputs, and this model's {weight[1]}"
     return f"its layer is {up[0]} wide, and this model's {weight[0]} (2b is 1920 wide, 5b and 1.5 are 3072)"

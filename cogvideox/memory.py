@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -72,9 +72,9 @@ class MemoryPlan:
                 return placement
         least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the mode that takes the least, and {_gb(self.free)} are free "
-            f"({self._modes}). Make it smaller or shorter, close other programs that use the card, or set memory to "
-            "cpu in the loader, which takes hours."
+            f"This video needs {_gb(least)} on the card even in the mode that takes the least, and "
+            f"{_gb(self.free or 0)} are free ({self._modes}). Make it smaller or shorter, close other programs that "
+            "use the card, or set memory to cpu in the loader, which takes hours."
         )
 
     @property
@@ -136,8 +136,8 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
 def choose_placements(
     model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events
 ) -> tuple[Placement, ...]:
-    """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the fastest
-    that fits; told if that is not the fastest there is.
+    """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the
+    fastest that fits; told if that is not the fastest there is.
 
     Args:
         joinable: whether the prompts are of one length, so that both halves of guidance can be one batch.
@@ -219,10 +219,10 @@ def step_bytes(
     nn.Module.to(module, precision.dtype).eval()
     if precision.range_safe:
         make_range_safe(module)
-        for norm in module.modules():
-            if isinstance(norm, nn.LayerNorm):
-                # It asks the weights otherwise.
-                norm.range_safe_exponent = 0
+        norms: list[Any] = [child for child in module.modules() if isinstance(child, nn.LayerNorm)]
+        for norm in norms:
+            # It asks the weights otherwise.
+            norm.range_safe_exponent = 0
     join(module)
     if method is not None:
         quantize_empty(module, method, precision)

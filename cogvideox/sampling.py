@@ -114,8 +114,9 @@ def sample(
         check_noise(noise, latents)
     config = full_config(model.weights.config)
     guided = cfg > 1.0
-    named = [("negative", negative), ("positive", positive)] if guided else [("positive", positive)]
-    prompts = [check_embeddings(prompt, name, config, latents.shape[0]) for name, prompt in named]
+    prompts = [check_embeddings(positive, "positive", config, latents.shape[0])]
+    if guided and negative is not None:
+        prompts.insert(0, check_embeddings(negative, "negative", config, latents.shape[0]))
     for note in outside_training(model, latents, image_latents):
         events.note(note)
 
@@ -125,8 +126,9 @@ def sample(
     speedups = Speedups(model.attention, model.cache, model.compiled, device, timesteps.tolist(), events.note)
 
     @contextmanager
-    def prepared(module: nn.Module, precision: Precision, placement: Placement) -> Iterator[None]:
-        with applied(model.loras, module, precision, device), speedups.attached(module, guided and placement.batched):
+    def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
+        batched = guided and placement is not None and placement.batched
+        with applied(model.loras, module, precision, device), speedups.attached(module, batched):
             yield
 
     with (
@@ -152,7 +154,7 @@ def sample(
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
             image=image,
             ofs=_OFS if config["ofs_embed_dim"] is not None else None,
-            rotary=rotary_embedding(config, noisy.shape[1], *noisy.shape[3:], device),
+            rotary=rotary_embedding(config, noisy.shape[1], noisy.shape[3], noisy.shape[4], device),
             cfg=cfg,
             dynamic_cfg=dynamic_cfg,
             generator=generator,
@@ -162,7 +164,8 @@ def sample(
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
         except OutOfMemory as error:
-            error.latents = _unscaled(error.latents, padding, model.latent_scale)
+            if error.latents is not None:
+                error.latents = _unscaled(error.latents, padding, model.latent_scale)
             raise
         samples = _unscaled(clean, padding, model.latent_scale)
     speedups.report()
@@ -275,10 +278,12 @@ class Run:
         self.generator.set_state(drawn)
         self.speedups.begin(index)
         current = latents.to(precision.activations)
-        prompts = self.prompts.of(self.sentinel.placement.batched, precision.activations)
+        placement = self.sentinel.placement
+        prompts = self.prompts.of(placement is not None and placement.batched, precision.activations)
         prediction = torch.cat([self._predict(index, current, prompt, transformer) for prompt in prompts])
         if self.cfg > 1.0:
-            prediction = guide(*prediction.chunk(2), self._guidance(index))
+            unconditional, conditional = prediction.chunk(2)
+            prediction = guide(unconditional, conditional, self._guidance(index))
         timestep, earlier = self.timesteps[index], self.timesteps[index - 1] if index > 0 else None
         stepped, clean = advance(self.scheduler, prediction, previous_clean, timestep, earlier, current, self.generator)
         return stepped.to(current.dtype), clean
@@ -301,7 +306,7 @@ class Run:
     def _guidance(self, index: int) -> float:
         if not self.dynamic_cfg:
             return self.cfg
-        return dynamic_guidance(self.cfg, self.scheduler.num_inference_steps, self.timesteps[index].item())
+        return dynamic_guidance(self.cfg, self.scheduler.num_inference_steps, int(self.timesteps[index]))
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:

@@ -69,7 +69,10 @@ class Culprit:
             return f"the weights of {name} pass 65504, and cast to fp16 they are Inf"
         where = f"{name} in {dtype_name(self.dtype)}"
         if self.input_finite:
-            return f"the first module whose output was not finite is {where}; the largest magnitude before, in its input, was {self.largest:.4g}"
+            return (
+                f"the first module whose output was not finite is {where}; the largest magnitude before, in its "
+                f"input, was {self.largest:.4g}"
+            )
         return (
             f"the first module whose output was not finite is {where}, and its input was not either: the sum or "
             f"product just before it overflowed; the largest finite magnitude there was {self.largest:.4g}"
@@ -110,7 +113,8 @@ class Sentinel:
         check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._events = weights, on_nan, events or Events()
         self._prepare, self._shortcuts = prepare, shortcuts
-        self.placement, self._smaller = (placements[0], placements[1:]) if placements else (None, ())
+        self.placement: Placement | None = placements[0] if placements else None
+        self._smaller = list(placements[1:])
         self.module: nn.Module | None = None
         self._running = ExitStack()
 
@@ -129,6 +133,11 @@ class Sentinel:
     def __exit__(self, *error) -> None:
         self.module = None
         self._running.close()
+
+    @property
+    def _entered(self) -> nn.Module:
+        assert self.module is not None, "the sentinel runs inside a with block"
+        return self.module
 
     def run(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """Do a piece of work and return its result, which is finite; in less memory where it runs out.
@@ -154,13 +163,14 @@ class Sentinel:
             self._make_smaller(where)
 
     def _make_smaller(self, where: str) -> None:
-        device, name = self.weights.device, PARTS[self.weights.kind][0]
+        device, name, ran = self.weights.device, PARTS[self.weights.kind][0], self.placement
+        assert ran is not None, "without placements, running out of memory is told by who runs"
         if not self._smaller:
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory even in the mode that takes the least ({self.placement.text}). "
+                f"{where}: {device} ran out of memory even in the mode that takes the least ({ran.text}). "
                 "Make the video smaller or shorter, or close other programs that use the card."
             )
-        ran, (self.placement, *self._smaller) = self.placement, self._smaller
+        self.placement = self._smaller.pop(0)
         fact = f"{where}: {device} ran out of memory with the {name} in {ran.text}."
         self._events.healed(f"{fact} Going on from here in {self.placement.text}; no finished step is lost.")
         self.module = None
@@ -172,12 +182,13 @@ class Sentinel:
 
     def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """``run``, where memory does not run out."""
-        result = work(self.module, self.weights.precision)
+        module = self._entered
+        result = work(module, self.weights.precision)
         if is_finite(result):
             return result
         del result
-        with _probes(self.module, self.weights.precision) as found:
-            result = work(self.module, self.weights.precision)
+        with _probes(module, self.weights.precision) as found:
+            result = work(module, self.weights.precision)
         culprit = found[0] if found else None
         name, ran = PARTS[self.weights.kind][0], self.weights.precision
         if culprit:
@@ -201,7 +212,7 @@ class Sentinel:
         for precision in safer(self.weights.kind, ran, self.weights.hardware):
             self._events.healed(f"{fact} Going on from here in {precision.name}; nothing that was finished is lost.")
             self._switch(precision)
-            result = work(self.module, precision)
+            result = work(self._entered, precision)
             if is_finite(result):
                 return result
             fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
@@ -229,10 +240,16 @@ class Sentinel:
 
 def _advice(culprit: Culprit | None, ran: Precision) -> str:
     if culprit and culprit.weights == "damaged":
-        return "The file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, lists what is wrong in it)."
+        return (
+            "The file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, "
+            "lists what is wrong in it)."
+        )
     if ran.dtype == torch.float16 and not ran.range_safe:
         return "Set on_nan to heal, or in the loader dtype to auto or on_mismatch to fix."
-    return "Set on_nan to heal, or check the inputs and the weights (scan_weights in the loader, or generate.py --check PATH --scan)."
+    return (
+        "Set on_nan to heal, or check the inputs and the weights (scan_weights in the loader, or generate.py --check "
+        "PATH --scan)."
+    )
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def encode_prompt(
     if cut:
         # All of it, unless it is a book.
         notes.append(
-            f'The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "{short(cut, _QUOTED)}"'
+            f"The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "
+            f'"{short(cut, _QUOTED)}"'
         )
     note = language_note(text)
     if note:
@@ -146,7 +147,10 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
             raise
         raise wrong_tokenizer(folder, f"holds a tokenizer that cannot be used ({type(error).__name__})") from error
     if special != [0, 1, 2] or ends != (0, 1) or tuple(ids.shape) != (1, encoder.tokens):
-        said = f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} another meaning"
+        said = (
+            f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} "
+            "another meaning"
+        )
         raise wrong_tokenizer(folder, said)
     if not 0 <= ids.min() <= ids.max() < rows:
         raise wrong_tokenizer(
@@ -166,8 +170,8 @@ def _load_tokenizer(folder: Path):
 @contextmanager
 def _layers_told(module: Any, events: Events | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
-    layers = module.encoder.block if events is not None else ()
-    told = None if events is None else events.counter("encoding", "layer")
+    layers = module.encoder.block
+    told = (events or Events()).counter("encoding", "layer")
     hooks = [
         layer.register_forward_hook(lambda *_, done=done: told(done, len(layers)))
         for done, layer in enumerate(layers, 1)
@@ -205,5 +209,8 @@ def language_note(prompt: str) -> str | None:
     foreign_words = sum(word in _FOREIGN for word in words)
     english_words = sum(word in _ENGLISH for word in words)
     if foreign_letters * 5 > len(letters) or (foreign_words >= 2 and foreign_words > english_words):
-        return "The prompt does not look English, and CogVideoX understands only English: translate it for a picture that follows it."
+        return (
+            "The prompt does not look English, and CogVideoX understands only English: translate it for a picture "
+            "that follows it."
+        )
     return None

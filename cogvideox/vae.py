@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -69,7 +70,7 @@ def decode(
     )
     images = torch.empty(batch, frames, height, width, 3)
     with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
-        chunks = chunk_lengths(length, sentinel.module.num_latent_frames_batch_size)
+        chunks = chunk_lengths(length, _frames_of(sentinel.module, "num_latent_frames_batch_size"))
         work = _Chunks(sentinel, Strips.decode, budget, events)
         for video, latent in enumerate(samples.split(1)):
             start, first = 0, 0
@@ -120,7 +121,9 @@ def encode(
     done, moments = 0, []
     with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
         work = _Chunks(sentinel, _encode_frames, budget, events)
-        for index, piece in enumerate(images.split(chunk_lengths(count, sentinel.module.num_sample_frames_batch_size))):
+        for index, piece in enumerate(
+            images.split(chunk_lengths(count, _frames_of(sentinel.module, "num_sample_frames_batch_size")))
+        ):
             encoded = work.run(index, piece, f"encoding frames from {done} of {count}")
             # The posterior's mean, which is its mode; the other half is its variance.
             moments.append(encoded.chunk(2, dim=1)[0])
@@ -192,7 +195,10 @@ class _Chunks:
                 f"{where}: {device} ran out of memory even with the smallest strips, so something else fills it. "
                 "Close other programs that use the card, or make the video smaller or shorter."
             )
-        text = f"{where}: {device} ran out of memory. Going on from here with at most {self._budget / 1e9:.2f} GB; nothing that was finished is lost."
+        text = (
+            f"{where}: {device} ran out of memory. Going on from here with at most {self._budget / 1e9:.2f} GB; "
+            "nothing that was finished is lost."
+        )
         self._events.healed(text)
 
 
@@ -225,6 +231,10 @@ def image_latents(
     if end_image is not None:
         latents[:, :, -1:] = encode(vae, end_image, **how)
     return latents
+
+
+def _frames_of(vae: Any, name: str) -> int:
+    return getattr(vae, name)
 
 
 def chunk_lengths(length: int, size: int) -> list[int]:

@@ -162,7 +162,8 @@ class Weights:
         """Bytes that one tensor takes as it runs."""
         tensor = self.part.tensors[name]
         if self.quantizes(name):
-            scales = 2 if self.precision.range_safe and not self.method.dynamic else 1
+            dynamic = self.method is not None and self.method.dynamic
+            scales = 2 if self.precision.range_safe and not dynamic else 1
             return prod(tensor.shape) + scales * 4 * tensor.shape[0]
         return (
             tensor.nbytes
@@ -227,7 +228,8 @@ class Weights:
             self._load(torch.device("cpu"), events, "quantizing")
         plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
         sizes = f"{size_text(plain)} -> {size_text(self.nbytes)} in {self.precision.name}"
-        return f"{PARTS[self.kind][0]}: {self.method.name}, {sizes}; {losses_text(self._losses)}"
+        method = "not quantized" if self.method is None else self.method.name
+        return f"{PARTS[self.kind][0]}: {method}, {sizes}; {losses_text(self._losses)}"
 
     def _load(self, device: torch.device, events: Events | None, work: str = "loading") -> nn.Module:
         """Return the module, read to ``device`` if it is not loaded."""

@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("page.mjs")
-HOW = "set PLAYWRIGHT_CORE to the folder of the npm package playwright-core and CHROMIUM to a Chromium (default /usr/bin/chromium)"
+HOW = (
+    "set PLAYWRIGHT_CORE to the folder of the npm package playwright-core and CHROMIUM to a Chromium (default "
+    "/usr/bin/chromium)"
+)
 
 
 def available() -> bool:

@@ -520,7 +520,10 @@ def main(names):
             verdict = f"returned: {said}"
         except (Exception, core.Hang) as error:
             found = core.judge(error)
-            verdict = f"[{found['kind']}] {type(error).__module__}.{found['type']}: {found['said'][:170]!r} at {found['place']}"
+            verdict = (
+                f"[{found['kind']}] {type(error).__module__}.{found['type']}: {found['said'][:170]!r} at "
+                f"{found['place']}"
+            )
         signal.alarm(0)
         print(
             f"{name} ({time.monotonic() - start:.1f} s, peak {core._memory()[1] / 1e9:.2f} GB): {verdict}", flush=True

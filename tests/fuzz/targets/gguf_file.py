@@ -129,7 +129,10 @@ def case(state, rng, folder):
                 for name in set(_shapes(part)) | set(state["shapes"][which])
                 if _shapes(part).get(name) != state["shapes"][which].get(name)
             ]
-            return f"loads with other names, shapes or kinds: {sorted(changed)[:3]} {[_shapes(part).get(n) for n in sorted(changed)[:3]]}"
+            return (
+                f"loads with other names, shapes or kinds: {sorted(changed)[:3]} "
+                f"{[_shapes(part).get(n) for n in sorted(changed)[:3]]}"
+            )
         places = sorted((tensor.offset, tensor.offset + tensor.nbytes) for tensor in part.tensors.values())
         if any(end > begin for (_, end), (begin, _) in itertools.pairwise(places)):
             return "two tensors share bytes: overlapping offsets"
