@@ -86,7 +86,12 @@ class HubServer:
         """What git calls the content: of an LFS file, its pointer."""
         content = self.files[path]
         if is_lfs(path):
-            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256(path)}\nsize {len(content)}\n".encode()
+            lines = (
+                "version https://git-lfs.github.com/spec/v1",
+                f"oid sha256:{self.sha256(path)}",
+                f"size {len(content)}",
+            )
+            content = "".join(f"{line}\n" for line in lines).encode()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def model_info(self) -> dict:

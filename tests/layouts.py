@@ -2,13 +2,16 @@
 backwards from the reader's."""
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from cogvideox.checkpoint.layout import Checkpoint, open_checkpoint
-from tests.tiny_checkpoint import build_checkpoint, build_vae
+from cogvideox.geometry import empty_latent
+from cogvideox.sampling import sample
+from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_vae
 
 
 def build_modules(folder: Path, variant: str = "1.5", **build) -> tuple[Path, dict[str, torch.nn.Module]]:
@@ -157,3 +160,58 @@ def open_whole(path, **options) -> Checkpoint:
     for kind in (*checkpoint.parts, *checkpoint.incomplete):
         checkpoint.part(kind)
     return checkpoint
+
+
+def two_folders(folder, source):
+    shutil.copytree(source[0], folder)
+    (folder / "transformer").rename(folder / "transformer_T2V")
+    shutil.copytree(folder / "transformer_T2V", folder / "transformer_I2V")
+    shutil.rmtree(folder / "text_encoder")
+    return folder / "transformer_T2V"
+
+
+def one_file(names=lambda state: state, prefix=""):
+    def write(folder, source):
+        folder.mkdir()
+        return write_file(folder / "model.safetensors", names(source[1]["transformer"].state_dict()), prefix)
+
+    return write
+
+
+def everything_in_one_file(folder, source):
+    modules = source[1]
+    state = {
+        f"model.diffusion_model.{name}": value
+        for name, value in comfy_names(modules["transformer"].state_dict()).items()
+    }
+    state |= {f"first_stage_model.{name}": value for name, value in modules["vae"].state_dict().items()}
+    state |= {
+        f"text_encoders.t5xxl.transformer.{name}": value
+        for name, value in modules["text_encoder"].state_dict().items()
+        if "embed_tok" not in name
+    }
+    folder.mkdir()
+    return write_file(folder / "model.safetensors", state)
+
+
+def sat_file(folder, source):
+    return write_sat(folder, source[1]) / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+
+
+LAYOUTS = {
+    "two transformers side by side": (two_folders, "diffusers"),
+    "one file, diffusers' names": (one_file(), "diffusers file"),
+    "one file, diffusers' names under a prefix": (one_file(prefix="model.diffusion_model."), "diffusers file"),
+    "one file, ComfyUI's names": (one_file(comfy_names), "ComfyUI"),
+    "one file, ComfyUI's names under a prefix": (one_file(comfy_names, "model.diffusion_model."), "ComfyUI"),
+    "everything in one file": (everything_in_one_file, "ComfyUI"),
+    "SAT's folder": (lambda folder, source: write_sat(folder, source[1]), "SAT"),
+    "SAT's file": (sat_file, "SAT"),
+}
+
+
+def latents(opened):
+    """Sample two steps of one video with whatever layout was opened."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randn(1, 226, TEXT_WIDTH, generator=generator) for _ in range(2)]
+    return sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=1, steps=2)

@@ -25,6 +25,7 @@ from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import inside
 from tests.reference import draw_prompts, reference_latents
 from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
 from tests.told import Told
@@ -178,17 +179,6 @@ class TestStrength:
     def test_what_it_cannot_run_with_is_refused(self, values, said):
         with pytest.raises(ValueError, match=said):
             Cache(**values)
-
-
-def inside(module):
-    """All that hooks of torch and diffusers can change on a module, and its weights."""
-    kept = {}
-    for name, child in module.named_modules():
-        for key, value in vars(child).items():
-            kept[name, key] = (
-                list(value) if key.startswith("_") and "hook" in key and hasattr(value, "__iter__") else id(value)
-            )
-    return kept
 
 
 class TestTraces:

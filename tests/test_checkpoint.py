@@ -22,14 +22,9 @@ from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
 from tests.conftest import CPU, ROOT
+from tests.helpers import CLASSES
 from tests.tiny_checkpoint import build_checkpoint
 from tests.told import Told
-
-CLASSES = {
-    "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
-    "text_encoder": ("transformers", "T5EncoderModel"),
-    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
-}
 
 
 @pytest.fixture
@@ -116,7 +111,9 @@ from cogvideox.loading import load_module
 from cogvideox.precision.policy import Precision
 folder = Path(sys.argv[1])
 part = open_part(folder / "text_encoder", "text_encoder")
-load_module(open_part(Path(sys.argv[2]) / "text_encoder", "text_encoder"), Precision(torch.bfloat16), torch.device("cpu"))  # imports, first
+# Imports, first.
+other = open_part(Path(sys.argv[2]) / "text_encoder", "text_encoder")
+load_module(other, Precision(torch.bfloat16), torch.device("cpu"))
 from tests.memory import peak_kilobytes
 before = peak_kilobytes()
 module = load_module(part, Precision(torch.bfloat16), torch.device("cpu"))

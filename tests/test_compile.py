@@ -16,10 +16,12 @@ from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import inside
 from tests.reference import draw_prompts
-from tests.test_cache import SHAPE, inside
 from tests.tiny_checkpoint import LAYERS
 from tests.told import Told
+
+SHAPE = (1, 16, 4, 4, 6)
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,7 @@ def only(report):
     return finding
 
 
-# --- Which dtype SAT runs in
-# ---------------------------------------------------------------------------------------------------------
+# --- Which dtype SAT runs in --------------------------------------------------
 
 FLAGS = {
     "fp16: True": "fp16",
@@ -147,8 +146,7 @@ def test_a_flag_set_twice_is_a_mismatch_because_sat_refuses_it(write):
     assert report.verdict == "mismatch"
 
 
-# --- Which model it is
-# ---------------------------------------------------------------------------------------------------------------
+# --- Which model it is --------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -401,8 +399,7 @@ def test_a_model_section_that_does_not_say_is_no_evidence(write):
     ).model.startswith("CogVideoX1.5, ")
 
 
-# --- Putting it right
-# ----------------------------------------------------------------------------------------------------------------
+# --- Putting it right ---------------------------------------------------------
 
 FIXES = {
     "the flag changes, its comment stays": (
@@ -630,8 +627,7 @@ def test_whatever_the_file_looks_like_a_fix_changes_only_flags_and_is_done_once(
     assert file.read_bytes().decode() == fixed
 
 
-# --- Workflows
-# -----------------------------------------------------------------------------------------------------------------------
+# --- Workflows ----------------------------------------------------------------
 
 
 def ui(*nodes, **more):
@@ -866,8 +862,7 @@ def test_our_own_workflows_are_right(file):
     assert OURS in report.text
 
 
-# --- What is a config, what is said of what is none
-# ----------------------------------------------------------------------------------
+# --- What is a config, what is said of what is none ---------------------------
 
 
 def test_configs_are_told_from_checkpoints(write, tmp_path, tiny):

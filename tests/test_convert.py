@@ -22,8 +22,8 @@ from cogvideox.dtypes import Precision
 from cogvideox.loading import load_module
 from tests import layouts
 from tests.conftest import ROOT
-from tests.test_checkpoint import CLASSES
-from tests.test_layouts import LAYOUTS
+from tests.helpers import CLASSES
+from tests.layouts import LAYOUTS
 from tests.tiny_checkpoint import build_transformer
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn

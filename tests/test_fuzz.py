@@ -33,10 +33,14 @@ def starts(): subprocess.run(["true"])
 def connects():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one: one.connect(("192.0.2.1", 9))
 CASES = [
-    ("works", lambda: None), ("ok", lambda: check_choice("method", "x", ("a", "b"))), ("silent", lambda: "it loads as something else"),
-    ("raw", foreign), ("raw", lambda: int("x")), ("raw", lambda: exec("raise ValueError('a sentence longer than forty letters, but not our own')")),
-    ("unwieldy", lambda: check_choice("\\ud800", "x", ("a", "b"))), ("unwieldy", lambda: check_choice("x" * 5000, "x", ("a", "b"))),
-    ("hang", spins), ("memory", takes), ("crash", dies), ("forbidden", writes), ("forbidden", starts), ("forbidden", connects),
+    ("works", lambda: None), ("ok", lambda: check_choice("method", "x", ("a", "b"))),
+    ("silent", lambda: "it loads as something else"),
+    ("raw", foreign), ("raw", lambda: int("x")),
+    ("raw", lambda: exec("raise ValueError('a sentence longer than forty letters, but not our own')")),
+    ("unwieldy", lambda: check_choice("\\ud800", "x", ("a", "b"))),
+    ("unwieldy", lambda: check_choice("x" * 5000, "x", ("a", "b"))),
+    ("hang", spins), ("memory", takes), ("crash", dies),
+    ("forbidden", writes), ("forbidden", starts), ("forbidden", connects),
 ]
 def case(state, rng, folder):
     index = int(os.environ.setdefault("PLANTED", "0"))

@@ -16,11 +16,7 @@ from safetensors.torch import save_file
 
 import generate
 from cogvideox.video import read_video, write_mp4
-
-
-def run(capsys, *arguments):
-    code = generate.main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
+from tests.helpers import run_generate as run
 
 
 def test_a_prompt_becomes_an_mp4_at_16_fps(tiny, tmp_path, capsys):

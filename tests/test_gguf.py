@@ -20,7 +20,7 @@ from cogvideox.loading import load_module
 from cogvideox.modules.packed import _WIDENED
 from tests import layouts
 from tests.conftest import CPU
-from tests.test_layouts import latents
+from tests.layouts import latents
 from tests.tiny_checkpoint import build_transformer
 
 TYPES = (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_nodes import call, inputs
+from tests.helpers import call, inputs
 
 nan, inf = math.nan, math.inf
 

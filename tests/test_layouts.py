@@ -10,13 +10,13 @@ import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
-from cogvideox.geometry import empty_latent, rotary_embedding
+from cogvideox.geometry import rotary_embedding
 from cogvideox.handles import open_handles
 from cogvideox.loading import load_module
-from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts
 from tests.conftest import CPU
+from tests.layouts import LAYOUTS, latents, one_file, sat_file, two_folders
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
 
 FP32, BF16 = Precision(torch.float32), Precision(torch.bfloat16)
@@ -27,60 +27,6 @@ DEVICE = torch.device("cpu")
 def source(tmp_path_factory):
     """The checkpoint in diffusers layout that all others are made from, and its modules."""
     return layouts.build_modules(tmp_path_factory.mktemp("layouts") / "diffusers")
-
-
-def two_folders(folder, source):
-    shutil.copytree(source[0], folder)
-    (folder / "transformer").rename(folder / "transformer_T2V")
-    shutil.copytree(folder / "transformer_T2V", folder / "transformer_I2V")
-    shutil.rmtree(folder / "text_encoder")
-    return folder / "transformer_T2V"
-
-
-def one_file(names=lambda state: state, prefix=""):
-    def write(folder, source):
-        folder.mkdir()
-        return layouts.write_file(folder / "model.safetensors", names(source[1]["transformer"].state_dict()), prefix)
-
-    return write
-
-
-def everything_in_one_file(folder, source):
-    modules = source[1]
-    state = {
-        f"model.diffusion_model.{name}": value
-        for name, value in layouts.comfy_names(modules["transformer"].state_dict()).items()
-    }
-    state |= {f"first_stage_model.{name}": value for name, value in modules["vae"].state_dict().items()}
-    state |= {
-        f"text_encoders.t5xxl.transformer.{name}": value
-        for name, value in modules["text_encoder"].state_dict().items()
-        if "embed_tok" not in name
-    }
-    folder.mkdir()
-    return layouts.write_file(folder / "model.safetensors", state)
-
-
-def sat_file(folder, source):
-    return layouts.write_sat(folder, source[1]) / "transformer" / "1000" / "mp_rank_00_model_states.pt"
-
-
-LAYOUTS = {
-    "two transformers side by side": (two_folders, "diffusers"),
-    "one file, diffusers' names": (one_file(), "diffusers file"),
-    "one file, diffusers' names under a prefix": (one_file(prefix="model.diffusion_model."), "diffusers file"),
-    "one file, ComfyUI's names": (one_file(layouts.comfy_names), "ComfyUI"),
-    "one file, ComfyUI's names under a prefix": (one_file(layouts.comfy_names, "model.diffusion_model."), "ComfyUI"),
-    "everything in one file": (everything_in_one_file, "ComfyUI"),
-    "SAT's folder": (lambda folder, source: layouts.write_sat(folder, source[1]), "SAT"),
-    "SAT's file": (sat_file, "SAT"),
-}
-
-
-def latents(opened):
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randn(1, 226, TEXT_WIDTH, generator=generator) for _ in range(2)]
-    return sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=1, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -281,8 +281,7 @@ def test_halves_may_be_of_any_floating_point_dtype(tmp_path, part, dtype):
     )
 
 
-# --- SAT, and layers that are fused
-# ---------------------------------------------------------------------------------------------------
+# --- SAT, and layers that are fused -------------------------------------------
 
 QKV = {f"transformer_blocks.0.attn1.to_{name}": (128, 128) for name in "qkv"}
 
@@ -347,8 +346,7 @@ def test_halves_written_as_convolutions_of_one_pixel_are_matrices(tmp_path, part
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), HALVES)
 
 
-# --- Where it lies
-# --------------------------------------------------------------------------------------------------------------------
+# --- Where it lies ------------------------------------------------------------
 
 PICKLED = {
     "the tensors alone": lambda t: t,
@@ -446,8 +444,7 @@ def test_a_checkpoint_chosen_as_a_lora_is_called_one(tiny, part):
         open_lora(next((tiny / "vae").glob("*.safetensors")), part)
 
 
-# --- Settings are data
-# ----------------------------------------------------------------------------------------------------------------
+# --- Settings are data --------------------------------------------------------
 
 
 def with_settings(tmp_path, **settings):
@@ -563,8 +560,7 @@ def test_an_alpha_among_the_weights_is_a_finite_number_of_at_least_one(tmp_path,
         open_lora(write(tmp_path / "lora.safetensors", tensors), part, 0.0)
 
 
-# --- What is refused, and why
-# ---------------------------------------------------------------------------------------------------------
+# --- What is refused, and why -------------------------------------------------
 
 Q = "transformer.transformer_blocks.0.attn1.to_q"
 
@@ -730,8 +726,7 @@ def test_a_strength_that_is_no_number_is_refused(tmp_path, part, strength):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer.")), part, strength)
 
 
-# --- The list
-# -------------------------------------------------------------------------------------------------------------------------
+# --- The list -----------------------------------------------------------------
 
 
 def test_the_list_holds_what_opens(tmp_path):
@@ -785,8 +780,7 @@ def test_a_lora_in_gguf_is_refused_for_its_quantization_alone(tmp_path, part):
         open_lora(file, part)
 
 
-# --- On the command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- On the command line ------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,8 @@ class TestPictures:
         upright[: HEIGHT // 2, : WIDTH // 2], upright[HEIGHT // 2 :, : WIDTH // 2] = 255, 100
         # What a camera held so stores: the opposite of what is to be done when it is shown.
         stored = {
-            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T, 6: np.rot90(upright, 1),
-            7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+            5: upright.T, 6: np.rot90(upright, 1), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
         }[orientation]  # fmt: skip
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -301,8 +301,7 @@ class TestPictures:
                 read(name)
 
 
-# --- Clips
-# --------------------------------------------------------------------------------------------------------------------------
+# --- Clips --------------------------------------------------------------------
 
 
 def write_clip(

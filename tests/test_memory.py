@@ -396,7 +396,8 @@ class TestOutOfMemory:
         model = open_handles(tiny, "fp32", CPU).model
         with pytest.raises(
             OutOfMemory,
-            match=r"step 3 of 4: cpu ran out of memory even in the mode that takes the least \(offload_layers with the halves of guidance one after the other\)",
+            match=r"step 3 of 4: cpu ran out of memory even in the mode that takes the least "
+            r"\(offload_layers with the halves of guidance one after the other\)",
         ) as caught:
             sample(model, *prompts, latent, seed=1, steps=4)
         assert caught.value.latents.shape == latent.shape

@@ -75,7 +75,6 @@ def said(report, *words):
 
 
 # The table of nodes
-# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("CogVideoX15")])
@@ -100,7 +99,6 @@ def test_the_checks_table_of_our_loaders_widgets_is_the_same():
 
 
 # What is carried over
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("age", AGES)
@@ -510,7 +508,6 @@ def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
 
 
 # Models and dtypes
-# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -580,7 +577,6 @@ def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_
 
 
 # Faster
-# ---------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def chain_of(page, sampler=None):
@@ -755,7 +751,6 @@ def test_nodes_of_our_own_lie_over_no_other(migrate):
 
 
 # Before 19 November 2024
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("day", PIPED)
@@ -929,7 +924,6 @@ def test_a_mask_for_inpainting_is_refused(migrate):
 
 
 # What is said
-# ---------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1177,7 +1171,6 @@ def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, p
 
 
 # What is refused
-# ------------------------------------------------------------------------------------------------------------------------------------
 
 
 def with_tora():
@@ -1456,7 +1449,6 @@ def test_a_text_that_was_cut_inside_a_character_is_written_as_it_came(migrate):
 
 
 # Files
-# ----------------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

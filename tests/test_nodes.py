@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import call, inputs
 from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
 
 CONTRACT = {
@@ -155,11 +156,6 @@ COMBOS = {
 }
 
 
-def inputs(node):
-    types = node.INPUT_TYPES()
-    return types["required"] | types.get("optional", {})
-
-
 @pytest.fixture(params=CONTRACT)
 def node_id(request):
     return request.param
@@ -192,11 +188,6 @@ def test_every_node_explains_itself(pack, node_id):
     assert all(node.OUTPUT_TOOLTIPS)
     for key, spec in inputs(node).items():
         assert len(spec[1]["tooltip"]) > 15, key
-
-
-def call(pack, node_id, **values):
-    node = pack.NODE_CLASS_MAPPINGS[node_id]()
-    return getattr(node, node.FUNCTION)(**values)
 
 
 @pytest.fixture(scope="module")

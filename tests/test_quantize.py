@@ -30,10 +30,10 @@ from cogvideox.precision.hardware import NATIVE, Hardware, cuda_support
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
+from tests.helpers import run_generate
 from tests.memory import left_behind
 from tests.reference import error
 from tests.reference import run_module as run
-from tests.test_generate import run as run_generate
 from tests.tiny_checkpoint import build_transformer
 from tests.told import Told
 

@@ -29,7 +29,7 @@ def test_no_wall_is_crossed():
         ("cogvideox/words.py", "from .choices import DTYPES", "a circle of files"),
         ("cogvideox/text.py", "import folder_paths", "imports ComfyUI's folder_paths"),
         ("nodes/cache.py", "import comfy.utils", "imports ComfyUI's comfy.utils"),
-        ("cogvideox/text.py", "import transformers", "imports transformers when it is imported itself"),
+        ("cogvideox/text.py", "import transformers", "imports transformers at import time"),
         ("cogvideox/text.py", "def run(module):\n    return module._diffusers_hook", "touches _diffusers_hook"),
         (
             "cogvideox/text.py",

@@ -206,7 +206,7 @@ def _heavy() -> Iterator[str]:
     for file in sources():
         for target, line, at_start in imports(file):
             if at_start and target.split(".")[0] in HEAVY:
-                yield f"{file}:{line} imports {target} when it is imported itself: import it inside the function that uses it"
+                yield f"{file}:{line} imports {target} at import time: import it inside the function that uses it"
 
 
 def _private() -> Iterator[str]:

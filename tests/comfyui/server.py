@@ -44,7 +44,9 @@ async def alive(_):
     parts = ("CogVideoXTransformer3DModel", "T5EncoderModel", "AutoencoderKLCogVideoX")
     return web.json_response(
         {
-            "weights": sum(kind.__name__ == "Weights" and kind.__module__.endswith("cogvideox.handles") for kind in kinds),
+            "weights": sum(
+                kind.__name__ == "Weights" and kind.__module__.endswith("cogvideox.weights") for kind in kinds
+            ),
             "modules": sum(kind.__name__ in parts for kind in kinds),
         }
     )
