@@ -187,7 +187,10 @@ def _colours(image, path: Path, tell: Tell, factor: int) -> np.ndarray:
 
 
 def _joined(path: Path) -> str:
-    return f"{short(path)} is transparent in places: it was joined with a white background. Join it with another first if white is not wanted."
+    return (
+        f"{short(path)} is transparent in places: it was joined with a white background. Join it with another first "
+        "if white is not wanted."
+    )
 
 
 def _opaque(image) -> tuple[Any, bool]:
@@ -335,8 +338,7 @@ def _image_advice(head: bytes) -> str:
     return "Check the path, or convert it to PNG."
 
 
-# --- Clips
-# --------------------------------------------------------------------------------------------------------------------------
+# --- Clips --------------------------------------------------------------------
 
 
 def read_video(
@@ -377,19 +379,21 @@ def read_video(
         stream.codec_context.thread_count, stream.codec_context.thread_type = 4, "AUTO"
         stream.codec_context.options = {"max_pixels": str(2 * _MOST_FRAME_PIXELS)}
         frames, picture = _Frames(container, stream), _Picture(stream, path, size)
-        taken: list[np.ndarray] = []
-        more = False
+        clip, count, more = None, 0, False
         with _from_library(path, "as a video", _CLIP_ADVICE):
             for frame, times in _chosen(frames, None if fps is None else Fraction(fps).limit_denominator(1001)):
                 picture.check(frame)
-                room = times if limit is None else min(times, limit - len(taken))
-                # The same array again where a frame is shown longer.
-                taken += [picture.pixels(frame)] * room if room else []
+                room = times if limit is None else min(times, limit - count)
+                if room:
+                    pixels = torch.from_numpy(picture.pixels(frame))
+                    clip = _with_room(clip, count + room, limit, pixels)
+                    clip[count : count + room] = pixels
+                    count += room
                 more = room < times
                 if more:
                     break
         duration = _duration(container, stream)
-    if not taken:
+    if clip is None:
         raise ValueError(
             f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or "
             "convert it to mp4."
@@ -406,20 +410,31 @@ def read_video(
     if more:
         whole = f" of {duration:.1f} s" if duration else ""
         tell(
-            f"Only the first {len(taken)} frames{f' ({len(taken) / rate:.1f} s)' if rate else ''}{whole} of "
-            f"{short(path)} are used."
+            f"Only the first {count} frames{f' ({count / rate:.1f} s)' if rate else ''}{whole} of {short(path)} are "
+            "used."
         )
-    length, note = (len(taken), None) if step is None else nearest_length(len(taken), step)
+    length, note = (count, None) if step is None else nearest_length(count, step)
     if note:
         tell(note)
-    clip = torch.empty(length, *taken[0].shape, dtype=dtype)
-    for index in range(length):
-        # One is let go as the next is copied, so that there are never two clips.
-        pixels = torch.from_numpy(taken[min(index, len(taken) - 1)])
-        clip[index] = pixels if dtype == torch.uint8 else pixels.to(dtype) / 255
-        if index < len(taken) - 1:
-            taken[index] = None
-    return clip
+    clip = _with_room(clip, length, length, clip[0])[:length]
+    clip[count:] = clip[min(count, length) - 1]
+    return clip if dtype == torch.uint8 else clip.to(dtype).div_(255)
+
+
+#: Bytes of address space that a clip is given at first: 340 frames of 1360x768.
+_ROOM = 1 << 30
+
+
+def _with_room(clip: torch.Tensor | None, frames: int, limit: int | None, like: torch.Tensor) -> torch.Tensor:
+    """The clip, or one that begins with it, with room for so many frames. Memory that no frame was written to is not
+    taken from the system."""
+    if clip is not None and len(clip) >= frames:
+        return clip
+    usual = max(2 * frames, _ROOM // like.numel())
+    larger = torch.empty(max(frames, min(usual, limit or usual)), *like.shape, dtype=torch.uint8)
+    if clip is not None:
+        larger[: len(clip)] = clip
+    return larger
 
 
 def read_sound(path: Path | str, seconds: float, on_note: Tell | None = None) -> tuple[np.ndarray, int] | None:
