@@ -1,6 +1,7 @@
 """The sampler makes the reference pipeline's latents, bit for bit, and refuses what it cannot run."""
 
 import dataclasses
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -10,10 +11,11 @@ from einops import rearrange
 from cogvideox import sampling as sampling_module
 from cogvideox import weights as weights_module
 from cogvideox.dtypes import FP32
-from cogvideox.geometry import empty_latent
+from cogvideox.geometry import empty_latent, padding_frames
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.schedulers import NoiseInFp32, make_scheduler, schedule_timesteps
+from cogvideox.variants import full_config
 from tests.conftest import CPU
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH
@@ -269,6 +271,31 @@ def test_a_run_can_be_interrupted_between_steps_and_the_model_used_again(handles
     with pytest.raises(Cancelled):
         sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, events=Told(step=cancel))
     assert torch.equal(before, sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("denoise", [1.0, 0.6])
+def test_given_noise_takes_the_place_of_what_the_seed_draws(handles, prompts, shape, denoise):
+    generator = torch.Generator().manual_seed(2)
+    start = torch.randn(SHAPES[shape], generator=generator) if denoise < 1 else torch.zeros(SHAPES[shape])
+    batch, channels, length, *size = start.shape
+    settings = dict(seed=5, steps=5, denoise=denoise)
+    expected = sample(handles.model, *prompts, start, **settings)
+    padding = padding_frames(length, full_config(handles.model.weights.config))
+    drawn = torch.randn(batch, length + padding, channels, *size, generator=torch.Generator().manual_seed(5))
+    noise = rearrange(drawn[:, padding:], "b t c h w -> b c t h w")
+    assert torch.equal(sample(handles.model, *prompts, start, noise=noise, **settings), expected)
+    assert not torch.equal(sample(handles.model, *prompts, start, noise=-noise, **settings), expected)
+
+
+def test_noise_that_does_not_fit_is_refused(handles, prompts):
+    latent = torch.zeros(SHAPES["even"])
+    with pytest.raises(ValueError, match="The noise has the shape"):
+        sample(handles.model, *prompts, latent, seed=1, steps=1, noise=latent[:, :, 1:])
+    noise = latent.clone()
+    noise[0, 0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="The noise holds 1 values"):
+        sample(handles.model, *prompts, latent, seed=1, steps=1, noise=noise)
 
 
 def test_sizes_beyond_the_rotary_grid_warn_and_run(handles, prompts, caplog):
