@@ -432,9 +432,9 @@ class TestOutOfMemory:
         run("VAEDecode", samples=latent, vae=vae)
         # The pack has an engine of its own.
         engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "modules.strips")}
-        real, calls = engine["sampling"]._step, []
+        real, calls = engine["sampling"].advance, []
         monkeypatch.setattr(
-            engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given)
+            engine["sampling"], "advance", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given)
         )
         with pytest.raises(
             RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"
@@ -453,7 +453,7 @@ class TestOutOfMemory:
         assert len(set(paths)) == 3
 
 
-def test_a_smaller_way_may_join_the_halves_of_guidance_again(tiny, prompts, monkeypatch):
+def test_a_smaller_placement_may_join_the_halves_of_guidance_again(tiny, prompts, monkeypatch):
     from diffusers import CogVideoXTransformer3DModel
 
     model, how = open_handles(tiny, "fp32", CPU).model, dict(seed=1, steps=2)
