@@ -1,1 +1,1 @@
-"""How the modules of diffusers and transformers run otherwise: never a file, never a decision."""
+"""Changes how modules of diffusers and transformers run. Knows no files and makes no decisions."""
