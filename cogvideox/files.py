@@ -146,8 +146,8 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> dict:
 
 @contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside ``path``, with its suffix, to write to. That file is renamed to ``path`` when the ``with`` block
-    ends well, and removed otherwise.
+    """Give a path beside ``path``, with its suffix, to write to. That file is renamed to ``path`` when the ``with``
+    block ends well, and removed otherwise.
 
     Args:
         overwrite: whether a file that has the name already is replaced.

@@ -118,8 +118,8 @@ class Variant:
         return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """Return the trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was
-        trained in several shapes."""
+        """Return the trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model
+        was trained in several shapes."""
         if not self.inverts_image_latents:
             return self.default_size
         long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))

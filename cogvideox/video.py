@@ -87,7 +87,10 @@ def _encode(
         stream.codec_context.color_range = 1
         for attribute in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, attribute, 1)
-        spoken, pieces = (None, iter(())) if sound is None else _sound_stream(container, *sound, len(images) / fps)
+        spoken: Any = None
+        pieces: Iterator[Any] = iter(())
+        if sound is not None:
+            spoken, pieces = _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
             pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
