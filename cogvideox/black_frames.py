@@ -1,4 +1,4 @@
-"""Finds the frames of a clip that are black, as ffmpeg's ``blackdetect`` sees them, and those that hold NaN or Inf.
+"""Find the frames of a clip that are black, as ffmpeg's ``blackdetect`` sees them, and those that hold NaN or Inf.
 
 A pixel's luma is BT.601's ``0.299 R + 0.587 G + 0.114 B`` in full range; it is black if its luma, rounded to 8 bits, is
 at most ``pixel_black_threshold * 255`` (25 at the default 0.10). A frame is black if at least ``picture_black_ratio``

@@ -1,7 +1,7 @@
-"""Lists what a person can choose, in the nodes' widgets and on the command line alike, and checks one value at a time.
+"""List what a person can choose, in the nodes' widgets and on the command line alike, and check one value at a time.
 
-Each choice has a name here, so that no code relies on its place in a list. Settings that exclude each other are
-``combinations``' concern. Imports no library, so that the nodes appear in milliseconds.
+Each choice has a name here, so that no code relies on its place in a list. ``combinations`` looks at
+settings that exclude each other. Imports no library, so that the nodes appear in milliseconds.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Reads clips and their sound (through PyAV) as phones, cameras and programs make them, and brings them to what the
+"""Read clips and their sound (through PyAV) as phones, cameras and programs make them, and bring them to what the
 model reads."""
 
 import os

@@ -1,4 +1,4 @@
-"""Refuses settings that exclude each other. Whether one value is known at all is asked by ``choices.check_choice``."""
+"""Refuse settings that exclude each other. ``choices.check_choice`` says whether a single value is known at all."""
 
 from collections.abc import Sequence
 from importlib import metadata

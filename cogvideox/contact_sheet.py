@@ -1,4 +1,4 @@
-"""Draws the frames that the black-frame check objects to: people look rather than read."""
+"""Draw the frames that the black-frame check objects to: people look rather than read."""
 
 import math
 

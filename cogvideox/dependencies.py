@@ -1,5 +1,5 @@
-"""Says in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails
-with a stranger one."""
+"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails
+with a stranger error."""
 
 import re
 from functools import cache

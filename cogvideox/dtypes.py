@@ -1,4 +1,4 @@
-"""Names dtypes, and says how a part runs in one."""
+"""Name dtypes, and say how a part runs in one."""
 
 from dataclasses import dataclass
 

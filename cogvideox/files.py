@@ -1,4 +1,4 @@
-"""Reads files that people hand over, within bounds, and writes files whole or not at all."""
+"""Read files that people hand over, within bounds, and write files whole or not at all."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Checks whether tensors are finite: what is not ends in a black video."""
+"""Check whether tensors are finite: what is not ends in a black video."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Turns the frames of a clip into RGB pixels: by the file's colour matrix and range, upright, with square pixels, of
+"""Turn the frames of a clip into RGB pixels: by the file's colour matrix and range, upright, with square pixels, of
 the size that is asked for."""
 
 from fractions import Fraction

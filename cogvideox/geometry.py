@@ -1,4 +1,4 @@
-"""Turns pixels and frames into latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
+"""Turn pixels and frames into latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Reads pictures (through Pillow) as phones, cameras and programs make them, and brings them to what the model
+"""Read pictures (through Pillow) as phones, cameras and programs make them, and bring them to what the model
 reads."""
 
 import io

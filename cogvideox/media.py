@@ -1,5 +1,5 @@
-"""Holds what reading pictures (``image_files``) and clips (``clip_files``) has in common: errors of libraries made
-sentences, notes about what was changed, and turning."""
+"""Do what reading pictures (``image_files``) and clips (``clip_files``) has in common: say in sentences what libraries
+raise and what was changed, and turn pixels upright."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Checks images and clips that come in, and fits them to the size and length that a model makes."""
+"""Check images and clips that come in, and fit them to the size and length that a model makes."""
 
 import math
 from collections.abc import Iterator

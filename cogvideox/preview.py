@@ -1,4 +1,4 @@
-"""Gives a quick look at a video that is still being made: its latents as small pictures, without the VAE."""
+"""Give a quick look at a video that is still being made: its latents as small pictures, without the VAE."""
 
 import torch
 from einops import rearrange

@@ -1,4 +1,4 @@
-"""Checks tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
+"""Check tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
 
 import os
 import sys

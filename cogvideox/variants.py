@@ -1,4 +1,4 @@
-"""Knows the CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
+"""Describe the CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
 
 Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and
 the official repository zai-org/CogVideo (Apache-2.0).

@@ -1,4 +1,4 @@
-"""Writes what a run leaves behind: videos (through PyAV) and latents, in places that were tried before, whole or not at
+"""Write what a run leaves behind: videos (through PyAV) and latents, in places that were tried before, whole or not at
 all.
 
 What a run starts from is read by ``image_files`` and ``clip_files``, and can be had from here too.

@@ -1,4 +1,4 @@
-"""Quotes names, errors and sizes in sentences: whatever comes from a file or a person is printable and short."""
+"""Quote names, errors and sizes in sentences: whatever comes from a file or a person is printable and short."""
 
 from collections.abc import Iterable
 

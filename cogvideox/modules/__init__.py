@@ -1,1 +1,1 @@
-"""Changes how modules of diffusers and transformers run. Knows no files and makes no decisions."""
+"""Change how modules of diffusers and transformers run; know no files and decide nothing."""

@@ -1,4 +1,4 @@
-"""Chooses the kernel that computes the attention: diffusers' attention dispatch, and what of it this machine has."""
+"""Choose the kernel that computes the attention: diffusers' attention dispatch, and what of it this machine has."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Caches steps: what changes little from one step to the next is not computed again. That is faster, and gives another
+"""Cache steps: what changes little from one step to the next is not computed again. That is faster, and gives another
 video than without.
 
 The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals,

@@ -1,4 +1,4 @@
-"""Compiles the transformer by region (``torch.compile``): its blocks are alike, so one of them is compiled and all run
+"""Compile the transformer block by block (``torch.compile``): its blocks are alike, so one of them is compiled and all run
 so. The result is as before, within the dtype's rounding.
 
 Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code

@@ -1,4 +1,4 @@
-"""Touches the private attributes of diffusers, transformers and torch: each is named here and nowhere else.
+"""Touch the private attributes of diffusers, transformers and torch: each is named here and nowhere else.
 
 What is private may be renamed in any release. A test asserts that each of ``NAMES`` is there, so that the tests with
 the newest versions fail with the name. What is set on a hook has to be there already (``steer``), as a field that no

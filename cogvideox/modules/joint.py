@@ -1,4 +1,4 @@
-"""Runs diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same
+"""Run diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same
 arithmetic, without the copies.
 
 ``CogVideoXBlock`` holds text and video apart, and joins them for the attention and again for the feed-forward; its

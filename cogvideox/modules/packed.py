@@ -1,4 +1,4 @@
-"""Keeps weights packed in memory (fp8, int8, GGUF): they are widened for each product, or multiplied as they are by
+"""Keep weights packed in memory (fp8, int8, GGUF): they are widened for each product, or multiplied as they are by
 activations that are packed too.
 
 The tensors of a packed weight are reached only by calling its module: diffusers' group offloading brings them to the

@@ -1,4 +1,4 @@
-"""Quantizes while loading: makes int8 or fp8 of the weights of attention and feed-forward, layer by layer.
+"""Quantize while loading: make int8 or fp8 of the weights of attention and feed-forward, layer by layer.
 
 Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same.
 They are 85 % of the 1.5-5B transformer. Modulation (``norm1.linear``, ``norm2.linear``), embeddings of time, ``ofs``,
@@ -25,7 +25,7 @@ from math import sqrt
 import torch
 from torch import nn
 
-from ..choices import QUANTIZE
+from ..choices import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, INT8_WEIGHT_ONLY
 from ..dtypes import Precision
 from ..variants import PARTS
 from .packed import DynamicWeight, PackedLinear, PackedWeight, in_pieces, quantize_rows
@@ -54,16 +54,22 @@ class Method:
     @property
     def weight_only(self) -> "Method":
         """The same weights, with activations that are not quantized."""
-        return METHODS[self.name.replace("dynamic", "weight_only")]
+        return next(method for method in METHODS.values() if method.dtype == self.dtype and not method.dynamic)
 
     def pack(self, data: torch.Tensor, scale: torch.Tensor) -> PackedWeight | DynamicWeight:
         """Put quantized rows and the scales that undo it into the module that a layer holds."""
         return DynamicWeight(data, scale) if self.dynamic else PackedWeight(data, scale)
 
 
+#: By name, those of ``choices.QUANTIZE``.
 METHODS = {
-    name: Method(name, torch.int8 if name.startswith("int8") else torch.float8_e4m3fn, name.endswith("dynamic"))
-    for name in QUANTIZE
+    method.name: method
+    for method in (
+        Method(INT8_WEIGHT_ONLY, torch.int8, dynamic=False),
+        Method(FP8_WEIGHT_ONLY, torch.float8_e4m3fn, dynamic=False),
+        Method(INT8_DYNAMIC, torch.int8, dynamic=True),
+        Method(FP8_DYNAMIC, torch.float8_e4m3fn, dynamic=True),
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs models in fp16 that cannot overflow: weights and matrix products in fp16, everything between them in fp32.
+"""Run models in fp16 that cannot overflow: weights and matrix products in fp16, everything between them in fp32.
 
 For y = W x + b, Hölder's inequality bounds every output, and every partial sum on the way to it, by max|x| times the L1
 norm of the row of W. So if each stored row has an L1 norm of at most 2^9, and each token of x is scaled to at most 2^6

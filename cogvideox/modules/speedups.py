@@ -1,4 +1,4 @@
-"""Attaches all that makes one run faster to the transformer, together."""
+"""Attach all that makes one run faster to the transformer, together."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

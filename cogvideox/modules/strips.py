@@ -1,4 +1,4 @@
-"""Runs the VAE's encoder and decoder layer by layer and strip by strip: exactly, in as little memory as there is.
+"""Run the VAE's encoder and decoder layer by layer and strip by strip: exactly, in as little memory as there is.
 
 Untiled, every layer holds a whole chunk of frames several times over. Tiles, the usual remedy, each have GroupNorm
 statistics of their own, which shows as seams. Here each layer runs over horizontal strips of the whole chunk: its

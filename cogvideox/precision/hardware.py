@@ -1,4 +1,4 @@
-"""Finds out what a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
+"""Find out what a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
 
 Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at
 5.3, 6.0, 6.2 and from 7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's

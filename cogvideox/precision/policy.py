@@ -1,4 +1,4 @@
-"""Decides in which dtype each part runs, by what is stored, what was trained and what the device computes in, and gives
+"""Decide in which dtype each part runs, by what is stored, what was trained and what the device computes in, and give
 a verdict."""
 
 from collections.abc import Callable, Mapping

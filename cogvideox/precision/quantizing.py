@@ -1,4 +1,4 @@
-"""Decides from headers whether and how a part can be quantized on a device, and says what it cost."""
+"""Decide from headers whether and how a part can be quantized on a device, and say what it cost."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Holds findings about how something would run: a verdict, why, and what to do."""
+"""Record findings about how something would run: a verdict, why, and what to do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
