@@ -1,5 +1,5 @@
-"""Compile the transformer block by block (``torch.compile``): its blocks are alike, so one of them is compiled and all run
-so. The result is as before, within the dtype's rounding.
+"""Compile the transformer's blocks (``torch.compile``): they are alike, so one of them is compiled and all run so. The
+result is as before, within the dtype's rounding.
 
 Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code
 belongs to the class of the blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA,
