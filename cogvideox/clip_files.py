@@ -2,7 +2,6 @@
 model reads."""
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -21,6 +20,8 @@ from .words import short
 
 _AUDIO_RATES = (44_100, 48_000)
 _CLIP_ADVICE = "Check the path, or convert it to mp4."
+#: Bytes of address space that a clip is given at first: 340 frames of 1360x768.
+_ROOM = 1 << 30
 
 
 def read_video(
@@ -61,19 +62,22 @@ def read_video(
         stream.codec_context.thread_count, stream.codec_context.thread_type = 4, "AUTO"
         stream.codec_context.options = {"max_pixels": str(2 * MOST_FRAME_PIXELS)}
         frames, picture = _Frames(container, stream), FramePixels(stream, path, size)
-        taken: deque[np.ndarray] = deque()
-        more = False
+        clip: torch.Tensor | None = None
+        count, more = 0, False
         with from_library(path, "as a video", _CLIP_ADVICE):
             for frame, times in _chosen(frames, None if fps is None else Fraction(fps).limit_denominator(1001)):
                 picture.check(frame)
-                room = times if limit is None else min(times, limit - len(taken))
-                # The same array again where a frame is shown longer.
-                taken += [picture.pixels(frame)] * room if room else []
+                room = times if limit is None else min(times, limit - count)
+                if room:
+                    pixels = torch.from_numpy(picture.pixels(frame))
+                    clip = _with_room(clip, count + room, limit, pixels)
+                    clip[count : count + room] = pixels
+                    count += room
                 more = room < times
                 if more:
                     break
         duration = _duration(container, stream)
-    if not taken:
+    if clip is None:
         raise ValueError(
             f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or "
             "convert it to mp4."
@@ -90,18 +94,15 @@ def read_video(
     if more:
         whole = f" of {duration:.1f} s" if duration else ""
         tell(
-            f"Only the first {len(taken)} frames{f' ({len(taken) / rate:.1f} s)' if rate else ''}{whole} of "
+            f"Only the first {count} frames{f' ({count / rate:.1f} s)' if rate else ''}{whole} of "
             f"{short(path)} are used."
         )
-    length, change = (len(taken), None) if step is None else nearest_length(len(taken), step)
+    length, change = (count, None) if step is None else nearest_length(count, step)
     if change:
         tell(change)
-    clip = torch.empty(length, *taken[0].shape, dtype=dtype)
-    for index in range(length):
-        # Each is let go as it is copied, so that there are never two clips; the last may be needed again.
-        pixels = torch.from_numpy(taken.popleft() if len(taken) > 1 else taken[0])
-        clip[index] = pixels if dtype == torch.uint8 else pixels.to(dtype) / 255
-    return clip
+    clip = _with_room(clip, length, length, clip[0])[:length]
+    clip[count:] = clip[min(count, length) - 1]
+    return clip if dtype == torch.uint8 else clip.to(dtype).div_(255)
 
 
 def read_sound(path: Path | str, seconds: float, on_note: Tell | None = None) -> tuple[np.ndarray, int] | None:
@@ -148,6 +149,20 @@ def read_sound(path: Path | str, seconds: float, on_note: Tell | None = None) ->
             tell(f"The sound of {short(path)} cannot be decoded{frames.trouble}, so the video will have none.")
             return None
     return np.nan_to_num(sound).clip(-1, 1), rate
+
+
+def _with_room(clip: torch.Tensor | None, frames: int, limit: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Return the clip, or one that begins with it, with room for so many frames like ``like``, uint8 ``[H, W, 3]``.
+
+    Memory that no frame was written to is not taken from the system.
+    """
+    if clip is not None and len(clip) >= frames:
+        return clip
+    usual = max(2 * frames, _ROOM // like.numel())
+    larger = torch.empty(max(frames, min(usual, limit or usual)), *like.shape, dtype=torch.uint8)
+    if clip is not None:
+        larger[: len(clip)] = clip
+    return larger
 
 
 @contextmanager
