@@ -32,7 +32,10 @@ files = sorted(folder.glob("*.safetensors"))
 is_t5 = json.loads((folder / "config.json").read_text()).get("model_type") == "t5"
 kind, theirs = ("text_encoder", T5EncoderModel) if is_t5 else ("transformer", CogVideoXTransformer3DModel)
 with init_empty_weights():
-    T5EncoderModel(T5Config(num_layers=1)) if is_t5 else CogVideoXTransformer3DModel(num_layers=1, use_rotary_positional_embeddings=True)
+    if is_t5:
+        T5EncoderModel(T5Config(num_layers=1))
+    else:
+        CogVideoXTransformer3DModel(num_layers=1, use_rotary_positional_embeddings=True)
 
 def ours(precision):
     return load_module(open_part(folder, kind), precision, cpu)
@@ -45,7 +48,10 @@ def plain():
     for file in files:
         state |= load_file(file)
     with init_empty_weights():
-        module = T5EncoderModel(T5Config.from_pretrained(folder)) if is_t5 else theirs.from_config(theirs.load_config(folder))
+        if is_t5:
+            module = T5EncoderModel(T5Config.from_pretrained(folder))
+        else:
+            module = theirs.from_config(theirs.load_config(folder))
     # T5's token embedding has two names and is stored under one.
     module.load_state_dict(state, assign=True, strict=not is_t5)
     return module

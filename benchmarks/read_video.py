@@ -46,7 +46,7 @@ def at_once(path: Path) -> torch.Tensor:
 
 
 def ours(path: Path) -> torch.Tensor:
-    from cogvideox.media import read_video
+    from cogvideox.clip_files import read_video
 
     return read_video(path, LONGEST, fps=FPS, size=TARGET, step=STEP, dtype=torch.uint8)
 

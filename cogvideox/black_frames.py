@@ -1,5 +1,4 @@
-"""The black-frame check: which frames of a clip are black, as ffmpeg's ``blackdetect`` sees them, and which hold NaN or
-Inf.
+"""Find the frames of a clip that are black, as ffmpeg's ``blackdetect`` sees them, and those that hold NaN or Inf.
 
 A pixel's luma is BT.601's ``0.299 R + 0.587 G + 0.114 B`` in full range; it is black if its luma, rounded to 8 bits, is
 at most ``pixel_black_threshold * 255`` (25 at the default 0.10). A frame is black if at least ``picture_black_ratio``
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .choices import ON_BLACK, check_choice
+from .choices import ON_BLACK, STOP, WARN, check_choice, check_share
 
 logger = logging.getLogger(__name__)
 
@@ -152,28 +151,28 @@ def check_black_frames(
 
 
 def _on_the_grid(rows: torch.Tensor) -> bool:
-    """Whether all dark values of ``[rows, W, 3]``, finite ones, are whole 255ths, as those of pictures of 8 bits
-    are."""
+    """Return whether all dark values of ``[rows, W, 3]`` are whole 255ths, as in a picture of 8 bits. They are
+    finite."""
     levels = rows.float() * 255
     # Within the rounding of their dtype.
     off = (levels - levels.round()).abs() - levels.abs() * (torch.finfo(rows.dtype).eps / 2)
-    return ((off <= 1e-3) | (levels > _DARK)).all().item()
+    return bool(((off <= 1e-3) | (levels > _DARK)).all())
 
 
 def _count_dark(rows: torch.Tensor, limit: float, luma_of: torch.Tensor) -> tuple[int, bool]:
-    """Black pixels of ``[rows, W, 3]``, and whether all values are finite. A value that is not counts as black: so it
-    is saved."""
+    """Count the black pixels of ``[rows, W, 3]``, and say whether all values are finite. One that is not counts as
+    black, as it is saved so."""
     low, high = (bound.item() for bound in rows.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = ~rows.isfinite().all(-1).view(-1)
-        return (bad | (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit)).sum().item(), False
+        return int((bad | (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit)).sum()), False
     # Luma lies between the darkest and the brightest channel, so a block that is all bright or all dark is decided by
     # them.
     if low > limit * (1 + 1e-5):
         return 0, True
     if high < limit * (1 - 1e-5):
         return rows.numel() // 3, True
-    return (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit).sum().item(), True
+    return int((torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit).sum()), True
 
 
 def enforce(report: BlackFrameReport, action: str) -> None:
@@ -184,16 +183,16 @@ def enforce(report: BlackFrameReport, action: str) -> None:
         ValueError: for an unknown action.
     """
     check_choice("action", action, ON_BLACK)
-    if action == "stop" and report.verdict == "black":
+    if action == STOP and report.verdict == "black":
         raise BlackVideoError(
             f"The video is black, so it is not passed on to be saved.\n{report.text}\n{report.advice}"
         )
-    if action == "warn" and report.verdict != "ok":
+    if action == WARN and report.verdict != "ok":
         logger.warning("%s\n%s", report.text, report.advice)
 
 
 def frame_ranges(frames: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` -> ``0-2, 5``."""
+    """Write the numbers of frames as ranges: ``(0, 1, 2, 5)`` -> ``0-2, 5``."""
     ranges: list[list[int]] = []
     for frame in frames:
         if ranges and frame == ranges[-1][1] + 1:
@@ -212,16 +211,13 @@ def _check_input(images: torch.Tensor, *thresholds: float) -> None:
     for name, value in zip(
         ("pixel_black_threshold", "picture_black_ratio", "video_black_ratio"), thresholds, strict=True
     ):
-        check_share(name, value)
+        check_threshold(name, value)
 
 
-def check_share(name: str, value: float) -> None:
+def check_threshold(name: str, value: float) -> None:
     """Refuse a threshold that is no share.
 
     Raises:
         ValueError: outside 0..1.
     """
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(
-            f"{name} is {value}, but it is a share between 0 and 1. The default follows ffmpeg's blackdetect."
-        )
+    check_share(name, value, "The default follows ffmpeg's blackdetect.")

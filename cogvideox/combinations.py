@@ -1,18 +1,18 @@
-"""What of a user's choices does not go together (whether one of them is known at all, ``choices.check_choice``
-asks)."""
+"""Refuse settings that exclude each other. ``choices.check_choice`` says whether a single value is known at all."""
 
 from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
+from .choices import FASTER_CACHE, PAB, TAYLORSEER
 from .dependencies import is_at_least
 
 #: Caches that act within a block, by changing what its attention gives.
-_INSIDE_BLOCKS = ("pab", "faster_cache")
+_INSIDE_BLOCKS = (PAB, FASTER_CACHE)
 
 
 def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: bool, layers: bool) -> None:
-    """Refuse what cannot work, from the choices alone, as they stand in a graph.
+    """Refuse settings that are each allowed but exclude each other, as they stand in a graph.
 
     Args:
         caches: the methods of all caches that skip something.
@@ -37,7 +37,7 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
                 "which then cannot be compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 "
                 "Compile away."
             )
-        if layers and cache != "taylorseer" and not is_at_least("diffusers", "0.37"):
+        if layers and cache != TAYLORSEER and not is_at_least("diffusers", "0.37"):
             raise ValueError(
                 f"The cache {cache} and memory offload_layers do not work together with diffusers "
                 f"{metadata.version('diffusers')}: layers that were skipped are not brought to the card when they run "

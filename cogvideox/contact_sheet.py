@@ -1,4 +1,4 @@
-"""A picture of the frames that the black-frame check objects to: people look rather than read."""
+"""Draw the frames that the black-frame check objects to: people look rather than read."""
 
 import math
 
@@ -54,7 +54,7 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
 
 
 def _thumbnail(frame: torch.Tensor, width: int, height: int) -> Image.Image:
-    """A frame ``[H, W, 3]`` as a picture of a size; every broken pixel becomes a magenta spot, so that none is
+    """Shrink a frame ``[H, W, 3]`` to a picture; every broken pixel becomes a magenta spot, so that none is
     overlooked."""
     colours, spots = torch.empty(3, height, width), torch.empty(1, height, width)
     for row in range(height):

@@ -1,4 +1,4 @@
-"""Dtypes by name, and how a part runs in one."""
+"""Name dtypes, and say how a part runs in one."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,9 @@ _NAMES = {
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """``torch.bfloat16`` -> ``bf16``; what is a name already (``GGUF Q4_K``) stays."""
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    """Name a dtype: ``torch.bfloat16`` -> ``bf16``; what is a name already (``GGUF Q4_K``) stays."""
+    known = _NAMES.get(dtype) if isinstance(dtype, torch.dtype) else None
+    return known or str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,4 @@ class Precision:
 
 
 RANGE_SAFE_FP16 = Precision(torch.float16, range_safe=True)
-
-
 FP32 = Precision(torch.float32)

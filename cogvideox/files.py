@@ -1,4 +1,4 @@
-"""Files that people hand over or get: read with bounds, written whole or not at all."""
+"""Read files that people hand over, within bounds, and write files whole or not at all."""
 
 import errno
 import json
@@ -7,8 +7,9 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .words import reason, short
 
@@ -19,7 +20,7 @@ MAX_TEXT = 64 << 20
 MAX_NESTING = 100
 
 
-def open_regular(path: Path, as_what: str = "") -> BinaryIO:
+def open_regular(path: Path, as_what: str = "") -> FileIO:
     """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait
     for ever, or never end.
 
@@ -47,13 +48,16 @@ def open_regular(path: Path, as_what: str = "") -> BinaryIO:
 
 
 def unreadable(path: Path, error: Exception, as_what: str = "") -> str:
-    """The sentence for a file that cannot be opened or read."""
+    """Say that a file cannot be opened or read, and why."""
     link = (
         f"a link to {short(os.readlink(path), 200)}, which is gone"
         if os.path.islink(path) and not os.path.exists(path)
         else None
     )
-    return f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or download the file again."
+    return (
+        f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or "
+        "download the file again."
+    )
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
@@ -142,8 +146,8 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> dict:
 
 @contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A file in the making, beside ``path`` and with its suffix: given that name when the ``with`` block ends well, and
-    removed otherwise.
+    """Give a path beside ``path``, with its suffix, to write to. That file is renamed to ``path`` when the ``with``
+    block ends well, and removed otherwise.
 
     Args:
         overwrite: whether a file that has the name already is replaced.
@@ -167,7 +171,7 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def exists(path: Path) -> ValueError:
-    """The error for a file that is not replaced unasked."""
+    """Make the error for a file that is not replaced unasked."""
     return ValueError(
         f"{short(path, 400)} exists already and is not replaced unasked. Give another name, or say that it is to be "
         "overwritten."
@@ -175,6 +179,7 @@ def exists(path: Path) -> ValueError:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
+    """Rename a file, unless another has that name."""
     try:
         # A link is made only where no file has the name; a rename would replace one that came meanwhile.
         os.link(partial, path)

@@ -1,11 +1,11 @@
-"""Whether tensors are finite: what is not ends in a black video."""
+"""Check whether tensors are finite: what is not ends in a black video."""
 
 import torch
 
 
 def is_finite(result: torch.Tensor | tuple) -> bool:
-    """Whether a tensor, or the first entry of a tuple, holds neither NaN nor Inf. Waits for the device once."""
-    return (result[0] if isinstance(result, tuple) else result).isfinite().all().item()
+    """Return whether a tensor, or the first entry of a tuple, holds neither NaN nor Inf. Waits for the device once."""
+    return bool((result[0] if isinstance(result, tuple) else result).isfinite().all())
 
 
 def check_finite(tensor: torch.Tensor, what: str, remedy: str) -> None:

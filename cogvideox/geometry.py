@@ -1,4 +1,4 @@
-"""Pixels and frames to latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
+"""Turn pixels and frames into latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ from .words import short
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
+    """Return the latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
     return (frames - 1) // TEMPORAL_COMPRESSION + 1
 
 
 def pixel_frames(latent_frame_count: int) -> int:
-    """Pixel frames that ``latent_frame_count`` latent frames decode to: ``4 * (T - 1) + 1``."""
+    """Return the pixel frames that ``latent_frame_count`` latent frames decode to: ``4 * (T - 1) + 1``."""
     return (latent_frame_count - 1) * TEMPORAL_COMPRESSION + 1
 
 
@@ -86,8 +86,8 @@ def check_video_room(width: int, height: int, frames: int, batch_size: int = 1) 
 
 
 def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
-    """The latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 +
-    1``.
+    """Make the latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with
+    ``T = (frames - 1) // 4 + 1``.
 
     Args:
         width, height: pixels, multiples of 16.
@@ -141,8 +141,8 @@ def check_latent(samples: torch.Tensor, patch_size: int = 1) -> None:
 
 
 def padding_frames(latent_frame_count: int, config: Mapping) -> int:
-    """Latent frames that the sampler puts in front (and takes away after) so that ``patch_size_t`` divides their
-    number."""
+    """Return the latent frames that the sampler puts in front, and takes away afterwards, so that ``patch_size_t``
+    divides their number."""
     patch = config.get("patch_size_t") or 1
     return -latent_frame_count % patch
 
@@ -150,7 +150,7 @@ def padding_frames(latent_frame_count: int, config: Mapping) -> int:
 def rotary_embedding(
     config: Mapping, latent_frame_count: int, height: int, width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rotary position tables ``(cos, sin)``, each float32 ``[tokens, head_dim]``, or None for sin-cos models.
+    """Compute rotary position tables ``(cos, sin)``, each float32 ``[tokens, head_dim]``, or None for sin-cos models.
 
     The grids are the reference pipeline's (diffusers ``CogVideoXPipeline``): CogVideoX-1.5 slices a grid of absolute
     positions; 1.0 stretches the picture over the grid it was trained on. Pictures larger than the sliced grid, where

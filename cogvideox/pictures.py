@@ -1,4 +1,4 @@
-"""Images and clips that come in: checked, fitted to the size and length a model makes."""
+"""Check images and clips that come in, and fit them to the size and length that a model makes."""
 
 import math
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ _CHANNELS = {1: "is grey (1 channel)", 2: "is grey with alpha (2 channels)", 4: 
 
 
 def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
-    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1. They are looked at piece by piece.
+    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1, looking at it piece by piece.
 
     Args:
         name: what it is, for messages: ``start_image``.
 
     Returns:
-        The images as float32, clamped to 0..1 where resampling went a little beyond: themselves if there is nothing to
-        change, else a copy.
+        The images as float32, clamped to 0..1 where resampling went a little beyond: the tensor itself if there is
+        nothing to change, else a copy.
 
     Raises:
         ValueError: for another shape, alpha, grey, NaN, Inf, or values outside 0..1.
@@ -68,7 +68,7 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _pieces(images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The images in bands of rows of at most ``_BLOCK`` values, or of one row."""
+    """Yield the images in bands of rows of at most ``_BLOCK`` values, or of one row."""
     rows = max(1, _BLOCK // (images.shape[2] * images.shape[3]))
     for image in images:
         yield from image.split(rows)
@@ -96,8 +96,8 @@ def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def crop_box(width: int, height: int, new_width: int, new_height: int, aspect: float = 1) -> tuple[int, int, int, int]:
-    """The centre of a picture that has the shape of another: left, top, right and bottom in pixels, as core's nodes
-    round them.
+    """Return the centre of a picture that has the shape of another: left, top, right and bottom in pixels, as core's
+    nodes round them.
 
     Args:
         aspect: width of a pixel over its height.
@@ -126,7 +126,10 @@ def fit_grid(images: torch.Tensor) -> tuple[torch.Tensor, str | None]:
     if (new_height, new_width) == (height, width):
         return images, None
     top, left = (height - new_height) // 2, (width - new_width) // 2
-    note = f"The images are {width}x{height}; the model reads multiples of {SIZE_STEP} pixels, so they were cropped to {new_width}x{new_height}."
+    note = (
+        f"The images are {width}x{height}; the model reads multiples of {SIZE_STEP} pixels, so they were cropped to "
+        f"{new_width}x{new_height}."
+    )
     return images[:, top : top + new_height, left : left + new_width], note
 
 
@@ -143,7 +146,7 @@ def fit_length(images: torch.Tensor, step: int) -> tuple[torch.Tensor, str | Non
 
 
 def nearest_length(count: int, step: int) -> tuple[int, str | None]:
-    """The ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
+    """Return the ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
     blocks = max(1, (count - 1 + step // 2 - 1) // step) if count > 1 else 0
     wanted = blocks * step + 1
     if wanted == count:

@@ -1,4 +1,4 @@
-"""A quick look at a video that is still being made: its latents as small pictures, without the VAE."""
+"""Give a quick look at a video that is still being made: its latents as small pictures, without the VAE."""
 
 import torch
 from einops import rearrange
@@ -32,7 +32,7 @@ _CUT = 0.01
 
 
 def preview_frames(latents: torch.Tensor, size: int) -> list[Image.Image]:
-    """The first video of a batch, a frame for each latent frame: rough colours, true shapes and movement.
+    """Draw the first video of a batch, a frame for each latent frame: rough colours, true shapes and movement.
 
     Args:
         latents: predicted clean latents ``[B, 16, T, H/8, W/8]``, scaled, on any device.

@@ -1,4 +1,4 @@
-"""The CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
+"""Describe the CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
 
 Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and
 the official repository zai-org/CogVideo (Apache-2.0).
@@ -30,8 +30,6 @@ SIZE_STEP = 16
 TRAINED_STEPS = 1000
 #: Tokens of the text encoder when a config does not say (all released models: 226).
 DEFAULT_TEXT_TOKENS = 226
-
-
 #: Descendants whose inputs this pack does not make yet, by input channels: what they are.
 _FOREIGN_INPUTS = {
     33: "a CogVideoX-Fun InP model, whose input is noise, a mask and a masked video",
@@ -120,8 +118,8 @@ class Variant:
         return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """The trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was
-        trained in several shapes."""
+        """Return the trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model
+        was trained in several shapes."""
         if not self.inverts_image_latents:
             return self.default_size
         long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))
@@ -179,14 +177,20 @@ def foreign_inputs(config: Mapping) -> str | None:
         known = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
         what = f"takes {short(channels)} input channels: {known}"
     elif out != LATENT_CHANNELS:
-        what = f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's descendant"
+        what = (
+            f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's "
+            "descendant"
+        )
     else:
         return None
-    return f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video ({2 * LATENT_CHANNELS}) only. Choose one of those."
+    return (
+        f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video "
+        f"({2 * LATENT_CHANNELS}) only. Choose one of those."
+    )
 
 
 def full_config(config: Mapping) -> Mapping:
-    """A transformer's config with the defaults of the class filled in, as old releases leave fields out."""
+    """Fill a transformer's config with the defaults of its class, as old releases leave fields out."""
     import inspect
 
     from diffusers import CogVideoXTransformer3DModel

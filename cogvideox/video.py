@@ -1,22 +1,24 @@
-"""What a run leaves behind: videos (through PyAV) and latents, in places that were tried before, written whole or not
-at all.
+"""Write what a run leaves behind: videos (through PyAV) and latents, in places that were tried before, whole or not at
+all.
 
-What it starts from is read by ``media``, and can be had from here too.
+What a run starts from is read by ``image_files`` and ``clip_files``, and can be had from here too.
 """
 
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .clip_files import read_sound, read_video
 from .files import exists, open_regular, written_whole
-from .media import read_image, read_sound, read_video
+from .image_files import read_image
 from .words import reason, short
 
 __all__ = [
@@ -74,6 +76,7 @@ def write_mp4(
 def _encode(
     images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None
 ) -> None:
+    """Write frames and sound to a file that is given its name later."""
     import av
 
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
@@ -84,7 +87,10 @@ def _encode(
         stream.codec_context.color_range = 1
         for attribute in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, attribute, 1)
-        spoken, pieces = (None, iter(())) if sound is None else _sound_stream(container, *sound, len(images) / fps)
+        spoken: Any = None
+        pieces: Iterator[Any] = iter(())
+        if sound is not None:
+            spoken, pieces = _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
             pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -104,8 +110,8 @@ def _encode(
             container.mux(spoken.encode())
 
 
-def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
-    """A stream for sound, and what it is to encode: pieces of 1024 samples, as long as the video."""
+def _sound_stream(container: Any, samples: np.ndarray, rate: int, seconds: Fraction) -> tuple[Any, Iterator[Any]]:
+    """Add a stream for sound; return it and what it is to encode: pieces of 1024 samples, as long as the video."""
     import av
 
     stream = container.add_stream("aac", rate=rate)
@@ -113,7 +119,7 @@ def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
     stream.codec_context.bit_rate = 192_000
     samples = samples[:, : round(seconds * rate)]
 
-    def pieces():
+    def pieces() -> Iterator[Any]:
         for start in range(0, samples.shape[1], 1024):
             frame = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo"
@@ -191,7 +197,7 @@ def check_room(path: Path, frames: int, width: int, height: int) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
+    """Return the path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
     if not path.name or not os.path.lexists(path):
         return path
     return next(new for number in count(2) if not os.path.lexists(new := path.with_stem(f"{path.stem}_{number:05}")))

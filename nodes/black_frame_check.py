@@ -76,7 +76,7 @@ class BlackFrameCheck(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
-        from ..cogvideox.black_frames import check_share
+        from ..cogvideox.black_frames import check_threshold
 
         shares = dict(
             pixel_black_threshold=pixel_black_threshold,
@@ -86,7 +86,7 @@ class BlackFrameCheck(Node):
         return cls.refusal(
             {"action": action, **shares},
             (check_choice, "action", action, ON_BLACK),
-            *((check_share, *share) for share in shares.items()),
+            *((check_threshold, *share) for share in shares.items()),
         )
 
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):

@@ -393,15 +393,16 @@ def test_latents_whose_frames_this_computer_cannot_hold_are_refused_before_a_wei
 
 
 def test_the_memory_that_this_process_may_have_is_told(pack):
-    from cogvideox.tensors import bytes_text, host_bytes
+    from cogvideox.tensors import host_bytes
+    from cogvideox.words import size_text
 
     assert 1 << 28 < host_bytes() <= 1 << 50
-    assert [bytes_text(count) for count in (1_500_000, 12_500_000_000, 68_719_476_736_000)] == [
+    assert [size_text(count, 1) for count in (1_500_000, 12_500_000_000, 68_719_476_736_000)] == [
         "1.5 MB",
         "12.5 GB",
         "68.7 TB",
     ]
-    assert bytes_text(10**400) == "more than 1,000,000 EB"
+    assert size_text(10**400, 1) == "more than 1,000,000 EB"
 
 
 def test_a_limit_of_the_system_counts():

@@ -10,7 +10,7 @@ from cogvideox.handles import open_handles, with_attention
 from cogvideox.memory import LiveBytes
 from cogvideox.modules import attention as attention_module
 from cogvideox.modules.attention import available, check_attention
-from cogvideox.modules.joint import join, project_once, rotate_, side_by_side
+from cogvideox.modules.joint import join, projection_attached, rotate_, side_by_side
 from cogvideox.sampling import sample
 from cogvideox.variants import full_config
 from tests.conftest import CPU
@@ -101,7 +101,7 @@ def test_a_prompt_is_projected_once_a_run_and_afterwards_nothing_is_left():
     plain = module(**given)[0]
     layer.forward = lambda x: (calls.append(x), type(layer).forward(layer, x))[1]
     before = layer.forward
-    with project_once(module):
+    with projection_attached(module):
         assert torch.equal(module(**given)[0], plain)
         assert torch.equal(module(**given)[0], plain)
         assert len(calls) == 1
@@ -110,7 +110,7 @@ def test_a_prompt_is_projected_once_a_run_and_afterwards_nothing_is_left():
         assert len(calls) == 2
     assert layer.forward is before
     del layer.forward
-    with project_once(module):
+    with projection_attached(module):
         pass
     assert "forward" not in vars(layer)
 

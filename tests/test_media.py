@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from cogvideox.media import read_image, read_sound, read_video
+from cogvideox.clip_files import read_sound, read_video
+from cogvideox.image_files import read_image
 from tests.memory import rise_of_peak
 
 WIDTH, HEIGHT = 64, 48
@@ -222,8 +223,8 @@ class TestPictures:
         assert "the first is used" in said
 
     def test_a_huge_picture_is_read_smaller_and_a_larger_one_refused(self, read, tmp_path, monkeypatch):
-        monkeypatch.setattr("cogvideox.media._KEPT_PIXELS", 1000)
-        monkeypatch.setattr("cogvideox.media._MOST_PIXELS", WIDTH * HEIGHT)
+        monkeypatch.setattr("cogvideox.image_files._KEPT_PIXELS", 1000)
+        monkeypatch.setattr("cogvideox.image_files._MOST_PIXELS", WIDTH * HEIGHT)
         for name in ("x.png", "x.jpg"):
             grey().save(tmp_path / name)
             pixels, said = read(name)
@@ -396,10 +397,10 @@ class TestClips:
         ]
 
     def test_as_many_frames_are_read_as_are_used_and_the_rest_is_said(self, tmp_path, monkeypatch):
-        import cogvideox.media as media
+        from cogvideox.frame_pixels import FramePixels
 
-        made, real = [], media._Picture.pixels
-        monkeypatch.setattr(media._Picture, "pixels", lambda self, frame: made.append(1) or real(self, frame))
+        made, real = [], FramePixels.pixels
+        monkeypatch.setattr(FramePixels, "pixels", lambda self, frame: made.append(1) or real(self, frame))
         notes = []
         clip = read_video(write_clip(tmp_path / "x.mp4", 32, 128), 17, fps=16, step=16, on_note=notes.append)
         assert (len(clip), len(made)) == (17, 17)

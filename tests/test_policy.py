@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from cogvideox.precision import hardware as hw
 from cogvideox.precision.hardware import ABSENT, EMULATED, NATIVE, Hardware
 from cogvideox.precision.policy import CHOICES, plan_dtypes, safer, scan_parts
@@ -176,7 +176,7 @@ def test_comfyuis_flags_are_read(pack, flags, wanted):
     forced = host.forced_dtypes(SimpleNamespace(**dict.fromkeys(flags, True)))
     assert {kind: flag for kind, (_, flag) in forced.items()} == wanted
     for dtype, flag in forced.values():
-        assert hw.dtype_name(dtype) in flag
+        assert dtype_name(dtype) in flag
 
 
 def test_unknown_choices_are_refused(checkpoints):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox.media import read_sound, read_video
+from cogvideox.clip_files import read_sound, read_video
 from cogvideox.video import check_output, check_room, free_name, read_latent, write_latent, write_mp4
 
 NOISE = torch.rand(5, 48, 80, 3, generator=torch.Generator().manual_seed(1))

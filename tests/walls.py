@@ -32,7 +32,18 @@ FLOORS: dict[str, tuple[str, ...]] = {
         )
     ),
     "frames": tuple(
-        f"cogvideox/{name}.py" for name in ("black_frames", "contact_sheet", "pictures", "preview", "media", "video")
+        f"cogvideox/{name}.py"
+        for name in (
+            "black_frames",
+            "contact_sheet",
+            "pictures",
+            "preview",
+            "media",
+            "image_files",
+            "frame_pixels",
+            "clip_files",
+            "video",
+        )
     ),
     "modules": ("cogvideox/modules",),
     "checkpoint": ("cogvideox/checkpoint",),

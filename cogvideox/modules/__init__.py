@@ -1,1 +1,1 @@
-"""How the modules of diffusers and transformers run otherwise: never a file, never a decision."""
+"""Change how modules of diffusers and transformers run; know no files and decide nothing."""

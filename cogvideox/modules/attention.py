@@ -1,4 +1,4 @@
-"""Which kernel computes the attention: diffusers' attention dispatch, and what of it this machine has."""
+"""Choose the kernel that computes the attention: diffusers' attention dispatch, and what of it this machine has."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,27 +6,27 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
-from torch import nn
 from torch.torch_version import TorchVersion
 
-from ..choices import BACKENDS
+from ..choices import AUTO, BACKENDS, CUDNN, FLASH, FLASH3, SAGE, SDPA, XFORMERS
 from ..words import short
+from .internals import LibraryModule
 
 #: Those that also take fp32.
-_FP32 = ("auto", "sdpa", "xformers")
+_FP32 = (AUTO, SDPA, XFORMERS)
 #: Choice -> the package it needs, the lowest version of it that diffusers' dispatch can call, and the CUDA compute
 #: capabilities it runs on.
 _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool]]] = {
-    "cudnn": (None, None, lambda capability: capability >= (8, 0)),
-    "flash": ("flash_attn", "2.6.3", lambda capability: capability >= (8, 0)),
-    "flash3": ("flash_attn_interface", None, lambda capability: capability[0] == 9),
-    "xformers": ("xformers", "0.0.29", lambda capability: capability >= (7, 0)),
-    "sage": ("sageattention", "2.1.1", lambda capability: capability >= (8, 0)),
+    CUDNN: (None, None, lambda capability: capability >= (8, 0)),
+    FLASH: ("flash_attn", "2.6.3", lambda capability: capability >= (8, 0)),
+    FLASH3: ("flash_attn_interface", None, lambda capability: capability[0] == 9),
+    XFORMERS: ("xformers", "0.0.29", lambda capability: capability >= (7, 0)),
+    SAGE: ("sageattention", "2.1.1", lambda capability: capability >= (8, 0)),
 }
 
 
 def available(device: torch.device) -> tuple[str, ...]:
-    """The choices that will run on a device with what is installed, the default first."""
+    """List the choices that will run on a device with what is installed, the default first."""
     return tuple(name for name in BACKENDS if _missing(name, device) is None)
 
 
@@ -58,8 +58,8 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
 
 
 @contextmanager
-def attending(choice: str, module: nn.Module) -> Iterator[None]:
-    """For a run: have a transformer's attention computed as chosen."""
+def attention_attached(choice: str, module: LibraryModule) -> Iterator[None]:
+    """Have a transformer's attention computed as chosen for the length of a ``with`` block."""
     processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
     before = [processor.backend for processor in processors]
     for processor in processors:
@@ -72,7 +72,7 @@ def attending(choice: str, module: nn.Module) -> Iterator[None]:
 
 
 def _missing(choice: str, device: torch.device) -> str | None:
-    """What keeps a choice from running, in words; None if nothing does."""
+    """Say what keeps a choice from running; None if nothing does."""
     if choice not in _NEEDS:
         return None
     package, lowest, runs_on = _NEEDS[choice]
@@ -81,10 +81,10 @@ def _missing(choice: str, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if not runs_on(capability):
         return f"it does not support this card (compute capability {capability[0]}.{capability[1]})"
-    if package is not None and find_spec(package) is None:
+    if package is None:
+        return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
+    if find_spec(package) is None:
         return f"the package {package} is not installed"
     if lowest is not None and TorchVersion(version(package)) < lowest:
         return f"the package {package} is {version(package)}, and diffusers calls {lowest} and newer only"
-    if package is None and not torch.backends.cudnn.is_available():
-        return "this PyTorch has no cuDNN"
     return None

@@ -1,5 +1,5 @@
-"""Step caching: what changes little from one step to the next is not computed again. Faster, and another video than
-without.
+"""Cache steps: what changes little from one step to the next is not computed again. That is faster, and gives another
+video than without.
 
 The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals,
 each method for others, whose effect on a run is not known before; here every method is told how large a share of its
@@ -30,17 +30,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import CACHES, check_choice
-from ..modules import internals
+from ..choices import CACHES, FASTER_CACHE, FIRST_BLOCK, PAB, TAYLORSEER, check_choice, check_share
+from . import internals
+from .internals import LibraryModule
 
 #: What is reused of each block, in words.
-_PARTS = {"first_block": "", "taylorseer": "", "pab": "the attention of ", "faster_cache": "the attention of "}
-_NAMES = {"first_block": "FirstBlockCache", "taylorseer": "TaylorSeer", "pab": "PAB", "faster_cache": "FasterCache"}
+_PARTS = {FIRST_BLOCK: "", TAYLORSEER: "", PAB: "the attention of ", FASTER_CACHE: "the attention of "}
+_NAMES = {FIRST_BLOCK: "FirstBlockCache", TAYLORSEER: "TaylorSeer", PAB: "PAB", FASTER_CACHE: "FasterCache"}
 #: ``first_block``: the threshold of change that a run begins with. It follows the strength from there, so this moves a
 #: few steps at most.
 _FIRST_THRESHOLD = 0.08
-#: How fast it follows: its logarithm moves so far for every step that was to be skipped and was not, or the other way
-#: round. The number of skipped steps is off by the logarithm of how far the threshold has come since the beginning,
+#: How fast it follows: its logarithm moves by this much for every step that was to be skipped and was not, or the
+#: reverse. The number of skipped steps is off by the logarithm of how far the threshold has come since the beginning,
 #: over this.
 _GAIN = 1.5
 #: ``faster_cache``: how far attention is extrapolated, and from where to where in the noise schedule, and by how much,
@@ -65,23 +66,20 @@ class Cache:
             full.
     """
 
-    method: str = CACHES[0]
+    method: str = FIRST_BLOCK
     strength: float = 0.6
     start: float = 0.1
     end: float = 0.95
 
     def __post_init__(self):
-        """Raises:
-        ValueError: for a method or number it cannot run with.
+        """Refuse what it cannot run with.
+
+        Raises:
+            ValueError: for an unknown method, or a number that is no share.
         """
         check_choice("The cache's method", self.method, CACHES)
         for name in ("strength", "start", "end"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(
-                    f"The cache's {name} is {value}, but it is a share between 0 and 1. Set it to one; 0 for strength "
-                    "changes nothing."
-                )
+            check_share(f"The cache's {name}", getattr(self, name), "Set it to one; 0 for strength changes nothing.")
         if self.start > self.end:
             raise ValueError(
                 f"The cache's start is {self.start} and its end {self.end}, so it would never act. Set start below end."
@@ -89,10 +87,12 @@ class Cache:
 
     @property
     def name(self) -> str:
+        """The method as its authors call it."""
         return _NAMES[self.method]
 
     @property
     def text(self) -> str:
+        """What is to be skipped, in words."""
         if self.strength == 0:
             return f"{self.name}: strength 0, nothing is skipped"
         return (
@@ -101,7 +101,7 @@ class Cache:
         )
 
     def nbytes(self, config: Mapping, shape: Sequence[int], copies: int, tokens: int, itemsize: int) -> int:
-        """Bytes that it holds on the device.
+        """Return the bytes that it holds on the device.
 
         Args:
             config: the transformer's, in full.
@@ -121,13 +121,13 @@ class Cache:
             * itemsize
             * copies
         )
-        if self.method == "taylorseer":
+        if self.method == TAYLORSEER:
             # The output and its slope.
             return 2 * copies * config["out_channels"] * length * height * width * torch.float32.itemsize
         # The first block's output and change and what the others added, new beside old for a moment. Or of every layer
         # the last result; of the last two where they are extrapolated, of both halves, as those of the conditional one
         # are views.
-        held = {"first_block": 4, "pab": config["num_layers"], "faster_cache": 2 * config["num_layers"]}
+        held = {FIRST_BLOCK: 4, PAB: config["num_layers"], FASTER_CACHE: 2 * config["num_layers"]}
         return stream * held[self.method]
 
 
@@ -144,8 +144,10 @@ class CacheRun:
     """
 
     def __init__(self, cache: Cache, timesteps: Sequence[float]):
-        """Args:
-        timesteps: of all steps of the run.
+        """Set up an empty cache.
+
+        Args:
+            timesteps: of all steps of the run.
         """
         self._cache, self._timesteps, self._batched = cache, timesteps, False
         steps = len(timesteps)
@@ -156,10 +158,12 @@ class CacheRun:
         self._skipped: set[int] = set()
         self._index = -1
         self._log_threshold = math.log(_FIRST_THRESHOLD)
-        self._module: nn.Module | None = None
+        self._module: LibraryModule = None
+        self._ran_before = 0
         self._forget()
 
     def _forget(self) -> None:
+        """Hold nothing of any module."""
         # Modules, and what they had before.
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
         self._hooks: list[Any] = []
@@ -176,10 +180,13 @@ class CacheRun:
             return f"{self._cache.text}."
         ran, total = sum(self.ran.values()), sum(self.total.values())
         share = (total - ran) / total if total else 0.0
-        return f"{self._cache.name} skipped {_PARTS[self._cache.method]}{total - ran:,} of {total:,} block evaluations ({share:.0%})."
+        return (
+            f"{self._cache.name} skipped {_PARTS[self._cache.method]}{total - ran:,} of {total:,} block evaluations "
+            f"({share:.0%})."
+        )
 
     @contextmanager
-    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+    def attached(self, module: LibraryModule, batched: bool) -> Iterator[None]:
         """Have ``module`` run with the cache for the length of a ``with`` block. Afterwards nothing of it is left.
 
         Args:
@@ -210,7 +217,7 @@ class CacheRun:
             internals.forget_hooks_below(module)
 
     def begin(self, index: int) -> None:
-        """Step ``index`` is about to be run, or run again."""
+        """Note that step ``index`` is about to be run, or run again."""
         again, self._index, self._branch = index <= self._index, index, 0
         self.ran[index] = self.total[index] = 0
         self._skipped.discard(index)
@@ -227,10 +234,10 @@ class CacheRun:
         within = self._first <= index < self._last
         due = len(self._skipped) + 1 <= self._cache.strength * (index - self._first + 1) + 1e-9
         self._skips = within and due and self._filled
-        if self._cache.method == "first_block":
+        if self._cache.method == FIRST_BLOCK:
             threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
             internals.steer(self._hooks, "threshold", threshold)
-        elif self._cache.method == "taylorseer":
+        elif self._cache.method == TAYLORSEER:
             internals.steer(self._hooks, "disable_cache_before_step", -1 if self._skips else sys.maxsize)
 
     def _attach(self) -> None:
@@ -245,19 +252,19 @@ class CacheRun:
             counted = block.attn1 if _PARTS[self._cache.method] else block
             counted.forward = partial(self._count, counted.forward)
         module.enable_cache(self._config())
-        if self._cache.method == "taylorseer":
+        if self._cache.method == TAYLORSEER:
             module.forward = partial(_in_tuple, module.forward)
         self._hooks = internals.stateful_hooks(module)
 
-    def _config(self):
-        """diffusers' config of the method, as ``begin`` steers it: where a method asks for the timestep, it is told
-        whether to skip."""
+    def _config(self) -> Any:
+        """Make diffusers' config of the method, so that ``begin`` can steer it: where a method asks for the timestep,
+        the answer says whether to skip."""
         from diffusers import hooks
 
-        skips = dict(current_timestep_callback=lambda: 1 if self._skips else 3)
-        if self._cache.method == "first_block":
+        skips: dict[str, Any] = dict(current_timestep_callback=lambda: 1 if self._skips else 3)
+        if self._cache.method == FIRST_BLOCK:
             return hooks.FirstBlockCacheConfig(threshold=-1.0)
-        if self._cache.method == "taylorseer":
+        if self._cache.method == TAYLORSEER:
             # The pattern that only the transformer's own name matches.
             return hooks.TaylorSeerCacheConfig(
                 cache_interval=sys.maxsize,
@@ -265,7 +272,7 @@ class CacheRun:
                 cache_identifiers=[""],
                 taylor_factors_dtype=torch.float32,
             )
-        if self._cache.method == "pab":
+        if self._cache.method == PAB:
             return hooks.PyramidAttentionBroadcastConfig(
                 spatial_attention_block_skip_range=sys.maxsize, spatial_attention_timestep_skip_range=(0, 2), **skips
             )
@@ -283,13 +290,15 @@ class CacheRun:
         )
 
     def _alpha(self, timesteps: tuple[int, int]) -> float:
+        """Return by how much the halves' differences grow at this step, which may lie between two timesteps."""
         return _ALPHA if timesteps[0] < self._timesteps[self._index] < timesteps[1] else 1.0
 
     def _count(self, forward: Callable, *args, **kwargs) -> Any:
+        """Stand in for the ``forward`` that is counted."""
         self.ran[self._index] += 1
         return forward(*args, **kwargs)
 
-    def _before_forward(self, module: nn.Module, _) -> None:
+    def _before_forward(self, module: LibraryModule, _: Any) -> None:
         count = len(module.transformer_blocks)
         self.total[self._index] += count
         self._ran_before = self.ran[self._index]
@@ -306,14 +315,14 @@ class CacheRun:
             hook.state = state
         self._branch += 1
 
-    def _after_forward(self, module: nn.Module, *_) -> None:
+    def _after_forward(self, module: LibraryModule, *_: Any) -> None:
         if self._context is None:
             return
         self._context.__exit__(None, None, None)
         self._context = None
         self._filled |= not self._skips
         skipped = self.ran[self._index] - self._ran_before < len(module.transformer_blocks)
-        if self._cache.method == "first_block":
+        if self._cache.method == FIRST_BLOCK:
             if self._first <= self._index < self._last:
                 # Towards the threshold below which that share of the steps lies.
                 self._log_threshold += _GAIN * (self._due_share() - skipped)
@@ -321,12 +330,12 @@ class CacheRun:
             self._skipped.add(self._index)
 
     def _due_share(self) -> float:
-        """Of ``first_block``'s steps, the share that must skip all blocks but the first, which always runs."""
+        """Return the share of ``first_block``'s steps that must skip all blocks but the first, which always runs."""
         blocks = len(self._module.transformer_blocks)
         return min(1.0, self._cache.strength * blocks / (blocks - 1))
 
 
 def _in_tuple(forward: Callable, *args, **kwargs) -> Any:
-    """The transformer's forward. What TaylorSeer extrapolates comes without the tuple around it."""
+    """Stand in for the transformer's ``forward``: what TaylorSeer extrapolates comes without the tuple around it."""
     output = forward(*args, **kwargs)
     return (output,) if torch.is_tensor(output) else output

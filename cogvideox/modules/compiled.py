@@ -1,10 +1,9 @@
-"""Regional ``torch.compile``: the transformer's blocks are alike, so one of them is compiled and all run so, within the
-dtype's rounding as before.
+"""Compile the transformer's blocks (``torch.compile``): they are alike, so one of them is compiled and all run so. The
+result is as before, within the dtype's rounding.
 
 Only a block's own ``forward`` is compiled: what hooks do around it (offloading, caches) stays outside. Compiled code
-belongs to the class of the
-blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA, while the module is left as
-it was.
+belongs to the class of the blocks and not to a model: it stays for the next run, the next checkpoint and the next LoRA,
+while the module is left as it was.
 """
 
 import logging
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import COMPILE_MODES, check_choice
-from ..modules import internals
+from ..choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
+from . import internals
+from .internals import LibraryModule
 from .range_safe import is_range_safe, norm_exponent
 
 logger = logging.getLogger(__name__)
 
 _BACKEND = "inductor"
-#: Versions of the block's code that torch may keep: of every size, dtype and kind of layer one. At its own limit of 8
-#: it would stop to compile.
+#: Versions of the block's code that torch may keep: one for every size, dtype and kind of layer. At its own limit of 8
+#: it would stop compiling.
 _VERSIONS = 64
 
 
@@ -40,26 +40,35 @@ class Compiled:
         dynamic: compile once for all sizes, to slightly slower code; otherwise anew for each size and length.
     """
 
-    mode: str = COMPILE_MODES[0]
+    mode: str = COMPILE_DEFAULT
     dynamic: bool = False
 
     def __post_init__(self):
-        """Raises:
-        ValueError: for an unknown mode.
+        """Refuse an unknown mode.
+
+        Raises:
+            ValueError: with those there are.
         """
         check_choice("The mode of compiling", self.mode, COMPILE_MODES)
 
     @property
     def text(self) -> str:
+        """How the blocks are compiled, in words."""
         sizes = "once for all sizes" if self.dynamic else "anew for each size and length"
-        return f"torch.compile ({self.mode}), {sizes}; the first step waits for it, often a minute or two, and the sampler says how long"
+        return (
+            f"torch.compile ({self.mode}), {sizes}; the first step waits for it, often a minute or two, and the "
+            "sampler says how long"
+        )
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Why nothing can be compiled for a device, as a clause; None where the tools are there."""
+    """Say why nothing can be compiled for a device, as a clause; None where the tools are there."""
     if device.type == "cpu":
         if internals.lacks_cpp_compiler():
-            return "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the Visual Studio Build Tools)"
+            return (
+                "no C++ compiler is installed, which torch needs for code on the CPU (g++ or clang++; on Windows the "
+                "Visual Studio Build Tools)"
+            )
     elif device.type in ("cuda", "xpu"):
         if internals.lacks_triton():
             return (
@@ -78,8 +87,10 @@ class CompileRun:
     """
 
     def __init__(self, compiled: Compiled, device: torch.device, tell: Callable[[str, int], None]):
-        """Args:
-        tell: called with sentences for the user, and logging's level of each.
+        """Look whether anything can be compiled for ``device``.
+
+        Args:
+            tell: called with sentences for the user, and logging's level of each.
         """
         self._compiled, self._tell = compiled, tell
         self._given_up = missing_compiler(device)
@@ -88,7 +99,7 @@ class CompileRun:
             tell(f"The model runs without compiling: {self._given_up}.", logging.WARNING)
 
     @contextmanager
-    def attached(self, module: nn.Module) -> Iterator[None]:
+    def attached(self, module: LibraryModule) -> Iterator[None]:
         """Have the blocks of ``module`` run compiled for the length of a ``with`` block. Afterwards nothing of it is
         left on the module."""
         if self._given_up:
@@ -102,7 +113,7 @@ class CompileRun:
             )
             yield
             return
-        restore = []
+        restore: list[Callable[[], None]] = []
         try:
             for block in module.transformer_blocks:
                 if is_range_safe(block):
@@ -118,7 +129,7 @@ class CompileRun:
                 undo()
 
     def begin(self, index: int) -> None:
-        """Step ``index`` is about to be run, or run again."""
+        """Note that step ``index`` is about to be run, or run again."""
         if self._announced:
             self._announced = False
             self._tell(
@@ -129,6 +140,7 @@ class CompileRun:
             self._seconds = 0.0
 
     def _run(self, block: nn.Module, *args, **kwargs) -> Any:
+        """Stand in for the ``forward`` of a block."""
         forward = type(block).forward
         # A block that is watched (the sentinel's probes, looking for what is not finite) has to run as it is written.
         if self._given_up or internals.is_watched(block):
@@ -171,12 +183,13 @@ class CompileRun:
 
 @cache
 def _compile(forward: Callable, compiled: Compiled, backend: str) -> Callable:
+    """Compile a block's ``forward``, once for all blocks, models and runs."""
     # The whole block or nothing: code in pieces is hardly faster.
     return torch.compile(forward, fullgraph=True, dynamic=compiled.dynamic, backend=backend, mode=compiled.mode)
 
 
-def offloads_layers(module: nn.Module) -> bool:
-    """Whether diffusers' hooks bring the layers within a block to the device one by one."""
+def offloads_layers(module: LibraryModule) -> bool:
+    """Return whether diffusers' hooks bring the layers within a block to the device one by one."""
     return any(
         internals.is_hooked(child)
         for block in module.transformer_blocks

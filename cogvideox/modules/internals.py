@@ -1,18 +1,21 @@
-"""Private attributes of diffusers, transformers and torch: each is named here and nowhere else.
+"""Touch the private attributes of diffusers, transformers and torch: each is named here and nowhere else.
 
-What is private may be renamed in any release. A test asserts that each of ``NAMES`` is there, so that the job with the
-newest versions fails with the name; and what is set on a hook has to be there already (``steer``), as a field that no
-hook reads would silently do nothing.
+What is private may be renamed in any release. A test asserts that each of ``NAMES`` is there, so that the tests with
+the newest versions fail with the name. What is set on a hook has to be there already (``steer``), as a field that no
+hook reads would do nothing, and nobody would notice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+#: A module of diffusers or transformers. Its attributes (``transformer_blocks``, ``attn1``, ``enable_cache``) are not
+#: in the type hints of ``nn.Module``, which takes any attribute for a tensor or a module.
+LibraryModule: TypeAlias = Any
 #: Where diffusers keeps a module's hooks, and what ``enable_cache`` notes on it.
 HOOKS, CACHE_CONFIG = "_diffusers_hook", "_cache_config"
 #: diffusers' hook that notes, in the first forward, in which order offloaded layers run, and takes itself off hooks
@@ -40,30 +43,30 @@ NAMES: tuple[tuple[str, str], ...] = (
 
 
 def hook_registry(module: nn.Module) -> Any | None:
-    """diffusers' registry of a module's hooks, or None."""
+    """Return diffusers' registry of a module's hooks, or None."""
     return vars(module).get(HOOKS)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether diffusers has put hooks on a module."""
+    """Return whether diffusers has put hooks on a module."""
     return HOOKS in vars(module)
 
 
 def notes_offload_order(module: nn.Module) -> bool:
-    """Whether a hook waits for the module's first forward to note in which order offloaded layers run: no hook may be
-    put on top of it."""
+    """Return whether a hook waits for the module's first forward to note in which order offloaded layers run: no hook
+    may be put on top of it."""
     registry = hook_registry(module)
     return registry is not None and registry.get_hook(_NOTES_ORDER) is not None
 
 
 def stateful_hooks(module: nn.Module) -> list[Any]:
-    """The hooks on a module and below it that keep something from one forward to the next."""
-    registries = [hook_registry(child) for child in module.modules() if is_hooked(child)]
+    """List the hooks on a module and below it that keep something from one forward to the next."""
+    registries = [registry for child in module.modules() if (registry := hook_registry(child)) is not None]
     return [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
 
 
 def forget_hooks_below(module: nn.Module) -> None:
-    """Have diffusers before 0.42 look anew for the hooks below a module, of which it keeps a list."""
+    """Have diffusers look for the hooks below a module again: before 0.42 it keeps a list of them."""
     registry = hook_registry(module)
     if registry is not None:
         vars(registry).pop("_child_registries_cache", None)
@@ -86,7 +89,7 @@ def steer(hooks: Sequence[Any], field: str, value: Any) -> None:
 
 
 def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Put ``forward`` in the place of a module's own, below all hooks of diffusers; returns what undoes it."""
+    """Put ``forward`` in the place of a module's own, below all hooks of diffusers; return what undoes it."""
     registry = hook_registry(module)
     if registry is not None and registry._fn_refs:
         innermost = registry._fn_refs[0]
@@ -102,43 +105,43 @@ def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a module has forward hooks of torch."""
+    """Return whether a module has forward hooks of torch."""
     return bool(module._forward_hooks)
 
 
 def call_forward_hooks(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
-    """Call a module's forward hooks, as calling it would, where it runs in another way; what they return is copied into
-    ``output``."""
+    """Call a module's forward hooks, as calling it would, where its ``forward`` is not what runs; copy what they return
+    into ``output``."""
     for number, hook in module._forward_hooks.items():
-        arguments = ((given,), {}) if number in module._forward_hooks_with_kwargs else ((given,),)
+        arguments: tuple[Any, ...] = ((given,), {}) if number in module._forward_hooks_with_kwargs else ((given,),)
         changed = hook(module, *arguments, output)
         if changed is not None:
             output.copy_(changed)
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """What tells a tensor's storage from others, on the meta device too, where there is no address."""
+    """Return what tells a tensor's storage from others, on the meta device too, where there is no address."""
     return tensor.untyped_storage()._cdata
 
 
 def multiply_int8(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """int8 ``[tokens, in]`` times ``[in, out]``: int32, by CUDA's kernels."""
+    """Multiply int8 ``[tokens, in]`` by ``[in, out]`` with CUDA's kernels: int32."""
     return torch._int_mm(tokens, weights)
 
 
 def multiply_fp8(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """fp8 ``[tokens, in]`` times ``[in, out]``: fp32."""
+    """Multiply fp8 ``[tokens, in]`` by ``[in, out]``: fp32."""
     one = torch.ones((), device=tokens.device)
     return torch._scaled_mm(tokens, weights, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Attention as one operation, whatever the device: on the meta device torch would take it apart."""
+    """Compute attention as one operation, whatever the device: on the meta device torch would take it apart."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
 
 
 def lacks_cpp_compiler() -> bool:
-    """Whether torch finds no C++ compiler for code on the CPU."""
+    """Return whether torch finds no C++ compiler for code on the CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -149,14 +152,14 @@ def lacks_cpp_compiler() -> bool:
 
 
 def lacks_triton() -> bool:
-    """Whether torch finds no triton that works with the card."""
+    """Return whether torch finds no triton that works with the card."""
     from torch.utils._triton import has_triton
 
     return not has_triton()
 
 
 def on_compiling(begin: Callable[..., None], end: Callable[..., None]) -> Sequence[Callable[[], None]]:
-    """Have ``begin`` and ``end`` called around each compilation; returns what undoes that."""
+    """Have ``begin`` and ``end`` called around each compilation; return what undoes that."""
     from torch._dynamo.callback import callback_handler
 
     callback_handler.register_start_callback(begin)
@@ -170,7 +173,7 @@ def compiled_versions(most: int) -> AbstractContextManager:
 
 
 def compiler_error() -> type[Exception]:
-    """What torch raises where it cannot compile."""
+    """Return the class of what torch raises where it cannot compile."""
     return torch._dynamo.exc.TorchDynamoException
 
 
@@ -178,11 +181,11 @@ def compiler_error() -> type[Exception]:
 
 
 def kept_in_fp32(module: nn.Module) -> Sequence[str]:
-    """The modules that transformers itself keeps in float32 when a model runs in float16 (T5's ``wo``, which overflows
-    there)."""
+    """List the modules that transformers itself keeps in float32 when a model runs in float16 (T5's ``wo``, which
+    overflows there)."""
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
 
 
-def had(module: nn.Module, names: Sequence[str]) -> Mapping[str, Any]:
-    """What of ``names`` is set on a module itself, not on its class."""
+def had(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """Return what of ``names`` is set on a module itself, not on its class."""
     return {name: vars(module)[name] for name in names if name in vars(module)}

@@ -1,11 +1,11 @@
-"""diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same arithmetic,
-without the copies.
+"""Run diffusers' CogVideoX transformer with text and video side by side in one tensor all the way: the same
+arithmetic, without the copies.
 
 ``CogVideoXBlock`` holds text and video apart, and joins them for the attention and again for the feed-forward; its
-rotary positions take ten passes over queries and keys. Here the stream stays joined and what a block makes is worked on
-in place, each number by the same operations in the same
-order: the result is equal bit for bit on a CPU, and up to rounding on a card. Modules are called as diffusers calls
-them, so that hooks on them (LoRAs, offloading, caches) work.
+rotary positions take ten passes over queries and keys. Here the stream stays joined, and a block works on its own
+results in place, on each number by the same operations in the same order: the result is equal bit for bit on a CPU, and
+up to rounding on a card. Modules are called as diffusers calls them, so that hooks on them (LoRAs, offloading, caches)
+work.
 """
 
 import types
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from ..modules import internals
+from . import internals
+from .internals import LibraryModule
 
 
-def join(module: nn.Module) -> nn.Module:
-    """Have a ``CogVideoXTransformer3DModel``, or one that was made range-safe, run with its stream joined; returns
+def join(module: LibraryModule) -> LibraryModule:
+    """Have a ``CogVideoXTransformer3DModel``, or one that was made range-safe, run with its stream joined; return
     it."""
     from diffusers.models.activations import GELU
 
@@ -35,12 +35,12 @@ def join(module: nn.Module) -> nn.Module:
 
 
 class JointAttention:
-    """An attention processor as ``CogVideoXAttnProcessor2_0``, through diffusers' dispatch.
+    """An attention processor like ``CogVideoXAttnProcessor2_0``, through diffusers' dispatch.
 
     Takes ``hidden_states [B, video tokens, C]`` and ``encoder_hidden_states [B, text tokens, C]``, which need no copy
     if they lie side by side in one tensor, and returns the same pair, side by side. Queries, keys and values are three
-    products: one with their weights in a row, of the same numbers, took 0.96 to 1.08 of the time on two CPU cores, at
-    widths of 512 and 3072.
+    products: a single one of the same numbers, with the three weights in one tensor, took 0.96 to 1.08 of the time on
+    two CPU cores, at widths of 512 and 3072.
     """
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
@@ -66,8 +66,8 @@ class JointAttention:
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary positions, in place: pairs of channels of ``x`` ``[B, tokens, heads, channels]`` turned, in fp32, by the
-    angles of diffusers' tables ``[tokens, channels]``, which hold each angle twice."""
+    """Apply rotary positions in place: turn pairs of channels of ``x`` ``[B, tokens, heads, channels]``, in fp32, by
+    the angles of diffusers' tables ``[tokens, channels]``, which hold each angle twice."""
     wide = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # Compilers know no complex numbers, and make one pass of this.
@@ -80,8 +80,8 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 @contextmanager
-def project_once(module: nn.Module) -> Iterator[None]:
-    """For a run: have each prompt's embeddings projected to the transformer's width at the first step only."""
+def projection_attached(module: LibraryModule) -> Iterator[None]:
+    """Have each prompt's embeddings projected to the transformer's width only once in a ``with`` block."""
     layer = module.patch_embed.text_proj
     forward, own = layer.forward, layer.__dict__.get("forward")
     # By identity: the embeddings are kept too, so that none takes the place of another.
@@ -103,8 +103,8 @@ def project_once(module: nn.Module) -> Iterator[None]:
 
 
 def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """``[B, text tokens, C]`` and ``[B, video tokens, C]`` as ``[B, tokens, C]``: a view where they are neighbours in
-    one tensor, else a copy."""
+    """Join ``[B, text tokens, C]`` and ``[B, video tokens, C]`` to ``[B, tokens, C]``: a view where they are neighbours
+    in one tensor, else a copy."""
     # What is compiled is joined by the compiler.
     neighbours = not torch.compiler.is_compiling() and (
         text.stride() == video.stride()
@@ -118,7 +118,7 @@ def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
 
 
 def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
-    """Stands in for ``CogVideoXBlock.forward``: the same steps on the joined stream."""
+    """Stand in for ``CogVideoXBlock.forward``: the same steps on the joined stream."""
     text = encoder_hidden_states.shape[1]
     stream = side_by_side(encoder_hidden_states, hidden_states)
     video_part, text_part, gate, text_gate = self.norm1(stream[:, text:], stream[:, :text], temb)
@@ -137,7 +137,7 @@ def _block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=No
 
 
 def _gated(stream, change, gate, text_gate, text, own):
-    """``stream + gate * change``, in the place of ``change`` if it is the block's own, as nobody needs it
+    """Compute ``stream + gate * change``, in the place of ``change`` if it is the block's own, as nobody needs it
     afterwards."""
     change = change if own else change.clone()
     change[:, text:].mul_(gate)
@@ -146,12 +146,12 @@ def _gated(stream, change, gate, text_gate, text, own):
 
 
 def _gelu(self, projected):
-    """Stands in for ``GELU.gelu`` of diffusers: in the place of its projection, the largest tensor of a block."""
+    """Stand in for ``GELU.gelu`` of diffusers: in the place of its projection, the largest tensor of a block."""
     return torch.ops.aten.gelu_(projected, approximate=self.approximate)
 
 
 def _modulate(self, hidden_states, encoder_hidden_states, temb):
-    """Stands in for ``CogVideoXLayerNormZero.forward``: one norm over the joined stream, scaled and shifted in
+    """Stand in for ``CogVideoXLayerNormZero.forward``: one norm over the joined stream, scaled and shifted in
     place."""
     text = encoder_hidden_states.shape[1]
     shift, scale, gate, text_shift, text_scale, text_gate = self.linear(self.silu(temb))[:, None].chunk(6, dim=-1)

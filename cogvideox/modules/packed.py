@@ -1,8 +1,8 @@
-"""Weights that stay packed in memory (fp8, int8, GGUF): widened for each product, or multiplied as they are by
+"""Keep weights packed in memory (fp8, int8, GGUF): they are widened for each product, or multiplied as they are by
 activations that are packed too.
 
-The tensors of a packed weight are reached by calling its module only: that is what diffusers' group offloading waits
-for to bring them to the device.
+The tensors of a packed weight are reached only by calling its module: diffusers' group offloading brings them to the
+device when it is called.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..modules import internals
 from ..words import short
+from . import internals
 
 #: The largest number of each dtype that weights and activations are quantized to; int8's -128 is left out, so that
 #: negation is exact.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-#: The least scale: a row or token of zeros has it.
+#: The smallest scale, which a row or token of zeros has.
 _LEAST_SCALE = 2.0**-100
 #: Tokens that are quantized and multiplied at once: their sums, of 4 bytes each, are larger than what goes in and comes
 #: out.
@@ -49,24 +49,25 @@ class PackedWeight(nn.Module):
     ):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
+        self.scale: torch.Tensor | None
         self.register_buffer(
             "scale", None if scale is None else scale.float().reshape(-1, 1).to(data.device), persistent=False
         )
         self.quantization, self.shape = quantization, shape
 
     def forward(self, dtype: torch.dtype, factor: float | None = None) -> torch.Tensor:
-        """The weight in ``dtype``, rounded once; with ``factor``, less its scale and times that."""
+        """Give the weight in ``dtype``, rounded once; with ``factor``, times that in the place of its scale."""
         return self.scaled(dtype) if factor is None else self.widen(torch.float32).mul_(factor).to(dtype)
 
     def widen(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight less its scale, in ``dtype``; fp8 and int8 lose nothing in any wider dtype."""
+        """Give the weight without its scale, in ``dtype``; fp8 and int8 lose nothing in any wider dtype."""
         if self.quantization is None:
             return self.data.to(dtype)
         wide = dequantize(self.data, self.quantization).to(dtype)
         return wide if self.shape is None else wide.reshape(self.shape)
 
     def scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight in ``dtype``, rounded once."""
+        """Give the weight in ``dtype``, rounded once."""
         return self.widen(dtype) if self.scale is None else self.widen(torch.float32).mul_(self.scale).to(dtype)
 
     def extra_repr(self) -> str:
@@ -93,13 +94,14 @@ class DynamicWeight(nn.Module):
     def __init__(self, data: torch.Tensor, scale: torch.Tensor):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
+        self.scale: torch.Tensor
         self.register_buffer("scale", scale.reshape(-1, 1), persistent=False)
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, token_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]`` in the dtype of ``x``; in fp32 where ``x`` was scaled by a ``token_scale``
-        ``[..., 1]`` before."""
+        """Multiply ``[..., in]`` to ``[..., out]`` in the dtype of ``x``; in fp32 where ``x`` was scaled by a
+        ``token_scale`` ``[..., 1]`` before."""
         rows = x.reshape(-1, x.shape[-1])
         scales = None if token_scale is None else token_scale.reshape(-1, 1)
         result = torch.empty(
@@ -118,7 +120,7 @@ class DynamicWeight(nn.Module):
         return result.view(*x.shape[:-1], -1)
 
     def _sums(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The matrix product, int32 or fp32."""
+        """Compute the matrix product, int32 or fp32."""
         if self.data.dtype == torch.int8 and tokens.device.type == "cpu":
             # torch's own is a plain loop there, twenty times slower than this. Sums of so few products are exact in
             # fp32, too: below 2^24.
@@ -139,9 +141,9 @@ class PackedLinear(nn.Module):
     """A Linear that keeps its weight packed, computing in the dtype of what it is given: ``[..., in]`` -> ``[...,
     out]``.
 
-    What it gives is what a Linear with the widened weight gives, bit for bit, unless the activations are packed too.
-    Unlike diffusers' layerwise casting it leaves the bias in the dtype it is stored in, and knows scales. ``weight`` is
-    None: T5 casts activations to its dtype.
+    It gives what a Linear with the widened weight gives, bit for bit, unless the activations are packed too. Unlike
+    diffusers' layerwise casting it leaves the bias in the dtype it is stored in, and knows scales. ``weight`` is None:
+    T5 casts activations to its dtype.
     """
 
     weight = None
@@ -153,11 +155,14 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def load_packed(self, packed: PackedWeight | DynamicWeight) -> None:
+        """Take the weight, without which the layer cannot run."""
         self.packed = packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(self.packed, DynamicWeight):
             return self.packed(x, self.bias)
+        if self.packed is None:
+            raise RuntimeError("A packed layer was run before its weight was loaded.")
         return F.linear(x, self.packed(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -165,10 +170,10 @@ class PackedLinear(nn.Module):
 
 
 def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in ``dtype`` (a key of ``LARGEST``), and the fp32 scales ``[rows, 1]`` that undo it.
+    """Round rows to ``dtype`` (a key of ``LARGEST``); return them and the fp32 scales ``[rows, 1]`` that undo it.
 
     int8: no number is off by more than half its scale. fp8: by no more than 2^-4 of itself or 2^-10 of the scale. Inf
-    and NaN are in the scales.
+    and NaN go into the scales.
     """
     scale = (torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).float() / LARGEST[dtype]).clamp_min_(
         _LEAST_SCALE
@@ -180,8 +185,8 @@ def quantize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
 def in_pieces(
     weight: torch.Tensor, device: torch.device, columns: torch.Tensor | None = None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; each piece is the receiver's to
-    change."""
+    """Yield a weight in fp32 on ``device``, a few rows at a time, divided by ``columns``; the receiver may change each
+    piece."""
     # On the host a piece should fit its caches.
     count = max(1, (1 << (18 if device.type == "cpu" else 24)) // weight.shape[1])
     buffer = torch.empty(min(count, len(weight)), weight.shape[1], device=device)
@@ -217,8 +222,8 @@ def check_quantization(quantization: int, name: str, file: Path) -> None:
 
 
 def dequantize(data: torch.Tensor, quantization: int) -> torch.Tensor:
-    """GGUF's bytes ``[rows, bytes]`` -> numbers ``[rows, columns]``, by diffusers' kernels; ``check_quantization`` says
-    whether it has one."""
+    """Widen GGUF's bytes ``[rows, bytes]`` to numbers ``[rows, columns]``, by diffusers' kernels;
+    ``check_quantization`` says whether it has one."""
     from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
     from gguf import GGMLQuantizationType
 

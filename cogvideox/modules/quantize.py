@@ -1,9 +1,9 @@
-"""Quantizing while loading: int8 and fp8 made of the weights of attention and feed-forward, layer by layer.
+"""Quantize while loading: make int8 or fp8 of the weights of attention and feed-forward, layer by layer.
 
 Which layers: queries, keys, values and outputs of the attention, and both halves of the feed-forward; in T5 the same.
 They are 85 % of the 1.5-5B transformer. Modulation (``norm1.linear``, ``norm2.linear``), embeddings of time, ``ofs``,
-patches and text, ``norm_out`` and ``proj_out``
-stay as they load without it, bit for bit: what they are off by goes into every token, or into the video itself.
+patches and text, ``norm_out`` and ``proj_out`` stay as they load without it, bit for bit: their errors would go into
+every token, or into the video itself.
 
 Weight-only, the weights take a byte each and are widened for each product: what runs is the unmodified module with
 weights that are rounded. Dynamic, the activations are quantized too, token by token, and the product is one of int8 or
@@ -11,10 +11,10 @@ fp8. T5 is always weight-only: it runs once per prompt, and a few of its activat
 ``wo`` in fp32 for them) that a token's others would be rounded to zero.
 
 Why not torchao, which has all four methods: its weights are tensor subclasses. diffusers 0.36, with which this pack
-still runs, cannot offload them by groups; they answer for their bytes as if they were not quantized (0.18: ``nbytes``
-of an int8 weight is that of the fp32 one), which would make every memory plan wrong, and ComfyUI's room-making too;
-they are made of a module that is loaded already, which takes the memory that quantizing is to save; and they know no
-range-safe fp16. The packed layers that fp8 files run with (``packed``) have all of that. What is fast in torchao's
+still runs, cannot offload them by groups; they report their bytes as if they were not quantized (0.18: ``nbytes`` of
+an int8 weight is that of the fp32 one), which would make every memory plan wrong, and what ComfyUI frees too; they are
+made of a module that is loaded already, which takes the memory that quantizing is to save; and they know no range-safe
+fp16. The packed layers that fp8 files run with (``packed``) have all of that. What is fast in torchao's
 dynamic methods, torch's own ``_int_mm`` and ``_scaled_mm``, is called from there.
 """
 
@@ -25,7 +25,7 @@ from math import sqrt
 import torch
 from torch import nn
 
-from ..choices import QUANTIZE
+from ..choices import FP8_DYNAMIC, FP8_WEIGHT_ONLY, INT8_DYNAMIC, INT8_WEIGHT_ONLY
 from ..dtypes import Precision
 from ..variants import PARTS
 from .packed import DynamicWeight, PackedLinear, PackedWeight, in_pieces, quantize_rows
@@ -54,21 +54,27 @@ class Method:
     @property
     def weight_only(self) -> "Method":
         """The same weights, with activations that are not quantized."""
-        return METHODS[self.name.replace("dynamic", "weight_only")]
+        return next(method for method in METHODS.values() if method.dtype == self.dtype and not method.dynamic)
 
     def pack(self, data: torch.Tensor, scale: torch.Tensor) -> PackedWeight | DynamicWeight:
-        """Quantized rows and the scales that undo it, as a layer holds them."""
+        """Put quantized rows and the scales that undo it into the module that a layer holds."""
         return DynamicWeight(data, scale) if self.dynamic else PackedWeight(data, scale)
 
 
+#: By name, those of ``choices.QUANTIZE``.
 METHODS = {
-    name: Method(name, torch.int8 if name.startswith("int8") else torch.float8_e4m3fn, name.endswith("dynamic"))
-    for name in QUANTIZE
+    method.name: method
+    for method in (
+        Method(INT8_WEIGHT_ONLY, torch.int8, dynamic=False),
+        Method(FP8_WEIGHT_ONLY, torch.float8_e4m3fn, dynamic=False),
+        Method(INT8_DYNAMIC, torch.int8, dynamic=True),
+        Method(FP8_DYNAMIC, torch.float8_e4m3fn, dynamic=True),
+    )
 }
 
 
 def quantizes(kind: str, name: str, precision: Precision) -> bool:
-    """Whether the tensor ``name`` of a part is quantized where that part is."""
+    """Return whether the tensor ``name`` of a part is quantized where that part is."""
     if precision == Precision(torch.float16) and ".DenseReluDense.wo." in name:
         # transformers keeps it in fp32 there.
         return False
@@ -96,15 +102,16 @@ class Quantizer:
     """
 
     def __init__(self, method: Method, kind: str, precision: Precision, device: torch.device):
-        """``device`` is where it computes, piece by piece."""
+        """Set up an empty count; ``device`` is where it computes, piece by piece."""
         self.method, self._kind, self._precision, self._device = method, kind, precision, device
         self.losses: dict[str, Loss] = {}
 
     def takes(self, name: str) -> bool:
+        """Return whether the tensor ``name`` of the part is to be quantized."""
         return quantizes(self._kind, name, self._precision)
 
     def quantize(self, name: str, weight: torch.Tensor, device: torch.device) -> PackedWeight | DynamicWeight:
-        """A weight ``[out, in]`` of any floating dtype, with one scale per row, on ``device``.
+        """Quantize a weight ``[out, in]`` of any floating dtype, with one scale per row, to ``device``.
 
         Raises:
             ValueError: if it holds NaN or Inf.
@@ -138,19 +145,14 @@ def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> N
         shape, meta = (layer.out_features, layer.in_features), torch.device("meta")
         packed = method.pack(torch.empty(shape, dtype=method.dtype, device=meta), torch.empty(shape[0], 1, device=meta))
         if isinstance(layer, RangeSafeLinear):
-            layer.packed, layer.scaled_weight, layer.widening, layer.row_scale = (
-                packed,
-                None,
-                1.0,
-                packed.scale.flatten(),
-            )
+            layer.load_empty(packed)
         else:
             path, _, leaf = name.rpartition(".")
             small = PackedLinear(layer)
-            small.packed = packed
+            small.load_packed(packed)
             setattr(module.get_submodule(path), leaf, small)
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
-    """The sum of squares, rows in fp32 and their sum in float64."""
+    """Return the sum of squares: each row in fp32, their sum in float64."""
     return torch.linalg.vector_norm(rows, dim=-1).double().square_().sum()

@@ -1,4 +1,4 @@
-"""fp16 that cannot overflow: weights and matrix products in fp16, everything between them in fp32.
+"""Run models in fp16 that cannot overflow: weights and matrix products in fp16, everything between them in fp32.
 
 For y = W x + b, Hölder's inequality bounds every output, and every partial sum on the way to it, by max|x| times the L1
 norm of the row of W. So if each stored row has an L1 norm of at most 2^9, and each token of x is scaled to at most 2^6
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .internals import LibraryModule
 from .joint import rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
 
@@ -50,6 +51,10 @@ class ScaledWeight(nn.Module):
     """
 
     weight = None
+    #: None where the weight is packed (``RangeSafeLinear.load_packed``).
+    scaled_weight: nn.Parameter
+    #: None where the weight is packed and has scales of its own.
+    row_scale: torch.Tensor
 
     def __init__(self, rows: int, columns: int, device: torch.device | str | None = None):
         super().__init__()
@@ -75,20 +80,24 @@ class RangeSafeLinear(ScaledWeight):
         super().__init__(out_features, in_features, device)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+        self.column_scale: torch.Tensor | None
         self.register_buffer("column_scale", None, persistent=False)
         self.packed: PackedWeight | DynamicWeight | None = None
+        #: What a packed weight is multiplied by when it is widened.
+        self.widening = 1.0
 
     @classmethod
     def like(cls, linear: nn.Linear) -> "RangeSafeLinear":
-        """One in the place of ``linear``, with its weights unless they are on the meta device."""
+        """Make one in the place of ``linear``, with its weights unless they are on the meta device."""
         safe = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
         if not linear.weight.is_meta:
             safe.load_weight(linear.weight.data, linear.weight.device)
-            if linear.bias is not None:
+            if safe.bias is not None:
                 safe.bias.data.copy_(linear.bias.data)
         return safe
 
     def load_weight(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Take a weight as ``ScaledWeight`` does, with a scale for its columns where they differ too much."""
         norms, largest = _row_norms_and_column_maxima(weight, None, device)
         self.column_scale = _column_scale(largest)
         if self.column_scale is not None:
@@ -96,22 +105,32 @@ class RangeSafeLinear(ScaledWeight):
         self.scaled_weight, self.row_scale = _scale_rows(weight, self.column_scale, norms, device)
 
     def load_packed(self, packed: PackedWeight | DynamicWeight) -> None:
-        """Take a weight that stays packed. Its rows share one power of two, which it is divided by whenever it is
+        """Take a weight that stays packed. It is divided by one power of two, shared by all rows, whenever it is
         widened; one that is not widened needs none."""
         if isinstance(packed, DynamicWeight):
-            self.packed, self.scaled_weight, self.row_scale = packed, None, None
+            self._hold(packed, None)
             return
         # fp8's magnitudes, at most 34 binades wide and with at most 4 bits, and GGUF's, which are fp16's, lose next to
         # nothing by that in fp16.
         norms, _ = _row_norms_and_column_maxima(packed.widen(torch.float32), None, packed.data.device)
         exponent = max(0, math.frexp(norms.max().item())[1] - _ROW_EXPONENT)
-        self.packed, self.scaled_weight, self.widening = packed, None, 2.0**-exponent
         scale = 1.0 if packed.scale is None else packed.scale.flatten()
-        self.row_scale = 2.0**exponent * scale * torch.ones(1, device=packed.data.device)
+        self._hold(packed, 2.0**exponent * scale * torch.ones(1, device=packed.data.device))
+        self.widening = 2.0**-exponent
+
+    def load_empty(self, packed: PackedWeight | DynamicWeight) -> None:
+        """Take a packed weight on the meta device, which has no numbers to look at."""
+        self._hold(packed, None if packed.scale is None else packed.scale.flatten())
+
+    def _hold(self, packed: PackedWeight | DynamicWeight, row_scale: torch.Tensor | None) -> None:
+        """Keep a packed weight in the place of the scaled one."""
+        self.packed = packed
+        self.register_parameter("scaled_weight", None)
+        self.register_buffer("row_scale", row_scale, persistent=False)
 
     def forward(self, x: torch.Tensor, token_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` is fp32 ``[..., in]``, or fp16 already scaled by ``scale_tokens``, which gave the fp32 ``token_scale``
-        ``[..., 1]`` too."""
+        """Multiply ``x``, fp32 ``[..., in]``, or fp16 that ``scale_tokens`` has scaled already and given with its fp32
+        ``token_scale`` ``[..., 1]``."""
         if isinstance(self.packed, DynamicWeight):
             return self.packed(x, self.bias, token_scale)
         if token_scale is None:
@@ -135,8 +154,9 @@ class RangeSafeEmbedding(ScaledWeight):
 
     @classmethod
     def like(cls, embedding: nn.Embedding) -> "RangeSafeEmbedding":
-        """One in the place of ``embedding``, with its weights unless they are on the meta device."""
-        safe = cls(*embedding.weight.shape, device=embedding.weight.device)
+        """Make one in the place of ``embedding``, with its weights unless they are on the meta device."""
+        rows, columns = embedding.weight.shape
+        safe = cls(rows, columns, embedding.weight.device)
         if not embedding.weight.is_meta:
             safe.load_weight(embedding.weight.data, embedding.weight.device)
         return safe
@@ -164,11 +184,12 @@ class RangeSafeAttention:
         tokens = scale_tokens(joint)
 
         def heads(projection: RangeSafeLinear) -> torch.Tensor:
-            """``[B, tokens, heads, channels]``"""
+            """Project to ``[B, tokens, heads, channels]``."""
             projected = projection(*tokens) if projection.column_scale is None else projection(joint)
             return projected.unflatten(-1, (attn.heads, -1))
 
         def positioned(projection: RangeSafeLinear, norm: nn.LayerNorm) -> tuple[torch.Tensor, int]:
+            """Project, normalise and position, in fp16; return the binades that it shrank by, too."""
             x = norm(heads(projection))
             if image_rotary_emb is not None:
                 rotate_(x[:, text:], *image_rotary_emb)
@@ -188,11 +209,11 @@ class RangeSafeAttention:
         return mixed[:, text:], mixed[:, :text]
 
 
-def make_range_safe(module: nn.Module) -> nn.Module:
-    """Turn a transformer or T5 encoder, in place, into one that runs range-safe in fp16; takes and gives fp32.
+def make_range_safe(module: LibraryModule) -> LibraryModule:
+    """Turn a transformer or T5 encoder, in place, into one that runs range-safe in fp16 and takes and gives fp32.
 
     Its Linears and token embedding become range-safe; all else becomes fp32. On the meta device the weights are left to
-    be filled with ``load_weight``; elsewhere the present ones are taken.
+    be filled with ``load_weight``; elsewhere those that are there are taken.
     """
     # T5's token embedding is one weight under two names, of one module or two: it stays one.
     replaced: dict[int, nn.Module] = {}
@@ -227,7 +248,7 @@ def make_range_safe(module: nn.Module) -> nn.Module:
 
 
 def is_range_safe(module: nn.Module) -> bool:
-    """Whether ``make_range_safe`` was applied to ``module``."""
+    """Return whether ``make_range_safe`` was applied to ``module``."""
     return any(isinstance(child, RangeSafeLinear) for child in module.modules())
 
 
@@ -240,9 +261,9 @@ def scale_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _scale_to(x, torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True), _TOKEN_EXPONENT)
 
 
-def norm_exponent(norm: nn.LayerNorm) -> int:
-    """Binades by which a LayerNorm's output must shrink for its Euclidean length to stay below 2^7: 0 unless its
-    weights are huge.
+def norm_exponent(norm: LibraryModule) -> int:
+    """Return the binades by which a LayerNorm's output must shrink for its Euclidean length to stay below 2^7: 0 unless
+    its weights are huge. It is kept on the norm, under ``range_safe_exponent``.
 
     A normalised vector of n values has the length sqrt(n) at most, and rotary positions keep it. By Cauchy-Schwarz a
     product of two such vectors stays below 2^14, whatever dtype a kernel adds it up in.
@@ -256,7 +277,7 @@ def norm_exponent(norm: nn.LayerNorm) -> int:
 
 
 def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp16 ``x`` scaled so that ``largest`` (its maxima) stays below 2^exponent, and the fp32 scale that undoes it.
+    """Scale ``x`` so that ``largest`` (its maxima) stays below 2^exponent: fp16, and the fp32 scale that undoes it.
 
     Inf and NaN have no exponent that would shrink them: they stay what they are, for the sentinel to see.
     """
@@ -270,21 +291,21 @@ def _scale_to(x: torch.Tensor, largest: torch.Tensor, exponent: int) -> tuple[to
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
-    """int32 e with x < 2^e, and 2^(e-1) <= x where x is normal, for fp32 x >= 0. From its bits: frexp is not to be had
-    on every device."""
+    """Return int32 e with x < 2^e, and 2^(e-1) <= x where x is normal, for fp32 x >= 0. From its bits: not every device
+    has frexp."""
     return (x.view(torch.int32) >> 23) - 126
 
 
 def _power(exponents: torch.Tensor) -> torch.Tensor:
-    """fp32 2^e for int32 e in -126..127. From its bits: pow is not exact on every device."""
+    """Return fp32 2^e for int32 e in -126..127. From its bits: pow is not exact on every device."""
     return ((exponents + 127) << 23).view(torch.float32)
 
 
 def _row_norms_and_column_maxima(
     weight: torch.Tensor, columns: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 norms of the rows, on the host, and magnitudes of the columns' largest weights, of a weight whose columns are
-    divided by ``columns``."""
+    """Return the L1 norms of a weight's rows, in fp64 on the host, and the magnitudes of its columns' largest weights,
+    fp32 on ``device``; the columns are divided by ``columns`` first."""
     norms, largest = [], torch.zeros(weight.shape[1], device=device)
     for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
@@ -296,8 +317,8 @@ def _row_norms_and_column_maxima(
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
-    """Per column, the power of two by which its largest weight lies below the matrix's largest: fp32 ``[in]``, or None
-    if all are level."""
+    """Return per column the power of two by which its largest weight lies below the matrix's largest: fp32 ``[in]``, or
+    None if all are level."""
     exponents = _exponent(largest)
     used = exponents[largest > 0]
     if len(used) == 0 or used.max() - used.min() <= _LEVEL_BINADES:
@@ -308,8 +329,8 @@ def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
 def _scale_rows(
     weight: torch.Tensor, columns: torch.Tensor | None, norms: torch.Tensor, device: torch.device
 ) -> tuple[nn.Parameter, torch.Tensor]:
-    """fp16 rows with an L1 norm of at most 2^9, and the scale that undoes it: fp32 ``[out]``, or ``[1]`` where one
-    serves all rows."""
+    """Scale rows to an L1 norm of at most 2^9, in fp16, and return the scale that undoes it, too: fp32 ``[out]``, or
+    ``[1]`` where one serves all rows."""
     exponents = (torch.frexp(norms).exponent - _ROW_EXPONENT).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
     used = exponents[norms > 0]
     shared = len(used) == 0 or used.max() - used.min() <= _SHARED_BINADES
@@ -322,9 +343,8 @@ def _scale_rows(
     return nn.Parameter(scaled, requires_grad=False), _power(exponents[:1] if shared else exponents).to(device)
 
 
-def _feed_forward_in_pieces(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """A FeedForward, token-wise as it is, a few thousand tokens at a time. Stands in for ``forward`` of one
-    instance."""
+def _feed_forward_in_pieces(self: LibraryModule, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Stand in for a FeedForward's ``forward``, which looks at each token alone: a few thousand tokens at a time."""
     forward = type(self).forward
     if hidden_states.shape[1] <= _FEED_FORWARD_TOKENS:
         return forward(self, hidden_states, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""All that makes one run faster, attached to the transformer together."""
+"""Attach all that makes one run faster to the transformer, together."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from .attention import attending
+from .attention import attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
-from .joint import project_once
+from .joint import projection_attached
 
 
 class Speedups:
@@ -29,11 +29,13 @@ class Speedups:
         timesteps: Sequence[float],
         tell: Callable[[str, int], None],
     ):
-        """Args:
-        attention: one of ``choices.BACKENDS``.
-        device: where the model runs.
-        timesteps: of all steps of the run.
-        tell: called with sentences for the user, and logging's level of each.
+        """Set them up.
+
+        Args:
+            attention: one of ``choices.BACKENDS``.
+            device: where the model runs.
+            timesteps: of all steps of the run.
+            tell: called with sentences for the user, and logging's level of each.
         """
         self._tell, self._attention = tell, attention
         self._cache = None if cache is None else CacheRun(cache, timesteps)
@@ -43,14 +45,14 @@ class Speedups:
 
     @contextmanager
     def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
-        """Have ``module`` run with them for the length of a ``with`` block; afterwards nothing of them is left on it.
+        """Have ``module`` run with them for the length of a ``with`` block. Afterwards nothing of them is left on it.
 
         Args:
             batched: whether both halves of guidance run as one batch, the unconditional first.
         """
         with ExitStack() as stack:
-            stack.enter_context(attending(self._attention, module))
-            stack.enter_context(project_once(module))
+            stack.enter_context(attention_attached(self._attention, module))
+            stack.enter_context(projection_attached(module))
             # What is compiled lies below what may skip it.
             if self._compiled is not None:
                 stack.enter_context(self._compiled.attached(module))
@@ -59,12 +61,12 @@ class Speedups:
             yield
 
     def begin(self, index: int) -> None:
-        """Step ``index`` is about to be run, or run again."""
+        """Note that step ``index`` is about to be run, or run again."""
         for speedup in (self._compiled, self._cache):
             if speedup is not None:
                 speedup.begin(index)
 
     def report(self) -> None:
-        """Say at the end of the run what they did."""
+        """Tell at the end of the run what they did."""
         if self._cache is not None:
             self._tell(self._cache.text, logging.INFO)

@@ -1,7 +1,7 @@
-"""The VAE's encoder and decoder, layer by layer and strip by strip: exact, and as small as memory asks for.
+"""Run the VAE's encoder and decoder layer by layer and strip by strip: exactly, in as little memory as there is.
 
-Untiled, every layer holds a whole chunk of frames several times over. Tiles, the usual remedy, have GroupNorm
-statistics of their own each, which shows as seams. Here each layer runs over horizontal strips of the whole chunk: its
+Untiled, every layer holds a whole chunk of frames several times over. Tiles, the usual remedy, each have GroupNorm
+statistics of their own, which shows as seams. Here each layer runs over horizontal strips of the whole chunk: its
 convolution sees one row of the neighbours on either side, and its normalisation the statistics of the whole chunk,
 gathered strip by strip while the layer before was written. So the result is that of diffusers'
 ``AutoencoderKLCogVideoX`` but for the order of sums, whatever the strips' height.
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..modules import internals
+from . import internals
+from .internals import LibraryModule
 
 #: Bytes of a strip's own tensors where memory is plentiful: enough to keep a GPU busy; on a CPU smaller ones are
 #: faster.
@@ -47,10 +47,11 @@ class Plane:
         return self.data.shape
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of each group over all strips: fp32 ``[G]`` each."""
-        counts, means, variances = (list(column) for column in zip(*self.statistics, strict=True))
-        total, means, variances = sum(counts), torch.stack(means), torch.stack(variances)
-        shares = torch.tensor([count / total for count in counts], device=means.device)[:, None]
+        """Return mean and variance of each group over all strips: fp32 ``[G]`` each."""
+        total = sum(count for count, _, _ in self.statistics)
+        means = torch.stack([mean for _, mean, _ in self.statistics])
+        variances = torch.stack([variance for _, _, variance in self.statistics])
+        shares = torch.tensor([count / total for count, _, _ in self.statistics], device=means.device)[:, None]
         mean = (shares * means).sum(0)
         return mean, (shares * (variances + (means - mean).square())).sum(0)
 
@@ -80,7 +81,7 @@ class Strips:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: LibraryModule,
         dtype: torch.dtype,
         device: torch.device,
         budget: int | None = None,
@@ -95,7 +96,7 @@ class Strips:
         self._latent: torch.Tensor | None = None
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """The next frames of a video: ``[1, 16, t, h, w]`` -> ``[1, 3, T, 8h, 8w]`` in about -1..1, fp32, on the
+        """Decode the next frames of a video: ``[1, 16, t, h, w]`` -> ``[1, 3, T, 8h, 8w]`` in about -1..1, fp32, on the
         host."""
         decoder = self.module.decoder
         latent = latent.to(self._device, self._dtype)
@@ -112,8 +113,8 @@ class Strips:
         return result
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """The moments of the next frames of a video: ``[1, 3, T, H, W]`` in -1..1 -> ``[1, 32, t, H/8, W/8]``, fp32, on
-        the host."""
+        """Encode the next frames of a video to moments: ``[1, 3, T, H, W]`` in -1..1 -> ``[1, 32, t, H/8, W/8]``, fp32,
+        on the host."""
         encoder = self.module.encoder
         x = self._first("conv_in", encoder.conv_in, frames)
         for level, block in enumerate(encoder.down_blocks):
@@ -125,7 +126,7 @@ class Strips:
             moments = self.module.quant_conv(moments.to(self._device, self._dtype)).to("cpu", torch.float32)
         return moments
 
-    def _block(self, key: str, block: nn.Module, x: Plane) -> Plane:
+    def _block(self, key: str, block: LibraryModule, x: Plane) -> Plane:
         entered = x.data
         for index, resnet in enumerate(block.resnets):
             x = self._resnet(f"{key}.{index}", resnet, x)
@@ -136,7 +137,7 @@ class Strips:
         internals.call_forward_hooks(block, entered, x.data)
         return x
 
-    def _first(self, key: str, conv: nn.Module, source: torch.Tensor) -> Plane:
+    def _first(self, key: str, conv: LibraryModule, source: torch.Tensor) -> Plane:
         out = self._new(conv.conv.out_channels, source.shape[2:])
         self._convolve(
             key, conv, source, lambda target, first, last: target.copy_(source[..., first:last, :]), self._writer(out)
@@ -144,7 +145,7 @@ class Strips:
         internals.call_forward_hooks(conv, source, out.data)
         return out
 
-    def _last(self, key: str, conv: nn.Module, norm: nn.Module, x: Plane) -> torch.Tensor:
+    def _last(self, key: str, conv: LibraryModule, norm: LibraryModule, x: Plane) -> torch.Tensor:
         out = self._away((1, conv.conv.out_channels, *x.shape[2:]), torch.float32)
 
         def write(first: int, last: int, strip: torch.Tensor) -> None:
@@ -154,7 +155,7 @@ class Strips:
         internals.call_forward_hooks(conv, x.data, out)
         return out
 
-    def _resnet(self, key: str, resnet: nn.Module, x: Plane) -> Plane:
+    def _resnet(self, key: str, resnet: LibraryModule, x: Plane) -> Plane:
         entered = x.data.to("cpu", copy=True) if internals.is_watched(resnet) else None
         hidden = self._new(resnet.out_channels, x.shape[2:])
         self._convolve(f"{key}.conv1", resnet.conv1, x.data, self._normed(resnet.norm1, x), self._writer(hidden))
@@ -170,12 +171,13 @@ class Strips:
             write(first, last, strip.add_(rest if shortcut is None else F.conv3d(rest, shortcut.weight, shortcut.bias)))
 
         self._convolve(f"{key}.conv2", resnet.conv2, hidden.data, normed, add)
-        internals.call_forward_hooks(resnet, entered, out.data)
+        if entered is not None:
+            internals.call_forward_hooks(resnet, entered, out.data)
         return out
 
-    def _upsample(self, upsampler: nn.Module, x: Plane) -> Plane:
-        """Twice the rows and columns, and where time was compressed twice the frames but for a first one; then a
-        convolution of each frame."""
+    def _upsample(self, upsampler: LibraryModule, x: Plane) -> Plane:
+        """Double rows and columns, and where time was compressed the frames but for a first one; then convolve each
+        frame."""
         _, _, frames, height, width = x.shape
         repeated = _repeats(frames) if upsampler.compress_time else torch.arange(frames)
         out = self._new(upsampler.conv.out_channels, (len(repeated), 2 * height, 2 * width))
@@ -196,8 +198,8 @@ class Strips:
             self._tick()
         return out
 
-    def _downsample(self, downsampler: nn.Module, x: Plane) -> Plane:
-        """Half the rows and columns, and where time is compressed half the frames but for a first one."""
+    def _downsample(self, downsampler: LibraryModule, x: Plane) -> Plane:
+        """Halve rows and columns, and where time is compressed the frames but for a first one."""
         _, channels, frames, height, width = x.shape
         first = frames % 2 if downsampler.compress_time else frames
         out = self._new(downsampler.conv.out_channels, (first + (frames - first) // 2, height // 2, width // 2))
@@ -219,13 +221,13 @@ class Strips:
     def _convolve(
         self,
         key: str,
-        conv: nn.Module,
+        conv: LibraryModule,
         source: torch.Tensor,
-        prepare: Callable[[torch.Tensor, int, int], None],
+        prepare: Callable[[torch.Tensor, int, int], object],
         sink: Callable[[int, int, torch.Tensor], None],
     ) -> None:
-        """A causal convolution over strips: ``prepare`` fills rows of its input, once each and in order; ``sink`` takes
-        rows of its output.
+        """Run a causal convolution over strips: ``prepare`` fills rows of its input, once each and in order; ``sink``
+        takes rows of its output.
 
         A row is read before any row above it is given out, so that the output may be written over the input.
         """
@@ -264,21 +266,23 @@ class Strips:
             sink(start, stop, F.conv3d(strip, conv.conv.weight, conv.conv.bias, padding=(0, 0, 1)))
             self._tick()
 
-    def _normed(self, norm: nn.Module, x: Plane) -> Callable[[torch.Tensor, int, int], None]:
-        """What fills rows with ``silu(norm(x))``, by the statistics of all of ``x``."""
-        group_norm = getattr(norm, "norm_layer", norm)
+    def _normed(self, norm: LibraryModule, x: Plane) -> Callable[[torch.Tensor, int, int], None]:
+        """Return what fills rows with ``silu(norm(x))``, by the statistics of all of ``x``."""
+        group_norm: LibraryModule = getattr(norm, "norm_layer", norm)
+        # The decoder's norms are scaled and shifted by the latent, too.
+        latent = None if group_norm is norm else self._latent
         mean, variance = (moment.repeat_interleave(x.shape[1] // self._groups) for moment in x.moments())
         scale = torch.rsqrt(variance + group_norm.eps) * group_norm.weight.float()
         shift = group_norm.bias.float() - mean * scale
         scale, shift = (tensor[None, :, None, None, None] for tensor in (scale, shift))
-        if group_norm is not norm:
-            factor = x.shape[3] // self._latent.shape[3]
-            frames = _stretched(self._latent.shape[2], x.shape[2]).to(self._device)
-            times, plus = (F.conv3d(self._latent, c.conv.weight, c.conv.bias) for c in (norm.conv_y, norm.conv_b))
+        if latent is not None:
+            factor = x.shape[3] // latent.shape[3]
+            frames = _stretched(latent.shape[2], x.shape[2]).to(self._device)
+            times, plus = (F.conv3d(latent, c.conv.weight, c.conv.bias) for c in (norm.conv_y, norm.conv_b))
 
         def fill(target: torch.Tensor, first: int, last: int) -> None:
             torch.addcmul(shift, x.data[..., first:last, :].to(self._device), scale, out=target)
-            if group_norm is not norm:
+            if latent is not None:
                 rows = torch.arange(first, last, device=self._device) // factor
                 y, b = (table.index_select(3, rows).index_select(2, frames)[..., None] for table in (times, plus))
                 # Columns are stretched by broadcasting.
@@ -288,7 +292,7 @@ class Strips:
         return fill
 
     def _writer(self, out: Plane) -> Callable[[int, int, torch.Tensor], None]:
-        """What writes strips into a plane and notes their statistics."""
+        """Return what writes strips into a plane and notes their statistics."""
 
         def write(first: int, last: int, strip: torch.Tensor) -> None:
             # A group's channels lie side by side.
@@ -299,10 +303,11 @@ class Strips:
         return write
 
     def _new(self, channels: int, size: tuple[int, ...]) -> Plane:
-        """Room for a layer's output, on the device if it fits."""
+        """Make room for a layer's output, on the device if it fits."""
         return Plane(self._keep((1, channels, *size)))
 
     def _keep(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Make room for activations, on the device if they fit, and count them until they are let go."""
         nbytes = torch.Size(shape).numel() * self._dtype.itemsize
         fits = self._budget is None or self._held.nbytes + nbytes + 2 * self._strip_bytes <= self._budget
         if not fits:
@@ -314,11 +319,11 @@ class Strips:
         return tensor
 
     def _away(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Room in the host's memory."""
+        """Make room in the host's memory."""
         return torch.empty(shape, dtype=dtype)
 
     def _rows(self, numbers: int, height: int) -> int:
-        """Rows of a strip whose tensors hold ``numbers`` numbers a row: as many as its bytes allow."""
+        """Return how many rows a strip has whose tensors hold ``numbers`` numbers a row: as many as its bytes allow."""
         return max(1, min(height, self._strip_bytes // (numbers * self._dtype.itemsize)))
 
     def _tick(self) -> None:
@@ -327,13 +332,15 @@ class Strips:
 
 
 def _repeats(frames: int) -> torch.Tensor:
-    """Which frame each of twice as many comes from; a chunk with an odd number begins with one that is not repeated."""
+    """Return which frame each of twice as many comes from; a chunk with an odd number begins with one that is not
+    repeated."""
     index = torch.arange(frames)
     return index.repeat_interleave(2) if frames % 2 == 0 else torch.cat([index[:1], index[1:].repeat_interleave(2)])
 
 
 def _stretched(frames: int, wanted: int) -> torch.Tensor:
-    """Which of the latent's frames each of a layer's frames belongs to, as nearest-neighbour interpolation has it."""
+    """Return which of the latent's frames each of a layer's frames belongs to, as nearest-neighbour interpolation has
+    it."""
     if wanted > 1 and wanted % 2:
         return torch.cat(
             [torch.zeros(1, dtype=torch.long), 1 + torch.arange(wanted - 1) * (frames - 1) // (wanted - 1)]

@@ -1,4 +1,4 @@
-"""What a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
+"""Find out what a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
 
 Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at
 5.3, 6.0, 6.2 and from 7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's
@@ -44,7 +44,7 @@ class Hardware:
     forced: Mapping[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
     def support(self, dtype: torch.dtype) -> str:
-        """``native``, ``emulated`` or ``absent``."""
+        """Return ``native``, ``emulated`` or ``absent``."""
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, NATIVE)
 
     @property
@@ -102,7 +102,7 @@ class Hardware:
 
 
 def _chosen(name: str) -> torch.device:
-    """The device that a person names.
+    """Find the device that a person names.
 
     Raises:
         ValueError: naming what there is, for one that torch does not know, or that is not there.
@@ -110,8 +110,9 @@ def _chosen(name: str) -> torch.device:
     there = ["cpu"]
     if torch.cuda.is_available():
         there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        kind = accelerator.type
         there += [
             other
             for other in (kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())))
@@ -125,7 +126,8 @@ def _chosen(name: str) -> torch.device:
             f"{', '.join(there)}."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        return device  # Of which more can be said than that it is not there.
+        # ``detect`` can say more than that it is not there.
+        return device
     if device.type not in {other.partition(":")[0] for other in there} or (
         device.index is not None and device.index > 0 and str(device) not in there
     ):
@@ -136,8 +138,8 @@ def _chosen(name: str) -> torch.device:
 
 
 def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
-    """What an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the arguments
-    of ``Hardware``."""
+    """Return what an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the
+    arguments of ``Hardware``."""
     # Of Turing; older ones have none either, and newer ones all do.
     lacks_tensor_cores = any(card in name for card in _BROKEN_HALF_CONVOLUTIONS)
     fast_fp16 = capability >= (7, 0) or capability in {(5, 3), (6, 0), (6, 2)}
@@ -151,7 +153,8 @@ def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = T
 
 
 def rocm_support(architecture: str) -> dict:
-    """What an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of ``Hardware``."""
+    """Return what an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of
+    ``Hardware``."""
     old = architecture.startswith(_OLD_ROCM)
     fp8 = architecture.startswith(("gfx94", "gfx95", "gfx12"))
     int8 = architecture.startswith(("gfx90a", "gfx94", "gfx95"))
@@ -161,6 +164,8 @@ def rocm_support(architecture: str) -> dict:
 
 
 def _cpu_support() -> dict:
+    """Return what this CPU computes in: the arguments of ``Hardware``."""
+
     def has(*instructions: str) -> str:
         return (
             NATIVE

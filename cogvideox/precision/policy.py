@@ -1,5 +1,5 @@
-"""The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a
-verdict."""
+"""Decide in which dtype each part runs, by what is stored, what was trained and what the device computes in, and give
+a verdict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint.layout import Checkpoint
 from ..checkpoint.parts import Part
-from ..choices import DTYPES, ON_MISMATCH, check_choice
+from ..choices import AUTO, FIX, ON_MISMATCH, STOP, check_choice
 from ..dtypes import FP8_DTYPES, FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from ..variants import PARTS, Variant
 from ..words import short, size_text
@@ -20,10 +20,11 @@ from .verdict import MISMATCH, OK, WARNING, Finding, worst
 if TYPE_CHECKING:
     from ..checkpoint.audit import WeightAudit
 
-#: The dtypes that can be chosen; None for ``auto``.
-CHOICES: dict[str, torch.dtype | None] = dict(
-    zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True)
-)
+#: ``choices.DTYPES`` as torch has them; None for ``auto``.
+CHOICES: dict[str, torch.dtype | None] = {
+    AUTO: None,
+    **{dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)},
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class DtypePlan:
     notes: tuple[str, ...] = ()
 
     def precision(self, kind: str) -> Precision:
+        """Return how a part of the checkpoint runs."""
         return next(part.run for part in self.parts if part.kind == kind)
 
     @property
@@ -113,7 +115,7 @@ class DtypePlan:
         return "\n".join([*lines, *(audit.text for audit in self.audits)])
 
     def as_dict(self) -> dict:
-        """The plan as JSON has it: dtypes by name, sizes in bytes."""
+        """Give the plan as JSON has it: dtypes by name, sizes in bytes."""
         hardware = self.hardware
         return {
             "variant": self.variant,
@@ -147,7 +149,7 @@ class DtypePlan:
         }
 
 
-def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mismatch: str = "fix") -> DtypePlan:
+def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mismatch: str = FIX) -> DtypePlan:
     """Decide how each part of ``checkpoint`` runs, from headers alone.
 
     Args:
@@ -166,11 +168,11 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
             asked, flag = hardware.forced[kind]
             asker = _Asker(f"ComfyUI was started with {flag}", f"Start ComfyUI without {flag}")
         plan = _plan_part(kind, part, checkpoint.variant, asked, asker, hardware)
-        if plan.changed and on_mismatch != "fix":
+        if plan.changed and asked is not None and on_mismatch != FIX:
             plan = replace(plan, run=Precision(asked), changed="")
         parts.append(plan)
     mismatches = [finding for part in parts for finding in part.findings if finding.verdict == MISMATCH]
-    if mismatches and on_mismatch == "stop":
+    if mismatches and on_mismatch == STOP:
         raise ValueError(
             "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
             + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
@@ -207,8 +209,8 @@ def scan_parts(
 
 
 def safer(kind: str, precision: Precision, hardware: Hardware) -> list[Precision]:
-    """The ways to run a part that hold larger values than ``precision`` does, fastest first: range-safe fp16, bf16
-    where native, fp32.
+    """List how else a part can run to hold larger values than in ``precision``, the fastest first: range-safe fp16,
+    bf16 where native, fp32.
 
     The VAE's convolutions are not made range-safe: it goes straight to fp32.
     """
@@ -229,8 +231,8 @@ class _Asker:
 
 
 def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hardware) -> Precision:
-    """What ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is, else
-    fp32."""
+    """Return what ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is
+    native, else fp32."""
     dtype = variant.trained_dtype
     if hardware.support(dtype) != NATIVE:
         dtype = torch.float16 if dtype == torch.bfloat16 and hardware.fp16 == NATIVE else torch.float32
@@ -259,6 +261,7 @@ def _plan_part(
 
 
 def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:
+    """Say why ``auto`` chose another dtype than the trained one."""
     if run.range_safe:
         why = (
             "was trained in bf16"
@@ -274,7 +277,10 @@ def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardwar
     if run == FP32 and kind == "vae" and not hardware.half_convolutions:
         return [Finding(PARTS[kind][0], OK, f"Convolutions in fp16 give NaN on {hardware.name}, so it runs in fp32.")]
     if run == FP32 and trained != torch.float32:
-        why = f"{hardware.name} computes faster in fp32 than in 16 bits, so fp32 is right; a card with fast bf16 would take less time."
+        why = (
+            f"{hardware.name} computes faster in fp32 than in 16 bits, so fp32 is right; a card with fast bf16 would "
+            "take less time."
+        )
         return [Finding(PARTS[kind][0], OK, why)]
     return []
 
@@ -313,7 +319,10 @@ def _asked_findings(
         remedy = f"{asker.undo}, or leave on_mismatch at fix: range-safe fp16 cannot overflow."
         run, findings = RANGE_SAFE_FP16, [Finding(where, MISMATCH, reason, remedy)]
     elif asked == torch.bfloat16 and trained == torch.float16 and kind == "transformer":
-        reason = f"{variant.name} was trained in fp16, and bf16 keeps 8 of its 11 significant bits: the video is finite, but coarser."
+        reason = (
+            f"{variant.name} was trained in fp16, and bf16 keeps 8 of its 11 significant bits: the video is finite, "
+            "but coarser."
+        )
         findings.append(Finding(where, WARNING, reason, undo))
     if support == EMULATED:
         findings.append(Finding(where, WARNING, f"{hardware.name} only emulates {dtype}: right, but slow.", undo))
@@ -321,11 +330,14 @@ def _asked_findings(
 
 
 def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained: torch.dtype) -> list[Finding]:
-    """What an earlier cast of the file has already cost."""
+    """Say what an earlier cast of the file has already cost."""
     name = PARTS[kind][0]
     quantized = ", ".join(dtype for dtype in stored if isinstance(dtype, str))
     if quantized:
-        reason = f"The file is a quantized copy ({quantized}): the rest of its weights' precision is lost, whatever they run in."
+        reason = (
+            f"The file is a quantized copy ({quantized}): the rest of its weights' precision is lost, whatever they "
+            "run in."
+        )
         return [Finding(name, WARNING, reason, "For full quality download the original weights.")]
     if any(dtype in FP8_DTYPES for dtype in stored):
         bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in FP8_DTYPES)

@@ -1,4 +1,4 @@
-"""Whether and how a part can be quantized on a device, decided from headers; and what it cost, in words."""
+"""Decide from headers whether and how a part can be quantized on a device, and say what it cost."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from .hardware import ABSENT, Hardware
 
 
 def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
-    """The method that ``part`` is to be quantized by on ``hardware``, from its header alone.
+    """Choose the method that ``part`` is to be quantized by on ``hardware``, from its header alone.
 
     Raises:
         ValueError: if the name is not known, the device has no such products, or the file is a quantized copy already.
@@ -37,7 +37,7 @@ def choose_method(name: str, part: Part, hardware: Hardware) -> Method:
 
 
 def check_method(name: str, hardware: Hardware) -> Method:
-    """The method of that name, which the device can run.
+    """Return the method of that name, if the device can run it.
 
     Raises:
         ValueError: if it is not known, or the device cannot; naming what to choose instead.
@@ -63,8 +63,11 @@ def check_method(name: str, hardware: Hardware) -> Method:
 
 
 def losses_text(losses: Mapping[str, Loss]) -> str:
-    """How many layers were quantized and what that cost, as a person reads it."""
+    """Say how many layers were quantized and what that cost."""
     name, worst = max(losses.items(), key=lambda item: item[1].relative)
     layer = name.removesuffix(".weight")
     whole = Loss(sum(loss.error for loss in losses.values()), sum(loss.total for loss in losses.values()))
-    return f"{len(losses)} layers; relative error of their weights {whole.relative:.2%} (largest {worst.relative:.2%}: {layer})"
+    return (
+        f"{len(losses)} layers; relative error of their weights {whole.relative:.2%} "
+        f"(largest {worst.relative:.2%}: {layer})"
+    )

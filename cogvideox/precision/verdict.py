@@ -1,4 +1,4 @@
-"""A finding about how something would run: a verdict, why, and what to do."""
+"""Record findings about how something would run: a verdict, why, and what to do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,5 +26,5 @@ class Finding:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The most severe verdict of ``findings``; ``ok`` where there are none."""
+    """Return the most severe verdict of ``findings``; ``ok`` where there are none."""
     return max((finding.verdict for finding in findings), key=_SEVERITY.index, default=OK)
