@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cogvideox.choices import (
     BACKENDS,
     CACHES,
+    COMPILE_DEFAULT,
     COMPILE_MODES,
     DTYPES,
     MEMORY,
@@ -298,7 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         nargs="?",
         choices=COMPILE_MODES,
-        const=COMPILE_MODES[0],
+        const=COMPILE_DEFAULT,
         help=(
             "compile the transformer's blocks: faster steps, and a first one that takes a minute or two longer "
             "(default mode: default)"
@@ -786,7 +787,7 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
     if options.frames is not None:
         check_frames(options.frames, variant.frame_step)
     start, end = (
-        None if path is None else check_images(read_image(path, events.note), short(path))
+        None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
     )
     usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
@@ -804,13 +805,13 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
             size=(width, height),
             step=variant.frame_step,
             dtype=torch.uint8,
-            on_note=events.note,
+            events=events,
         )
         source.frames = len(source.clip)
         if options.frames is not None and source.frames < options.frames:
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
         if options.keep_audio:
-            source.sound = read_sound(options.video, float(source.frames / source.fps), events.note)
+            source.sound = read_sound(options.video, float(source.frames / source.fps), events)
     check_room(output, source.frames, width, height)
     return source
 
@@ -922,9 +923,7 @@ def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fractio
     if options.output is None and not options.overwrite:
         # Another run may have taken the name meanwhile.
         output = free_name(DEFAULT_OUTPUT)
-    write_mp4(
-        images, output, fps, on_frame=events.counter("writing", "frame"), overwrite=options.overwrite, sound=sound
-    )
+    write_mp4(images, output, fps, events=events, overwrite=options.overwrite, sound=sound)
     _say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
 
 

@@ -10,12 +10,13 @@ half a grey level.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .choices import ON_BLACK, STOP, WARN, check_choice, check_share
+from .events import Events
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def check_black_frames(
     pixel_black_threshold: float = 0.10,
     picture_black_ratio: float = 0.98,
     video_black_ratio: float = 1.0,
-    on_frame: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> BlackFrameReport:
     """Look at every pixel of a clip once, in blocks: constant extra memory, and the input stays as it is.
 
@@ -122,7 +123,7 @@ def check_black_frames(
         pixel_black_threshold: share of white up to which a pixel's luma is black, 0..1.
         picture_black_ratio: share of black pixels from which a frame is black, 0..1.
         video_black_ratio: share of black frames from which the video is black, 0..1.
-        on_frame: called with (frames done, frames in all) after each frame.
+        events: told of each frame.
 
     Raises:
         ValueError: for thresholds outside 0..1 or what is not a batch of RGB frames.
@@ -145,8 +146,8 @@ def check_black_frames(
             nonfinite.append(index)
         elif ratios[-1] >= picture_black_ratio and all(_on_the_grid(rows) for rows in blocks):
             eight_bit.append(index)
-        if on_frame is not None:
-            on_frame(index + 1, len(images))
+        if events is not None:
+            events.progress("checking", index + 1, len(images), "frame")
     return BlackFrameReport(tuple(ratios), tuple(nonfinite), picture_black_ratio, video_black_ratio, tuple(eight_bit))
 
 

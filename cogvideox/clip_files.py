@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .events import Events
 from .files import open_regular
 from .frame_pixels import MOST_FRAME_PIXELS, FramePixels
-from .media import Tell, from_library, said, teller
+from .media import Tell, from_library, said
 from .pictures import nearest_length
 from .words import short
 
@@ -32,7 +33,7 @@ def read_video(
     size: tuple[int, int] | None = None,
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
-    on_note: Tell | None = None,
+    events: Events | None = None,
 ) -> torch.Tensor:
     """Read the frames of a video file, one by one: turned as the camera says, with square pixels, at the size and rate
     that are needed.
@@ -47,7 +48,7 @@ def read_video(
         size: width and height to scale and centre-crop them to, with Lanczos' filter in 8 bits.
         step: cut the clip, or repeat its last frame, to the nearest ``step * N + 1`` frames.
         dtype: float32 gives 0..1; uint8 gives 0..255, in a quarter of the memory.
-        on_note: called with a sentence about what was changed, cut or guessed; by default it is logged.
+        events: told what was changed, cut or guessed.
 
     Returns:
         ``[F, H, W, 3]``.
@@ -55,7 +56,7 @@ def read_video(
     Raises:
         ValueError: if it is not there, no video, or holds no frame that can be decoded.
     """
-    path, tell = Path(path), teller(on_note)
+    path, tell = Path(path), (events or Events()).note
     with _open_clip(path) as container:
         stream = _video_stream(container, path, tell)
         # Each thread holds frames of its own.
@@ -105,7 +106,7 @@ def read_video(
     return clip if dtype == torch.uint8 else clip.to(dtype).div_(255)
 
 
-def read_sound(path: Path | str, seconds: float, on_note: Tell | None = None) -> tuple[np.ndarray, int] | None:
+def read_sound(path: Path | str, seconds: float, events: Events | None = None) -> tuple[np.ndarray, int] | None:
     """Read the sound that goes with the first ``seconds`` of a clip's picture, as stereo.
 
     Returns:
@@ -116,7 +117,7 @@ def read_sound(path: Path | str, seconds: float, on_note: Tell | None = None) ->
     """
     import av
 
-    path, tell = Path(path), teller(on_note)
+    path, tell = Path(path), (events or Events()).note
     with _open_clip(path) as container:
         streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
         if not streams:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .events import Events
 from .files import open_regular
-from .media import Tell, from_library, joined_sentence, teller, turned
+from .media import Tell, from_library, joined_sentence, turned
 from .words import reason, short
 
 #: Pixels of a picture, as it is decoded: phones make 200 million. And those of a JPEG, which is decoded at up to an
@@ -35,7 +36,7 @@ _ORIENTATIONS = {
 }
 
 
-def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
+def read_image(path: Path | str, events: Events | None = None) -> torch.Tensor:
     """Read an image file: turned as its EXIF data says, in sRGB, transparency joined with white; float32 ``[1, H, W,
     3]`` in 0..1.
 
@@ -43,7 +44,7 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
     smaller.
 
     Args:
-        on_note: called with a sentence about what was changed or guessed; by default it is logged.
+        events: told what was changed or guessed.
 
     Raises:
         ValueError: if it is not there, no image that Pillow reads, cut off, too large, or of values whose white is not
@@ -51,7 +52,7 @@ def read_image(path: Path | str, on_note: Tell | None = None) -> torch.Tensor:
     """
     from PIL import Image
 
-    path, tell = Path(path), teller(on_note)
+    path, tell = Path(path), (events or Events()).note
     with open_regular(path, " as an image") as raw, io.BufferedReader(raw) as file:
         head = file.read(4096)
         file.seek(0)

@@ -2,7 +2,6 @@
 raise and what was changed, and turn pixels upright."""
 
 import errno
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +10,8 @@ import numpy as np
 
 from .words import reason, short
 
-logger = logging.getLogger(__name__)
-
 #: What is called with a sentence for the user.
 Tell = Callable[[str], None]
-
-
-def teller(on_note: Tell | None) -> Tell:
-    """Return ``on_note``, or what logs a sentence where there is none."""
-    return on_note or (lambda note: logger.warning("%s", note))
 
 
 class Refused(ValueError):

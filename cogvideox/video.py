@@ -7,7 +7,7 @@ What a run starts from is read by ``image_files`` and ``clip_files``, and can be
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .clip_files import read_sound, read_video
+from .events import Events
 from .files import exists, open_regular, written_whole
 from .image_files import read_image
 from .words import reason, short
@@ -42,7 +43,7 @@ def write_mp4(
     images: torch.Tensor,
     path: Path | str,
     fps: Fraction | int,
-    on_frame: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
     *,
     overwrite: bool = False,
     sound: tuple[np.ndarray, int] | None = None,
@@ -52,7 +53,7 @@ def write_mp4(
     Args:
         images: float ``[F, H, W, 3]`` in 0..1, H and W even.
         fps: frames per second.
-        on_frame: called with (frames written, frames in all).
+        events: told of each frame that is written.
         overwrite: whether a file that has the name already is replaced.
         sound: float32 ``[2, samples]`` in -1..1 and samples per second, written as AAC and cut to the video's length.
 
@@ -65,7 +66,7 @@ def write_mp4(
     path = check_output(path, overwrite)
     try:
         with written_whole(path, overwrite) as partial:
-            _encode(images, partial, Fraction(fps).limit_denominator(1001), on_frame, sound)
+            _encode(images, partial, Fraction(fps).limit_denominator(1001), events, sound)
     except (OSError, av.error.FFmpegError) as error:
         raise RuntimeError(
             f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the "
@@ -74,7 +75,7 @@ def write_mp4(
 
 
 def _encode(
-    images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None
+    images: torch.Tensor, path: Path, fps: Fraction, events: Events | None, sound: tuple[np.ndarray, int] | None
 ) -> None:
     """Write frames and sound to a file that is given its name later."""
     import av
@@ -102,8 +103,8 @@ def _encode(
                 container.mux(spoken.encode(piece))
                 if piece.pts * piece.time_base > (index + 1) / fps:
                     break
-            if on_frame is not None:
-                on_frame(index + 1, len(images))
+            if events is not None:
+                events.progress("writing", index + 1, len(images), "frame")
         for packet in stream.encode():
             container.mux(packet)
         if spoken is not None:

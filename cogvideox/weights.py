@@ -13,7 +13,7 @@ from torch import nn
 
 from .checkpoint.layout import Checkpoint
 from .checkpoint.parts import Part
-from .choices import MODES
+from .choices import GPU, MODES, OFFLOAD_BLOCKS, OFFLOAD_LAYERS
 from .combinations import refuse_second_method
 from .dtypes import Precision
 from .events import Events
@@ -214,7 +214,7 @@ class Weights:
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
                 self._module, self._mode = None, None
-            offloads = mode != MODES[0] and not _is_host(self.device)
+            offloads = mode != GPU and not _is_host(self.device)
             module = self._load(torch.device("cpu") if offloads else self.device, events)
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
@@ -253,16 +253,16 @@ class Weights:
         """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
         if self.kind == "vae":
             # It is small, and runs strip by strip.
-            return MODES[0]
+            return GPU
         if self.memory in MODES:
             return self.memory
         free = self.free
-        return MODES[0] if free is None or self.nbytes + _ROOM <= free else MODES[-1]
+        return GPU if free is None or self.nbytes + _ROOM <= free else OFFLOAD_LAYERS
 
     def park(self) -> None:
         """Move the weights to the host's memory."""
         with _turn:
-            if self._module is not None and self._mode in (None, MODES[0]):
+            if self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")
 
     def release(self) -> None:
@@ -276,7 +276,7 @@ def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
     to run."""
     from diffusers.hooks import apply_group_offloading
 
-    blocks = mode == "offload_blocks" and hasattr(module, "transformer_blocks")
+    blocks = mode == OFFLOAD_BLOCKS and hasattr(module, "transformer_blocks")
     apply_group_offloading(
         module,
         onload_device=device,

@@ -98,7 +98,7 @@ class BlackFrameCheck(Node):
             pixel_black_threshold,
             picture_black_ratio,
             video_black_ratio,
-            on_frame=host.NodeEvents().counter("checking", "frame"),
+            events=host.NodeEvents(),
         )
         host.show(report.text)
         sheet = contact_sheet(images, report)

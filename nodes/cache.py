@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import CACHES
+from ..cogvideox.choices import CACHES, FIRST_BLOCK
 from . import host
 from .base import Node
 
@@ -49,7 +49,7 @@ class Cache(Node):
                 "method": (
                     list(CACHES),
                     {
-                        "default": CACHES[0],
+                        "default": FIRST_BLOCK,
                         "tooltip": (
                             "first_block: runs the first block, and where it changed least reuses what the others "
                             "did. taylorseer: extrapolates whole steps from earlier ones. pab: reuses each block's "

@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import COMPILE_MODES
+from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES
 from . import host
 from .base import Node
 
@@ -36,7 +36,7 @@ class Compile(Node):
                 "mode": (
                     list(COMPILE_MODES),
                     {
-                        "default": COMPILE_MODES[0],
+                        "default": COMPILE_DEFAULT,
                         "tooltip": (
                             "default: compiles in a minute or so. max-autotune-no-cudagraphs: tries more ways to run "
                             "each product, which takes several minutes once."

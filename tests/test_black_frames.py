@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cogvideox.black_frames import BlackFrameReport, BlackVideoError, check_black_frames, enforce, frame_ranges
 from tests.conftest import ROOT
+from tests.told import Told
 
 WIDTH, HEIGHT = 32, 24
 
@@ -230,7 +231,7 @@ def test_partly_black_never_stops_a_video_but_is_warned_of(caplog):
 
 def test_progress_is_told_for_every_frame():
     seen = []
-    check_black_frames(torch.rand(3, 8, 8, 3), on_frame=lambda done, total: seen.append((done, total)))
+    check_black_frames(torch.rand(3, 8, 8, 3), events=Told(progress=lambda done, total: seen.append((done, total))))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 from cogvideox.clip_files import read_sound, read_video
 from cogvideox.image_files import read_image
 from tests.memory import rise_of_peak
+from tests.told import Told
 
 WIDTH, HEIGHT = 64, 48
 #: Dark on the left, white on the right: its mean is 0.5.
@@ -90,7 +91,7 @@ def read(tmp_path):
 
     def get(name: str) -> tuple[np.ndarray, str]:
         notes = []
-        image = read_image(tmp_path / name, notes.append)
+        image = read_image(tmp_path / name, Told(notes))
         assert image.dtype == torch.float32
         return image[0].numpy(), " ".join(notes)
 
@@ -376,7 +377,7 @@ class TestClips:
     def test_a_second_stays_a_second(self, tmp_path, rate):
         notes = []
         seconds = 2
-        clip = read_video(write_clip(tmp_path / "x.mp4", rate, round(seconds * rate)), fps=16, on_note=notes.append)
+        clip = read_video(write_clip(tmp_path / "x.mp4", rate, round(seconds * rate)), fps=16, events=Told(notes))
         assert len(clip) == 16 * seconds
         # Brightness rises evenly with time: each frame has that of its moment, up to half a frame of the source and of
         # rounding.
@@ -390,7 +391,7 @@ class TestClips:
         path = write_clip(
             tmp_path / "x.mkv", 25, levels=[0, 50, 100, 150, 200, 250], times=[0, 100, 150, 700, 1000, 2000]
         )
-        clip = read_video(path, fps=8, on_note=lambda _: None)
+        clip = read_video(path, fps=8, events=Told())
         # At 0, 125, 250, 375 … ms: the nearest of the times above, the earlier of two.
         assert [round(level / 50) for level in levels(clip)] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5][
             : len(clip)
@@ -402,16 +403,16 @@ class TestClips:
         made, real = [], FramePixels.pixels
         monkeypatch.setattr(FramePixels, "pixels", lambda self, frame: made.append(1) or real(self, frame))
         notes = []
-        clip = read_video(write_clip(tmp_path / "x.mp4", 32, 128), 17, fps=16, step=16, on_note=notes.append)
+        clip = read_video(write_clip(tmp_path / "x.mp4", 32, 128), 17, fps=16, step=16, events=Told(notes))
         assert (len(clip), len(made)) == (17, 17)
         assert "Only the first 17 frames (1.1 s) of 4.0 s" in notes[-1]
 
     def test_the_length_is_what_the_model_makes(self, tmp_path):
         notes = []
         path = write_clip(tmp_path / "x.mp4")
-        assert len(read_video(path, step=16, on_note=notes.append)) == 17
+        assert len(read_video(path, step=16, events=Told(notes))) == 17
         assert "the last 3 were cut" in notes[-1]
-        clip = read_video(path, 12, step=16, on_note=notes.append)
+        clip = read_video(path, 12, step=16, events=Told(notes))
         assert len(clip) == 17
         assert (clip[12:] == clip[11]).all()
 
@@ -446,8 +447,8 @@ class TestClips:
 
     def test_pixels_that_are_not_square_are_made_so(self, tmp_path):
         path = write_clip(tmp_path / "x.mp4", sample_aspect_ratio=Fraction(2))
-        assert read_video(path, 1, on_note=lambda _: None).shape == (1, HEIGHT, 2 * WIDTH, 3)
-        assert read_video(path, 1, size=(32, 48), on_note=lambda _: None).shape == (1, 48, 32, 3)
+        assert read_video(path, 1, events=Told()).shape == (1, HEIGHT, 2 * WIDTH, 3)
+        assert read_video(path, 1, size=(32, 48), events=Told()).shape == (1, 48, 32, 3)
 
     @pytest.mark.parametrize(
         ("size", "planes", "tags", "expected"),
@@ -481,9 +482,7 @@ class TestClips:
         [("x.mkv", "libx264", "yuv420p"), ("x.ts", "mpeg2video", "yuv420p"), ("x.avi", "mpeg4", "yuv420p")],
     )
     def test_other_containers_and_codecs(self, tmp_path, name, codec, pix_fmt):
-        clip = read_video(
-            write_clip(tmp_path / name, 25, 10, codec=codec, pix_fmt=pix_fmt), fps=25, on_note=lambda _: None
-        )
+        clip = read_video(write_clip(tmp_path / name, 25, 10, codec=codec, pix_fmt=pix_fmt), fps=25, events=Told())
         assert levels(clip) == pytest.approx(np.linspace(0, 255, 10).tolist(), abs=5)
 
     def test_a_gif_is_a_clip_and_what_is_clear_in_it_is_white(self, tmp_path):
@@ -499,7 +498,7 @@ class TestClips:
             disposal=2,
         )
         notes = []
-        clip = read_video(tmp_path / "x.gif", fps=8, on_note=notes.append)
+        clip = read_video(tmp_path / "x.gif", fps=8, events=Told(notes))
         assert len(clip) == 8
         assert clip[0, 20, WIDTH - 5].tolist() == [1, 1, 1]
         assert clip[0, 20, 5].tolist() == [0, 0, 1]
@@ -518,7 +517,7 @@ class TestClips:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         notes = []
-        clip = read_video(path, fps=16, on_note=notes.append)
+        clip = read_video(path, fps=16, events=Told(notes))
         assert 20 < len(clip) < 180
         assert any("s" in note and ("ends after" in note or "is damaged after" in note) for note in notes)
 
@@ -529,7 +528,7 @@ class TestClips:
         content[places[20] : places[21] - 8] = bytes(places[21] - 8 - places[20])
         path.write_bytes(content)
         notes = []
-        clip = read_video(path, fps=16, on_note=notes.append)
+        clip = read_video(path, fps=16, events=Told(notes))
         assert len(clip) == 40
         assert any("damaged" in note for note in notes)
 
@@ -575,11 +574,11 @@ class TestClips:
     def test_a_long_clip_takes_the_memory_of_what_is_used_of_it(self, tmp_path):
         size = (480, 288)
         path = write_clip(tmp_path / "x.mp4", 30, 300, size=size, levels=[plane_frame(100, 128, 128, size)] * 300)
-        read_video(path, 1, on_note=lambda _: None)  # What is loaded once is loaded.
+        read_video(path, 1, events=Told())  # What is loaded once is loaded.
         clips = []
         rise = rise_of_peak(
             lambda: clips.append(
-                read_video(path, 161, fps=16, size=(160, 96), step=16, dtype=torch.uint8, on_note=lambda _: None)
+                read_video(path, 161, fps=16, size=(160, 96), step=16, dtype=torch.uint8, events=Told())
             )
         )
         assert clips[0].shape == (161, 96, 160, 3)
@@ -601,7 +600,7 @@ class TestSound:
         sound, _ = read_sound(write_clip(tmp_path / "x.mp4", 16, 16, tone=True), 3.0)
         assert np.abs(sound[:, 60_000:]).max() < 0.01
         notes = []
-        assert read_sound(write_clip(tmp_path / "y.mp4"), 1.0, notes.append) is None
+        assert read_sound(write_clip(tmp_path / "y.mp4"), 1.0, Told(notes)) is None
         assert "no sound" in notes[0]
 
 

@@ -76,7 +76,7 @@ class Strips:
         device: where strips are computed.
         budget: bytes that activations may take on the device; None: all that is wanted. What does not fit stays in the
             host's memory.
-        on_strip: called after every strip; what it raises (an interruption) stops the work.
+        check_cancelled: called after every strip; what it raises (an interruption) stops the work.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Strips:
         dtype: torch.dtype,
         device: torch.device,
         budget: int | None = None,
-        on_strip: Callable[[], None] | None = None,
+        check_cancelled: Callable[[], None] | None = None,
     ):
-        self.module, self._dtype, self._device, self._on_strip = module, dtype, device, on_strip
+        self.module, self._dtype, self._device, self._check_cancelled = module, dtype, device, check_cancelled
         self._groups = module.config.norm_num_groups
         self._budget, self._held = budget, _Held()
         most = _STRIP_BYTES["cpu" if device.type == "cpu" else "other"]
@@ -327,8 +327,8 @@ class Strips:
         return max(1, min(height, self._strip_bytes // (numbers * self._dtype.itemsize)))
 
     def _tick(self) -> None:
-        if self._on_strip is not None:
-            self._on_strip()
+        if self._check_cancelled is not None:
+            self._check_cancelled()
 
 
 def _repeats(frames: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ import sys
 import torch
 from mutate import NAMES as ODD_NAMES
 
+from tests.told import Told
+
 from . import common
 
 NAME = "command_line"
@@ -200,7 +202,7 @@ def case(state, rng, folder):
         ):
             from cogvideox.video import read_video
 
-            read_video(folder / "new.mp4", on_note=lambda _: None)
+            read_video(folder / "new.mp4", events=Told())
         return None
 
     return f"{kind} {' '.join(word[:40] for word in words)!r}", act

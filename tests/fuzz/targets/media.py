@@ -8,6 +8,8 @@ from fractions import Fraction
 import numpy as np
 from mutate import mutate_bytes, put, replace_by
 
+from tests.told import Told
+
 from . import common  # noqa: F401
 
 NAME = "media"
@@ -135,7 +137,7 @@ def case(state, rng, folder):
                 return "sound of another form"
         else:
             dtype = torch.uint8 if limit % 3 else torch.float32
-            clip = read_video(path, limit, fps=fps, size=size, step=step, dtype=dtype, on_note=notes.append)
+            clip = read_video(path, limit, fps=fps, size=size, step=step, dtype=dtype, events=Told(notes))
             if clip.dtype != dtype or clip.ndim != 4 or clip.shape[3] != 3 or len(clip) < 1:
                 return f"a clip of another form: {clip.dtype} {list(clip.shape)}"
             if size is not None and tuple(clip.shape[1:3]) != size[::-1]:

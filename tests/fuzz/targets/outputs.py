@@ -7,6 +7,8 @@ import os
 import numpy as np
 import torch
 
+from tests.told import Told
+
 from . import common  # noqa: F401
 
 NAME = "outputs"
@@ -109,7 +111,7 @@ def case(state, rng, folder):
             if kind != "latent" and _seen(folder) != before:
                 return "a refusal left something"
             raise
-        if len(read_video(target, on_note=lambda _: None)) != frames:
+        if len(read_video(target, events=Told())) != frames:
             return "the video is not whole"
         after = _seen(folder)
         new = set(after) - set(before)
