@@ -266,7 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=ON_NAN,
         default="heal",
         help=(
-            "if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the "
+            "if something is NaN or Inf on the way: go on from there in a safer precision, or stop and name the "
             "module (default: heal)"
         ),
     )

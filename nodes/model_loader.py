@@ -75,7 +75,7 @@ class ModelLoader(Node):
                     {
                         "default": "auto",
                         "tooltip": (
-                            "Where the weights are while they run. auto: the fastest way that fits the video and the "
+                            "Where the weights are while they run. auto: the fastest mode that fits the video and the "
                             "card; the report has what each takes. gpu: all on the card. offload_blocks, "
                             "offload_layers: in the computer's memory, brought to the card piece by piece: slower, in "
                             "much less of the card's memory, and the same video. cpu: not on the card at all."

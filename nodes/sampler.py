@@ -109,7 +109,7 @@ class Sampler(Node):
                     {
                         "default": "heal",
                         "tooltip": (
-                            "If a step gives NaN or Inf. heal: repeat that step in the next safer way to run, finish "
+                            "If a step gives NaN or Inf. heal: repeat that step in the next safer precision, finish "
                             "the run, and say so. stop: an error that names the module."
                         ),
                     },
