@@ -7,8 +7,9 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .words import reason, short
 
@@ -19,7 +20,7 @@ MAX_TEXT = 64 << 20
 MAX_NESTING = 100
 
 
-def open_regular(path: Path, as_what: str = "") -> BinaryIO:
+def open_regular(path: Path, as_what: str = "") -> FileIO:
     """Open a file for reading, unbuffered, if it is a regular one: a pipe or device where a file is expected would wait
     for ever, or never end.
 

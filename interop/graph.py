@@ -9,9 +9,9 @@ import copy
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cogvideox.words import short
 
@@ -148,7 +148,8 @@ class Graph:
     def origin(self, wire: Wire | None) -> Wire | None:
         """The output at the beginning of an old wire, past nodes that only pass it on; None if nothing that is switched
         on."""
-        seen, found = {}, None
+        seen: dict[tuple, None] = {}
+        found = None
         while wire is not None and wire.key not in seen:
             if wire.key in self._origins:
                 found = self._origins[wire.key]
@@ -170,17 +171,20 @@ class Graph:
 
     def before(self, node: Node, slot: int) -> Wire | None:
         """What a node that passes something on is given."""
+        source: Node | None = node
         if node.kind == "GetNode":
             name = _first(node)
-            node = self._named.get(name) if isinstance(name, str) else None
-        if node is None or node.raw.get("mode") != BYPASSED:
-            return next(iter(node.wires.values()), None) if node is not None else None
-        wanted = _type(node.raw.get("outputs"), slot)
+            source = self._named.get(name) if isinstance(name, str) else None
+        if source is None:
+            return None
+        if source.raw.get("mode") != BYPASSED:
+            return next(iter(source.wires.values()), None)
+        wanted = _type(source.raw.get("outputs"), slot)
         return next(
             (
                 wire
-                for name, wire in node.wires.items()
-                if wanted is not None and _type(node.raw.get("inputs"), name) == wanted
+                for name, wire in source.wires.items()
+                if wanted is not None and _type(source.raw.get("inputs"), name) == wanted
             ),
             None,
         )
@@ -247,7 +251,10 @@ class _Page(Graph):
         return data
 
     def _wire(self, link) -> Wire | None:
-        return Wire(*self.links[link][:2], link) if type(link) is int and link in self.links else None
+        if type(link) is not int or link not in self.links:
+            return None
+        origin, slot, _ = self.links[link]
+        return Wire(origin, slot, link)
 
     def _old_link(self, id_: int) -> dict:
         """What a link that was there says beside its ends."""
@@ -263,7 +270,7 @@ class _Page(Graph):
             widgets = {"seed": widgets["seed"], AFTER_SEED: node.values[AFTER_SEED]} | widgets
         inputs = []
         for entry in kind.inputs:
-            socket = {"name": entry.name, "type": entry.type, "link": None}
+            socket: dict[str, Any] = {"name": entry.name, "type": entry.type, "link": None}
             socket |= {"shape": 7} if entry.optional else {}
             inputs.append(socket | ({"widget": {"name": entry.name}} if entry.default is not None else {}))
         in_place = node.id in self.nodes
@@ -309,12 +316,12 @@ class _Page(Graph):
                 )
                 source = by_id.get(wire.node) if wire is not None else None
                 why = None if node or old is None else "" if source else "what was connected is left out"
-                type_ = _type(source.get("outputs"), wire.slot) if source else None
+                type_ = _type(source.get("outputs"), wire.slot) if source and wire else None
                 if why == "" and type_ in _OWN_TYPES and socket.get("type") not in (type_, "*"):
                     source, why = None, f"it takes a {short(socket.get('type'))}, and this pack has a {type_}"
                 if why:
                     changes.say(self.nodes[id_], f"{short(_name(socket))} is not connected any more: {why}.")
-                if source is None:
+                if source is None or wire is None:
                     if node or old is not None:
                         socket["link"] = None
                     continue
@@ -378,7 +385,7 @@ class _Api(Graph):
         return next(id_ for _ in itertools.count() if (id_ := str(super(_Api, self).new_id())) not in self.data)
 
     def write(self, changes: Changes) -> dict:
-        data = {}
+        data: dict[Any, Any] = {}
         for id_, raw in self.data.items():
             if id_ in changes.made:
                 data[id_] = self._describe(changes.made[id_])
@@ -397,8 +404,10 @@ class _Api(Graph):
             **({"_meta": title} if title is not None and node.id in self.nodes else {}),
         }
 
-    def _rewire(self, node: Node, changes: Changes) -> dict:
-        inputs = dict(node.raw["inputs"]) if node.wires else None
+    def _rewire(self, node: Node, changes: Changes) -> Mapping:
+        if not node.wires:
+            return node.raw
+        inputs = dict(node.raw["inputs"])
         for name, wire in node.wires.items():
             now = changes.resolve(wire)
             type_ = (
@@ -415,7 +424,7 @@ class _Api(Graph):
                 del inputs[name]
             elif now.key != wire.key:
                 inputs[name] = [now.node, now.slot]
-        return node.raw if inputs is None else {**node.raw, "inputs": inputs}
+        return {**node.raw, "inputs": inputs}
 
 
 class _Places:
@@ -457,7 +466,7 @@ class _Places:
         insort(self.taken, (x, y, width, height), key=_top)
         return [x, y]
 
-    def above(self, size: list[float]) -> list[float]:
+    def above(self, size: Sequence[float]) -> list[float]:
         """A place over everything, at the left."""
         everything = self.taken + self.groups
         return [
@@ -550,8 +559,10 @@ def _type(sockets, which: int | str):
 def _pair(value, default: float = 0) -> tuple[float, float]:
     """Two numbers of the page's, which writes them as a list or as an object with the keys 0 and 1."""
     pair = [value.get("0"), value.get("1")] if isinstance(value, dict) else value[:2] if isinstance(value, list) else []
-    good = len(pair) == 2 and all(
-        type(number) is int or (type(number) is float and math.isfinite(number)) for number in pair
-    )
     # Numbers of hundreds of digits cannot be added to others.
-    return tuple(max(-1e18, min(number, 1e18)) for number in pair) if good else (default, default)
+    numbers = [
+        max(-1e18, min(number, 1e18))
+        for number in pair
+        if type(number) is int or (type(number) is float and math.isfinite(number))
+    ]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else (default, default)

@@ -189,8 +189,7 @@ class Loaders(Conversion):
             self.not_needed.append(f"{node.where}: attention_mode {attention} (PyTorch's own gives the same)")
         return False
 
-    # LoRAs
-    # ---------------------------------------------------------------------------------------------------------------------------------------
+    # --- LoRAs ---
 
     def lora_chain(self, loader: Node) -> list[tuple[Node, float]]:
         """The LoRAs that a loader is given, in the order in which they were chosen, and what their strengths are
@@ -258,8 +257,7 @@ class Loaders(Conversion):
             self.not_needed.append(f"{node.where}: fuse_lora")
         return self.make("CogVideoX15LoraLoader", node, values, wires)
 
-    # Faster
-    # --------------------------------------------------------------------------------------------------------------------------------------
+    # --- Faster ---
 
     def faster(self, sampler: Node) -> Wire | None:
         """A sampler's model, with the cache and the compiling that are its own or its loader's: one chain for all
@@ -407,8 +405,7 @@ class Loaders(Conversion):
             text += "; only torch's inductor is here"
         self.say(place, f"{text}.")
 
-    # The VAE
-    # -------------------------------------------------------------------------------------------------------------------------------------
+    # --- The VAE ---
 
     def vae_loader(self, node: Node) -> None:
         """A VAE in a file of its own is chosen in the model loader that it is used with."""

@@ -171,8 +171,7 @@ class _Migration(Samplers):
         elif node.kind != "CogVideoXVAELoader":
             self.say(node, f"left out. {tables.LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
 
-    # What is refused
-    # -----------------------------------------------------------------------------------------------------------------------------
+    # --- What is refused ---
 
     def refuse(self) -> None:
         """Stop where the new workflow would not make the video that the old one made."""
@@ -241,7 +240,7 @@ class _Migration(Samplers):
         start = self.graph.trace(sampler.wires.get("samples"))
         for node in (image, start):
             mask = None if node is None else self.graph.trace(node.wires.get("mask"))
-            if mask is not None and node.kind in tables.ENCODERS:
+            if node is not None and mask is not None and node.kind in tables.ENCODERS:
                 yield "an inpainting mask", mask, "Delete or mute it"
         known = (*tables.ENCODERS, "CogVideoSampler", *tables.EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:

@@ -91,8 +91,8 @@ class _SatConfig:
 
     file: Path
     text: str
-    root: object
-    args: object
+    root: Any
+    args: Any
     values: Mapping
     entries: Mapping[str, list]
 
@@ -222,7 +222,8 @@ def _value(node) -> Any:
 def _mapping(node) -> dict:
     if node.tag != _MAP:
         raise ValueError(f"it has the tag {short(node.tag)}")
-    merged, own = {}, {}
+    merged: dict = {}
+    own: dict = {}
     for key, value in node.value:
         if key.tag == _MERGE:
             sources = value.value if value.id == "sequence" else [value]
@@ -317,7 +318,7 @@ def _identify(config: _SatConfig) -> tuple[_Model, list[Finding]]:
     SAT is given the model's config beside the inference.yaml on its command line, which is not to be seen here; so the
     places where that config, or the weights, usually are are looked at in turn.
     """
-    said = []
+    said: list[Finding] = []
 
     def known(variants: list[Variant], source: str) -> _Model:
         names = dict.fromkeys(variant.name for variant in variants)
@@ -546,8 +547,7 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
     return [*said, Finding(where, "warning", reason, "Set bf16: True instead, unless the model is CogVideoX-2b.")]
 
 
-# --- Changing the flags in the text
-# -------------------------------------------------------------------------------------------------
+# --- Changing the flags in the text ---
 
 _Edit = tuple[int, int, str]  # replace text[start:end]
 _LINE_END = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # YAML's own

@@ -126,7 +126,8 @@ class _Fields:
 
     def number(self, name: str, default: int | None = None, also: str | None = None, most: int = _LARGEST) -> int:
         """A whole number of at least 1; ``also`` is another name that transformers knows it by."""
-        name = also if also in self._config and name not in self._config else name
+        if also is not None and also in self._config and name not in self._config:
+            name = also
         value = self._config.get(name, default)
         if type(value) is not int or not 1 <= value <= most:
             raise self.odd(name, f"a whole number from 1 to {most:,}")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -237,7 +238,8 @@ class _Reader:
             _Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK)
         )
         self._lock = threading.Lock()
-        self._file = self._run = None
+        self._file: FileIO | None = None
+        self._run: _Run | None = None
         self._stopped = False
 
     def fill(self, buffer: memoryview) -> _Block | None:
@@ -246,11 +248,10 @@ class _Reader:
             block = None if self._stopped else next(self._blocks, None)
             if block is None:
                 return None
-            if self._run is not block.run:
-                self._begin(block.run)
+            file = self._at(block.run)
             done = 0
             while done < block.nbytes:
-                count = self._file.readinto(buffer[done : block.nbytes])
+                count = file.readinto(buffer[done : block.nbytes])
                 if not count:
                     raise ValueError(
                         f"{block.run.file} ended while its weights were read: it is truncated or being written. "
@@ -266,12 +267,16 @@ class _Reader:
         with self._lock:
             self._close()
 
-    def _begin(self, run: _Run) -> None:
-        if self._run is None or self._run.file != run.file:
+    def _at(self, run: _Run) -> FileIO:
+        """The file of a run, open where its next block begins."""
+        file = self._file
+        if file is None or self._run is None or self._run.file != run.file:
             self._close()
-            self._file = run.file.open("rb", buffering=0)
-        self._file.seek(run.starts[0])
-        self._run = run
+            self._file = file = run.file.open("rb", buffering=0)
+        if self._run is not run:
+            file.seek(run.starts[0])
+            self._run = run
+        return file
 
     def _close(self) -> None:
         if self._file is not None:
@@ -351,7 +356,7 @@ def _work(reader: _Reader, target: torch.dtype, tally: _Tally, on_block: Callabl
     # torch's memory begins at a multiple of 64 bytes and numpy's at one of 16: reading into the latter takes twice as
     # long.
     buffer, mask = (torch.empty(_BLOCK, dtype=dtype, device="cpu").numpy() for dtype in (torch.uint8, torch.bool))
-    view = memoryview(buffer)
+    view = buffer.data
     try:
         while (block := reader.fill(view)) is not None:
             patterns = buffer[: block.nbytes].view(_UNSIGNED[block.run.dtype.itemsize])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TRAINED_STEPS
 from ..words import short
@@ -49,7 +50,7 @@ class _Field:
     bound: str = ""
     multiple: int = 1
 
-    def allows(self, value: object, limit: float = math.inf) -> bool:
+    def allows(self, value: Any, limit: float = math.inf) -> bool:
         if value is None:
             return self.null
         if self.many:
@@ -57,7 +58,7 @@ class _Field:
             return right and all(self._allows_one(entry, limit) for entry in value)
         return self._allows_one(value, limit)
 
-    def _allows_one(self, value: object, limit: float) -> bool:
+    def _allows_one(self, value: Any, limit: float) -> bool:
         # By the exact type: true is an int in Python, and no number in a config.
         if type(value) not in {"whole": (int,), "number": (int, float), "flag": (bool,), "text": (str,)}[self.kind]:
             return False
@@ -79,8 +80,8 @@ class _Field:
             one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (
                 f", a multiple of {self.multiple}" if self.multiple > 1 else ""
             )
-        listed = {False: one, True: f"a list, each {one}"}.get(self.many, f"a list of {self.many}, each {one}")
-        return f"{listed}{', or null' if self.null else ''}"
+        lists: Mapping[bool | int, str] = {False: one, True: f"a list, each {one}"}
+        return f"{lists.get(self.many, f'a list of {self.many}, each {one}')}{', or null' if self.null else ''}"
 
 
 def _whole(low: int, high: int, **more) -> _Field:
@@ -246,8 +247,8 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         # Python prints no number of more than 4,300 digits.
         return f"a number of about {int(value.bit_length() * math.log10(2))} digits"
-    kind = {str: "the text ", list: "the list ", dict: "the object "}.get(type(value), "")
-    return kind + short(value if isinstance(value, list | dict) else repr(value))
+    kinds: Mapping[type, str] = {str: "the text ", list: "the list ", dict: "the object "}
+    return kinds.get(type(value), "") + short(value if isinstance(value, list | dict) else repr(value))
 
 
 def _odd_transformer(config: Mapping) -> str:

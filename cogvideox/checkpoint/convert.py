@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
@@ -179,7 +180,7 @@ def convert_checkpoint(
     """
     destination = Path(destination).expanduser().absolute()
     single = destination.suffix.lower() == ".safetensors"
-    if dtype not in (None, *TARGETS):
+    if dtype is not None and dtype not in TARGETS:
         raise ValueError(
             f"The weights were to be cast to {dtype_name(dtype)}, which no part can run in. Choose "
             f"{', '.join(TARGETS.values())}, or none of them to keep what is stored."
@@ -194,7 +195,7 @@ def convert_checkpoint(
     _check_space(destination, nbytes)
 
     progress = _Progress(sum(plan.bytes_to_copy + plan.bytes_to_scan for plan in plans), on_progress)
-    audits = {plan.part.kind: _audit(plan, dtype, progress) for plan in plans if plan.to_scan}
+    audits = {} if dtype is None else {plan.part.kind: _audit(plan, dtype, progress) for plan in plans if plan.to_scan}
     with _disk_errors(destination), _whole_or_nothing(destination, single) as partial:
         for plan in plans:
             for file in plan.files:
@@ -226,7 +227,8 @@ class _File:
 
     @cached_property
     def header(self) -> bytes:
-        entries, end = {"__metadata__": dict(self.metadata)}, 0
+        entries: dict[str, Any] = {"__metadata__": dict(self.metadata)}
+        end = 0
         for name, stored in self.tensors.items():
             wanted, begin = _wanted(stored, self.dtype), end
             end += prod(stored.shape) * wanted.itemsize
@@ -386,7 +388,7 @@ def _bytes_as(stored: StoredTensor, dtype: torch.dtype | None) -> int:
     return prod(stored.shape) * _wanted(stored, dtype).itemsize
 
 
-def _pieces(file: BinaryIO, stored: StoredTensor, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+def _pieces(file: FileIO, stored: StoredTensor, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
     """The bytes of a tensor, each piece at the start of ``buffer``."""
     for offset, nbytes in stored.ranges:
         with _source_errors(stored.file):
@@ -400,7 +402,7 @@ def _pieces(file: BinaryIO, stored: StoredTensor, buffer: torch.Tensor) -> Itera
 
 
 def _widened(
-    name: str, file: BinaryIO, stored: StoredTensor, scale: StoredTensor | None, wanted: torch.dtype
+    name: str, file: FileIO, stored: StoredTensor, scale: StoredTensor | None, wanted: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, int]]:
     """A packed tensor in ``wanted``, some rows at a time, each with the bytes it was read from.
 
@@ -430,7 +432,7 @@ def _widened(
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _audit(plan: _Plan, dtype: torch.dtype, progress: "_Progress") -> WeightAudit:

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -80,7 +80,7 @@ class RemoteFile:
 
     Attributes:
         path: within the repository, with ``/``.
-        size: in bytes.
+        size: in bytes; -1 if the hub does not say it.
         sha256: of its content, for a file in Git LFS (all weights are).
         blob_id: git's SHA-1 of it, for any other file.
     """
@@ -267,7 +267,7 @@ def _list_files(hub: _Hub, on_wait: Callable[[], None]) -> tuple[str, list[Remot
             f"({reason(error)}), so nothing can be downloaded. A network that asks for a login in the browser does "
             "that, and so does a wrong HF_ENDPOINT. Open the address in a browser, then download again."
         ) from error
-    names = {file.path for file in files if file.size is not None}
+    names = {file.path for file in files if file.size >= 0}
     absent = [name for name in ("model_index.json", _LAST) if name not in names]
     absent += [f"{name}/" for name in _FOLDERS if not any(path.startswith(f"{name}/") for path in names)]
     if absent or len(names) < len(files):
@@ -303,11 +303,12 @@ def _needed_files(listing: Any) -> list[RemoteFile]:
         size = (large or entry).get("size")
         if size is not None and (type(size) is not int or size < 0):
             raise ValueError(f"it gives {short(path)} {short(size)} bytes")
-        sha256, blob_id = large and large.get("sha256"), entry.get("blobId")
+        sha256: Any = large.get("sha256") if large else large
+        blob_id: Any = entry.get("blobId")
         for checksum, form in ((sha256, _SHA256), (blob_id, _SHA1)):
             if checksum is not None and not (isinstance(checksum, str) and form.fullmatch(checksum)):
                 raise ValueError(f"it gives {short(path)} the checksum {short(checksum)}")
-        file = RemoteFile(path, size, sha256, None if large else blob_id)
+        file = RemoteFile(path, -1 if size is None else size, sha256, None if large else blob_id)
         # Windows and macOS take names that differ in case for one.
         if files.setdefault(path.casefold(), file) != file:
             raise ValueError(f"it has {short(path)} twice")
@@ -356,7 +357,10 @@ def _check_space(repository: str, missing: list[RemoteFile], target: Path) -> No
 
 
 def _fetch(
-    file: RemoteFile, target: Path, blocks: Callable[[int], Iterator[tuple[int, bytes]]], report: Callable[[int], None]
+    file: RemoteFile,
+    target: Path,
+    blocks: Callable[[int], Generator[tuple[int, bytes], None, None]],
+    report: Callable[[int], None],
 ) -> None:
     """Bring one file into its ``.part``, going on from what that holds; check it; give it its name.
 
@@ -401,7 +405,9 @@ def _fetch(
     )
 
 
-def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], start: int) -> Iterator[tuple[int, bytes]]:
+def _receive(
+    hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], start: int
+) -> Generator[tuple[int, bytes], None, None]:
     """A file's bytes from ``start`` on, as ``(position, block)``, over as many connections as it takes.
 
     Position 0 out of turn means that the server sends the whole file though only the rest was asked for. ``on_wait`` is
@@ -409,7 +415,7 @@ def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], sta
     """
     waits, furthest = iter(_RETRY_WAITS), start
     while start < size:
-        failure = None
+        failure: _PassingError | None = None
         try:
             with closing(_read(hub, url, partial(on_wait, start), start)) as arriving:
                 for position, block in arriving:
@@ -423,10 +429,10 @@ def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], sta
             return
         if start - furthest >= _BLOCK:
             waits, furthest = iter(_RETRY_WAITS), start
-        wait = next(waits, None)
-        if wait is None:
+        next_wait = next(waits, None)
+        if next_wait is None:
             raise failure or _PassingError(hub.broken(f"{short(url, 400)} ended after {start} of {size} bytes"))
-        wait = max(wait, failure.wait if failure else 0)
+        wait = max(next_wait, failure.wait if failure else 0)
         cause = "no reason given" if failure is None else reason(failure.__cause__ or failure)
         logger.warning(
             "%s broke off at %d of %d bytes; going on in %g s (%s)", short(url, 400), start, size, wait, cause
@@ -439,7 +445,7 @@ def _receive(hub: _Hub, url: str, size: int, on_wait: Callable[[int], None], sta
 
 def _read(
     hub: _Hub, url: str, on_wait: Callable[[], None], start: int = 0, at_once: bool = False
-) -> Iterator[tuple[int, bytes]]:
+) -> Generator[tuple[int, bytes], None, None]:
     """What an address answers, from byte ``start`` on or from the first, as ``(position, block)``.
 
     Args:
@@ -503,7 +509,9 @@ class _Answer:
             return None
 
 
-def _transfer(session: Any, url: str, headers: Mapping[str, str], timeout: float) -> Iterator[_Answer | bytes]:
+def _transfer(
+    session: Any, url: str, headers: Mapping[str, str], timeout: float
+) -> Generator[_Answer | bytes, None, None]:
     """GET, with requests (huggingface_hub before 1.0) or httpx (since): the head of the answer, then its bytes as they
     come.
 
@@ -572,7 +580,9 @@ def _decoded(blocks: Iterable[bytes], encoding: str | None) -> Iterator[bytes]:
 _T = TypeVar("_T")
 
 
-def _apart(make: Callable[[], Iterator[_T]]) -> Iterator[tuple[_T | BaseException | None, float]]:
+def _apart(
+    make: Callable[[], Generator[_T, None, None]],
+) -> Generator[tuple[_T | BaseException | None, float], None, None]:
     """What an iterator gives, or raises, made in a thread of its own, each with the seconds it was waited for; None
     while nothing comes.
 

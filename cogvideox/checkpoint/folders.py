@@ -44,8 +44,7 @@ _SAT_ABOVE = 4
 _CONFIG_BYTES = 1 << 20
 
 
-# --- Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------------
+# --- Checkpoints ---
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _folder_place(path: Path) -> Place:
 
 def _sat_place(path: Path, weights: Path) -> Place:
     above = Path(os.path.abspath(weights)).parents
-    notes = ()
+    notes: tuple[str, ...] = ()
     if path not in (weights, weights.parent) and len(steps := sat_steps(weights.parent.parent)) > 1:
         notes = (f"{weights.parent.parent} holds {len(steps)} training steps: read is {weights.parent.name}.",)
     if os.path.lexists(weights.with_name("mp_rank_01_model_states.pt")):
@@ -245,7 +244,7 @@ def may_be_checkpoint(names: Iterable[str]) -> bool:
 def is_shard(name: str) -> bool:
     """Whether a file of weights is one of several, by its name."""
     match = _WEIGHTS.fullmatch(name) if "-of-" in name else None
-    return bool(match and match["number"]) and int(match["count"]) > 1
+    return match is not None and bool(match["number"]) and int(match["count"]) > 1
 
 
 def _is_transformer_folder(folder: Path) -> bool:
@@ -277,11 +276,16 @@ def sat_step(folder: Path) -> Path | None:
 def sat_steps(folder: Path) -> list[Path]:
     """The weights of all training steps in a folder, in their order."""
     files = [inner / _SAT_WEIGHTS for inner in _subfolders(folder) if os.path.isfile(inner / _SAT_WEIGHTS)]
-    return sorted(files, key=lambda file: (int(re.search(r"(\d{0,18})$", file.parent.name)[1] or -1), file.parent.name))
+    return sorted(files, key=lambda file: (_last_number(file.parent.name), file.parent.name))
 
 
-# --- Paths
-# ---------------------------------------------------------------------------------------------------------------------------------
+def _last_number(name: str) -> int:
+    """The number that a name ends in, -1 if in none."""
+    found = re.search(r"\d{1,18}$", name)
+    return int(found[0]) if found else -1
+
+
+# --- Paths ---
 
 
 def meant_path(path: Path | str, kind: str = "transformer") -> Path:
@@ -377,8 +381,7 @@ def _folder_of(file: Path, kind: str) -> Path | None:
     return None
 
 
-# --- The Hugging Face cache
-# ----------------------------------------------------------------------------------------------------------------
+# --- The Hugging Face cache ---
 
 
 def hub_cache() -> Path:
@@ -443,8 +446,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-# --- Weights
-# -------------------------------------------------------------------------------------------------------------------------------
+# --- Weights ---
 
 #: Variants that files are named after, the most exact first; the plain file comes before all of them.
 _VARIANTS = (
@@ -538,10 +540,10 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
         raise _no_weights(here, name)
     best, *rivals = ranked[min(ranked)]
     if rivals:
-        found = listed((one.label for one in (best, *rivals)), 5)
+        labels = listed((one.label for one in (best, *rivals)), 5)
         raise ValueError(
             f"{here} should hold the {name}'s weights in one file or in shards with an index, and it is not known "
-            f"which of these is meant: {found}. Keep exactly one set, or give the path of the file."
+            f"which of these is meant: {labels}. Keep exactly one set, or give the path of the file."
         )
     if best.wrong:
         raise ValueError(best.wrong)
@@ -639,8 +641,7 @@ def _is_usual(stem: str) -> bool:
     return stem.lower() in _USUAL
 
 
-# --- Small things
-# --------------------------------------------------------------------------------------------------------------------------
+# --- Small things ---
 
 
 def _names(folder: Path) -> list[str]:

@@ -89,7 +89,7 @@ def read_blocks(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, St
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.([A-Z0-9_]+)_qweight", name)
         number = _numbers(path).get(match[2]) if match else None
-        if number is not None:
+        if match and number is not None:
             name, tensor = f"{match[1]}.weight", _unpacked(path, name, number, tensor)
             if name in tensors:
                 raise ValueError(

@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -119,7 +120,7 @@ class StoredTensor(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, open for reading, and its size.
 
     Raises:
@@ -212,12 +213,12 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     with open_regular(stored.file) as file:
         for offset, nbytes in stored.ranges:
             file.seek(offset)
-            fill(file, memoryview(data.numpy())[done : done + nbytes], stored.file)
+            fill(file, data.numpy().data[done : done + nbytes], stored.file)
             done += nbytes
     return data.view(stored.dtype).view(stored.raw_shape)
 
 
-def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
+def fill(file: FileIO, view: memoryview, path: Path) -> None:
     """Read from ``file``, unbuffered, until ``view`` is full.
 
     Raises:
@@ -281,8 +282,10 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        again = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{short(again)} stands in it twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{short(name)} stands in it twice")
+            seen.add(name)
     return found
 
 
@@ -299,7 +302,7 @@ class _Damaged(Exception):
     """What is wrong with a header."""
 
 
-def _entry(path: Path, data_start: int, name: str, value: object) -> StoredTensor:
+def _entry(path: Path, data_start: int, name: str, value: Any) -> StoredTensor:
     try:
         kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = begin, end, *shape

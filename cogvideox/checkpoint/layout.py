@@ -317,11 +317,11 @@ def _open_part(here: Path, kind: str) -> Part:
     if isinstance(packing, dict) and packing.get("quant_method"):
         raise packed_error(short(packing["quant_method"]), here, "its config.json says so")
     chosen = choose_weights(here, kind, name, _EXACT if kind == "transformer" and _is_2b(config) else ())
-    tensors: dict[str, StoredTensor] = {}
+    read: dict[str, StoredTensor] = {}
     for file in chosen.files:
-        tensors |= read_any_header(file)
-    check_unpacked(tensors, here)
-    tensors, lora = split_lora(tensors)
+        read |= read_any_header(file)
+    check_unpacked(read, here)
+    tensors, lora = split_lora(read)
     tensors = module_tensors(kind, unwrapped(kind, tensors, here))
     check_config(kind, config, config_file, tensors)
     part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=chosen.note)

@@ -156,7 +156,8 @@ class Target:
 
 def _tables() -> tuple[dict[str, tuple[Target, ...]], dict[str, tuple[Target, ...]]]:
     """Names of layers with underscores -> the layers: of those in a block (``#`` for its number) and of the others."""
-    block, others = {}, {}
+    block: dict[str, tuple[Target, ...]] = {}
+    others: dict[str, tuple[Target, ...]] = {}
     for layer in _BLOCK_LAYERS:
         name = f"transformer_blocks.#.{layer}"
         for alias in (name, comfy_name(name.replace("#", "0")).replace("blocks.0", "blocks.#"), f"blocks.#.{layer}"):
@@ -501,7 +502,8 @@ def _layer(path: str, number: int | None) -> tuple[str, tuple[Target, ...]]:
     """What is around the name of a layer, with underscores, and the layers; none if it is no layer of a CogVideoX
     transformer."""
     flat = _flat(_WRAPPERS.sub("", _flat(path))).strip("_")
-    around, targets = "", ()
+    around = ""
+    targets: tuple[Target, ...] = ()
     for match in _BLOCK.finditer(flat):
         targets = _IN_BLOCKS.get(f"{match[1]}_#_{flat[match.end() :]}", ())
         if targets:
@@ -655,8 +657,7 @@ def _number(value: Any, what: str, where: str) -> float:
     return float(value)
 
 
-# --- Settings
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Settings ---
 
 #: What settings of peft mean a change that two halves do not show -> what to call it.
 _MORE_THAN_LORA = {
@@ -900,8 +901,12 @@ class _Pattern:
             texts = [group[1] + choice + group[3] for choice in group[2].split("|")]
         else:
             texts = [text] if whole else text.split("|")
-        choices = [_steps(choice) for choice in texts]
-        if len(choices) > 30 or any(choice is None or sum(many for *_, many in choice) > 5 for choice in choices):
+        choices = [steps for choice in texts if (steps := _steps(choice)) is not None]
+        if (
+            len(texts) > 30
+            or len(choices) < len(texts)
+            or any(sum(many for *_, many in steps) > 5 for steps in choices)
+        ):
             return None
         return cls(None, tuple(choices), whole)
 

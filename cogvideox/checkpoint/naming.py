@@ -49,7 +49,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     Raises:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
-    found = []
+    found: list[FoundPart] = []
     tensors, lora = split_lora(_without_wrappers(tensors))
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers, file):

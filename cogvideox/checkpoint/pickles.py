@@ -10,6 +10,7 @@ claims.
 import pickletools
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -216,8 +217,7 @@ class _Foreign(Exception):
     """The name that a pickle asks for, of what does not belong beside weights."""
 
 
-# --- The archive
-# ---------------------------------------------------------------------------------------------------------------------------
+# --- The archive ---
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,7 @@ def _read(file: BinaryIO, info: zipfile.ZipInfo | None, places: dict[str, tuple[
     return content
 
 
-# --- The pickle
-# ----------------------------------------------------------------------------------------------------------------------------
+# --- The pickle ---
 
 
 class _Name(NamedTuple):
@@ -346,8 +345,7 @@ class _Inert:
     """What a call would make that is no tensor."""
 
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": _Inert}
+#: Instructions whose argument is the value.
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *(
@@ -362,8 +360,6 @@ _VALUES = {
         "SHORT_BINSTRING",
     ),
 }
-_GET, _PUT = {"BINGET", "LONG_BINGET"}, {"BINPUT", "LONG_BINPUT"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _follow(pickle: bytes) -> Any:
@@ -396,50 +392,29 @@ class _Program:
         return self.stack[-1]
 
     def step(self, name: str, argument: Any) -> None:
-        stack, memo = self.stack, self.memo
-        if name in _PUT:
-            memo[argument] = stack[-1]
-        elif name in _VALUES:
-            stack.append(argument)
-        elif name in _GET:
-            stack.append(memo[argument])
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name in _TUPLES:
-            stack.append(tuple(self.pop(len(stack) - _TUPLES[name])))
-        elif name == "TUPLE":
-            stack.append(tuple(self.marked()))
-        elif name == "REDUCE" or name == "NEWOBJ":
-            function, arguments = self.pop(len(stack) - 2)
-            stack.append(_call(function, arguments))
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name == "GLOBAL":
-            stack.append(_named(argument.replace(" ", ".", 1)))
-        elif name == "STACK_GLOBAL":
-            module, inner = self.pop(len(stack) - 2)
-            stack.append(_named(f"{module}.{inner}"))
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name == "SETITEM":
-            self.set_items(self.pop(len(stack) - 2))
-        elif name == "SETITEMS":
-            self.set_items(self.marked())
-        elif name == "APPEND":
-            self.append(self.pop(len(stack) - 1))
-        elif name in ("APPENDS", "ADDITEMS"):
-            self.append(self.marked())
-        elif name == "BUILD":
-            # The state of an OrderedDict (its _metadata) or of what is no tensor.
-            stack.pop()
-        elif name == "POP":
-            stack.pop()
-        elif name not in ("PROTO", "FRAME", "STOP"):
+        if name in _VALUES:
+            self.stack.append(argument)
+        elif name in _STEPS:
+            _STEPS[name](self, argument)
+        elif name not in _FRAME:
             raise _Damaged(f"its list of tensors has the instruction {name}, which torch.save does not write")
+
+    def remember(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    def make(self, count: int) -> None:
+        """Replace the last values by the tuple of them."""
+        self.stack.append(tuple(self.pop(len(self.stack) - count)))
+
+    def name(self) -> None:
+        """Replace a module and a name in it by what they name."""
+        module, inner = self.pop(len(self.stack) - 2)
+        self.stack.append(_named(f"{module}.{inner}"))
+
+    def call(self) -> None:
+        """Replace a function and its arguments by what the call would make."""
+        function, arguments = self.pop(len(self.stack) - 2)
+        self.stack.append(_call(function, arguments))
 
     def pop(self, start: int) -> list[Any]:
         """Take off the stack what lies from ``start`` on."""
@@ -459,6 +434,39 @@ class _Program:
     def append(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
+
+
+#: What each instruction does. Nothing else is done, whatever a pickle says.
+_STEPS: Mapping[str, Callable[[_Program, Any], Any]] = {
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Program.remember),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda program, place: program.stack.append(program.memo[place])),
+    "MEMOIZE": lambda program, _: program.remember(len(program.memo)),
+    "MARK": lambda program, _: program.marks.append(len(program.stack)),
+    "TUPLE": lambda program, _: program.stack.append(tuple(program.marked())),
+    "TUPLE1": lambda program, _: program.make(1),
+    "TUPLE2": lambda program, _: program.make(2),
+    "TUPLE3": lambda program, _: program.make(3),
+    "NONE": lambda program, _: program.stack.append(None),
+    "NEWTRUE": lambda program, _: program.stack.append(True),
+    "NEWFALSE": lambda program, _: program.stack.append(False),
+    "EMPTY_DICT": lambda program, _: program.stack.append({}),
+    "EMPTY_LIST": lambda program, _: program.stack.append([]),
+    "EMPTY_TUPLE": lambda program, _: program.stack.append(()),
+    "EMPTY_SET": lambda program, _: program.stack.append(_Inert()),
+    "GLOBAL": lambda program, path: program.stack.append(_named(path.replace(" ", ".", 1))),
+    "STACK_GLOBAL": lambda program, _: program.name(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda program, _: program.call()),
+    "BINPERSID": lambda program, _: program.stack.append(_storage(program.stack.pop())),
+    "SETITEM": lambda program, _: program.set_items(program.pop(len(program.stack) - 2)),
+    "SETITEMS": lambda program, _: program.set_items(program.marked()),
+    "APPEND": lambda program, _: program.append(program.pop(len(program.stack) - 1)),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda program, _: program.append(program.marked())),
+    # The state of an OrderedDict (its _metadata) or of what is no tensor.
+    "BUILD": lambda program, _: program.stack.pop(),
+    "POP": lambda program, _: program.stack.pop(),
+}
+#: Instructions that only frame the others.
+_FRAME = ("PROTO", "FRAME", "STOP")
 
 
 def _put(target: dict, pairs: Any) -> None:
@@ -513,7 +521,7 @@ def _ordered(pairs: Any = ()) -> dict:
     return made
 
 
-_CALLS = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda sizes=(): tuple(sizes),
     "collections.OrderedDict": _ordered,
     "torch._utils._rebuild_tensor": _tensor,
