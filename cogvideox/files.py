@@ -54,7 +54,10 @@ def unreadable(path: Path, error: Exception, as_what: str = "") -> str:
         if os.path.islink(path) and not os.path.exists(path)
         else None
     )
-    return f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or download the file again."
+    return (
+        f"{short(path, 400)} cannot be read{as_what} ({link or reason(error)}). Check the path and your rights, or "
+        "download the file again."
+    )
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:

@@ -366,7 +366,10 @@ class Loaders(Conversion):
         name, method = _CACHE_NAMES[place.kind], values["method"]
         text = f"{name} became the node CogVideoX-1.5 Cache with {method}, strength {values['strength']}"
         if name == "TeaCache":
-            text += ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another measure; higher is faster"
+            text += (
+                ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another "
+                "measure; higher is faster"
+            )
         elif compiled:
             text += f", as the cache {'faster_cache' if name == 'FasterCache' else 'pab'} does not go with compiling"
         self.say(place, f"{text}.")

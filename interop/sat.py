@@ -502,7 +502,10 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
     said = []
     for flag in _FLAGS:
         if len(config.entries[flag]) > 1:
-            reason = f"{flag} is set {len(config.entries[flag])} times, and SAT refuses to start with a key that stands twice."
+            reason = (
+                f"{flag} is set {len(config.entries[flag])} times, and SAT refuses to start with a key that stands "
+                "twice."
+            )
             said.append(Finding(config.place(flag), "mismatch", reason, "Keep one of these lines."))
     trained = model.trained
     on = [flag for flag in _FLAGS if config.is_on(flag)]
@@ -524,7 +527,10 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
             f"Neither flag is on and zero_stage is {zero}, for which SAT switches fp16 on",
         )
     else:
-        reason = "Neither flag is on, so SAT runs in fp32: the picture is right, at about 3 to 4 times the time and twice the memory."
+        reason = (
+            "Neither flag is on, so SAT runs in fp32: the picture is right, at about 3 to 4 times the time and twice "
+            "the memory."
+        )
         remedy = (
             "Set fp16: True."
             if trained == "fp16"
@@ -539,11 +545,17 @@ def _judge_flags(config: _SatConfig, model: _Model) -> list[Finding]:
         )
         return [*said, Finding(where, "mismatch", f"{because}, but {model.name} was trained in bf16: {BLACK}.", remedy)]
     if trained == "fp16":
-        reason = f"{because}, but {model.name} was trained in fp16: it stays finite, with the 8 significant bits of bf16 instead of the 11 of fp16."
+        reason = (
+            f"{because}, but {model.name} was trained in fp16: it stays finite, with the 8 significant bits of bf16 "
+            "instead of the 11 of fp16."
+        )
         return [*said, Finding(where, "warning", reason, "Set fp16: True instead.")]
     if run == "bf16":
         return [*said, Finding(where, "ok", f"{because}, which is finite with every CogVideoX.")]
-    reason = f"{because}, and which model this runs is not known: fp16 is right only for CogVideoX-2b; every other one turns black in it."
+    reason = (
+        f"{because}, and which model this runs is not known: fp16 is right only for CogVideoX-2b; every other one "
+        "turns black in it."
+    )
     return [*said, Finding(where, "warning", reason, "Set bf16: True instead, unless the model is CogVideoX-2b.")]
 
 

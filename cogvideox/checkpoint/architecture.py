@@ -359,9 +359,15 @@ def _check_vae(part: "Part") -> None:
         seen = f"{short(latent)} latent channels, and CogVideoX's have {LATENT_CHANNELS}"
     elif isinstance(widths, list | tuple) and 2 ** (len(widths) - 1) != SPATIAL_COMPRESSION:
         levels = SPATIAL_COMPRESSION.bit_length()
-        seen = f"{len(widths)} levels, and CogVideoX's have {levels}, which make latents {SPATIAL_COMPRESSION} times smaller"
+        seen = (
+            f"{len(widths)} levels, and CogVideoX's have {levels}, which make latents {SPATIAL_COMPRESSION} times "
+            "smaller"
+        )
     elif config.get("temporal_compression_ratio", TEMPORAL_COMPRESSION) != TEMPORAL_COMPRESSION:
-        seen = f"{short(config['temporal_compression_ratio'])} frames to a latent frame, and CogVideoX's have {TEMPORAL_COMPRESSION}"
+        seen = (
+            f"{short(config['temporal_compression_ratio'])} frames to a latent frame, and CogVideoX's have "
+            f"{TEMPORAL_COMPRESSION}"
+        )
     else:
         return
     raise ForeignError(
@@ -418,7 +424,10 @@ def _blocks(part: "Part") -> str:
 
 def _remedy(missing: Collection[str], unknown: Collection[str], wrong: Collection[str]) -> str:
     if unknown and not missing and not wrong:
-        return "What is unknown was left in by training or is another program's: save the model without it, or choose another copy."
+        return (
+            "What is unknown was left in by training or is another program's: save the model without it, or choose "
+            "another copy."
+        )
     if missing and not unknown and not wrong:
         return "Download it again, whole: it was cut off, or is one piece of several."
     return "Download weights and config.json again, whole, from one repository."

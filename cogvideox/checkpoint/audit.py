@@ -93,7 +93,10 @@ class WeightAudit:
         named = ", ".join(f"{short(tensor)} ({what})" for tensor, what in self.worst)
         sound = "no NaN, no Inf."
         if self.damaged:
-            sound = f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the weights again. In: {named}."
+            sound = (
+                f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the "
+                f"weights again. In: {named}."
+            )
         label = "mismatch" if self.damaged else "ok"
         lines = [f"[{label}] {self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
         fp16 = [

@@ -254,7 +254,10 @@ def _shown(value: object) -> str:
 def _odd_transformer(config: Mapping) -> str:
     rotary = config.get("use_rotary_positional_embeddings", False)
     if config.get("use_learned_positional_embeddings", False) and not rotary:
-        return '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no CogVideoX is built with'
+        return (
+            '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no '
+            "CogVideoX is built with"
+        )
     patch = config.get("patch_size", 2)
     sides = {"sample_height": 60, "sample_width": 90}
     height, width = (config.get(side, default) // patch for side, default in sides.items())
@@ -263,7 +266,10 @@ def _odd_transformer(config: Mapping) -> str:
     if not rotary or config.get("use_learned_positional_embeddings", False):
         frames = (config.get("sample_frames", 49) - 1) // TEMPORAL_COMPRESSION + 1
         if height * width * frames > _MAX_POSITIONS:
-            return f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the released models have 17,550'
+            return (
+                f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the '
+                "released models have 17,550"
+            )
     return ""
 
 
@@ -273,7 +279,10 @@ def _odd_text_encoder(config: Mapping) -> str:
         config.get("relative_attention_max_distance", 128),
     )
     if distance <= buckets // 4:
-        return f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than {buckets // 4}'
+        return (
+            f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than '
+            f"{buckets // 4}"
+        )
     return ""
 
 
@@ -298,7 +307,10 @@ def _odd_scheduler(config: Mapping) -> str:
         return f'"beta_start", {start:g}, is larger than "beta_end", {end:g}'
     if config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr", False):
         # The first step would be divided by the signal that is left, which is none.
-        return '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. CogVideoX predicts v'
+        return (
+            '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. '
+            "CogVideoX predicts v"
+        )
     schedule = config.get("beta_schedule", "scaled_linear")
     if betas is None and schedule != "squaredcos_cap_v2":
         # To the power that the schedule is linear in.
@@ -311,7 +323,10 @@ def _odd_scheduler(config: Mapping) -> str:
             if config.get("trained_betas")
             else f'"beta_start" is {start:g} and "beta_end" {end:g}'
         )
-        return f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be NaN"
+        return (
+            f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be "
+            "NaN"
+        )
     return ""
 
 

@@ -6,7 +6,8 @@ Beside the folders that diffusers and SAT write (``layout``), people have::
     my-finetune/                         config.json and the weights in one folder
     run/checkpoint-500/                  transformer/ (or transformer_ema/) alone, or model.safetensors alone
     run/latest, run/500/mp_rank_00_…     SAT's and DeepSpeed's training
-    models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, which are links into blobs/
+    models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, whose files are links
+                                         into blobs/
 
 and weights as safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side. No
 weights are opened here, and torch is not needed.
@@ -569,7 +570,10 @@ def _weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
         elif match and not match["number"] and not _NO_WEIGHTS.fullmatch(label) and not os.path.isdir(here / label):
             wrong = ""
             if _dangles(here / label):
-                wrong = f"{_gone(here / label)}, so weights of the {name} are missing.{_unfinished(here)} Download the file again."
+                wrong = (
+                    f"{_gone(here / label)}, so weights of the {name} are missing.{_unfinished(here)} Download the "
+                    "file again."
+                )
             yield match, WeightSet(label, (here / label,), wrong)
 
 
@@ -588,7 +592,10 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
     shards = list({file if isinstance(file, str) else repr(file): file for file in weight_map.values()}.values())
     odd = [file for file in shards if not _is_plain(file) or not str(file).lower().endswith(_ENDINGS)]
     if odd:
-        what = f"{index} names {short(repr(odd[0]))} as a file of weights, and shards are files beside their index, with names such as {_SHARD}"
+        what = (
+            f"{index} names {short(repr(odd[0]))} as a file of weights, and shards are files beside their index, with "
+            f"names such as {_SHARD}"
+        )
         return WeightSet(label, (), f"{what}: nothing else is opened. Download this file again.")
     files = tuple(here / file for file in sorted(shards))
     missing = [file for file in files if not os.path.isfile(file)]
@@ -624,11 +631,20 @@ def what_else(folder: Path) -> str:
     nothing."""
     names = [*_names(folder), *(label for inner in _subfolders(folder) for label in _names(inner))]
     if any(label.endswith(".distcp") for label in names):
-        return "Its weights are in the pieces of a training on several cards (FSDP); join them with: accelerate merge-weights FOLDER OUTPUT. "
+        return (
+            "Its weights are in the pieces of a training on several cards (FSDP); join them with: accelerate "
+            "merge-weights FOLDER OUTPUT. "
+        )
     if any("zero_pp_rank" in label for label in names):
-        return "Its weights are in the pieces of a training on several cards (DeepSpeed ZeRO); join them with the zero_to_fp32.py beside them. "
+        return (
+            "Its weights are in the pieces of a training on several cards (DeepSpeed ZeRO); join them with the "
+            "zero_to_fp32.py beside them. "
+        )
     if any(label.startswith(_LORAS) for label in names):
-        return "It holds a LoRA, which changes a model and is none: give it in the LoRA's place (--lora, CogVideoX-1.5 LoRA Loader). "
+        return (
+            "It holds a LoRA, which changes a model and is none: give it in the LoRA's place (--lora, CogVideoX-1.5 "
+            "LoRA Loader). "
+        )
     files = [
         label
         for label in _names(folder)

@@ -172,12 +172,18 @@ def what_it_is(head: bytes) -> str | None:
         return "it begins with nothing but zeros, as a download that was interrupted leaves it"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "it is a web page, which a site sent in the place of the file, as it does where one has to log in or accept a licence"
+        return (
+            "it is a web page, which a site sent in the place of the file, as it does where one has to log in or "
+            "accept a licence"
+        )
     for start, what in _STARTS.items():
         if head.startswith(start):
             return what
     if head[0] == 0x80 and 2 <= int.from_bytes(head[1:2], "little") <= 5:
-        return "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors"
+        return (
+            "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save "
+            "it as safetensors"
+        )
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it first"
     if text.startswith(b"{") or text.startswith(b"["):
