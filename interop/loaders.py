@@ -14,6 +14,7 @@ from cogvideox.words import short
 from . import tables
 from .conversion import Conversion
 from .graph import PASSING, Node, Wire
+from .kinds import KINDS
 from .workflow import OURS, is_2b
 
 _CACHE_NAMES = {"CogVideoXFasterCache": "FasterCache", "CogVideoXTeaCache": "TeaCache", "CogVideoPABConfig": "PAB"}
@@ -239,7 +240,8 @@ class Loaders(Conversion):
         given = self.setting(node, "strength", (int, float), 1.0)
         linked = self.constant(node.wires.get("strength"))
         given = given if linked is None else linked
-        strength = min(max(given, -100.0), 100.0)
+        low, high = KINDS["CogVideoX15LoraLoader"].limits("strength")
+        strength = min(max(given, low), high)
         if strength != given:
             self.say(node, f"strength {short(given)} became {strength}.")
         if share == 1:

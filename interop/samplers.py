@@ -18,7 +18,7 @@ from .tables import AFTER_SEED
 from .workflow import is_2b
 
 #: The largest length and side that our nodes' widgets take.
-_MAX_FRAMES, _MAX_SIDE = 16001, 16384
+_MAX_FRAMES, _MAX_SIDE = (KINDS["CogVideoX15EmptyLatent"].limits(name)[1] for name in ("length", "width"))
 
 
 class Samplers(Loaders):
@@ -106,13 +106,10 @@ class Samplers(Loaders):
                 name: both and self.outputs.get((both.node, slot)) for slot, name in enumerate(("positive", "negative"))
             }
         values: dict[str, Any] = {}
-        for name, new, low, high in (
-            ("seed", "seed", 0, 2**64 - 1),
-            ("steps", "steps", 1, 1000),
-            ("cfg", "cfg", 1, 100),
-        ):
-            default = next(entry.default for entry in KINDS["CogVideoX15Sampler"].inputs if entry.name == new)
-            given = self.setting(node, name, int if name != "cfg" else (int, float), default)
+        ours = KINDS["CogVideoX15Sampler"]
+        for name in ("seed", "steps", "cfg"):
+            low, high = ours.limits(name)
+            given = self.setting(node, name, int if name != "cfg" else (int, float), ours.input(name).default)
             value = min(max(given, low), high)
             # A cfg below 1 switched the guidance off as 1 does.
             if value != given and name != "cfg":

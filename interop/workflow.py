@@ -10,6 +10,7 @@ from cogvideox.files import parse_json, read_text
 from cogvideox.precision.verdict import Finding
 from cogvideox.words import listed, reason, short
 
+from .kinds import KINDS
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport
 from .tables import ORDERS, order_of
 
@@ -17,7 +18,7 @@ OURS = "CogVideoX15ModelLoader"
 #: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values.
 #: ``tables.ORDERS`` has all ages.
 WIDGETS = {
-    OURS: ("model", "dtype", "on_mismatch", "memory", "scan_weights", "text_encoder_name", "vae_name"),
+    OURS: KINDS[OURS].widgets,
     **{
         kind: ORDERS[kind][0]
         for kind in (
@@ -112,7 +113,7 @@ _LOADERS = {
     "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
-_DTYPES = ("auto", "bf16", "fp16", "fp32")
+_DTYPES = KINDS[OURS].input("dtype").options
 #: Values of a node's mode on the page.
 MUTED, BYPASSED = 2, 4
 #: More nodes than this no person has laid out.

@@ -6,8 +6,8 @@ Beside the folders that diffusers and SAT write (``layout``), people have::
     my-finetune/                         config.json and the weights in one folder
     run/checkpoint-500/                  transformer/ (or transformer_ema/) alone, or model.safetensors alone
     run/latest, run/500/mp_rank_00_…     SAT's and DeepSpeed's training
-    models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, whose files are links
-                                         into blobs/
+    models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, whose files are
+                                         links into blobs/
 
 and weights as safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side. No
 weights are opened here, and torch is not needed.
