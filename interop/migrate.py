@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.files import written_whole
+from cogvideox.files import write_whole
 from cogvideox.words import listed, reason, short
 
 from . import tables
@@ -109,10 +109,7 @@ def _check_target(target: Path) -> None:
 
 def _write(target: Path, content: bytes) -> None:
     try:
-        with written_whole(target) as partial, partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(target, content)
     except OSError as error:
         raise ValueError(
             f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write "
