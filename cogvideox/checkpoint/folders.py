@@ -9,8 +9,8 @@ Beside the folders that diffusers and SAT write (``layout``), people have::
     models--zai-org--CogVideoX1.5-5B/    the Hugging Face cache: refs/main names one of snapshots/, whose files are
                                          links into blobs/
 
-and weights as safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side. No
-weights are opened here, and torch is not needed.
+and weights as ``weight_sets`` tells them. No weights are opened here, and torch is not needed. One file, as a path that
+people type, a cache and a checkpoint's folder lead to each other.
 """
 
 import logging
