@@ -16,12 +16,14 @@ from cogvideox.files import write_whole
 from cogvideox.words import listed, reason, short
 
 from . import tables
+from .api import Api
 from .conversion import is_old
-from .graph import Changes, Node, open_graph
+from .graph import Changes, Node
 from .kinds import KINDS
+from .page import Page
 from .samplers import Samplers
 from .tables import PACK
-from .workflow import read_workflow
+from .workflow import is_page, read_workflow
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
     if not os.path.exists(source):
         raise ValueError(f"There is no file {short(source, 400)}, so there is no workflow to migrate. Check the path.")
     _check_target(target)
-    graph = open_graph(read_workflow(source))
+    old = read_workflow(source)
+    graph = (Page if is_page(old) else Api)(old)
     migration = _Migration(graph, source)
     migration.convert()
     changes = Changes(migration.made, migration.old.keys(), migration.resolve, migration.say)

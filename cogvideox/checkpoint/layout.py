@@ -67,13 +67,14 @@ class Parts(dict[str, Part]):
     """The parts of a checkpoint that can be used. Asked for another, it says why that is not one of them, and what to
     do."""
 
-    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str]):
+    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str], foreign: Container[str]):
         super().__init__(parts)
-        self._path, self._incomplete = path, incomplete
+        self._path, self._incomplete, self._foreign = path, incomplete, foreign
 
     def __missing__(self, kind: str) -> Part:
         if kind in self._incomplete:
-            raise ValueError(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
+            error = ForeignError if kind in self._foreign else ValueError
+            raise error(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
         raise ValueError(
             f"{self._path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
         )
@@ -160,7 +161,9 @@ def open_checkpoint(
     for kind, source in given.items():
         parts[kind] = open_part(source, kind)
         check_together(transformer, parts[kind])
-    incomplete = _add_own(place, parts)
+    errors = _add_own(place, parts)
+    incomplete = {kind: str(error) for kind, error in errors.items()}
+    foreign = {kind for kind, error in errors.items() if isinstance(error, ForeignError)}
     variant = identify(transformer.config)
     if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
@@ -188,7 +191,7 @@ def open_checkpoint(
             incomplete["text_encoder"] = str(error)
             del parts["text_encoder"]
     notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
-    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete), incomplete, notes)
+    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete, foreign), incomplete, notes)
 
 
 def open_part(path: Path | str, kind: str) -> Part:
@@ -230,10 +233,10 @@ def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Par
     return {kind: replace(part, note=chosen.note) for kind, part in _open_file(source, given, chosen.files).items()}
 
 
-def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
+def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, ValueError]:
     """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and
     cannot be used cannot."""
-    incomplete = {}
+    incomplete: dict[str, ValueError] = {}
     for kind in ("text_encoder", "vae"):
         inside, source = parts.get(kind), None
         if inside is None:
@@ -249,7 +252,7 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
                 check_together(parts["transformer"], parts[kind])
         except ValueError as error:
             logger.info("The %s is left until it is asked for: %s", PARTS[kind][0], error)
-            incomplete[kind] = str(error)
+            incomplete[kind] = error
             parts.pop(kind, None)
     return incomplete
 
