@@ -2,7 +2,7 @@
 nodes behind it.
 
 The chain is loader, LoRAs, Quantize, Attention, Cache, Compile, sampler. What of it does not go together here is
-decided for what works, and said.
+decided for what works, and said. One file, as every link of that chain depends on the others.
 """
 
 import re

@@ -295,9 +295,9 @@ def _pair(value, default: float = 0) -> tuple[float, float]:
     """Two numbers of the page's, which writes them as a list or as an object with the keys 0 and 1."""
     pair = [value.get("0"), value.get("1")] if isinstance(value, dict) else value[:2] if isinstance(value, list) else []
     # Numbers of hundreds of digits cannot be added to others.
-    numbers = [
+    good = [
         max(-1e18, min(number, 1e18))
         for number in pair
         if type(number) is int or (type(number) is float and math.isfinite(number))
     ]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else (default, default)
+    return (good[0], good[1]) if len(good) == 2 else (default, default)

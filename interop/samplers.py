@@ -1,6 +1,7 @@
 """The old pack's prompts, sampler and VAE nodes as this pack's, and the size and length of what they make.
 
 Here a clip's size and length lie in the latent and not in the sampler, and the start image travels in the conditioning.
+One file, as sampler, encoders and latents decide each other's sizes.
 """
 
 import re

@@ -1,5 +1,5 @@
 """ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a
-CogVideoX."""
+CogVideoX. One file, as the table of the loaders says both how their widgets are read and how their dtype is judged."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

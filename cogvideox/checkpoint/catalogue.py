@@ -2,7 +2,7 @@
 headers.
 
 What a file is, is remembered by its path, size and time, so that a list that was made once is made again in
-milliseconds.
+milliseconds. One file, as looking, describing and remembering are each a few functions that share what was seen.
 """
 
 import hashlib

@@ -3,7 +3,7 @@ them.
 
 Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the authors' own; the correspondence is in
 their repository's ``tools/convert_weight_sat2hf.py``). Each part is known by a tensor that only it has, wherever its
-names are put under a prefix.
+names are put under a prefix. One file, as each program's names are told from all the others'.
 """
 
 import re
