@@ -50,15 +50,15 @@ def check_together(transformer: "Part", part: "Part") -> None:
     xxl = "a T5 v1.1 XXL encoder, such as t5xxl_fp16.safetensors"
     if width != wanted:
         raise ForeignError(
-            f"The text encoder in {part.source} gives {width} numbers a token, and the transformer in "
-            f"{transformer.source} reads {wanted}: it was trained with another T5. Choose "
+            f"The text encoder in {short(part.source, 400)} gives {width} numbers a token, and the transformer in "
+            f"{short(transformer.source, 400)} reads {wanted}: it was trained with another T5. Choose "
             f"{xxl if wanted == 4096 else 'the T5 it was trained with'}."
         )
     variant, layers = identify(transformer.config), _count_blocks(part)
     if variant.is_released and layers != _XXL_LAYERS:
         raise ForeignError(
-            f"The text encoder in {part.source} has {layers} layers, and the T5 v1.1 XXL that {variant.name} was "
-            f"trained with has {_XXL_LAYERS}: its embeddings would be others. Choose {xxl}."
+            f"The text encoder in {short(part.source, 400)} has {layers} layers, and the T5 v1.1 XXL that "
+            f"{variant.name} was trained with has {_XXL_LAYERS}: its embeddings would be others. Choose {xxl}."
         )
 
 
@@ -89,7 +89,7 @@ def check_tensors(part: "Part", wanted: Mapping[str, Shape], tied: Iterable[Coll
         first = min(wrong)
         told = f" {short(first)} is {short(found[first].shape)}, and should be {wanted[first]}."
     raise ValueError(
-        f"The weights in {part.source} (layout: {part.layout}) do not fit {_origin(part)}, from which the "
+        f"The weights in {short(part.source, 400)} (layout: {part.layout}) do not fit {_origin(part)}, from which the "
         f"{_NAMES[part.kind]} would be made: of {len(wanted)} tensors, {'; '.join(problems)}.{told}{_blocks(part)} "
         f"The model would not be the one that was trained. {_remedy(missing, unknown, wrong)}"
     )
@@ -99,7 +99,7 @@ def _check_transformer(part: "Part") -> None:
     """The inputs must be those of the models that run here."""
     why = foreign_inputs(part.config)
     if why:
-        raise ForeignError(f"The transformer in {part.source} {why}")
+        raise ForeignError(f"The transformer in {short(part.source, 400)} {why}")
 
 
 def _check_text_encoder(part: "Part") -> None:
@@ -118,8 +118,8 @@ def _check_text_encoder(part: "Part") -> None:
     else:
         return
     raise ForeignError(
-        f"{part.source} is {what}: CogVideoX was trained with T5 v1.1, and its embeddings mean nothing to it. Choose "
-        "a T5 v1.1 XXL encoder, such as t5xxl_fp16.safetensors."
+        f"{short(part.source, 400)} is {what}: CogVideoX was trained with T5 v1.1, and its embeddings mean nothing to "
+        "it. Choose a T5 v1.1 XXL encoder, such as t5xxl_fp16.safetensors."
     )
 
 
@@ -146,8 +146,8 @@ def _check_vae(part: "Part") -> None:
     else:
         return
     raise ForeignError(
-        f"The VAE in {part.source} has {seen}: no CogVideoX transformer was trained on its latents. Choose the VAE of "
-        "a CogVideoX release, such as vae/ of zai-org/CogVideoX1.5-5B."
+        f"The VAE in {short(part.source, 400)} has {seen}: no CogVideoX transformer was trained on its latents. Choose "
+        "the VAE of a CogVideoX release, such as vae/ of zai-org/CogVideoX1.5-5B."
     )
 
 
@@ -170,9 +170,9 @@ def _check_scales(part: "Part") -> None:
     wrong = sorted(name for name, scale in part.scales.items() if not fits(name, scale))
     if wrong:
         raise ValueError(
-            f"{part.source} holds {len(wrong)} scales that fit no fp8 weight ({listed(wrong)}): a scale is one "
-            "number, or one for each row, and multiplies a weight in fp8. How these weights are packed is not known "
-            "here. Choose another fp8 file, GGUF, or the weights as they were."
+            f"{short(part.source, 400)} holds {len(wrong)} scales that fit no fp8 weight ({listed(wrong)}): a scale is "
+            "one number, or one for each row, and multiplies a weight in fp8. How these weights are packed is not "
+            "known here. Choose another fp8 file, GGUF, or the weights as they were."
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..words import short
 from .headers import StoredTensor
 
 
@@ -87,8 +88,8 @@ class Reader:
                 count = file.readinto(buffer[done : block.nbytes])
                 if not count:
                     raise ValueError(
-                        f"{block.run.file} ended while its weights were read: it is truncated or being written. "
-                        "Download it again."
+                        f"{short(block.run.file, 400)} ended while its weights were read: it is truncated or being "
+                        "written. Download it again."
                     )
                 done += count
             return block

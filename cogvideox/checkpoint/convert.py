@@ -19,7 +19,7 @@ import torch
 from ..dtypes import dtype_name
 from ..files import check_space, disk_errors, write_synced
 from ..variants import PARTS
-from ..words import size_text
+from ..words import short, size_text
 from .audit import TARGETS, WeightAudit, scan_weights
 from .layout import Checkpoint
 from .parts import stored_bytes
@@ -180,7 +180,7 @@ def convert_checkpoint(
     check_space(
         destination,
         nbytes,
-        f"{destination} needs {size_text(nbytes)}",
+        f"{short(destination, 400)} needs {size_text(nbytes)}",
         "the conversion halfway, and other programs with it, so nothing was written",
         "Make room, choose a place on another disk, or convert to 16 bits.",
     )
@@ -235,9 +235,10 @@ def _audit(plan: Plan, dtype: torch.dtype, progress: "Progress") -> WeightAudit:
             else "Keep the dtype, or choose fp32"
         )
         raise ValueError(
-            f"The cast of the {name} in {plan.part.source} to {dtype_name(dtype)} would turn {audit.overflowed:,} "
-            f"finite weights into Inf, beyond {torch.finfo(dtype).max:.5g}{f' (see {places})' if places else ''}. "
-            f"Every frame made with such a file is black, so it was not written. {remedy}."
+            f"The cast of the {name} in {short(plan.part.source, 400)} to {dtype_name(dtype)} would turn "
+            f"{audit.overflowed:,} finite weights into Inf, beyond "
+            f"{torch.finfo(dtype).max:.5g}{f' (see {places})' if places else ''}. Every frame made with such a file is "
+            f"black, so it was not written. {remedy}."
         )
     if audit.damaged:
         logger.warning(
@@ -299,15 +300,15 @@ def _check_destination(source: Checkpoint, destination: Path, single: bool) -> N
     _check_free(destination, single)
     if destination.suffix.lower() in _FOREIGN:
         raise ValueError(
-            f"{destination} has the ending of a file that is not written here: checkpoints are written as a folder or "
-            "as one .safetensors file. Choose a name for one of them."
+            f"{short(destination, 400)} has the ending of a file that is not written here: checkpoints are written as "
+            "a folder or as one .safetensors file. Choose a name for one of them."
         )
     real = destination.resolve()
     for folder in (source.path, *(part.source for part in source.parts.values())):
         if folder.is_dir() and real.is_relative_to(folder.resolve()):
             raise ValueError(
-                f"{destination} lies inside {folder}, which is to be converted: the two would be mixed up, and the "
-                "source no longer be what it was. Choose a place outside it."
+                f"{short(destination, 400)} lies inside {short(folder, 400)}, which is to be converted: the two would "
+                "be mixed up, and the source no longer be what it was. Choose a place outside it."
             )
 
 
@@ -315,8 +316,8 @@ def _check_free(destination: Path, single: bool) -> None:
     empty = not single and destination.is_dir() and not any(destination.iterdir())
     if os.path.lexists(destination) and not empty:
         raise ValueError(
-            f"{destination} is there already, and nothing is overwritten: it may be the only copy. Choose another "
-            f"name, or move it away{'' if single else ' (a folder may be there if it is empty)'}."
+            f"{short(destination, 400)} is there already, and nothing is overwritten: it may be the only copy. Choose "
+            f"another name, or move it away{'' if single else ' (a folder may be there if it is empty)'}."
         )
 
 
@@ -330,8 +331,8 @@ def _whole_or_nothing(destination: Path, single: bool) -> Iterator[Path]:
         partial.touch(exist_ok=False) if single else partial.mkdir()
     except FileExistsError:
         raise ValueError(
-            f"{partial} is there: another conversion is writing it, or one was killed. Two would spoil each other. If "
-            "none is running, delete it and convert again."
+            f"{short(partial, 400)} is there: another conversion is writing it, or one was killed. Two would spoil "
+            "each other. If none is running, delete it and convert again."
         ) from None
     try:
         yield partial

@@ -110,8 +110,8 @@ def _folder_place(path: Path) -> Place:
     if len(found) > 1:
         names = " and ".join(folder.name for folder in found)
         raise ValueError(
-            f"{path} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the path of one "
-            "of them."
+            f"{short(path, 400)} holds {len(found)} checkpoints, {names}, and which is meant is not known. Give the "
+            "path of one of them."
         )
     if found:
         return Place(path, found[0], path, (path,))
@@ -122,12 +122,14 @@ def _sat_place(path: Path, weights: Path) -> Place:
     above = Path(os.path.abspath(weights)).parents
     notes: tuple[str, ...] = ()
     if path not in (weights, weights.parent) and len(steps := sat_steps(weights.parent.parent)) > 1:
-        notes = (f"{weights.parent.parent} holds {len(steps)} training steps: read is {weights.parent.name}.",)
+        notes = (
+            f"{short(weights.parent.parent, 400)} holds {len(steps)} training steps: read is {weights.parent.name}.",
+        )
     if os.path.lexists(weights.with_name("mp_rank_01_model_states.pt")):
         raise ValueError(
-            f"{weights.parent} holds a model that was trained in several pieces (mp_rank_00, mp_rank_01, …), and one "
-            "of them alone cannot run. Join them with SAT's tools (merge_model of SwissArmyTransformer), or get the "
-            "model in diffusers' layout."
+            f"{short(weights.parent, 400)} holds a model that was trained in several pieces (mp_rank_00, mp_rank_01, "
+            "…), and one of them alone cannot run. Join them with SAT's tools (merge_model of SwissArmyTransformer), "
+            "or get the model in diffusers' layout."
         )
     return Place(path, weights, weights.parent, tuple(above)[:_SAT_ABOVE], notes)
 
@@ -158,13 +160,13 @@ def _nested_place(path: Path) -> Place:
             inner.transformer,
             inner.root,
             inner.roots,
-            (f"{path}: read is {below[0].name} in it{why}.", *inner.notes),
+            (f"{short(path, 400)}: read is {below[0].name} in it{why}.", *inner.notes),
         )
     if below:
         names = listed((inner.relative_to(path).as_posix() for inner in below), 5)
         raise ValueError(
-            f"{path} holds {len(below)} checkpoints ({names}), and which is meant is not known. Give the path of one "
-            "of them."
+            f"{short(path, 400)} holds {len(below)} checkpoints ({names}), and which is meant is not known. Give the "
+            "path of one of them."
         )
     if len(sets) == 1:
         return alone
@@ -184,7 +186,8 @@ def _no_checkpoint(path: Path) -> ValueError:
     names = names_in(path)
     if not names:
         return ValueError(
-            f"{path} is empty: the download has not begun or went elsewhere. Download the checkpoint into it. {WHERE}"
+            f"{short(path, 400)} is empty: the download has not begun or went elsewhere. Download the checkpoint into "
+            f"it. {WHERE}"
         )
     return ValueError(
         f"{path} is not a CogVideoX checkpoint: it has no folder transformer/{_pipeline_name(path)}. "
@@ -396,8 +399,8 @@ def snapshot(folder: Path) -> Path | None:
     )
     if not found:
         raise ValueError(
-            f"{repository} holds no files of {repository_name(repository)}: its download has not begun, or they were "
-            f"removed from the cache.{unfinished(repository)} Download it again."
+            f"{short(repository, 400)} holds no files of {repository_name(repository)}: its download has not begun, or "
+            f"they were removed from the cache.{unfinished(repository)} Download it again."
         )
     return found[-1]
 

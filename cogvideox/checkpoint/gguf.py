@@ -136,8 +136,8 @@ def _sizes(path: Path) -> dict[int, tuple[int, int]]:
         import gguf  # noqa: F401
     except ImportError as error:
         raise DependencyError(
-            f"{path} is a GGUF file, and the package gguf that knows such files is not installed. Install it in "
-            "ComfyUI's Python environment with: python -m pip install gguf, then restart ComfyUI."
+            f"{short(path, 400)} is a GGUF file, and the package gguf that knows such files is not installed. Install "
+            "it in ComfyUI's Python environment with: python -m pip install gguf, then restart ComfyUI."
         ) from error
     return _table()
 

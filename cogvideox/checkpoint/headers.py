@@ -102,8 +102,8 @@ class StoredTensor(NamedTuple):
         """
         if not self.shape or self.shape[0] % of or self.more:
             raise ValueError(
-                f"A tensor of shape {list(self.shape)} in {self.file} cannot be split into {of} equal pieces, so it "
-                "is not what its name says."
+                f"A tensor of shape {list(self.shape)} in {short(self.file, 400)} cannot be split into {of} equal "
+                "pieces, so it is not what its name says."
             )
         size = self.nbytes // of
         (offset, nbytes), *more = _joined([(self.offset + number * size, size) for number in numbers])
@@ -235,7 +235,8 @@ def fill(file: FileIO, view: memoryview, path: Path) -> None:
         count = file.readinto(view[done:])
         if not count:
             raise ValueError(
-                f"{path} ended while a tensor was read: it is truncated or being written. Download it again."
+                f"{short(path, 400)} ended while a tensor was read: it is truncated or being written. Download it "
+                "again."
             )
         done += count
 

@@ -151,8 +151,8 @@ def open_checkpoint(
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(
-            f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. "
-            f"{_WHERE}"
+            f"{short(path, 400)} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it "
+            f"beside one. {_WHERE}"
         )
     transformer = parts["transformer"]
     if transformer.lora:
@@ -207,7 +207,7 @@ def open_part(path: Path | str, kind: str) -> Part:
         parts = _open_file(path, set(PARTS) - {kind})
         if kind not in parts:
             held = ", ".join(PARTS[found][0] for found in file_kinds(path))
-            raise ValueError(f"{path} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
+            raise ValueError(f"{short(path, 400)} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
         part = parts[kind]
     check_part(part)
     return part
@@ -272,15 +272,15 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     if len(found) > 1:
         places = " and ".join(short(part.prefix + "…") for part in found)
         raise ValueError(
-            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the "
-            "average that training keeps (EMA). Save the one you want in a file of its own."
+            f"{short(file, 400)} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one "
+            "may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
     shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
     if shard and int(shard[2]) > 1:
         raise ValueError(
-            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot "
-            "run. Give the folder that all of them lie in, with its config.json and index, or choose a file that is "
-            "whole."
+            f"{short(file, 400)} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece "
+            "alone cannot run. Give the folder that all of them lie in, with its config.json and index, or choose a "
+            "file that is whole."
         )
     check_unpacked(found[0].tensors, file)
     tensors, scales = split_scales(found[0].tensors)
@@ -301,8 +301,8 @@ def _open_part(here: Path, kind: str) -> Part:
     config_file = here / "config.json"
     if not os.path.lexists(config_file):
         raise ValueError(
-            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json "
-            "from the same repository into it."
+            f"{short(here, 400)} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download "
+            "config.json from the same repository into it."
         )
     config = read_json(config_file)
     names = (
@@ -313,8 +313,8 @@ def _open_part(here: Path, kind: str) -> Part:
     names = names if isinstance(names, list) else [names]
     if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
         raise ForeignError(
-            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and "
-            f"CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
+            f"{short(config_file, 400)} describes {listed(names)}, not {class_name}: this is another model's {name}, "
+            f"and CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
         )
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and packing.get("quant_method"):
@@ -376,12 +376,12 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[
         return variant.scheduler_config, ""
     if names_scheduler(root):
         raise ValueError(
-            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil "
-            "the picture. Download scheduler/ from the same repository into the checkpoint's folder."
+            f"{short(file, 400)} is missing: it holds the noise schedule the model was trained with, and guessing one "
+            "would spoil the picture. Download scheduler/ from the same repository into the checkpoint's folder."
         )
     return variant.scheduler_config, (
-        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. "
-        f"If it was trained with another, put its scheduler/ into {root}."
+        f"{short(transformer.source, 400)} comes without a noise schedule, as fine-tunes do, so that of {variant.name} "
+        f"is used. If it was trained with another, put its scheduler/ into {root}."
     )
 
 

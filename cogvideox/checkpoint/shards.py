@@ -126,18 +126,18 @@ def plan_part(part: Part, dtype: torch.dtype | None, single: bool, name: str) ->
     check_part(part)
     if part.lora:
         raise ValueError(
-            f"The {PARTS[part.kind][0]} in {part.source} was saved with a LoRA inside ({len(part.lora)} tensors), "
-            "which a converted copy would not have: it would be the model before the training. Convert the model it "
-            "was trained on, and load this file as a LoRA of it; or run it as it is."
+            f"The {PARTS[part.kind][0]} in {short(part.source, 400)} was saved with a LoRA inside ({len(part.lora)} "
+            "tensors), which a converted copy would not have: it would be the model before the training. Convert the "
+            "model it was trained on, and load this file as a LoRA of it; or run it as it is."
         )
     tensors = dict(sorted(_once(part.kind, part.tensors).items(), key=lambda item: (item[1].file, item[1].offset)))
     scales = {name: scale for name, scale in _once(part.kind, part.scales).items() if name in tensors}
     packed = len(scales) + sum(stored.quantization is not None for stored in tensors.values())
     if packed and dtype is None:
         raise ValueError(
-            f"{packed} weights of the {PARTS[part.kind][0]} in {part.source} are packed (GGUF, or fp8 with scales "
-            "beside it), and diffusers' layout has no place for that: without the scales every picture would be "
-            "noise. Choose a dtype to convert to, such as bf16: that widens them."
+            f"{packed} weights of the {PARTS[part.kind][0]} in {short(part.source, 400)} are packed (GGUF, or fp8 with "
+            "scales beside it), and diffusers' layout has no place for that: without the scales every picture would "
+            "be noise. Choose a dtype to convert to, such as bf16: that widens them."
         )
     metadata = {"format": "pt"}
     if single:
@@ -237,7 +237,7 @@ def _widened(
         values = PackedWeight(data, some, stored.quantization).scaled(torch.float32).to(wanted).flatten()
         if not values.isfinite().all():
             raise ValueError(
-                f"{name} in {stored.file} has weights that are NaN or Inf once they are widened to "
+                f"{name} in {short(stored.file, 400)} has weights that are NaN or Inf once they are widened to "
                 f"{dtype_name(wanted)}. Every frame made with such a file is black, so it was not written. Convert to "
                 "bf16, which has the range of fp32, or download the file again."
             )

@@ -106,8 +106,8 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
     if rivals:
         labels = listed((one.label for one in (best, *rivals)), 5)
         raise ValueError(
-            f"{here} should hold the {name}'s weights in one file or in shards with an index, and it is not known "
-            f"which of these is meant: {labels}. Keep exactly one set, or give the path of the file."
+            f"{short(here, 400)} should hold the {name}'s weights in one file or in shards with an index, and it is "
+            f"not known which of these is meant: {labels}. Keep exactly one set, or give the path of the file."
         )
     if best.wrong:
         raise ValueError(best.wrong)
@@ -119,7 +119,10 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
     return WeightSet(
         best.label,
         best.files,
-        note=f"{here} holds {len(others) + 1} sets of the {name}'s weights: read is {best.label}, not {rest}.",
+        note=(
+            f"{short(here, 400)} holds {len(others) + 1} sets of the {name}'s weights: read is {short(best.label)}, "
+            f"not {rest}."
+        ),
     )
 
 
@@ -149,15 +152,17 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
         return WeightSet(label, (), str(error))
     if not isinstance(weight_map, dict) or not weight_map:
         return WeightSet(
-            label, (), f"{index} lists no weights, so the shards cannot be put together. Download this file again."
+            label,
+            (),
+            f"{short(index, 400)} lists no weights, so the shards cannot be put together. Download this file again.",
         )
     # Thousands of tensors lie in a few files.
     shards = list({file if isinstance(file, str) else repr(file): file for file in weight_map.values()}.values())
     odd = [file for file in shards if not is_plain(file) or not str(file).lower().endswith(_ENDINGS)]
     if odd:
         what = (
-            f"{index} names {short(repr(odd[0]))} as a file of weights, and shards are files beside their index, with "
-            f"names such as {_SHARD}"
+            f"{short(index, 400)} names {short(repr(odd[0]))} as a file of weights, and shards are files beside their "
+            f"index, with names such as {_SHARD}"
         )
         return WeightSet(label, (), f"{what}: nothing else is opened. Download this file again.")
     files = tuple(here / file for file in sorted(shards))
@@ -165,7 +170,7 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
     if missing:
         link = f" {gone(missing[0])}." if dangles(missing[0]) else ""
         wrong = (
-            f"{here} lacks {len(missing)} of {len(files)} shards of the {name}: "
+            f"{short(here, 400)} lacks {len(missing)} of {len(files)} shards of the {name}: "
             f"{listed((file.name for file in missing), 8)}. Without them weights are "
             f"missing.{link}{unfinished(here)} Download them from the same repository into this folder."
         )
@@ -180,12 +185,12 @@ def _no_weights(here: Path, name: str) -> ValueError:
     shards = [label for label in names_in(here) if (match := WEIGHTS.fullmatch(label)) and match["number"]]
     if shards:
         return ValueError(
-            f"{here} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so it is not "
-            "known whether they are all there. Download the index from the same repository into this folder."
+            f"{short(here, 400)} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so "
+            "it is not known whether they are all there. Download the index from the same repository into this folder."
         )
     return ValueError(
-        f"{here} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an index, and "
-        f"holds none.{unfinished(here)} {what_else(here)}Download the part again."
+        f"{short(here, 400)} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an "
+        f"index, and holds none.{unfinished(here)} {what_else(here)}Download the part again."
     )
 
 
