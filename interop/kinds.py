@@ -32,14 +32,14 @@ class Kind(NamedTuple):
 
     @property
     def widgets(self) -> tuple[str, ...]:
-        """The names of its widgets, in their order."""
+        """Return the names of its widgets, in their order."""
         return tuple(entry.name for entry in self.inputs if entry.default is not None)
 
     def input(self, name: str) -> Input:
         return next(entry for entry in self.inputs if entry.name == name)
 
     def limits(self, name: str) -> tuple[Any, Any]:
-        """The least and the largest number that a widget takes."""
+        """Return the least and the largest number that a widget takes."""
         entry = self.input(name)
         return entry.low, entry.high
 

@@ -164,7 +164,7 @@ def _edits(config: SatConfig, want: str) -> list[_Edit]:
 
 
 def _flipped(text: str, value: Any) -> _Edit:
-    """The opposite of a boolean, in its spelling."""
+    """Turn a boolean into its opposite, in its spelling."""
     start, end = value.start_mark.index, value.end_mark.index
     said = text[start:end]
     new = _OPPOSITE[said.lower()]
@@ -172,7 +172,7 @@ def _flipped(text: str, value: Any) -> _Edit:
 
 
 def _apply(config: SatConfig, edits: list[_Edit], want: str) -> SatConfig:
-    """The config with the edited text, checked: the flags are as wanted and no other setting changed.
+    """Edit the config's text and check it: the flags are as wanted and no other setting changed.
 
     Raises:
         ValueError: if the check fails, as it does where anchors, aliases or merge keys set a flag from elsewhere in the
@@ -191,7 +191,7 @@ def _apply(config: SatConfig, edits: list[_Edit], want: str) -> SatConfig:
 
 
 def _by_hand(config: SatConfig, want: str, why: str) -> ValueError:
-    """The error for a form that is not edited: which line is to say what."""
+    """Make the error for a form that is not edited: which line is to say what."""
     steps = []
     for flag in (want, _OTHER[want]):
         # The place of an alias is elsewhere.

@@ -180,6 +180,7 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(loader: _Loader, widgets: Mapping) -> _Chosen:
+    """Read the dtype off a loader's widgets."""
     if not loader.dtype:
         return _Chosen("", "default", "")
     widget, dtype = loader.dtype, widgets.get(loader.dtype)
@@ -224,6 +225,7 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
 
 
 def _judge_vae(where: str, chosen: _Chosen) -> Finding:
+    """Judge a loader of a VAE, which bf16 and fp32 suit."""
     if chosen.runs is None:
         return Finding(where, "warning", f"{chosen.text}.", "See that what arrives there is bf16 or fp32.")
     if chosen.runs == "fp16":

@@ -18,7 +18,7 @@ _WIDGETS = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
 
 
 def text(node_classes: dict) -> str:
-    """The file's content: JSON with a line for each input and output."""
+    """Return the file's content: JSON with a line for each input and output."""
     nodes = []
     for node_id, node in node_classes.items():
         inputs = [

@@ -288,7 +288,7 @@ def sat_steps(folder: Path) -> list[Path]:
 
 
 def _last_number(name: str) -> int:
-    """The number that a name ends in, -1 if in none."""
+    """Return the number that a name ends in, -1 if in none."""
     found = re.search(r"\d{1,18}$", name)
     return int(found[0]) if found else -1
 
