@@ -4,18 +4,21 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .words import reason, short
+from .words import reason, short, size_text
 
 #: Bytes of a text file (config, index, workflow) that are read: the largest that is known, T5's tokenizer.json, has 2.4
 #: MB.
 MAX_TEXT = 64 << 20
+#: Bytes that stay free on a disk: a full one stops other programs too.
+SPARE = 10**9
 #: Levels of brackets in brackets: configs have 3, workflows with subgraphs about 12.
 MAX_NESTING = 100
 
@@ -168,6 +171,77 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def write_whole(path: Path, content: bytes, overwrite: bool = False, like: Path | None = None) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        overwrite: whether a file that has the name already is replaced.
+        like: the file whose rights it gets; before it has them, it is for nobody else's eyes.
+
+    Raises:
+        ValueError: if ``path`` exists and is not to be replaced.
+        OSError: if it cannot be written.
+    """
+    with written_whole(path, overwrite) as partial:
+        if like is not None:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        write_synced(partial, [content])
+        if like is not None:
+            shutil.copymode(like, partial)
+
+
+def write_synced(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file and wait until it is on the disk: a full or failing one shows here, and not after a rename."""
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_space(target: Path, nbytes: int, what: str, work: str, remedy: str) -> None:
+    """Refuse to write what the disk has no room for.
+
+    Args:
+        nbytes: what it takes, besides ``SPARE``.
+        what: what takes it, as the beginning of a sentence, up to the number of bytes.
+        work: what would be stopped, and how nothing was done: ``the download halfway, and other programs with it, so
+            nothing was fetched``.
+        remedy: what to do, in sentences.
+
+    Raises:
+        RuntimeError: if there is too little room, or no such disk.
+    """
+    place = next((path for path in (target.absolute(), *target.absolute().parents) if path.is_dir()), None)
+    if place is None:
+        raise RuntimeError(
+            f"There is no {short(target.anchor)} for {short(target, 400)}, so nothing can be written there. Choose "
+            "another folder."
+        )
+    free = shutil.disk_usage(place).free
+    if free < nbytes + SPARE:
+        raise RuntimeError(
+            f"{what} and {size_text(SPARE)} to spare, but the disk with {short(place, 400)} has only "
+            f"{size_text(free)} free. A full disk would stop {work}. {remedy}"
+        )
+
+
+@contextmanager
+def disk_errors(target: Path, then: str) -> Iterator[None]:
+    """Say in a sentence why something could not be written.
+
+    Args:
+        then: what became of it, and what to do, in sentences.
+
+    Raises:
+        RuntimeError: for an error of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"{short(target, 400)} cannot be written: {reason(error)}. {then}") from error
 
 
 def exists(path: Path) -> ValueError:

@@ -2,7 +2,7 @@
 nodes behind it.
 
 The chain is loader, LoRAs, Quantize, Attention, Cache, Compile, sampler. What of it does not go together here is
-decided for what works, and said.
+decided for what works, and said. One file, as every link of that chain depends on the others.
 """
 
 import re
@@ -14,6 +14,7 @@ from cogvideox.words import short
 from . import tables
 from .conversion import Conversion
 from .graph import PASSING, Node, Wire
+from .kinds import KINDS
 from .workflow import OURS, is_2b
 
 _CACHE_NAMES = {"CogVideoXFasterCache": "FasterCache", "CogVideoXTeaCache": "TeaCache", "CogVideoPABConfig": "PAB"}
@@ -189,8 +190,7 @@ class Loaders(Conversion):
             self.not_needed.append(f"{node.where}: attention_mode {attention} (PyTorch's own gives the same)")
         return False
 
-    # LoRAs
-    # ---------------------------------------------------------------------------------------------------------------------------------------
+    # --- LoRAs ---
 
     def lora_chain(self, loader: Node) -> list[tuple[Node, float]]:
         """The LoRAs that a loader is given, in the order in which they were chosen, and what their strengths are
@@ -240,7 +240,8 @@ class Loaders(Conversion):
         given = self.setting(node, "strength", (int, float), 1.0)
         linked = self.constant(node.wires.get("strength"))
         given = given if linked is None else linked
-        strength = min(max(given, -100.0), 100.0)
+        low, high = KINDS["CogVideoX15LoraLoader"].limits("strength")
+        strength = min(max(given, low), high)
         if strength != given:
             self.say(node, f"strength {short(given)} became {strength}.")
         if share == 1:
@@ -258,8 +259,7 @@ class Loaders(Conversion):
             self.not_needed.append(f"{node.where}: fuse_lora")
         return self.make("CogVideoX15LoraLoader", node, values, wires)
 
-    # Faster
-    # --------------------------------------------------------------------------------------------------------------------------------------
+    # --- Faster ---
 
     def faster(self, sampler: Node) -> Wire | None:
         """A sampler's model, with the cache and the compiling that are its own or its loader's: one chain for all
@@ -368,7 +368,10 @@ class Loaders(Conversion):
         name, method = _CACHE_NAMES[place.kind], values["method"]
         text = f"{name} became the node CogVideoX-1.5 Cache with {method}, strength {values['strength']}"
         if name == "TeaCache":
-            text += ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another measure; higher is faster"
+            text += (
+                ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another "
+                "measure; higher is faster"
+            )
         elif compiled:
             text += f", as the cache {'faster_cache' if name == 'FasterCache' else 'pab'} does not go with compiling"
         self.say(place, f"{text}.")
@@ -407,8 +410,7 @@ class Loaders(Conversion):
             text += "; only torch's inductor is here"
         self.say(place, f"{text}.")
 
-    # The VAE
-    # -------------------------------------------------------------------------------------------------------------------------------------
+    # --- The VAE ---
 
     def vae_loader(self, node: Node) -> None:
         """A VAE in a file of its own is chosen in the model loader that it is used with."""

@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox.files import written_whole
+from cogvideox.files import write_whole
 from cogvideox.words import listed, reason, short
 
 from . import tables
+from .api import Api
 from .conversion import is_old
-from .graph import Changes, Node, open_graph
+from .graph import Changes, Node
 from .kinds import KINDS
+from .page import Page
 from .samplers import Samplers
 from .tables import PACK
-from .workflow import read_workflow
+from .workflow import is_page, read_workflow
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
     if not os.path.exists(source):
         raise ValueError(f"There is no file {short(source, 400)}, so there is no workflow to migrate. Check the path.")
     _check_target(target)
-    graph = open_graph(read_workflow(source))
+    old = read_workflow(source)
+    graph = (Page if is_page(old) else Api)(old)
     migration = _Migration(graph, source)
     migration.convert()
     changes = Changes(migration.made, migration.old.keys(), migration.resolve, migration.say)
@@ -109,10 +112,7 @@ def _check_target(target: Path) -> None:
 
 def _write(target: Path, content: bytes) -> None:
     try:
-        with written_whole(target) as partial, partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(target, content)
     except OSError as error:
         raise ValueError(
             f"{short(target, 400)} cannot be written ({reason(error)}), so nothing was. Choose a folder you can write "
@@ -171,8 +171,7 @@ class _Migration(Samplers):
         elif node.kind != "CogVideoXVAELoader":
             self.say(node, f"left out. {tables.LEFT_OUT.get(node.kind, 'It has no counterpart here.')}")
 
-    # What is refused
-    # -----------------------------------------------------------------------------------------------------------------------------
+    # --- What is refused ---
 
     def refuse(self) -> None:
         """Stop where the new workflow would not make the video that the old one made."""
@@ -241,7 +240,7 @@ class _Migration(Samplers):
         start = self.graph.trace(sampler.wires.get("samples"))
         for node in (image, start):
             mask = None if node is None else self.graph.trace(node.wires.get("mask"))
-            if mask is not None and node.kind in tables.ENCODERS:
+            if node is not None and mask is not None and node.kind in tables.ENCODERS:
                 yield "an inpainting mask", mask, "Delete or mute it"
         known = (*tables.ENCODERS, "CogVideoSampler", *tables.EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:

@@ -12,7 +12,10 @@ BLACK = (
     "activations of a bf16-trained model pass 65504, the largest fp16 number, so they become inf, the next LayerNorm "
     "makes them NaN, and the video comes out black"
 )
-WHERE = "Choose a SAT inference.yaml (sat/configs/inference.yaml in zai-org/CogVideo is one) or a workflow saved or exported by ComfyUI as JSON."
+WHERE = (
+    "Choose a SAT inference.yaml (sat/configs/inference.yaml in zai-org/CogVideo is one) or a workflow saved or "
+    "exported by ComfyUI as JSON."
+)
 
 
 @dataclass(frozen=True)

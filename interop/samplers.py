@@ -1,9 +1,11 @@
 """The old pack's prompts, sampler and VAE nodes as this pack's, and the size and length of what they make.
 
 Here a clip's size and length lie in the latent and not in the sampler, and the start image travels in the conditioning.
+One file, as sampler, encoders and latents decide each other's sizes.
 """
 
 import re
+from typing import Any
 
 from cogvideox.variants import SIZE_STEP
 from cogvideox.words import short
@@ -17,7 +19,7 @@ from .tables import AFTER_SEED
 from .workflow import is_2b
 
 #: The largest length and side that our nodes' widgets take.
-_MAX_FRAMES, _MAX_SIDE = 16001, 16384
+_MAX_FRAMES, _MAX_SIDE = (KINDS["CogVideoX15EmptyLatent"].limits(name)[1] for name in ("length", "width"))
 
 
 class Samplers(Loaders):
@@ -33,11 +35,11 @@ class Samplers(Loaders):
             elif node.kind == "CogVideoSampler":
                 self.outputs[node.id, 1 if is_piped(node) else 0] = Wire(node.id, 0)
 
-    # Prompts
-    # -------------------------------------------------------------------------------------------------------------------------------------
+    # --- Prompts ---
 
     def text_encode(self, node: Node) -> None:
-        values, wires = {}, {"text_encoder": self.resolve(node.wires.get("clip"))}
+        values: dict[str, Any] = {}
+        wires = {"text_encoder": self.resolve(node.wires.get("clip"))}
         # Files that programs write have the widget's name of ComfyUI's own node.
         name = (
             "text"
@@ -60,7 +62,8 @@ class Samplers(Loaders):
         loader = self.loader_of(node)
         source = Wire(loader.id, 1) if loader is not None else None
         for slot, name in enumerate(("prompt", "negative_prompt")):
-            values, wires = {}, {"text_encoder": source}
+            values: dict[str, Any] = {}
+            wires = {"text_encoder": source}
             self.keep(node, name, self.setting(node, name, str, ""), wires, values, "prompt")
             self.look_at_prompt(node, values["prompt"])
             self.outputs[node.id, slot] = Wire(self.make("CogVideoX15TextEncode", node, values, wires).id, 0)
@@ -91,8 +94,7 @@ class Samplers(Loaders):
             )
         self.make("ConditioningAverage", node, {"conditioning_to_strength": min(1.0, max(0.0, 1.0 - ratio))}, wires)
 
-    # The sampler
-    # ---------------------------------------------------------------------------------------------------------------------------------
+    # --- The sampler ---
 
     def sampler(self, node: Node) -> None:
         image, start = (self.graph.trace(node.wires.get(name)) for name in ("image_cond_latents", "samples"))
@@ -104,14 +106,11 @@ class Samplers(Loaders):
             wires |= {
                 name: both and self.outputs.get((both.node, slot)) for slot, name in enumerate(("positive", "negative"))
             }
-        values = {}
-        for name, new, low, high in (
-            ("seed", "seed", 0, 2**64 - 1),
-            ("steps", "steps", 1, 1000),
-            ("cfg", "cfg", 1, 100),
-        ):
-            default = next(entry.default for entry in KINDS["CogVideoX15Sampler"].inputs if entry.name == new)
-            given = self.setting(node, name, int if name != "cfg" else (int, float), default)
+        values: dict[str, Any] = {}
+        ours = KINDS["CogVideoX15Sampler"]
+        for name in ("seed", "steps", "cfg"):
+            low, high = ours.limits(name)
+            given = self.setting(node, name, int if name != "cfg" else (int, float), ours.input(name).default)
             value = min(max(given, low), high)
             # A cfg below 1 switched the guidance off as 1 does.
             if value != given and name != "cfg":
@@ -193,8 +192,7 @@ class Samplers(Loaders):
         self.settled |= {(node.id, name) for name in ("num_frames", "width", "height")}
         return self.resolve(node.wires["samples"])
 
-    # Pictures and clips
-    # --------------------------------------------------------------------------------------------------------------------------
+    # --- Pictures and clips ---
 
     def video_encode(self, node: Node) -> Node:
         if node.id not in self.video_nodes:
@@ -250,7 +248,8 @@ class Samplers(Loaders):
     def through(self, wire: Wire, source: Node, now: Wire) -> Wire:
         """Where a sampler's latent comes from: ``now``, over the nodes that led there from ``source`` if they lead to
         the same still."""
-        if self.outputs.setdefault((source.id, 0), now).key == now.key:
+        first = self.outputs.setdefault((source.id, 0), now)
+        if first is not None and first.key == now.key:
             return self.resolve(wire) or now
         return now
 
@@ -264,8 +263,7 @@ class Samplers(Loaders):
         if self.setting(node, "enable_vae_tiling", bool, True):
             self.not_needed.append(f"{node.where}: tiling (the untiled frames are made in whatever memory is free)")
 
-    # Sizes and lengths
-    # ---------------------------------------------------------------------------------------------------------------------------
+    # --- Sizes and lengths ---
 
     def frames(self, sampler: Node) -> int | None:
         """How many frames a sampler makes, if the file says it."""
@@ -372,12 +370,12 @@ class Samplers(Loaders):
         """Set the video's width and height, which there were those of the start image: what scales it says them."""
         source = self.graph.trace(encode.wires.get("start_image"))
         order, tells = tables.RESIZERS.get("" if source is None else source.kind, ((), False))
-        given = self.resized_to(source, order) if order else None
+        given = self.resized_to(source, order) if source is not None and order else None
         fits = True
         for side, size, usual in zip(("width", "height"), given or (None, None), usual_size(model), strict=True):
-            values[side], same = self.side(source, side, size, usual)
+            values[side], same = self.side(source or encode, side, size, usual)
             fits = fits and same
-        if tells and fits:
+        if source is not None and tells and fits:
             # Where the size is set now, it stays set.
             wires["width"], wires["height"] = (self.resolve(Wire(source.id, slot)) for slot in (1, 2))
         elif given is None:
@@ -390,7 +388,7 @@ class Samplers(Loaders):
     def resized_to(self, node: Node, order: tuple[str, ...]) -> tuple[int, int] | None:
         """The size that a node scales every picture to, if the file says it."""
         given = self.graph.widgets(node, order)
-        size = [given.get(side) for side in ("width", "height")]
+        width, height = given.get("width"), given.get("height")
         depends = (
             given.get("keep_proportion", given.get("method")) not in tables.EXACT
             or given.get("condition", "always") != "always"
@@ -398,7 +396,8 @@ class Samplers(Loaders):
         if (
             depends
             or tables.SIZE_INPUTS & node.wires.keys()
-            or not all(type(side) is int and side > 0 for side in size)
+            or not (type(width) is int and width > 0)
+            or not (type(height) is int and height > 0)
         ):
             return None
         step = next(
@@ -409,7 +408,7 @@ class Samplers(Loaders):
             ),
             1,
         )
-        size = tuple(side - side % step for side in size)
+        size = width - width % step, height - height % step
         return size if min(size) > 0 else None
 
 

@@ -318,8 +318,12 @@ LEFT_OUT = {
     ),
     "CogVideoEnhanceAVideo": "Enhance-A-Video is not here, so the video will differ from the old one.",
     "CogVideoTransformerEdit": "Removing blocks of the transformer is not here: all of them run.",
-    "CogVideoLatentPreview": "The preview of latents is not here: decode them with CogVideoX-1.5 VAE Decode to see them.",
-    "CogVideoXFunResizeToClosestBucket": "CogVideoX-Fun's buckets are not here: CogVideoX-1.5 Image to Video scales and crops the image itself.",
+    "CogVideoLatentPreview": (
+        "The preview of latents is not here: decode them with CogVideoX-1.5 VAE Decode to see them."
+    ),
+    "CogVideoXFunResizeToClosestBucket": (
+        "CogVideoX-Fun's buckets are not here: CogVideoX-1.5 Image to Video scales and crops the image itself."
+    ),
     "CogVideoXFunSampler": "CogVideoX-Fun is not run here yet.",
     "CogVideoXFunVid2VidSampler": "CogVideoX-Fun is not run here yet.",
     "CogVideoXFunControlSampler": "CogVideoX-Fun is not run here yet.",

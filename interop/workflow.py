@@ -1,5 +1,5 @@
 """ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a
-CogVideoX."""
+CogVideoX. One file, as the table of the loaders says both how their widgets are read and how their dtype is judged."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from cogvideox.files import parse_json, read_text
 from cogvideox.precision.verdict import Finding
 from cogvideox.words import listed, reason, short
 
+from .kinds import KINDS
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport
 from .tables import ORDERS, order_of
 
@@ -17,7 +18,7 @@ OURS = "CogVideoX15ModelLoader"
 #: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values.
 #: ``tables.ORDERS`` has all ages.
 WIDGETS = {
-    OURS: ("model", "dtype", "on_mismatch", "memory", "scan_weights", "text_encoder_name", "vae_name"),
+    OURS: KINDS[OURS].widgets,
     **{
         kind: ORDERS[kind][0]
         for kind in (
@@ -112,7 +113,7 @@ _LOADERS = {
     "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
-_DTYPES = ("auto", "bf16", "fp16", "fp32")
+_DTYPES = KINDS[OURS].input("dtype").options
 #: Values of a node's mode on the page.
 MUTED, BYPASSED = 2, 4
 #: More nodes than this no person has laid out.
@@ -156,56 +157,89 @@ def _loads_cogvideo(kind: str, widgets: Mapping) -> bool:
     )
 
 
-def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
-    loader = _LOADERS[kind]
-    name = widgets.get(loader.model)
-    if name is None and kind == "DownloadAndLoadCogVideoModel":
-        name = "CogVideoX-2b"  # the only one there was when the node had no widget for it
-    name = short(name) if isinstance(name, str) else "a model that is not named"
-    widget = loader.dtype
-    dtype = widgets.get(widget, loader.default) if widget else "default"
+class _Chosen(NamedTuple):
+    """What a loader's widgets say of the dtype.
+
+    Attributes:
+        widget: the one that says it; "" for none.
+        value: what it says.
+        runs: the dtype that the model runs in; "" is what ComfyUI chooses, None what another node says.
+    """
+
+    widget: str
+    value: str
+    runs: str | None
+
+    @property
+    def text(self) -> str:
+        if self.runs is None:
+            return f"{self.widget} comes from another node"
+        if self.runs != self.value:
+            return f"{self.widget} is {self.value}, which computes in {self.runs}"
+        return f"{self.widget} is {short(self.value)}"
+
+
+def _chosen(loader: _Loader, widgets: Mapping) -> _Chosen:
+    """Read the dtype off a loader's widgets."""
+    if not loader.dtype:
+        return _Chosen("", "default", "")
+    widget, dtype = loader.dtype, widgets.get(loader.dtype)
     dtype = loader.default if dtype is None else dtype
     if loader.fallback and dtype == "default" and widgets.get(loader.fallback) == "fp16":
         widget, dtype = loader.fallback, "fp16"
-    said = widget
-    if dtype is not _LINKED and not isinstance(dtype, str):
-        dtype = repr(dtype)
-    runs = dtype if dtype is _LINKED else loader.runs.get(dtype, dtype) if widget else ""
-    if runs == "":
-        chosen = f"{widget} is {short(dtype)}" if widget else "The node has no widget for the dtype"
+    if dtype is _LINKED:
+        return _Chosen(widget, "", None)
+    value = dtype if isinstance(dtype, str) else repr(dtype)
+    return _Chosen(widget, value, loader.runs.get(value, value))
+
+
+def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
+    chosen = _chosen(_LOADERS[kind], widgets)
+    if chosen.runs == "":
+        said = f"{chosen.widget} is {short(chosen.value)}" if chosen.widget else "The node has no widget for the dtype"
         return Finding(
             where,
             "ok",
-            f"{chosen}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.",
+            f"{said}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.",
         )
-    if runs is not dtype and runs is not _LINKED:
-        said = f"{widget} is {dtype}, which computes in {runs}"
-    elif runs is not _LINKED:
-        said = f"{widget} is {short(runs)}"
-    if runs is not _LINKED and runs not in _DTYPES:
+    if chosen.runs is not None and chosen.runs not in _DTYPES:
         return Finding(
             where,
             "warning",
-            f"{widget} is {short(repr(dtype))}, which this check does not know.",
-            f"Set {widget} to bf16.",
+            f"{chosen.widget} is {short(repr(chosen.value))}, which this check does not know.",
+            f"Set {chosen.widget} to bf16.",
         )
     if kind in _VAE_ONLY:
-        if runs is _LINKED:
-            return Finding(
-                where, "warning", f"{widget} comes from another node.", "See that what arrives there is bf16 or fp32."
-            )
-        if runs == "fp16":
-            return Finding(
-                where, "warning", f"{said}, in which the VAE can overflow to NaN.", f"Set {widget} to bf16 or fp32."
-            )
-        return Finding(where, "ok", f"{said}.")
+        return _judge_vae(where, chosen)
+    name = widgets.get(_LOADERS[kind].model)
+    if name is None and kind == "DownloadAndLoadCogVideoModel":
+        name = "CogVideoX-2b"  # the only one there was when the node had no widget for it
+    name = short(name) if isinstance(name, str) else "a model that is not named"
     if is_2b(name):
-        said = f"{widget} comes from another node" if runs is _LINKED else said
         return Finding(
-            where, "ok", f"{said}, and {name} was trained in fp16, going by the name: no dtype makes it black."
+            where, "ok", f"{chosen.text}, and {name} was trained in fp16, going by the name: no dtype makes it black."
         )
-    if runs not in ("fp16", _LINKED):
-        return Finding(where, "ok", f"{said}, in which a bf16-trained model stays finite.")
+    if chosen.runs not in ("fp16", None):
+        return Finding(where, "ok", f"{chosen.text}, in which a bf16-trained model stays finite.")
+    return _judge_fp16(where, kind, name, chosen, widgets)
+
+
+def _judge_vae(where: str, chosen: _Chosen) -> Finding:
+    """Judge a loader of a VAE, which bf16 and fp32 suit."""
+    if chosen.runs is None:
+        return Finding(where, "warning", f"{chosen.text}.", "See that what arrives there is bf16 or fp32.")
+    if chosen.runs == "fp16":
+        return Finding(
+            where,
+            "warning",
+            f"{chosen.text}, in which the VAE can overflow to NaN.",
+            f"Set {chosen.widget} to bf16 or fp32.",
+        )
+    return Finding(where, "ok", f"{chosen.text}.")
+
+
+def _judge_fp16(where: str, kind: str, name: str, chosen: _Chosen, widgets: Mapping) -> Finding:
+    """Judge a loader that runs a bf16-trained model in fp16, or in what another node says."""
     on_mismatch = widgets.get("on_mismatch", "fix") if kind == OURS else None
     if on_mismatch == "fix":
         return Finding(
@@ -213,13 +247,13 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
             "ok",
             "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.",
         )
-    if runs is _LINKED or on_mismatch is _LINKED:
-        linked = widget if runs is _LINKED else "on_mismatch"
+    if chosen.runs is None or on_mismatch is _LINKED:
+        linked = chosen.widget if chosen.runs is None else "on_mismatch"
         return Finding(
             where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16."
         )
-    because = f"{said} and {name} was trained in bf16, going by the name"
-    remedy = f"Set {widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
+    because = f"{chosen.text} and {name} was trained in bf16, going by the name"
+    remedy = f"Set {chosen.widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
     if kind == OURS:
         remedy = "Set dtype to auto, or on_mismatch to fix."
     if on_mismatch == "stop":

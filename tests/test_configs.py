@@ -417,26 +417,15 @@ FIXES = {
     "neither, commented out": ("args:\n  a: 1\n  # bf16: True\n", "args:\n  a: 1\n  bf16: True\n  # bf16: True\n"),
     "neither, no last line end": ("args:\n  a: 1", "args:\n  a: 1\n  bf16: True"),
     "neither, a list last": (
-        "args:\n  a:\n  - 1\n  - 2 # two\n# end\n",
-        "args:\n  a:\n  - 1\n  - 2 # two\n  bf16: True\n# end\n",
+        "args:\n  b: 1\n  a:\n  - 1\n  - 2 # two\n# end\n",
+        "args:\n  b: 1\n  bf16: True\n  a:\n  - 1\n  - 2 # two\n# end\n",
     ),
-    "neither, a mapping last": ("args:\n  a:\n    b: {c: 1}\n", "args:\n  a:\n    b: {c: 1}\n  bf16: True\n"),
-    "neither, a text last": (
-        "args:\n  a: |\n    some\n    text\nb: 1\n",
-        "args:\n  a: |\n    some\n    text\n  bf16: True\nb: 1\n",
+    "neither, a mapping last": (
+        "args:\n  b: 1\n  a:\n    b: {c: 1}\n",
+        "args:\n  b: 1\n  bf16: True\n  a:\n    b: {c: 1}\n",
     ),
     "neither, nothing last": ("args:\n  a:   # empty\nb: 1\n", "args:\n  a:   # empty\n  bf16: True\nb: 1\n"),
-    "neither, an alias last": ("x: &x 1\nargs:\n  a: *x\nb: 1\n", "x: &x 1\nargs:\n  a: *x\n  bf16: True\nb: 1\n"),
     "zero_stage": ("args:\n  zero_stage: 1\n", "args:\n  zero_stage: 1\n  bf16: True\n"),
-    "flow": ("args: {fp16: True, a: 1} # short\n", "args: {bf16: True, a: 1} # short\n"),
-    "flow, neither": ("args: {a: [1, 2], }\n", "args: {a: [1, 2], bf16: True, }\n"),
-    "flow, empty": ("args: {}\n", "args: {bf16: True}\n"),
-    "flow, twice": ("args: {fp16: True, a: 1, fp16: False}\n", "args: {a: 1, fp16: False, bf16: True}\n"),
-    "twice": (
-        "args:\n  fp16: False # old\n  a: 1\n  fp16: True # new\n",
-        "args:\n  # fp16: False # old\n  a: 1\n  bf16: True # new\n",
-    ),
-    "twice the right one": ("args:\n  bf16: True\n  bf16: True\n", "args:\n  # bf16: True\n  bf16: True\n"),
     "CRLF": (
         "args:\r\n  a: 1\r\n  b: 2 # two\r\nc: 3\r\n",
         "args:\r\n  a: 1\r\n  b: 2 # two\r\n  bf16: True\r\nc: 3\r\n",
@@ -521,22 +510,54 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(write, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "base: &base {fp16: True}\nargs:\n  <<: *base\n  a: 1\n",
-        "yes: &on True\nargs:\n  bf16: True\n  fp16: *on\n",
-        "args:\n  fp16: &on True\n  bf16: *on\n",
-        "args:\n  fp16:\n    True\n  fp16: True\n",
-        "my: &key fp16\nargs:\n  *key : True\n",
-    ],
-)
+#: Forms that hardly anybody writes -> which line is to say what.
+BY_HAND = {
+    "base: &base {fp16: True}\nargs:\n  <<: *base\n  a: 1\n": (
+        "have args (line 2) say bf16: True and have args (line 2) say fp16: False"
+    ),
+    "yes: &on True\nargs:\n  bf16: True\n  fp16: *on\n": "have line 3 say bf16: True and have line 4 say fp16: False",
+    "args:\n  fp16: &on True\n  bf16: *on\n": "have line 3 say bf16: True and have line 2 say fp16: False",
+    "args:\n  fp16:\n    True\n  fp16: True\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 2 and have line 4 say fp16: False"
+    ),
+    "my: &key fp16\nargs:\n  *key : True\n": "have args (line 2) say bf16: True and have args (line 2) say fp16: False",
+    "args:\n  fp16: !!bool true\n": "have args (line 1) say bf16: True and have line 2 say fp16: False",
+    "args: {fp16: True, a: 1} # short\n": "have args (line 1) say bf16: True and have line 1 say fp16: False",
+    "args: {fp16: True, a: 1, fp16: False}\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 1 and have line 1 say fp16: False"
+    ),
+    "args:\n  fp16: False # old\n  a: 1\n  fp16: True # new\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 2 and have line 4 say fp16: False"
+    ),
+    "args:\n  bf16: True\n  bf16: True\n": "delete bf16 in line 2 and have line 3 say bf16: True",
+}
+#: The same, where neither flag is on.
+ADDED_BY_HAND = {
+    "args: {a: [1, 2], }\n": 1,
+    "args: {}\n": 1,
+    "args:\n  a: |\n    some\n    text\nb: 1\n": 1,
+    "x: &x 1\nargs:\n  a: *x\nb: 1\n": 2,
+}
+
+
+@pytest.mark.parametrize("text", BY_HAND)
 def test_a_fix_that_would_touch_more_than_the_flags_is_left_to_the_user(write, text):
     write(BF16, "model.yaml")
     file = write(text)
     assert check_config(file).verdict == "mismatch"
-    with pytest.raises(ValueError, match="was not changed.*by hand"):
+    with pytest.raises(ValueError, match="was not changed.*by hand") as refused:
         fix_config(file)
+    assert f"by hand: {BY_HAND[text]}. Then check it again." in str(refused.value)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ADDED_BY_HAND)
+def test_a_flag_that_has_no_usual_place_is_left_to_the_user(write, text):
+    write(BF16, "model.yaml")
+    file = write(text)
+    with pytest.raises(ValueError, match="was not changed.*by hand") as refused:
+        fix_config(file)
+    assert f"by hand: have args (line {ADDED_BY_HAND[text]}) say bf16: True. Then" in str(refused.value)
     assert file.read_text() == text
 
 
@@ -627,7 +648,7 @@ def test_whatever_the_file_looks_like_a_fix_changes_only_flags_and_is_done_once(
     assert file.read_bytes().decode() == fixed
 
 
-# --- Workflows ----------------------------------------------------------------
+# --- Workflows ---
 
 
 def ui(*nodes, **more):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogvideox.checkpoint import convert
+from cogvideox.checkpoint import convert, shards
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint
 from cogvideox.dtypes import Precision
@@ -182,7 +182,7 @@ class TestCasts:
 
     @pytest.mark.parametrize("chunk", [64, 4096])
     def test_however_small_the_buffer_is(self, tmp_path, source, monkeypatch, chunk):
-        monkeypatch.setattr(convert, "_CHUNK", chunk)
+        monkeypatch.setattr(shards, "_CHUNK", chunk)
         checkpoint = open_checkpoint(layouts.write_sat(tmp_path / "sat", {"transformer": source[1]["transformer"]}))
         convert_checkpoint(checkpoint, tmp_path / "kept.safetensors")
         convert_checkpoint(checkpoint, tmp_path / "cast.safetensors", FP32)
@@ -201,7 +201,7 @@ class TestCasts:
     @pytest.mark.parametrize(("dtype", "chunk"), [(BF16, 1000), (FP32, 1 << 24)])
     def test_scales_of_fp8_weights_are_multiplied_in(self, tmp_path, source, monkeypatch, dtype, chunk):
         """One for a tensor, and one for each row of it."""
-        monkeypatch.setattr(convert, "_CHUNK", chunk)
+        monkeypatch.setattr(shards, "_CHUNK", chunk)
         tensors, wanted = state(source[1], "transformer"), state(source[1], "transformer", dtype)
         for block, scale in enumerate((torch.tensor(0.3), torch.rand(128))):
             name = f"transformer_blocks.{block}.attn1.to_q"
@@ -304,7 +304,7 @@ def test_parts_over_the_limit_are_sharded_with_an_index(tmp_path, source, monkey
     from diffusers import CogVideoXPipeline
 
     limit = 80_000
-    monkeypatch.setattr(convert, "SHARD_BYTES", limit)
+    monkeypatch.setattr(shards, "SHARD_BYTES", limit)
     folder = tmp_path / "converted"
     report = convert_checkpoint(open_checkpoint(source[0]), folder, dtype)
     for part, stem in zip(report.parts, ("diffusion_pytorch_model", "model", "diffusion_pytorch_model"), strict=True):
@@ -426,7 +426,7 @@ class TestWholeOrNothing:
     def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
         self, tmp_path, source, monkeypatch, target
     ):
-        monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
         with pytest.raises(RuntimeError, match=r"needs [\d.]+ MB and 1\.00 GB to spare.*only 1\.00 GB free.*Make room"):
             convert_checkpoint(open_checkpoint(source[0]), tmp_path / target)
         assert everything_in(tmp_path) == []

@@ -22,7 +22,7 @@ from interop.check import check_config
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
 from interop.workflow import WIDGETS
-from tests import workflows
+from tests import nodes_table, workflows
 from tests.conftest import ROOT
 from tests.wrapper_workflows import NODES, PIPED, image_to_video, piped, text_to_video, video_to_video
 
@@ -74,7 +74,7 @@ def said(report, *words):
     return [line for line in report.differs if all(word in line for word in words)]
 
 
-# The table of nodes
+# --- The table of nodes ---
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("CogVideoX15")])
@@ -94,11 +94,16 @@ def test_the_table_of_our_nodes_is_that_of_the_nodes(kind, pack):
     assert list(KINDS[kind].outputs) == list(zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True))
 
 
+def test_the_table_of_our_nodes_is_what_the_node_classes_give(pack):
+    """After a change of a node: ``python -m tests.nodes_table``."""
+    assert nodes_table.FILE.read_text(encoding="utf-8") == nodes_table.text(pack.NODE_CLASS_MAPPINGS)
+
+
 def test_the_checks_table_of_our_loaders_widgets_is_the_same():
     assert WIDGETS["CogVideoX15ModelLoader"] == tuple(entry.name for entry in KINDS["CogVideoX15ModelLoader"].inputs)
 
 
-# What is carried over
+# --- What is carried over ---
 
 
 @pytest.mark.parametrize("age", AGES)
@@ -507,7 +512,7 @@ def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
     assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
 
 
-# Models and dtypes
+# --- Models and dtypes ---
 
 
 @pytest.mark.parametrize(
@@ -576,7 +581,7 @@ def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_
     assert check_config(tmp_path / "new.json").verdict == "ok"
 
 
-# Faster
+# --- Faster ---
 
 
 def chain_of(page, sampler=None):
@@ -750,7 +755,7 @@ def test_nodes_of_our_own_lie_over_no_other(migrate):
             assert x >= left + width or left >= x + wide or y >= top + height or top >= y + high
 
 
-# Before 19 November 2024
+# --- Before 19 November 2024 ---
 
 
 @pytest.mark.parametrize("day", PIPED)
@@ -923,7 +928,7 @@ def test_a_mask_for_inpainting_is_refused(migrate):
         migrate(w)
 
 
-# What is said
+# --- What is said ---
 
 
 @pytest.mark.parametrize(
@@ -1170,7 +1175,7 @@ def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, p
     assert said(report, "denoise_strength is True")
 
 
-# What is refused
+# --- What is refused ---
 
 
 def with_tora():
@@ -1448,7 +1453,7 @@ def test_a_text_that_was_cut_inside_a_character_is_written_as_it_came(migrate):
     assert "熊猫 \ud83d" in {node["widgets_values"][0] for node in nodes_of(page, "CogVideoX15TextEncode")}
 
 
-# Files
+# --- Files ---
 
 
 @pytest.fixture

@@ -9,20 +9,16 @@ down.
 
 from __future__ import annotations
 
-import math
-import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..words import short
+from .audit_blocks import Block, Progress, Reader, runs_of
+from .audit_ruler import SIGNED, UNSIGNED, Ruler, ruler_of
 from .headers import StoredTensor
 
 #: The dtypes a part can run in, and what to call them.
@@ -39,9 +35,6 @@ _STARTS = np.arange(0, _BLOCK, _TILE)
 _MOST_WORKERS = 4
 #: Tensors named in an audit.
 _NAMED = 5
-
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,10 @@ class WeightAudit:
         named = ", ".join(f"{short(tensor)} ({what})" for tensor, what in self.worst)
         sound = "no NaN, no Inf."
         if self.damaged:
-            sound = f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the weights again. In: {named}."
+            sound = (
+                f"{_number(self.nan)} NaN and {_number(self.inf)} Inf. They make every frame black: download the "
+                f"weights again. In: {named}."
+            )
         label = "mismatch" if self.damaged else "ok"
         lines = [f"[{label}] {self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
         fp16 = [
@@ -149,9 +145,9 @@ def scan_weights(
             f"The weights were to be audited for {target}, which no part can run in, so what the cast would do is "
             f"unknown. Choose {', '.join(map(str, TARGETS))}."
         )
-    runs = _runs(tensors)
+    runs = runs_of(tensors)
     total = sum(run.end - run.starts[0] for run in runs)
-    reader, progress = _Reader(runs), _Progress(total, on_progress)
+    reader, progress = Reader(runs, _BLOCK), Progress(total, on_progress)
     workers = max(1, min(_MOST_WORKERS, torch.get_num_threads(), -(-total // _BLOCK)))
     tallies = [_Tally() for _ in range(workers)]
     try:
@@ -181,125 +177,6 @@ def _percent(share: float) -> str:
 
 def _listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-@dataclass
-class _Run:
-    """Tensors of one dtype that lie one after the other in a file: read as one, however small they are."""
-
-    file: Path
-    dtype: torch.dtype
-    starts: list[int]
-    names: list[str]
-    end: int
-
-
-def _runs(tensors: Mapping[str, StoredTensor]) -> list[_Run]:
-    places = [
-        (stored.file, offset, nbytes, stored.dtype, name)
-        for name, stored in tensors.items()
-        if stored.dtype.is_floating_point
-        for offset, nbytes in stored.ranges
-        if nbytes
-    ]
-    runs: list[_Run] = []
-    for file, offset, nbytes, dtype, name in sorted(places, key=lambda place: place[:2]):
-        if not runs or (runs[-1].file, runs[-1].dtype, runs[-1].end) != (file, dtype, offset):
-            runs.append(_Run(file, dtype, [], [], offset))
-        runs[-1].starts.append(offset)
-        runs[-1].names.append(name)
-        runs[-1].end = offset + nbytes
-    return runs
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A piece of a run, read at once."""
-
-    run: _Run
-    offset: int
-    nbytes: int
-
-    def pieces(self) -> Iterator[tuple[str, slice]]:
-        """The tensors in it: (name, which of the block's values)."""
-        size, starts = self.run.dtype.itemsize, self.run.starts
-        first, last = bisect_right(starts, self.offset), bisect_right(starts, self.offset + self.nbytes - 1)
-        edges = [self.offset, *starts[first:last], self.offset + self.nbytes]
-        for index, (begin, end) in enumerate(pairwise(edges), first - 1):
-            yield self.run.names[index], slice((begin - self.offset) // size, (end - self.offset) // size)
-
-
-class _Reader:
-    """Hands out the blocks to whoever asks next, in order: one file open, one read at a time, as a disk likes it."""
-
-    def __init__(self, runs: list[_Run]):
-        self._blocks = (
-            _Block(run, at, min(_BLOCK, run.end - at)) for run in runs for at in range(run.starts[0], run.end, _BLOCK)
-        )
-        self._lock = threading.Lock()
-        self._file = self._run = None
-        self._stopped = False
-
-    def fill(self, buffer: memoryview) -> _Block | None:
-        """Read the next block to the start of ``buffer``; None when there is none, or the scan was stopped."""
-        with self._lock:
-            block = None if self._stopped else next(self._blocks, None)
-            if block is None:
-                return None
-            if self._run is not block.run:
-                self._begin(block.run)
-            done = 0
-            while done < block.nbytes:
-                count = self._file.readinto(buffer[done : block.nbytes])
-                if not count:
-                    raise ValueError(
-                        f"{block.run.file} ended while its weights were read: it is truncated or being written. "
-                        "Download it again."
-                    )
-                done += count
-            return block
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def close(self) -> None:
-        with self._lock:
-            self._close()
-
-    def _begin(self, run: _Run) -> None:
-        if self._run is None or self._run.file != run.file:
-            self._close()
-            self._file = run.file.open("rb", buffering=0)
-        self._file.seek(run.starts[0])
-        self._run = run
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = self._run = None
-
-
-class _Progress:
-    """Counts what all workers did; only the caller's own thread tells of it, as an interface expects it."""
-
-    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None):
-        self._total, self._on_progress = total, on_progress
-        self._done = self._told = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-
-    def add_and_tell(self, count: int) -> None:
-        self.add(count)
-        self.tell()
-
-    def tell(self) -> None:
-        done = self._done
-        if self._on_progress is not None and done != self._told:
-            self._told = done
-            self._on_progress(done, self._total)
 
 
 @dataclass
@@ -345,26 +222,26 @@ def _audit(name: str, target: torch.dtype, tallies: list[_Tally], order: list[st
     )
 
 
-def _work(reader: _Reader, target: torch.dtype, tally: _Tally, on_block: Callable[[int], None]) -> None:
+def _work(reader: Reader, target: torch.dtype, tally: _Tally, on_block: Callable[[int], None]) -> None:
     """Scan blocks until there are no more. Every array is made once: fresh memory costs more than all that is done in
     it."""
     # torch's memory begins at a multiple of 64 bytes and numpy's at one of 16: reading into the latter takes twice as
     # long.
     buffer, mask = (torch.empty(_BLOCK, dtype=dtype, device="cpu").numpy() for dtype in (torch.uint8, torch.bool))
-    view = memoryview(buffer)
+    view = buffer.data
     try:
         while (block := reader.fill(view)) is not None:
-            patterns = buffer[: block.nbytes].view(_UNSIGNED[block.run.dtype.itemsize])
+            patterns = buffer[: block.nbytes].view(UNSIGNED[block.run.dtype.itemsize])
             # Doubling drops the sign and keeps the order.
             np.add(patterns, patterns, out=patterns)
-            _look(block, patterns, mask, _ruler(block.run.dtype, target), tally)
+            _look(block, patterns, mask, ruler_of(block.run.dtype, target), tally)
             on_block(block.nbytes)
     finally:
         # However this one ended: where it failed, the others need not go on.
         reader.stop()
 
 
-def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+def _look(block: Block, doubled: np.ndarray, mask: np.ndarray, ruler: Ruler, tally: _Tally) -> None:
     """Add a block to ``tally``: a few passes over all of it, and more only over the tiles that hold something rare.
 
     Args:
@@ -375,7 +252,7 @@ def _look(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, t
     starts = _STARTS[: -(-doubled.size // _TILE)]
     # Patterns of 2.0 and above have their top bit set and so are negative here: one pass tells that there are none of
     # them, hence neither NaN nor Inf nor anything large, and finds the smallest magnitudes.
-    lows = np.minimum.reduceat(doubled.view(_SIGNED[doubled.itemsize]), starts)
+    lows = np.minimum.reduceat(doubled.view(SIGNED[doubled.itemsize]), starts)
     low = np.minimum.reduce(lows)
     if low < 0:
         lows = np.minimum.reduceat(doubled, starts)
@@ -403,7 +280,7 @@ def _count(compare: np.ufunc, doubled: np.ndarray, bound: np.unsignedinteger, ma
     return int(np.count_nonzero(compare(doubled, bound, out=mask[: doubled.size])))
 
 
-def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler: _Ruler, tally: _Tally) -> None:
+def _count_extremes(block: Block, doubled: np.ndarray, mask: np.ndarray, ruler: Ruler, tally: _Tally) -> None:
     for name, piece in block.pieces():
         values = doubled[piece]
         beyond = _count(np.greater_equal, values, ruler.beyond_fp16, mask)
@@ -416,7 +293,7 @@ def _count_extremes(block: _Block, doubled: np.ndarray, mask: np.ndarray, ruler:
         tally.extremes[name] = (before[0] + nan, before[1] + nonfinite - nan, before[2] + beyond - nonfinite)
 
 
-def _drops_bits(doubled: np.ndarray, ruler: _Ruler) -> bool:
+def _drops_bits(doubled: np.ndarray, ruler: Ruler) -> bool:
     """Whether a value in the target's normal range has bits that the cast drops: seldom where fp32 files were made from
     bf16."""
     if not np.bitwise_or.reduce(doubled) & ruler.dropped:
@@ -427,7 +304,7 @@ def _drops_bits(doubled: np.ndarray, ruler: _Ruler) -> bool:
 
 
 def _look_small(
-    doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: _Ruler, tally: _Tally
+    doubled: np.ndarray, zeros_too: bool, bound: np.unsignedinteger, mask: np.ndarray, ruler: Ruler, tally: _Tally
 ) -> None:
     """Tell apart what lies below ``bound``: zeros, what fp16 and the target flush to zero, what the target rounds
     coarsely.
@@ -448,82 +325,3 @@ def _look_small(
     tally.vanished += vanished
     if small[vanished:].searchsorted(ruler.normal):
         tally.rounding = max(tally.rounding, ruler.subnormal_error)
-
-
-def _error(doubled: np.ndarray, stored: torch.dtype, target: torch.dtype) -> float:
-    weights = _values(doubled >> 1, stored)
-    exact = weights.double()
-    return ((weights.to(target).double() - exact).abs_() / exact).max().item()
-
-
-def _values(patterns: np.ndarray, stored: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(patterns.view(_SIGNED[patterns.itemsize])).view(stored)
-
-
-@dataclass(frozen=True, eq=False)
-class _Ruler:
-    """A stored dtype and a target as bounds on doubled bit patterns. Each bound is the first pattern of its kind.
-
-    Attributes:
-        kept_fp16, normal_fp16: no longer zero, no longer subnormal as fp16.
-        beyond_fp16, nonfinite, nan: above 65504, Inf or NaN, NaN.
-        kept, normal, overflowed: no longer zero, no longer subnormal, no longer finite in the target.
-        dropped: the mantissa bits that the target has no room for.
-        normal_error, subnormal_error: the largest relative error that is possible among normal and among subnormal
-            numbers of the target.
-    """
-
-    stored: torch.dtype
-    target: torch.dtype
-    kept_fp16: np.unsignedinteger
-    normal_fp16: np.unsignedinteger
-    beyond_fp16: np.unsignedinteger
-    nonfinite: np.unsignedinteger
-    nan: np.unsignedinteger
-    kept: np.unsignedinteger
-    normal: np.unsignedinteger
-    overflowed: np.unsignedinteger
-    dropped: np.unsignedinteger
-    normal_error: float
-    subnormal_error: float
-
-
-@lru_cache(maxsize=64)
-def _ruler(stored: torch.dtype, target: torch.dtype) -> _Ruler:
-    """Find the bounds by asking torch's cast, so that they hold for what is going to be done and not for what should
-    be."""
-    unsigned = _UNSIGNED[stored.itemsize]
-
-    def first(is_past: Callable[[torch.Tensor], torch.Tensor]) -> np.unsignedinteger:
-        largest = 2 ** (8 * stored.itemsize - 1) - 1
-        found = bisect_left(
-            range(largest), True, 0, largest, key=lambda p: bool(is_past(_values(np.array([p], unsigned), stored)))
-        )
-        return unsigned(2 * found)
-
-    half, own, other = torch.float16, torch.finfo(stored), torch.finfo(target)
-    # `~(a < b)` and not `a >= b`: NaN comes last, so it is past every bound.
-    kept = first(lambda w: w.to(target) != 0)
-    normal = first(lambda w: ~(w.double() < other.smallest_normal))
-    dropped = max(0, round(math.log2(other.eps / own.eps)))
-    return _Ruler(
-        stored,
-        target,
-        kept_fp16=first(lambda w: w.to(half) != 0),
-        normal_fp16=first(lambda w: ~(w.to(half) < torch.finfo(half).smallest_normal)),
-        beyond_fp16=first(lambda w: ~(w.double() <= torch.finfo(half).max)),
-        nonfinite=first(lambda w: ~w.double().isfinite()),
-        nan=first(lambda w: w.double().isnan()),
-        kept=kept,
-        normal=normal,
-        overflowed=first(lambda w: ~w.to(target).isfinite()),
-        dropped=unsigned((2**dropped - 1) * 2),
-        # The error is at most half a unit in the last place, and relatively largest just above a power of two: u / (1 +
-        # u). float64 is cast by way of float32, which can add 2^-24.
-        normal_error=other.eps / (2 + other.eps)
-        + (2.0**-24 if stored == torch.float64 and target != torch.float32 else 0.0)
-        if dropped
-        else 0.0,
-        # Subnormals: the first that is kept was nearly halfway to zero.
-        subnormal_error=_error(np.array([kept]), stored, target) if kept < normal else 0.0,
-    )

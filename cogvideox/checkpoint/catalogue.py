@@ -2,7 +2,7 @@
 headers.
 
 What a file is, is remembered by its path, size and time, so that a list that was made once is made again in
-milliseconds.
+milliseconds. One file, as looking, describing and remembering are each a few functions that share what was seen.
 """
 
 import hashlib
@@ -171,14 +171,10 @@ def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
     folder it lies in too, and its name may be one that is cut in the list."""
     entries = list(entries)
     # A workflow that was made on Windows has backslashes; and a letter that cannot be printed is one here.
-    chosen = [chosen.strip(), chosen.strip().replace("\\", "/")]
+    texts = [chosen.strip(), chosen.strip().replace("\\", "/")]
     for name in (
-        *chosen,
-        *(
-            text[: match.start()]
-            for text in chosen
-            for match in reversed(list(re.finditer(re.escape(SEPARATOR), text)))
-        ),
+        *texts,
+        *(text[: match.start()] for text in texts for match in reversed(list(re.finditer(re.escape(SEPARATOR), text)))),
     ):
         found = [entry for entry in entries if name in (entry.name, entry.label)]
         found = found or [entry for entry in entries if name and f"/{entry.path.as_posix()}".endswith(f"/{name}")]
@@ -327,7 +323,8 @@ def _leads_back(entry: os.DirEntry) -> bool:
 def _state(folder: Path) -> tuple:
     """What changes when a file of a checkpoint does: name, size and time of each. A transformer's folder is one of its
     checkpoint's."""
-    state, todo = [], [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
+    state: list[tuple] = []
+    todo = [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
     while todo and len(state) < _MOST_FILES:
         path, depth = todo.pop()
         with os.scandir(path) as found:
@@ -414,7 +411,7 @@ def _rounding(part: Part) -> float:
 
     def of(name: str, tensor: StoredTensor) -> float:
         if tensor.quantization is not None:
-            bits = re.search(r"\d", tensor.kind)
+            bits = re.search(r"\d", str(tensor.kind))
             return _ROUNDING_OF_ONE_BIT / 2 ** int(bits[0]) if bits else 1.0
         return _ROUNDING.get(tensor.dtype, 1.0) * (_ROUNDING_SCALED if name in part.scales else 1.0)
 

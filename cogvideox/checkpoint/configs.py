@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TRAINED_STEPS
 from ..words import short
@@ -49,7 +50,7 @@ class _Field:
     bound: str = ""
     multiple: int = 1
 
-    def allows(self, value: object, limit: float = math.inf) -> bool:
+    def allows(self, value: Any, limit: float = math.inf) -> bool:
         if value is None:
             return self.null
         if self.many:
@@ -57,7 +58,7 @@ class _Field:
             return right and all(self._allows_one(entry, limit) for entry in value)
         return self._allows_one(value, limit)
 
-    def _allows_one(self, value: object, limit: float) -> bool:
+    def _allows_one(self, value: Any, limit: float) -> bool:
         # By the exact type: true is an int in Python, and no number in a config.
         if type(value) not in {"whole": (int,), "number": (int, float), "flag": (bool,), "text": (str,)}[self.kind]:
             return False
@@ -79,8 +80,8 @@ class _Field:
             one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (
                 f", a multiple of {self.multiple}" if self.multiple > 1 else ""
             )
-        listed = {False: one, True: f"a list, each {one}"}.get(self.many, f"a list of {self.many}, each {one}")
-        return f"{listed}{', or null' if self.null else ''}"
+        lists: Mapping[bool | int, str] = {False: one, True: f"a list, each {one}"}
+        return f"{lists.get(self.many, f'a list of {self.many}, each {one}')}{', or null' if self.null else ''}"
 
 
 def _whole(low: int, high: int, **more) -> _Field:
@@ -246,14 +247,17 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         # Python prints no number of more than 4,300 digits.
         return f"a number of about {int(value.bit_length() * math.log10(2))} digits"
-    kind = {str: "the text ", list: "the list ", dict: "the object "}.get(type(value), "")
-    return kind + short(value if isinstance(value, list | dict) else repr(value))
+    kinds: Mapping[type, str] = {str: "the text ", list: "the list ", dict: "the object "}
+    return kinds.get(type(value), "") + short(value if isinstance(value, list | dict) else repr(value))
 
 
 def _odd_transformer(config: Mapping) -> str:
     rotary = config.get("use_rotary_positional_embeddings", False)
     if config.get("use_learned_positional_embeddings", False) and not rotary:
-        return '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no CogVideoX is built with'
+        return (
+            '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no '
+            "CogVideoX is built with"
+        )
     patch = config.get("patch_size", 2)
     sides = {"sample_height": 60, "sample_width": 90}
     height, width = (config.get(side, default) // patch for side, default in sides.items())
@@ -262,7 +266,10 @@ def _odd_transformer(config: Mapping) -> str:
     if not rotary or config.get("use_learned_positional_embeddings", False):
         frames = (config.get("sample_frames", 49) - 1) // TEMPORAL_COMPRESSION + 1
         if height * width * frames > _MAX_POSITIONS:
-            return f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the released models have 17,550'
+            return (
+                f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the '
+                "released models have 17,550"
+            )
     return ""
 
 
@@ -272,7 +279,10 @@ def _odd_text_encoder(config: Mapping) -> str:
         config.get("relative_attention_max_distance", 128),
     )
     if distance <= buckets // 4:
-        return f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than {buckets // 4}'
+        return (
+            f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than '
+            f"{buckets // 4}"
+        )
     return ""
 
 
@@ -297,7 +307,10 @@ def _odd_scheduler(config: Mapping) -> str:
         return f'"beta_start", {start:g}, is larger than "beta_end", {end:g}'
     if config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr", False):
         # The first step would be divided by the signal that is left, which is none.
-        return '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. CogVideoX predicts v'
+        return (
+            '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. '
+            "CogVideoX predicts v"
+        )
     schedule = config.get("beta_schedule", "scaled_linear")
     if betas is None and schedule != "squaredcos_cap_v2":
         # To the power that the schedule is linear in.
@@ -310,7 +323,10 @@ def _odd_scheduler(config: Mapping) -> str:
             if config.get("trained_betas")
             else f'"beta_start" is {start:g} and "beta_end" {end:g}'
         )
-        return f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be NaN"
+        return (
+            f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be "
+            "NaN"
+        )
     return ""
 
 

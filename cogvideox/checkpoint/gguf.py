@@ -89,7 +89,7 @@ def read_blocks(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, St
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.([A-Z0-9_]+)_qweight", name)
         number = _numbers(path).get(match[2]) if match else None
-        if number is not None:
+        if match and number is not None:
             name, tensor = f"{match[1]}.weight", _unpacked(path, name, number, tensor)
             if name in tensors:
                 raise ValueError(
@@ -136,8 +136,8 @@ def _sizes(path: Path) -> dict[int, tuple[int, int]]:
         import gguf  # noqa: F401
     except ImportError as error:
         raise DependencyError(
-            f"{path} is a GGUF file, and the package gguf that knows such files is not installed. Install it in "
-            "ComfyUI's Python environment with: python -m pip install gguf, then restart ComfyUI."
+            f"{short(path, 400)} is a GGUF file, and the package gguf that knows such files is not installed. Install "
+            "it in ComfyUI's Python environment with: python -m pip install gguf, then restart ComfyUI."
         ) from error
     return _table()
 

@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -101,8 +102,8 @@ class StoredTensor(NamedTuple):
         """
         if not self.shape or self.shape[0] % of or self.more:
             raise ValueError(
-                f"A tensor of shape {list(self.shape)} in {self.file} cannot be split into {of} equal pieces, so it "
-                "is not what its name says."
+                f"A tensor of shape {list(self.shape)} in {short(self.file, 400)} cannot be split into {of} equal "
+                "pieces, so it is not what its name says."
             )
         size = self.nbytes // of
         (offset, nbytes), *more = _joined([(self.offset + number * size, size) for number in numbers])
@@ -119,7 +120,7 @@ class StoredTensor(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, open for reading, and its size.
 
     Raises:
@@ -171,12 +172,18 @@ def what_it_is(head: bytes) -> str | None:
         return "it begins with nothing but zeros, as a download that was interrupted leaves it"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "it is a web page, which a site sent in the place of the file, as it does where one has to log in or accept a licence"
+        return (
+            "it is a web page, which a site sent in the place of the file, as it does where one has to log in or "
+            "accept a licence"
+        )
     for start, what in _STARTS.items():
         if head.startswith(start):
             return what
     if head[0] == 0x80 and 2 <= int.from_bytes(head[1:2], "little") <= 5:
-        return "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors"
+        return (
+            "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save "
+            "it as safetensors"
+        )
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it first"
     if text.startswith(b"{") or text.startswith(b"["):
@@ -212,12 +219,12 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     with open_regular(stored.file) as file:
         for offset, nbytes in stored.ranges:
             file.seek(offset)
-            fill(file, memoryview(data.numpy())[done : done + nbytes], stored.file)
+            fill(file, data.numpy().data[done : done + nbytes], stored.file)
             done += nbytes
     return data.view(stored.dtype).view(stored.raw_shape)
 
 
-def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
+def fill(file: FileIO, view: memoryview, path: Path) -> None:
     """Read from ``file``, unbuffered, until ``view`` is full.
 
     Raises:
@@ -228,7 +235,8 @@ def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
         count = file.readinto(view[done:])
         if not count:
             raise ValueError(
-                f"{path} ended while a tensor was read: it is truncated or being written. Download it again."
+                f"{short(path, 400)} ended while a tensor was read: it is truncated or being written. Download it "
+                "again."
             )
         done += count
 
@@ -281,8 +289,10 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        again = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{short(again)} stands in it twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{short(name)} stands in it twice")
+            seen.add(name)
     return found
 
 
@@ -299,7 +309,7 @@ class _Damaged(Exception):
     """What is wrong with a header."""
 
 
-def _entry(path: Path, data_start: int, name: str, value: object) -> StoredTensor:
+def _entry(path: Path, data_start: int, name: str, value: Any) -> StoredTensor:
     try:
         kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = begin, end, *shape

@@ -67,13 +67,14 @@ class Parts(dict[str, Part]):
     """The parts of a checkpoint that can be used. Asked for another, it says why that is not one of them, and what to
     do."""
 
-    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str]):
+    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str], foreign: Container[str]):
         super().__init__(parts)
-        self._path, self._incomplete = path, incomplete
+        self._path, self._incomplete, self._foreign = path, incomplete, foreign
 
     def __missing__(self, kind: str) -> Part:
         if kind in self._incomplete:
-            raise ValueError(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
+            error = ForeignError if kind in self._foreign else ValueError
+            raise error(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
         raise ValueError(
             f"{self._path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
         )
@@ -150,8 +151,8 @@ def open_checkpoint(
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
         raise ValueError(
-            f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. "
-            f"{_WHERE}"
+            f"{short(path, 400)} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it "
+            f"beside one. {_WHERE}"
         )
     transformer = parts["transformer"]
     if transformer.lora:
@@ -160,7 +161,9 @@ def open_checkpoint(
     for kind, source in given.items():
         parts[kind] = open_part(source, kind)
         check_together(transformer, parts[kind])
-    incomplete = _add_own(place, parts)
+    errors = _add_own(place, parts)
+    incomplete = {kind: str(error) for kind, error in errors.items()}
+    foreign = {kind for kind, error in errors.items() if isinstance(error, ForeignError)}
     variant = identify(transformer.config)
     if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
@@ -188,7 +191,7 @@ def open_checkpoint(
             incomplete["text_encoder"] = str(error)
             del parts["text_encoder"]
     notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
-    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete), incomplete, notes)
+    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete, foreign), incomplete, notes)
 
 
 def open_part(path: Path | str, kind: str) -> Part:
@@ -204,7 +207,7 @@ def open_part(path: Path | str, kind: str) -> Part:
         parts = _open_file(path, set(PARTS) - {kind})
         if kind not in parts:
             held = ", ".join(PARTS[found][0] for found in file_kinds(path))
-            raise ValueError(f"{path} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
+            raise ValueError(f"{short(path, 400)} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
         part = parts[kind]
     check_part(part)
     return part
@@ -230,10 +233,10 @@ def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Par
     return {kind: replace(part, note=chosen.note) for kind, part in _open_file(source, given, chosen.files).items()}
 
 
-def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
+def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, ValueError]:
     """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and
     cannot be used cannot."""
-    incomplete = {}
+    incomplete: dict[str, ValueError] = {}
     for kind in ("text_encoder", "vae"):
         inside, source = parts.get(kind), None
         if inside is None:
@@ -249,7 +252,7 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
                 check_together(parts["transformer"], parts[kind])
         except ValueError as error:
             logger.info("The %s is left until it is asked for: %s", PARTS[kind][0], error)
-            incomplete[kind] = str(error)
+            incomplete[kind] = error
             parts.pop(kind, None)
     return incomplete
 
@@ -269,15 +272,15 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     if len(found) > 1:
         places = " and ".join(short(part.prefix + "…") for part in found)
         raise ValueError(
-            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the "
-            "average that training keeps (EMA). Save the one you want in a file of its own."
+            f"{short(file, 400)} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one "
+            "may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
     shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
     if shard and int(shard[2]) > 1:
         raise ValueError(
-            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot "
-            "run. Give the folder that all of them lie in, with its config.json and index, or choose a file that is "
-            "whole."
+            f"{short(file, 400)} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece "
+            "alone cannot run. Give the folder that all of them lie in, with its config.json and index, or choose a "
+            "file that is whole."
         )
     check_unpacked(found[0].tensors, file)
     tensors, scales = split_scales(found[0].tensors)
@@ -298,8 +301,8 @@ def _open_part(here: Path, kind: str) -> Part:
     config_file = here / "config.json"
     if not os.path.lexists(config_file):
         raise ValueError(
-            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json "
-            "from the same repository into it."
+            f"{short(here, 400)} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download "
+            "config.json from the same repository into it."
         )
     config = read_json(config_file)
     names = (
@@ -310,18 +313,18 @@ def _open_part(here: Path, kind: str) -> Part:
     names = names if isinstance(names, list) else [names]
     if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
         raise ForeignError(
-            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and "
-            f"CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
+            f"{short(config_file, 400)} describes {listed(names)}, not {class_name}: this is another model's {name}, "
+            f"and CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
         )
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and packing.get("quant_method"):
         raise packed_error(short(packing["quant_method"]), here, "its config.json says so")
     chosen = choose_weights(here, kind, name, _EXACT if kind == "transformer" and _is_2b(config) else ())
-    tensors: dict[str, StoredTensor] = {}
+    read: dict[str, StoredTensor] = {}
     for file in chosen.files:
-        tensors |= read_any_header(file)
-    check_unpacked(tensors, here)
-    tensors, lora = split_lora(tensors)
+        read |= read_any_header(file)
+    check_unpacked(read, here)
+    tensors, lora = split_lora(read)
     tensors = module_tensors(kind, unwrapped(kind, tensors, here))
     check_config(kind, config, config_file, tensors)
     part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=chosen.note)
@@ -373,12 +376,12 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[
         return variant.scheduler_config, ""
     if names_scheduler(root):
         raise ValueError(
-            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil "
-            "the picture. Download scheduler/ from the same repository into the checkpoint's folder."
+            f"{short(file, 400)} is missing: it holds the noise schedule the model was trained with, and guessing one "
+            "would spoil the picture. Download scheduler/ from the same repository into the checkpoint's folder."
         )
     return variant.scheduler_config, (
-        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. "
-        f"If it was trained with another, put its scheduler/ into {root}."
+        f"{short(transformer.source, 400)} comes without a noise schedule, as fine-tunes do, so that of {variant.name} "
+        f"is used. If it was trained with another, put its scheduler/ into {root}."
     )
 
 

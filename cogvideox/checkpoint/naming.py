@@ -3,7 +3,7 @@ them.
 
 Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the authors' own; the correspondence is in
 their repository's ``tools/convert_weight_sat2hf.py``). Each part is known by a tensor that only it has, wherever its
-names are put under a prefix.
+names are put under a prefix. One file, as each program's names are told from all the others'.
 """
 
 import re
@@ -49,7 +49,7 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     Raises:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
-    found = []
+    found: list[FoundPart] = []
     tensors, lora = split_lora(_without_wrappers(tensors))
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers, file):
@@ -99,9 +99,9 @@ _ANY_PACKED = tuple(word for _, words in _PACKED for word in words)
 def packed_error(program: str, source: Path, seen: str) -> ForeignError:
     """Weights packed by a program whose packing is not read here."""
     return ForeignError(
-        f"{source} is packed by {program} ({seen}), and such weights are not read here. Choose the same model in "
-        "bf16, fp16 or fp8, or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, makes it "
-        "small here."
+        f"{short(source, 400)} is packed by {program} ({seen}), and such weights are not read here. Choose the same "
+        "model in bf16, fp16 or fp8, or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, "
+        "makes it small here."
     )
 
 
@@ -145,8 +145,8 @@ def unwrapped(kind: str, tensors: Tensors, source: Path) -> Tensors:
     if len(found) > 1:
         places = listed((f"{prefix}…" for prefix, _ in found), 4)
         raise ValueError(
-            f"{source} holds several sets of weights in one ({places}), and which is meant is not known: one may be "
-            "the average that training keeps (EMA). Save the one you want in a file of its own."
+            f"{short(source, 400)} holds several sets of weights in one ({places}), and which is meant is not known: "
+            "one may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
     for prefix, rename in found:
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -244,19 +244,20 @@ def _unknown(tensors: Tensors, file: Path) -> ValueError:
         for name in names
     ):
         return ValueError(
-            f"{file} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot run alone. "
-            "Load the model it was made for here."
+            f"{short(file, 400)} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot "
+            "run alone. Load the model it was made for here."
         )
     for pattern, what in _OTHERS:
         if any(re.search(pattern, name) for name in names):
             return ForeignError(
-                f"{file} holds {what}, and none of CogVideoX's transformer, video VAE or T5 text encoder: its "
-                f"{len(names)} tensors ({few}) are another model's. Choose a CogVideoX file with the names of "
+                f"{short(file, 400)} holds {what}, and none of CogVideoX's transformer, video VAE or T5 text encoder: "
+                f"its {len(names)} tensors ({few}) are another model's. Choose a CogVideoX file with the names of "
                 "diffusers, ComfyUI or SAT."
             )
     return ForeignError(
-        f"{file} holds no CogVideoX transformer, VAE or T5 text encoder that is known here: its {len(names)} tensors "
-        f"({few or 'none'}) are another model's. Choose a CogVideoX file with the names of diffusers, ComfyUI or SAT."
+        f"{short(file, 400)} holds no CogVideoX transformer, VAE or T5 text encoder that is known here: its "
+        f"{len(names)} tensors ({few or 'none'}) are another model's. Choose a CogVideoX file with the names of "
+        "diffusers, ComfyUI or SAT."
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..variants import TRANSFORMER_CLASS
+from ..words import short
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -28,9 +29,9 @@ def infer_config(kind: str, tensors: Tensors, file: Path) -> dict:
         )
     except (KeyError, IndexError, ZeroDivisionError, _Odd) as error:
         raise ValueError(
-            f"{file} looks like a {kind.replace('_', ' ')} of CogVideoX, but how it is built cannot be told from its "
-            f"shapes ({error}). It is incomplete or of another model: download it again, or use the folder in "
-            "diffusers layout, which has a config.json."
+            f"{short(file, 400)} looks like a {kind.replace('_', ' ')} of CogVideoX, but how it is built cannot be "
+            f"told from its shapes ({error}). It is incomplete or of another model: download it again, or use the "
+            "folder in diffusers layout, which has a config.json."
         ) from error
 
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..files import read_bytes, read_json
 from ..words import short
@@ -96,7 +97,8 @@ def _read_model(data: bytes) -> tuple[list[str], int]:
     Raises:
         ValueError, IndexError, struct.error: if it is damaged.
     """
-    pieces, kind, seen = [], _UNIGRAM, set()
+    pieces: list[str] = []
+    kind, seen = _UNIGRAM, set()
     for number, wire, start, end in _fields(data, 0, len(data)):
         seen.add(number)
         if number == 1 and wire == _TEXT:
@@ -167,5 +169,5 @@ def _count_json(file: Path) -> int:
     return len(vocabulary)
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf

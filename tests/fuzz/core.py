@@ -63,8 +63,7 @@ def prepare(name: str) -> tuple:
     return target, target.prepare(base)
 
 
-# --- What must not happen
-# -----------------------------------------------------------------------------------------------------------
+# --- What must not happen -----------------------------------------------------
 
 _acting, _allowed, _seen = False, [], []
 _SPAWNING = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn")
@@ -105,8 +104,7 @@ def _audit(event, args):
         _seen.append(f"connected to {args[1]}")
 
 
-# --- Judging
-# ------------------------------------------------------------------------------------------------------------------------
+# --- Judging ------------------------------------------------------------------
 
 _SENTENCES = (ValueError, RuntimeError, OSError)
 _NOT_SENTENCES = (UnicodeError, json.JSONDecodeError, RecursionError, NotImplementedError)

@@ -121,9 +121,9 @@ def prepare(base):
 
 
 def in_child(state):
-    from cogvideox.checkpoint import download
+    from cogvideox.checkpoint import download, transfer
 
-    download._RETRY_WAITS = (0, 0)
+    transfer._RETRY_WAITS = (0, 0)
     download._REPORT_EVERY = 0
     server = _Server(("127.0.0.1", 0), _Handler)
     state["endpoint"] = f"http://127.0.0.1:{server.server_port}"
