@@ -240,12 +240,19 @@ def test_the_loader_scans_the_weights_when_asked(pack, tiny):
     assert report.count("no NaN") == 3
 
 
-def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monkeypatch):
-    """NaN from a block in every dtype but fp32, through the nodes."""
-    import sys
+@pytest.fixture
+def shown(pack, monkeypatch):
+    """What nodes show, themselves and while the engine is at work."""
+    told = []
+    for module in ("nodes.host", "nodes.host.page"):
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.{module}"], "show", told.append)
+    return told
 
-    weights, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.weights", "nodes.host"))
-    real, shown = weights.load_module, []
+
+def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, shown, monkeypatch):
+    """NaN from a block in every dtype but fp32, through the nodes."""
+    weights = sys.modules[f"{pack.__name__}.cogvideox.weights"]
+    real = weights.load_module
 
     def load(part, precision, *rest):
         module = real(part, precision, *rest)
@@ -254,7 +261,6 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
         return module
 
     monkeypatch.setattr(weights, "load_module", load)
-    monkeypatch.setattr(host, "show", shown.append)
     model, text_encoder, _, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="bf16")
     (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
     (empty,) = call(pack, "CogVideoX15EmptyLatent", width=80, height=48, length=17)
@@ -627,9 +633,8 @@ class TestImagesVideosAndLoras:
         assert len(said) == 1
         assert fitting["samples"].shape == (1, 16, 5, 6, 8)
 
-    def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, monkeypatch):
-        said = []
-        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+    def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, shown):
+        said = shown
         model, text_encoder, *_ = loaded
         (cached,) = call(pack, "CogVideoX15Cache", model=model, method="pab", strength=0.5, start=0.0, end=1.0)
         assert "50% of the attention of the block evaluations between 0% and 100% of the steps" in said[-1]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cogvideox.clip_files import read_sound, read_video
 from cogvideox.video import check_output, check_room, free_name, read_latent, write_latent, write_mp4
+from tests.told import Told
 
 NOISE = torch.rand(5, 48, 80, 3, generator=torch.Generator().manual_seed(1))
 
@@ -110,7 +111,7 @@ class TestWriting:
                 raise error
 
         with pytest.raises(error):
-            write_mp4(NOISE, tmp_path / "x.mp4", 16, stop)
+            write_mp4(NOISE, tmp_path / "x.mp4", 16, Told(progress=stop))
         assert names(tmp_path) == []
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")

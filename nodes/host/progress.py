@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...cogvideox.events import Events
-from . import comfyui
-from .page import show
+from . import comfyui, page
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +35,7 @@ class NodeEvents(Events):
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
         super().note(text, level)
-        show(text)
+        page.show(text)
 
     def progress(self, what: str, done: int, total: int, unit: str) -> None:
         self._update(what, done, total)
