@@ -6,7 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 
-import cogvideox.sampling as sampling
+from cogvideox import memory
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
@@ -205,7 +205,7 @@ def test_joined_prompts_run_and_a_prompt_joined_with_nothing_is_itself(handles, 
 def test_prompts_one_by_one_give_what_one_batch_gives(handles, prompts, monkeypatch):
     latent = torch.zeros(1, 16, 4, 6, 10)
     batched = sample(handles.model, *prompts, latent, seed=1, steps=2)
-    monkeypatch.setattr(sampling, "ways", lambda batched: placements([False]))
+    monkeypatch.setattr(memory, "placements", lambda batched: placements([False]))
     apart = sample(handles.model, *prompts, latent, seed=1, steps=2)
     assert (apart - batched).norm() / batched.norm() < 1e-5
 

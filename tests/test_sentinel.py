@@ -4,6 +4,7 @@ them."""
 import pytest
 import torch
 
+from cogvideox import finite
 from cogvideox import sentinel as sentinel_module
 from cogvideox import weights as weights_module
 from cogvideox.black_frames import BlackVideoError, check_black_frames, enforce
@@ -257,7 +258,8 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         assert (images - truth).norm() / truth.norm() < 5e-3
 
     def test_with_the_protection_off_it_is_black(self, loud, monkeypatch):
-        monkeypatch.setattr(sentinel_module, "is_finite", lambda result: True)
+        for module in (sentinel_module, finite):
+            monkeypatch.setattr(module, "is_finite", lambda result: True)
         images = self.video(open_handles(loud, "fp16", CPU, on_mismatch="warn"))
         assert images.isnan().any()
         with pytest.raises(BlackVideoError, match="NaN or Inf"):

@@ -160,7 +160,7 @@ def read_answer(
             elif item:
                 yield position, item
                 position, came = position + len(item), came + len(item)
-            if waited > (min(_WATCHED, patience) if came else patience):
+            if waited > (min(_WATCHED, patience) if came or at_once else patience):
                 if at_once or came < _SLOWEST * waited:
                     raise hub.slow()
                 waited, came = 0.0, 0

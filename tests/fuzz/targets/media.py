@@ -120,7 +120,7 @@ def case(state, rng, folder):
 
         notes = []
         if (kind == "picture") != (kind == "other" and forms is state["clips"]) and kind != "sound":
-            image = check_images(read_image(path, notes.append), "start_image")
+            image = check_images(read_image(path, Told(notes)), "start_image")
             if image.dtype != torch.float32 or image.ndim != 4 or image.shape[0] != 1 or image.shape[3] != 3:
                 return f"a picture of another form: {image.dtype} {list(image.shape)}"
             if whole and kind == "picture" and not 0.35 < image.mean() < 0.85:
@@ -128,7 +128,7 @@ def case(state, rng, folder):
             if size is not None and fit_size(image, *size).shape != (1, size[1], size[0], 3):
                 return "the size is another"
         elif kind == "sound":
-            sound = read_sound(path, limit / 16, notes.append)
+            sound = read_sound(path, limit / 16, Told(notes))
             if sound is not None and (
                 not np.isfinite(sound[0]).all()
                 or sound[0].shape != (2, round(limit / 16 * sound[1]))

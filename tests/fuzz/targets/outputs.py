@@ -104,7 +104,9 @@ def case(state, rng, folder):
                     raise KeyboardInterrupt
 
             target = free_name(path) if rng.random() < 0.3 else path
-            write_mp4(torch.full((frames, 16, 16, 3), 0.5), target, fps, stop, overwrite=overwrite, sound=sound)
+            write_mp4(
+                torch.full((frames, 16, 16, 3), 0.5), target, fps, Told(progress=stop), overwrite=overwrite, sound=sound
+            )
         except KeyboardInterrupt:
             return None if _seen(folder) == before else "an interruption left something"
         except (ValueError, RuntimeError, OSError):
