@@ -107,7 +107,6 @@ class Checkpoint:
             ValueError: if there is none, or none that is whole, saying what to use instead.
         """
         return self.parts[kind]
-        return self.parts[kind]
 
     @property
     def fingerprint(self) -> tuple:
