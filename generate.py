@@ -1,9 +1,11 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
-Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper to this pack.
+Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of
+ComfyUI-CogVideoXWrapper to this pack.
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -13,20 +15,47 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-# An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the script.
+# An interpreter with a ._pth file, as the python_embeded of ComfyUI's Windows portable, does not look beside the
+# script.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cogvideox.choices import BACKENDS, CACHES, COMPILE_MODES, DTYPES, MEMORY, ON_BLACK, ON_MISMATCH, ON_NAN, QUANTIZE, SCHEDULERS
+from cogvideox.choices import (
+    BACKENDS,
+    CACHES,
+    COMPILE_DEFAULT,
+    COMPILE_MODES,
+    DTYPES,
+    MEMORY,
+    ON_BLACK,
+    ON_MISMATCH,
+    ON_NAN,
+    QUANTIZE,
+    SCHEDULERS,
+)
 from cogvideox.files import read_bytes
 from cogvideox.words import reason, short
 
+if TYPE_CHECKING:
+    import torch
+
+    from cogvideox.events import Events
+    from cogvideox.handles import Handles, Model, TextEncoder
+    from cogvideox.precision.hardware import Hardware
+    from cogvideox.precision.policy import DtypePlan
+    from cogvideox.variants import Variant
+    from interop.report import ConfigReport
+
 EXAMPLE = """examples:
-  python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar in a bamboo forest." --output panda.mp4
-  python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." --lora style.safetensors:0.8
-  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar." --output panda.mp4
+  python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." \\
+    --lora style.safetensors:0.8
+  python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
+    --prompt "The same scene in snow."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -35,8 +64,9 @@ EXAMPLE = """examples:
   python generate.py --convert CogVideoX1.5-5B-SAT models/CogVideoX1.5-5B --dtype bf16
   python generate.py --migrate old_workflow.json new_workflow.json
 
-A 5-second video of 81 frames takes about 16 minutes on an A100 (official figure) and needs a GPU; a run ends with a verdict on black frames,
-and a black video is not written (see --on-black). --check ends with status 0 if all is well or only slower than it could be, 3 at a mismatch.
+A video of 81 frames, 5 seconds, takes about 16 minutes on an A100 (official figure) and needs a GPU. A run ends with a
+verdict on black frames, and a black video is not written (see --on-black). --check ends with status 0 if all is well or
+only slower than it could be, and with 3 at a mismatch.
 """
 #: Exit status of --check where the checked thing would give a wrong picture.
 MISMATCH_STATUS = 3
@@ -47,33 +77,67 @@ MAX_PROMPT = 1 << 20
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """End with one line: what is wrong with the options, without all of them."""
         self.exit(2, f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_argument_group("what to make")
     what.add_argument(
         "--prompt",
-        help="what the video shows, in English, at most 226 tokens; @FILE reads it from a text file, - from the standard input, @@ stands for an @",
-    )
-    what.add_argument("--negative", default="", metavar="PROMPT", help="what it should not show, given in the same ways (default: empty)")
-    what.add_argument(
-        "--image", type=_path, metavar="FILE", help="the image the video starts from, for image-to-video checkpoints; scaled and cropped"
-    )
-    what.add_argument("--end-image", type=_path, metavar="FILE", help="the image it ends with, for checkpoints fine-tuned for interpolation")
-    what.add_argument("--video", type=_path, metavar="FILE", help="the video to start from, for text-to-video checkpoints; scaled and cropped")
-    what.add_argument("--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is")
-    what.add_argument(
-        "--strength", type=float, metavar="SHARE", help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)"
+        help=(
+            "what the video shows, in English, at most 226 tokens; @FILE reads it from a text file, - from the "
+            "standard input, @@ stands for an @"
+        ),
     )
     what.add_argument(
-        "--width", type=_whole, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)"
+        "--negative",
+        default="",
+        metavar="PROMPT",
+        help="what it should not show, given in the same ways (default: empty)",
     )
     what.add_argument(
-        "--height", type=_whole, metavar="PIXELS", help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)"
+        "--image",
+        type=_path,
+        metavar="FILE",
+        help="the image the video starts from, for image-to-video checkpoints; scaled and cropped",
+    )
+    what.add_argument(
+        "--end-image",
+        type=_path,
+        metavar="FILE",
+        help="the image it ends with, for checkpoints fine-tuned for interpolation",
+    )
+    what.add_argument(
+        "--video",
+        type=_path,
+        metavar="FILE",
+        help="the video to start from, for text-to-video checkpoints; scaled and cropped",
+    )
+    what.add_argument(
+        "--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is"
+    )
+    what.add_argument(
+        "--strength",
+        type=float,
+        metavar="SHARE",
+        help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)",
+    )
+    what.add_argument(
+        "--width",
+        type=_whole,
+        metavar="PIXELS",
+        help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)",
+    )
+    what.add_argument(
+        "--height",
+        type=_whole,
+        metavar="PIXELS",
+        help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)",
     )
     what.add_argument(
         "--frames",
@@ -85,25 +149,57 @@ def build_parser() -> argparse.ArgumentParser:
         "--fps",
         type=_rate,
         metavar="RATE",
-        help="frames per second of the video; --video is read at that rate too, so that a second stays a second (default: as the model was trained, "
-        "16 for 1.5 and 8 for 5b and 2b)",
+        help=(
+            "frames per second of the video; --video is read at that rate too, so that a second stays a second "
+            "(default: as the model was trained, 16 for 1.5 and 8 for 5b and 2b)"
+        ),
     )
-    what.add_argument("--seed", type=_seed, default=0, help="0 to 2**64-1; the same seed and settings give the same video (default: 0)")
     what.add_argument(
-        "--output", type=_path, metavar="FILE.mp4", help="where to write it (default: out.mp4, or the next of out_00002.mp4 … that is free)"
+        "--seed",
+        type=_seed,
+        default=0,
+        help="0 to 2**64-1; the same seed and settings give the same video (default: 0)",
     )
-    what.add_argument("--overwrite", action="store_true", help="replace --output if it exists; without, it is refused before the run")
+    what.add_argument(
+        "--output",
+        type=_path,
+        metavar="FILE.mp4",
+        help="where to write it (default: out.mp4, or the next of out_00002.mp4 … that is free)",
+    )
+    what.add_argument(
+        "--overwrite", action="store_true", help="replace --output if it exists; without, it is refused before the run"
+    )
     what.add_argument(
         "--decode",
         type=_path,
         metavar="FILE.latent",
-        help="make the video of latents that were kept because it could not be written, or that Save Latent wrote; needs --model for its VAE",
+        help=(
+            "make the video of latents that were kept because it could not be written, or that Save Latent wrote; "
+            "needs --model for its VAE"
+        ),
     )
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--model", type=_path, metavar="PATH", help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file")
-    how.add_argument("--text-encoder", type=_path, metavar="PATH", help="a T5-XXL encoder, file or folder (default: the checkpoint's own)")
-    how.add_argument("--vae", type=_path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)")
-    how.add_argument("--tokenizer", type=_path, metavar="FOLDER", help="T5's tokenizer, where neither checkpoint nor text encoder brings one")
+    how.add_argument(
+        "--model",
+        type=_path,
+        metavar="PATH",
+        help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file",
+    )
+    how.add_argument(
+        "--text-encoder",
+        type=_path,
+        metavar="PATH",
+        help="a T5-XXL encoder, file or folder (default: the checkpoint's own)",
+    )
+    how.add_argument(
+        "--vae", type=_path, metavar="PATH", help="a CogVideoX VAE, file or folder (default: the checkpoint's own)"
+    )
+    how.add_argument(
+        "--tokenizer",
+        type=_path,
+        metavar="FOLDER",
+        help="T5's tokenizer, where neither checkpoint nor text encoder brings one",
+    )
     how.add_argument(
         "--lora",
         action="append",
@@ -113,54 +209,84 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LoRA of this model, and how strongly it is applied (default: 1); can be given several times",
     )
     how.add_argument("--steps", type=_whole, default=50, help="denoising steps (default: 50, as the model card)")
-    how.add_argument("--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)")
-    how.add_argument("--dynamic-cfg", action="store_true", help="change the guidance along a cosine, as the reference's use_dynamic_cfg")
+    how.add_argument(
+        "--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)"
+    )
+    how.add_argument(
+        "--dynamic-cfg",
+        action="store_true",
+        help="change the guidance along a cosine, as the reference's use_dynamic_cfg",
+    )
     how.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="default: ddim")
     how.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="auto: what the weights were trained in where the device has it, else the fastest that gives the same picture (default)",
+        help=(
+            "auto: what the weights were trained in where the device has it, else the fastest that gives the same "
+            "picture (default)"
+        ),
     )
     how.add_argument(
         "--on-mismatch",
         choices=ON_MISMATCH,
         default="fix",
-        help="if the dtype does not suit the weights or the device: run so that the picture is right, run as chosen, or stop (default: fix)",
+        help=(
+            "if the dtype does not suit the weights or the device: run so that the picture is right, run as chosen, "
+            "or stop (default: fix)"
+        ),
     )
     how.add_argument(
         "--memory",
         choices=MEMORY,
         default="auto",
-        help="where the weights are while they run: all on the GPU, brought to it by blocks or layers (slower, much less of its memory), or on the "
-        "CPU (default: the fastest that fits)",
+        help=(
+            "where the weights are while they run: all on the GPU, brought to it by blocks or layers (slower, much "
+            "less of its memory), or on the CPU (default: the fastest that fits)"
+        ),
     )
     how.add_argument(
         "--quantize",
         choices=QUANTIZE,
         metavar="METHOD",
-        help="keep the weights of attention and feed-forward in a byte each: int8_weight_only (any device, nearest to the original), fp8_weight_only;"
-        " int8_dynamic and fp8_dynamic multiply in int8 and fp8 too, faster where the GPU can, and lose more",
+        help=(
+            "keep the weights of attention and feed-forward in a byte each: int8_weight_only (any device, nearest to "
+            "the original), fp8_weight_only; int8_dynamic and fp8_dynamic multiply in int8 and fp8 too, faster where "
+            "the GPU can, and lose more"
+        ),
     )
-    how.add_argument("--quantize-text-encoder", choices=QUANTIZE, metavar="METHOD", help="the same for T5; with a dynamic method, its weights alone")
+    how.add_argument(
+        "--quantize-text-encoder",
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help="the same for T5; with a dynamic method, its weights alone",
+    )
     how.add_argument(
         "--on-nan",
         choices=ON_NAN,
         default="heal",
-        help="if something is NaN or Inf on the way: go on from there in a safer way to run, or stop and name the module (default: heal)",
+        help=(
+            "if something is NaN or Inf on the way: go on from there in a safer precision, or stop and name the "
+            "module (default: heal)"
+        ),
     )
     how.add_argument(
         "--attention",
         choices=BACKENDS,
         default="auto",
-        help="the kernel of the attention, if this machine has it; all but sage give the same picture up to rounding (default: PyTorch's choice)",
+        help=(
+            "the kernel of the attention, if this machine has it; all but sage give the same picture up to rounding "
+            "(default: PyTorch's choice)"
+        ),
     )
     how.add_argument(
         "--cache",
         type=_cache,
         metavar="METHOD[:STRENGTH]",
-        help=f"reuse what changes little from step to step: {', '.join(CACHES)}, and the share of block evaluations to skip (default: 0.6); faster, "
-        "and another video",
+        help=(
+            f"reuse what changes little from step to step: {', '.join(CACHES)}, and the share of block evaluations to "
+            "skip (default: 0.6); faster, and another video"
+        ),
     )
     how.add_argument(
         "--cache-range",
@@ -173,8 +299,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile",
         nargs="?",
         choices=COMPILE_MODES,
-        const=COMPILE_MODES[0],
-        help="compile the transformer's blocks: faster steps, and a first one that takes a minute or two longer (default mode: default)",
+        const=COMPILE_DEFAULT,
+        help=(
+            "compile the transformer's blocks: faster steps, and a first one that takes a minute or two longer "
+            "(default mode: default)"
+        ),
     )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
@@ -185,15 +314,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
     check = parser.add_argument_group("only check, make nothing")
-    check.add_argument("--plan", action="store_true", help="say how much memory the video would take in each mode of --memory, and stop")
+    check.add_argument(
+        "--plan",
+        action="store_true",
+        help="say how much memory the video would take in each mode of --memory, and stop",
+    )
     check.add_argument(
         "--check",
         type=_path,
         metavar="PATH",
-        help="say how a checkpoint folder would run here (with --dtype and --on-mismatch), or whether a SAT inference.yaml (or its folder) or a "
-        "ComfyUI workflow JSON would run weights trained in bf16 in fp16",
+        help=(
+            "say how a checkpoint folder would run here (with --dtype and --on-mismatch), or whether a SAT "
+            "inference.yaml (or its folder) or a ComfyUI workflow JSON would run weights trained in bf16 in fp16"
+        ),
     )
-    check.add_argument("--scan", action="store_true", help="read every weight too: NaN, Inf, and what an fp16 copy would lose")
+    check.add_argument(
+        "--scan", action="store_true", help="read every weight too: NaN, Inf, and what an fp16 copy would lose"
+    )
     check.add_argument("--fix", action="store_true", help="write the remedy into a SAT inference.yaml, keeping a .bak")
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     files = parser.add_argument_group("get and convert checkpoints")
@@ -201,14 +338,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--download",
         nargs="+",
         metavar=("t2v|i2v", "DIR"),
-        help="download CogVideoX1.5-5B (t2v) or its image-to-video model (i2v), 31 GB, into DIR (default: models); goes on where it stopped",
+        help=(
+            "download CogVideoX1.5-5B (t2v) or its image-to-video model (i2v), 31 GB, into DIR (default: models); "
+            "goes on where it stopped"
+        ),
     )
     files.add_argument(
         "--convert",
         nargs=2,
         type=_path,
         metavar=("SRC", "DST"),
-        help="write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one DST.safetensors; with --dtype, cast",
+        help=(
+            "write a checkpoint of any layout as a folder in diffusers layout, or its transformer as one "
+            "DST.safetensors; with --dtype, cast"
+        ),
     )
     workflows = parser.add_argument_group("bring workflows along")
     workflows.add_argument(
@@ -216,8 +359,11 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         type=_path,
         metavar=("OLD.json", "NEW.json"),
-        help="write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the API) with this pack's nodes, "
-        "by any version of it, and say what could not be carried over; OLD.json stays as it is",
+        help=(
+            "write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the "
+            "API) with this pack's nodes, by any version of it, and say what could not be carried over; OLD.json "
+            "stays as it is"
+        ),
     )
     return parser
 
@@ -227,9 +373,13 @@ def _path(text: str) -> Path:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and not os.path.lexists(text):
         text = text[1:-1]
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"'{short(text)}' is no path: it is empty, or holds a letter that no path may have")
+        raise argparse.ArgumentTypeError(
+            f"'{short(text)}' is no path: it is empty, or holds a letter that no path may have"
+        )
     if text.lower().startswith(("http://", "https://", "ftp://", "s3://", "hf://")):
-        raise argparse.ArgumentTypeError(f"{short(text, 200)} is an address on the web, and only files on this machine are read: download it first")
+        raise argparse.ArgumentTypeError(
+            f"{short(text, 200)} is an address on the web, and only files on this machine are read: download it first"
+        )
     with suppress(RuntimeError):  # A user that is not there: the name as it is, which is then not found.
         return Path(text).expanduser()
     return Path(text)
@@ -249,9 +399,13 @@ def _seed(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{short(text)}' is not a whole number; seeds go from 0 to 2**64-1 (18446744073709551615)") from None
+        raise argparse.ArgumentTypeError(
+            f"'{short(text)}' is not a whole number; seeds go from 0 to 2**64-1 (18446744073709551615)"
+        ) from None
     if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{short(text)} is outside 0 to 2**64-1 (18446744073709551615), where seeds are")
+        raise argparse.ArgumentTypeError(
+            f"{short(text)} is outside 0 to 2**64-1 (18446744073709551615), where seeds are"
+        )
     return value
 
 
@@ -262,7 +416,9 @@ def _rate(text: str) -> Fraction:
     except (ValueError, ZeroDivisionError):
         value = None
     if value is None or not 1 <= value <= 240:
-        raise argparse.ArgumentTypeError(f"'{short(text)}' is no frame rate; give a number from 1 to 240, such as 24, 23.976 or 30000/1001")
+        raise argparse.ArgumentTypeError(
+            f"'{short(text)}' is no frame rate; give a number from 1 to 240, such as 24, 23.976 or 30000/1001"
+        )
     return value.limit_denominator(1001)
 
 
@@ -276,9 +432,15 @@ def _lora(text: str) -> tuple[Path, float]:
     except ValueError:
         if not os.path.exists(_path(path)):
             return _path(text), 1.0
-        raise argparse.ArgumentTypeError(f"the strength '{short(strength)}' is not a number; after a colon one follows, such as :0.8") from None
+        raise argparse.ArgumentTypeError(
+            f"the strength '{short(strength)}' is not a number; after a colon one follows, such as :0.8"
+        ) from None
     if not path or not math.isfinite(number):
-        what = "no LoRA stands before the colon" if not path else f"the strength '{short(strength)}' would make every frame black"
+        what = (
+            "no LoRA stands before the colon"
+            if not path
+            else f"the strength '{short(strength)}' would make every frame black"
+        )
         raise argparse.ArgumentTypeError(f"{what}; give PATH:STRENGTH, such as style.safetensors:0.8")
     return _path(path), number
 
@@ -295,7 +457,8 @@ def _cache(text: str) -> tuple[str, float | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; whatever happens ends in a sentence and a status, and in a traceback only with ``--debug``."""
+    """Run the command line; whatever happens ends in a sentence and a status, and in a traceback only with
+    ``--debug``."""
     debug = False
     try:
         options, work = _parsed(build_parser(), arguments)
@@ -314,26 +477,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"error: {error}" if str(error) else f"error: {type(error).__name__}", debug)
         return 1
     except MemoryError as error:
-        _complain(f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video smaller or shorter.", debug)
+        _complain(
+            f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video "
+            "smaller or shorter.",
+            debug,
+        )
         return 1
     except BrokenPipeError:
         _mute(sys.stdout)
         return 1
     except OSError as error:
-        what = f"{short(error.filename, 400)} cannot be read or written" if error.filename else "Something cannot be read or written"
-        _complain(f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full.", debug)
+        what = (
+            f"{short(error.filename, 400)} cannot be read or written"
+            if error.filename
+            else "Something cannot be read or written"
+        )
+        _complain(
+            f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full.",
+            debug,
+        )
         return 1
     except Exception as error:
         # Whatever nobody thought of: a person sees where it is if they want to.
         _complain(
-            f"error: something failed in a way that this program does not know ({type(error).__name__}: {reason(error)}). Run it again with --debug "
-            "to see where, and report that.",
+            f"error: something failed in a way that this program does not know ({type(error).__name__}: "
+            f"{reason(error)}). Run it again with --debug to see where, and report that.",
             debug,
         )
         return 1
 
 
-def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
+def _parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
     """The options and what they ask for; options that do not go together end the program with a line about it."""
     options = parser.parse_args(arguments)
     asked = [name for name in _WORK if getattr(options, name) is not None]
@@ -348,13 +524,20 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
         parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
-    for name, needed in (("strength", "video"), ("keep_audio", "video"), ("end_image", "image"), ("cache_range", "cache")):
+    for name, needed in (
+        ("strength", "video"),
+        ("keep_audio", "video"),
+        ("end_image", "image"),
+        ("cache_range", "cache"),
+    ):
         if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.image is not None and options.video is not None:
         parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
     if options.prompt == options.negative == "-":
-        parser.error("--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE")
+        parser.error(
+            "--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE"
+        )
     for name in ("scan", "fix", "json"):
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
@@ -401,25 +584,29 @@ def _prompt(given: str, name: str) -> str:
             data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT + 1)
             if len(data) > MAX_PROMPT:
                 raise ValueError(
-                    f"The {name} from {source} has more than {MAX_PROMPT:,} bytes, and the model reads about 1,000: it is something else."
+                    f"The {name} from {source} has more than {MAX_PROMPT:,} bytes, and the model reads about 1,000: "
+                    "it is something else."
                 )
         else:
             try:
                 data = read_bytes(_path(given[1:]), MAX_PROMPT)
             except (ValueError, argparse.ArgumentTypeError) as error:
                 raise ValueError(
-                    f"The {name} is to be read from a file, as it begins with @: {error} One that begins so itself is given with @@."
+                    f"The {name} is to be read from a file, as it begins with @: {error} One that begins so itself is "
+                    "given with @@."
                 ) from error
         try:
             given = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"The {name} from {source} is not text in UTF-8 ({reason(error)}), so its words are not known. Save it as UTF-8."
+                f"The {name} from {source} is not text in UTF-8 ({reason(error)}), so its words are not known. Save "
+                "it as UTF-8."
             ) from error
     if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in given):
         raise ValueError(
-            f"The {name} ({short(given)}) holds bytes that are no text in UTF-8, so its words are not known: the terminal or the file is in another "
-            f"encoding. Set the terminal to UTF-8, or save it as UTF-8 and give it as @FILE."
+            f"The {name} ({short(given)}) holds bytes that are no text in UTF-8, so its words are not known: the "
+            "terminal or the file is in another encoding. Set the terminal to UTF-8, or save it as UTF-8 and give it "
+            "as @FILE."
         )
     return given
 
@@ -428,49 +615,129 @@ def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
     import torch
 
-    from cogvideox.checkpoint.layout import open_checkpoint
-    from cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
-    from cogvideox.handles import make_handles, quantized, with_attention, with_cache, with_compile, with_lora
+    from cogvideox.geometry import empty_latent
     from cogvideox.memory import memory_text
-    from cogvideox.pictures import check_images, fit_size
+    from cogvideox.pictures import fit_size
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.sampling import check_guidance, plan_steps, sample, steps_to_run
-    from cogvideox.speed.cache import Cache
-    from cogvideox.speed.compiled import Compiled
+    from cogvideox.requests import plan_steps
+    from cogvideox.sampling import sample
     from cogvideox.text import encode_prompt
     from cogvideox.vae import encode, image_latents
-    from cogvideox.video import check_room, read_image, read_sound, read_video
 
-    # What a cache skipped and how long compiling took is no warning, and is to be seen.
-    logging.getLogger("cogvideox.sampling").setLevel(logging.INFO)
     # All that can be wrong is told before any weights are read, the cheapest first.
+    denoise = _check_settings(options)
+    output = _output(options)
+    texts = _texts(options)
+    events = _events()
+    handles = _open(options, Hardware.detect(options.device))
+    _say(handles.plan.text)
+    model, text_encoder = _changed(options, handles)
+    source = _source(options, model.variant, output, events)
+    latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
+    # Shapes are enough to know the rest.
+    image = None if source.start is None else torch.zeros_like(latent)
+    plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
+
+    if options.plan:
+        _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
+        return 0
+
+    for handle in (text_encoder, model):
+        if handle.weights.method is not None:
+            _say(handle.weights.quantization_text(events))
+    how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
+    if source.start is not None:
+        start = fit_size(source.start, source.width, source.height)
+        end = None if source.end is None else fit_size(source.end, source.width, source.height)
+        image = image_latents(handles.vae, start, source.frames, end, **how)
+    if source.clip is not None:
+        latent = encode(handles.vae, source.clip, **how)
+        source.clip = None
+    prompts = {}
+    for name in ("prompt", "negative"):
+        encoded = encode_prompt(text_encoder, texts[name], **how)
+        prompts[name] = encoded.embeddings
+        for note in encoded.notes:
+            _say(f"{name}: {note}")
+    with _latents_kept(options, output):
+        latent = sample(
+            model,
+            prompts["prompt"],
+            prompts["negative"],
+            latent,
+            image_latents=image,
+            denoise=denoise,
+            seed=options.seed,
+            steps=options.steps,
+            cfg=options.cfg,
+            scheduler=options.scheduler,
+            dynamic_cfg=options.dynamic_cfg,
+            **how,
+        )
+    with _latents_kept(options, output, latent):
+        _finish(options, handles.vae, latent, output, source.fps, source.sound)
+    return 0
+
+
+def _check_settings(options: argparse.Namespace) -> float:
+    """Check the numbers that need no checkpoint; return ``denoise``.
+
+    Raises:
+        ValueError: for the first that cannot be run with.
+    """
+    from cogvideox.geometry import check_side
+    from cogvideox.requests import check_guidance
+    from cogvideox.schedulers import steps_to_run
+
     denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
     if not 0 < denoise <= 1:
-        raise ValueError(f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The default is 0.8.")
+        raise ValueError(
+            f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
+            "default is 0.8."
+        )
     steps_to_run(options.steps, denoise)
     check_guidance(options.cfg)
     for side in ("width", "height"):
         if getattr(options, side) is not None:
             check_side(side, getattr(options, side))
-    output = _output(options)
-    texts = {name: _prompt(given, name) for name in ("prompt", "negative") if (given := getattr(options, name)) is not None}
+    return denoise
+
+
+def _texts(options: argparse.Namespace) -> dict[str, str]:
+    """Return the prompts by name, read from a file or stdin where that was asked for."""
+    texts = {
+        name: _prompt(given, name) for name in ("prompt", "negative") if (given := getattr(options, name)) is not None
+    }
     if not texts.get("prompt", "x").strip():
         _say("prompt: it is empty, so the model is not told what to show.")
-    hardware = Hardware.detect(options.device)
+    return texts
+
+
+def _open(options: argparse.Namespace, hardware: "Hardware") -> "Handles":
+    """Open the checkpoint. All of its parts have to be there, unless a plan alone is wanted or latents are decoded."""
+    from cogvideox.checkpoint.layout import open_checkpoint
+    from cogvideox.handles import make_handles
 
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
-    if not options.plan:
+    if not options.plan and options.decode is None:
         for kind in ("text_encoder", "vae"):
             checkpoint.part(kind)
-    handles = make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
-    _say(handles.plan.text)
-    model, text_encoder, variant = handles.model, handles.text_encoder, handles.model.variant
+    return make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
+
+
+def _changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, TextEncoder]":
+    """Return the transformer and the text encoder with what the options change about them."""
+    from cogvideox.handles import quantized, with_attention, with_cache, with_compile, with_lora
+    from cogvideox.modules.cache import Cache
+    from cogvideox.modules.compiled import Compiled
+
+    model, text_encoder = handles.model, handles.text_encoder
     if options.quantize_text_encoder is not None:
         text_encoder = quantized(text_encoder, options.quantize_text_encoder)
     if options.quantize is not None:
         model = quantized(model, options.quantize)
     for lora in model.loras:
-        print(lora.text)
+        _say(lora.text)
     for path, strength in options.lora:
         model = with_lora(model, path, strength)
         _say(model.loras[-1].text)
@@ -481,86 +748,83 @@ def generate(options: argparse.Namespace) -> int:
         given = {} if strength is None else {"strength": strength}
         if options.cache_range is not None:
             given["start"], given["end"] = options.cache_range
-        model = with_cache(model, Cache(method, **given))
-        _say(model.cache.text)
+        cache = Cache(method, **given)
+        model = with_cache(model, cache)
+        _say(cache.text)
     if options.compile is not None:
-        model = with_compile(model, Compiled(options.compile))
-        _say(model.compiled.text)
+        compiled = Compiled(options.compile)
+        model = with_compile(model, compiled)
+        _say(compiled.text)
+    return model, text_encoder
+
+
+@dataclass
+class _Source:
+    """What a run starts from, and the size and length of what it makes."""
+
+    width: int
+    height: int
+    frames: int
+    fps: Fraction
+    start: "torch.Tensor | None" = None
+    end: "torch.Tensor | None" = None
+    clip: "torch.Tensor | None" = None
+    sound: Any = None
+
+
+def _source(options: argparse.Namespace, variant: "Variant", output: Path, events: "Events") -> _Source:
+    """Read the images or the clip that a run starts from.
+
+    Raises:
+        ValueError: for what cannot be read, and for a size or length that cannot be made.
+    """
+    import torch
+
+    from cogvideox.geometry import check_frames, check_video_room
+    from cogvideox.pictures import check_images
+    from cogvideox.video import check_room, read_image, read_sound, read_video
 
     if options.frames is not None:
         check_frames(options.frames, variant.frame_step)
-    start, end = (None if path is None else check_images(read_image(path, _say), short(path)) for path in (options.image, options.end_image))
+    start, end = (
+        None if path is None else check_images(read_image(path, events), short(path))
+        for path in (options.image, options.end_image)
+    )
     usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
-    width, height = (given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True))
-    fps = _fps(options, variant)
-    longest = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
-    check_video_room(width, height, longest)
-    clip, frames, sound = None, longest, None
+    width, height = (
+        given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True)
+    )
+    frames = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
+    source = _Source(width, height, frames, _fps(options, variant), start, end)
+    check_video_room(width, height, frames)
     if options.video is not None:
-        clip = read_video(options.video, longest, fps=fps, size=(width, height), step=variant.frame_step, dtype=torch.uint8, on_note=_say)
-        frames = len(clip)
-        if options.frames is not None and frames < options.frames:
-            _say(f"--frames is {options.frames}, and the clip has not so many: the video has {frames}.")
-        if options.keep_audio:
-            sound = read_sound(options.video, frames / fps, _say)
-    check_room(output, frames, width, height)
-    latent = empty_latent(width, height, frames, frame_step=variant.frame_step)
-    # Shapes are enough to know the rest.
-    image = None if start is None else torch.zeros_like(latent)
-    plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
-
-    if options.plan:
-        _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
-        return 0
-
-    for handle, name in ((text_encoder, "text encoder"), (model, "transformer")):
-        if handle.weights.method is not None:
-            _say(handle.weights.quantization_text(_bar(f"quantizing {name}", "B")))
-    how = dict(on_nan=options.on_nan, on_load=_bar("loading VAE", "B"))
-    if start is not None:
-        start, end = (None if picture is None else fit_size(picture, width, height) for picture in (start, end))
-        image = image_latents(handles.vae, start, frames, end, **how)
-    if clip is not None:
-        latent = encode(handles.vae, clip, on_chunk=_bar("encoding the video", "frame"), **how)
-        clip = None
-    prompts = []
-    for name in ("prompt", "negative"):
-        encoded = encode_prompt(text_encoder, texts[name], on_nan=options.on_nan, on_load=_bar("loading text encoder", "B"))
-        prompts.append(encoded.embeddings)
-        for note in encoded.notes:
-            _say(f"{name}: {note}")
-    with _latents_kept(options, output):
-        latent = sample(
-            model,
-            *prompts,
-            latent,
-            image_latents=image,
-            denoise=denoise,
-            seed=options.seed,
-            steps=options.steps,
-            cfg=options.cfg,
-            scheduler=options.scheduler,
-            dynamic_cfg=options.dynamic_cfg,
-            on_nan=options.on_nan,
-            on_step=_bar("sampling", "step"),
-            on_load=_bar("loading transformer", "B"),
+        source.clip = read_video(
+            options.video,
+            frames,
+            fps=source.fps,
+            size=(width, height),
+            step=variant.frame_step,
+            dtype=torch.uint8,
+            events=events,
         )
-    with _latents_kept(options, output, latent):
-        _finish(options, handles.vae, latent, output, fps, sound)
-    return 0
+        source.frames = len(source.clip)
+        if options.frames is not None and source.frames < options.frames:
+            _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
+        if options.keep_audio:
+            source.sound = read_sound(options.video, float(source.frames / source.fps), events)
+    check_room(output, source.frames, width, height)
+    return source
 
 
 def _is_config(path: Path) -> bool:
-    from cogvideox.configs.check import is_config
+    from interop.check import is_config
 
     return is_config(path)
 
 
 def decode_latent(options: argparse.Namespace) -> int:
     """Make the video of latents that are in a file."""
-    from cogvideox.checkpoint.layout import open_checkpoint
     from cogvideox.geometry import check_latent
-    from cogvideox.handles import make_handles
     from cogvideox.precision.hardware import Hardware
     from cogvideox.video import check_room, read_latent
 
@@ -568,13 +832,7 @@ def decode_latent(options: argparse.Namespace) -> int:
     hardware = Hardware.detect(options.device)
     latent = read_latent(options.decode)
     check_latent(latent)
-    handles = make_handles(
-        open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer),
-        options.dtype,
-        hardware,
-        options.on_mismatch,
-        options.memory,
-    )
+    handles = _open(options, hardware)
     _say(handles.plan.text)
     check_room(output, *(side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True)))
     _finish(options, handles.vae, latent, output, _fps(options, handles.model.variant))
@@ -592,23 +850,34 @@ def _output(options: argparse.Namespace) -> Path:
     output = options.output
     if output is None:
         output = DEFAULT_OUTPUT if options.overwrite else free_name(DEFAULT_OUTPUT)
-    read = [options.image, options.end_image, options.video, options.model, options.text_encoder, options.vae, options.decode]
-    return check_output(output, options.overwrite, [path for path in (*read, *(path for path, _ in options.lora)) if path is not None])
+    read = [
+        options.image,
+        options.end_image,
+        options.video,
+        options.model,
+        options.text_encoder,
+        options.vae,
+        options.decode,
+    ]
+    return check_output(
+        output, options.overwrite, [path for path in (*read, *(path for path, _ in options.lora)) if path is not None]
+    )
 
 
 def _fps(options: argparse.Namespace, variant) -> Fraction:
     fps = options.fps or Fraction(variant.fps)
     if fps != variant.fps:
         _say(
-            f"The video is to have {float(fps):.4g} frames a second, and the model was trained at {variant.fps}: what moves may be too "
-            "fast or too slow."
+            f"The video is to have {float(fps):.4g} frames a second, and the model was trained at {variant.fps}: what "
+            "moves may be too fast or too slow."
         )
     return fps
 
 
 @contextmanager
 def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Iterator[None]:
-    """Where something fails that follows the sampling, or memory runs out within it, keep the latents in a file, and say where.
+    """Where something fails that follows the sampling, or memory runs out within it, keep the latents in a file, and
+    say where.
 
     Raises:
         RuntimeError: with what failed, and how to go on from there.
@@ -623,7 +892,9 @@ def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Ite
         if latent is None:
             raise
         known = isinstance(error, ValueError | RuntimeError)
-        said = str(error) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
+        said = (
+            str(error) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
+        )
         failed = []
         for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
             try:
@@ -632,8 +903,8 @@ def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Ite
                 failed.append(str(why))
                 continue
             raise RuntimeError(
-                f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the same --model "
-                "makes the video of them."
+                f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
+                "same --model makes the video of them."
             ) from error
         raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
 
@@ -644,14 +915,15 @@ def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fractio
     from cogvideox.vae import decode
     from cogvideox.video import free_name, write_mp4
 
-    images = decode(vae, latent, on_nan=options.on_nan, on_chunk=_bar("decoding", "latent frame"), on_load=_bar("loading VAE", "B"))
+    events = _events()
+    images = decode(vae, latent, on_nan=options.on_nan, events=events)
     report = check_black_frames(images)
     _say(report.text)
     enforce(report, options.on_black)
     if options.output is None and not options.overwrite:
         # Another run may have taken the name meanwhile.
         output = free_name(DEFAULT_OUTPUT)
-    write_mp4(images, output, fps, on_frame=_bar("writing", "frame"), overwrite=options.overwrite, sound=sound)
+    write_mp4(images, output, fps, events=events, overwrite=options.overwrite, sound=sound)
     _say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
 
 
@@ -659,26 +931,32 @@ def check(options: argparse.Namespace) -> int:
     """Check a checkpoint, a SAT config or a workflow; prints the report."""
     from cogvideox.precision.verdict import MISMATCH
 
-    backup, incomplete = None, ()
+    backup, incomplete = None, list[str]()
+    report: ConfigReport | DtypePlan
     if _is_config(options.check):
         # Nothing that imports torch: a config is text.
-        from cogvideox.configs.check import check_config, fix_config
+        from interop.check import check_config, fix_config
 
         if options.scan:
-            raise ValueError(f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder.")
+            raise ValueError(
+                f"{options.check} is a config and holds no weights to scan. Give --scan with a checkpoint's folder."
+            )
         report, backup = fix_config(options.check) if options.fix else (check_config(options.check), None)
     else:
         if options.fix:
-            raise ValueError(f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another --dtype.")
+            raise ValueError(
+                f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another "
+                "--dtype."
+            )
         from cogvideox.checkpoint.layout import open_checkpoint
         from cogvideox.precision.hardware import Hardware
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
-        incomplete = checkpoint.incomplete.values()
-        report = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
+        incomplete = list(checkpoint.incomplete.values())
+        report = plan = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
-            report = scan_parts(checkpoint, report, on_progress=_bar("reading weights", "B"))
+            report = scan_parts(checkpoint, plan, on_progress=_events().counter("reading weights", "B"))
     _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
     if backup is not None and not options.json:
         _say(f"written; the file as it was is {backup}")
@@ -693,8 +971,12 @@ def download(options: argparse.Namespace) -> int:
 
     which, *folder = options.download
     if len(folder) > 1:
-        raise ValueError(f"--download takes what to download and at most one folder, but {len(folder)} were given. Quote a folder with spaces.")
-    _say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=_bar('downloading', 'B'))}")
+        raise ValueError(
+            f"--download takes what to download and at most one folder, but {len(folder)} were given. Quote a folder "
+            "with spaces."
+        )
+    told = _events().counter("downloading", "B")
+    _say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=told)}")
     return 0
 
 
@@ -706,13 +988,14 @@ def convert(options: argparse.Namespace) -> int:
 
     source, destination = options.convert
     checkpoint = open_checkpoint(source, options.text_encoder, options.vae, options.tokenizer)
-    _say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=_bar("converting", "B")).text)
+    told = _events().counter("converting", "B")
+    _say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=told).text)
     return 0
 
 
 def migrate(options: argparse.Namespace) -> int:
     """Migrate a workflow; prints what became of it."""
-    from cogvideox.configs.migrate import migrate_workflow
+    from interop.migrate import migrate_workflow
 
     _say(migrate_workflow(*options.migrate).text)
     return 0
@@ -721,30 +1004,39 @@ def migrate(options: argparse.Namespace) -> int:
 _WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
 
 
-def _bar(label: str, unit: str) -> Callable[..., None]:
-    """A progress callback ``(done, total, ...)`` that draws a bar when it is first called."""
+def _events() -> "Events":
+    """What a run tells, in a terminal: a bar for each kind of work, and sentences."""
     from tqdm import tqdm
 
-    bar = None
+    from cogvideox.events import Events
 
-    def report(done: int, total: int, *_) -> None:
-        nonlocal bar
-        try:
-            if bar is None:
-                bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B")
-            bar.total = total
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-        except BrokenPipeError:
-            _mute(sys.stderr)
+    class Terminal(Events):
+        def __init__(self) -> None:
+            self._bars: dict[str, Any] = {}
 
-    return report
+        def note(self, text: str, level: int = logging.WARNING) -> None:
+            _say(text)
+
+        def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            try:
+                if what not in self._bars:
+                    self._bars[what] = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B")
+                bar = self._bars[what]
+                bar.total = total
+                bar.update(done - bar.n)
+                if done == total:
+                    # The next of its kind has a bar of its own.
+                    self._bars.pop(what).close()
+            except BrokenPipeError:
+                _mute(sys.stderr)
+
+    return Terminal()
 
 
 if __name__ == "__main__":
-    # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192 for an arrow, not a traceback.
+    # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192
+    # for an arrow, not a traceback.
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

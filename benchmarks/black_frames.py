@@ -31,9 +31,15 @@ def main() -> None:
                 torch.accelerator.synchronize()
             best[name] = min(best[name], time.perf_counter() - start)
     size = images.nbytes / 1e9
-    print(f"{options.frames} frames of {options.width}x{options.height} float32 ({size:.2f} GB) on {options.device}, best of 5")
+    print(
+        f"{options.frames} frames of {options.width}x{options.height} float32 ({size:.2f} GB) on {options.device}, "
+        "best of 5"
+    )
     for name, seconds in best.items():
-        print(f"{name:30} {seconds * 1e3:8.1f} ms {size / seconds:7.1f} GB/s  check/this: {best['black-frame check'] / seconds:5.2f}")
+        print(
+            f"{name:30} {seconds * 1e3:8.1f} ms {size / seconds:7.1f} GB/s  check/this: "
+            f"{best['black-frame check'] / seconds:5.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What 500 unrelated files add to the list of models: limits 100 ms at first, 5 ms afterwards. The other side parses every header each time."""
+"""What 500 unrelated files add to the list of models: limits 100 ms at first, 5 ms afterwards. The other side parses
+every header each time."""
 
 import statistics
 import tempfile
@@ -23,7 +24,10 @@ def timed(work) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file({f"double_blocks.{index}.img_attn.qkv.weight": torch.zeros(1) for index in range(TENSORS)}, folder / "0.safetensors")
+        save_file(
+            {f"double_blocks.{index}.img_attn.qkv.weight": torch.zeros(1) for index in range(TENSORS)},
+            folder / "0.safetensors",
+        )
         content = (folder / "0.safetensors").read_bytes()
         for index in range(1, FILES):
             (folder / f"{index}.safetensors").write_bytes(content)

@@ -1,8 +1,9 @@
-"""How long the dtype check of a checkpoint of the real size takes: headers and configs only, 11 GB in three shards. Limit: 20 ms.
+"""How long the dtype check of a checkpoint of the real size takes: headers and configs only, 11 GB in three shards.
+Limit: 20 ms.
 
-The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer. The other side reads the shards, as a check of weights
-would have to (a tenth of the bytes, to be done soon; holes, so no disk is waited for). And how long the header of its GGUF file takes, with the
-gguf package's own reader on the other side. Limit: 30 ms.
+The shards are sparse files with the real headers of CogVideoX1.5-5B's transformer. The other side reads the shards, as
+a check of weights would have to (a tenth of the bytes, to be done soon; holes, so no disk is waited for). And how long
+the header of its GGUF file takes, with the gguf package's own reader on the other side. Limit: 30 ms.
 """
 
 import json
@@ -120,14 +121,20 @@ def main() -> None:
         from gguf import GGUFReader
 
         ours, theirs = median(lambda: read_gguf_header(file), 20), median(lambda: GGUFReader(file), 5)
-        count, known = len(read_gguf_header(file)), {tensor.name: tensor.data_offset for tensor in GGUFReader(file).tensors}
+        count, known = (
+            len(read_gguf_header(file)),
+            {tensor.name: tensor.data_offset for tensor in GGUFReader(file).tensors},
+        )
         assert {name: stored.offset for name, stored in read_gguf_header(file).items()} == known
     print(plan.text)
     print(f"\n{total / 1e9:.2f} GB of weights in {SHARDS} shards")
     print(f"check, first call    {times[0] * 1e3:9.1f} ms")
     print(f"check, median of 20  {statistics.median(times) * 1e3:9.1f} ms")
     print(f"reading the weights  {read * 1e3:9.1f} ms  {read / times[0]:.0f} x the check's first call")
-    print(f"\nGGUF, {count} tensors: header, median of 20 {ours * 1e3:9.1f} ms; the gguf package's reader {theirs * 1e3:9.1f} ms")
+    print(
+        f"\nGGUF, {count} tensors: header, median of 20 {ours * 1e3:9.1f} ms; the gguf package's reader "
+        f"{theirs * 1e3:9.1f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""How long loading takes and how much memory it needs: ours against diffusers, against safetensors and ``load_state_dict``, and against reading
-the files raw. Limits: 1.2 times the raw read, never slower than diffusers, and a peak of 1.1 times the loaded weights for one dtype.
+"""How long loading takes and how much memory it needs: ours against diffusers, against safetensors and
+``load_state_dict``, and against reading the files raw. Limits: 1.2 times the raw read, never slower than diffusers, and
+a peak of 1.1 times the loaded weights for one dtype.
 
-A random transformer of CogVideoX1.5-5B's shapes in bf16 and a random T5-XXL in fp32, as the official repository stores them, each with as many
-layers as asked for. Each side runs in a process of its own, with everything imported first; they take turns on a warm page cache.
+A random transformer of CogVideoX1.5-5B's shapes in bf16 and a random T5-XXL in fp32, as the official repository stores
+them, each with as many layers as asked for. Each side runs in a process of its own, with everything imported first;
+they take turns on a warm page cache.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.loading import load_module
 from cogvideox.precision.policy import Precision, RANGE_SAFE_FP16
 from tests.memory import peak_kilobytes as peak
 folder, cpu = Path(sys.argv[1]), torch.device("cpu")
@@ -30,7 +32,10 @@ files = sorted(folder.glob("*.safetensors"))
 is_t5 = json.loads((folder / "config.json").read_text()).get("model_type") == "t5"
 kind, theirs = ("text_encoder", T5EncoderModel) if is_t5 else ("transformer", CogVideoXTransformer3DModel)
 with init_empty_weights():
-    T5EncoderModel(T5Config(num_layers=1)) if is_t5 else CogVideoXTransformer3DModel(num_layers=1, use_rotary_positional_embeddings=True)
+    if is_t5:
+        T5EncoderModel(T5Config(num_layers=1))
+    else:
+        CogVideoXTransformer3DModel(num_layers=1, use_rotary_positional_embeddings=True)
 
 def ours(precision):
     return load_module(open_part(folder, kind), precision, cpu)
@@ -43,7 +48,10 @@ def plain():
     for file in files:
         state |= load_file(file)
     with init_empty_weights():
-        module = T5EncoderModel(T5Config.from_pretrained(folder)) if is_t5 else theirs.from_config(theirs.load_config(folder))
+        if is_t5:
+            module = T5EncoderModel(T5Config.from_pretrained(folder))
+        else:
+            module = theirs.from_config(theirs.load_config(folder))
     # T5's token embedding has two names and is stored under one.
     module.load_state_dict(state, assign=True, strict=not is_t5)
     return module
@@ -100,7 +108,14 @@ def write_checkpoint(folder: Path, kind: str, layers: int) -> int:
         if kind == "transformer":
             module = CogVideoXTransformer3DModel(**CONFIG | {"num_layers": layers}).to(torch.bfloat16)
         else:
-            widths = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+            widths = {
+                "d_model": 4096,
+                "d_ff": 10240,
+                "d_kv": 64,
+                "num_heads": 64,
+                "vocab_size": 32128,
+                "feed_forward_proj": "gated-gelu",
+            }
             module = T5EncoderModel(T5Config(**widths, num_layers=layers))
     module = module.to_empty(device="cpu")
     for parameter in module.parameters():
@@ -119,7 +134,9 @@ def compare(kind: str, layers: int, rounds: int) -> None:
         for turn in range(rounds + 1):
             # What the side before leaves of the system's memory matters, so the order turns too.
             for side in SIDES if turn % 2 else reversed(SIDES):
-                done = subprocess.run([sys.executable, "-c", COMMON, folder, side], capture_output=True, text=True, check=True)
+                done = subprocess.run(
+                    [sys.executable, "-c", COMMON, folder, side], capture_output=True, text=True, check=True
+                )
                 # The first turn warms the page cache.
                 if turn:
                     results[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -129,7 +146,10 @@ def compare(kind: str, layers: int, rounds: int) -> None:
     for side, runs in results.items():
         seconds, peak = (statistics.median(run[index] for run in runs) for index in (0, 1))
         loaded = weights // width * (SIDES[side] or width)
-        print(f"{side:40} {seconds:6.2f} s  {seconds / raw:5.2f} x raw   peak {peak / 1e9:5.2f} GB  {peak / loaded:5.2f} x the loaded weights")
+        print(
+            f"{side:40} {seconds:6.2f} s  {seconds / raw:5.2f} x raw   peak {peak / 1e9:5.2f} GB  "
+            f"{peak / loaded:5.2f} x the loaded weights"
+        )
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
-"""What range-safe fp16 costs: one guided transformer step (batch 2) in fp32, bf16, plain fp16 and range-safe fp16, in one run.
+"""What range-safe fp16 costs: one guided transformer step (batch 2) in fp32, bf16, plain fp16 and range-safe fp16, in
+one run.
 
-Serves the claim that range-safe fp16 takes at most 1.25 times the time of plain fp16, with weights no larger. Three parts:
+Serves the claim that range-safe fp16 takes at most 1.25 times the time of plain fp16, with weights no larger. Three
+parts:
 
-1. Measured on this machine: time, peak memory, weights, and the error against fp32. On a CUDA device the full model at full size; on
-   the CPU a small one.
-2. Counted from the shapes of the full model at 81 frames of 1360x768, on the meta device: every operation's matrix FLOPs and the bytes
-   it reads and writes, and the most memory alive at once beyond weights and inputs. Attention counts as one fused operation.
-3. Estimated from the counts for cards that are not here (a roofline): an operation takes as long as its FLOPs, or its bytes, or a
-   kernel's launch, whichever is longest.
+1. Measured on this machine: time, peak memory, weights, and the error against fp32. On a CUDA device the full model at
+   full size; on the CPU a small one.
+2. Counted from the shapes of the full model at 81 frames of 1360x768, on the meta device: every operation's matrix
+   FLOPs and the bytes it reads and writes, and the most memory alive at once beyond weights and inputs. Attention
+   counts as one fused operation.
+3. Estimated from the counts for cards that are not here (a roofline): an operation takes as long as its FLOPs, or its
+   bytes, or a kernel's launch, whichever is longest.
 
-The cards' figures are those of NVIDIA's datasheets (V100, T4, A100, H100 SXM) and architecture whitepapers (Turing: RTX 2080 Ti reference
-card; GA102: RTX 3090): dense, and for tensor cores with accumulation in fp32, as PyTorch runs them.
+The cards' figures are those of NVIDIA's datasheets (V100, T4, A100, H100 SXM) and architecture whitepapers (Turing: RTX
+2080 Ti reference card; GA102: RTX 3090): dense, and for tensor cores with accumulation in fp32, as PyTorch runs them.
 
 Run as ``python -m benchmarks.precision_step``.
 """
@@ -29,7 +32,8 @@ from torch.utils.flop_counter import flop_registry
 
 from cogvideox.geometry import latent_frames, padding_frames, rotary_embedding
 from cogvideox.memory import FusedAttention, LiveBytes
-from cogvideox.precision.range_safe import make_range_safe
+from cogvideox.modules import internals
+from cogvideox.modules.range_safe import make_range_safe
 
 aten = torch.ops.aten
 
@@ -79,29 +83,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in FULL:
-        parser.add_argument(f"--{name}", type=int, help=f"of the measured step (default: {FULL[name]} on CUDA, {SMALL[name]} elsewhere)")
+        parser.add_argument(
+            f"--{name}", type=int, help=f"of the measured step (default: {FULL[name]} on CUDA, {SMALL[name]} elsewhere)"
+        )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-measured", action="store_true")
     parser.add_argument("--skip-counted", action="store_true")
-    parser.add_argument("--tensor-share", type=float, default=0.6, help="of their peak that 16-bit matrix products reach")
+    parser.add_argument(
+        "--tensor-share", type=float, default=0.6, help="of their peak that 16-bit matrix products reach"
+    )
     parser.add_argument("--fp32-share", type=float, default=0.85, help="of its peak that fp32 matrix products reach")
     parser.add_argument("--bandwidth-share", type=float, default=0.85, help="of its peak that memory reaches")
     parser.add_argument("--operations", action="store_true", help="also print the bytes moved by kind of operation")
     options = parser.parse_args()
     with torch.no_grad():
         if not options.skip_measured:
-            size = {name: getattr(options, name) or default for name, default in (FULL if options.device.startswith("cuda") else SMALL).items()}
+            size = {
+                name: getattr(options, name) or default
+                for name, default in (FULL if options.device.startswith("cuda") else SMALL).items()
+            }
             print_measured(size, options.device, options.repeats)
         if not options.skip_counted:
             counts = {side: count(side) for side in SIDES}
             print_counted(counts)
             if options.operations:
                 print_operations(counts)
-            print_estimated(counts, {"fp32": options.fp32_share, "16-bit": options.tensor_share, "bandwidth": options.bandwidth_share})
+            print_estimated(
+                counts,
+                {"fp32": options.fp32_share, "16-bit": options.tensor_share, "bandwidth": options.bandwidth_share},
+            )
 
 
 def build(side: str, device: str, layers: int, heads: int) -> nn.Module:
-    """CogVideoX1.5-5B, or less of it, with the same random weights on every side: drawn in bf16, as the trained ones are stored."""
+    """CogVideoX1.5-5B, or less of it, with the same random weights on every side: drawn in bf16, as the trained ones
+    are stored."""
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
@@ -126,7 +141,7 @@ def build(side: str, device: str, layers: int, heads: int) -> nn.Module:
     if device == "meta":
         for norm in model.modules():
             if isinstance(norm, nn.LayerNorm):
-                norm._range_safe_exponent = 0  # there are no weights to take it from
+                norm.range_safe_exponent = 0  # there are no weights to take it from
     return model.requires_grad_(False).eval()
 
 
@@ -139,12 +154,17 @@ def step_inputs(side: str, config, device: str, frames: int, width: int, height:
     if device == "meta":
         latents, text = torch.empty(shape), torch.empty(2, TEXT_TOKENS, TEXT_WIDTH)
     else:
-        latents, text = torch.randn(shape, generator=generator), torch.randn(2, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
+        latents, text = (
+            torch.randn(shape, generator=generator),
+            torch.randn(2, TEXT_TOKENS, TEXT_WIDTH, generator=generator),
+        )
     return dict(
         hidden_states=latents.bfloat16().to(device, SIDES[side]),
         encoder_hidden_states=text.bfloat16().to(device, SIDES[side]),
         timestep=torch.tensor([500, 500]).to(device),
-        image_rotary_emb=tuple(table.to(device) for table in rotary_embedding(config, count, *shape[3:], torch.device("cpu"))),
+        image_rotary_emb=tuple(
+            table.to(device) for table in rotary_embedding(config, count, *shape[3:], torch.device("cpu"))
+        ),
         return_dict=False,
     )
 
@@ -157,9 +177,12 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def print_measured(size: dict, device: str, repeats: int) -> None:
-    """Time the sides in turn, ``repeats`` times over. Each is built for its turn, as four full models at once would not fit."""
+    """Time the sides in turn, ``repeats`` times over. Each is built for its turn, as four full models at once would not
+    fit."""
     cuda = device.startswith("cuda")
-    sides = [side for side in SIDES if side != "bf16" or not cuda or torch.cuda.is_bf16_supported(including_emulation=False)]
+    sides = [
+        side for side in SIDES if side != "bf16" or not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    ]
     seconds = {side: [] for side in sides}
     peak, weights, error, truth = {}, {}, {}, None
     for repeat in range(repeats):
@@ -176,7 +199,10 @@ def print_measured(size: dict, device: str, repeats: int) -> None:
                 truth = result if side == "fp32" else truth
                 error[side] = None if truth is None else ((result - truth).norm() / truth.norm()).item()
     name = torch.cuda.get_device_name(device) if cuda else device
-    print(f"MEASURED on {name}, torch {torch.__version__}, median of {repeats}: {', '.join(f'{value} {key}' for key, value in size.items())}")
+    print(
+        f"MEASURED on {name}, torch {torch.__version__}, median of {repeats}: "
+        f"{', '.join(f'{value} {key}' for key, value in size.items())}"
+    )
     if device == "cpu":
         print("(A CPU emulates fp16, so these times say little about a GPU; the errors do.)")
     print(f"{'':16} {'time':>10} {'/ fp16':>7} {'peak memory':>12} {'weights':>11} {'error against fp32':>19}")
@@ -189,8 +215,11 @@ def print_measured(size: dict, device: str, repeats: int) -> None:
     print()
 
 
-def measure(side: str, device: str, layers: int, heads: int, frames: int, width: int, height: int) -> tuple[torch.Tensor, float, int, int]:
-    """One step: its result in fp32 on the CPU, its seconds, its peak CUDA memory (0 elsewhere) and the bytes of its weights."""
+def measure(
+    side: str, device: str, layers: int, heads: int, frames: int, width: int, height: int
+) -> tuple[torch.Tensor, float, int, int]:
+    """One step: its result in fp32 on the CPU, its seconds, its peak CUDA memory (0 elsewhere) and the bytes of its
+    weights."""
     cuda = device.startswith("cuda")
     try:
         model = build(side, device, layers, heads)
@@ -205,7 +234,12 @@ def measure(side: str, device: str, layers: int, heads: int, frames: int, width:
         if device != "cpu":
             torch.accelerator.synchronize()
         elapsed = time.perf_counter() - start
-        return result.float().cpu(), elapsed, torch.cuda.max_memory_allocated(device) if cuda else 0, weight_bytes(model)
+        return (
+            result.float().cpu(),
+            elapsed,
+            torch.cuda.max_memory_allocated(device) if cuda else 0,
+            weight_bytes(model),
+        )
     finally:
         model = inputs = result = None
         gc.collect()
@@ -227,8 +261,8 @@ class Counter(LiveBytes):
         kwargs = kwargs or {}
         result = super().__torch_dispatch__(func, types, args, kwargs)
         inputs, written = tensor_arguments(func, args, kwargs)
-        known = {tensor.untyped_storage()._cdata for tensor in inputs + written}
-        new = [tensor for tensor in tensors(result) if tensor.untyped_storage()._cdata not in known]
+        known = {internals.storage_id(tensor) for tensor in inputs + written}
+        new = [tensor for tensor in tensors(result) if internals.storage_id(tensor) not in known]
         # A layer norm on CUDA first makes its input contiguous.
         copy = args[0].nbytes if func is aten.native_layer_norm.default and not args[0].is_contiguous() else 0
         self.peak = max(self.peak, self.live + copy)
@@ -246,15 +280,24 @@ def tensors(values) -> list[torch.Tensor]:
 
 
 def traffic(tensor: torch.Tensor) -> int:
-    """Bytes that reading or writing ``tensor`` moves: an expanded dimension once, and what lies between the elements of a strided one too."""
-    sizes_strides = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride > 0]
+    """Bytes that reading or writing ``tensor`` moves: an expanded dimension once, and what lies between the elements of
+    a strided one too."""
+    sizes_strides = [
+        (size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride > 0
+    ]
     step = min((stride for _, stride in sizes_strides), default=1)
     # Memory is read in sectors of 32 bytes.
-    return prod(size for size, _ in sizes_strides) * tensor.itemsize * min(step, 32 // tensor.itemsize) * (tensor.numel() > 0)
+    return (
+        prod(size for size, _ in sizes_strides)
+        * tensor.itemsize
+        * min(step, 32 // tensor.itemsize)
+        * (tensor.numel() > 0)
+    )
 
 
 def tensor_arguments(func, args, kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors among the arguments that ``func`` reads, and those that it writes; what it changes in place is in both."""
+    """The tensors among the arguments that ``func`` reads, and those that it writes; what it changes in place is in
+    both."""
     read, written = [], []
     for index, argument in enumerate(func._schema.arguments):
         values = tensors(args[index] if index < len(args) else kwargs.get(argument.name))
@@ -278,13 +321,16 @@ def count(side: str) -> tuple[Counter, int]:
 def print_counted(counts: dict) -> None:
     print(f"COUNTED from the shapes: {', '.join(f'{value} {key}' for key, value in FULL.items())}")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    print(f"{'':16} {'TFLOP in fp32':>14} {'in bf16':>8} {'in fp16':>8} {'moved':>10} {'weights':>10} {'activations, peak':>18} {'operations':>11}")
+    print(
+        f"{'':16} {'TFLOP in fp32':>14} {'in bf16':>8} {'in fp16':>8} {'moved':>10} {'weights':>10} "
+        f"{'activations, peak':>18} {'operations':>11}"
+    )
     for side, (counter, weights) in counts.items():
         fp32, bf16, fp16 = (sum(op.flops for op in counter.operations if op.dtype == dtype) / 1e12 for dtype in dtypes)
         moved = sum(op.bytes for op in counter.operations) / 1e9
         print(
-            f"{side:16} {fp32:14.1f} {bf16:8.1f} {fp16:8.1f} {moved:7.0f} GB {weights / 1e9:7.3f} GB {counter.peak / 1e9:15.2f} GB "
-            f"{len(counter.operations):11}"
+            f"{side:16} {fp32:14.1f} {bf16:8.1f} {fp16:8.1f} {moved:7.0f} GB {weights / 1e9:7.3f} GB "
+            f"{counter.peak / 1e9:15.2f} GB {len(counter.operations):11}"
         )
     print()
 
@@ -307,11 +353,14 @@ def print_operations(counts: dict) -> None:
 def print_estimated(counts: dict, shares: dict) -> None:
     tensor, fp32, memory = (f"{shares[key]:.0%}" for key in ("16-bit", "fp32", "bandwidth"))
     print(
-        "ESTIMATED, not measured: a roofline over the counted operations, one after another, in seconds a step,\n"
-        f"if matrix products reach {tensor} of the tensor cores' peak and {fp32} of fp32's, memory {memory} of its peak, and no kernel takes under "
-        f"{LAUNCH * 1e6:.0f} us.\n(Where products reach less, range-safe / fp16 is smaller. Whether a step fits a card's memory is another question.)"
+        "ESTIMATED, not measured: a roofline over the counted operations, one after another, in seconds a step,\nif "
+        f"matrix products reach {tensor} of the tensor cores' peak and {fp32} of fp32's, memory {memory} of its peak, "
+        f"and no kernel takes under {LAUNCH * 1e6:.0f} us.\n(Where products reach less, range-safe / fp16 is smaller. "
+        "Whether a step fits a card's memory is another question.)"
     )
-    print(f"{'':16}" + "".join(f"{side:>17}" for side in counts) + f"{'range-safe / fp16':>20}{'fp32 / range-safe':>20}")
+    print(
+        f"{'':16}" + "".join(f"{side:>17}" for side in counts) + f"{'range-safe / fp16':>20}{'fp32 / range-safe':>20}"
+    )
     for name, card in CARDS.items():
         seconds = {side: estimate(counter.operations, card, shares) for side, (counter, _) in counts.items()}
         cells = "".join(f"{'-' if value is None else f'{value:.2f} s':>17}" for value in seconds.values())
@@ -326,7 +375,9 @@ def estimate(operations: list[Operation], card: Card, shares: dict) -> float | N
     if any(op.flops and op.dtype not in peaks for op in operations):
         return None
     bandwidth = card.bandwidth * 1e9 * shares["bandwidth"]
-    return sum(max(op.flops / (peaks[op.dtype] * 1e12) if op.flops else 0, op.bytes / bandwidth, LAUNCH) for op in operations)
+    return sum(
+        max(op.flops / (peaks[op.dtype] * 1e12) if op.flops else 0, op.bytes / bandwidth, LAUNCH) for op in operations
+    )
 
 
 if __name__ == "__main__":

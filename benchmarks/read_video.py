@@ -1,5 +1,6 @@
-"""Reading 10 s of 720p for video to video: all frames at once in fp32 (8 GB), and ours, one by one at the size and rate that are needed. Time, and
-the rise of the process's peak memory. Limit: 1 GB, the clip itself included. Each in a process of its own; Linux only, whose peak can be set back."""
+"""Reading 10 s of 720p for video to video: all frames at once in fp32 (8 GB), and ours, one by one at the size and rate
+that are needed. Time, and the rise of the process's peak memory. Limit: 1 GB, the clip itself included. Each in a
+process of its own; Linux only, whose peak can be set back."""
 
 import argparse
 import subprocess
@@ -23,7 +24,12 @@ def write_clip(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast"})
         (stream.width, stream.height), stream.pix_fmt = SIZE, "yuv420p"
-        picture = np.random.default_rng(0).integers(0, 255, (SIZE[1] // 16, SIZE[0] // 16, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        picture = (
+            np.random.default_rng(0)
+            .integers(0, 255, (SIZE[1] // 16, SIZE[0] // 16, 3), np.uint8)
+            .repeat(16, 0)
+            .repeat(16, 1)
+        )
         for index in range(RATE * SECONDS):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(picture, 4 * index, 1)), format="rgb24")
             container.mux(stream.encode(frame))
@@ -40,7 +46,7 @@ def at_once(path: Path) -> torch.Tensor:
 
 
 def ours(path: Path) -> torch.Tensor:
-    from cogvideox.media import read_video
+    from cogvideox.clip_files import read_video
 
     return read_video(path, LONGEST, fps=FPS, size=TARGET, step=STEP, dtype=torch.uint8)
 
@@ -54,7 +60,10 @@ def main() -> None:
         clips, start = [], time.perf_counter()
         rise = rise_of_peak(lambda: clips.append(globals()[way](Path(path))))
         seconds = time.perf_counter() - start
-        print(f"{way:8} {len(clips[0]):4} frames of {clips[0].shape[2]}x{clips[0].shape[1]}, {rise / 1e9:5.2f} GB, {seconds:5.1f} s")
+        print(
+            f"{way:8} {len(clips[0]):4} frames of {clips[0].shape[2]}x{clips[0].shape[1]}, {rise / 1e9:5.2f} GB, "
+            f"{seconds:5.1f} s"
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"

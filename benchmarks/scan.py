@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
+from cogvideox.checkpoint.audit import TARGETS, scan_weights
 from cogvideox.checkpoint.headers import StoredTensor
-from cogvideox.precision.audit import TARGETS, scan_weights
 
 #: Bytes that the plain read takes at a time: the fastest of 0.25 to 64 MB where this was written.
 _BUFFER = 8 << 20
 #: The weights of one file are made and written this many at a time.
 _PIECE = 1 << 23
-#: (what lies in the file, stored as, standard deviation, share of zeros, dtypes to run in). The first two are what checkpoints hold: 0.2 %
-#: of the weights lie below fp16's normal range. In the others far more do than in any real one.
+#: (what lies in the file, stored as, standard deviation, share of zeros, dtypes to run in). The first two are what
+#: checkpoints hold: 0.2 % of the weights lie below fp16's normal range. In the others far more do than in any real one.
 FILES = (
     ("N(0, 0.02)", torch.bfloat16, 0.02, 0.0, (torch.bfloat16, torch.float16)),
     ("N(0, 0.02)", torch.float32, 0.02, 0.0, (torch.bfloat16, torch.float16, torch.float32)),
@@ -44,12 +44,17 @@ def main() -> None:
             file = Path(folder) / "weights"
             tensors = write(file, dtype, scale, zeros, int(options.size * 1e9))
             for target in targets:
-                sides = {"sum": lambda file=file: read_and_sum(file), "scan": lambda tensors=tensors, target=target: scan_weights(tensors, target)}
+                sides = {
+                    "sum": lambda file=file: read_and_sum(file),
+                    "scan": lambda tensors=tensors, target=target: scan_weights(tensors, target),
+                }
                 speeds = compare(sides, file.stat().st_size, options.rounds)
-                (plain, plain_best), (scan, scan_best) = ((statistics.median(speed), max(speed)) for speed in speeds.values())
+                (plain, plain_best), (scan, scan_best) = (
+                    (statistics.median(speed), max(speed)) for speed in speeds.values()
+                )
                 print(
-                    f"{what:28} {f'{name_of(dtype)} -> {name_of(target)}':18} {plain:6.1f} ({plain_best:5.1f}) {scan:6.1f} ({scan_best:5.1f})  "
-                    f"{scan / plain:.2f} ({scan_best / plain_best:.2f})",
+                    f"{what:28} {f'{name_of(dtype)} -> {name_of(target)}':18} {plain:6.1f} ({plain_best:5.1f}) "
+                    f"{scan:6.1f} ({scan_best:5.1f})  {scan / plain:.2f} ({scan_best / plain_best:.2f})",
                     flush=True,
                 )
             file.unlink()

@@ -1,7 +1,8 @@
-"""What the sentinel costs: its look at the latents after a step, against the step itself, at 81 x 1360 x 768. Limit: 0.5 %.
+"""What the sentinel costs: its look at the latents after a step, against the step itself, at 81 x 1360 x 768. Limit:
+0.5 %.
 
-On a GPU the step is one block of CogVideoX1.5-5B at full size, times 42. On a CPU that would take hours: the block runs on fewer tokens, and
-its time is scaled by the operations that ``FlopCounterMode`` counts.
+On a GPU the step is one block of CogVideoX1.5-5B at full size, times 42. On a CPU that would take hours: the block runs
+on fewer tokens, and its time is scaled by the operations that ``FlopCounterMode`` counts.
 """
 
 import argparse
@@ -12,8 +13,8 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvideox.finite import is_finite
 from cogvideox.geometry import latent_frames
-from cogvideox.precision.sentinel import is_finite
 
 LAYERS, HEADS, HEAD_DIM, TEXT = 42, 48, 64, 226
 

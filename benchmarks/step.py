@@ -1,16 +1,19 @@
-"""How long one guided step takes: diffusers' pipeline, ours as it is, and ours with each of the nodes that make it faster, in one run.
+"""How long one guided step takes: diffusers' pipeline, ours as it is, and ours with each of the nodes that make it
+faster, in one run.
 
-On the CPU a small model of random weights in fp32; on a CUDA device (or with ``--full``) CogVideoX1.5-5B's size at 81 frames of 1360x768 in bf16, and
-range-safe fp16 beside plain fp16. With ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) ComfyUI's own CogVideoX model too, in a process of its own.
+On the CPU a small model of random weights in fp32; on a CUDA device (or with ``--full``) CogVideoX1.5-5B's size at 81
+frames of 1360x768 in bf16, and range-safe fp16 beside plain fp16. With ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``)
+ComfyUI's own CogVideoX model too, in a process of its own.
 
-- *time*: a whole run's, from the end of its first step to the end of its last, over the steps between, as a cache makes steps unequal; the median of
-  repeats that take turns, after a run that warms up and compiles.
+- *time*: a whole run's, from the end of its first step to the end of its last, over the steps between, as a cache makes
+  steps unequal; the median of repeats that take turns, after a run that warms up and compiles.
 - *own*: what the sampler does beside the transformer's forward.
 - *peak*: bytes of tensors beside the weights, counted as they live (CPU) or as CUDA has it.
-- *error*: relative L2 of the latents against those of plain fp32 (on a card: of diffusers in the same dtype) after the whole run. With random
-  weights it says nothing of how a video looks: what loses quality (caches, sage, quantization) cannot be judged by it.
-- *roofline*: the matrix products and attention of a step as diffusers computes them all, over the time, as a share of what one large product
-  reaches here in that dtype. A cache that skips work can pass what is possible without.
+- *error*: relative L2 of the latents against those of plain fp32 (on a card: of diffusers in the same dtype) after the
+  whole run. With random weights it says nothing of how a video looks: what loses quality (caches, sage, quantization)
+  cannot be judged by it.
+- *roofline*: the matrix products and attention of a step as diffusers computes them all, over the time, as a share of
+  what one large product reaches here in that dtype. A cache that skips work can pass what is possible without.
 
 Run as ``python -m benchmarks.step``.
 """
@@ -34,15 +37,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import cogvideox.sampling as sampling
+from cogvideox import memory
 from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.events import Events
 from cogvideox.geometry import latent_frames, padding_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
 from cogvideox.memory import LiveBytes
+from cogvideox.modules.attention import available
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
-from cogvideox.speed.attention import available
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
+from cogvideox.sampling import sample
 from cogvideox.variants import full_config
 from tests.conftest import ROOT
 from tests.tiny_checkpoint import build_checkpoint, build_transformer
@@ -68,11 +73,19 @@ class Side:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the released size and 81 frames of 1360x768 (the default on a GPU)")
+    parser.add_argument(
+        "--full", action="store_true", help="the released size and 81 frames of 1360x768 (the default on a GPU)"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="of how many layers, instead of all: a step takes as much less, and every ratio nearly stays")
-    parser.add_argument("--only", help="only sides whose name this regular expression finds, beside diffusers and plain")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="of how many layers, instead of all: a step takes as much less, and every ratio nearly stays",
+    )
+    parser.add_argument(
+        "--only", help="only sides whose name this regular expression finds, beside diffusers and plain"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = options.full or device.type == "cuda"
@@ -80,7 +93,9 @@ def main() -> None:
     shape = (1, 16, latent_frames(frames), height // 8, width // 8)
     with tempfile.TemporaryDirectory() as folder:
         size = FULL if full else SMALL
-        checkpoint = _build(Path(folder) / "random", size | dict(num_layers=options.layers or size["num_layers"]), device)
+        checkpoint = _build(
+            Path(folder) / "random", size | dict(num_layers=options.layers or size["num_layers"]), device
+        )
         _compare(checkpoint, device, shape, options)
 
 
@@ -103,15 +118,29 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
         models["fp16, range-safe"] = open_handles(checkpoint, "fp16", hardware).model
     first = models[dtypes[0]]
     config = full_config(first.weights.config)
-    prompts = torch.randn(2, 1, config["max_text_seq_length"], config["text_embed_dim"], generator=torch.Generator().manual_seed(2))
+    prompts = torch.randn(
+        2, 1, config["max_text_seq_length"], config["text_embed_dim"], generator=torch.Generator().manual_seed(2)
+    )
     inputs = dict(prompts=prompts, shape=shape, steps=steps)
-    sides = [Side(f"diffusers {first.weights.precision.name}", _theirs(checkpoint, first, device, **inputs), first.weights.precision.dtype)]
-    sides += [Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype) for name, model in _variants(models, device)]
+    sides = [
+        Side(
+            f"diffusers {first.weights.precision.name}",
+            _theirs(checkpoint, first, device, **inputs),
+            first.weights.precision.dtype,
+        )
+    ]
+    sides += [
+        Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype)
+        for name, model in _variants(models, device)
+    ]
     halves = partial(_ours, first, batched=False, **inputs)
     sides.insert(2, Side(f"ours, {dtypes[0]}: halves one by one", halves, first.weights.precision.dtype))
     if options.only:
         sides = sides[:2] + [side for side in sides[2:] if re.search(options.only, side.name)]
-    print(f"{_machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent {list(shape)}, {steps} steps, guided")
+    print(
+        f"{_machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent "
+        f"{list(shape)}, {steps} steps, guided"
+    )
     reference = None
     if device.type == "cpu":
         reference = _ours(first, on_step=lambda *_: None, **inputs)
@@ -125,7 +154,8 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
             sides.remove(side)
             continue
         if reference is None:
-            # On a card fp32 does not fit beside the rest at full size: diffusers' own is what the others are held against.
+            # On a card fp32 does not fit beside the rest at full size: diffusers' own is what the others are held
+            # against.
             reference = side.latents
         print(f"  {side.name}: warmed up, error {side.error:.1e}, peak {side.peak / 1e9:.2f} GB", file=sys.stderr)
     for turn in range(options.rounds):
@@ -149,31 +179,61 @@ def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str,
     name, plain = next(iter(models.items()))
     found = [(f"{name}: plain", plain)]
     attentions = [choice for choice in available(device) if choice not in ("auto", "sdpa")]
-    changes: dict[str, Callable[[Model], Model]] = {f"attention {choice}": partial(with_attention, attention=choice) for choice in attentions}
-    changes |= {f"cache {method}": partial(with_cache, cache=Cache(method)) for method in ("first_block", "taylorseer", "pab", "faster_cache")}
+    changes: dict[str, Callable[[Model], Model]] = {
+        f"attention {choice}": partial(with_attention, attention=choice) for choice in attentions
+    }
+    changes |= {
+        f"cache {method}": partial(with_cache, cache=Cache(method))
+        for method in ("first_block", "taylorseer", "pab", "faster_cache")
+    }
     if missing_compiler(device) is None:
         changes["compile"] = partial(with_compile, compiled=Compiled())
         exact = [choice for choice in attentions if choice != "sage"]
         if exact:
             changes[f"compile + {exact[0]}"] = lambda model: with_compile(with_attention(model, exact[0]), Compiled())
-        changes["compile + cache first_block"] = lambda model: with_compile(with_cache(model, Cache("first_block")), Compiled())
-    changes |= {f"quantize {method}": partial(quantized, method=method) for method in ("int8_weight_only", "fp8_weight_only", "int8_dynamic")}
+        changes["compile + cache first_block"] = lambda model: with_compile(
+            with_cache(model, Cache("first_block")), Compiled()
+        )
+    changes |= {
+        f"quantize {method}": partial(quantized, method=method)
+        for method in ("int8_weight_only", "fp8_weight_only", "int8_dynamic")
+    }
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         changes["quantize fp8_dynamic"] = partial(quantized, method="fp8_dynamic")
     found += [(f"{name}: {change}", make(plain)) for change, make in changes.items()]
     return found + [(f"{other}: plain", model) for other, model in list(models.items())[1:]]
 
 
-def _ours(model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int, batched: bool = True) -> torch.Tensor:
-    own = sampling.ways
-    sampling.ways = lambda _: own([batched])
+def _ours(
+    model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int, batched: bool = True
+) -> torch.Tensor:
+    own = memory.placements
+    memory.placements = lambda _: own([batched])
     try:
-        return sampling.sample(model, prompts[0], prompts[1], torch.zeros(shape), seed=NOISE_SEED, steps=steps, on_step=lambda *_: on_step())
+        return sample(
+            model,
+            prompts[0],
+            prompts[1],
+            torch.zeros(shape),
+            seed=NOISE_SEED,
+            steps=steps,
+            events=_Steps(on_step),
+        )
     finally:
-        sampling.ways = own
+        memory.placements = own
 
 
-def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch.Tensor, shape: tuple[int, ...], steps: int) -> Callable:
+class _Steps(Events):
+    def __init__(self, on_step: Callable[[], None]):
+        self._on_step = on_step
+
+    def step(self, *_) -> None:
+        self._on_step()
+
+
+def _theirs(
+    checkpoint: Path, model: Model, device: torch.device, prompts: torch.Tensor, shape: tuple[int, ...], steps: int
+) -> Callable:
     """diffusers' unmodified pipeline from the same noise, in our layout."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
@@ -185,7 +245,9 @@ def _theirs(checkpoint: Path, model: Model, device: torch.device, prompts: torch
 
     def run(on_step: Callable) -> torch.Tensor:
         scheduler = CogVideoXDDIMScheduler.from_pretrained(checkpoint / "scheduler")
-        pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=load(), scheduler=scheduler)
+        pipeline = CogVideoXPipeline(
+            tokenizer=None, text_encoder=None, vae=None, transformer=load(), scheduler=scheduler
+        )
         pipeline.set_progress_bar_config(disable=True)
         frames = shape[2] + padding_frames(shape[2], full_config(model.weights.config))
         latents = pipeline(
@@ -221,7 +283,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
                 torch.cuda.reset_peak_memory_stats(device)
         ends.append(time.perf_counter())
 
-    with _same_noise(), _forwards_timed(inside, device):
+    with _forwards_timed(inside, device):
         latents = side.run(on_step=on_step)
     if not warm:
         taken = ends[-1] - ends[0]
@@ -239,17 +301,6 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
         with LiveBytes() as live:
             side.run(on_step=on_step)
         side.peak = live.peak
-
-
-@contextmanager
-def _same_noise():
-    """Every side starts from the same noise, drawn in fp32: in another dtype the generator gives other numbers."""
-    own = sampling._draw_noise
-    sampling._draw_noise = lambda like, generator: _noise(like.shape).to(like)
-    try:
-        yield
-    finally:
-        sampling._draw_noise = own
 
 
 @contextmanager
@@ -275,7 +326,8 @@ def _forwards_timed(inside: list, device: torch.device):
 
 
 def _step_flops(config, shape: tuple[int, ...], text: int) -> float:
-    """Matrix products and attention of one guided step: 12 C^2 weights a layer and token, and 4 N^2 C of attention a layer."""
+    """Matrix products and attention of one guided step: 12 C^2 weights a layer and token, and 4 N^2 C of attention a
+    layer."""
     channels = config["num_attention_heads"] * config["attention_head_dim"]
     frames = (shape[2] + padding_frames(shape[2], config)) // config["patch_size_t"]
     tokens = text + frames * (shape[3] // 2) * (shape[4] // 2)
@@ -296,7 +348,14 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(taken[2:])
 
 
-def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], prompts: torch.Tensor, options: argparse.Namespace, base: float) -> None:
+def _comfyui(
+    checkpoint: Path,
+    device: torch.device,
+    shape: tuple[int, ...],
+    prompts: torch.Tensor,
+    options: argparse.Namespace,
+    base: float,
+) -> None:
     if "COMFYUI_PATH" not in os.environ:
         print("ComfyUI's own model: not measured (COMFYUI_PATH names no checkout)")
         return
@@ -304,10 +363,21 @@ def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], pro
     for file in sorted((checkpoint / "transformer").glob("*.safetensors")):
         state |= load_file(file)
     save_file({comfy_name(name): tensor.clone() for name, tensor in state.items()}, checkpoint / "comfy.safetensors")
-    given = {"prompts": prompts, "shape": torch.tensor(shape), "steps": torch.tensor(options.steps), "rounds": torch.tensor(options.rounds)}
+    given = {
+        "prompts": prompts,
+        "shape": torch.tensor(shape),
+        "steps": torch.tensor(options.steps),
+        "rounds": torch.tensor(options.rounds),
+    }
     save_file(given, checkpoint / "inputs.safetensors")
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "step_script.py"), str(ROOT)]
-    command += [str(checkpoint / name) for name in ("comfy.safetensors", "inputs.safetensors")] + (["--cpu"] if device.type == "cpu" else [])
+    command = [
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        str(ROOT / "tests" / "comfyui" / "step_script.py"),
+        str(ROOT),
+    ]
+    command += [str(checkpoint / name) for name in ("comfy.safetensors", "inputs.safetensors")] + (
+        ["--cpu"] if device.type == "cpu" else []
+    )
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True)
     if done.returncode:
         print(f"ComfyUI's own model: did not run: {done.stderr.strip().splitlines()[-1]}")
@@ -320,7 +390,14 @@ def _comfyui(checkpoint: Path, device: torch.device, shape: tuple[int, ...], pro
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "CPU")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "CPU",
+    )
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

@@ -1,9 +1,10 @@
-"""The VAE's decode: diffusers untiled, diffusers tiled, and ours at several budgets. Time, peak memory beside the weights, and the relative L2
-error against untiled. Limits: time 1.0 x untiled, and a peak of no more than diffusers' tiled one.
+"""The VAE's decode: diffusers untiled, diffusers tiled, and ours at several budgets. Time, peak memory beside the
+weights, and the relative L2 error against untiled. Limits: time 1.0 x untiled, and a peak of no more than diffusers'
+tiled one.
 
-The released VAE's shapes with random weights. On CUDA at full size, with the peak from the allocator. Elsewhere a small picture is measured, its
-memory counted from the tensors that live at once; and the peaks at full size are counted the same way on the meta device, where a test holds
-what shapes say against real runs.
+The released VAE's shapes with random weights. On CUDA at full size, with the peak from the allocator. Elsewhere a small
+picture is measured, its memory counted from the tensors that live at once; and the peaks at full size are counted the
+same way on the meta device, where a test holds what shapes say against real runs.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 
 import torch
 
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 from cogvideox.vae import chunk_lengths
 from tests.memory import LiveBytes, count_strips
 
@@ -27,7 +28,9 @@ def build(device: str, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     names = {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way in ("down", "up")}
     with torch.device(device):
-        vae = AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), latent_channels=16, layers_per_block=3, **names)
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(128, 256, 256, 512), latent_channels=16, layers_per_block=3, **names
+        )
     return vae.to(dtype).eval()
 
 
@@ -58,7 +61,10 @@ def counted_ours(vae, latent: torch.Tensor, budget: int | None) -> int:
 def measure(device: str, dtype: torch.dtype, shape: tuple[int, int, int], tile: int | None, rounds: int) -> None:
     vae, cuda = build(device, dtype), device.startswith("cuda")
     latent = torch.randn(1, 16, *shape, dtype=dtype).to(device)
-    sides = {"diffusers, untiled": lambda: theirs(vae, latent, False), "diffusers, tiled": lambda: theirs(vae, latent, True, tile)}
+    sides = {
+        "diffusers, untiled": lambda: theirs(vae, latent, False),
+        "diffusers, tiled": lambda: theirs(vae, latent, True, tile),
+    }
     peaks = {}
     if not cuda:
         untiled = counted(theirs, vae, latent, False)
@@ -92,14 +98,23 @@ def measure(device: str, dtype: torch.dtype, shape: tuple[int, int, int], tile: 
             result = result.float().cpu()
             reference = result if reference is None else reference
             same = result.shape == reference.shape
-            errors[name] = f"{((result - reference).norm() / reference.norm()).item():.1e}" if same else f"another size: {tuple(result.shape)}"
+            errors[name] = (
+                f"{((result - reference).norm() / reference.norm()).item():.1e}"
+                if same
+                else f"another size: {tuple(result.shape)}"
+            )
             del result
-    print(f"measured: {dtype}, latent {shape}, on {torch.cuda.get_device_name() if cuda else 'CPU'}, median of {rounds}")
+    print(
+        f"measured: {dtype}, latent {shape}, on {torch.cuda.get_device_name() if cuda else 'CPU'}, median of {rounds}"
+    )
     first = statistics.median(times["diffusers, untiled"]) if times["diffusers, untiled"] else None
     for name in sides:
         seconds = statistics.median(times[name]) if times[name] else float("nan")
         ratio = f"{seconds / first:5.2f}" if first else "    -"
-        print(f"{name:28} {seconds:8.2f} s  {ratio} x untiled   peak {peaks.get(name, 0) / 1e9:6.2f} GB   error {errors[name]}")
+        print(
+            f"{name:28} {seconds:8.2f} s  {ratio} x untiled   peak {peaks.get(name, 0) / 1e9:6.2f} GB   error "
+            f"{errors[name]}"
+        )
 
 
 def print_counted() -> None:

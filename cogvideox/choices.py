@@ -1,48 +1,90 @@
-"""What a person can choose, in the nodes' widgets and on the command line alike. Imports no library, so that the nodes appear in milliseconds."""
+"""List what a person can choose, in the nodes' widgets and on the command line alike, and check one value at a time.
+
+Each choice has a name here, so that no code relies on its place in a list. ``combinations`` looks at
+settings that exclude each other. Imports no library, so that the nodes appear in milliseconds.
+"""
 
 from collections.abc import Iterable
 
 from .words import short
 
-#: In which dtype to run: ``auto`` is the trained one where the device has it natively, else the next best that gives the same picture.
-DTYPES = ("auto", "bf16", "fp16", "fp32")
-#: What to do where the dtype would give a wrong picture: run in a way that gives a right one, run as chosen and warn, or refuse.
-ON_MISMATCH = ("fix", "warn", "stop")
-#: Where the weights are while a part runs, the fastest first: all on the device; or in the host's memory, with one block, or one layer, at a time on
-#: the device.
-MODES = ("gpu", "offload_blocks", "offload_layers")
-#: ``auto`` is the first of them that fits; ``cpu`` leaves the device alone.
-MEMORY = ("auto", *MODES, "cpu")
-#: How weights are made smaller while they load: as int8 or fp8 that is widened for each product, or multiplied as it is.
-QUANTIZE = ("int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic")
+#: The choice that leaves the decision to the program: of dtypes, of memory modes, of the attention's kernel.
+AUTO = "auto"
+#: In which dtype to run: ``auto`` is the trained one where the device has it natively, else the next best that gives
+#: the same picture.
+DTYPES = (AUTO, "bf16", "fp16", "fp32")
+#: What a check does about what it objects to.
+STOP, WARN, PASS = "stop", "warn", "pass"
+#: What to do where the dtype would give a wrong picture: choose one that gives a right one, run as chosen and warn, or
+#: refuse.
+FIX = "fix"
+ON_MISMATCH = (FIX, WARN, STOP)
+#: The memory modes, which say where the weights are while a part runs: all on the device; or in the host's memory, with
+#: one block, or one layer, at a time on the device.
+GPU, OFFLOAD_BLOCKS, OFFLOAD_LAYERS = "gpu", "offload_blocks", "offload_layers"
+#: The fastest mode first, that with the least memory last.
+MODES = (GPU, OFFLOAD_BLOCKS, OFFLOAD_LAYERS)
+#: ``auto`` is the fastest mode that fits; ``cpu`` leaves the device alone.
+CPU = "cpu"
+MEMORY = (AUTO, *MODES, CPU)
+#: How weights are made smaller while they load: as int8 or fp8 that is widened for each product, or multiplied as it
+#: is.
+INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY = "int8_weight_only", "fp8_weight_only"
+INT8_DYNAMIC, FP8_DYNAMIC = "int8_dynamic", "fp8_dynamic"
+QUANTIZE = (INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY, INT8_DYNAMIC, FP8_DYNAMIC)
 #: What to do about a result that is not finite.
-ON_NAN = ("heal", "stop")
+HEAL = "heal"
+ON_NAN = (HEAL, STOP)
 #: Noise schedulers, and the diffusers class of each.
-SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+DDIM, DPM = "ddim", "dpm"
+SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
 #: What to do about a black video.
-ON_BLACK = ("stop", "warn", "pass")
-#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses. All but sage, which computes in 8 bits, differ by rounding only.
+ON_BLACK = (STOP, WARN, PASS)
+#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses. All but sage, which computes in 8
+#: bits, differ by rounding only.
+SDPA, CUDNN, FLASH, FLASH3, XFORMERS, SAGE = "sdpa", "cudnn", "flash", "flash3", "xformers", "sage"
 BACKENDS = {
-    "auto": None,
-    "sdpa": "native",
-    "cudnn": "_native_cudnn",
-    "flash": "flash",
-    "flash3": "_flash_3",
-    "xformers": "xformers",
-    "sage": "sage",
+    AUTO: None,
+    SDPA: "native",
+    CUDNN: "_native_cudnn",
+    FLASH: "flash",
+    FLASH3: "_flash_3",
+    XFORMERS: "xformers",
+    SAGE: "sage",
 }
-#: Ways to reuse what changes little from step to step.
-CACHES = ("first_block", "taylorseer", "pab", "faster_cache")
-#: Ways to compile the transformer's blocks, torch's names.
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+#: Methods that reuse what changes little from step to step.
+FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE = "first_block", "taylorseer", "pab", "faster_cache"
+CACHES = (FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE)
+#: How the transformer's blocks are compiled, in torch's names: within a minute or so, or after trying more kernels.
+COMPILE_DEFAULT, COMPILE_TUNED = "default", "max-autotune-no-cudagraphs"
+COMPILE_MODES = (COMPILE_DEFAULT, COMPILE_TUNED)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a value that is not one of ``choices``.
+    """Refuse a value that is not one of ``choices``, whatever else is set (``combinations.check_combination`` looks at
+    several settings together).
 
     Raises:
         ValueError: with the name, the value and the choices.
     """
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name} is {short(repr(value))}, which is not known here, so it cannot be done. Choose one of {', '.join(choices)}.")
+        raise ValueError(
+            f"{name} is {short(repr(value))}, which is not known here, so it cannot be done. Choose one of "
+            f"{', '.join(choices)}."
+        )
+
+
+def check_share(name: str, value: float, remedy: str, meaning: str = "") -> None:
+    """Refuse a number that is no share.
+
+    Args:
+        remedy: what to do, a sentence.
+        meaning: what it is a share of, a clause; "" where the name says it.
+
+    Raises:
+        ValueError: outside 0..1, or NaN.
+    """
+    if not 0.0 <= value <= 1.0:
+        what = f": {meaning}" if meaning else ""
+        raise ValueError(f"{name} is {value}, but it is a share between 0 and 1{what}. {remedy}")

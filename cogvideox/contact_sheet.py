@@ -1,4 +1,4 @@
-"""A picture of the frames that the black-frame check objects to: people look rather than read."""
+"""Draw the frames that the black-frame check objects to: people look rather than read."""
 
 import math
 
@@ -18,9 +18,9 @@ _GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75),
 def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image | None:
     """Draw the frames that are black or hold NaN or Inf, each with its number and what is wrong with it.
 
-    Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 20 frames, 20 are drawn, evenly chosen,
-    the first and the last among them. A frame is looked at a few rows at a time: of any number and size of frames, the sheet and the memory that it
-    takes are small.
+    Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 20 frames,
+    20 are drawn, evenly chosen, the first and the last among them. A frame is looked at a few rows at a time: of any
+    number and size of frames, the sheet and the memory that it takes are small.
 
     Args:
         images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1: those that were checked.
@@ -31,7 +31,9 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     bad = sorted({*report.black_frames, *report.nonfinite})
     if not bad:
         return None
-    shown = bad if len(bad) <= _FRAMES else [bad[round(place * (len(bad) - 1) / (_FRAMES - 1))] for place in range(_FRAMES)]
+    shown = (
+        bad if len(bad) <= _FRAMES else [bad[round(place * (len(bad) - 1) / (_FRAMES - 1))] for place in range(_FRAMES)]
+    )
     shrink = min(_WIDTH / images.shape[2], _HEIGHT / images.shape[1])
     width, height = (max(1, round(side * shrink)) for side in (images.shape[2], images.shape[1]))
     columns = min(_COLUMNS, max(2, len(shown)))
@@ -52,7 +54,8 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
 
 
 def _thumbnail(frame: torch.Tensor, width: int, height: int) -> Image.Image:
-    """A frame ``[H, W, 3]`` as a picture of a size; every broken pixel becomes a magenta spot, so that none is overlooked."""
+    """Shrink a frame ``[H, W, 3]`` to a picture; every broken pixel becomes a magenta spot, so that none is
+    overlooked."""
     colours, spots = torch.empty(3, height, width), torch.empty(1, height, width)
     for row in range(height):
         # The rows that adaptive pooling would put together for this one.

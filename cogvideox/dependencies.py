@@ -1,4 +1,5 @@
-"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails with a stranger one."""
+"""Say in a sentence which package is missing, too old, or at odds with another, before the code that needs it fails
+with a stranger error."""
 
 import re
 from functools import cache
@@ -17,14 +18,15 @@ class DependencyError(RuntimeError):
 
 @cache
 def requirements() -> dict[str, str]:
-    """The packages of ``requirements.txt`` and the lowest version of each: the pack's one list of them."""
+    """Read the packages of ``requirements.txt`` and the lowest version of each: the pack's one list of them."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     return dict(line.split(">=") for line in (line.split("#")[0].strip() for line in lines) if line)
 
 
 @cache
 def require_dependencies() -> None:
-    """Check that every required package is installed in a version that works; once it was so, it is not asked again.
+    """Check that every required package is installed in a version that works. Once they are, they are not checked
+    again.
 
     Raises:
         DependencyError: naming package, version found, what is needed and the command to install it.
@@ -34,7 +36,10 @@ def require_dependencies() -> None:
         if found is None:
             raise _error(f"The package {name} is not installed; CogVideoX-1.5 needs {name} {lowest} or newer.")
         if is_older(found, lowest):
-            raise _error(f"The package {name} is installed as {found}, which is too old; CogVideoX-1.5 needs {name} {lowest} or newer.")
+            raise _error(
+                f"The package {name} is installed as {found}, which is too old; CogVideoX-1.5 needs {name} {lowest} "
+                "or newer."
+            )
     for name in requirements():
         needs = unmet_needs(name)
         try:
@@ -43,19 +48,20 @@ def require_dependencies() -> None:
                 import_module(_MODULES.get(name, name))
         except ImportError as error:
             raise _error(
-                f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other packages asked for that version "
-                "when they were installed after it."
+                f"The package {name} {installed(name)} cannot be imported: it needs {needs[0]} ({error}). Other "
+                "packages asked for that version when they were installed after it."
             ) from error
 
 
 def unfit() -> list[str]:
-    """The required packages that are missing, too old, or whose own needs the others that are installed do not meet."""
-    found = {name: installed(name) for name in requirements()}
-    return [name for name, lowest in requirements().items() if found[name] is None or is_older(found[name], lowest) or unmet_needs(name)]
+    """List the required packages that are missing, too old, or whose own needs the others that are installed do not
+    meet."""
+    return [name for name, lowest in requirements().items() if not is_at_least(name, lowest) or unmet_needs(name)]
 
 
 def unmet_needs(name: str) -> list[str]:
-    """What an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2 is installed``."""
+    """List what an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2
+    is installed``."""
     if util.find_spec("packaging") is None:
         # transformers and accelerate bring it: without them there is more to tell than this.
         return []
@@ -67,18 +73,20 @@ def unmet_needs(name: str) -> list[str]:
         if need.marker is None or need.marker.evaluate({"extra": ""}):
             found = installed(need.name)
             if found is None or not need.specifier.contains(found, prereleases=True):
-                unmet.append(f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed")
+                unmet.append(
+                    f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed"
+                )
     return unmet
 
 
 def is_at_least(name: str, version: str) -> bool:
-    """Whether a package is installed in a version, or a newer one."""
+    """Return whether a package is installed in a version, or a newer one."""
     found = installed(name)
     return found is not None and not is_older(found, version)
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, or None."""
+    """Return the version of a package that is installed, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -86,13 +94,15 @@ def installed(name: str) -> str | None:
 
 
 def is_older(version: str, lowest: str) -> bool:
+    """Compare two versions by their numbers: ``1.9.0`` is older than ``1.10``."""
     return _numbers(version) < _numbers(lowest)
 
 
 def _error(what: str) -> DependencyError:
     return DependencyError(
-        f'{what} Run, with ComfyUI\'s Python: python "{_ROOT / "install.py"}" (portable ComfyUI on Windows: python_embeded\\python.exe instead of '
-        "python). It installs what is missing in versions that fit together and leaves the rest as it is. Then restart ComfyUI."
+        f'{what} Run, with ComfyUI\'s Python: python "{_ROOT / "install.py"}" (portable ComfyUI on Windows: '
+        "python_embeded\\python.exe instead of python). It installs what is missing in versions that fit together and "
+        "leaves the rest as it is. Then restart ComfyUI."
     )
 
 

@@ -1,4 +1,4 @@
-"""Pixels and frames to latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
+"""Turn pixels and frames into latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ from .words import short
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
+    """Return the latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
     return (frames - 1) // TEMPORAL_COMPRESSION + 1
 
 
 def pixel_frames(latent_frame_count: int) -> int:
-    """Pixel frames that ``latent_frame_count`` latent frames decode to: ``4 * (T - 1) + 1``."""
+    """Return the pixel frames that ``latent_frame_count`` latent frames decode to: ``4 * (T - 1) + 1``."""
     return (latent_frame_count - 1) * TEMPORAL_COMPRESSION + 1
 
 
@@ -30,8 +30,8 @@ def check_frames(frames: int, step: int = 16) -> None:
     below = max(1, (frames - 1) // step * step + 1)
     near = f"{below} or {below + step}" if frames > 0 else f"1 or {step + 1}"
     raise ValueError(
-        f"The clip length is {frames} frames, but this model makes {step}N+1 frames: the first frame stands alone and the "
-        f"others are compressed in groups, so any other length would be cut or stretched. Set it to {near}."
+        f"The clip length is {frames} frames, but this model makes {step}N+1 frames: the first frame stands alone and "
+        f"the others are compressed in groups, so any other length would be cut or stretched. Set it to {near}."
     )
 
 
@@ -56,8 +56,8 @@ def check_side(name: str, value: int) -> None:
         above = max(value // SIZE_STEP + 1, 1) * SIZE_STEP
         near = f"{below}" if above == below else f"{below} or {above}"
         raise ValueError(
-            f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 times and "
-            f"the transformer reads it in patches of 2 x 2. Set it to {near}."
+            f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 "
+            f"times and the transformer reads it in patches of 2 x 2. Set it to {near}."
         )
 
 
@@ -77,16 +77,17 @@ def check_video_room(width: int, height: int, frames: int, batch_size: int = 1) 
     Raises:
         ValueError: with the bytes they would take.
     """
-    values = 3 * width * height * frames + batch_size * LATENT_CHANNELS * latent_frames(frames) * (width // SPATIAL_COMPRESSION) * (
-        height // SPATIAL_COMPRESSION
-    )
+    values = 3 * width * height * frames + batch_size * LATENT_CHANNELS * latent_frames(frames) * (
+        width // SPATIAL_COMPRESSION
+    ) * (height // SPATIAL_COMPRESSION)
     videos = "A video" if batch_size == 1 else f"{short(batch_size)} videos"
     what = f"{videos} of {short(width)}x{short(height)} pixels and {short(frames)} frames"
     check_room(4 * values, what, "Make it smaller or shorter, or fewer at once.")
 
 
 def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
-    """The latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 + 1``.
+    """Make the latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with
+    ``T = (frames - 1) // 4 + 1``.
 
     Args:
         width, height: pixels, multiples of 16.
@@ -118,25 +119,30 @@ def check_latent(samples: torch.Tensor, patch_size: int = 1) -> None:
     if samples.ndim != 5:
         raise ValueError(
             f"The latent has the shape {shape}, {samples.ndim} dimensions, but a CogVideoX latent is a video with 5: "
-            f"[batch, {LATENT_CHANNELS}, frames, height/8, width/8]. Image latents do not fit; use Empty CogVideoX-1.5 Latent."
+            f"[batch, {LATENT_CHANNELS}, frames, height/8, width/8]. Image latents do not fit; use Empty "
+            "CogVideoX-1.5 Latent."
         )
     if shape[1] != LATENT_CHANNELS:
         raise ValueError(
-            f"The latent has {shape[1]} channels, but CogVideoX's has {LATENT_CHANNELS}: it was made for, or by, another model. "
-            "Use Empty CogVideoX-1.5 Latent, or a latent encoded with a CogVideoX VAE."
+            f"The latent has {shape[1]} channels, but CogVideoX's has {LATENT_CHANNELS}: it was made for, or by, "
+            "another model. Use Empty CogVideoX-1.5 Latent, or a latent encoded with a CogVideoX VAE."
         )
     if 0 in shape:
-        raise ValueError(f"The latent is empty (shape {shape}), so there is nothing to work on. Check the node that made it.")
+        raise ValueError(
+            f"The latent is empty (shape {shape}), so there is nothing to work on. Check the node that made it."
+        )
     if shape[3] % patch_size or shape[4] % patch_size:
         step = SPATIAL_COMPRESSION * patch_size
         raise ValueError(
-            f"The latent is {shape[4]}x{shape[3]} cells ({shape[4] * 8}x{shape[3] * 8} pixels), but the transformer reads patches of "
-            f"{patch_size}x{patch_size} cells. Use a width and a height that are multiples of {step} pixels."
+            f"The latent is {shape[4]}x{shape[3]} cells ({shape[4] * 8}x{shape[3] * 8} pixels), but the transformer "
+            f"reads patches of {patch_size}x{patch_size} cells. Use a width and a height that are multiples of {step} "
+            "pixels."
         )
 
 
 def padding_frames(latent_frame_count: int, config: Mapping) -> int:
-    """Latent frames that the sampler puts in front (and takes away after) so that ``patch_size_t`` divides their number."""
+    """Return the latent frames that the sampler puts in front, and takes away afterwards, so that ``patch_size_t``
+    divides their number."""
     patch = config.get("patch_size_t") or 1
     return -latent_frame_count % patch
 
@@ -144,11 +150,11 @@ def padding_frames(latent_frame_count: int, config: Mapping) -> int:
 def rotary_embedding(
     config: Mapping, latent_frame_count: int, height: int, width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rotary position tables ``(cos, sin)``, each float32 ``[tokens, head_dim]``, or None for sin-cos models.
+    """Compute rotary position tables ``(cos, sin)``, each float32 ``[tokens, head_dim]``, or None for sin-cos models.
 
-    The grids are the reference pipeline's (diffusers ``CogVideoXPipeline``): CogVideoX-1.5 slices a grid of absolute positions;
-    1.0 stretches the picture over the grid it was trained on. Pictures larger than the sliced grid, where the reference stops with a
-    shape error, take the positions that follow.
+    The grids are the reference pipeline's (diffusers ``CogVideoXPipeline``): CogVideoX-1.5 slices a grid of absolute
+    positions; 1.0 stretches the picture over the grid it was trained on. Pictures larger than the sliced grid, where
+    the reference stops with a shape error, take the positions that follow.
 
     Args:
         config: the transformer's config.

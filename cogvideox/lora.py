@@ -1,7 +1,8 @@
 """LoRAs (https://arxiv.org/abs/2106.09685): run beside the weights, never merged into them.
 
-A LoRA adds ``strength * alpha / rank * up(down(x))`` to what a layer gives. Here it is added while the transformer runs, by hooks that are
-gone afterwards. So the weights, which other branches of a graph share, stay what they are bit for bit, and may be stored in any way.
+A LoRA adds ``strength * alpha / rank * up(down(x))`` to what a layer gives. Here it is added while the transformer
+runs, by hooks that are gone afterwards. So the weights, which other branches of a graph share, stay what they are bit
+for bit, and may be stored in any way.
 
 What files of LoRAs look like is known by ``checkpoint.lora_files``.
 """
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint.headers import StoredTensor, read_tensor
-from .checkpoint.layout import Part
 from .checkpoint.lora_files import LoraFile, Pair, find_lora, lora_inside, read_lora
-from .precision.policy import Precision
-from .precision.range_safe import RangeSafeLinear
-from .precision.sentinel import check_finite
+from .checkpoint.parts import Part
+from .dtypes import Precision
+from .finite import check_finite
+from .modules.range_safe import RangeSafeLinear
 from .variants import identify
 from .words import listed, short
 
@@ -55,8 +56,17 @@ class Lora:
         ranks = sorted({pair.down.shape[0] for pair in self.pairs.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         scales = sorted({pair.scale for pair in self.pairs.values()})
-        scale = "" if scales == [1] else f", scale {scales[0]:.4g}{f' to {scales[-1]:.4g}' if len(scales) > 1 else ''} (alpha / rank)"
-        return "\n".join([f"LoRA {short(self.path.name)}: strength {self.strength:g}, {rank}{scale}, {len(self.pairs)} layers", *self.notes])
+        scale = (
+            ""
+            if scales == [1]
+            else f", scale {scales[0]:.4g}{f' to {scales[-1]:.4g}' if len(scales) > 1 else ''} (alpha / rank)"
+        )
+        return "\n".join(
+            [
+                f"LoRA {short(self.path.name)}: strength {self.strength:g}, {rank}{scale}, {len(self.pairs)} layers",
+                *self.notes,
+            ]
+        )
 
 
 def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
@@ -72,18 +82,23 @@ def open_lora(path: Path | str, part: Part, strength: float = 1.0) -> Lora:
     path = Path(os.path.expanduser(path))
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
         raise ValueError(
-            f"The strength of {short(path.name)} is {short(strength)}, which would make every frame black. Set it to a number; 1 is usual."
+            f"The strength of {short(path.name)} is {short(strength)}, which would make every frame black. Set it to "
+            "a number; 1 is usual."
         )
     found = read_lora(find_lora(path))
     lora = _fitted(found, part, strength)
     if part.lora and found.path in {stored.file for stored in part.lora.values()}:
-        note = f"{short(found.path.name)} is the checkpoint itself, which runs with its LoRA already: this one is applied on top of it."
+        note = (
+            f"{short(found.path.name)} is the checkpoint itself, which runs with its LoRA already: this one is "
+            "applied on top of it."
+        )
         lora = replace(lora, notes=(*lora.notes, note))
     return lora
 
 
 def own_loras(part: Part) -> tuple[Lora, ...]:
-    """The LoRA that was being trained on a transformer when it was saved: a part of the model, at the strength it was trained with.
+    """The LoRA that was being trained on a transformer when it was saved: a part of the model, at the strength it was
+    trained with.
 
     Raises:
         ValueError: if it is no LoRA that can be applied.
@@ -95,7 +110,8 @@ def _fitted(found: LoraFile, part: Part, strength: float) -> Lora:
     """A LoRA for this transformer.
 
     Raises:
-        ValueError: if it has layers that this transformer has not, or of other sizes, or such a strength is beyond what fp32 holds.
+        ValueError: if it has layers that this transformer has not, or of other sizes, or such a strength is beyond what
+            fp32 holds.
     """
     where = short(found.path, 400)
     unmatched = sorted(module for module in found.pairs if f"{module}.weight" not in part.tensors)
@@ -108,7 +124,8 @@ def _fitted(found: LoraFile, part: Part, strength: float) -> Lora:
     pairs = {module: _shaped(where, module, pair, part) for module, pair in found.pairs.items()}
     if not all(abs(strength * pair.scale) < 1e30 for pair in pairs.values()):
         raise ValueError(
-            f"The strength of {short(found.path.name)} is {strength:g}, beyond all that numbers here can hold. Set it to a number like 1."
+            f"The strength of {short(found.path.name)} is {strength:g}, beyond all that numbers here can hold. Set it "
+            "to a number like 1."
         )
     return Lora(found.path, float(strength), pairs, (*found.notes, *_trained_elsewhere(found, part)))
 
@@ -118,14 +135,18 @@ def _lacks(unmatched: Sequence[str], part: Part) -> str:
     blocks = {int(match[1]) for name in unmatched if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
     if blocks:
         count = len({name.split(".")[1] for name in part.tensors if name.startswith("transformer_blocks.")})
-        return f"It is for a model of at least {max(blocks) + 1} blocks, and this one has {count}: 2b has 30, 5b and 1.5 have 42."
+        return (
+            f"It is for a model of at least {max(blocks) + 1} blocks, and this one has {count}: 2b has 30, 5b and 1.5 "
+            "have 42."
+        )
     if any(name.startswith("ofs_embedding") for name in unmatched):
         return "Only CogVideoX1.5-5B-I2V has ofs_embedding, so it was trained on that."
     return "It was made for another model."
 
 
 def _shaped(where: str, module: str, pair: Pair, part: Part) -> Pair:
-    """The pair with the shapes of its layer: trainers write the halves of a matrix as convolutions of one pixel, or those of a convolution flat.
+    """The pair with the shapes of its layer: trainers write the halves of a matrix as convolutions of one pixel, or
+    those of a convolution flat.
 
     Raises:
         ValueError: if it is for a layer of another size.
@@ -133,7 +154,11 @@ def _shaped(where: str, module: str, pair: Pair, part: Part) -> Pair:
     down, up, weight = pair.down.shape, pair.up.shape, part.tensors[f"{module}.weight"].shape
     rank, inside = down[0], weight[1:]
     same = len(down) == len(weight) and down[1:] == inside
-    flat = len(down) != len(weight) and prod(down[1:]) == prod(inside) and (len(weight) == 4 or all(size == 1 for size in down[2:]))
+    flat = (
+        len(down) != len(weight)
+        and prod(down[1:]) == prod(inside)
+        and (len(weight) == 4 or all(size == 1 for size in down[2:]))
+    )
     if len(weight) not in (2, 4) or up[0] != weight[0] or not (same or flat):
         raise ValueError(
             f"{where} does not fit: for {module} it holds {list(down)} and {list(up)}, but the layer of this model is "
@@ -141,15 +166,23 @@ def _shaped(where: str, module: str, pair: Pair, part: Part) -> Pair:
             f"trained on this checkpoint ({identify(part.config).name})."
         )
     ones = (1,) * (len(weight) - 2)
-    return replace(pair, down=pair.down._replace(shape=(rank, *inside)), up=pair.up._replace(shape=(weight[0], rank, *ones)))
+    return replace(
+        pair, down=pair.down._replace(shape=(rank, *inside)), up=pair.up._replace(shape=(weight[0], rank, *ones))
+    )
 
 
 def _differs(module: str, down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...]) -> str:
     if module == "patch_embed.proj" and up[0] == weight[0]:
         if len(down) != len(weight):
-            kinds = {2: "a matrix over two frames, as 1.5 has", 4: "a convolution, as CogVideoX 1.0 (2b, 5b, 5b-I2V) has"}
+            kinds = {
+                2: "a matrix over two frames, as 1.5 has",
+                4: "a convolution, as CogVideoX 1.0 (2b, 5b, 5b-I2V) has",
+            }
             return f"its patch embedding is {kinds[len(down)]}, and this model's is {kinds[len(weight)]}"
-        return f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice as many as text to video"
+        return (
+            f"its patch embedding takes {down[1]} inputs and this model's {weight[1]}, and image to video takes twice "
+            "as many as text to video"
+        )
     if up[0] == weight[0] and down[1:] != weight[1:]:
         return f"its layer takes {down[1]} inputs, and this model's {weight[1]}"
     return f"its layer is {up[0]} wide, and this model's {weight[0]} (2b is 1920 wide, 5b and 1.5 are 3072)"
@@ -164,12 +197,18 @@ def _trained_elsewhere(found: LoraFile, part: Part) -> list[str]:
     is_15, is_i2v = bool(re.search(r"1[._-]?5", base)), bool(re.search(r"i2v|inp", base))
     if (is_15, is_i2v) == (variant.frame_step == 16, variant.image_to_video):
         return []
-    return [f"It was trained on {short(found.base)}, and this is {variant.name}: its layers fit, but it may do less or other things here."]
+    return [
+        f"It was trained on {short(found.base)}, and this is {variant.name}: its layers fit, but it may do less or "
+        "other things here."
+    ]
 
 
 @contextmanager
-def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision, device: torch.device | None = None) -> Iterator[None]:
-    """Have the transformer ``module`` run with ``loras`` for the length of a ``with`` block; its weights are not touched.
+def applied(
+    loras: Sequence[Lora], module: nn.Module, precision: Precision, device: torch.device | None = None
+) -> Iterator[None]:
+    """Have the transformer ``module`` run with ``loras`` for the length of a ``with`` block; its weights are not
+    touched.
 
     Args:
         device: where it runs, if its weights are not there all the time.
@@ -197,7 +236,9 @@ def applied(loras: Sequence[Lora], module: nn.Module, precision: Precision, devi
             hook.remove()
 
 
-def _hook(layer: nn.Module, down: torch.Tensor, up: torch.Tensor, precision: Precision, device: torch.device) -> Callable:
+def _hook(
+    layer: nn.Module, down: torch.Tensor, up: torch.Tensor, precision: Precision, device: torch.device
+) -> Callable:
     if isinstance(layer, RangeSafeLinear):
         return partial(_add_range_safe, _range_safe(down, device), _range_safe(up, device))
     # What a range-safe model leaves as it was (a convolution) runs in fp32.
@@ -211,11 +252,15 @@ def _add(down: torch.Tensor, up: torch.Tensor, layer: nn.Module, inputs: tuple, 
     return output
 
 
-def _add_convolved(down: torch.Tensor, up: torch.Tensor, layer: nn.Conv2d, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def _add_convolved(
+    down: torch.Tensor, up: torch.Tensor, layer: nn.Conv2d, inputs: tuple, output: torch.Tensor
+) -> torch.Tensor:
     return output.add_(F.conv2d(F.conv2d(inputs[0], down, None, layer.stride, layer.padding, layer.dilation), up))
 
 
-def _add_range_safe(down: RangeSafeLinear, up: RangeSafeLinear, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def _add_range_safe(
+    down: RangeSafeLinear, up: RangeSafeLinear, layer: nn.Module, inputs: tuple, output: torch.Tensor
+) -> torch.Tensor:
     if len(inputs) == 2 and down.column_scale is not None:
         # Scaled per token already, which leaves no room for the scales of columns.
         inputs = (inputs[0].float().mul_(inputs[1]),)
@@ -242,5 +287,9 @@ def _device(layer: nn.Module) -> torch.device:
 def _read(lora: Lora, stored: StoredTensor) -> torch.Tensor:
     """A tensor of a LoRA in fp32, on the host."""
     tensor = read_tensor(stored).float()
-    check_finite(tensor, f"The LoRA {lora.path}", "Its file is damaged, or its training failed: download it again, or choose another.")
+    check_finite(
+        tensor,
+        f"The LoRA {lora.path}",
+        "Its file is damaged, or its training failed: download it again, or choose another.",
+    )
     return tensor

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,54 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .choices import MODES
+from .dtypes import Precision
+from .events import Events
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
-from .precision.policy import Precision
-from .precision.quantize import Method, quantize_empty
-from .precision.range_safe import make_range_safe
-from .speed.joint import join
+from .modules import internals
+from .modules.joint import join
+from .modules.quantize import Method, quantize_empty
+from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+from .weights import Placement, placements
 
 if TYPE_CHECKING:
     from .handles import Model
 
-#: Share of the free memory that is counted on: allocators and convolutions' workspaces take some too.
-_SHARE = 0.85
 #: Bytes beside the weights with which 1360x768x81 is sampled, and decoded at nearly full speed; less works too.
 WANTED_BYTES = 8 * 10**9
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and other back ends)."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch holds and does not use is free too.
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int((free + idle) * _SHARE)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a part runs, as far as it decides what memory that takes.
-
-    Attributes:
-        mode: one of ``choices.MODES``.
-        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other, in half the activations,
-            which gives the same up to the rounding of another batch size.
-    """
-
-    mode: str
-    batched: bool = True
-
-    @property
-    def text(self) -> str:
-        return self.mode if self.batched else f"{self.mode} with the halves of guidance one after the other"
-
-
-def ways(batched: Sequence[bool] = (True,)) -> tuple[Way, ...]:
-    """All ways to run, the fastest and largest first, with the choices there are for ``Way.batched``."""
-    return tuple(Way(mode, together) for mode in MODES for together in batched)
 
 
 @dataclass(frozen=True)
@@ -85,26 +53,28 @@ class MemoryPlan:
     cache: int = 0
     halved: int | None = None
 
-    def bytes_of(self, way: Way) -> int:
-        """All that a way takes."""
-        return self.needed[way.mode] - (0 if way.batched or self.halved is None else self.activations - self.halved)
+    def bytes_of(self, placement: Placement) -> int:
+        """Return all that a placement takes."""
+        saved = 0 if placement.batched or self.halved is None else self.activations - self.halved
+        return self.needed[placement.mode] - saved
 
-    def fits(self, way: Way) -> bool:
-        return self.free is None or self.bytes_of(way) <= self.free
+    def fits(self, placement: Placement) -> bool:
+        return self.free is None or self.bytes_of(placement) <= self.free
 
-    def fastest(self, among: Sequence[Way] = ways()) -> Way:
-        """The fastest of these ways that fits; they begin with the fastest.
+    def fastest(self, among: Sequence[Placement] = placements()) -> Placement:
+        """Return the fastest of these placements that fits; they begin with the fastest.
 
         Raises:
             ValueError: if none does.
         """
-        for way in among:
-            if self.fits(way):
-                return way
+        for placement in among:
+            if self.fits(placement):
+                return placement
         least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the smallest way, and {_gb(self.free)} are free ({self._modes}). Make it smaller or "
-            "shorter, close other programs that use the card, or set memory to cpu in the loader, which takes hours."
+            f"This video needs {_gb(least)} on the card even in the mode that takes the least, and "
+            f"{_gb(self.free or 0)} are free ({self._modes}). Make it smaller or shorter, close other programs that "
+            "use the card, or set memory to cpu in the loader, which takes hours."
         )
 
     @property
@@ -116,7 +86,11 @@ class MemoryPlan:
     @property
     def _modes(self) -> str:
         modes = ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
-        return modes if self.halved is None else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
+        return (
+            modes
+            if self.halved is None
+            else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
+        )
 
 
 def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
@@ -138,7 +112,10 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
     tokens = tokens or config["max_text_seq_length"]
-    activations, halved = (step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method) for together in (guided, False))
+    activations, halved = (
+        step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method)
+        for together in (guided, False)
+    )
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
@@ -156,9 +133,37 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     return MemoryPlan(total, activations, loras, needed, weights.free, cache, halved if guided else None)
 
 
+def choose_placements(
+    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events
+) -> tuple[Placement, ...]:
+    """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the
+    fastest that fits; told if that is not the fastest there is.
+
+    Args:
+        joinable: whether the prompts are of one length, so that both halves of guidance can be one batch.
+        tokens: of the prompt.
+    """
+    found = placements((True, False) if guided and joinable else (joinable,))
+    chosen = [placement for placement in found if placement.mode == model.weights.memory] or found
+    if model.weights.free is None:
+        return found[found.index(chosen[0]) :]
+    plan = plan_memory(model, latents.shape, guided, tokens)
+    first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
+    if first.mode != chosen[0].mode:
+        events.note(
+            f"The whole model does not fit on the card, so it runs in {first.text}, which is slower and gives the "
+            f"same video: {plan.text}."
+        )
+    elif first != chosen[0]:
+        events.note(
+            f"The halves of guidance run one after the other, as the card has no room for both at once: {plan.text}."
+        )
+    return found[found.index(first) :]
+
+
 def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
-    """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and positions, and where the model runs
-    on the host, what a block keeps of each token.
+    """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and
+    positions, and where the model runs on the host, what a block keeps of each token.
 
     Raises:
         ValueError: with the bytes.
@@ -181,13 +186,27 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
 def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:
     """What a run takes, in a sentence; by default one of the model card's size and length."""
     (width, height), frames = model.variant.default_size, model.variant.default_frames
-    shape = shape or (1, LATENT_CHANNELS, latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    shape = shape or (
+        1,
+        LATENT_CHANNELS,
+        latent_frames(frames),
+        height // SPATIAL_COMPRESSION,
+        width // SPATIAL_COMPRESSION,
+    )
     size = f"{shape[4] * SPATIAL_COMPRESSION}x{shape[3] * SPATIAL_COMPRESSION}, {pixel_frames(shape[2])} frames"
     return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
 
 
-def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], guided: bool, tokens: int, method: Method | None = None) -> int:
-    """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing behind) on the meta device."""
+def step_bytes(
+    config: Mapping,
+    precision: Precision,
+    shape: tuple[int, ...],
+    guided: bool,
+    tokens: int,
+    method: Method | None = None,
+) -> int:
+    """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing
+    behind) on the meta device."""
     from diffusers import CogVideoXTransformer3DModel
 
     batch, _, length, height, width = shape
@@ -200,10 +219,10 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
     nn.Module.to(module, precision.dtype).eval()
     if precision.range_safe:
         make_range_safe(module)
-        for norm in module.modules():
-            if isinstance(norm, nn.LayerNorm):
-                # It asks the weights otherwise.
-                norm._range_safe_exponent = 0
+        norms: list[Any] = [child for child in module.modules() if isinstance(child, nn.LayerNorm)]
+        for norm in norms:
+            # It asks the weights otherwise.
+            norm.range_safe_exponent = 0
     join(module)
     if method is not None:
         quantize_empty(module, method, precision)
@@ -225,7 +244,8 @@ def step_bytes(config: Mapping, precision: Precision, shape: tuple[int, ...], gu
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device too.
+    """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device
+    too.
 
     Attributes:
         live, peak: bytes now, and at most.
@@ -240,11 +260,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not self.paused:
-            given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+            given = {internals.storage_id(tensor) for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
             for tensor in tree_leaves(result):
-                if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                if torch.is_tensor(tensor) and internals.storage_id(tensor) not in given:
                     storage = tensor.untyped_storage()
-                    given.add(storage._cdata)
+                    given.add(internals.storage_id(tensor))
                     self.live += storage.nbytes()
                     weakref.finalize(storage, self._release, storage.nbytes())
             self.peak = max(self.peak, self.live)
@@ -255,14 +275,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its matrix of weights."""
+    """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its
+    matrix of weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
+        return internals.fused_attention(query, key, value, scale)
 
 
 def _gb(nbytes: int) -> str:

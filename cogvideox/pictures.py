@@ -1,4 +1,4 @@
-"""Images and clips that come in: checked, fitted to the size and length a model makes."""
+"""Check images and clips that come in, and fit them to the size and length that a model makes."""
 
 import math
 from collections.abc import Iterator
@@ -12,45 +12,55 @@ from .geometry import SIZE_STEP
 _OVERSHOOT = 0.1
 #: Values looked at together: beside a clip there is no room for a copy of it.
 _BLOCK = 1 << 22
-#: Values that no machine has room for: a tensor may claim them all the same (torch's ``expand``), and looking at each would not end.
+#: Values that no machine has room for: a tensor may claim them all the same (torch's ``expand``), and looking at each
+#: would not end.
 _TOO_MANY = 1 << 38
 _CHANNELS = {1: "is grey (1 channel)", 2: "is grey with alpha (2 channels)", 4: "has an alpha channel (4 channels)"}
 
 
 def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
-    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1. They are looked at piece by piece.
+    """Refuse what is not an IMAGE of colour, ``[F, H, W, 3]`` in 0..1, looking at it piece by piece.
 
     Args:
         name: what it is, for messages: ``start_image``.
 
     Returns:
-        The images as float32, clamped to 0..1 where resampling went a little beyond: themselves if there is nothing to change, else a copy.
+        The images as float32, clamped to 0..1 where resampling went a little beyond: the tensor itself if there is
+        nothing to change, else a copy.
 
     Raises:
         ValueError: for another shape, alpha, grey, NaN, Inf, or values outside 0..1.
     """
     shape = list(images.shape)
     if images.ndim != 4 or 0 in shape:
-        raise ValueError(f"The {name} has the shape {shape}, but an image is [frames, height, width, 3]. Connect an IMAGE, such as of Load Image.")
+        raise ValueError(
+            f"The {name} has the shape {shape}, but an image is [frames, height, width, 3]. Connect an IMAGE, such as "
+            "of Load Image."
+        )
     if images.numel() >= _TOO_MANY:
         raise ValueError(
-            f"The {name} has the shape {shape}, which takes {4 * images.numel():,} bytes: no machine has that. Check the node that made it."
+            f"The {name} has the shape {shape}, which takes {4 * images.numel():,} bytes: no machine has that. Check "
+            "the node that made it."
         )
     if shape[3] != 3:
         what = _CHANNELS.get(shape[3], f"has {shape[3]} channels")
         remedy = "Join it with a background colour first" if shape[3] == 4 else "Convert it to RGB first"
-        raise ValueError(f"The {name} {what}, and the VAE was trained on RGB (3 channels): what lies under would be guessed. {remedy}.")
+        raise ValueError(
+            f"The {name} {what}, and the VAE was trained on RGB (3 channels): what lies under would be guessed. "
+            f"{remedy}."
+        )
     extremes = [[bound.item() for bound in piece.aminmax()] for piece in _pieces(images)]
     if not all(math.isfinite(bound) for pair in extremes for bound in pair):
         bad = sum((~piece.isfinite()).sum().item() for piece in _pieces(images))
         raise ValueError(
-            f"The {name} holds {bad:,} values that are NaN or Inf (of {images.numel():,}), which would end in a black video. Check what made it."
+            f"The {name} holds {bad:,} values that are NaN or Inf (of {images.numel():,}), which would end in a black "
+            "video. Check what made it."
         )
     low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
         raise ValueError(
-            f"The {name} has values from {low:.3g} to {high:.3g}, but an IMAGE goes from 0 to 1: the video would be glaring or black. "
-            f"{'Divide it by 255.' if high > 2 else 'Bring it to 0..1 first.'}"
+            f"The {name} has values from {low:.3g} to {high:.3g}, but an IMAGE goes from 0 to 1: the video would be "
+            f"glaring or black. {'Divide it by 255.' if high > 2 else 'Bring it to 0..1 first.'}"
         )
     if low >= 0 and high <= 1:
         return images.float()
@@ -58,14 +68,15 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _pieces(images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The images in bands of rows of at most ``_BLOCK`` values, or of one row."""
+    """Yield the images in bands of rows of at most ``_BLOCK`` values, or of one row."""
     rows = max(1, _BLOCK // (images.shape[2] * images.shape[3]))
     for image in images:
         yield from image.split(rows)
 
 
 def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Scale and centre-crop images ``[F, H, W, 3]`` to ``width`` x ``height``, with Lanczos' filter, as core's nodes do.
+    """Scale and centre-crop images ``[F, H, W, 3]`` to ``width`` x ``height``, with Lanczos' filter, as core's nodes
+    do.
 
     Unlike theirs it does not round to 8 bits on the way. Images of that size are returned as they are.
     """
@@ -85,7 +96,8 @@ def fit_size(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def crop_box(width: int, height: int, new_width: int, new_height: int, aspect: float = 1) -> tuple[int, int, int, int]:
-    """The centre of a picture that has the shape of another: left, top, right and bottom in pixels, as core's nodes round them.
+    """Return the centre of a picture that has the shape of another: left, top, right and bottom in pixels, as core's
+    nodes round them.
 
     Args:
         aspect: width of a pixel over its height.
@@ -107,11 +119,17 @@ def fit_grid(images: torch.Tensor) -> tuple[torch.Tensor, str | None]:
     height, width = images.shape[1:3]
     new_height, new_width = (size // SIZE_STEP * SIZE_STEP for size in (height, width))
     if not (new_height and new_width):
-        raise ValueError(f"The images are {width}x{height} pixels, and the smallest that the model can read is 16x16. Scale them up first.")
+        raise ValueError(
+            f"The images are {width}x{height} pixels, and the smallest that the model can read is 16x16. Scale them "
+            "up first."
+        )
     if (new_height, new_width) == (height, width):
         return images, None
     top, left = (height - new_height) // 2, (width - new_width) // 2
-    note = f"The images are {width}x{height}; the model reads multiples of {SIZE_STEP} pixels, so they were cropped to {new_width}x{new_height}."
+    note = (
+        f"The images are {width}x{height}; the model reads multiples of {SIZE_STEP} pixels, so they were cropped to "
+        f"{new_width}x{new_height}."
+    )
     return images[:, top : top + new_height, left : left + new_width], note
 
 
@@ -128,7 +146,7 @@ def fit_length(images: torch.Tensor, step: int) -> tuple[torch.Tensor, str | Non
 
 
 def nearest_length(count: int, step: int) -> tuple[int, str | None]:
-    """The ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
+    """Return the ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
     blocks = max(1, (count - 1 + step // 2 - 1) // step) if count > 1 else 0
     wanted = blocks * step + 1
     if wanted == count:

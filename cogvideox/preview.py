@@ -1,11 +1,11 @@
-"""A quick look at a video that is still being made: its latents as small pictures, without the VAE."""
+"""Give a quick look at a video that is still being made: its latents as small pictures, without the VAE."""
 
 import torch
 from einops import rearrange
 from PIL import Image
 
-#: What each of the 16 channels of a latent (scaled by 0.7, as the transformer reads it) adds to red, green and blue: the figures that
-#: ComfyUI-CogVideoXWrapper previews with.
+#: What each of the 16 channels of a latent (scaled by 0.7, as the transformer reads it) adds to red, green and blue:
+#: the figures that ComfyUI-CogVideoXWrapper previews with.
 _RGB = torch.tensor(
     [
         [0.0320, 0.0409, 0.0016],
@@ -26,13 +26,13 @@ _RGB = torch.tensor(
         [-0.0111, 0.0018, 0.0279],
     ]
 )
-#: Share of the darkest and of the brightest values that is cut off: what is left is stretched to black and white, as the factors alone give a pale
-#: picture.
+#: Share of the darkest and of the brightest values that is cut off: what is left is stretched to black and white, as
+#: the factors alone give a pale picture.
 _CUT = 0.01
 
 
 def preview_frames(latents: torch.Tensor, size: int) -> list[Image.Image]:
-    """The first video of a batch, a frame for each latent frame: rough colours, true shapes and movement.
+    """Draw the first video of a batch, a frame for each latent frame: rough colours, true shapes and movement.
 
     Args:
         latents: predicted clean latents ``[B, 16, T, H/8, W/8]``, scaled, on any device.
@@ -43,7 +43,8 @@ def preview_frames(latents: torch.Tensor, size: int) -> list[Image.Image]:
     """
     video = rearrange(latents[0].float(), "c t h w -> t h w c") @ _RGB.to(latents.device)
     video = video.nan_to_num(0, 0, 0)
-    # A share of some tens of thousands of values is as good as that of all, and the most that torch.quantile takes on any device.
+    # A share of some tens of thousands of values is as good as that of all, and the most that torch.quantile takes on
+    # any device.
     sample = video.flatten()[:: max(1, video.numel() // 50_000)]
     low, high = sample.quantile(torch.tensor([_CUT, 1 - _CUT], device=sample.device))
     pixels = ((video - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()

@@ -1,11 +1,14 @@
-"""Tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
+"""Check tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
 
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .words import size_text
 
 #: What numbers may come in; other dtypes hold indices, truth values, or weights that another model unpacks.
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,27 +22,29 @@ def check_tensor(value: object, what: str, remedy: str) -> torch.Tensor:
     """Refuse what is not floating-point numbers in memory, whatever made it.
 
     Args:
-        what: it is, for the message: ``The latent``.
+        what: what it is, for the message: ``The latent``.
         remedy: what to do, a sentence.
 
     Returns:
-        The tensor; apart from autograd, if it was a part of that.
+        The tensor, detached from autograd.
 
     Raises:
         ValueError: for anything that cannot be calculated with, or that this computer cannot hold.
     """
     flaw = _flaw(value)
-    if flaw is not None:
+    if flaw is not None or not isinstance(value, torch.Tensor):
         raise ValueError(f"{what} {flaw}, and it has to be a tensor of floating-point numbers in memory. {remedy}")
     nbytes = value.numel() * value.itemsize
     if nbytes > value.untyped_storage().nbytes():
         # One number may stand for many (expand); what is made of them does not.
         check_room(nbytes, f"{what} ({tensor_text(value)})", remedy)
-    return value if type(value) is torch.Tensor and not value.requires_grad else value.detach().as_subclass(torch.Tensor)
+    return (
+        value if type(value) is torch.Tensor and not value.requires_grad else value.detach().as_subclass(torch.Tensor)
+    )
 
 
 def _flaw(value: object) -> str | None:
-    """What keeps a value from being read as numbers, in words; None if nothing does."""
+    """Say what keeps a value from being read as numbers; None if nothing does."""
     if not isinstance(value, torch.Tensor):
         return f"is a {type(value).__name__} and no tensor"
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -58,7 +63,7 @@ def _flaw(value: object) -> str | None:
 
 
 def tensor_text(value: torch.Tensor) -> str:
-    """``float32 [1, 16, 3]``."""
+    """Write a tensor's dtype and shape: ``float32 [1, 16, 3]``."""
     shape = "of pieces" if value.is_nested else list(value.shape)
     return f"{str(value.dtype).removeprefix('torch.')} {shape}"
 
@@ -71,25 +76,25 @@ def check_room(nbytes: int, what: str, remedy: str) -> None:
     """
     there = host_bytes()
     if nbytes > there:
-        raise ValueError(f"{what} would take {bytes_text(nbytes)} of memory, and this computer has {bytes_text(there)}, swap included. {remedy}")
-
-
-def bytes_text(nbytes: int) -> str:
-    """``12.5 GB``, ``68.7 TB``."""
-    for unit, size in (("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}" if nbytes < 10**24 else f"more than {10**6:,} EB"
-    return f"{nbytes / 1e6:.1f} MB"
+        raise ValueError(
+            f"{what} would take {size_text(nbytes, 1)} of memory, and this computer has {size_text(there, 1)}, swap "
+            f"included. {remedy}"
+        )
 
 
 def host_bytes() -> int:
-    """Bytes that this process can have at most, swap included: all of the computer's, or less where the system allows less."""
+    """Return how many bytes this process can have at most, swap included: all of the computer's, or less where the
+    system allows less."""
     limits = []
     if sys.platform == "win32":
         limits.append(_GROWING * _windows_memory() or _ANY_MACHINE)
     elif Path("/proc/meminfo").is_file():
         with suppress(OSError, ValueError, KeyError):
-            table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line)
+            table = dict(
+                line.split(":", 1)
+                for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+                if ":" in line
+            )
             memory, swap = (int(table[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
             limits.append(memory + swap)
             # Of a container, in both versions of cgroups; without a number where there is none.
@@ -110,11 +115,19 @@ def host_bytes() -> int:
 
 
 def _windows_memory() -> int:
+    """Return the computer's memory in bytes, 0 where Windows does not say."""
     import ctypes
 
     class Status(ctypes.Structure):
         # https://learn.microsoft.com/windows/win32/api/sysinfoapi/ns-sysinfoapi-memorystatusex
-        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong), ("total", ctypes.c_ulonglong), ("others", ctypes.c_ulonglong * 6)]
+        _fields_ = [
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            ("total", ctypes.c_ulonglong),
+            ("others", ctypes.c_ulonglong * 6),
+        ]
 
     status = Status(length=ctypes.sizeof(Status))
-    return status.total if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0
+    # ctypes has it on Windows only, as its type hints say.
+    windll: Any = vars(ctypes)["windll"]
+    return status.total if windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0

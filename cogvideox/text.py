@@ -1,19 +1,21 @@
 """Prompt to embeddings: T5 as the reference pipeline runs it (padded to the maximum, no attention mask)."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
+from .events import Events
 from .handles import TextEncoder
-from .memory import ways
-from .precision.sentinel import Sentinel
+from .sentinel import Sentinel
+from .weights import placements
 from .words import short
 
 #: Letters of a prompt that are looked at: what a model reads of it, 226 tokens, is never so long.
@@ -40,42 +42,45 @@ def encode_prompt(
     encoder: TextEncoder,
     prompt: str,
     on_nan: str = "heal",
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_layer: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> EncodedPrompt:
     """Encode a prompt exactly as diffusers' ``CogVideoXPipeline.encode_prompt`` does.
 
     Args:
-        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer way to run, ``stop`` raises.
-        on_load: called with (bytes read, bytes in all) if the encoder has to be loaded.
-        on_heal: called with a sentence for the user when the encoding had to be healed.
-        on_layer: called with (layers done, layers in all) after each layer of the encoder; an exception it raises (an interruption) ends the run.
+        on_nan: what to do about embeddings that are not finite: ``heal`` encodes in the next safer precision, ``stop``
+            raises.
+        events: told of the loading, of each layer of the encoder, and when the encoding had to be healed.
 
     Returns:
         Embeddings ``[1, tokens, width]``, finite, in the encoder's dtype, on the CPU (released models: 226 x 4096).
 
     Raises:
-        ValueError: for what is no text, or if the tokenizer is missing or damaged, or the checkpoint holds no text encoder.
+        ValueError: for what is no text, or if the tokenizer is missing or damaged, or the checkpoint holds no text
+            encoder.
         NonFiniteError: if the embeddings are not finite and are not, or cannot be, healed.
     """
     check_prompt(prompt)
     notes, text = [], prompt[:_MAX_LETTERS]
     if len(prompt) > len(text):
-        notes.append(f"The prompt has {len(prompt):,} letters, of which only the first {_MAX_LETTERS:,} were looked at.")
+        notes.append(
+            f"The prompt has {len(prompt):,} letters, of which only the first {_MAX_LETTERS:,} were looked at."
+        )
     ids, whole, cut = _tokenize(encoder, text)
     if cut:
         # All of it, unless it is a book.
-        notes.append(f'The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "{short(cut, _QUOTED)}"')
+        notes.append(
+            f"The prompt has {whole} tokens and the model reads {encoder.tokens}: this end was cut off: "
+            f'"{short(cut, _QUOTED)}"'
+        )
     note = language_note(text)
     if note:
         notes.append(note)
     mode = encoder.weights.fitting_mode()
-    smaller = tuple(dropwhile(lambda way: way.mode != mode, ways()))
-    with Sentinel(encoder.weights, on_nan, on_load, on_heal, ways=smaller) as sentinel, torch.no_grad():
+    smaller = tuple(dropwhile(lambda placement: placement.mode != mode, placements()))
+    with Sentinel(encoder.weights, on_nan, events, placements=smaller) as sentinel, torch.no_grad():
 
         def encode(module: nn.Module, _) -> torch.Tensor:
-            with _layers_told(module, on_layer):
+            with _layers_told(module, events):
                 return module(ids.to(encoder.weights.device))[0]
 
         embeddings = sentinel.run(encode, "encoding the prompt")
@@ -90,19 +95,22 @@ def check_prompt(prompt: str) -> None:
     """
     if not isinstance(prompt, str):
         raise ValueError(
-            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; an empty one will do."
+            f"The prompt is no text but a {type(prompt).__name__}, so it cannot be encoded. Connect or give a text; "
+            "an empty one will do."
         )
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words there are not known. It was "
-            "typed or saved in another encoding, such as GBK: set the terminal to UTF-8, or save the file it comes from as UTF-8."
+            f"The prompt has bytes that are no UTF-8 (at letter {error.start + 1:,} of {len(prompt):,}), so the words "
+            "there are not known. It was typed or saved in another encoding, such as GBK: set the terminal to UTF-8, "
+            "or save the file it comes from as UTF-8."
         ) from error
 
 
 def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
-    """The ids of a prompt, padded or cut to the encoder's tokens ``[1, tokens]``, their number before that, and the text of those cut off.
+    """The ids of a prompt, padded or cut to the encoder's tokens ``[1, tokens]``, their number before that, and the
+    text of those cut off.
 
     Raises:
         ValueError: if the tokenizer cannot be used.
@@ -110,8 +118,8 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
     folder = encoder.tokenizer_folder
     if not has_tokenizer(folder):
         raise ValueError(
-            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a CogVideoX repository into "
-            "the checkpoint's folder, or beside the text encoder's file."
+            f"{folder} holds no spiece.model, so prompts cannot be turned into tokens. Download tokenizer/ of a "
+            "CogVideoX repository into the checkpoint's folder, or beside the text encoder's file."
         )
     tensors = encoder.weights.part.tensors
     rows = (tensors.get("shared.weight") or tensors["encoder.embed_tokens.weight"]).shape[0]
@@ -121,20 +129,34 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
         special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
         ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         whole = tokenizer(text).input_ids
-        padded = tokenizer(text, padding="max_length", max_length=encoder.tokens, truncation=True, add_special_tokens=True, return_tensors="pt")
+        padded = tokenizer(
+            text,
+            padding="max_length",
+            max_length=encoder.tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
         ids = padded.input_ids
         cut = tokenizer.decode(whole[encoder.tokens - 1 : -1]) if len(whole) > encoder.tokens else ""
-    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find out what is wrong with a
-    # tokenizer while they use it, and say so in their own terms or advise to install another package.
+    # Of any type, even one that is no Exception (tokenizers is written in Rust, whose panics are such): libraries find
+    # out what is wrong with a tokenizer while they use it, and say so in their own terms or advise to install another
+    # package.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise wrong_tokenizer(folder, f"holds a tokenizer that cannot be used ({type(error).__name__})") from error
     if special != [0, 1, 2] or ends != (0, 1) or tuple(ids.shape) != (1, encoder.tokens):
-        said = f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} another meaning"
+        said = (
+            f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} "
+            "another meaning"
+        )
         raise wrong_tokenizer(folder, said)
     if not 0 <= ids.min() <= ids.max() < rows:
-        raise wrong_tokenizer(folder, f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows")
+        raise wrong_tokenizer(
+            folder,
+            f"holds a tokenizer that gives the token {ids.max()}, and the text encoder's table has {rows:,} rows",
+        )
     return ids, len(whole), cut
 
 
@@ -146,10 +168,14 @@ def _load_tokenizer(folder: Path):
 
 
 @contextmanager
-def _layers_told(module: nn.Module, on_layer: Callable[[int, int], None] | None) -> Iterator[None]:
+def _layers_told(module: Any, events: Events | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
-    layers = module.encoder.block if on_layer is not None else ()
-    hooks = [layer.register_forward_hook(lambda *_, done=done: on_layer(done, len(layers))) for done, layer in enumerate(layers, 1)]
+    layers = module.encoder.block
+    told = (events or Events()).counter("encoding", "layer")
+    hooks = [
+        layer.register_forward_hook(lambda *_, done=done: told(done, len(layers)))
+        for done, layer in enumerate(layers, 1)
+    ]
     try:
         yield
     finally:
@@ -167,7 +193,9 @@ _FOREIGN = set(
     het een van op met en
     i w na z się jest do""".split()
 ) - {"no", "do", "i", "on", "an", "a", "in", "is", "to", "as", "van", "at", "z", "w"}
-_ENGLISH = set("the a an of in on with and is are to at by from as its his her their into through while over under".split())
+_ENGLISH = set(
+    "the a an of in on with and is are to at by from as its his her their into through while over under".split()
+)
 
 
 def language_note(prompt: str) -> str | None:
@@ -181,5 +209,8 @@ def language_note(prompt: str) -> str | None:
     foreign_words = sum(word in _FOREIGN for word in words)
     english_words = sum(word in _ENGLISH for word in words)
     if foreign_letters * 5 > len(letters) or (foreign_words >= 2 and foreign_words > english_words):
-        return "The prompt does not look English, and CogVideoX understands only English: translate it for a picture that follows it."
+        return (
+            "The prompt does not look English, and CogVideoX understands only English: translate it for a picture "
+            "that follows it."
+        )
     return None

@@ -1,26 +1,27 @@
 """Frames to latents and back with the checkpoint's own VAE."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
+from .dtypes import Precision
+from .events import Events
+from .finite import check_finite
 from .geometry import check_latent, check_size, latent_frames, pixel_frames
 from .handles import VAE
-from .memory import free_bytes
+from .modules.strips import Strips
 from .pictures import check_images
-from .precision.policy import Precision
-from .precision.sentinel import OutOfMemory, Sentinel, check_finite
-from .strips import Strips
+from .sentinel import OutOfMemory, Sentinel
 from .tensors import check_room
 from .variants import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .weights import free_bytes
 
-logger = logging.getLogger(__name__)
-
-#: Where memory is not counted, the budget that the first failure halves; and the one below which there is nothing to be saved.
+#: Where memory is not counted, the budget that the first failure halves; and the one below which there is nothing to be
+#: saved.
 _PLENTY, _LEAST = 16 << 30, 64 << 20
 
 
@@ -28,33 +29,34 @@ def decode(
     vae: VAE,
     samples: torch.Tensor,
     on_nan: str = "heal",
-    on_chunk: Callable[[int, int], None] | None = None,
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_strip: Callable[[], None] | None = None,
+    events: Events | None = None,
     budget: int | None = None,
 ) -> torch.Tensor:
     """Decode video latents, one video and two latent frames at a time, in as little memory as there is.
 
-    Equal to diffusers' untiled ``vae.decode`` (its chunks and caches; batches one video at a time, its ``use_slicing``) followed by
-    ``VideoProcessor.postprocess_video``, but for the order of sums: relative L2 under 1e-5 in fp32. Frames leave the device as they are made.
+    Equal to diffusers' untiled ``vae.decode`` (its chunks and caches; batches one video at a time, its ``use_slicing``)
+    followed by ``VideoProcessor.postprocess_video``, but for the order of sums: relative L2 under 1e-5 in fp32. Frames
+    leave the device as they are made.
 
     Args:
         samples: ``[B, 16, T, H/8, W/8]``, unscaled.
-        on_nan: what to do about a chunk that is not finite: ``heal`` decodes it again in fp32 and goes on so, ``stop`` raises.
-        on_chunk: called with (latent frames done, latent frames in all) after each chunk; an exception it raises stops the decode.
-        on_heal: called with a sentence for the user when a chunk had to be healed, or done again in less memory.
-        on_strip: called many times a chunk; an exception it raises stops the decode.
-        budget: bytes that may be taken on the device beside the weights; by default what is free there. Less is slower and gives the same.
+        on_nan: what to do about a chunk that is not finite: ``heal`` decodes it again in fp32 and goes on so, ``stop``
+            raises.
+        events: told of the loading, of each chunk (in latent frames), and when a chunk had to be healed or done again
+            in less memory; asked many times a chunk whether to stop.
+        budget: bytes that may be taken on the device beside the weights; by default what is free there. Less is slower
+            and gives the same.
 
     Returns:
-        float32 ``[B * F, H, W, 3]`` in 0..1 on the CPU; ``F = 4 (T - 1) + 1`` for an odd ``T``, ``4 T`` for an even one.
+        float32 ``[B * F, H, W, 3]`` in 0..1 on the CPU; ``F = 4 (T - 1) + 1`` for an odd ``T``, ``4 T`` for an even
+        one.
 
     Raises:
         ValueError: for a latent that is not a CogVideoX one, or not finite, or whose frames this computer cannot hold.
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
+    events = events or Events()
     check_latent(samples)
     batch, _, length, height, width = samples.shape
     frames, height, width = _decoded_frames(length), height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
@@ -63,19 +65,22 @@ def decode(
         f"The frames of {batch} video(s) of {width}x{height} pixels and {frames} frames",
         "Decode fewer videos at once, or make them smaller or shorter.",
     )
-    check_finite(samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another.")
+    check_finite(
+        samples, "The latent", "Sample it again with CogVideoX-1.5 Sampler, whose steps are checked, or load another."
+    )
     images = torch.empty(batch, frames, height, width, 3)
-    with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
-        chunks = chunk_lengths(length, sentinel.module.num_latent_frames_batch_size)
-        work = _Chunks(sentinel, Strips.decode, budget, on_strip, on_heal)
+    with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
+        chunks = chunk_lengths(length, _frames_of(sentinel.module, "num_latent_frames_batch_size"))
+        work = _Chunks(sentinel, Strips.decode, budget, events)
         for video, latent in enumerate(samples.split(1)):
             start, first = 0, 0
             for index, piece in enumerate(latent.split(chunks, dim=2)):
                 decoded = work.run(index, piece, f"frames from {start} of {frames}")
-                images[video, start : start + decoded.shape[2]] = rearrange(decoded.mul_(0.5).add_(0.5).clamp_(0, 1), "1 c f h w -> f h w c")
+                images[video, start : start + decoded.shape[2]] = rearrange(
+                    decoded.mul_(0.5).add_(0.5).clamp_(0, 1), "1 c f h w -> f h w c"
+                )
                 start, first = start + decoded.shape[2], first + piece.shape[2]
-                if on_chunk is not None:
-                    on_chunk(video * length + first, batch * length)
+                events.progress("decoding", video * length + first, batch * length, "latent frame")
     return rearrange(images, "b f h w c -> (b f) h w c")
 
 
@@ -83,27 +88,26 @@ def encode(
     vae: VAE,
     images: torch.Tensor,
     on_nan: str = "heal",
-    on_chunk: Callable[[int, int], None] | None = None,
-    on_load: Callable[[int, int], None] | None = None,
-    on_heal: Callable[[str], None] | None = None,
-    on_strip: Callable[[], None] | None = None,
+    events: Events | None = None,
     budget: int | None = None,
 ) -> torch.Tensor:
-    """Encode one clip, or one image, eight frames at a time: the mode of diffusers' ``vae.encode``, so that the same frames give the same latents.
+    """Encode one clip, or one image, eight frames at a time: the mode of diffusers' ``vae.encode``, so that the same
+    frames give the same latents.
 
     Args:
         images: ``[F, H, W, 3]`` in 0..1, or uint8 in 0..255, F = 4N+1, H and W multiples of 16.
-        on_nan, on_load, on_heal, on_strip, budget: as ``decode`` has them.
-        on_chunk: called with (frames done, frames in all) after each chunk; an exception it raises stops the encoding.
+        on_nan, events, budget: as ``decode`` has them; chunks are told in frames.
 
     Returns:
-        float32 ``[1, 16, (F - 1) / 4 + 1, H/8, W/8]`` on the CPU, unscaled; relative L2 to the reference under 1e-5 in fp32.
+        float32 ``[1, 16, (F - 1) / 4 + 1, H/8, W/8]`` on the CPU, unscaled; relative L2 to the reference under 1e-5 in
+        fp32.
 
     Raises:
         ValueError: for images the VAE cannot read.
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
+    events = events or Events()
     if images.dtype != torch.uint8:
         images = check_images(images, "images")
     count, height, width = images.shape[:3]
@@ -111,39 +115,42 @@ def encode(
     if count % TEMPORAL_COMPRESSION != 1:
         fitting = pixel_frames(latent_frames(count))
         raise ValueError(
-            f"The clip has {count} frames, and the VAE reads 4N+1: the first alone and the others in fours. Cut it to {fitting}, or repeat frames."
+            f"The clip has {count} frames, and the VAE reads 4N+1: the first alone and the others in fours. Cut it to "
+            f"{fitting}, or repeat frames."
         )
     done, moments = 0, []
-    with Sentinel(vae.weights, on_nan, on_load, on_heal) as sentinel, torch.no_grad():
-        work = _Chunks(sentinel, _encode_frames, budget, on_strip, on_heal)
-        for index, piece in enumerate(images.split(chunk_lengths(count, sentinel.module.num_sample_frames_batch_size))):
+    with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
+        work = _Chunks(sentinel, _encode_frames, budget, events)
+        for index, piece in enumerate(
+            images.split(chunk_lengths(count, _frames_of(sentinel.module, "num_sample_frames_batch_size")))
+        ):
             encoded = work.run(index, piece, f"encoding frames from {done} of {count}")
             # The posterior's mean, which is its mode; the other half is its variance.
             moments.append(encoded.chunk(2, dim=1)[0])
             done += len(piece)
-            if on_chunk is not None:
-                on_chunk(done, count)
+            events.progress("encoding", done, count, "frame")
     return torch.cat(moments, dim=2)
 
 
 def _encode_frames(strips: Strips, frames: torch.Tensor) -> torch.Tensor:
-    # Here and not before: the pieces that are kept to be run again are then parts of the clip, and no second one in fp32.
+    # Here and not before: the pieces that are kept to be run again are then parts of the clip, and no second one in
+    # fp32.
     frames = frames / 255 if frames.dtype == torch.uint8 else frames
     return strips.encode(2.0 * rearrange(frames, "f h w c -> 1 c f h w") - 1.0)
 
 
 class _Chunks:
-    """Runs a video's chunks in order. One that has to be done again, otherwise, needs what the ones before left: they are run again for that."""
+    """Runs a video's chunks in order. One that has to be done again, otherwise, needs what the ones before left: they
+    are run again for that."""
 
     def __init__(
         self,
         sentinel: Sentinel,
         step: Callable[[Strips, torch.Tensor], torch.Tensor],
         budget: int | None,
-        on_strip: Callable[[], None] | None,
-        on_heal: Callable[[str], None] | None,
+        events: Events,
     ):
-        self._sentinel, self._step, self._on_strip, self._on_heal = sentinel, step, on_strip, on_heal
+        self._sentinel, self._step, self._events = sentinel, step, events
         self._budget = free_bytes(sentinel.weights.device) if budget is None else budget
         self._pieces: list[torch.Tensor] = []
         self._strips: Strips | None = None
@@ -162,7 +169,9 @@ class _Chunks:
 
     def _work(self, index: int, module: nn.Module, precision: Precision) -> torch.Tensor:
         if index == 0 or self._strips is None or self._reached != index or self._strips.module is not module:
-            self._strips = Strips(module, precision.dtype, self._sentinel.weights.device, self._budget, self._on_strip)
+            self._strips = Strips(
+                module, precision.dtype, self._sentinel.weights.device, self._budget, self._events.check_cancelled
+            )
             for earlier in self._pieces[:index]:
                 self._step(self._strips, earlier)
         # Until it is done, what the chunks before left is half overwritten.
@@ -183,22 +192,26 @@ class _Chunks:
             torch.cuda.empty_cache()
         if self._budget < _LEAST:
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory even with the smallest strips, so something else fills it. Close other programs that use the "
-                "card, or make the video smaller or shorter."
+                f"{where}: {device} ran out of memory even with the smallest strips, so something else fills it. "
+                "Close other programs that use the card, or make the video smaller or shorter."
             )
-        text = f"{where}: {device} ran out of memory. Going on from here with at most {self._budget / 1e9:.2f} GB; nothing that was finished is lost."
-        logger.warning("%s", text)
-        if self._on_heal is not None:
-            self._on_heal(text)
+        text = (
+            f"{where}: {device} ran out of memory. Going on from here with at most {self._budget / 1e9:.2f} GB; "
+            "nothing that was finished is lost."
+        )
+        self._events.healed(text)
 
 
-def image_latents(vae: VAE, start_image: torch.Tensor, frames: int, end_image: torch.Tensor | None = None, **how) -> torch.Tensor:
-    """The latents that an image-to-video model reads beside the noise: the start image's, zeros, and an end image's if there is one.
+def image_latents(
+    vae: VAE, start_image: torch.Tensor, frames: int, end_image: torch.Tensor | None = None, **how
+) -> torch.Tensor:
+    """The latents that an image-to-video model reads beside the noise: the start image's, zeros, and an end image's if
+    there is one.
 
     Args:
         start_image, end_image: ``[1, H, W, 3]`` in 0..1, H and W multiples of 16.
         frames: of the clip to make.
-        how: ``on_nan``, ``on_load`` and the other callbacks, as ``encode`` has them.
+        how: ``on_nan``, ``events`` and ``budget``, as ``encode`` has them.
 
     Returns:
         float32 ``[1, 16, T, H/8, W/8]``, unscaled: ``concat_latent_image`` of a CONDITIONING.
@@ -208,13 +221,20 @@ def image_latents(vae: VAE, start_image: torch.Tensor, frames: int, end_image: t
     """
     length = latent_frames(frames)
     if end_image is not None and length < 2:
-        raise ValueError(f"An end image is connected, but the clip has {frames} frames, so it would end where it starts. Make it longer.")
+        raise ValueError(
+            f"An end image is connected, but the clip has {frames} frames, so it would end where it starts. Make it "
+            "longer."
+        )
     first = encode(vae, start_image, **how)
     latents = torch.zeros(1, first.shape[1], length, *first.shape[3:])
     latents[:, :, :1] = first
     if end_image is not None:
         latents[:, :, -1:] = encode(vae, end_image, **how)
     return latents
+
+
+def _frames_of(vae: Any, name: str) -> int:
+    return getattr(vae, name)
 
 
 def chunk_lengths(length: int, size: int) -> list[int]:
@@ -224,5 +244,6 @@ def chunk_lengths(length: int, size: int) -> list[int]:
 
 
 def _decoded_frames(length: int) -> int:
-    """Frames of ``length`` latent frames: a chunk with an odd number holds the clip's first frame, which is not stretched in time."""
+    """Frames of ``length`` latent frames: a chunk with an odd number holds the clip's first frame, which is not
+    stretched in time."""
     return (length - 1) * TEMPORAL_COMPRESSION + 1 if length % 2 else length * TEMPORAL_COMPRESSION

@@ -1,7 +1,7 @@
-"""The CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
+"""Describe the CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
 
-Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and the
-official repository zai-org/CogVideo (Apache-2.0).
+Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and
+the official repository zai-org/CogVideo (Apache-2.0).
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 from .words import short
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
+#: part -> (what to call it, the class in its config.json)
+PARTS = {
+    "transformer": ("transformer", TRANSFORMER_CLASS),
+    "text_encoder": ("text encoder", "T5EncoderModel"),
+    "vae": ("VAE", "AutoencoderKLCogVideoX"),
+}
 LATENT_CHANNELS = 16
 #: Pixels per latent cell in space, frames per latent frame in time (the CogVideoX VAE, all variants).
 SPATIAL_COMPRESSION = 8
@@ -24,8 +30,6 @@ SIZE_STEP = 16
 TRAINED_STEPS = 1000
 #: Tokens of the text encoder when a config does not say (all released models: 226).
 DEFAULT_TEXT_TOKENS = 226
-
-
 #: Descendants whose inputs this pack does not make yet, by input channels: what they are.
 _FOREIGN_INPUTS = {
     33: "a CogVideoX-Fun InP model, whose input is noise, a mask and a masked video",
@@ -40,7 +44,8 @@ class Variant:
 
     Attributes:
         name: the released model it has the shape of, or the family and "custom size".
-        trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known to be finite.
+        trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known
+            to be finite.
         image_to_video: it takes the latent of a start image beside the noise (32 input channels).
         frame_step: a clip has ``frame_step * N + 1`` frames.
         max_frames: the longest clip of the model card, in frames.
@@ -77,7 +82,8 @@ class Variant:
 
     @property
     def inverts_image_latents(self) -> bool:
-        """``invert_scale_latents``: 1.5-5B-I2V was trained with start images whose latents were divided by the scale."""
+        """``invert_scale_latents``: 1.5-5B-I2V was trained with start images whose latents were divided by the
+        scale."""
         return self.image_to_video and self.frame_step == 16
 
     @property
@@ -98,7 +104,8 @@ class Variant:
         }
 
     def outside_model_card(self, width: int, height: int, frames: int) -> str | None:
-        """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or None."""
+        """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or
+        None."""
         said = []
         if frames % self.frame_step != 1:
             said.append(f"{frames} frames (the model card gives {self.frame_step}N+1)")
@@ -111,7 +118,8 @@ class Variant:
         return f"{self.name} was not trained for {' nor for '.join(said)}: it will run, but the picture may suffer."
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
-        """The trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model was trained in several shapes."""
+        """Return the trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model
+        was trained in several shapes."""
         if not self.inverts_image_latents:
             return self.default_size
         long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))
@@ -154,28 +162,35 @@ def identify(config: Mapping) -> Variant:
 
 
 def foreign_inputs(config: Mapping) -> str | None:
-    """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what to do; else None."""
+    """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what
+    to do; else None."""
     channels, out = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
     plain = channels == LATENT_CHANNELS or channels == 2 * LATENT_CHANNELS
     learned = config.get("use_learned_positional_embeddings")
     if channels == 2 * LATENT_CHANNELS and not (config.get("patch_size_t") or learned):
         what = (
-            f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a CogVideoX-Fun Control or Pose model, "
-            "whose input is noise and a control video"
+            f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a "
+            "CogVideoX-Fun Control or Pose model, whose input is noise and a control video"
         )
     elif not plain:
         named = _FOREIGN_INPUTS.get(channels) if isinstance(channels, int) else None
         known = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
         what = f"takes {short(channels)} input channels: {known}"
     elif out != LATENT_CHANNELS:
-        what = f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's descendant"
+        what = (
+            f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's "
+            "descendant"
+        )
     else:
         return None
-    return f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video ({2 * LATENT_CHANNELS}) only. Choose one of those."
+    return (
+        f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video "
+        f"({2 * LATENT_CHANNELS}) only. Choose one of those."
+    )
 
 
 def full_config(config: Mapping) -> Mapping:
-    """A transformer's config with the defaults of the class filled in, as old releases leave fields out."""
+    """Fill a transformer's config with the defaults of its class, as old releases leave fields out."""
     import inspect
 
     from diffusers import CogVideoXTransformer3DModel

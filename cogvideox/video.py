@@ -1,26 +1,41 @@
-"""What a run leaves behind: videos (through PyAV) and latents, in places that were tried before, written whole or not at all.
+"""Write what a run leaves behind: videos (through PyAV) and latents, in places that were tried before, whole or not at
+all.
 
-What it starts from is read by ``media``, and can be had from here too.
+What a run starts from is read by ``image_files`` and ``clip_files``, and can be had from here too.
 """
 
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .clip_files import read_sound, read_video
+from .events import Events
 from .files import exists, open_regular, written_whole
-from .media import read_image, read_sound, read_video
+from .image_files import read_image
 from .words import reason, short
 
-__all__ = ["check_output", "check_room", "free_name", "read_image", "read_latent", "read_sound", "read_video", "write_latent", "write_mp4"]
+__all__ = [
+    "check_output",
+    "check_room",
+    "free_name",
+    "read_image",
+    "read_latent",
+    "read_sound",
+    "read_video",
+    "write_latent",
+    "write_mp4",
+]
 
-#: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times what most take.
+#: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times
+#: what most take.
 _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
 
 
@@ -28,7 +43,7 @@ def write_mp4(
     images: torch.Tensor,
     path: Path | str,
     fps: Fraction | int,
-    on_frame: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
     *,
     overwrite: bool = False,
     sound: tuple[np.ndarray, int] | None = None,
@@ -38,7 +53,7 @@ def write_mp4(
     Args:
         images: float ``[F, H, W, 3]`` in 0..1, H and W even.
         fps: frames per second.
-        on_frame: called with (frames written, frames in all).
+        events: told of each frame that is written.
         overwrite: whether a file that has the name already is replaced.
         sound: float32 ``[2, samples]`` in -1..1 and samples per second, written as AAC and cut to the video's length.
 
@@ -51,14 +66,18 @@ def write_mp4(
     path = check_output(path, overwrite)
     try:
         with written_whole(path, overwrite) as partial:
-            _encode(images, partial, Fraction(fps).limit_denominator(1001), on_frame, sound)
+            _encode(images, partial, Fraction(fps).limit_denominator(1001), events, sound)
     except (OSError, av.error.FFmpegError) as error:
         raise RuntimeError(
-            f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the disk full?"
+            f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the "
+            "disk full?"
         ) from error
 
 
-def _encode(images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable | None, sound: tuple[np.ndarray, int] | None) -> None:
+def _encode(
+    images: torch.Tensor, path: Path, fps: Fraction, events: Events | None, sound: tuple[np.ndarray, int] | None
+) -> None:
+    """Write frames and sound to a file that is given its name later."""
     import av
 
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
@@ -69,26 +88,31 @@ def _encode(images: torch.Tensor, path: Path, fps: Fraction, on_frame: Callable 
         stream.codec_context.color_range = 1
         for attribute in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, attribute, 1)
-        spoken, pieces = (None, iter(())) if sound is None else _sound_stream(container, *sound, len(images) / fps)
+        spoken: Any = None
+        pieces: Iterator[Any] = iter(())
+        if sound is not None:
+            spoken, pieces = _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
             pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709"
+            )
             for packet in stream.encode(frame):
                 container.mux(packet)
             for piece in pieces:
                 container.mux(spoken.encode(piece))
                 if piece.pts * piece.time_base > (index + 1) / fps:
                     break
-            if on_frame is not None:
-                on_frame(index + 1, len(images))
+            if events is not None:
+                events.progress("writing", index + 1, len(images), "frame")
         for packet in stream.encode():
             container.mux(packet)
         if spoken is not None:
             container.mux(spoken.encode())
 
 
-def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
-    """A stream for sound, and what it is to encode: pieces of 1024 samples, as long as the video."""
+def _sound_stream(container: Any, samples: np.ndarray, rate: int, seconds: Fraction) -> tuple[Any, Iterator[Any]]:
+    """Add a stream for sound; return it and what it is to encode: pieces of 1024 samples, as long as the video."""
     import av
 
     stream = container.add_stream("aac", rate=rate)
@@ -96,9 +120,11 @@ def _sound_stream(container, samples: np.ndarray, rate: int, seconds: Fraction):
     stream.codec_context.bit_rate = 192_000
     samples = samples[:, : round(seconds * rate)]
 
-    def pieces():
+    def pieces() -> Iterator[Any]:
         for start in range(0, samples.shape[1], 1024):
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo")
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(samples[:, start : start + 1024]), format="fltp", layout="stereo"
+            )
             frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             yield frame
 
@@ -126,12 +152,16 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
         raise ValueError(f"The output is {name}, but only mp4 files are written. Give it a name that ends in .mp4.")
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise ValueError(f"The output is {name}, but the folder {short(folder, 400)} {what}. Create it or choose another.")
+        raise ValueError(
+            f"The output is {name}, but the folder {short(folder, 400)} {what}. Create it or choose another."
+        )
     taken = os.path.lexists(path)
     if taken:
         for source in made_from:
             if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-                raise ValueError(f"The output is {name}, which the video is made from: it would be lost. Give another name.")
+                raise ValueError(
+                    f"The output is {name}, which the video is made from: it would be lost. Give another name."
+                )
         if os.path.exists(path) and not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"The output is {name}, which is a pipe or device and no regular file. Give another name.")
         if not overwrite:
@@ -146,7 +176,9 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
             # Somebody else's trial, or a name that came meanwhile: written_whole sees to it.
             continue
         except (OSError, ValueError) as error:
-            raise ValueError(f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name.") from error
+            raise ValueError(
+                f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name."
+            ) from error
     return path
 
 
@@ -160,13 +192,13 @@ def check_room(path: Path, frames: int, width: int, height: int) -> None:
     free = shutil.disk_usage(path.absolute().parent).free
     if free < needed:
         raise ValueError(
-            f"The output is {short(path, 400)}, but its disk has {free / 1e6:,.0f} MB free, and {frames} frames of {width}x{height} may take "
-            f"{needed / 1e6:,.0f} MB. Make room, or choose another disk."
+            f"The output is {short(path, 400)}, but its disk has {free / 1e6:,.0f} MB free, and {frames} frames of "
+            f"{width}x{height} may take {needed / 1e6:,.0f} MB. Make room, or choose another disk."
         )
 
 
 def free_name(path: Path) -> Path:
-    """The path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
+    """Return the path, or the first of ``out_00002.mp4``, ``out_00003.mp4`` … where it is taken."""
     if not path.name or not os.path.lexists(path):
         return path
     return next(new for number in count(2) if not os.path.lexists(new := path.with_stem(f"{path.stem}_{number:05}")))
@@ -194,7 +226,8 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unf
             return path
         except OSError as error:
             raise ValueError(
-                f"{short(path, 400)} cannot be written ({reason(error)}), so the latents are not kept there. Choose another folder."
+                f"{short(path, 400)} cannot be written ({reason(error)}), so the latents are not kept there. Choose "
+                "another folder."
             ) from error
         except ValueError:
             # Another came first: the next number.
@@ -216,13 +249,14 @@ def read_latent(path: Path) -> torch.Tensor:
             tensors = load(file.read())
         except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
             raise ValueError(
-                f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. Choose a file that ends in "
-                ".latent, as this program and Save Latent write them."
+                f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. "
+                "Choose a file that ends in .latent, as this program and Save Latent write them."
             ) from error
     samples = tensors.get("latent_tensor")
     if samples is None or "latent_format_version_0" not in tensors or not samples.is_floating_point():
         raise ValueError(
-            f"{short(path, 400)} holds no latent of a video ({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in "
-            ".latent, as this program and Save Latent write them."
+            f"{short(path, 400)} holds no latent of a video "
+            f"({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in .latent, as "
+            "this program and Save Latent write them."
         )
     return samples.float()

@@ -1,7 +1,19 @@
-"""Names and numbers in sentences: what comes from files or people is printable and short wherever it is quoted."""
+"""Quote names, errors and sizes in sentences: whatever comes from a file or a person is printable and short."""
+
+from collections.abc import Iterable
 
 #: Letters of a name that comes from a file or a person.
 LIMIT = 80
+#: Units of bytes, and the number of bytes from which each is used.
+_UNITS = (
+    ("EB", 10**18, 10**18),
+    ("PB", 10**15, 10**15),
+    ("TB", 10**12, 10**12),
+    ("GB", 10**9, 10**8),
+    ("MB", 10**6, 0),
+)
+#: From here on a size is damage or a joke, and its digits would fill the sentence.
+_BEYOND = 10**24
 
 
 def short(value: object, limit: int = LIMIT) -> str:
@@ -17,23 +29,34 @@ def short(value: object, limit: int = LIMIT) -> str:
     if len(text) > 4 * limit:
         # Only the ends are looked at: what is quoted may be megabytes.
         text = f"{text[: 2 * limit]}{text[-2 * limit :]}"
-        text = "".join(map(_printable, text))
-        return f"{text[: limit // 2 - 1]}…{text[-(limit - limit // 2) :]}"
+        return _cut("".join(map(_printable, text)), limit)
     text = "".join(map(_printable, text))
-    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-(limit - limit // 2) :]}"
+    return text if len(text) <= limit else _cut(text, limit)
 
 
-def listed(names, most: int = 3) -> str:
-    """The first names of a list, quoted one by one: ``a, b, c, …``."""
+def listed(names: Iterable[object], most: int = 3) -> str:
+    """Quote the first names of a list one by one: ``a, b, c, …``."""
     names = list(names)
     return ", ".join(map(short, names[:most])) + (", …" if len(names) > most else "")
 
 
 def reason(error: BaseException, limit: int = 160) -> str:
-    """What a library said, for the brackets of a sentence: one line, printable, cut; its type where it said nothing. Of the system's errors no number
-    and no file, which the sentence names."""
+    """Quote what a library said, for the brackets of a sentence: one line, printable, cut; the error's type where it
+    said nothing. An error of the system gives neither its number nor its file, which the sentence names."""
     said = error.strerror if isinstance(error, OSError) and isinstance(error.strerror, str) else str(error)
     return short(" ".join(said.split()), limit) or type(error).__name__
+
+
+def size_text(nbytes: int, digits: int = 2) -> str:
+    """Write a number of bytes with its unit: ``11.14 GB``, or ``3.40 MB``."""
+    if nbytes >= _BEYOND:
+        return f"more than {10**6:,} EB"
+    unit, size = next((unit, size) for unit, size, least in _UNITS if nbytes >= least)
+    return f"{nbytes / size:,.{digits}f} {unit}"
+
+
+def _cut(text: str, limit: int) -> str:
+    return f"{text[: limit // 2 - 1]}…{text[-(limit - limit // 2) :]}"
 
 
 def _printable(letter: str) -> str:

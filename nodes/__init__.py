@@ -1,4 +1,4 @@
-"""What a person sees in the graph: one file a node."""
+"""The nodes that a person sees in the graph, one file each."""
 
 from . import host
 from .attention import Attention

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..cogvideox.speed.attention import available, check_attention
+from ..cogvideox.modules.attention import available, check_attention
 from . import host
 from .base import Node
 
@@ -10,8 +10,9 @@ from .base import Node
 class Attention(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Attention"
     DESCRIPTION = (
-        "Chooses the kernel that computes the attention, which takes two thirds of a step. Only what will run here is listed. All but sage "
-        "give the same picture up to rounding. Another branch of the graph can use another; taking the node away restores the model exactly."
+        "Chooses the kernel that computes the attention, which takes two thirds of a step. Only what will run here is "
+        "listed. All but sage give the same picture up to rounding. Another branch of the graph can use another; "
+        "taking the node away restores the model exactly."
     )
     SEARCH_ALIASES = ["cogvideo attention", "sage attention", "flash attention", "sdpa", "cudnn", "xformers", "speed"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
@@ -26,8 +27,11 @@ class Attention(Node):
                 "attention": (
                     list(available(host.device())),
                     {
-                        "tooltip": "auto, sdpa: PyTorch's own choice. cudnn: often the fastest exact one on H100 and newer. flash, flash3, xformers: "
-                        "exact, from their packages. sage: 8 bits, faster, changes the picture a little; auto never takes it."
+                        "tooltip": (
+                            "auto, sdpa: PyTorch's own choice. cudnn: often the fastest exact one on H100 and newer. "
+                            "flash, flash3, xformers: exact, from their packages. sage: 8 bits, faster, changes the "
+                            "picture a little; auto never takes it."
+                        )
                     },
                 ),
             }
@@ -35,7 +39,7 @@ class Attention(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, attention=None):
-        # Whether the model runs in 16 bits, the run knows.
+        # Only the run knows whether the model runs in 16 bits.
         return cls.refusal({"attention": attention}, (check_attention, attention, host.device(), torch.float16))
 
     def execute(self, model, attention="auto"):

@@ -1,14 +1,15 @@
-"""What every node of the pack shares: its category, and a check of the installed packages and of its inputs before it runs."""
+"""The base class of the nodes: their category, and a check of the installed packages and of a node's inputs before it
+runs."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from .inputs import checked, objections
 
-#: The widgets of a clip's size and length, less what the model of the node was trained for.
+#: The widgets of a clip's size and length, but for what differs with the model that a node is for.
 SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
 LENGTH = (
     "INT",
@@ -17,29 +18,43 @@ LENGTH = (
         "min": 1,
         "max": 16001,
         "step": 16,
-        "tooltip": "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained.",
+        "tooltip": (
+            "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained."
+        ),
     },
 )
 
 
 class Node:
-    """A node whose work is ``execute``. Running it first checks the dependencies and the inputs, so that what is wrong is told in a sentence."""
+    """Base of a node, whose work is ``execute``. Before it is run the dependencies and the inputs are checked, so that
+    what is wrong is told in a sentence."""
 
     CATEGORY = "CogVideoX-1.5"
     FUNCTION = "run"
+    #: A node declares these.
+    DISPLAY_NAME: ClassVar[str]
+    INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
+    execute: ClassVar[Callable[..., Any]]
 
-    def run(self, **inputs):
+    def run(self, **inputs: Any) -> Any:
+        """Check the inputs and execute the node: what ComfyUI calls.
+
+        Raises:
+            ValueError: if an input is not what the node declares.
+            RuntimeError: if a package that is needed is missing or too old.
+        """
         require_dependencies()
         return self.execute(**checked(type(self), inputs))
 
     @classmethod
     def refusal(cls, given: dict, *checks: tuple) -> str | bool:
-        """What ``VALIDATE_INPUTS`` answers when the graph is queued: True, or the sentences about the widgets that cannot run.
+        """Answer ``VALIDATE_INPUTS`` when the graph is queued: True, or the sentences about the widgets whose values
+        cannot run.
 
         Args:
-            given: the widgets by name; those that another node will give are None as yet, and left to the run.
-            checks: functions of the engine that raise ValueError, each with its arguments. A check with an argument that is None, or is no value
-                for its widget, is left out.
+            given: the widgets' values by name. None is one that another node will give, and is left to the run.
+            checks: functions of the engine that raise ValueError, each with its arguments. A check is left out if one
+                of its arguments is None, or is no value for its widget.
         """
         odd = objections(cls, given, limits=False)
         unusable, said = [given[name] for name in odd], list(odd.values())
@@ -53,8 +68,8 @@ class Node:
 
     @classmethod
     def fingerprint(cls, given: dict, look: Callable[[], Any]) -> Any:
-        """What ``IS_CHANGED`` answers: what ``look`` says of the files that were chosen, or why there are none; NaN, which is never the same, where
-        another node will choose."""
+        """Answer ``IS_CHANGED``: with what ``look`` says of the files that were chosen, or with why there are none;
+        with NaN, which never equals itself, where another node will choose."""
         if any(value is None for value in given.values()):
             return math.nan
         odd = objections(cls, given)

@@ -8,8 +8,8 @@ from .base import Node
 class BlackFrameCheck(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Black Frame Check"
     DESCRIPTION = (
-        "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which turn black when saved. "
-        "Shows the frames it objects to. Works behind any model."
+        "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which "
+        "turn black when saved. Shows the frames it objects to. Works behind any model."
     )
     SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video"]
     RETURN_TYPES = ("IMAGE", "BOOLEAN", "INT", "STRING")
@@ -30,8 +30,10 @@ class BlackFrameCheck(Node):
                 "action": (
                     list(ON_BLACK),
                     {
-                        "tooltip": "What to do when the video is black. stop: an error that says why, and nothing is saved. "
-                        "warn: log it and go on. pass: only report."
+                        "tooltip": (
+                            "What to do when the video is black. stop: an error that says why, and nothing is saved. "
+                            "warn: log it and go on. pass: only report."
+                        )
                     },
                 ),
             },
@@ -41,7 +43,10 @@ class BlackFrameCheck(Node):
                     {
                         "default": 0.10,
                         **share,
-                        "tooltip": "A pixel is black if its luma is at most this share of white (blackdetect's pixel_black_th).",
+                        "tooltip": (
+                            "A pixel is black if its luma is at most this share of white (blackdetect's "
+                            "pixel_black_th)."
+                        ),
                     },
                 ),
                 "picture_black_ratio": (
@@ -49,7 +54,10 @@ class BlackFrameCheck(Node):
                     {
                         "default": 0.98,
                         **share,
-                        "tooltip": "A frame is black if at least this share of its pixels is black (blackdetect's picture_black_ratio_th).",
+                        "tooltip": (
+                            "A frame is black if at least this share of its pixels is black (blackdetect's "
+                            "picture_black_ratio_th)."
+                        ),
                     },
                 ),
                 "video_black_ratio": (
@@ -57,7 +65,10 @@ class BlackFrameCheck(Node):
                     {
                         "default": 1.0,
                         **share,
-                        "tooltip": "The video is black if at least this share of its frames is black, or any value is NaN or Inf.",
+                        "tooltip": (
+                            "The video is black if at least this share of its frames is black, or any value is NaN or "
+                            "Inf."
+                        ),
                     },
                 ),
             },
@@ -65,18 +76,30 @@ class BlackFrameCheck(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
-        from ..cogvideox.black_frames import check_share
+        from ..cogvideox.black_frames import check_threshold
 
-        shares = dict(pixel_black_threshold=pixel_black_threshold, picture_black_ratio=picture_black_ratio, video_black_ratio=video_black_ratio)
+        shares = dict(
+            pixel_black_threshold=pixel_black_threshold,
+            picture_black_ratio=picture_black_ratio,
+            video_black_ratio=video_black_ratio,
+        )
         return cls.refusal(
-            {"action": action, **shares}, (check_choice, "action", action, ON_BLACK), *((check_share, *share) for share in shares.items())
+            {"action": action, **shares},
+            (check_choice, "action", action, ON_BLACK),
+            *((check_threshold, *share) for share in shares.items()),
         )
 
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):
         from ..cogvideox.black_frames import BlackVideoError, check_black_frames, enforce
         from ..cogvideox.contact_sheet import contact_sheet
 
-        report = check_black_frames(images, pixel_black_threshold, picture_black_ratio, video_black_ratio, on_frame=host.progress())
+        report = check_black_frames(
+            images,
+            pixel_black_threshold,
+            picture_black_ratio,
+            video_black_ratio,
+            events=host.NodeEvents(),
+        )
         host.show(report.text)
         sheet = contact_sheet(images, report)
         pictures = {} if sheet is None else host.pictures(sheet)

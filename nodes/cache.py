@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import CACHES
+from ..cogvideox.choices import CACHES, FIRST_BLOCK
 from . import host
 from .base import Node
 
@@ -14,11 +14,22 @@ _SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
 class Cache(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Cache"
     DESCRIPTION = (
-        "Makes sampling faster by not computing again what changes little from one step to the next. The video is another than without, the more so "
-        "the higher strength is. The sampler says how many block evaluations were skipped, counted. Works with LoRAs and every dtype; cleared "
-        "between runs, and taking the node away restores the model exactly."
+        "Makes sampling faster by not computing again what changes little from one step to the next. The video is "
+        "another than without, the more so the higher strength is. The sampler says how many block evaluations were "
+        "skipped, counted. Works with LoRAs and every dtype; cleared between runs, and taking the node away restores "
+        "the model exactly."
     )
-    SEARCH_ALIASES = ["cogvideo cache", "cogvideox cache", "first block cache", "fbcache", "teacache", "taylorseer", "fastercache", "pab", "speed up"]
+    SEARCH_ALIASES = [
+        "cogvideo cache",
+        "cogvideox cache",
+        "first block cache",
+        "fbcache",
+        "teacache",
+        "taylorseer",
+        "fastercache",
+        "pab",
+        "speed up",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with the cache, for the sampler.",)
@@ -27,14 +38,24 @@ class Cache(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."}),
+                "model": (
+                    "COGVIDEOX_MODEL",
+                    {
+                        "tooltip": (
+                            "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        )
+                    },
+                ),
                 "method": (
                     list(CACHES),
                     {
-                        "default": CACHES[0],
-                        "tooltip": "first_block: runs the first block, and where it changed least reuses what the others did. taylorseer: "
-                        "extrapolates whole steps from earlier ones. pab: reuses each block's attention. faster_cache: extrapolates each block's "
-                        "attention, and the negative prompt's half from the other. The last two take much memory: every block's attention.",
+                        "default": FIRST_BLOCK,
+                        "tooltip": (
+                            "first_block: runs the first block, and where it changed least reuses what the others "
+                            "did. taylorseer: extrapolates whole steps from earlier ones. pab: reuses each block's "
+                            "attention. faster_cache: extrapolates each block's attention, and the negative prompt's "
+                            "half from the other. The last two take much memory: every block's attention."
+                        ),
                     },
                 ),
                 "strength": (
@@ -42,8 +63,11 @@ class Cache(Node):
                     {
                         "default": 0.6,
                         **_SHARE,
-                        "tooltip": "The share of block evaluations between start and end that is to be skipped (with pab and faster_cache: of "
-                        "attention evaluations). 0 changes nothing; higher is faster and further from the video without a cache.",
+                        "tooltip": (
+                            "The share of block evaluations between start and end that is to be skipped (with pab and "
+                            "faster_cache: of attention evaluations). 0 changes nothing; higher is faster and further "
+                            "from the video without a cache."
+                        ),
                     },
                 ),
                 "start": (
@@ -51,20 +75,31 @@ class Cache(Node):
                     {
                         "default": 0.1,
                         **_SHARE,
-                        "tooltip": "The share of the steps after which it may skip; the first steps decide what the video shows.",
+                        "tooltip": (
+                            "The share of the steps after which it may skip; the first steps decide what the video "
+                            "shows."
+                        ),
                     },
                 ),
-                "end": ("FLOAT", {"default": 0.95, **_SHARE, "tooltip": "The share of the steps after which everything is computed again."}),
+                "end": (
+                    "FLOAT",
+                    {
+                        "default": 0.95,
+                        **_SHARE,
+                        "tooltip": "The share of the steps after which everything is computed again.",
+                    },
+                ),
             }
         }
 
     def execute(self, model, method, strength=0.6, start=0.1, end=0.95):
         from ..cogvideox.handles import with_cache
         from ..cogvideox.memory import memory_text
-        from ..cogvideox.speed.cache import Cache
+        from ..cogvideox.modules.cache import Cache
 
-        changed = with_cache(model, Cache(method, strength, start, end))
-        report = f"{changed.cache.text}\n{memory_text(changed)}"
+        cache = Cache(method, strength, start, end)
+        changed = with_cache(model, cache)
+        report = f"{cache.text}\n{memory_text(changed)}"
         logger.info("%s", report)
         host.show(report)
         return (changed,)

@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import COMPILE_MODES
+from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES
 from . import host
 from .base import Node
 
@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 class Compile(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Compile"
     DESCRIPTION = (
-        "Compiles the transformer's blocks with torch.compile: faster steps and the same video within the dtype's rounding, for a longer first step. "
-        "One block is compiled and serves for all; the code stays for the next runs of the same size until ComfyUI ends. Where no compiler is, the "
-        "run goes on without and says so."
+        "Compiles the transformer's blocks with torch.compile: faster steps and the same video within the dtype's "
+        "rounding, for a longer first step. One block is compiled and serves for all; the code stays for the next "
+        "runs of the same size until ComfyUI ends. Where no compiler is, the run goes on without and says so."
     )
     SEARCH_ALIASES = ["cogvideo compile", "cogvideox compile", "torch compile", "inductor", "triton", "speed up"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
@@ -25,20 +25,32 @@ class Compile(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader, a LoRA loader or another node that changes it."}),
+                "model": (
+                    "COGVIDEOX_MODEL",
+                    {
+                        "tooltip": (
+                            "The transformer, from the model loader, a LoRA loader or another node that changes it."
+                        )
+                    },
+                ),
                 "mode": (
                     list(COMPILE_MODES),
                     {
-                        "default": COMPILE_MODES[0],
-                        "tooltip": "default: compiles in a minute or so. max-autotune-no-cudagraphs: tries more ways to run each product, which "
-                        "takes several minutes once.",
+                        "default": COMPILE_DEFAULT,
+                        "tooltip": (
+                            "default: compiles in a minute or so. max-autotune-no-cudagraphs: tries more ways to run "
+                            "each product, which takes several minutes once."
+                        ),
                     },
                 ),
                 "dynamic": (
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Off: compiled anew for each size and length, to the fastest code. On: compiled once for all of them.",
+                        "tooltip": (
+                            "Off: compiled anew for each size and length, to the fastest code. On: compiled once for "
+                            "all of them."
+                        ),
                     },
                 ),
             }
@@ -46,11 +58,12 @@ class Compile(Node):
 
     def execute(self, model, mode, dynamic=False):
         from ..cogvideox.handles import with_compile
-        from ..cogvideox.speed.compiled import Compiled, missing_compiler
+        from ..cogvideox.modules.compiled import Compiled, missing_compiler
 
-        changed = with_compile(model, Compiled(mode, dynamic))
+        compiled = Compiled(mode, dynamic)
+        changed = with_compile(model, compiled)
         missing = missing_compiler(model.weights.device)
-        report = changed.compiled.text if missing is None else f"The model will run without compiling: {missing}."
+        report = compiled.text if missing is None else f"The model will run without compiling: {missing}."
         logger.log(logging.INFO if missing is None else logging.WARNING, "%s", report)
         host.show(report)
         return (changed,)

@@ -1,4 +1,4 @@
-"""CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, if and only if it is switched on."""
+"""CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, but only once it is switched on."""
 
 import logging
 
@@ -9,7 +9,7 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
-#: choice in the graph -> what the engine calls it
+#: By choice in the graph: what the engine calls it.
 CHECKPOINTS = {
     "CogVideoX1.5-5B (text to video, 31 GB)": "t2v",
     "CogVideoX1.5-5B-I2V (image to video, 31 GB)": "i2v",
@@ -19,8 +19,9 @@ CHECKPOINTS = {
 class Downloader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Downloader"
     DESCRIPTION = (
-        "Downloads a CogVideoX-1.5 checkpoint from huggingface.co into models/CogVideo: only the files that are needed and not there yet, each "
-        "checked. Looks at the free space first, can be cancelled, and goes on where it stopped. Does nothing until download is switched on."
+        "Downloads a CogVideoX-1.5 checkpoint from huggingface.co into models/CogVideo: only the files that are "
+        "needed and not there yet, each checked. Looks at the free space first, can be cancelled, and goes on where "
+        "it stopped. Does nothing until download is switched on."
     )
     SEARCH_ALIASES = ["download cogvideo", "cogvideox download", "huggingface", "get model", "checkpoint downloader"]
     OUTPUT_NODE = True
@@ -37,14 +38,22 @@ class Downloader(Node):
             "required": {
                 "checkpoint": (
                     list(CHECKPOINTS),
-                    {"tooltip": "What to download: the model that makes videos from a prompt, or the one that starts from an image."},
+                    {
+                        "tooltip": (
+                            "What to download: the model that makes videos from a prompt, or the one that starts from "
+                            "an image."
+                        )
+                    },
                 ),
                 "download": (
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Off: nothing is downloaded and the network is not touched; the node only says what it would do. On: running "
-                        "the graph downloads what is missing. Running it again after a cancel goes on where it stopped.",
+                        "tooltip": (
+                            "Off: nothing is downloaded and the network is not touched; the node only says what it "
+                            "would do. On: running the graph downloads what is missing. Running it again after a "
+                            "cancel goes on where it stopped."
+                        ),
                     },
                 ),
             }
@@ -56,7 +65,7 @@ class Downloader(Node):
 
     @classmethod
     def IS_CHANGED(cls, checkpoint=None, download=False):
-        """A checkpoint that was deleted since is downloaded again; one that is there is left alone."""
+        """Tell whether the checkpoint is there: one that was deleted since is downloaded again, and no other."""
         from ..cogvideox.checkpoint.download import checkpoint_folder
         from ..cogvideox.checkpoint.layout import is_checkpoint
 
@@ -73,13 +82,16 @@ class Downloader(Node):
         which, folder = CHECKPOINTS[checkpoint], host.download_folder()
         target = checkpoint_folder(which, folder)
         if download:
-            download_checkpoint(which, folder, on_progress=host.progress())
+            download_checkpoint(which, folder, on_progress=host.NodeEvents().counter("downloading", "B"))
             place = short(target, 400)
-            report = f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in CogVideoX-1.5 Model Loader."
+            report = (
+                f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in "
+                "CogVideoX-1.5 Model Loader."
+            )
         else:
             report = (
-                f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} (about 31 GB, less what is "
-                f"there already) from huggingface.co into {short(target, 400)}."
+                f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} "
+                f"(about 31 GB, less what is there already) from huggingface.co into {short(target, 400)}."
             )
         logger.info("%s", report)
         host.show(report)

@@ -6,7 +6,9 @@ from .base import LENGTH, SIZE, Node
 
 class EmptyLatent(Node):
     DISPLAY_NAME = "Empty CogVideoX-1.5 Latent"
-    DESCRIPTION = "The size and length of the video to make: an empty latent, which the sampler fills with noise to start from."
+    DESCRIPTION = (
+        "The size and length of the video to make: an empty latent, which the sampler fills with noise to start from."
+    )
     SEARCH_ALIASES = ["cogvideo latent", "cogvideox size", "empty latent video", "resolution", "frames"]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
@@ -16,15 +18,31 @@ class EmptyLatent(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "width": ("INT", {"default": 1360, **SIZE, "tooltip": "Width in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."}),
+                "width": (
+                    "INT",
+                    {
+                        "default": 1360,
+                        **SIZE,
+                        "tooltip": "Width in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768.",
+                    },
+                ),
                 "height": (
                     "INT",
-                    {"default": 768, **SIZE, "tooltip": "Height in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768."},
+                    {
+                        "default": 768,
+                        **SIZE,
+                        "tooltip": "Height in pixels, a multiple of 16. CogVideoX1.5-5B was trained at 1360x768.",
+                    },
                 ),
                 "length": LENGTH,
                 "batch_size": (
                     "INT",
-                    {"default": 1, "min": 1, "max": 64, "tooltip": "Videos to make at once. Each takes as much memory as the first."},
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 64,
+                        "tooltip": "Videos to make at once. Each takes as much memory as the first.",
+                    },
                 ),
             }
         }
@@ -45,6 +63,6 @@ class EmptyLatent(Node):
 
 
 def _check_length(length):
-    # CogVideoX-5b and -2b make 8N+1 frames; which model it is, the run knows.
+    # CogVideoX-5b and -2b make 8N+1 frames; only the run knows which model it is.
     if length % 8 != 1:
         check_frames(length)

@@ -8,10 +8,19 @@ from .base import LENGTH, SIZE, Node
 class ImageToVideo(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Image to Video"
     DESCRIPTION = (
-        "The image a video starts from, and its size and length, for image-to-video checkpoints (CogVideoX1.5-5B-I2V, CogVideoX-5b-I2V). The image "
-        "is scaled and centre-cropped to the size, encoded with the checkpoint's own VAE, and put into both conditionings."
+        "The image a video starts from, and its size and length, for image-to-video checkpoints (CogVideoX1.5-5B-I2V, "
+        "CogVideoX-5b-I2V). The image is scaled and centre-cropped to the size, encoded with the checkpoint's own "
+        "VAE, and put into both conditionings."
     )
-    SEARCH_ALIASES = ["cogvideo i2v", "cogvideox image to video", "start image", "first frame", "end image", "first last frame", "animate image"]
+    SEARCH_ALIASES = [
+        "cogvideo i2v",
+        "cogvideox image to video",
+        "start image",
+        "first frame",
+        "end image",
+        "first last frame",
+        "animate image",
+    ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")
     OUTPUT_TOOLTIPS = (
@@ -23,7 +32,8 @@ class ImageToVideo(Node):
     @classmethod
     def INPUT_TYPES(cls):
         trained = (
-            "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; CogVideoX-5b-I2V takes 720x480."
+            "a multiple of 16. CogVideoX1.5-5B-I2V was trained with one side of 768 and the other from 768 to 1360; "
+            "CogVideoX-5b-I2V takes 720x480."
         )
         return {
             "required": {
@@ -32,7 +42,12 @@ class ImageToVideo(Node):
                 "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
                 "start_image": (
                     "IMAGE",
-                    {"tooltip": "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several images the first is used."},
+                    {
+                        "tooltip": (
+                            "The first frame. Any size: it is scaled and centre-cropped to width x height. Of several "
+                            "images the first is used."
+                        )
+                    },
                 ),
                 "width": ("INT", {"default": 1360, **SIZE, "tooltip": f"Width in pixels, {trained}"}),
                 "height": ("INT", {"default": 768, **SIZE, "tooltip": f"Height in pixels, {trained}"}),
@@ -51,8 +66,10 @@ class ImageToVideo(Node):
                 "end_image": (
                     "IMAGE",
                     {
-                        "tooltip": "The last frame, for checkpoints that were fine-tuned to go from one image to another. The released ones were "
-                        "not, and the sampler says so."
+                        "tooltip": (
+                            "The last frame, for checkpoints that were fine-tuned to go from one image to another. "
+                            "The released ones were not, and the sampler says so."
+                        )
                     },
                 ),
             },
@@ -60,7 +77,7 @@ class ImageToVideo(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        # CogVideoX-5b-I2V makes 8N+1 frames; which model it is, the run knows.
+        # CogVideoX-5b-I2V makes 8N+1 frames; only the run knows which model it is.
         eights = isinstance(length, int) and length % 8 == 1
         return cls.refusal(
             dict(width=width, height=height, length=length, batch_size=batch_size),
@@ -77,11 +94,12 @@ class ImageToVideo(Node):
         from ..cogvideox.vae import image_latents
 
         samples = empty_latent(width, height, length, batch_size, vae.frame_step)
-        start, end = (
-            None if image is None else fit_size(check_images(image, name)[:1], width, height)
-            for name, image in (("start_image", start_image), ("end_image", end_image))
-        )
+        start = fit_size(check_images(start_image, "start_image")[:1], width, height)
+        end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)
-        latents = image_latents(vae, start, length, end, **host.vae_callbacks())
-        with_image = ([[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given] for given in (positive, negative))
+        latents = image_latents(vae, start, length, end, events=host.NodeEvents())
+        with_image = (
+            [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
+            for given in (positive, negative)
+        )
         return *with_image, {"samples": samples}

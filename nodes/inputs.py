@@ -1,12 +1,14 @@
-"""What comes in at a node's sockets and widgets: checked against what the node declares, before the node is run.
+"""Checks of what comes in at a node's sockets and widgets against what the node declares, before the node is run.
 
-ComfyUI checks the types of what is connected by their names only, and nothing checks what a script or another pack's node hands over.
+ComfyUI compares the names of the types that are connected, and nothing checks what a script or another pack's node
+really hands over.
 """
 
 import inspect
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -15,22 +17,36 @@ from ..cogvideox.handles import VAE, Model, TextEncoder
 from ..cogvideox.tensors import check_tensor, tensor_text
 from ..cogvideox.words import listed, short
 
-#: Letters of a text at most: a prompt that the model reads to its end has about 1000.
+#: Letters of a text at most. A prompt of about 1000 is all that the model reads.
 _LONGEST_TEXT = 100_000
 _LOADER = "CogVideoX-1.5 Model Loader"
-_HANDLES = {Model: "transformer (COGVIDEOX_MODEL)", TextEncoder: "text encoder (COGVIDEOX_TEXT_ENCODER)", VAE: "video VAE (COGVIDEOX_VAE)"}
-#: ComfyUI's own, by the names of their classes.
-_CORE = {"ModelPatcher": "MODEL", "CLIP": "CLIP", "VAE": "VAE", "ControlBase": "CONTROL_NET", "ClipVisionModel": "CLIP_VISION"}
-#: type of a socket or widget -> what belongs there, and what to do where it does not
+_HANDLES = {
+    Model: "transformer (COGVIDEOX_MODEL)",
+    TextEncoder: "text encoder (COGVIDEOX_TEXT_ENCODER)",
+    VAE: "video VAE (COGVIDEOX_VAE)",
+}
+#: Sockets of ComfyUI's own models, by the names of the models' classes.
+_CORE = {
+    "ModelPatcher": "MODEL",
+    "CLIP": "CLIP",
+    "VAE": "VAE",
+    "ControlBase": "CONTROL_NET",
+    "ClipVisionModel": "CLIP_VISION",
+}
+#: By type of a socket or widget: what belongs there, and what to do if something else comes in.
 _WANTED = {
     "COGVIDEOX_MODEL": ("a transformer (COGVIDEOX_MODEL)", f"Connect the model of {_LOADER}, or of a node behind it."),
     "COGVIDEOX_TEXT_ENCODER": ("a text encoder (COGVIDEOX_TEXT_ENCODER)", f"Connect the text_encoder of {_LOADER}."),
     "COGVIDEOX_TEXT_ENCODER,CLIP": (
         "a text encoder (COGVIDEOX_TEXT_ENCODER or CLIP)",
-        f"Connect the text_encoder of {_LOADER}, or a T5-XXL of CLIPLoader; CogVideoX-1.5 Quantize gives one only if its own is connected.",
+        f"Connect the text_encoder of {_LOADER}, or a T5-XXL of CLIPLoader; CogVideoX-1.5 Quantize gives one only if "
+        "its own is connected.",
     ),
     "COGVIDEOX_VAE": ("a video VAE (COGVIDEOX_VAE)", f"Connect the vae of {_LOADER}."),
-    "LATENT": ("a video latent (LATENT)", "Connect Empty CogVideoX-1.5 Latent, or another node that gives CogVideoX's latents."),
+    "LATENT": (
+        "a video latent (LATENT)",
+        "Connect Empty CogVideoX-1.5 Latent, or another node that gives CogVideoX's latents.",
+    ),
     "CONDITIONING": ("a CONDITIONING", "Connect CogVideoX-1.5 Text Encode."),
     "IMAGE": ("an IMAGE", "Connect an IMAGE, such as of Load Image or CogVideoX-1.5 VAE Decode."),
     "INT": ("a whole number", "Type one in, or connect one."),
@@ -41,18 +57,28 @@ _WANTED = {
 }
 
 
+class Declares(Protocol):
+    """What is read of a node's class."""
+
+    DISPLAY_NAME: ClassVar[str]
+    INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
+    execute: ClassVar[Callable[..., Any]]
+
+
 class _Odd(Exception):
-    """What is wrong with a value, as the end of a sentence that begins with the socket's name; and what to do, if that is special."""
+    """Raised for a value that does not belong: ``flaw`` ends a sentence that begins with the socket's name, and
+    ``remedy`` is what to do, if that is not the usual for the type."""
 
     def __init__(self, flaw: str, remedy: str | None = None):
         super().__init__(flaw)
         self.flaw, self.remedy = flaw, remedy
 
 
-def checked(node: type, given: dict) -> dict:
-    """The arguments of a node's ``execute``, of what it was given.
+def checked(node: type[Declares], given: dict[str, Any]) -> dict[str, Any]:
+    """Make the arguments of a node's ``execute`` from what the node was given.
 
-    Numbers come out as Python's, whichever library's they were; tensors apart from autograd; what is optional and None is left out.
+    Numbers come out as Python's, whichever library they came from, and tensors detached from autograd. What is optional
+    and None is left out.
 
     Raises:
         ValueError: naming the node, the socket, what came, what is wanted and what to connect.
@@ -63,8 +89,8 @@ def checked(node: type, given: dict) -> dict:
     unknown = [name for name in given if name not in declared and name not in hidden]
     if unknown:
         raise ValueError(
-            f"{node.DISPLAY_NAME} has no input called {listed(unknown)}, so what is connected there would have no effect. It has "
-            f"{', '.join(declared)}: take the other away, or update the pack if the workflow is newer."
+            f"{node.DISPLAY_NAME} has no input called {listed(unknown)}, so what is connected there would have no "
+            f"effect. It has {', '.join(declared)}: take the other away, or update the pack if the workflow is newer."
         )
     found = {name: given[name] for name in hidden if name in given}
     for name, spec in declared.items():
@@ -76,11 +102,16 @@ def checked(node: type, given: dict) -> dict:
     return found
 
 
-def objections(node: type, given: dict, limits: bool = True) -> dict[str, str]:
-    """By name, the sentences about the widgets whose values are no such; None is what another node will give. ``limits`` of numbers count too, unless
-    the engine is asked, which knows better why."""
+def objections(node: type[Declares], given: dict[str, Any], limits: bool = True) -> dict[str, str]:
+    """Collect the sentences about the widgets whose values do not belong there, by the widget's name. None is what
+    another node will give, and is passed over.
+
+    Args:
+        limits: whether the limits of numbers count. They do not before the engine is asked, which says better why.
+    """
     types = node.INPUT_TYPES()
-    declared, said = {**types.get("required", {}), **types.get("optional", {})}, {}
+    declared = {**types.get("required", {}), **types.get("optional", {})}
+    said: dict[str, str] = {}
     for name, value in given.items():
         if value is not None:
             try:
@@ -90,11 +121,12 @@ def objections(node: type, given: dict, limits: bool = True) -> dict[str, str]:
     return said
 
 
-def check_value(node: type, name: str, spec: tuple, value: object, limits: bool = True) -> object:
-    """One value, as ``execute`` takes it.
+def check_value(node: type[Declares], name: str, spec: tuple, value: object, limits: bool = True) -> object:
+    """Check one value and return it as ``execute`` takes it.
 
     Args:
         spec: what ``INPUT_TYPES`` says of it.
+        limits: whether the limits of numbers count.
 
     Raises:
         ValueError: if it is not what is declared.
@@ -104,7 +136,9 @@ def check_value(node: type, name: str, spec: tuple, value: object, limits: bool 
     try:
         return _READERS[kind](value, spec[1] if limits and len(spec) > 1 else {})
     except _Odd as odd:
-        raise ValueError(f"{node.DISPLAY_NAME}: {name} {odd.flaw}, and {wanted} belongs there. {odd.remedy or remedy}") from None
+        raise ValueError(
+            f"{node.DISPLAY_NAME}: {name} {odd.flaw}, and {wanted} belongs there. {odd.remedy or remedy}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{node.DISPLAY_NAME}: {name}: {error}") from error
 
@@ -148,7 +182,9 @@ def _conditioning(value, _):
             raise _Odd(f"is a list with {seen(entry)} in it, where each entry is a pair of embeddings and settings")
         if not isinstance(entry[1], dict):
             raise _Odd(f"has {seen(entry[1])} where the settings of the prompt are")
-        entries.append([check_tensor(entry[0], "what the CONDITIONING has for embeddings", _WANTED["CONDITIONING"][1]), entry[1]])
+        entries.append(
+            [check_tensor(entry[0], "what the CONDITIONING has for embeddings", _WANTED["CONDITIONING"][1]), entry[1]]
+        )
     return entries
 
 
@@ -157,7 +193,9 @@ def _image(value, _):
         raise _Odd(f"is {seen(value)}")
     remedy = _WANTED["IMAGE"][1]
     if value.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
-        remedy = "An IMAGE is float from 0 to 1: divide pixels from 0 to 255 by 255, or connect the IMAGE of Load Image."
+        remedy = (
+            "An IMAGE is float from 0 to 1: divide pixels from 0 to 255 by 255, or connect the IMAGE of Load Image."
+        )
     return check_tensor(value, "what comes in", remedy)
 
 
@@ -177,7 +215,9 @@ def _limits(options) -> str:
 
 def _within(number, options):
     if not options.get("min", number) <= number <= options.get("max", number):
-        raise _Odd(f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one.")
+        raise _Odd(
+            f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one."
+        )
     return number
 
 
@@ -186,8 +226,10 @@ def _float(value, options):
 
 
 def _int(value, options):
-    # A float cannot hold every whole number; it only tells whether this is one.
-    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
+    # A float cannot hold every whole number, so it only serves to tell whether the value is one.
+    number = (
+        int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else _number(value, options)
+    )
     if abs(number) > 10**80:
         raise _Odd("is a number of more than 80 digits")
     if number != int(number):
@@ -199,11 +241,16 @@ def _string(value, _):
     if not isinstance(value, str):
         raise _Odd(f"is {seen(value)}")
     if len(value) > _LONGEST_TEXT:
-        raise _Odd(f"has {len(value):,} letters, of which the model reads about 1,000", "Connect or type in the prompt alone.")
+        raise _Odd(
+            f"has {len(value):,} letters, of which the model reads about 1,000", "Connect or type in the prompt alone."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _Odd(f"holds half a letter (at {error.start + 1}: {short(value[error.start])}), so it cannot be read", "Type it in again.") from None
+        raise _Odd(
+            f"holds half a letter (at {error.start + 1}: {short(value[error.start])}), so it cannot be read",
+            "Type it in again.",
+        ) from None
     return value
 
 
@@ -214,7 +261,7 @@ def _boolean(value, _):
 
 
 def _choice(value, _):
-    # Whether it is one of them the engine says, and what the others are.
+    # The engine says whether it is one of them, and what the others are.
     if isinstance(value, str):
         return value
     raise _Odd(f"is {seen(value)}")
@@ -237,7 +284,7 @@ _READERS: dict[str, Callable] = {
 
 
 def seen(value: object) -> str:
-    """What a value is, as a person calls it who looks at the graph."""
+    """Say what a value is, in the words of a person who looks at the graph."""
     for kind, name in _HANDLES.items():
         if isinstance(value, kind):
             return f"a {name}"
@@ -245,7 +292,9 @@ def seen(value: object) -> str:
         if cls.__name__ in _CORE and cls.__module__.startswith("comfy"):
             return f"a {_CORE[cls.__name__]} of ComfyUI's own loaders ({type(value).__name__})"
     if isinstance(value, torch.Tensor):
-        what = {4: "an IMAGE or another tensor", 3: "a MASK or another tensor"}.get(value.ndim if not value.is_nested else 0, "a tensor")
+        what = {4: "an IMAGE or another tensor", 3: "a MASK or another tensor"}.get(
+            value.ndim if not value.is_nested else 0, "a tensor"
+        )
         return f"{what} ({tensor_text(value)})"
     if isinstance(value, np.ndarray):
         return f"a NumPy array ({value.dtype} {list(value.shape)})"
@@ -254,7 +303,9 @@ def seen(value: object) -> str:
         name = next((said for key, said in known.items() if key in value), "a dictionary")
         return f"{name} (with {listed(value)})" if value else "an empty dictionary"
     if isinstance(value, list | tuple):
-        pairs = bool(value) and all(isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict) for entry in value)
+        pairs = bool(value) and all(
+            isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict) for entry in value
+        )
         return "a CONDITIONING" if pairs else f"a list of {len(value)}"
     if value is None:
         return "nothing"

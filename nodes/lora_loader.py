@@ -12,9 +12,10 @@ logger = logging.getLogger(__name__)
 class LoraLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 LoRA Loader"
     DESCRIPTION = (
-        "Has the transformer run with a LoRA (formats of diffusers, peft, finetrainers, kohya, CogVideoX-Fun and SAT). It is added while the model "
-        "runs and the weights stay as they are: nodes can be chained, another branch of the graph can use another LoRA, and taking the node away "
-        "restores the model exactly. Works with every dtype and file format."
+        "Has the transformer run with a LoRA (formats of diffusers, peft, finetrainers, kohya, CogVideoX-Fun and "
+        "SAT). It is added while the model runs and the weights stay as they are: nodes can be chained, another "
+        "branch of the graph can use another LoRA, and taking the node away restores the model exactly. Works with "
+        "every dtype and file format."
     )
     SEARCH_ALIASES = ["cogvideo lora", "cogvideox lora", "load lora", "style", "adapter"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
@@ -25,7 +26,10 @@ class LoraLoader(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader or another LoRA loader."}),
+                "model": (
+                    "COGVIDEOX_MODEL",
+                    {"tooltip": "The transformer, from the model loader or another LoRA loader."},
+                ),
                 "lora_name": (
                     host.loras(),
                     {"tooltip": "A LoRA trained on this CogVideoX model, in models/loras or models/CogVideo/loras."},
@@ -39,7 +43,9 @@ class LoraLoader(Node):
                         "step": 0.05,
                         # Fine enough for the strengths of migrated workflows, such as 1 / 256.
                         "round": 0.000001,
-                        "tooltip": "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way.",
+                        "tooltip": (
+                            "How strongly it is applied: 1 as it was trained, 0 not at all, negative the other way."
+                        ),
                     },
                 ),
             }

@@ -1,4 +1,4 @@
-"""CogVideoX-1.5 Model Loader: a checkpoint's transformer, text encoder and VAE, and a report of their dtypes."""
+"""CogVideoX-1.5 Model Loader: opens a checkpoint's transformer, text encoder and VAE, and reports their dtypes."""
 
 import logging
 
@@ -9,16 +9,17 @@ from .base import Node
 
 logger = logging.getLogger(__name__)
 
-#: Of a part: the checkpoint's own, or one that is found.
+#: The choice of a part that takes the checkpoint's own, or one that is found.
 _AUTO = "auto"
 
 
 class ModelLoader(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Model Loader"
     DESCRIPTION = (
-        "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a single file in "
-        "models/diffusion_models or models/checkpoints), checks what its weights are stored in and were trained in, and decides in which dtype each "
-        "part runs. Weights are read when a node first needs them, not here."
+        "Opens a CogVideoX checkpoint (a folder of diffusers or SAT in models/CogVideo or models/diffusers, or a "
+        "single file in models/diffusion_models or models/checkpoints), checks what its weights are stored in and "
+        "were trained in, and decides in which dtype each part runs. Weights are read when a node first needs them, "
+        "not here."
     )
     SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")
@@ -27,7 +28,8 @@ class ModelLoader(Node):
         "The transformer, for the sampler.",
         "The T5 text encoder, for CogVideoX-1.5 Text Encode.",
         "The video VAE, for CogVideoX-1.5 VAE Decode.",
-        "Per part: the dtype it is stored in, was trained in and will run in, a verdict, and what to do. Also shown on the node.",
+        "Per part: the dtype it is stored in, was trained in and will run in, a verdict, and what to do. Also shown "
+        "on the node.",
     )
 
     @classmethod
@@ -37,17 +39,22 @@ class ModelLoader(Node):
                 "model": (
                     [entry.label for entry in host.checkpoints()],
                     {
-                        "tooltip": "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or SAT), or a single file in "
-                        "models/diffusion_models or models/checkpoints. Only real CogVideoX checkpoints are listed, with what they are."
+                        "tooltip": (
+                            "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or "
+                            "SAT), or a single file in models/diffusion_models or models/checkpoints. Only real "
+                            "CogVideoX checkpoints are listed, with what they are."
+                        )
                     },
                 ),
                 "dtype": (
                     list(DTYPES),
                     {
                         "default": "auto",
-                        "tooltip": "The dtype to run in. auto: the one the weights were trained in where your card has it, else the fastest that "
-                        "gives the same picture (range-safe fp16 on cards without bf16). CogVideoX-1.5 was trained in bf16; plain fp16 turns it "
-                        "black.",
+                        "tooltip": (
+                            "The dtype to run in. auto: the one the weights were trained in where your card has it, "
+                            "else the fastest that gives the same picture (range-safe fp16 on cards without bf16). "
+                            "CogVideoX-1.5 was trained in bf16; plain fp16 turns it black."
+                        ),
                     },
                 ),
             },
@@ -56,25 +63,33 @@ class ModelLoader(Node):
                     list(ON_MISMATCH),
                     {
                         "default": "fix",
-                        "tooltip": "If the dtype does not suit the weights or the card. fix: run in a way that gives a right picture, and say what "
-                        "was changed. warn: run as chosen. stop: an error before a second is spent.",
+                        "tooltip": (
+                            "If the dtype does not suit the weights or the card. fix: run in a way that gives a right "
+                            "picture, and say what was changed. warn: run as chosen. stop: an error before a second "
+                            "is spent."
+                        ),
                     },
                 ),
                 "memory": (
                     list(MEMORY),
                     {
                         "default": "auto",
-                        "tooltip": "Where the weights are while they run. auto: the fastest way that fits the video and the card; the report has "
-                        "what each takes. gpu: all on the card. offload_blocks, offload_layers: in the computer's memory, brought to the card piece "
-                        "by piece: slower, in much less of the card's memory, and the same video. cpu: not on the card at all.",
+                        "tooltip": (
+                            "Where the weights are while they run. auto: the fastest mode that fits the video and the "
+                            "card; the report has what each takes. gpu: all on the card. offload_blocks, "
+                            "offload_layers: in the computer's memory, brought to the card piece by piece: slower, in "
+                            "much less of the card's memory, and the same video. cpu: not on the card at all."
+                        ),
                     },
                 ),
                 "scan_weights": (
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Read every weight once and report NaN, Inf, and what an fp16 copy would lose. Takes as long as reading the "
-                        "files; can be cancelled.",
+                        "tooltip": (
+                            "Read every weight once and report NaN, Inf, and what an fp16 copy would lose. Takes as "
+                            "long as reading the files; can be cancelled."
+                        ),
                     },
                 ),
                 **{
@@ -87,7 +102,11 @@ class ModelLoader(Node):
                         },
                     )
                     for kind, what, where in (
-                        ("text_encoder", "A T5-XXL encoder in a file of its own, such as t5xxl_fp16.safetensors.", "models/text_encoders"),
+                        (
+                            "text_encoder",
+                            "A T5-XXL encoder in a file of its own, such as t5xxl_fp16.safetensors.",
+                            "models/text_encoders",
+                        ),
                         ("vae", "A CogVideoX VAE in a file of its own.", "models/vae"),
                     )
                 },
@@ -96,9 +115,18 @@ class ModelLoader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=_AUTO, vae_name=_AUTO):
+    def VALIDATE_INPUTS(
+        cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=_AUTO, vae_name=_AUTO
+    ):
         return cls.refusal(
-            dict(model=model, dtype=dtype, on_mismatch=on_mismatch, memory=memory, text_encoder_name=text_encoder_name, vae_name=vae_name),
+            dict(
+                model=model,
+                dtype=dtype,
+                on_mismatch=on_mismatch,
+                memory=memory,
+                text_encoder_name=text_encoder_name,
+                vae_name=vae_name,
+            ),
             (host.checkpoint_path, model),
             (check_choice, "dtype", dtype, DTYPES),
             (check_choice, "on_mismatch", on_mismatch, ON_MISMATCH),
@@ -131,11 +159,17 @@ class ModelLoader(Node):
         checkpoint, notes = _open(model, text_encoder_name, vae_name)
         for slot, kind in enumerate(("text_encoder", "vae"), 1):
             if host.is_connected(prompt, unique_id, slot):
-                # A part that is missing is told before the video is made, not when it is to be decoded.
+                # A missing part is an error now, not after the video is made.
                 checkpoint.part(kind)
         handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
-        plan = scan_parts(checkpoint, handles.plan, on_progress=host.progress()) if scan_weights else handles.plan
-        report = "\n".join([plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)])
+        plan = (
+            scan_parts(checkpoint, handles.plan, on_progress=host.NodeEvents().counter("reading weights", "B"))
+            if scan_weights
+            else handles.plan
+        )
+        report = "\n".join(
+            [plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)]
+        )
         logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", report)
         host.show(report)
         return handles.model, handles.text_encoder, handles.vae, report
@@ -147,7 +181,8 @@ def _chosen_parts(text_encoder_name, vae_name):
 
 
 def _open(model, text_encoder_name, vae_name):
-    """The checkpoint with the parts chosen, or found where it has none, and what to say about that."""
+    """Open the checkpoint with the parts that were chosen, or found where it has none, and return it with what to say
+    about the latter."""
     from ..cogvideox.checkpoint.layout import open_checkpoint
 
     path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
@@ -161,9 +196,11 @@ def _open(model, text_encoder_name, vae_name):
 
 
 def _find_part(kind, checkpoint):
-    """The most exact part in the model folders that runs with the checkpoint's transformer, by its kind, and what to say about it."""
+    """Find the most exact part in the model folders that runs with the checkpoint's transformer: its path by its kind,
+    and what to say about it."""
     from ..cogvideox.checkpoint.architecture import check_together
-    from ..cogvideox.checkpoint.layout import PARTS, open_part
+    from ..cogvideox.checkpoint.layout import open_part
+    from ..cogvideox.variants import PARTS
 
     fitting, refused = [], []
     for entry in host.parts(kind):
@@ -176,8 +213,13 @@ def _find_part(kind, checkpoint):
     own = checkpoint.incomplete.get(kind)
     lacking = f"the checkpoint's own cannot be used ({own})" if own else "the checkpoint has none"
     if not fitting:
-        told = f"{PARTS[kind][0]}: {lacking}, and none that is here goes with it ({listed(entry.label for entry in refused)})."
+        others = listed(entry.label for entry in refused)
+        told = f"{PARTS[kind][0]}: {lacking}, and none that is here goes with it ({others})."
         return {}, [told] if refused else []
-    best, *others = fitting
-    why = f", the most exact of those that go with it (the others: {listed(entry.name for entry in others)})" if others else ""
+    best, *rest = fitting
+    why = (
+        f", the most exact of those that go with it (the others: {listed(entry.name for entry in rest)})"
+        if rest
+        else ""
+    )
     return {kind: best.path}, [f"{PARTS[kind][0]}: {lacking}, so {short(best.label, 160)} is used{why}."]

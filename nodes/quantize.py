@@ -12,9 +12,10 @@ logger = logging.getLogger(__name__)
 class Quantize(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Quantize"
     DESCRIPTION = (
-        "Keeps the weights of attention and feed-forward in int8 or fp8, a byte each, made of the checkpoint while it loads; the layers that "
-        "rounding breaks stay as they are. Reports what that saves and how far the weights are off. Works with every dtype, memory mode and LoRA; "
-        "taking the node away restores the model exactly. The weights are read here, once."
+        "Keeps the weights of attention and feed-forward in int8 or fp8, a byte each, made of the checkpoint while it "
+        "loads; the layers that rounding breaks stay as they are. Reports what that saves and how far the weights are "
+        "off. Works with every dtype, memory mode and LoRA; taking the node away restores the model exactly. The "
+        "weights are read here, once."
     )
     SEARCH_ALIASES = ["cogvideo quantize", "cogvideox quantize", "int8", "fp8", "torchao", "low vram"]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "STRING")
@@ -33,32 +34,42 @@ class Quantize(Node):
                 "method": (
                     list(QUANTIZE),
                     {
-                        "tooltip": "int8_weight_only: half the memory of bf16, on any card, nearest to the original. fp8_weight_only: the same size, "
-                        "a few times farther off. int8_dynamic, fp8_dynamic: the products are of int8 or fp8 too, which can be faster on cards that "
-                        "have them (int8: RTX 20xx and newer; fp8: RTX 40xx, H100 and newer) and loses more."
+                        "tooltip": (
+                            "int8_weight_only: half the memory of bf16, on any card, nearest to the original. "
+                            "fp8_weight_only: the same size, a few times farther off. int8_dynamic, fp8_dynamic: the "
+                            "products are of int8 or fp8 too, which can be faster on cards that have them (int8: RTX "
+                            "20xx and newer; fp8: RTX 40xx, H100 and newer) and loses more."
+                        )
                     },
                 ),
             },
             "optional": {
                 "text_encoder": (
                     "COGVIDEOX_TEXT_ENCODER",
-                    {"tooltip": "T5, if it is to be quantized too. With a dynamic method its weights alone are: it runs only once per prompt."},
+                    {
+                        "tooltip": (
+                            "T5, if it is to be quantized too. With a dynamic method its weights alone are: it runs "
+                            "only once per prompt."
+                        )
+                    },
                 ),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, method=None):
-        from ..cogvideox.precision.quantize import check_method
+        from ..cogvideox.precision.quantizing import check_method
 
         return cls.refusal({"method": method}, (check_method, method, host.hardware()))
 
     def execute(self, model, method, text_encoder=None):
         from ..cogvideox.handles import quantized
 
-        # Both, before minutes are spent on one.
+        # Both are checked before minutes are spent on one.
         handles = [handle and quantized(handle, method) for handle in (model, text_encoder)]
-        report = "\n".join(handle.weights.quantization_text(host.progress()) for handle in handles if handle is not None)
+        report = "\n".join(
+            handle.weights.quantization_text(host.NodeEvents()) for handle in handles if handle is not None
+        )
         logger.info("%s", report)
         host.show(report)
         return (*handles, report)

@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 class Sampler(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Sampler"
     DESCRIPTION = (
-        "Makes the video's latents from noise and a prompt, and from an image or a video, step by step, exactly as diffusers' pipelines do for "
-        "the same seed. "
-        "Every step is checked for NaN and Inf and healed if need be, so that no run ends in a black video. Shows a preview while it runs, where "
-        "ComfyUI's settings have one. Can be cancelled between two steps."
+        "Makes the video's latents from noise and a prompt, and from an image or a video, step by step, exactly as "
+        "diffusers' pipelines do for the same seed. Every step is checked for NaN and Inf and healed if need be, so "
+        "that no run ends in a black video. Shows a preview while it runs, where ComfyUI's settings have one. Can be "
+        "cancelled between two steps."
     )
     SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
     RETURN_TYPES = ("LATENT",)
@@ -31,10 +31,18 @@ class Sampler(Node):
             "required": {
                 "model": ("COGVIDEOX_MODEL", {"tooltip": "The transformer, from the model loader."}),
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows."}),
-                "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual. Not used at cfg 1."}),
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "What it should not show; an empty prompt is usual. Not used at cfg 1."},
+                ),
                 "latent_image": (
                     "LATENT",
-                    {"tooltip": "Size and length of the video (an empty latent), or the latents of a video to start from with denoise below 1."},
+                    {
+                        "tooltip": (
+                            "Size and length of the video (an empty latent), or the latents of a video to start from "
+                            "with denoise below 1."
+                        )
+                    },
                 ),
                 "seed": (
                     "INT",
@@ -46,7 +54,10 @@ class Sampler(Node):
                         "tooltip": "The same seed, prompt and settings give the same video, here and in diffusers.",
                     },
                 ),
-                "steps": ("INT", {"default": 50, "min": 1, "max": 1000, "tooltip": "Denoising steps. The model card uses 50."}),
+                "steps": (
+                    "INT",
+                    {"default": 50, "min": 1, "max": 1000, "tooltip": "Denoising steps. The model card uses 50."},
+                ),
                 "cfg": (
                     "FLOAT",
                     {
@@ -55,8 +66,10 @@ class Sampler(Node):
                         "max": 100.0,
                         "step": 0.1,
                         "round": 0.01,
-                        "tooltip": "Classifier-free guidance: how strictly the prompt is followed. The model card uses 6; "
-                        "1 switches it off and halves the time.",
+                        "tooltip": (
+                            "Classifier-free guidance: how strictly the prompt is followed. The model card uses 6; 1 "
+                            "switches it off and halves the time."
+                        ),
                     },
                 ),
                 "scheduler": (
@@ -73,7 +86,10 @@ class Sampler(Node):
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "1 makes the video from noise. Below 1 starts from the latents given and runs that share of the steps.",
+                        "tooltip": (
+                            "1 makes the video from noise. Below 1 starts from the latents given and runs that share "
+                            "of the steps."
+                        ),
                     },
                 ),
             },
@@ -82,16 +98,20 @@ class Sampler(Node):
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Change the guidance from step to step along a cosine, as the reference's use_dynamic_cfg does. "
-                        "Its script switches it on with dpm.",
+                        "tooltip": (
+                            "Change the guidance from step to step along a cosine, as the reference's use_dynamic_cfg "
+                            "does. Its script switches it on with dpm."
+                        ),
                     },
                 ),
                 "on_nan": (
                     list(ON_NAN),
                     {
                         "default": "heal",
-                        "tooltip": "If a step gives NaN or Inf. heal: repeat that step in the next safer way to run, finish the run, and say so. "
-                        "stop: an error that names the module.",
+                        "tooltip": (
+                            "If a step gives NaN or Inf. heal: repeat that step in the next safer precision, finish "
+                            "the run, and say so. stop: an error that names the module."
+                        ),
                     },
                 ),
             },
@@ -100,8 +120,9 @@ class Sampler(Node):
 
     @classmethod
     def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
-        from ..cogvideox.sampling import check_guidance, steps_to_run
-        from ..cogvideox.speed.combine import check_choices
+        from ..cogvideox.combinations import check_combination
+        from ..cogvideox.requests import check_guidance
+        from ..cogvideox.schedulers import steps_to_run
 
         return cls.refusal(
             dict(steps=steps, cfg=cfg, scheduler=scheduler, denoise=denoise, on_nan=on_nan),
@@ -109,17 +130,31 @@ class Sampler(Node):
             (check_guidance, cfg),
             (check_choice, "scheduler", scheduler, SCHEDULERS),
             (check_choice, "on_nan", on_nan, ON_NAN),
-            (check_choices, *_chosen(host.upstream(unique_id, "model"))),
+            (check_combination, *_chosen(host.upstream(unique_id, "model"))),
         )
 
     def execute(
-        self, model, positive, negative, latent_image, seed, steps, cfg, scheduler, denoise, dynamic_cfg=False, on_nan="heal", unique_id=None
+        self,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        scheduler,
+        denoise,
+        dynamic_cfg=False,
+        on_nan="heal",
+        unique_id=None,
     ):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
 
         if latent_image.get("noise_mask") is not None:
-            logger.warning("The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored.")
+            logger.warning(
+                "The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored."
+            )
         host.make_room(model.weights, WANTED_BYTES)
         with host.saving_latents():
             samples = sample(
@@ -135,43 +170,60 @@ class Sampler(Node):
                 denoise=denoise,
                 dynamic_cfg=dynamic_cfg,
                 on_nan=on_nan,
-                on_step=host.sampling_progress(model.variant.fps),
-                on_load=host.progress(),
-                on_heal=host.show,
-                on_note=host.show,
+                events=host.NodeEvents(model.variant.fps),
             )
         return ({"samples": samples},)
 
 
 def _chosen(chain):
-    """What the nodes before the sampler are set to: caches, quantizations, whether compiled, and whether offloaded by layers on a card."""
+    """Read what the nodes before the sampler are set to: the caches, the quantizations, whether it is compiled, and
+    whether it is offloaded by layers on a card."""
 
     def of(kind):
         return [inputs for name, inputs in chain if name == f"CogVideoX15{kind}"]
 
     caches = [inputs.get("method") for inputs in of("Cache") if inputs.get("strength") != 0]
-    layers = any(inputs.get("memory") == "offload_layers" for inputs in of("ModelLoader")) and host.device().type != "cpu"
+    layers = (
+        any(inputs.get("memory") == "offload_layers" for inputs in of("ModelLoader")) and host.device().type != "cpu"
+    )
     return caches, [inputs.get("method") for inputs in of("Quantize")], bool(of("Compile")), layers
 
 
 def _image_latents(positive, negative):
-    """The start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it."""
-    what, remedy = "The start image's latent in the conditioning", "Connect CogVideoX-1.5 Image to Video between the prompt and the sampler."
+    """Return the start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it.
+
+    Raises:
+        ValueError: if they are no such latents, or differ.
+    """
+    what, remedy = (
+        "The start image's latent in the conditioning",
+        "Connect CogVideoX-1.5 Image to Video between the prompt and the sampler.",
+    )
     given = [conditioning[0][1].get("concat_latent_image") for conditioning in (positive, negative)]
-    given = [None if latents is None else check_tensor(latents, what, remedy).to("cpu", torch.float32) for latents in given]
-    if given[0] is not None and given[1] is not None and (given[0].shape != given[1].shape or not given[0].equal(given[1])):
+    given = [
+        None if latents is None else check_tensor(latents, what, remedy).to("cpu", torch.float32) for latents in given
+    ]
+    if (
+        given[0] is not None
+        and given[1] is not None
+        and (given[0].shape != given[1].shape or not given[0].equal(given[1]))
+    ):
         raise ValueError(
-            "The positive and the negative conditioning hold different start images, and a video starts from one. Connect both to the same "
-            "CogVideoX-1.5 Image to Video."
+            "The positive and the negative conditioning hold different start images, and a video starts from one. "
+            "Connect both to the same CogVideoX-1.5 Image to Video."
         )
     return given[0] if given[0] is not None else given[1]
 
 
 def _embeddings(conditioning, name):
-    """The embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry."""
+    """Return the embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry.
+
+    Raises:
+        ValueError: if it has several.
+    """
     if len(conditioning) != 1:
         raise ValueError(
-            f"The {name} conditioning holds {len(conditioning)} prompts side by side (Conditioning Combine makes such), and CogVideoX reads one. "
-            "Write them as one prompt, or mix them with Conditioning Average."
+            f"The {name} conditioning holds {len(conditioning)} prompts side by side (Conditioning Combine makes "
+            "such), and CogVideoX reads one. Write them as one prompt, or mix them with Conditioning Average."
         )
     return conditioning[0][0]

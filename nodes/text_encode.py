@@ -11,8 +11,9 @@ logger = logging.getLogger(__name__)
 class TextEncode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Text Encode"
     DESCRIPTION = (
-        "Encodes a prompt with T5 as CogVideoX was trained with it: 226 tokens, padded, no mask. Write English, in full sentences; the model was "
-        "trained on long descriptions. A prompt that is too long is cut, and the log says which part."
+        "Encodes a prompt with T5 as CogVideoX was trained with it: 226 tokens, padded, no mask. Write English, in "
+        "full sentences; the model was trained on long descriptions. A prompt that is too long is cut, and the log "
+        "says which part."
     )
     SEARCH_ALIASES = ["cogvideo prompt", "cogvideox prompt", "t5 encode", "clip text encode", "positive", "negative"]
     RETURN_TYPES = ("CONDITIONING",)
@@ -32,24 +33,31 @@ class TextEncode(Node):
                     {
                         "multiline": True,
                         "dynamicPrompts": True,
-                        "tooltip": "What the video shows, in English; for the negative prompt, what it should not. At most 226 tokens (150 words).",
+                        "tooltip": (
+                            "What the video shows, in English; for the negative prompt, what it should not. At most "
+                            "226 tokens (150 words)."
+                        ),
                     },
                 ),
             }
         }
 
     def execute(self, text_encoder, prompt):
+        from ..cogvideox.finite import check_finite
         from ..cogvideox.handles import TextEncoder
-        from ..cogvideox.precision.sentinel import check_finite
         from ..cogvideox.text import encode_prompt
         from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
 
         if not isinstance(text_encoder, TextEncoder):
             embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
-            check_finite(embeddings, "What ComfyUI's T5 made of the prompt", "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.")
+            check_finite(
+                embeddings,
+                "What ComfyUI's T5 made of the prompt",
+                "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.",
+            )
             return ([[embeddings, {}]],)
         host.make_room(text_encoder.weights)
-        encoded = encode_prompt(text_encoder, prompt, on_load=host.progress(), on_heal=host.show, on_layer=host.progress())
+        encoded = encode_prompt(text_encoder, prompt, events=host.NodeEvents())
         for note in encoded.notes:
             logger.warning("%s", note)
         return ([[encoded.embeddings, {}]],)

@@ -7,8 +7,9 @@ from .base import Node
 class VAEDecode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 VAE Decode"
     DESCRIPTION = (
-        "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does untiled, in as much memory as is free: "
-        "without seams, as nothing is tiled, and without running out. Can be cancelled at any time."
+        "Turns the finished latents into frames with the checkpoint's own VAE, exactly as diffusers does untiled, in "
+        "as much memory as is free: without seams, as nothing is tiled, and without running out. Can be cancelled at "
+        "any time."
     )
     SEARCH_ALIASES = ["cogvideo decode", "cogvideox vae", "latent to image", "decode video"]
     RETURN_TYPES = ("IMAGE",)
@@ -30,4 +31,4 @@ class VAEDecode(Node):
 
         host.make_room(vae.weights, WANTED_BYTES)
         with host.saving_latents(samples["samples"]):
-            return (decode(vae, samples["samples"], **host.vae_callbacks()),)
+            return (decode(vae, samples["samples"], events=host.NodeEvents()),)

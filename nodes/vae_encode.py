@@ -11,8 +11,9 @@ logger = logging.getLogger(__name__)
 class VAEEncode(Node):
     DISPLAY_NAME = "CogVideoX-1.5 VAE Encode"
     DESCRIPTION = (
-        "Turns a video's frames into latents with the checkpoint's own VAE, for the sampler with denoise below 1 (video to video). A clip that is "
-        "not 16N+1 frames long is cut, or its last frame repeated, and one whose sides are not multiples of 16 is cropped; both are said on the node."
+        "Turns a video's frames into latents with the checkpoint's own VAE, for the sampler with denoise below 1 "
+        "(video to video). A clip that is not 16N+1 frames long is cut, or its last frame repeated, and one whose "
+        "sides are not multiples of 16 is cropped; both are said on the node."
     )
     SEARCH_ALIASES = ["cogvideo encode", "cogvideox vae encode", "video to video", "v2v", "image to latent"]
     RETURN_TYPES = ("LATENT",)
@@ -23,7 +24,14 @@ class VAEEncode(Node):
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "images": ("IMAGE", {"tooltip": "The frames of one video. CogVideoX-1.5 was trained at 1360x768 and 16 frames a second."}),
+                "images": (
+                    "IMAGE",
+                    {
+                        "tooltip": (
+                            "The frames of one video. CogVideoX-1.5 was trained at 1360x768 and 16 frames a second."
+                        )
+                    },
+                ),
                 "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
             }
         }
@@ -41,4 +49,4 @@ class VAEEncode(Node):
         if notes:
             host.show("\n".join(notes))
         host.make_room(vae.weights, WANTED_BYTES)
-        return ({"samples": encode(vae, images, **host.vae_callbacks())},)
+        return ({"samples": encode(vae, images, events=host.NodeEvents())},)

@@ -61,7 +61,7 @@ def pipeline(tiny):
 def use_backend(monkeypatch):
     """Sets what stands in for inductor, which needs no C++ compiler."""
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda *_: "none")
-    return lambda backend: monkeypatch.setattr("cogvideox.speed.compiled._BACKEND", backend)
+    return lambda backend: monkeypatch.setattr("cogvideox.modules.compiled._BACKEND", backend)
 
 
 @pytest.fixture(scope="session")

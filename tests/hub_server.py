@@ -1,4 +1,5 @@
-"""A hub on loopback: serves one folder as a model repository, in the way huggingface.co does, and can fail in the ways it does.
+"""A hub on loopback: serves one folder as a model repository, in the way huggingface.co does, and can fail in the ways
+it does.
 
 Git-LFS files (weights) are answered with a redirect to another address, as the hub answers with one to its CDN.
 """
@@ -33,15 +34,20 @@ class Request:
 class HubServer:
     """``with HubServer(folder, repository) as hub``: ``hub.endpoint`` speaks the hub's API until the block ends.
 
-    Set before a request: ``status[path] = [503, 503]`` answers the next two with that status; ``drop_after[path] = [1000]`` closes the next
-    connection after so many bytes; ``corrupt`` holds paths whose first byte is sent wrong; ``delay`` is a pause in seconds after each 16 KB;
-    ``ranges = False`` sends whole files whatever is asked for; ``api_body`` replaces the list of files; ``instead[path]`` is called with the handler
-    and answers in its own way. ``path`` is a file's path, or "api".
+    Set before a request: ``status[path] = [503, 503]`` answers the next two with that status; ``drop_after[path] =
+    [1000]`` closes the next connection after so many bytes; ``corrupt`` holds paths whose first byte is sent wrong;
+    ``delay`` is a pause in seconds after each 16 KB; ``ranges = False`` sends whole files whatever is asked for;
+    ``api_body`` replaces the list of files; ``instead[path]`` is called with the handler and answers in its own way.
+    ``path`` is a file's path, or "api".
     """
 
     def __init__(self, folder: Path, repository: str, extra: dict[str, bytes] | None = None):
         self.repository = repository
-        self.files = {str(file.relative_to(folder).as_posix()): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+        self.files = {
+            str(file.relative_to(folder).as_posix()): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
         self.files |= extra or {}
         self.requests: list[Request] = []
         #: bytes of content sent, by path
@@ -80,7 +86,12 @@ class HubServer:
         """What git calls the content: of an LFS file, its pointer."""
         content = self.files[path]
         if is_lfs(path):
-            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256(path)}\nsize {len(content)}\n".encode()
+            lines = (
+                "version https://git-lfs.github.com/spec/v1",
+                f"oid sha256:{self.sha256(path)}",
+                f"size {len(content)}",
+            )
+            content = "".join(f"{line}\n" for line in lines).encode()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def model_info(self) -> dict:
@@ -90,7 +101,15 @@ class HubServer:
             if is_lfs(path):
                 entry["lfs"] = {"sha256": self.sha256(path), "size": len(content), "pointerSize": 134}
             siblings.append(entry)
-        return {"_id": "0", "id": self.repository, "modelId": self.repository, "private": False, "sha": COMMIT, "tags": [], "siblings": siblings}
+        return {
+            "_id": "0",
+            "id": self.repository,
+            "modelId": self.repository,
+            "private": False,
+            "sha": COMMIT,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     def tree(self) -> list[dict]:
         entries = []

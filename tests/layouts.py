@@ -1,17 +1,22 @@
-"""Writers of the layouts that checkpoints come in, from the same modules: each renames or fuses by its own rules, backwards from the reader's."""
+"""Writers of the layouts that checkpoints come in, from the same modules: each renames or fuses by its own rules,
+backwards from the reader's."""
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from cogvideox.checkpoint.layout import Checkpoint, open_checkpoint
-from tests.tiny_checkpoint import build_checkpoint, build_vae
+from cogvideox.geometry import empty_latent
+from cogvideox.sampling import sample
+from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint, build_vae
 
 
 def build_modules(folder: Path, variant: str = "1.5", **build) -> tuple[Path, dict[str, torch.nn.Module]]:
-    """A checkpoint in diffusers layout whose VAE has the groups of the released ones, and its modules as they were written."""
+    """A checkpoint in diffusers layout whose VAE has the groups of the released ones, and its modules as they were
+    written."""
     kept = {}
 
     def keep(parts):
@@ -64,7 +69,9 @@ def sat_names(state: dict) -> dict:
             fused[f"transformer.layers.{block[1]}.attention.query_key_value.{block[3]}"] = torch.cat(parts)
         elif block:
             one, two = value.chunk(6), state[name.replace("norm1", "norm2")].chunk(6)
-            fused[f"mixins.adaln_layer.adaLN_modulations.{block[1]}.1.{block[3]}"] = torch.cat([*one[:3], *two[:3], *one[3:], *two[3:]])
+            fused[f"mixins.adaln_layer.adaLN_modulations.{block[1]}.1.{block[3]}"] = torch.cat(
+                [*one[:3], *two[:3], *one[3:], *two[3:]]
+            )
         elif not re.search(r"attn1\.to_[kv]\.|norm2\.linear", name):
             fused[_apply(rules, name)] = value
     return {f"model.diffusion_model.{name}": value for name, value in fused.items()}
@@ -87,7 +94,9 @@ def write_sat(folder: Path, modules: dict) -> Path:
     """SAT's folders, as the authors release them."""
     (folder / "transformer" / "1000").mkdir(parents=True)
     (folder / "transformer" / "latest").write_text("1000")
-    state = sat_names(modules["transformer"].state_dict()) | {"model.diffusion_model.mixins.pos_embed.freqs_sin": torch.ones(2, 3)}
+    state = sat_names(modules["transformer"].state_dict()) | {
+        "model.diffusion_model.mixins.pos_embed.freqs_sin": torch.ones(2, 3)
+    }
     torch.save({"module": state, "iteration": 1000}, folder / "transformer" / "1000" / "mp_rank_00_model_states.pt")
     if "vae" in modules:
         (folder / "vae").mkdir()
@@ -105,7 +114,11 @@ def llama_names(state: dict) -> dict:
     import gguf
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 48)
-    named = {table.get_name(name, try_suffixes=(".weight",)): value for name, value in state.items() if "embed_tokens" not in name}
+    named = {
+        table.get_name(name, try_suffixes=(".weight",)): value
+        for name, value in state.items()
+        if "embed_tokens" not in name
+    }
     assert None not in named
     return named
 
@@ -117,14 +130,19 @@ def _apply(rules, name: str) -> str:
 
 
 def write_gguf(file: Path, state: dict, quantization: str) -> Path:
-    """A GGUF file as the tools in use write them: matrices of blocks quantized, the rest in fp16 or fp32, shapes of convolutions noted."""
+    """A GGUF file as the tools in use write them: matrices of blocks quantized, the rest in fp16 or fp32, shapes of
+    convolutions noted."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[quantization]
     writer = gguf.GGUFWriter(str(file), arch="cogvideox")
     for name, value in state.items():
         array = value.float().numpy()
-        if value.ndim == 2 and ("block" in name or "blk" in name or name == "token_embd.weight") and value.shape[1] % 32 == 0:
+        if (
+            value.ndim == 2
+            and ("block" in name or "blk" in name or name == "token_embd.weight")
+            and value.shape[1] % 32 == 0
+        ):
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array if value.ndim < 2 else array.astype("float16"))
@@ -136,8 +154,64 @@ def write_gguf(file: Path, state: dict, quantization: str) -> Path:
 
 
 def open_whole(path, **options) -> Checkpoint:
-    """Open a checkpoint, and ask for each part that is there: of those but the transformer, what is wrong is told then."""
+    """Open a checkpoint, and ask for each part that is there: of those but the transformer, what is wrong is told
+    then."""
     checkpoint = open_checkpoint(path, **options)
     for kind in (*checkpoint.parts, *checkpoint.incomplete):
         checkpoint.part(kind)
     return checkpoint
+
+
+def two_folders(folder, source):
+    shutil.copytree(source[0], folder)
+    (folder / "transformer").rename(folder / "transformer_T2V")
+    shutil.copytree(folder / "transformer_T2V", folder / "transformer_I2V")
+    shutil.rmtree(folder / "text_encoder")
+    return folder / "transformer_T2V"
+
+
+def one_file(names=lambda state: state, prefix=""):
+    def write(folder, source):
+        folder.mkdir()
+        return write_file(folder / "model.safetensors", names(source[1]["transformer"].state_dict()), prefix)
+
+    return write
+
+
+def everything_in_one_file(folder, source):
+    modules = source[1]
+    state = {
+        f"model.diffusion_model.{name}": value
+        for name, value in comfy_names(modules["transformer"].state_dict()).items()
+    }
+    state |= {f"first_stage_model.{name}": value for name, value in modules["vae"].state_dict().items()}
+    state |= {
+        f"text_encoders.t5xxl.transformer.{name}": value
+        for name, value in modules["text_encoder"].state_dict().items()
+        if "embed_tok" not in name
+    }
+    folder.mkdir()
+    return write_file(folder / "model.safetensors", state)
+
+
+def sat_file(folder, source):
+    return write_sat(folder, source[1]) / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+
+
+LAYOUTS = {
+    "two transformers side by side": (two_folders, "diffusers"),
+    "one file, diffusers' names": (one_file(), "diffusers file"),
+    "one file, diffusers' names under a prefix": (one_file(prefix="model.diffusion_model."), "diffusers file"),
+    "one file, ComfyUI's names": (one_file(comfy_names), "ComfyUI"),
+    "one file, ComfyUI's names under a prefix": (one_file(comfy_names, "model.diffusion_model."), "ComfyUI"),
+    "everything in one file": (everything_in_one_file, "ComfyUI"),
+    "SAT's folder": (lambda folder, source: write_sat(folder, source[1]), "SAT"),
+    "SAT's file": (sat_file, "SAT"),
+}
+
+
+def latents(opened):
+    """Sample two steps of one video with whatever layout was opened."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randn(1, 226, TEXT_WIDTH, generator=generator) for _ in range(2)]
+    return sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=1, steps=2)

@@ -1,8 +1,8 @@
 """The English words of the nodes as ComfyUI's page reads them: ``python -m tests.locales`` writes them into locales/en.
 
-The format of ``nodeDefs.json`` is that of the page's own: by node id a ``display_name``, a ``description``, ``inputs`` by name and
-``outputs`` by index, each with ``name`` and ``tooltip``. Without the file the page shows what the classes declare, which is the same;
-translators start from it.
+The format of ``nodeDefs.json`` is the page's own: by node id a ``display_name``, a ``description``, ``inputs`` by name
+and ``outputs`` by index, each with ``name`` and ``tooltip``. Without the file the page shows what the classes declare,
+which is the same; translators start from it.
 """
 
 import json
@@ -13,12 +13,14 @@ LOCALES = ROOT / "locales"
 
 
 def declared(node_classes: dict, display_names: dict) -> dict:
-    """What the node classes declare, in the form of ``nodeDefs.json``."""
+    """Collect what the node classes declare, in the form of ``nodeDefs.json``."""
     return {
         node_id: {
             "display_name": display_names[node_id],
             "description": node.DESCRIPTION,
-            "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs(node).items()},
+            "inputs": {
+                name: {"name": name, "tooltip": options["tooltip"]} for name, (_, options) in inputs(node).items()
+            },
             "outputs": {
                 str(index): {"name": name, "tooltip": tooltip}
                 for index, (name, tooltip) in enumerate(zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True))
@@ -29,7 +31,7 @@ def declared(node_classes: dict, display_names: dict) -> dict:
 
 
 def inputs(node) -> dict:
-    """A node class's inputs, required and optional, by name."""
+    """List a node class's inputs, required and optional, by name."""
     types = node.INPUT_TYPES()
     return types["required"] | types.get("optional", {})
 

@@ -1,4 +1,5 @@
-"""Models whose activations pass fp16's range, as those trained in bf16 may: each changes a random model in place and returns it."""
+"""Models whose activations pass fp16's range, as those trained in bf16 may: each changes a random model in place and
+returns it."""
 
 import torch
 from torch import nn
@@ -6,7 +7,8 @@ from torch import nn
 
 @torch.no_grad()
 def loud_stream(model, size, gate=1.0):
-    """Push the residual stream to about ``size * gate``: the gates and outputs of the first block, as trained outlier channels do."""
+    """Push the residual stream to about ``size * gate``: the gates and outputs of the first block, as trained outlier
+    channels do."""
     block = model.transformer_blocks[0]
     block.ff.net[2].weight[3] *= size
     block.ff.net[2].bias[3] = size
@@ -56,7 +58,8 @@ def loud_norms(model):
 
 @torch.no_grad()
 def loud_t5(model, size_stream, size_inner):
-    """Push T5's residual stream to about ``size_stream`` and the inner activations of its feed-forwards to about ``size_inner`` squared."""
+    """Push T5's residual stream to about ``size_stream`` and the inner activations of its feed-forwards to about
+    ``size_inner`` squared."""
     dense = model.encoder.block[0].layer[1].DenseReluDense
     dense.wo.weight[3] = size_stream
     for block in model.encoder.block:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import torch
 
 from cogvideox.memory import LiveBytes
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 
 
 def peak_kilobytes() -> int:
-    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so the system is asked.
-    On Windows what the page file has to back: resident there are the pages of a mapped file too, which no call gives back."""
+    """Resident kilobytes at most so far. On Linux ``ru_maxrss`` begins at that of the process that started this one, so
+    the system is asked.
+    On Windows what the page file has to back: resident there are the pages of a mapped file too, which no call gives
+    back."""
     if sys.platform == "linux":
         with open("/proc/self/status", encoding="ascii") as status:
             return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
@@ -25,7 +27,8 @@ def peak_kilobytes() -> int:
 
 
 def count_strips(vae, latent_or_frames: torch.Tensor, budget: int | None, chunks: list[int], step=Strips.decode) -> int:
-    """Bytes at most on the device, beside weights and input, while the chunks of a video run: of real tensors, or on the meta device of shapes."""
+    """Bytes at most on the device, beside weights and input, while the chunks of a video run: of real tensors, or on
+    the meta device of shapes."""
     mode = LiveBytes()
 
     class Counted(Strips):
@@ -45,14 +48,20 @@ def count_strips(vae, latent_or_frames: torch.Tensor, budget: int | None, chunks
 
 
 def left_behind(module: torch.nn.Module, run: Callable[[], object], monkeypatch) -> list[str]:
-    """The tensors of a module with diffusers' offloading hooks that no hook brings to the device while it runs: on a GPU they would be missing."""
+    """The tensors of a module with diffusers' offloading hooks that no hook brings to the device while it runs: on a
+    GPU they would be missing."""
     from diffusers.hooks.group_offloading import ModuleGroup
 
     brought, real = set(), ModuleGroup.onload_
 
     def onload(group):
         tensors = [*(group.parameters or ()), *(group.buffers or ())]
-        brought.update(map(id, [*tensors, *(tensor for owner in group.modules for tensor in (*owner.parameters(), *owner.buffers()))]))
+        brought.update(
+            map(
+                id,
+                [*tensors, *(tensor for owner in group.modules for tensor in (*owner.parameters(), *owner.buffers()))],
+            )
+        )
         return real(group)
 
     monkeypatch.setattr(ModuleGroup, "onload_", onload)
@@ -61,7 +70,8 @@ def left_behind(module: torch.nn.Module, run: Callable[[], object], monkeypatch)
 
 
 def rise_of_peak(run: Callable[[], object]) -> int:
-    """Bytes by which resident memory rises at most while something runs. Skips the test where the system keeps no peak that can be set back."""
+    """Bytes by which resident memory rises at most while something runs. Skips the test where the system keeps no peak
+    that can be set back."""
     import pytest
 
     if sys.platform != "linux":

@@ -12,19 +12,25 @@ def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def draw_prompts(tokens=226):
-    """The embeddings of a prompt and of a negative one, ``[1, tokens, width]`` each, as the tiny text encoder would give them."""
+    """The embeddings of a prompt and of a negative one, ``[1, tokens, width]`` each, as the tiny text encoder would
+    give them."""
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, tokens, TEXT_WIDTH, generator=generator), torch.randn(1, tokens, TEXT_WIDTH, generator=generator)
+    return torch.randn(1, tokens, TEXT_WIDTH, generator=generator), torch.randn(
+        1, tokens, TEXT_WIDTH, generator=generator
+    )
 
 
 def run_module(module, inputs, dtype=torch.float32):
     """A transformer's output for inputs of ``dtype``."""
     with torch.no_grad():
-        return module(**{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})[0]
+        return module(
+            **{k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        )[0]
 
 
 def reference_latents(pipeline, prompts, shape, *, scheduler="ddim", cfg=6.0, seed=1, steps=4, **more):
-    """A pipeline's latents for a LATENT shape: padding removed, and unscaled as the pipeline does before its VAE; ``more`` is passed to it."""
+    """A pipeline's latents for a LATENT shape: padding removed, and unscaled as the pipeline does before its VAE;
+    ``more`` is passed to it."""
     import diffusers
 
     classes = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}

@@ -1,4 +1,5 @@
-"""The rules for a part's tensors say what its module has, for every config; and a part that cannot run is told from headers alone."""
+"""The rules for a part's tensors say what its module has, for every config; and a part that cannot run is told from
+headers alone."""
 
 import json
 import shutil
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import generate
 from cogvideox.checkpoint.architecture import expected_tensors
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import ForeignError
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
+from cogvideox.loading import load_module
 from tests import layouts
 from tests.tiny_checkpoint import TEXT_WIDTH, VARIANTS, build_text_encoder, build_transformer, build_vae
 
@@ -20,7 +21,9 @@ CPU, FP32 = torch.device("cpu"), Precision(torch.float32)
 TRANSFORMERS = {
     **VARIANTS,
     "the class's own sizes": dict(num_attention_heads=30, num_layers=1, time_embed_dim=512, text_embed_dim=4096),
-    "other sizes": dict(num_attention_heads=3, attention_head_dim=32, num_layers=3, time_embed_dim=48, text_embed_dim=24),
+    "other sizes": dict(
+        num_attention_heads=3, attention_head_dim=32, num_layers=3, time_embed_dim=48, text_embed_dim=24
+    ),
     "one layer, other patches": dict(num_layers=1, patch_size=4, out_channels=8, in_channels=12),
     "1.5 with other patches": dict(patch_size=1, patch_size_t=3, in_channels=33, patch_bias=True),
     "no biases, no affine norms": dict(attention_bias=False, norm_elementwise_affine=False, patch_bias=False),
@@ -35,13 +38,20 @@ TRANSFORMERS = {
         temporal_compression_ratio=8,
         max_text_seq_length=12,
     ),
-    **{f"activation {name}": dict(activation_fn=name) for name in ("gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu")},
+    **{
+        f"activation {name}": dict(activation_fn=name)
+        for name in ("gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu")
+    },
 }
 TEXT_ENCODERS = {
     "T5 v1.1": dict(feed_forward_proj="gated-gelu"),
-    "other sizes": dict(feed_forward_proj="gated-gelu", vocab_size=99, d_model=24, d_kv=5, d_ff=31, num_layers=3, num_heads=3),
+    "other sizes": dict(
+        feed_forward_proj="gated-gelu", vocab_size=99, d_model=24, d_kv=5, d_ff=31, num_layers=3, num_heads=3
+    ),
     "other buckets": dict(feed_forward_proj="gated-silu", relative_attention_num_buckets=8),
-    "transformers' own names": dict(feed_forward_proj="gated-gelu", hidden_size=24, num_attention_heads=3, head_dim=8, num_hidden_layers=1),
+    "transformers' own names": dict(
+        feed_forward_proj="gated-gelu", hidden_size=24, num_attention_heads=3, head_dim=8, num_hidden_layers=1
+    ),
     "the first T5": dict(),
 }
 VAES = {
@@ -49,8 +59,16 @@ VAES = {
     "the tests'": dict(block_out_channels=(8, 8, 8, 16), norm_num_groups=4, layers_per_block=1),
     "every level wider": dict(block_out_channels=(4, 8, 12, 16), norm_num_groups=2, layers_per_block=2),
     "other latents": dict(block_out_channels=(8, 4, 4, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1),
-    "other pictures": dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, in_channels=4, out_channels=5, layers_per_block=1),
-    "quant convolutions": dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, use_quant_conv=True, use_post_quant_conv=True),
+    "other pictures": dict(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, in_channels=4, out_channels=5, layers_per_block=1
+    ),
+    "quant convolutions": dict(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+    ),
     "three levels": dict(
         block_out_channels=(8, 8, 16),
         norm_num_groups=4,
@@ -70,7 +88,9 @@ class TestRulesAndModules:
     def test_transformers(self, name):
         from diffusers import CogVideoXTransformer3DModel
 
-        config = dict(num_attention_heads=2, num_layers=2, time_embed_dim=64, text_embed_dim=TEXT_WIDTH) | TRANSFORMERS[name]
+        config = (
+            dict(num_attention_heads=2, num_layers=2, time_embed_dim=64, text_embed_dim=TEXT_WIDTH) | TRANSFORMERS[name]
+        )
         with torch.device("meta"):
             module = CogVideoXTransformer3DModel(**config)
         assert expected_tensors("transformer", config) == shapes(module)
@@ -116,7 +136,9 @@ class TestRulesAndModules:
     )
     def test_what_no_module_is_made_of_is_told_by_its_name(self, kind, config):
         name = next(iter(config))
-        with pytest.raises(ValueError, match="cannot be used: (use_rotary|down_block_types|norm_num)|cannot be used: " + name):
+        with pytest.raises(
+            ValueError, match="cannot be used: (use_rotary|down_block_types|norm_num)|cannot be used: " + name
+        ):
             expected_tensors(kind, config)
 
 
@@ -143,7 +165,10 @@ def change(folder, edit):
             state |= load_file(file)
         file.unlink()
     edit(state)
-    save_file(state, folder / ("model.safetensors" if folder.name == "text_encoder" else "diffusion_pytorch_model.safetensors"))
+    save_file(
+        state,
+        folder / ("model.safetensors" if folder.name == "text_encoder" else "diffusion_pytorch_model.safetensors"),
+    )
 
 
 def change_config(folder, **changes):
@@ -161,12 +186,32 @@ def refused(open_it, *said, error=ValueError):
 #: What a person's file may have come to, per kind the name of one tensor of it, and what is said.
 EDITS = {
     "a tensor missing": (lambda state, last: state.pop(last), "1 missing ({last})", "Download it again, whole"),
-    "a head of training": (lambda state, last: state.update({"projectors.0.weight": torch.ones(2)}), "1 unknown (projectors.0.weight)", "left in by"),
-    "an average of training": (lambda state, last: state.update({f"ema.{last}": torch.ones(2)}), "1 unknown (ema.{last})", "left in by"),
-    "an optimizer's state": (lambda state, last: state.update({"optimizer.exp_avg": torch.ones(2)}), "1 unknown (optimizer.exp_avg)", "left in by"),
-    "another shape": (lambda state, last: state.update({last: torch.ones(3)}), "1 of another shape ({last})", "{last} is (3,), and should be ("),
+    "a head of training": (
+        lambda state, last: state.update({"projectors.0.weight": torch.ones(2)}),
+        "1 unknown (projectors.0.weight)",
+        "left in by",
+    ),
+    "an average of training": (
+        lambda state, last: state.update({f"ema.{last}": torch.ones(2)}),
+        "1 unknown (ema.{last})",
+        "left in by",
+    ),
+    "an optimizer's state": (
+        lambda state, last: state.update({"optimizer.exp_avg": torch.ones(2)}),
+        "1 unknown (optimizer.exp_avg)",
+        "left in by",
+    ),
+    "another shape": (
+        lambda state, last: state.update({last: torch.ones(3)}),
+        "1 of another shape ({last})",
+        "{last} is (3,), and should be (",
+    ),
 }
-LAST = {"transformer": "proj_out.bias", "text_encoder": "encoder.final_layer_norm.weight", "vae": "decoder.norm_out.norm_layer.bias"}
+LAST = {
+    "transformer": "proj_out.bias",
+    "text_encoder": "encoder.final_layer_norm.weight",
+    "vae": "decoder.norm_out.norm_layer.bias",
+}
 
 
 @pytest.mark.parametrize("kind", LAST)
@@ -182,7 +227,11 @@ def test_in_every_part_each_tensor_is_looked_for_at_opening(copy, kind, name):
 
 def test_a_config_of_more_layers_than_there_are_is_told_as_such(copy):
     change_config(copy / "transformer", num_layers=42)
-    refused(lambda: layouts.open_whole(copy), "missing (transformer_blocks.10.attn1", "says num_layers 42, and the weights have 2 blocks")
+    refused(
+        lambda: layouts.open_whole(copy),
+        "missing (transformer_blocks.10.attn1",
+        "says num_layers 42, and the weights have 2 blocks",
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +251,13 @@ def test_transformers_with_other_inputs_are_named_in_file_and_folder(copy, tmp_p
     module.save_pretrained(copy / "transformer")
     file = layouts.write_file(tmp_path / "x.safetensors", layouts.comfy_names(module.state_dict()))
     for path in (copy, file):
-        refused(lambda path=path: layouts.open_whole(path), f"takes {channels} input channels", said, "image to video", error=ForeignError)
+        refused(
+            lambda path=path: layouts.open_whole(path),
+            f"takes {channels} input channels",
+            said,
+            "image to video",
+            error=ForeignError,
+        )
         assert generate.main(["--check", str(path), "--device", "cpu"]) == 1
 
 
@@ -212,10 +267,16 @@ PACKED = {
         {"to_q.weight": ["to_q.weight.absmax", "to_q.weight.quant_map", "to_q.weight.quant_state.bitsandbytes__nf4"]},
     ),
     "bitsandbytes int8": ("bitsandbytes", {"to_q.weight": ["to_q.SCB", "to_q.weight_format"]}),
-    "Quanto": ("Quanto", {"to_q.weight": ["to_q.weight._data", "to_q.weight._scale", "to_q.input_scale", "to_q.output_scale"]}),
+    "Quanto": (
+        "Quanto",
+        {"to_q.weight": ["to_q.weight._data", "to_q.weight._scale", "to_q.input_scale", "to_q.output_scale"]},
+    ),
     "torchao": ("torchao", {"to_q.weight": ["to_q._weight_qdata", "to_q._weight_scale"]}),
     "GPTQ": ("GPTQ or AWQ", {"to_q.weight": ["to_q.qweight", "to_q.qzeros", "to_q.scales", "to_q.g_idx"]}),
-    "nunchaku": ("nunchaku", {"to_q.weight": ["to_q.qweight", "to_q.wscales", "to_q.smooth_factor", "to_q.lora_down", "to_q.lora_up"]}),
+    "nunchaku": (
+        "nunchaku",
+        {"to_q.weight": ["to_q.qweight", "to_q.wscales", "to_q.smooth_factor", "to_q.lora_down", "to_q.lora_up"]},
+    ),
     "NVFP4": ("NVFP4", {"to_q.weight": ["to_q.weight", "to_q.weight_scale", "to_q.weight_scale_2"]}),
 }
 
@@ -237,7 +298,13 @@ def test_weights_packed_by_other_programs_are_refused_by_its_name(copy, tmp_path
     state = dict(states["transformer"])
     pack(state)
     for path in (copy, layouts.write_file(tmp_path / "x.safetensors", state)):
-        refused(lambda path=path: layouts.open_whole(path), f"is packed by {program}", "Quantize", "GGUF", error=ForeignError)
+        refused(
+            lambda path=path: layouts.open_whole(path),
+            f"is packed by {program}",
+            "Quantize",
+            "GGUF",
+            error=ForeignError,
+        )
 
 
 def test_a_config_that_says_its_weights_are_packed_is_believed(copy):
@@ -249,26 +316,43 @@ class TestTextEncoders:
     def test_umt5_is_not_t5(self, copy, tmp_path):
         from transformers import UMT5Config, UMT5EncoderModel
 
-        config = UMT5Config(vocab_size=600, d_model=TEXT_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+        config = UMT5Config(
+            vocab_size=600,
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
         module = UMT5EncoderModel(config)
         state = {name: value for name, value in module.state_dict().items() if "embed_tokens" not in name}
         file = layouts.write_file(tmp_path / "umt5_xxl.safetensors", state)
         refused(lambda: open_part(file, "text_encoder"), "UMT5", "text encoder of Wan", "T5 v1.1", error=ForeignError)
         module.save_pretrained(tmp_path / "umt5")
-        refused(lambda: open_part(tmp_path / "umt5", "text_encoder"), "UMT5EncoderModel, not T5EncoderModel", error=ForeignError)
+        refused(
+            lambda: open_part(tmp_path / "umt5", "text_encoder"),
+            "UMT5EncoderModel, not T5EncoderModel",
+            error=ForeignError,
+        )
         change_config(tmp_path / "umt5", architectures=["T5EncoderModel"])
         refused(lambda: layouts.open_whole(copy, text_encoder=tmp_path / "umt5"), "UMT5", error=ForeignError)
 
     def test_a_t5_of_many_languages_is_told_by_its_vocabulary(self, tmp_path):
         state = build_text_encoder(vocabulary=70_000).state_dict()
         refused(
-            lambda: open_part(layouts.write_file(tmp_path / "mt5.safetensors", state), "text_encoder"), "mT5", "70,000 tokens", error=ForeignError
+            lambda: open_part(layouts.write_file(tmp_path / "mt5.safetensors", state), "text_encoder"),
+            "mT5",
+            "70,000 tokens",
+            error=ForeignError,
         )
 
     def test_the_first_t5_is_told_by_its_feed_forward_layers(self, tmp_path):
         from transformers import T5Config, T5EncoderModel
 
-        module = T5EncoderModel(T5Config(vocab_size=99, d_model=TEXT_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2))
+        module = T5EncoderModel(
+            T5Config(vocab_size=99, d_model=TEXT_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+        )
         module.save_pretrained(tmp_path / "t5")
         file = layouts.write_file(tmp_path / "t5.safetensors", module.state_dict())
         refused(lambda: open_part(file, "text_encoder"), "the first T5", "wi_0 and wi_1", error=ForeignError)
@@ -277,7 +361,12 @@ class TestTextEncoders:
     def test_one_of_another_width_is_refused_beside_the_transformer_with_both_widths(self, copy, tmp_path):
         file = layouts.write_file(tmp_path / "t5_base.safetensors", build_text_encoder(width=48).state_dict())
         assert open_part(file, "text_encoder").config["d_model"] == 48
-        refused(lambda: layouts.open_whole(copy, text_encoder=file), "gives 48 numbers a token", "reads 32", error=ForeignError)
+        refused(
+            lambda: layouts.open_whole(copy, text_encoder=file),
+            "gives 48 numbers a token",
+            "reads 32",
+            error=ForeignError,
+        )
         shutil.rmtree(copy / "text_encoder")
         build_text_encoder(width=48).save_pretrained(copy / "text_encoder")
         refused(lambda: layouts.open_whole(copy), "gives 48 numbers a token", "reads 32")
@@ -285,7 +374,9 @@ class TestTextEncoders:
     def test_a_whole_t5_is_its_encoder(self, tmp_path, states):
         from transformers import T5Config, T5ForConditionalGeneration
 
-        config = T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+        config = T5Config(
+            vocab_size=99, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        )
         whole = T5ForConditionalGeneration(config)
         whole.save_pretrained(tmp_path / "t5")
         file = layouts.write_file(tmp_path / "t5.safetensors", whole.state_dict())
@@ -297,11 +388,22 @@ class TestTextEncoders:
             assert all(torch.equal(made[name], wanted[name]) for name in wanted)
 
     @pytest.mark.parametrize(
-        "prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "transformer.", "cond_stage_model.transformer.", "text_encoder."]
+        "prefix",
+        [
+            "text_encoders.t5xxl.transformer.",
+            "t5xxl.transformer.",
+            "transformer.",
+            "cond_stage_model.transformer.",
+            "text_encoder.",
+        ],
     )
     def test_prefixes_and_what_comfyui_adds_are_no_part_of_it(self, tmp_path, states, prefix):
         state = {name: value for name, value in states["text_encoder"].items() if "embed_tokens" not in name}
-        extras = {"scaled_fp8": torch.zeros(2), "spiece_model": torch.zeros(9, dtype=torch.uint8), "logit_scale": torch.ones(())}
+        extras = {
+            "scaled_fp8": torch.zeros(2),
+            "spiece_model": torch.zeros(9, dtype=torch.uint8),
+            "logit_scale": torch.ones(()),
+        }
         file = layouts.write_file(tmp_path / "t5.safetensors", state | extras, prefix)
         made = load_module(open_part(file, "text_encoder"), FP32, CPU).state_dict()
         assert all(torch.equal(made[name], states["text_encoder"][name]) for name in made)
@@ -314,16 +416,26 @@ class TestTextEncoders:
 
         state = {name: value for name, value in states["text_encoder"].items() if "embed_tokens" not in name}
         named, kind = layouts.llama_names(state), GGMLQuantizationType[quantization]
-        decoder = {"dec.blk.0.attn_q.weight": torch.ones(32, 32), "dec.output_norm.weight": torch.ones(32), "output.weight": torch.ones(256, 32)}
+        decoder = {
+            "dec.blk.0.attn_q.weight": torch.ones(32, 32),
+            "dec.output_norm.weight": torch.ones(32),
+            "output.weight": torch.ones(256, 32),
+        }
         file = layouts.write_gguf(tmp_path / "t5.gguf", named | (decoder if whole else {}), quantization)
         stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
         wide = {}
         for (name, value), tensor in zip(state.items(), (stored[name] for name in named), strict=True):
             data = torch.from_numpy(tensor.data.copy())
             packed = tensor.tensor_type == kind
-            wide[name] = (dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind)) if packed else data).float().reshape(value.shape)
+            wide[name] = (
+                (dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind)) if packed else data)
+                .float()
+                .reshape(value.shape)
+            )
             assert (wide[name] - value).norm() <= (0.01 if quantization == "Q8_0" else 0.12) * value.norm(), name
-        truth = load_module(open_part(layouts.write_file(tmp_path / "wide.safetensors", wide), "text_encoder"), FP32, CPU)
+        truth = load_module(
+            open_part(layouts.write_file(tmp_path / "wide.safetensors", wide), "text_encoder"), FP32, CPU
+        )
         part = open_part(file, "text_encoder")
         assert part.layout == "llama.cpp"
         assert f"GGUF {quantization}" in part.stored
@@ -339,7 +451,8 @@ class TestTextEncoders:
         cast = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in state.items()}
         wide = {name: value.float() for name, value in cast.items()}
         part, truth = (
-            open_part(layouts.write_file(tmp_path / f"{name}.safetensors", tensors), "text_encoder") for name, tensors in (("a", cast), ("b", wide))
+            open_part(layouts.write_file(tmp_path / f"{name}.safetensors", tensors), "text_encoder")
+            for name, tensors in (("a", cast), ("b", wide))
         )
         ids = torch.arange(64)[None]
         with torch.no_grad():
@@ -371,7 +484,10 @@ class TestVaes:
     def test_half_a_vae_is_named(self, tmp_path, states, half):
         state = {name: value for name, value in states["vae"].items() if name.startswith(half)}
         file = layouts.write_file(tmp_path / "vae.safetensors", state)
-        refused(lambda: open_part(file, "vae"), f"the {half} of a VAE without its {'decoder' if half == 'encoder' else 'encoder'}")
+        refused(
+            lambda: open_part(file, "vae"),
+            f"the {half} of a VAE without its {'decoder' if half == 'encoder' else 'encoder'}",
+        )
 
     @pytest.mark.parametrize(
         ("name", "said"),
@@ -401,7 +517,10 @@ class TestFiles:
 
     def test_two_transformers_and_no_choice(self, tmp_path, states):
         state = states["transformer"]
-        file = layouts.write_file(tmp_path / "x.safetensors", {f"{prefix}.{name}": state[name] for prefix in ("ema", "model") for name in state})
+        file = layouts.write_file(
+            tmp_path / "x.safetensors",
+            {f"{prefix}.{name}": state[name] for prefix in ("ema", "model") for name in state},
+        )
         refused(lambda: layouts.open_whole(file), "holds 2 transformers", "model.…", "ema.…")
 
     def test_a_part_that_is_replaced_is_not_looked_into(self, tmp_path, states):
@@ -414,11 +533,16 @@ class TestFiles:
 
     def test_scales_of_what_is_not_in_fp8_are_refused(self, tmp_path, states):
         state = states["transformer"] | {"transformer_blocks.0.attn1.to_q.scale_weight": torch.ones(1)}
-        refused(lambda: layouts.open_whole(layouts.write_file(tmp_path / "x.safetensors", state)), "1 scales that fit no fp8 weight")
+        refused(
+            lambda: layouts.open_whole(layouts.write_file(tmp_path / "x.safetensors", state)),
+            "1 scales that fit no fp8 weight",
+        )
 
     def test_2b_from_sat_has_its_positions_from_its_module(self, tmp_path):
         module = build_transformer("2b", num_attention_heads=30, attention_head_dim=16, num_layers=1)
         positions = module.patch_embed.pos_embedding
-        file = layouts.write_file(tmp_path / "x.safetensors", module.state_dict() | {"patch_embed.pos_embedding": positions})
+        file = layouts.write_file(
+            tmp_path / "x.safetensors", module.state_dict() | {"patch_embed.pos_embedding": positions}
+        )
         made = load_module(open_checkpoint(file).part("transformer"), FP32, CPU)
         assert torch.equal(made.patch_embed.pos_embedding, positions)

@@ -58,18 +58,27 @@ def gguf_array(models):
 
 
 BAD = {
-    "a header of 50,000 brackets": lambda m: (m / "a.safetensors").write_bytes(header(b'{"patch_embed.text_proj.weight":' + b"[" * 50_000)),
-    "a header that is no UTF-8": lambda m: (m / "a.safetensors").write_bytes(header(b'{"patch_embed.text_proj.weight\xff":1}')),
+    "a header of 50,000 brackets": lambda m: (m / "a.safetensors").write_bytes(
+        header(b'{"patch_embed.text_proj.weight":' + b"[" * 50_000)
+    ),
+    "a header that is no UTF-8": lambda m: (m / "a.safetensors").write_bytes(
+        header(b'{"patch_embed.text_proj.weight\xff":1}')
+    ),
     "a GGUF file of endless arrays": gguf_array,
     "a config of 50,000 brackets": lambda m: (
         (m / "a" / "transformer").mkdir(parents=True),
         (m / "a/transformer/config.json").write_text("[" * 50_000),
     ),
-    "a folder whose latest step has 5,000 letters": lambda m: ((m / "a").mkdir(), (m / "a" / "latest").write_text("a" * 5000)),
+    "a folder whose latest step has 5,000 letters": lambda m: (
+        (m / "a").mkdir(),
+        (m / "a" / "latest").write_text("a" * 5000),
+    ),
     "a folder whose latest step is a folder": lambda m: (m / "a" / "latest").mkdir(parents=True),
     "a torch file of a million lists": sat("a", bomb),
     "a torch file with numbers for names": sat("a", lambda place: torch.save({"module": {1: torch.ones(3)}}, place)),
-    "a torch file of sparse tensors": sat("a", lambda place: torch.save({"module": {"a": torch.ones(3).to_sparse()}}, place)),
+    "a torch file of sparse tensors": sat(
+        "a", lambda place: torch.save({"module": {"a": torch.ones(3).to_sparse()}}, place)
+    ),
     "a file in 10,000 models' names": lambda m: (m / "a.safetensors").write_bytes(
         header(
             json.dumps(
@@ -189,7 +198,13 @@ def test_a_config_that_strayed_into_the_folder_of_models_hides_none(models):
 @needs_posix
 @pytest.mark.skipif(sys.platform == "darwin", reason="names there are always UTF-8")
 def test_names_are_printable_and_short_and_lead_to_their_files(models, state):
-    raw = [b"a\xff\xfe.safetensors", b"a\xff\xfd.safetensors", b"line\nbreak.safetensors", b"line\\nbreak.safetensors", b"\xe2\x80\xae.safetensors"]
+    raw = [
+        b"a\xff\xfe.safetensors",
+        b"a\xff\xfd.safetensors",
+        b"line\nbreak.safetensors",
+        b"line\\nbreak.safetensors",
+        b"\xe2\x80\xae.safetensors",
+    ]
     raw += [b"x" * 120 + end + b".safetensors" for end in (b"", b"1", b"2")]
     raw += [b"a \xc2\xb7 b.safetensors", b"a.safetensors"]
     (models / "good.safetensors").rename(models / "0.safetensors")
@@ -203,7 +218,10 @@ def test_names_are_printable_and_short_and_lead_to_their_files(models, state):
         entry.label.encode("utf-8")
         assert find_entry(entries, entry.label).path == find_entry(entries, entry.name).path == entry.path
     # A workflow that was saved before long names were cut.
-    assert find_entry(entries, f"{'x' * 120}1.safetensors · CogVideoX1.5-5B · bf16").path.name == f"{'x' * 120}1.safetensors"
+    assert (
+        find_entry(entries, f"{'x' * 120}1.safetensors · CogVideoX1.5-5B · bf16").path.name
+        == f"{'x' * 120}1.safetensors"
+    )
 
 
 @needs_posix
@@ -211,9 +229,12 @@ def test_a_lora_whose_name_is_cut_is_found_again(pack, tmp_path, monkeypatch):
     host = sys.modules[f"{pack.__name__}.nodes.host"]
     for name in ("y" * 200, "plain"):
         halves = {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}
-        save_file({f"transformer_blocks.0.attn1.to_q.{half}.weight": value for half, value in halves.items()}, tmp_path / f"{name}.safetensors")
-    monkeypatch.setattr(host, "IN_COMFYUI", True)
-    monkeypatch.setattr(host, "_lora_roots", lambda: [tmp_path])
+        save_file(
+            {f"transformer_blocks.0.attn1.to_q.{half}.weight": value for half, value in halves.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+    monkeypatch.setattr(host.folders, "_lora_roots", lambda: [tmp_path])
     names = host.loras()
     assert [len(name) for name in names] == [len("plain.safetensors"), 80]
     assert [host.lora_path(name).name for name in names] == ["plain.safetensors", f"{'y' * 200}.safetensors"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cogvideox.black_frames import BlackFrameReport, BlackVideoError, check_black_frames, enforce, frame_ranges
 from tests.conftest import ROOT
+from tests.told import Told
 
 WIDTH, HEIGHT = 32, 24
 
@@ -24,9 +25,13 @@ def ffmpeg_black_frames(clip: np.ndarray, pixel: float, picture: float) -> tuple
     ended = np.concatenate([clip, np.full_like(clip[:1], 255)])
     video_filter = f"format=gray,blackdetect=d=0:pix_th={pixel}:pic_th={picture}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", "1", "-i", "-"]
-    done = subprocess.run([*command, "-vf", video_filter, "-f", "null", "-"], input=ended.tobytes(), capture_output=True, check=True)
+    done = subprocess.run(
+        [*command, "-vf", video_filter, "-f", "null", "-"], input=ended.tobytes(), capture_output=True, check=True
+    )
     spans = re.findall(r"black_start:([\d.]+) black_end:([\d.]+)", done.stderr.decode())
-    return tuple(frame for start, end in spans for frame in range(round(float(start)), round(float(end))) if frame < len(clip))
+    return tuple(
+        frame for start, end in spans for frame in range(round(float(start)), round(float(end))) if frame < len(clip)
+    )
 
 
 def clips() -> dict[str, np.ndarray]:
@@ -34,7 +39,9 @@ def clips() -> dict[str, np.ndarray]:
     shape = (24, HEIGHT, WIDTH, 3)
     noise = random.integers(0, 256, shape)
     ramp = np.arange(24).reshape(-1, 1, 1, 1)
-    white_pixels = random.permuted(np.arange(HEIGHT * WIDTH) < ramp.reshape(-1, 1), axis=1).reshape(24, HEIGHT, WIDTH, 1) * 255
+    white_pixels = (
+        random.permuted(np.arange(HEIGHT * WIDTH) < ramp.reshape(-1, 1), axis=1).reshape(24, HEIGHT, WIDTH, 1) * 255
+    )
     hue = np.zeros((256, HEIGHT, WIDTH, 3))
     for channel in range(3):
         hue[channel * 85 : channel * 85 + 85, ..., channel] = np.arange(85).reshape(-1, 1, 1) * 3
@@ -65,7 +72,9 @@ def test_each_frames_verdict_equals_ffmpegs(name, pixel, picture):
 @settings(max_examples=15, deadline=None)
 def test_random_clips_too(seed, brightest):
     clip = np.random.default_rng(seed).integers(0, brightest + 1, (6, 16, 16, 3), dtype=np.uint8)
-    assert check_black_frames(torch.from_numpy(clip).float() / 255).black_frames == ffmpeg_black_frames(clip, 0.10, 0.98)
+    assert check_black_frames(torch.from_numpy(clip).float() / 255).black_frames == ffmpeg_black_frames(
+        clip, 0.10, 0.98
+    )
 
 
 def test_a_bright_clip_is_ok():
@@ -163,7 +172,9 @@ def test_one_value_that_is_not_finite_makes_the_video_black(frame, row, column, 
 def test_the_share_of_black_pixels_is_counted_pixel_by_pixel(seed):
     clip = np.random.default_rng(seed).integers(0, 60, (2, HEIGHT, WIDTH, 3))
     luma = np.round((clip * [299, 587, 114]).sum(-1) / 1000)
-    assert check_black_frames(torch.from_numpy(clip).float() / 255).ratios == pytest.approx((luma <= 25).mean((1, 2)), abs=2 / (HEIGHT * WIDTH))
+    assert check_black_frames(torch.from_numpy(clip).float() / 255).ratios == pytest.approx(
+        (luma <= 25).mean((1, 2)), abs=2 / (HEIGHT * WIDTH)
+    )
 
 
 def test_huge_finite_values_are_not_taken_for_inf():
@@ -220,7 +231,7 @@ def test_partly_black_never_stops_a_video_but_is_warned_of(caplog):
 
 def test_progress_is_told_for_every_frame():
     seen = []
-    check_black_frames(torch.rand(3, 8, 8, 3), on_frame=lambda done, total: seen.append((done, total)))
+    check_black_frames(torch.rand(3, 8, 8, 3), events=Told(progress=lambda done, total: seen.append((done, total))))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -11,22 +11,24 @@ import torch
 from diffusers import hooks
 from safetensors.torch import save_file
 
-from cogvideox import handles as handles_module
 from cogvideox import sampling as sampling_module
+from cogvideox import weights as weights_module
 from cogvideox.choices import CACHES
+from cogvideox.dtypes import FP32
 from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
+from cogvideox.modules import cache as cache_module
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled
+from cogvideox.modules.joint import JointAttention
 from cogvideox.precision.hardware import Hardware
-from cogvideox.precision.policy import FP32
 from cogvideox.sampling import sample
-from cogvideox.speed import cache as cache_module
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled
-from cogvideox.speed.joint import JointAttention
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import inside
 from tests.reference import draw_prompts, reference_latents
 from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
+from tests.told import Told
 
 STEPS, SHAPE = 8, (1, 16, 4, 4, 6)
 EMPTY = torch.zeros(SHAPE)
@@ -39,11 +41,17 @@ def prompts():
     return draw_prompts(8)
 
 
-def run(model, prompts, cache=None, said=None, **settings):
+def run(model, prompts, cache=None, said=None, healed=None, step=None, **settings):
     """Latents of a run with a cache, and (block evaluations skipped, of how many)."""
     settings = dict(seed=1, steps=STEPS) | settings
     said = [] if said is None else said
-    result = sample(model if cache is None else with_cache(model, cache), *prompts, EMPTY, on_note=said.append, **settings)
+    result = sample(
+        model if cache is None else with_cache(model, cache),
+        *prompts,
+        EMPTY,
+        events=Told(said, healed, step),
+        **settings,
+    )
     found = re.search(r"skipped (?:the attention of )?(\d+) of (\d+) block evaluations", said[-1])
     return result, found and tuple(map(int, found.groups()))
 
@@ -57,7 +65,9 @@ class TestReference:
 
     @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
     @pytest.mark.parametrize("method", CACHES)
-    def test_every_other_step_skipped_is_the_pipeline_with_diffusers_own_hook(self, pipeline, model, prompts, monkeypatch, method, scheduler):
+    def test_every_other_step_skipped_is_the_pipeline_with_diffusers_own_hook(
+        self, pipeline, model, prompts, monkeypatch, method, scheduler
+    ):
         # A fixed threshold, as diffusers has it.
         monkeypatch.setattr(cache_module, "_GAIN", 0.0)
         monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", THRESHOLDS[scheduler])
@@ -95,7 +105,8 @@ class TestReference:
 class TestStrength:
     @pytest.mark.parametrize("method", CACHES)
     def test_it_is_the_share_skipped_between_start_and_end(self, model, prompts, method, monkeypatch):
-        """Counted by the attention itself, too: with every method a block that is skipped, or whose attention is, does not run it."""
+        """Counted by the attention itself, too: with every method a block that is skipped, or whose attention is, does
+        not run it."""
         real, calls = JointAttention.__call__, []
 
         @functools.wraps(real)
@@ -131,7 +142,7 @@ class TestStrength:
         seen = {}
         for cache in (None, Cache(method, 1.0, 0.5, 1.0)):
             latents = []
-            run(model, prompts, cache, on_step=lambda done, total, clean, latents=latents: latents.append(clean))
+            run(model, prompts, cache, step=lambda done, total, clean, latents=latents: latents.append(clean))
             seen[cache] = latents
         plain, cached = seen.values()
         equal = [torch.equal(*pair) for pair in zip(plain, cached, strict=True)]
@@ -144,7 +155,15 @@ class TestStrength:
         """Of 8 steps, denoise 0.5 runs the last four."""
         video = torch.randn(SHAPE)
         said = []
-        sample(with_cache(model, Cache(method, 1.0, 0.5, 1.0)), *prompts, video, seed=1, steps=8, denoise=0.5, on_note=said.append)
+        sample(
+            with_cache(model, Cache(method, 1.0, 0.5, 1.0)),
+            *prompts,
+            video,
+            seed=1,
+            steps=8,
+            denoise=0.5,
+            events=Told(said),
+        )
         parts = 3 if method == "first_block" else 4
         assert f"{2 * parts} of {4 * LAYERS} block" in said[-1]
 
@@ -160,15 +179,6 @@ class TestStrength:
     def test_what_it_cannot_run_with_is_refused(self, values, said):
         with pytest.raises(ValueError, match=said):
             Cache(**values)
-
-
-def inside(module):
-    """All that hooks of torch and diffusers can change on a module, and its weights."""
-    kept = {}
-    for name, child in module.named_modules():
-        for key, value in vars(child).items():
-            kept[name, key] = list(value) if key.startswith("_") and "hook" in key and hasattr(value, "__iter__") else id(value)
-    return kept
 
 
 class TestTraces:
@@ -198,7 +208,7 @@ class TestTraces:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(model, prompts, Cache(method, 0.5, 0.0, 1.0), on_step=stop)
+            run(model, prompts, Cache(method, 0.5, 0.0, 1.0), step=stop)
         assert inside(model.weights._module) == before
         assert torch.equal(run(model, prompts)[0], plain)
 
@@ -227,7 +237,10 @@ class TestTogether:
         with state.running() as module:
             tensors = {name: value.clone() for name, value in module.state_dict().items()}
         if packed == "fp8":
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in tensors.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in tensors.items()
+            }
             path = layouts.write_file(tmp_path / "model.safetensors", small)
         else:
             path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
@@ -276,7 +289,8 @@ class TestTogether:
 
     @pytest.mark.parametrize("method", CACHES)
     def test_prompts_of_unequal_length_have_a_cache_each(self, model, prompts, monkeypatch, method):
-        """They run one after the other. Where only the positive is let count, the run is the one with the positive alone."""
+        """They run one after the other. Where only the positive is let count, the run is the one with the positive
+        alone."""
         monkeypatch.setattr(cache_module, "_GAIN", 0.0)
         monkeypatch.setattr(cache_module, "_FIRST_THRESHOLD", THRESHOLDS["ddim"])
         cache = Cache(method, 0.5, 0.0, 1.0)
@@ -288,9 +302,12 @@ class TestTogether:
         assert counted[0] > skipped > 0
 
     @pytest.mark.parametrize("method", CACHES)
-    @pytest.mark.parametrize(("mode", "notes_order"), [("offload_blocks", False), ("offload_blocks", True), ("offload_layers", False)])
+    @pytest.mark.parametrize(
+        ("mode", "notes_order"), [("offload_blocks", False), ("offload_blocks", True), ("offload_layers", False)]
+    )
     def test_offloading(self, offloads, model, prompts, deep, method, mode, notes_order):
-        """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes hooks off then."""
+        """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes
+        hooks off then."""
         expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
         notes = offloads(mode, notes_order)
         offloaded = open_handles(deep, "fp32", CPU).model
@@ -302,7 +319,7 @@ class TestTogether:
             left.append(inside(offloaded.weights._module))
         # Noted once, and those hooks are not brought back.
         assert [len(hook.execution_order) for hook in notes] == [LAYERS] * notes_order
-        before = inside(handles_module.load_module(offloaded.weights.part, FP32, CPU.device))
+        before = inside(weights_module.load_module(offloaded.weights.part, FP32, CPU.device))
         assert left[0] == left[1]
         assert {place for place in left[0] if place[1] in ("forward", "_diffusers_hook")} == {
             place for place in before if place[1] in ("forward", "_diffusers_hook")
@@ -312,13 +329,13 @@ class TestTogether:
     def offloads(self, monkeypatch):
         from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 
-        real = handles_module.load_module
+        real = weights_module.load_module
 
         def offload(mode, notes_order):
             def load(*given):
                 module = real(*given)
                 try:
-                    handles_module._offload(module, mode, torch.device("cpu"))
+                    weights_module._offload(module, mode, torch.device("cpu"))
                 except AttributeError as error:
                     pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
                 if notes_order:
@@ -327,7 +344,7 @@ class TestTogether:
                 return module
 
             notes = []
-            monkeypatch.setattr(handles_module, "load_module", load)
+            monkeypatch.setattr(weights_module, "load_module", load)
             return notes
 
         return offload
@@ -336,7 +353,8 @@ class TestTogether:
 class TestHealing:
     @pytest.mark.parametrize("method", CACHES)
     def test_a_step_done_again_is_evaluated_in_full_from_an_empty_cache(self, deep, prompts, monkeypatch, method):
-        """The transformer's own result is spoilt once, at a step that skips; what was cached in that step must not be read again."""
+        """The transformer's own result is spoilt once, at a step that skips; what was cached in that step must not be
+        read again."""
         model, said, healed = open_handles(deep, "fp32", CPU).model, [], []
         cache = Cache(method, 1.0, 0.5, 1.0)
         run(model, prompts, cache, said)
@@ -349,7 +367,7 @@ class TestHealing:
 
         with model.weights.running() as module:
             watch = module.register_forward_hook(spoil)
-        result, (skipped, _) = run(model, prompts, cache, on_heal=healed.append)
+        result, (skipped, _) = run(model, prompts, cache, healed=healed)
         watch.remove()
         assert result.isfinite().all()
         assert re.search(r"step 6 of 8.* run again without the cache it is finite\. The run goes on", healed[0])
@@ -359,7 +377,7 @@ class TestHealing:
 
     @pytest.mark.parametrize("method", CACHES)
     def test_a_run_healed_in_another_dtype_goes_on_with_a_cache(self, deep, prompts, monkeypatch, method):
-        real, healed = handles_module.load_module, []
+        real, healed = weights_module.load_module, []
 
         def load(part, precision, *given):
             module, calls = real(part, precision, *given), []
@@ -371,8 +389,10 @@ class TestHealing:
             module.register_forward_hook(spoil)
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
-        result, (skipped, total) = run(open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), on_heal=healed.append)
+        monkeypatch.setattr(weights_module, "load_module", load)
+        result, (skipped, total) = run(
+            open_handles(deep, "bf16", CPU).model, prompts, Cache(method, 1.0, 0.25, 1.0), healed=healed
+        )
         assert result.isfinite().all()
         assert "Going on from here in fp32" in healed[0]
         # Two steps before it may skip, one that does, the one that is done again in full, and four.
@@ -409,8 +429,10 @@ class TestCombinations:
     def test_an_old_diffusers_does_not_load_layers_that_were_skipped(self, deep, monkeypatch):
         card = Hardware(torch.device("meta"), "a card")
         model = open_handles(deep, "fp32", card, memory="offload_layers").model
-        monkeypatch.setattr("cogvideox.speed.combine.is_at_least", lambda name, version: False)
-        with pytest.raises(ValueError, match=r"first_block and memory offload_layers do not work together with diffusers"):
+        monkeypatch.setattr("cogvideox.combinations.is_at_least", lambda name, version: False)
+        with pytest.raises(
+            ValueError, match=r"first_block and memory offload_layers do not work together with diffusers"
+        ):
             with_cache(model, Cache())
         with_cache(model, Cache("taylorseer"))
 

@@ -32,7 +32,9 @@ def models(tmp_path, source):
     shutil.copytree(folder, tmp_path / "CogVideo" / "CogVideoX1.5-5B-I2V")
     shutil.copytree(folder, tmp_path / "CogVideo" / "both")
     (tmp_path / "CogVideo" / "both" / "transformer").rename(tmp_path / "CogVideo" / "both" / "transformer_I2V")
-    shutil.copytree(tmp_path / "CogVideo" / "both" / "transformer_I2V", tmp_path / "CogVideo" / "both" / "transformer_T2V")
+    shutil.copytree(
+        tmp_path / "CogVideo" / "both" / "transformer_I2V", tmp_path / "CogVideo" / "both" / "transformer_T2V"
+    )
     layouts.write_sat(tmp_path / "CogVideo" / "sat", modules)
     state = layouts.comfy_names(modules["transformer"].state_dict())
     layouts.write_file(tmp_path / "diffusion_models" / "cog.safetensors", state)
@@ -48,7 +50,9 @@ def models(tmp_path, source):
 
 
 def listed(models):
-    return list_checkpoints([models / "CogVideo", models / "diffusers"], [models / "CogVideo", models / "diffusion_models"])
+    return list_checkpoints(
+        [models / "CogVideo", models / "diffusers"], [models / "CogVideo", models / "diffusion_models"]
+    )
 
 
 def test_every_checkpoint_is_listed_once_with_what_it_is(models):
@@ -73,12 +77,16 @@ def test_text_encoders_and_vaes_are_listed_where_they_lie(models):
     assert [entry.label for entry in list_parts("text_encoder", [models / "text_encoders"])] == [
         "t5xxl.safetensors · T5 encoder · fp32 · single file"
     ]
-    assert [entry.label for entry in list_parts("vae", [models / "vae"])] == ["cog_vae.safetensors · CogVideoX VAE · fp32 · diffusers"]
+    assert [entry.label for entry in list_parts("vae", [models / "vae"])] == [
+        "cog_vae.safetensors · CogVideoX VAE · fp32 · diffusers"
+    ]
 
 
 def test_a_released_model_is_not_named_twice():
     assert catalogue._without("CogVideoX1.5-5B-I2V · bf16 · diffusers", "CogVideoX1.5-5B-I2V") == "bf16 · diffusers"
-    assert catalogue._without("CogVideoX1.5-5B · bf16 · ComfyUI", "cog.safetensors") == "CogVideoX1.5-5B · bf16 · ComfyUI"
+    assert (
+        catalogue._without("CogVideoX1.5-5B · bf16 · ComfyUI", "cog.safetensors") == "CogVideoX1.5-5B · bf16 · ComfyUI"
+    )
 
 
 def test_an_entry_is_found_by_its_name_whatever_it_is_now(models):
@@ -114,7 +122,8 @@ def change_transformer(folder, edit):
 
 
 def test_what_cannot_run_is_not_offered(models, source):
-    """Wan's UMT5, other latents, other inputs, other programs' packing, one piece of several: none of them in the lists."""
+    """Wan's UMT5, other latents, other inputs, other programs' packing, one piece of several: none of them in the
+    lists."""
     from tests.tiny_checkpoint import build_text_encoder, build_transformer
 
     umt5 = build_text_encoder().state_dict()
@@ -136,7 +145,9 @@ def test_what_cannot_run_is_not_offered(models, source):
     fun.save_pretrained(models / "CogVideo" / "fun" / "transformer")
     assert [entry.name for entry in list_parts("text_encoder", [models / "text_encoders"])] == ["t5xxl.safetensors"]
     assert [entry.name for entry in list_parts("vae", [models / "vae"])] == ["cog_vae.safetensors"]
-    assert {"fun", "fun.safetensors", "nf4.safetensors", "short.safetensors"}.isdisjoint(entry.name for entry in listed(models))
+    assert {"fun", "fun.safetensors", "nf4.safetensors", "short.safetensors"}.isdisjoint(
+        entry.name for entry in listed(models)
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,14 +168,19 @@ def test_a_folder_that_is_not_whole_is_offered_as_such_until_it_is(models, sourc
 
 
 def test_entries_know_how_far_their_dtypes_round(tmp_path):
-    """Measured on their own weights, the order is the same: fp32, fp16, bf16, Q8_0, fp8 with and without scales, Q5_0, e5m2, Q4_0."""
+    """Measured on their own weights, the order is the same: fp32, fp16, bf16, Q8_0, fp8 with and without scales, Q5_0,
+    e5m2, Q4_0."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
     from tests.tiny_checkpoint import build_text_encoder
 
     torch.manual_seed(0)
-    state = {name: torch.randn_like(value) / 50 for name, value in build_text_encoder(width=64).state_dict().items() if "embed_tok" not in name}
+    state = {
+        name: torch.randn_like(value) / 50
+        for name, value in build_text_encoder(width=64).state_dict().items()
+        if "embed_tok" not in name
+    }
     matrices = {name: value for name, value in state.items() if value.ndim == 2 and value.shape[1] % 32 == 0}
     wide = torch.cat([value.flatten() for value in matrices.values()])
     files, measured = {}, {}
@@ -177,14 +193,19 @@ def test_entries_know_how_far_their_dtypes_round(tmp_path):
         cast = {name: value.to(dtype) if name in matrices else value for name, value in state.items()}
         note(f"{dtype}.safetensors", lambda path, cast=cast: layouts.write_file(path, cast), wide.to(dtype).float())
     scales = {name: value.abs().max() / 448 for name, value in matrices.items()}
-    scaled = {name: (value / scales[name]).to(torch.float8_e4m3fn) if name in scales else value for name, value in state.items()}
+    scaled = {
+        name: (value / scales[name]).to(torch.float8_e4m3fn) if name in scales else value
+        for name, value in state.items()
+    }
     scaled |= {f"{name.removesuffix('.weight')}.scale_weight": scale for name, scale in scales.items()}
     rounded = torch.cat([scaled[name].float().flatten() * scales[name] for name in matrices])
     note("scaled.safetensors", lambda path: layouts.write_file(path, scaled), rounded)
     for kind in ("Q8_0", "Q5_0", "Q4_0"):
         number = GGMLQuantizationType[kind]
         rounded = torch.from_numpy(dequantize(quantize(wide.view(-1, 32).numpy(), number), number))
-        note(f"{kind}.gguf", lambda path, kind=kind: layouts.write_gguf(path, layouts.llama_names(state), kind), rounded)
+        note(
+            f"{kind}.gguf", lambda path, kind=kind: layouts.write_gguf(path, layouts.llama_names(state), kind), rounded
+        )
     entries = sorted(list_parts("text_encoder", [tmp_path]), key=lambda entry: entry.rounding)
     assert [entry.name for entry in entries] == sorted(files, key=measured.get)
     assert [entry.what for entry in entries if entry.name == "Q8_0.gguf"] == ["T5 encoder · GGUF Q8_0 · llama.cpp"]
@@ -205,7 +226,9 @@ def test_single_files_in_models_checkpoints_are_listed_and_other_models_there_ar
     state = layouts.comfy_names(source[1]["transformer"].state_dict())
     (tmp_path / "checkpoints" / "video").mkdir(parents=True)
     layouts.write_file(tmp_path / "checkpoints" / "video" / "cog.safetensors", state, "model.diffusion_model.")
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(3)}, tmp_path / "checkpoints" / "sdxl.safetensors")
+    save_file(
+        {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(3)}, tmp_path / "checkpoints" / "sdxl.safetensors"
+    )
     # A config of another model beside the files takes none of them away.
     (tmp_path / "checkpoints" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert [entry.name for entry in list_checkpoints([], [tmp_path / "checkpoints"])] == ["video/cog.safetensors"]
@@ -214,15 +237,21 @@ def test_single_files_in_models_checkpoints_are_listed_and_other_models_there_ar
 BAD = {
     "a config that is nested deeply": lambda folder: (folder / "transformer" / "config.json").write_text("[" * 50_000),
     "a config that is no object": lambda folder: (folder / "transformer" / "config.json").write_text("3"),
-    "a config whose class is a list": lambda folder: change(folder / "transformer" / "config.json", _class_name=["CogVideoXTransformer3DModel"]),
-    "an index of nothing": lambda folder: change(next((folder / "transformer").glob("*.index.json")), weight_map={"a": None}),
+    "a config whose class is a list": lambda folder: change(
+        folder / "transformer" / "config.json", _class_name=["CogVideoXTransformer3DModel"]
+    ),
+    "an index of nothing": lambda folder: change(
+        next((folder / "transformer").glob("*.index.json")), weight_map={"a": None}
+    ),
     "an index that is a folder": lambda folder: as_folder(next((folder / "transformer").glob("*.index.json"))),
     "a pipe in the place of a config": lambda folder: as_pipe(folder / "transformer" / "config.json"),
     "a model_index that is no text": lambda folder: (folder / "model_index.json").write_bytes(b"\xff\xfe\x00"),
     "a latest of many letters": lambda folder: (folder / "latest").write_text("a" * 5000),
     "a link that leads back": lambda folder: (folder / "again").symlink_to(folder),
     "a link to itself": lambda folder: (folder / "self").symlink_to(folder / "self"),
-    "many links that lead back": lambda folder: [(folder / f"again{number}").symlink_to(folder.parent) for number in range(30)],
+    "many links that lead back": lambda folder: [
+        (folder / f"again{number}").symlink_to(folder.parent) for number in range(30)
+    ],
     "folders without end": lambda folder: folder.joinpath(*["deeper"] * 60).mkdir(parents=True),
 }
 
@@ -260,13 +289,17 @@ def test_an_entry_is_found_by_the_name_it_had_elsewhere(models):
     entries = listed(models)
     found = find_entry(entries, "org/sat")
     assert found.path == models / "CogVideo" / "org" / "sat"
-    # Saved before it was moved; saved on Windows; from a folder whose name has what stands between a name and what it is.
+    # Saved before it was moved; saved on Windows; from a folder whose name has what stands between a name and what it
+    # is.
     assert find_entry(entries, "sat · CogVideoX1.5-I2V · bf16 · SAT") == found
     assert find_entry(entries, "org\\sat") == found
     assert find_entry(entries, "wan\\CogVideoX1.5_fp8.safetensors").name == "wan/CogVideoX1.5_fp8.safetensors"
     assert find_entry(entries, "") is None
     shutil.copytree(found.path, models / "CogVideo" / "a · b")
-    assert find_entry(listed(models), next(entry.label for entry in listed(models) if entry.name == "a · b")).name == "a · b"
+    assert (
+        find_entry(listed(models), next(entry.label for entry in listed(models) if entry.name == "a · b")).name
+        == "a · b"
+    )
     # Two of a name are not told apart.
     shutil.copytree(found.path, models / "CogVideo" / "other" / "sat")
     assert find_entry(listed(models), "sat") is None

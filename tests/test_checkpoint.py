@@ -1,4 +1,5 @@
-"""Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their dtype."""
+"""Checkpoints are known by their headers, refused with a sentence, and loaded once, lazily, straight into their
+dtype."""
 
 import json
 import os
@@ -13,21 +14,17 @@ from hypothesis import strategies as st
 
 from cogvideox.checkpoint.headers import read_header
 from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
-from cogvideox.precision.range_safe import make_range_safe
+from cogvideox.loading import load_module
+from cogvideox.modules.range_safe import make_range_safe
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
 from tests.conftest import CPU, ROOT
+from tests.helpers import CLASSES
 from tests.tiny_checkpoint import build_checkpoint
-
-CLASSES = {
-    "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
-    "text_encoder": ("transformers", "T5EncoderModel"),
-    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
-}
+from tests.told import Told
 
 
 @pytest.fixture
@@ -62,7 +59,9 @@ def test_weights_equal_from_pretrained_in_every_dtype(tiny, kind, dtype):
     import importlib
 
     library, name = CLASSES[kind]
-    theirs = getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
+    theirs = (
+        getattr(importlib.import_module(library), name).from_pretrained(tiny / kind, torch_dtype=dtype).state_dict()
+    )
     ours = load_module(open_checkpoint(tiny).part(kind), Precision(dtype), torch.device("cpu")).state_dict()
     assert set(ours) == set(theirs)
     for key in ours:
@@ -75,9 +74,16 @@ def test_one_file_without_index_loads_like_shards(tiny, tmp_path):
     from diffusers import CogVideoXTransformer3DModel
 
     single = shutil.copytree(tiny, tmp_path / "single", ignore=shutil.ignore_patterns("transformer"))
-    CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(single / "transformer")
-    assert [file.name for file in (single / "transformer").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
-    one, many = (load_module(open_checkpoint(path).part("transformer"), Precision(torch.bfloat16), torch.device("cpu")) for path in (single, tiny))
+    CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.bfloat16).save_pretrained(
+        single / "transformer"
+    )
+    assert [file.name for file in (single / "transformer").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    one, many = (
+        load_module(open_checkpoint(path).part("transformer"), Precision(torch.bfloat16), torch.device("cpu"))
+        for path in (single, tiny)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
 
 
@@ -101,11 +107,13 @@ from pathlib import Path
 import torch
 from tests.tiny_checkpoint import build_text_encoder
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.loading import load_module
 from cogvideox.precision.policy import Precision
 folder = Path(sys.argv[1])
 part = open_part(folder / "text_encoder", "text_encoder")
-load_module(open_part(Path(sys.argv[2]) / "text_encoder", "text_encoder"), Precision(torch.bfloat16), torch.device("cpu"))  # imports, first
+# Imports, first.
+other = open_part(Path(sys.argv[2]) / "text_encoder", "text_encoder")
+load_module(other, Precision(torch.bfloat16), torch.device("cpu"))
 from tests.memory import peak_kilobytes
 before = peak_kilobytes()
 module = load_module(part, Precision(torch.bfloat16), torch.device("cpu"))
@@ -118,7 +126,9 @@ print(json.dumps([peak, sum(weights.values())]))
     from tests.tiny_checkpoint import build_text_encoder
 
     with tempfile.TemporaryDirectory() as folder:
-        build_text_encoder(vocabulary=32128, width=2048, layers=6).save_pretrained(f"{folder}/big/text_encoder", max_shard_size="300MB")
+        build_text_encoder(vocabulary=32128, width=2048, layers=6).save_pretrained(
+            f"{folder}/big/text_encoder", max_shard_size="300MB"
+        )
         build_text_encoder().save_pretrained(f"{folder}/small/text_encoder")
         command = [sys.executable, "-c", script, f"{folder}/big", f"{folder}/small"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -142,7 +152,11 @@ def test_a_loaded_part_is_not_loaded_again_and_is_freed_with_its_last_handle(tin
     handles = open_handles(tiny, "fp32", CPU)
     reads = []
     for _ in range(2):
-        encode_prompt(handles.text_encoder, "a cat", on_load=lambda done, total: reads.append((done, total)))
+        encode_prompt(
+            handles.text_encoder,
+            "a cat",
+            events=Told(progress=lambda done, total: reads.append((done, total)), of="loading"),
+        )
     assert reads[-1][0] == reads[-1][1]
     assert len({done for done, _ in reads}) == len(reads)
     with handles.text_encoder.weights.running() as module:
@@ -159,19 +173,30 @@ def test_an_interrupted_load_leaves_nothing_behind(tiny):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_prompt(handles.text_encoder, "a cat", on_load=stop)
+        encode_prompt(handles.text_encoder, "a cat", events=Told(progress=stop))
     assert not handles.text_encoder.weights.is_loaded
     assert encode_prompt(handles.text_encoder, "a cat").embeddings.isfinite().all()
 
 
 OFFICIAL = {
-    "CogVideoX1.5-5B": (dict(num_layers=42, num_attention_heads=48, patch_size_t=2, use_rotary_positional_embeddings=True), torch.bfloat16),
-    "CogVideoX1.5-5B-I2V": (
-        dict(num_layers=42, num_attention_heads=48, patch_size_t=2, in_channels=32, use_rotary_positional_embeddings=True),
+    "CogVideoX1.5-5B": (
+        dict(num_layers=42, num_attention_heads=48, patch_size_t=2, use_rotary_positional_embeddings=True),
         torch.bfloat16,
     ),
-    "CogVideoX-5b": (dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True), torch.bfloat16),
-    "CogVideoX-5b-I2V": (dict(num_layers=42, num_attention_heads=48, in_channels=32, use_rotary_positional_embeddings=True), torch.bfloat16),
+    "CogVideoX1.5-5B-I2V": (
+        dict(
+            num_layers=42, num_attention_heads=48, patch_size_t=2, in_channels=32, use_rotary_positional_embeddings=True
+        ),
+        torch.bfloat16,
+    ),
+    "CogVideoX-5b": (
+        dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True),
+        torch.bfloat16,
+    ),
+    "CogVideoX-5b-I2V": (
+        dict(num_layers=42, num_attention_heads=48, in_channels=32, use_rotary_positional_embeddings=True),
+        torch.bfloat16,
+    ),
     "CogVideoX-2b": (dict(num_layers=30, num_attention_heads=30), torch.float16),
 }
 
@@ -267,7 +292,9 @@ class TestRefusals:
         self.refused(copy, "truncated", "-00002-of-00003", "download it again")
 
     def test_a_git_lfs_pointer(self, copy):
-        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+        )
         self.refused(copy, "not a readable safetensors file", "Git LFS")
 
     @given(data=st.binary(max_size=200))
@@ -315,7 +342,9 @@ class TestRefusals:
         tensors = load(file.read_bytes())
         tensors["decoder.surprise"] = tensors.pop("decoder.conv_in.conv.weight")
         save_file(tensors, file)
-        with pytest.raises(ValueError, match=r"1 missing \(decoder\.conv_in\.conv\.weight\); 1 unknown \(decoder\.surprise\)"):
+        with pytest.raises(
+            ValueError, match=r"1 missing \(decoder\.conv_in\.conv\.weight\); 1 unknown \(decoder\.surprise\)"
+        ):
             decode(open_handles(folder, "fp32", CPU).vae, torch.zeros(1, 16, 1, 2, 2))
 
 

@@ -1,4 +1,5 @@
-"""Compiled blocks give what the blocks give; one serves for all, in every run that follows; and nothing is left on the model."""
+"""Compiled blocks give what the blocks give; one serves for all, in every run that follows; and nothing is left on the
+model."""
 
 import math
 
@@ -8,16 +9,19 @@ from safetensors.torch import save_file
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cogvideox import handles as handles_module
+from cogvideox import weights as weights_module
 from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.sampling import sample
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import inside
 from tests.reference import draw_prompts
-from tests.test_cache import SHAPE, inside
 from tests.tiny_checkpoint import LAYERS
+from tests.told import Told
+
+SHAPE = (1, 16, 4, 4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,8 @@ def prompts():
 
 @pytest.fixture
 def graphs(use_backend):
-    """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one was."""
+    """Blocks are captured as for inductor, and run as they were written; the list has an entry for each time one
+    was."""
     captured = []
 
     def backend(graph, inputs, **_):
@@ -38,15 +43,23 @@ def graphs(use_backend):
     return captured
 
 
-def run(model, prompts, compiled=None, said=None, shape=SHAPE, **settings):
+def run(model, prompts, compiled=None, said=None, shape=SHAPE, healed=None, **settings):
     settings = dict(seed=1, steps=3) | settings
     said = [] if said is None else said
-    return sample(model if compiled is None else with_compile(model, compiled), *prompts, torch.zeros(shape), on_note=said.append, **settings)
+    return sample(
+        model if compiled is None else with_compile(model, compiled),
+        *prompts,
+        torch.zeros(shape),
+        events=Told(said, healed),
+        **settings,
+    )
 
 
 class TestSharing:
     @pytest.mark.parametrize("cfg", [1.0, 6.0])
-    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(self, model, deep, prompts, graphs, cfg):
+    def test_one_block_is_compiled_for_all_and_for_the_runs_and_models_that_follow(
+        self, model, deep, prompts, graphs, cfg
+    ):
         plain, said = run(model, prompts, cfg=cfg), []
         assert torch.equal(run(model, prompts, Compiled(), said, cfg=cfg), plain)
         assert len(graphs) == 1
@@ -75,7 +88,9 @@ class TestSharing:
         assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
         assert len(graphs) == 1
 
-    def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(self, model, prompts, tmp_path, graphs):
+    def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(
+        self, model, prompts, tmp_path, graphs
+    ):
         tensors = {}
         for block in range(LAYERS):
             for layer in ("attn1.to_q", "attn1.to_out.0", "ff.net.2"):
@@ -107,7 +122,10 @@ class TestTogether:
         with model.weights.running() as module:
             tensors = {name: value.clone() for name, value in module.state_dict().items()}
         if packed == "fp8":
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in tensors.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in tensors.items()
+            }
             path = layouts.write_file(tmp_path / "model.safetensors", small)
         else:
             path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
@@ -126,20 +144,22 @@ class TestTogether:
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):
-        real, said = handles_module.load_module, []
+        real, said = weights_module.load_module, []
 
         def load(*given):
             module = real(*given)
             try:
-                handles_module._offload(module, mode, torch.device("cpu"))
+                weights_module._offload(module, mode, torch.device("cpu"))
             except AttributeError as error:
                 pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
-        assert any("runs without compiling: its layers are brought to the card one by one" in text for text in said) == (mode == "offload_layers")
+        assert any(
+            "runs without compiling: its layers are brought to the card one by one" in text for text in said
+        ) == (mode == "offload_layers")
 
 
 class TestTraces:
@@ -205,7 +225,7 @@ class TestFallback:
             return graph.forward
 
         use_backend(backend)
-        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, on_heal=healed.append)
+        ours = run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), cfg=1.0, healed=healed)
         assert torch.equal(ours, run(model, prompts, cfg=1.0))
         assert "step 1 of 3: cpu ran out of memory" in healed[0]
         assert calls == [1, 1]
@@ -220,7 +240,7 @@ class TestHealing:
 
         use_backend(backend)
         model, healed = open_handles(deep, "fp32", CPU).model, []
-        ours = run(model, prompts, Compiled(), on_heal=healed.append)
+        ours = run(model, prompts, Compiled(), healed=healed)
         assert torch.equal(ours, run(model, prompts))
         assert "run again without compiled code it is finite" in healed[0]
 

@@ -1,4 +1,5 @@
-"""What a config says is looked at when a checkpoint is opened: a wrong value is told with its file, field and what it may be; nothing is built."""
+"""What a config says is looked at when a checkpoint is opened: a wrong value is told with its file, field and what it
+may be; nothing is built."""
 
 import json
 import math
@@ -10,21 +11,24 @@ import torch
 
 from cogvideox.checkpoint.configs import check_config, known_fields
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.checkpoint.loading import empty_module
 from cogvideox.handles import open_handles
-from cogvideox.sampling import make_scheduler
+from cogvideox.loading import empty_module
+from cogvideox.schedulers import make_scheduler
 from cogvideox.variants import full_config
 from tests.conftest import CPU, ROOT
 from tests.layouts import open_whole
 
-FILES = {kind: f"{kind}/config.json" for kind in ("transformer", "text_encoder", "vae")} | {"scheduler": "scheduler/scheduler_config.json"}
+FILES = {kind: f"{kind}/config.json" for kind in ("transformer", "text_encoder", "vae")} | {
+    "scheduler": "scheduler/scheduler_config.json"
+}
 REAL = ROOT.parent / "shared" / "real-configs" / "CogVideoX1.5-5B-I2V"
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
 def changed(tiny, tmp_path):
-    """``changed(kind, **fields)``: a copy of the tiny checkpoint whose config of a kind says something else; ``...`` leaves a field out."""
+    """``changed(kind, **fields)``: a copy of the tiny checkpoint whose config of a kind says something else; ``...``
+    leaves a field out."""
 
     def change(kind, **fields):
         folder = tmp_path / "checkpoint"
@@ -32,7 +36,9 @@ def changed(tiny, tmp_path):
         shutil.copytree(tiny, folder)
         file = folder / FILES[kind]
         config = json.loads(file.read_text(encoding="utf-8")) | fields
-        file.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}), encoding="utf-8")
+        file.write_text(
+            json.dumps({name: value for name, value in config.items() if value is not ...}), encoding="utf-8"
+        )
         return folder
 
     return change
@@ -48,7 +54,9 @@ def test_the_releases_own_configs_are_right(kind):
 @pytest.mark.parametrize("kind", FILES)
 def test_fields_that_old_releases_leave_out_and_fields_that_are_not_known_are_fine(kind, tmp_path):
     check_config(kind, {}, tmp_path)
-    check_config(kind, {"_diffusers_version": [1], "a": None, "torch_dtype": 3, "quantization_config": {"x": []}}, tmp_path)
+    check_config(
+        kind, {"_diffusers_version": [1], "a": None, "torch_dtype": 3, "quantization_config": {"x": []}}, tmp_path
+    )
     assert known_fields(kind, {"a": 1, "torch_dtype": 3}) == {}
 
 
@@ -128,7 +136,11 @@ def test_positions_that_no_machine_has_room_for_are_refused(checkpoints, tmp_pat
     with pytest.raises(ValueError, match="53,248,000 positions"):
         check_config("transformer", config | {"sample_height": 4096, "sample_width": 4000}, file)
     # Rotary ones are made for each run.
-    check_config("transformer", config | {"sample_height": 4096, "sample_width": 4000, "use_rotary_positional_embeddings": True}, file)
+    check_config(
+        "transformer",
+        config | {"sample_height": 4096, "sample_width": 4000, "use_rotary_positional_embeddings": True},
+        file,
+    )
 
 
 @pytest.mark.parametrize("value", [None, ...])
@@ -139,7 +151,10 @@ def test_a_scale_that_is_null_or_left_out_is_that_of_the_release_and_it_is_said(
     assert open_handles(changed("vae", scaling_factor=0.9), "fp32", CPU).model.latent_scale == 0.9
 
 
-@pytest.mark.parametrize(("kind", "fields"), [("text_encoder", {"is_encoder_decoder": 1.5, "torch_dtype": "x"}), ("vae", {"force_upcast": "x"})])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("text_encoder", {"is_encoder_decoder": 1.5, "torch_dtype": "x"}), ("vae", {"force_upcast": "x"})],
+)
 def test_values_that_nothing_uses_do_not_matter(changed, tiny, kind, fields):
     ours = empty_module(open_checkpoint(changed(kind, **fields)).part(kind))[0]
     plain = empty_module(open_checkpoint(tiny).part(kind))[0]
@@ -147,7 +162,14 @@ def test_values_that_nothing_uses_do_not_matter(changed, tiny, kind, fields):
 
 
 def test_the_schedule_is_the_one_that_the_config_says_and_not_the_classes_own(changed):
-    fields = dict(num_train_timesteps=500, beta_start=0.001, beta_end=0.02, beta_schedule="linear", snr_shift_scale=2.0, timestep_spacing="leading")
+    fields = dict(
+        num_train_timesteps=500,
+        beta_start=0.001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        snr_shift_scale=2.0,
+        timestep_spacing="leading",
+    )
     handles = open_handles(changed("scheduler", **fields), "fp32", CPU)
     scheduler = make_scheduler(handles.model.scheduler_config, "dpm")
     assert {name: scheduler.config[name] for name in fields} == fields
@@ -162,7 +184,9 @@ def test_what_a_library_raises_while_it_builds_becomes_a_sentence(tiny, monkeypa
         raise AttributeError("no such thing\nin two lines")
 
     monkeypatch.setattr(AutoencoderKLCogVideoX, "from_config", fail)
-    with pytest.raises(ValueError, match=r"VAE that .*config\.json describes cannot be built \(no such thing in two lines\)"):
+    with pytest.raises(
+        ValueError, match=r"VAE that .*config\.json describes cannot be built \(no such thing in two lines\)"
+    ):
         empty_module(open_checkpoint(tiny).part("vae"))
 
 

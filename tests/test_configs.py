@@ -1,4 +1,5 @@
-"""A config that would run a bf16-trained CogVideoX in fp16 is told by its shapes, and an inference.yaml is put right flag by flag."""
+"""A config that would run a bf16-trained CogVideoX in fp16 is told by its shapes, and an inference.yaml is put right
+flag by flag."""
 
 import json
 import os
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogvideox.configs.check import check_config, fix_config, is_config
+from interop.check import check_config, fix_config, is_config
 from tests.conftest import ROOT
 
 #: As zai-org/CogVideo has it (sat/configs/inference.yaml), with the flag of the black-video reports.
@@ -82,7 +83,7 @@ def only(report):
     return finding
 
 
-# --- Which dtype SAT runs in ---------------------------------------------------------------------------------------------------------
+# --- Which dtype SAT runs in --------------------------------------------------
 
 FLAGS = {
     "fp16: True": "fp16",
@@ -131,7 +132,10 @@ def test_each_kind_of_mistake_is_told_in_its_own_words(write):
 
 def test_a_finding_names_its_line(write):
     assert only(check_config(write(OFFICIAL))).where == "args.fp16 (line 12)"
-    assert only(check_config(write("args:\n  fp16: True\n  a: 1\n  bf16: True\n"))).where == "args.bf16 and args.fp16 (lines 2 and 4)"
+    assert (
+        only(check_config(write("args:\n  fp16: True\n  a: 1\n  bf16: True\n"))).where
+        == "args.bf16 and args.fp16 (lines 2 and 4)"
+    )
     assert only(check_config(write("# hello\n\nargs:\n  a: 1\n"))).where == "args (line 3)"
 
 
@@ -142,13 +146,15 @@ def test_a_flag_set_twice_is_a_mismatch_because_sat_refuses_it(write):
     assert report.verdict == "mismatch"
 
 
-# --- Which model it is ---------------------------------------------------------------------------------------------------------------
+# --- Which model it is --------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_model_is_known_by_its_own_model_section(write, name):
     section, trained = NETWORKS[name]
-    assert check_config(write(f"args:\n  bf16: True\n  sampling_fps: 16\n{section}")).model.startswith(f"{name}, trained in {trained}, ")
+    assert check_config(write(f"args:\n  bf16: True\n  sampling_fps: 16\n{section}")).model.startswith(
+        f"{name}, trained in {trained}, "
+    )
 
 
 def test_a_file_name_says_nothing(write):
@@ -156,7 +162,17 @@ def test_a_file_name_says_nothing(write):
     assert check_config(write("args:\n  fp16: True\n  load: CogVideoX-2b-sat/transformer\n")).verdict == "mismatch"
 
 
-def weights(folder, width=3072, channels=16, layers=2, patch_t=None, extra=(), prefix="model.diffusion_model.", step="1000", latest="1000"):
+def weights(
+    folder,
+    width=3072,
+    channels=16,
+    layers=2,
+    patch_t=None,
+    extra=(),
+    prefix="model.diffusion_model.",
+    step="1000",
+    latest="1000",
+):
     """A SAT checkpoint: the names and shapes of ``sat/dit_video_concat.py``, without the weights."""
     patch = torch.zeros(1).expand(width, channels * 8) if patch_t else torch.zeros(1).expand(width, channels, 2, 2)
     state = {"mixins.patch_embed.proj.weight": patch, **{name: torch.zeros(1) for name in extra}}
@@ -164,7 +180,10 @@ def weights(folder, width=3072, channels=16, layers=2, patch_t=None, extra=(), p
     (folder / step).mkdir(parents=True)
     if latest:
         (folder / "latest").write_text(latest + "\n")
-    torch.save({"module": {prefix + name: value for name, value in state.items()}}, folder / step / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"module": {prefix + name: value for name, value in state.items()}},
+        folder / step / "mp_rank_00_model_states.pt",
+    )
 
 
 CHECKPOINTS = {
@@ -177,12 +196,21 @@ CHECKPOINTS = {
         "CogVideoX-5b-I2V, trained in bf16",
     ),
     "2b": (dict(width=1920, layers=30), "CogVideoX-2b, trained in fp16"),
-    "a tiny 2b by its sin-cos table": (dict(width=128, extra=["mixins.pos_embed.pos_embedding"]), "CogVideoX-2b (custom size"),
-    "a tiny 5b by its rotary angles": (dict(width=128, extra=["mixins.pos_embed.freqs_sin"]), "CogVideoX-5b (custom size"),
+    "a tiny 2b by its sin-cos table": (
+        dict(width=128, extra=["mixins.pos_embed.pos_embedding"]),
+        "CogVideoX-2b (custom size",
+    ),
+    "a tiny 5b by its rotary angles": (
+        dict(width=128, extra=["mixins.pos_embed.freqs_sin"]),
+        "CogVideoX-5b (custom size",
+    ),
     "a tiny 1.0 with neither": (dict(width=128), "an unknown CogVideoX"),
     "without prefix": (dict(patch_t=2, layers=42, prefix=""), "CogVideoX1.5-5B, trained in bf16"),
     "step 1 without latest": (dict(patch_t=2, layers=42, step="1", latest=None), "CogVideoX1.5-5B, trained in bf16"),
-    "the step that latest names": (dict(patch_t=2, layers=42, step="7500", latest="7500"), "CogVideoX1.5-5B, trained in bf16"),
+    "the step that latest names": (
+        dict(patch_t=2, layers=42, step="7500", latest="7500"),
+        "CogVideoX1.5-5B, trained in bf16",
+    ),
 }
 
 
@@ -191,7 +219,9 @@ def test_the_model_is_known_by_the_shapes_in_the_checkpoint_that_args_load_names
     options, model = CHECKPOINTS[name]
     weights(tmp_path / "weights", **options)
     assert check_config(write(f"args:\n  load: {tmp_path}/weights\n")).model.startswith(model)
-    assert check_config(write("args:\n  load: weights\n", "configs/inference.yaml")).model.startswith(model)  # from the folder SAT is started in
+    assert check_config(write("args:\n  load: weights\n", "configs/inference.yaml")).model.startswith(
+        model
+    )  # from the folder SAT is started in
 
 
 class Bomb:
@@ -212,7 +242,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_with_a_sentence_and_runs_no
     assert report.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_fps")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", pickle.dumps({"module": {}}), b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04 half a zip", pickle.dumps({"module": {}}), b"version https://git-lfs.github.com/spec/v1"],
+)
 def test_a_damaged_checkpoint_is_told_and_the_other_sources_still_count(write, tmp_path, content):
     write(content, "weights/1/mp_rank_00_model_states.pt")
     report = check_config(write(f"args:\n  fp16: True\n  sampling_fps: 16\n  load: {tmp_path}/weights\n"))
@@ -235,8 +268,9 @@ def test_model_configs_beside_it_count_where_they_agree(write):
     write(NETWORKS["CogVideoX-5b-I2V"][0], "second.yaml")
     write("data: [1, 2]\n", "unrelated.yaml")
     write("a: [1, 2", "broken.yaml")
-    assert (
-        check_config(file).model == "CogVideoX-5b or CogVideoX-5b-I2V, trained in bf16, known by the model config beside it (first.yaml, second.yaml)"
+    assert check_config(file).model == (
+        "CogVideoX-5b or CogVideoX-5b-I2V, trained in bf16, known by the model config beside it (first.yaml, "
+        "second.yaml)"
     )
     write(FP16, "third.yaml")
     assert check_config(file).model.startswith("an unknown CogVideoX")
@@ -250,13 +284,20 @@ def test_the_surer_source_wins(write, tmp_path):
     assert "CogVideoX-2b, trained in fp16, known by the model config beside it" in check_config(write(start)).model
     weights(tmp_path / "weights", layers=42)
     assert "CogVideoX-5b, trained in bf16, known by the shapes in" in check_config(write(start)).model
-    assert "CogVideoX1.5-5B-I2V, trained in bf16, known by its own model" in check_config(write(start + NETWORKS["CogVideoX1.5-5B-I2V"][0])).model
+    assert (
+        "CogVideoX1.5-5B-I2V, trained in bf16, known by its own model"
+        in check_config(write(start + NETWORKS["CogVideoX1.5-5B-I2V"][0])).model
+    )
 
 
-@pytest.mark.parametrize(("frames", "known"), [(22, True), (42, True), (13, False), ("22", False), (True, False), ([22], False)])
+@pytest.mark.parametrize(
+    ("frames", "known"), [(22, True), (42, True), (13, False), ("22", False), (True, False), ([22], False)]
+)
 def test_latent_frames_tell_the_newer_model(write, frames, known):
     report = check_config(write(f"args:\n  fp16: True\n  sampling_num_frames: {frames!r}\n"))
-    assert report.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_num_frames" if known else "an unknown CogVideoX")
+    assert report.model.startswith(
+        "CogVideoX1.5, trained in bf16, known by sampling_num_frames" if known else "an unknown CogVideoX"
+    )
     assert report.verdict == ("mismatch" if known else "warning")
 
 
@@ -266,7 +307,11 @@ def test_latent_frames_tell_the_newer_model(write, frames, known):
         ("CogVideoX1.5-5B-SAT/transformer_t2v", "CogVideoX1.5", "bf16"),
         ("/models/CogVideoX-5b-sat/transformer/1", "CogVideoX-5b", "bf16"),
         ("D:\\models\\CogVideoX-2b-sat\\transformer", "CogVideoX-2b", "fp16"),
-        ("{your_CogVideoX-2b-sat_path}/transformer", None, None),  # as the authors' file has it until somebody fills it in
+        (
+            "{your_CogVideoX-2b-sat_path}/transformer",
+            None,
+            None,
+        ),  # as the authors' file has it until somebody fills it in
         ("CogVideoX-2b-sat/my/own/checkpoints/transformer", None, None),
         ("transformer", None, None),
     ],
@@ -275,7 +320,9 @@ def test_the_checkpoints_folder_is_the_last_hint_and_said_to_be_one(write, load,
     report = check_config(write(f"args:\n  fp16: True\n  load: '{load}'\n"))
     assert report.verdict == {"bf16": "mismatch", "fp16": "ok", None: "warning"}[trained]
     if name:
-        assert report.model.startswith(f"{name} (by its folder's name), trained in {trained}, going by the name of the checkpoint's folder alone")
+        assert report.model.startswith(
+            f"{name} (by its folder's name), trained in {trained}, going by the name of the checkpoint's folder alone"
+        )
         assert "can be wrong" in report.model
         # The frames are surer.
         surer = check_config(write(f"args:\n  fp16: True\n  load: '{load}'\n  sampling_num_frames: 22\n"))
@@ -289,15 +336,22 @@ def test_a_folders_name_is_enough_for_the_safe_dtype_and_not_for_fp16(write):
         fix_config(write("args:\n  bf16: True\n  load: CogVideoX-2b-sat/transformer\n"))
 
 
-LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-MERGES = "m0: &m0 {a: 1, b: 2}\n" + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 14))
+LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+MERGES = "m0: &m0 {a: 1, b: 2}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 14)
+)
 BOMBS = {
     "laughs": (f"{LAUGHS}args: {{fp16: True, x: *a11}}\n", "repeats its parts"),
     "laughs beside args": (f"{LAUGHS}args: {{fp16: True}}\n", "repeats its parts"),
     "merges": (f"{MERGES}args:\n  <<: *m13\n  fp16: True\n", "repeats its parts"),
     "itself": ("args:\n  fp16: True\n  x: &x [*x]\n", "repeats its parts.*in themselves"),
     "depth": ("args:\n  fp16: True\nx: " + "[" * 5000, "not YAML|nested deeper"),
-    "depth of many lines": ("args:\n  fp16: True\nx:\n" + "".join("  " * i + "k:\n" for i in range(1, 450)), "not YAML|nested deeper"),
+    "depth of many lines": (
+        "args:\n  fp16: True\nx:\n" + "".join("  " * i + "k:\n" for i in range(1, 450)),
+        "not YAML|nested deeper",
+    ),
     "length": ("args:\n  fp16: True\n" + "# a\n" * 100_000, "has .* bytes, and a file of its kind has at most"),
     "a tag of a boolean": ("args:\n  fp16: !!bool x\n", "x is no bool"),
     "a tag of a number": ("args:\n  a: !!int ''\n", "cannot read"),
@@ -325,21 +379,33 @@ def test_what_would_burst_is_read_or_refused_in_time(write, bomb):
 
 
 def test_an_anchor_that_is_used_as_it_is_meant_is_read(write):
-    report = check_config(write("common: &common {fp16: True, sampling_fps: 16}\nargs:\n  <<: *common\n  a: &b [1]\n  c: *b\n"))
+    report = check_config(
+        write("common: &common {fp16: True, sampling_fps: 16}\nargs:\n  <<: *common\n  a: &b [1]\n  c: *b\n")
+    )
     assert report.verdict == "mismatch"
     assert report.model.startswith("CogVideoX1.5, trained in bf16, known by sampling_fps")
 
 
 def test_a_model_section_that_does_not_say_is_no_evidence(write):
-    for section in ("model:\n", "model: [1]\n", "model: {network_config: {params: {}}}\n", "model: {network_config: {params: {num_layers: 42}}}\n"):
+    for section in (
+        "model:\n",
+        "model: [1]\n",
+        "model: {network_config: {params: {}}}\n",
+        "model: {network_config: {params: {num_layers: 42}}}\n",
+    ):
         assert check_config(write(f"args:\n  bf16: True\n{section}")).model.startswith("an unknown CogVideoX")
-    assert check_config(write("args: {bf16: True}\nmodel: {network_config: {params: {patch_size: [2, 2, 2]}}}\n")).model.startswith("CogVideoX1.5, ")
+    assert check_config(
+        write("args: {bf16: True}\nmodel: {network_config: {params: {patch_size: [2, 2, 2]}}}\n")
+    ).model.startswith("CogVideoX1.5, ")
 
 
-# --- Putting it right ----------------------------------------------------------------------------------------------------------------
+# --- Putting it right ---------------------------------------------------------
 
 FIXES = {
-    "the flag changes, its comment stays": ("args:\n  fp16: True # For 2B\n  a: 1\n", "args:\n  bf16: True # For 2B\n  a: 1\n"),
+    "the flag changes, its comment stays": (
+        "args:\n  fp16: True # For 2B\n  a: 1\n",
+        "args:\n  bf16: True # For 2B\n  a: 1\n",
+    ),
     "quoted key": ('args:\n  "fp16": yes\n', 'args:\n  "bf16": yes\n'),
     "both on": ("args:\n  bf16: True\n  fp16: True # why\n", "args:\n  bf16: True\n  fp16: False # why\n"),
     "both on, in capitals and as on": ("args:\n  fp16: ON\n  bf16: TRUE\n", "args:\n  fp16: OFF\n  bf16: TRUE\n"),
@@ -350,21 +416,25 @@ FIXES = {
     "neither": ("args:\n    a: 1 # one\n\n# the rest\n", "args:\n    a: 1 # one\n    bf16: True\n\n# the rest\n"),
     "neither, commented out": ("args:\n  a: 1\n  # bf16: True\n", "args:\n  a: 1\n  bf16: True\n  # bf16: True\n"),
     "neither, no last line end": ("args:\n  a: 1", "args:\n  a: 1\n  bf16: True"),
-    "neither, a list last": ("args:\n  a:\n  - 1\n  - 2 # two\n# end\n", "args:\n  a:\n  - 1\n  - 2 # two\n  bf16: True\n# end\n"),
-    "neither, a mapping last": ("args:\n  a:\n    b: {c: 1}\n", "args:\n  a:\n    b: {c: 1}\n  bf16: True\n"),
-    "neither, a text last": ("args:\n  a: |\n    some\n    text\nb: 1\n", "args:\n  a: |\n    some\n    text\n  bf16: True\nb: 1\n"),
+    "neither, a list last": (
+        "args:\n  b: 1\n  a:\n  - 1\n  - 2 # two\n# end\n",
+        "args:\n  b: 1\n  bf16: True\n  a:\n  - 1\n  - 2 # two\n# end\n",
+    ),
+    "neither, a mapping last": (
+        "args:\n  b: 1\n  a:\n    b: {c: 1}\n",
+        "args:\n  b: 1\n  bf16: True\n  a:\n    b: {c: 1}\n",
+    ),
     "neither, nothing last": ("args:\n  a:   # empty\nb: 1\n", "args:\n  a:   # empty\n  bf16: True\nb: 1\n"),
-    "neither, an alias last": ("x: &x 1\nargs:\n  a: *x\nb: 1\n", "x: &x 1\nargs:\n  a: *x\n  bf16: True\nb: 1\n"),
     "zero_stage": ("args:\n  zero_stage: 1\n", "args:\n  zero_stage: 1\n  bf16: True\n"),
-    "flow": ("args: {fp16: True, a: 1} # short\n", "args: {bf16: True, a: 1} # short\n"),
-    "flow, neither": ("args: {a: [1, 2], }\n", "args: {a: [1, 2], bf16: True, }\n"),
-    "flow, empty": ("args: {}\n", "args: {bf16: True}\n"),
-    "flow, twice": ("args: {fp16: True, a: 1, fp16: False}\n", "args: {a: 1, fp16: False, bf16: True}\n"),
-    "twice": ("args:\n  fp16: False # old\n  a: 1\n  fp16: True # new\n", "args:\n  # fp16: False # old\n  a: 1\n  bf16: True # new\n"),
-    "twice the right one": ("args:\n  bf16: True\n  bf16: True\n", "args:\n  # bf16: True\n  bf16: True\n"),
-    "CRLF": ("args:\r\n  a: 1\r\n  b: 2 # two\r\nc: 3\r\n", "args:\r\n  a: 1\r\n  b: 2 # two\r\n  bf16: True\r\nc: 3\r\n"),
+    "CRLF": (
+        "args:\r\n  a: 1\r\n  b: 2 # two\r\nc: 3\r\n",
+        "args:\r\n  a: 1\r\n  b: 2 # two\r\n  bf16: True\r\nc: 3\r\n",
+    ),
     "byte order mark": ("\ufeffargs:\n  fp16: True\n", "\ufeffargs:\n  bf16: True\n"),
-    "other scripts": ("# 推理\nargs:\n  a: 1 # 精度 🎬\n  fp16: True # 半精度 é\n", "# 推理\nargs:\n  a: 1 # 精度 🎬\n  bf16: True # 半精度 é\n"),
+    "other scripts": (
+        "# 推理\nargs:\n  a: 1 # 精度 🎬\n  fp16: True # 半精度 é\n",
+        "# 推理\nargs:\n  a: 1 # 精度 🎬\n  bf16: True # 半精度 é\n",
+    ),
     "a document marker": ("---\nargs:\n  a: 1\n...\n", "---\nargs:\n  a: 1\n  bf16: True\n...\n"),
     "fp16 elsewhere in the file": ("x: {fp16: True}\nargs:\n  fp16: True\n", "x: {fp16: True}\nargs:\n  bf16: True\n"),
     "a date": ("args:\n  fp16: True\n  day: 2024-13-45\n", "args:\n  bf16: True\n  day: 2024-13-45\n"),
@@ -440,22 +510,54 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(write, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "base: &base {fp16: True}\nargs:\n  <<: *base\n  a: 1\n",
-        "yes: &on True\nargs:\n  bf16: True\n  fp16: *on\n",
-        "args:\n  fp16: &on True\n  bf16: *on\n",
-        "args:\n  fp16:\n    True\n  fp16: True\n",
-        "my: &key fp16\nargs:\n  *key : True\n",
-    ],
-)
+#: Forms that hardly anybody writes -> which line is to say what.
+BY_HAND = {
+    "base: &base {fp16: True}\nargs:\n  <<: *base\n  a: 1\n": (
+        "have args (line 2) say bf16: True and have args (line 2) say fp16: False"
+    ),
+    "yes: &on True\nargs:\n  bf16: True\n  fp16: *on\n": "have line 3 say bf16: True and have line 4 say fp16: False",
+    "args:\n  fp16: &on True\n  bf16: *on\n": "have line 3 say bf16: True and have line 2 say fp16: False",
+    "args:\n  fp16:\n    True\n  fp16: True\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 2 and have line 4 say fp16: False"
+    ),
+    "my: &key fp16\nargs:\n  *key : True\n": "have args (line 2) say bf16: True and have args (line 2) say fp16: False",
+    "args:\n  fp16: !!bool true\n": "have args (line 1) say bf16: True and have line 2 say fp16: False",
+    "args: {fp16: True, a: 1} # short\n": "have args (line 1) say bf16: True and have line 1 say fp16: False",
+    "args: {fp16: True, a: 1, fp16: False}\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 1 and have line 1 say fp16: False"
+    ),
+    "args:\n  fp16: False # old\n  a: 1\n  fp16: True # new\n": (
+        "have args (line 1) say bf16: True and delete fp16 in line 2 and have line 4 say fp16: False"
+    ),
+    "args:\n  bf16: True\n  bf16: True\n": "delete bf16 in line 2 and have line 3 say bf16: True",
+}
+#: The same, where neither flag is on.
+ADDED_BY_HAND = {
+    "args: {a: [1, 2], }\n": 1,
+    "args: {}\n": 1,
+    "args:\n  a: |\n    some\n    text\nb: 1\n": 1,
+    "x: &x 1\nargs:\n  a: *x\nb: 1\n": 2,
+}
+
+
+@pytest.mark.parametrize("text", BY_HAND)
 def test_a_fix_that_would_touch_more_than_the_flags_is_left_to_the_user(write, text):
     write(BF16, "model.yaml")
     file = write(text)
     assert check_config(file).verdict == "mismatch"
-    with pytest.raises(ValueError, match="was not changed.*by hand"):
+    with pytest.raises(ValueError, match="was not changed.*by hand") as refused:
         fix_config(file)
+    assert f"by hand: {BY_HAND[text]}. Then check it again." in str(refused.value)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ADDED_BY_HAND)
+def test_a_flag_that_has_no_usual_place_is_left_to_the_user(write, text):
+    write(BF16, "model.yaml")
+    file = write(text)
+    with pytest.raises(ValueError, match="was not changed.*by hand") as refused:
+        fix_config(file)
+    assert f"by hand: have args (line {ADDED_BY_HAND[text]}) say bf16: True. Then" in str(refused.value)
     assert file.read_text() == text
 
 
@@ -466,9 +568,18 @@ def test_where_the_model_is_not_known_a_fix_says_what_to_do(write):
 
 
 words = st.text(st.sampled_from("abcxyz 0:-#'\"{}[]é精🎬"), max_size=12)
-spelled = {True: st.sampled_from(["True", "true", "TRUE", "yes", "on", "On"]), False: st.sampled_from(["False", "false", "no", "Off"])}
-values = st.sampled_from(["1", "txt", "[768, 1360]", '"{a folder}/transformer"', "0.5", "", "{a: 1, b: [2]}", "'it''s'", "fp16"])
-keys = st.lists(st.sampled_from(["latent_channels", "batch_size", "input_type", "output_dir", "my_fp16", "bf16x"]), unique=True, min_size=1)
+spelled = {
+    True: st.sampled_from(["True", "true", "TRUE", "yes", "on", "On"]),
+    False: st.sampled_from(["False", "false", "no", "Off"]),
+}
+values = st.sampled_from(
+    ["1", "txt", "[768, 1360]", '"{a folder}/transformer"', "0.5", "", "{a: 1, b: [2]}", "'it''s'", "fp16"]
+)
+keys = st.lists(
+    st.sampled_from(["latent_channels", "batch_size", "input_type", "output_dir", "my_fp16", "bf16x"]),
+    unique=True,
+    min_size=1,
+)
 
 
 @st.composite
@@ -486,7 +597,9 @@ def configs(draw):
             key = draw(st.sampled_from(["{}", '"{}"', "'{}'"])).format(flag)
             line = (f"{indent}{key}:{' ' * draw(st.integers(1, 3))}{draw(spelled[on])}{comment()}", True)
             lines.insert(draw(st.integers(0, len(lines))), line)
-    for text in draw(st.lists(st.one_of(st.just(""), st.just("  # bf16: True"), words.map(lambda text: f"#{text}")), max_size=3)):
+    for text in draw(
+        st.lists(st.one_of(st.just(""), st.just("  # bf16: True"), words.map(lambda text: f"#{text}")), max_size=3)
+    ):
         lines.insert(draw(st.integers(0, len(lines))), (text, False))
     before = draw(st.sampled_from([[], ["# head"], ["---"], ["other: {fp16: True}"]]))
     after = draw(st.sampled_from([[], ["", "# tail"], ["seed: 1"]]))
@@ -495,7 +608,9 @@ def configs(draw):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(configs(), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans(), st.sampled_from(["bf16", "fp16"]))
-def test_whatever_the_file_looks_like_a_fix_changes_only_flags_and_is_done_once(tmp_path, lines, end, ended, marked, want):
+def test_whatever_the_file_looks_like_a_fix_changes_only_flags_and_is_done_once(
+    tmp_path, lines, end, ended, marked, want
+):
     for old in tmp_path.iterdir():
         old.unlink()
     (tmp_path / "model.yaml").write_text(BF16 if want == "bf16" else FP16)
@@ -533,7 +648,7 @@ def test_whatever_the_file_looks_like_a_fix_changes_only_flags_and_is_done_once(
     assert file.read_bytes().decode() == fixed
 
 
-# --- Workflows -----------------------------------------------------------------------------------------------------------------------
+# --- Workflows ---
 
 
 def ui(*nodes, **more):
@@ -609,11 +724,25 @@ LOADERS = [
 WIDGETS = {
     OURS: ["model", "dtype", "on_mismatch"],
     DOWNLOAD: ["model", "precision", "quantization", "enable_sequential_cpu_offload", "attention_mode", "load_device"],
-    LOADER: ["model", "base_precision", "quantization", "load_device", "enable_sequential_cpu_offload", "attention_mode"],
+    LOADER: [
+        "model",
+        "base_precision",
+        "quantization",
+        "load_device",
+        "enable_sequential_cpu_offload",
+        "attention_mode",
+    ],
     GGUF: ["model", "vae_precision", "fp8_fastmode"],
     VAE: ["model_name", "precision"],
     "MZ_CogVideoXLoader": [
-        *("unet_name", "vae_name", "weight_dtype", "fp8_fast_mode", "enable_sequential_cpu_offload", "enable_vae_encode_tiling"),
+        *(
+            "unet_name",
+            "vae_name",
+            "weight_dtype",
+            "fp8_fast_mode",
+            "enable_sequential_cpu_offload",
+            "enable_vae_encode_tiling",
+        ),
     ],
     "LoadCogVideoXFunModel": ["model", "model_type", "GPU_memory_mode", "precision"],
     "LoadCogVideoX_Fun_Model": ["model", "model_type", "low_gpu_memory_mode", "precision"],
@@ -664,7 +793,10 @@ def test_loaders_of_all_models_count_where_the_name_is_a_cogvideox(judged):
 
 
 def test_a_loader_without_a_dtype_says_what_decides(judged):
-    assert "ComfyUI computes in bf16 where the card has it" in only(judged(ui(node("UnetLoaderGGUF", "cogvideox.gguf")))).reason
+    assert (
+        "ComfyUI computes in bf16 where the card has it"
+        in only(judged(ui(node("UnetLoaderGGUF", "cogvideox.gguf")))).reason
+    )
 
 
 def test_a_mismatch_says_what_will_happen(judged):
@@ -681,7 +813,14 @@ def test_a_mismatch_says_what_will_happen(judged):
 
 def test_a_finding_names_its_node_and_subgraph(judged):
     bad = node(DOWNLOAD, "THUDM/CogVideoX-5b", "fp16", id=12)
-    inner = [{"id": "outer", "name": "Load", "nodes": [bad], "definitions": {"subgraphs": [{"id": "x", "nodes": [bad | {"id": 3}]}]}}]
+    inner = [
+        {
+            "id": "outer",
+            "name": "Load",
+            "nodes": [bad],
+            "definitions": {"subgraphs": [{"id": "x", "nodes": [bad | {"id": 3}]}]},
+        }
+    ]
     report = judged(ui(bad, definitions={"subgraphs": inner}))
     assert [finding.where for finding in report.findings] == [
         f'node 12 "{DOWNLOAD}"',
@@ -710,7 +849,9 @@ def test_a_dtype_that_comes_over_a_link_is_a_warning_unless_any_would_do(judged)
     assert judged(linked(OURS, "on_mismatch", "CogVideoX1.5-5B", "fp16", "fix")).verdict == "warning"
     assert judged(linked(OURS, "dtype", "CogVideoX1.5-5B", "auto", "fix")).verdict == "ok"
     assert judged(linked(DOWNLOAD, "precision", "THUDM/CogVideoX-2b", "bf16")).verdict == "ok"
-    assert judged(linked(DOWNLOAD, "model", "THUDM/CogVideoX-2b", "fp16")).verdict == "mismatch"  # the name in the file is not the one that runs
+    assert (
+        judged(linked(DOWNLOAD, "model", "THUDM/CogVideoX-2b", "fp16")).verdict == "mismatch"
+    )  # the name in the file is not the one that runs
 
 
 def test_a_workflow_without_a_cogvideox_loader_is_ok_and_says_so(judged):
@@ -721,9 +862,18 @@ def test_a_workflow_without_a_cogvideox_loader_is_ok_and_says_so(judged):
 
 
 def test_odd_nodes_do_not_stop_the_check(judged):
-    odd = [None, 3, {}, {"type": ["x"]}, {"type": OURS}, {"type": OURS, "widgets_values": None, "inputs": [None, {"widget": 1}]}]
+    odd = [
+        None,
+        3,
+        {},
+        {"type": ["x"]},
+        {"type": OURS},
+        {"type": OURS, "widgets_values": None, "inputs": [None, {"widget": 1}]},
+    ]
     assert judged(ui(*odd, definitions={"subgraphs": [None, {}, {"nodes": None}]})).verdict == "ok"
-    assert judged(api(OURS) | {"2": {"class_type": None}, "3": {"class_type": DOWNLOAD, "inputs": None}}).verdict == "ok"
+    assert (
+        judged(api(OURS) | {"2": {"class_type": None}, "3": {"class_type": DOWNLOAD, "inputs": None}}).verdict == "ok"
+    )
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda file: file.name)
@@ -733,7 +883,7 @@ def test_our_own_workflows_are_right(file):
     assert OURS in report.text
 
 
-# --- What is a config, what is said of what is none ----------------------------------------------------------------------------------
+# --- What is a config, what is said of what is none ---------------------------
 
 
 def test_configs_are_told_from_checkpoints(write, tmp_path, tiny):
@@ -760,20 +910,44 @@ def test_configs_are_told_from_checkpoints(write, tmp_path, tiny):
 ERRORS = {
     "not YAML": ("a.yaml", "args: {fp16: [", "not YAML.*SAT cannot read it.*Correct it"),
     "two documents": ("a.yaml", "args: {}\n---\nargs: {}\n", "not YAML.*Correct it"),
-    "not UTF-8": ("a.yaml", "args:\n  a: 1 # 精度\n".encode("gbk"), "not UTF-8 .byte 15 is 0x.*SAT reads.*Save it as UTF-8"),
+    "not UTF-8": (
+        "a.yaml",
+        "args:\n  a: 1 # 精度\n".encode("gbk"),
+        "not UTF-8 .byte 15 is 0x.*SAT reads.*Save it as UTF-8",
+    ),
     "empty": ("a.yaml", "", "no args: at all.*bf16 and fp16.*Choose"),
     "a list": ("a.yaml", "- args\n", "no args: at all.*Choose"),
     "a model's config": ("a.yaml", BF16, "no args: at all.*describes a model.*inference.yaml"),
     "args is a list": ("a.yaml", "args: [fp16]\n", "not a mapping.*bf16 and fp16.*Choose"),
     "args is empty": ("a.yaml", "args:\n", "not a mapping"),
     "args twice": ("a.yaml", "args: {}\nargs: {}\n", "args: more than once"),
-    "a tag": ("a.yaml", "args:\n  a: !!python/object/apply:os.getcwd []\n", "a value in args: that SAT cannot read.*Correct it"),
-    "a text for a flag": ("a.yaml", "args:\n  fp16: 'True'\n", "args.fp16 .line 2. of .* is 'True', which is not a boolean.*Write fp16: True or"),
-    "a number for a flag": ("a.yaml", "args:\n  bf16: 1\n", "args.bf16 .line 2. .* is 1, which is not a boolean.*Write bf16"),
+    "a tag": (
+        "a.yaml",
+        "args:\n  a: !!python/object/apply:os.getcwd []\n",
+        "a value in args: that SAT cannot read.*Correct it",
+    ),
+    "a text for a flag": (
+        "a.yaml",
+        "args:\n  fp16: 'True'\n",
+        "args.fp16 .line 2. of .* is 'True', which is not a boolean.*Write fp16: True or",
+    ),
+    "a number for a flag": (
+        "a.yaml",
+        "args:\n  bf16: 1\n",
+        "args.bf16 .line 2. .* is 1, which is not a boolean.*Write bf16",
+    ),
     "an empty flag": ("a.yaml", "args:\n  bf16:\n", "is empty, which is not a boolean"),
-    "a training config": ("a.yaml", "args: {mode: finetune}\ndeepspeed: {bf16: {enabled: True}}\n", "for training.*'finetune'.*deepspeed.*Choose"),
+    "a training config": (
+        "a.yaml",
+        "args: {mode: finetune}\ndeepspeed: {bf16: {enabled: True}}\n",
+        "for training.*'finetune'.*deepspeed.*Choose",
+    ),
     "not JSON": ("a.json", '{"nodes": [', "not JSON.*no nodes.*Save the workflow again"),
-    "a model's JSON": ("a.json", '{"_class_name": "CogVideoXTransformer3DModel"}', "_class_name, which is not a ComfyUI workflow.*Choose"),
+    "a model's JSON": (
+        "a.json",
+        '{"_class_name": "CogVideoXTransformer3DModel"}',
+        "_class_name, which is not a ComfyUI workflow.*Choose",
+    ),
     "an empty JSON": ("a.json", "{}", "nothing in it, which is not a ComfyUI workflow"),
     "a JSON list": ("a.json", "[1]", "a JSON list, which is not a ComfyUI workflow"),
     "another file": ("a.txt", "args: {}", "neither YAML nor JSON.*txt.*Choose"),
@@ -785,7 +959,9 @@ def test_what_cannot_be_checked_is_refused_with_what_why_and_what_to_do(write, c
     name, content, message = ERRORS[case]
     file = write(content, name)
     for call in (check_config, *([fix_config] if name.endswith("yaml") else [])):
-        with pytest.raises(ValueError, match=f"(?s)a\\.(yaml|json|txt).*{message}" if "args." not in message else message):
+        with pytest.raises(
+            ValueError, match=f"(?s)a\\.(yaml|json|txt).*{message}" if "args." not in message else message
+        ):
             call(file)
     assert [entry.name for entry in file.parent.iterdir()] == [name]
 
@@ -816,5 +992,10 @@ def test_the_report_reads_as_text_and_as_json(write):
     assert lines[2].startswith("[mismatch] args.fp16 (line 12): fp16 is on")
     assert lines[3].startswith("    do: Set bf16: True")
     again = json.loads(json.dumps(report.as_dict()))
-    assert (again["path"], again["kind"], again["verdict"], again["model"]) == (str(file), report.kind, "mismatch", report.model)
+    assert (again["path"], again["kind"], again["verdict"], again["model"]) == (
+        str(file),
+        report.kind,
+        "mismatch",
+        report.model,
+    )
     assert again["findings"][0]["where"] == "args.fp16 (line 12)"

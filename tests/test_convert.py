@@ -1,4 +1,5 @@
-"""A converted checkpoint holds the same weights, opens in diffusers and here, needs little memory, and is there whole or not at all."""
+"""A converted checkpoint holds the same weights, opens in diffusers and here, needs little memory, and is there whole
+or not at all."""
 
 import importlib
 import json
@@ -14,15 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogvideox.checkpoint import convert
+from cogvideox.checkpoint import convert, shards
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.checkpoint.loading import load_module
-from cogvideox.precision.policy import Precision
+from cogvideox.dtypes import Precision
+from cogvideox.loading import load_module
 from tests import layouts
 from tests.conftest import ROOT
-from tests.test_checkpoint import CLASSES
-from tests.test_layouts import LAYOUTS
+from tests.helpers import CLASSES
+from tests.layouts import LAYOUTS
 from tests.tiny_checkpoint import build_transformer
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -61,7 +62,9 @@ def same(ours, theirs):
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype, name
         assert ours[name].shape == value.shape, name
-        assert torch.equal(ours[name].reshape(-1).view(torch.uint8), value.contiguous().reshape(-1).view(torch.uint8)), name
+        assert torch.equal(
+            ours[name].reshape(-1).view(torch.uint8), value.contiguous().reshape(-1).view(torch.uint8)
+        ), name
     return True
 
 
@@ -81,14 +84,20 @@ def test_every_layout_becomes_a_folder_that_diffusers_opens(tmp_path, source, na
     report = convert_checkpoint(checkpoint, tmp_path / "converted")
     again = open_checkpoint(tmp_path / "converted")
     assert report.parts[0].layout == layout
-    assert [part.kind for part in report.parts] == [kind for kind in KINDS if kind in checkpoint.parts] == [*again.parts]
+    assert (
+        [part.kind for part in report.parts] == [kind for kind in KINDS if kind in checkpoint.parts] == [*again.parts]
+    )
     for kind, part in again.parts.items():
         assert same(read(tmp_path / "converted" / kind), state(source[1], kind))
         assert part.stored == checkpoint.parts[kind].stored
         assert dict(part.config) == dict(checkpoint.parts[kind].config)
         stored = next(iter(part.stored))
-        assert same(pretrained(tmp_path / "converted", kind, torch_dtype=stored).state_dict(), source[1][kind].state_dict())
-        assert same(load_module(part, Precision(stored), torch.device("cpu")).state_dict(), source[1][kind].state_dict())
+        assert same(
+            pretrained(tmp_path / "converted", kind, torch_dtype=stored).state_dict(), source[1][kind].state_dict()
+        )
+        assert same(
+            load_module(part, Precision(stored), torch.device("cpu")).state_dict(), source[1][kind].state_dict()
+        )
     assert again.variant == checkpoint.variant
     assert dict(again.scheduler_config) == dict(checkpoint.scheduler_config)
 
@@ -130,7 +139,9 @@ def test_diffusers_pipeline_opens_a_folder_without_a_text_encoder(tmp_path, sour
     from diffusers import CogVideoXPipeline
 
     convert_checkpoint(open_checkpoint(layouts.write_sat(tmp_path / "sat", source[1])), tmp_path / "converted")
-    pipe = CogVideoXPipeline.from_pretrained(tmp_path / "converted", text_encoder=None, tokenizer=None, torch_dtype=FP32)
+    pipe = CogVideoXPipeline.from_pretrained(
+        tmp_path / "converted", text_encoder=None, tokenizer=None, torch_dtype=FP32
+    )
     assert same(pipe.vae.state_dict(), source[1]["vae"].state_dict())
     assert pipe.vae.config.scaling_factor == 0.7
 
@@ -139,7 +150,9 @@ def test_parts_from_files_of_their_own_are_put_together(tmp_path, source):
     """The tokenizer's folder is that of the text encoders: only its files are taken."""
     (tmp_path / "parts").mkdir()
     names = {"text_encoder": "t5.safetensors", "vae": "vae.safetensors"}
-    files = {kind: layouts.write_file(tmp_path / "parts" / name, state(source[1], kind)) for kind, name in names.items()}
+    files = {
+        kind: layouts.write_file(tmp_path / "parts" / name, state(source[1], kind)) for kind, name in names.items()
+    }
     shutil.copy(source[0] / "tokenizer" / "spiece.model", tmp_path / "parts")
     transformer = layouts.write_file(tmp_path / "x.safetensors", layouts.comfy_names(state(source[1], "transformer")))
     convert_checkpoint(open_checkpoint(transformer, **files), tmp_path / "converted")
@@ -169,7 +182,7 @@ class TestCasts:
 
     @pytest.mark.parametrize("chunk", [64, 4096])
     def test_however_small_the_buffer_is(self, tmp_path, source, monkeypatch, chunk):
-        monkeypatch.setattr(convert, "_CHUNK", chunk)
+        monkeypatch.setattr(shards, "_CHUNK", chunk)
         checkpoint = open_checkpoint(layouts.write_sat(tmp_path / "sat", {"transformer": source[1]["transformer"]}))
         convert_checkpoint(checkpoint, tmp_path / "kept.safetensors")
         convert_checkpoint(checkpoint, tmp_path / "cast.safetensors", FP32)
@@ -181,12 +194,14 @@ class TestCasts:
         tensors = state(source[1], "transformer", FP8)
         checkpoint = open_checkpoint(layouts.write_file(tmp_path / "fp8.safetensors", tensors))
         convert_checkpoint(checkpoint, tmp_path / "converted.safetensors", dtype)
-        assert same(read(tmp_path / "converted.safetensors"), {name: value.to(dtype or FP8) for name, value in tensors.items()})
+        assert same(
+            read(tmp_path / "converted.safetensors"), {name: value.to(dtype or FP8) for name, value in tensors.items()}
+        )
 
     @pytest.mark.parametrize(("dtype", "chunk"), [(BF16, 1000), (FP32, 1 << 24)])
     def test_scales_of_fp8_weights_are_multiplied_in(self, tmp_path, source, monkeypatch, dtype, chunk):
         """One for a tensor, and one for each row of it."""
-        monkeypatch.setattr(convert, "_CHUNK", chunk)
+        monkeypatch.setattr(shards, "_CHUNK", chunk)
         tensors, wanted = state(source[1], "transformer"), state(source[1], "transformer", dtype)
         for block, scale in enumerate((torch.tensor(0.3), torch.rand(128))):
             name = f"transformer_blocks.{block}.attn1.to_q"
@@ -201,7 +216,9 @@ class TestCasts:
             convert_checkpoint(checkpoint, tmp_path / "kept.safetensors")
         tensors["transformer_blocks.1.attn1.to_q.scale_weight"][-1] = float("inf")
         checkpoint = open_checkpoint(layouts.write_file(tmp_path / "loud.safetensors", tensors))
-        with pytest.raises(ValueError, match=r"transformer_blocks.1.attn1.to_q.weight .* NaN or Inf once they are widened"):
+        with pytest.raises(
+            ValueError, match=r"transformer_blocks.1.attn1.to_q.weight .* NaN or Inf once they are widened"
+        ):
             convert_checkpoint(checkpoint, tmp_path / "spoiled.safetensors", dtype)
         assert not list(tmp_path.glob("spoiled*"))
 
@@ -265,8 +282,12 @@ class TestCasts:
         assert all(line in report.text for line in audit.text.splitlines())
         assert same(read(tmp_path / "converted.safetensors"), {key: value.half() for key, value in loud.items()})
 
-    @pytest.mark.parametrize(("dtype", "value", "remedy"), [(FP16, 65520.0, "Convert to bf16"), (BF16, 3.4e38, "Keep the dtype")])
-    def test_a_cast_that_would_make_inf_is_refused_before_anything_is_written(self, tmp_path, source, dtype, value, remedy):
+    @pytest.mark.parametrize(
+        ("dtype", "value", "remedy"), [(FP16, 65520.0, "Convert to bf16"), (BF16, 3.4e38, "Keep the dtype")]
+    )
+    def test_a_cast_that_would_make_inf_is_refused_before_anything_is_written(
+        self, tmp_path, source, dtype, value, remedy
+    ):
         tensors = state(source[1], "transformer", FP32)
         tensors["proj_out.bias"] = torch.full_like(tensors["proj_out.bias"], value)
         checkpoint = open_checkpoint(layouts.write_file(tmp_path / "x.safetensors", tensors))
@@ -283,14 +304,16 @@ def test_parts_over_the_limit_are_sharded_with_an_index(tmp_path, source, monkey
     from diffusers import CogVideoXPipeline
 
     limit = 80_000
-    monkeypatch.setattr(convert, "SHARD_BYTES", limit)
+    monkeypatch.setattr(shards, "SHARD_BYTES", limit)
     folder = tmp_path / "converted"
     report = convert_checkpoint(open_checkpoint(source[0]), folder, dtype)
     for part, stem in zip(report.parts, ("diffusion_pytorch_model", "model", "diffusion_pytorch_model"), strict=True):
         index = json.loads((folder / part.kind / f"{stem}.safetensors.index.json").read_text())
         count = len(part.files)
         assert count > 1
-        assert sorted(set(index["weight_map"].values())) == [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        assert sorted(set(index["weight_map"].values())) == [
+            f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)
+        ]
         tensors = read(folder / part.kind)
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
         for name, size in part.files:
@@ -369,7 +392,9 @@ class TestWholeOrNothing:
     )
     def test_an_interrupted_conversion_leaves_nothing(self, tmp_path, source, target, error, dtype):
         checkpoint, seen = open_checkpoint(source[0]), []
-        convert_checkpoint(checkpoint, tmp_path / "first" / target, dtype, lambda done, total: seen.append((done, total)))
+        convert_checkpoint(
+            checkpoint, tmp_path / "first" / target, dtype, lambda done, total: seen.append((done, total))
+        )
         shutil.rmtree(tmp_path / "first")
         assert seen[-1][0] == seen[-1][1]
         assert seen == sorted(set(seen))
@@ -398,8 +423,10 @@ class TestWholeOrNothing:
         assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
     @pytest.mark.parametrize("target", ["new/converted", "converted.safetensors"])
-    def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(self, tmp_path, source, monkeypatch, target):
-        monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
+    def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+        self, tmp_path, source, monkeypatch, target
+    ):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
         with pytest.raises(RuntimeError, match=r"needs [\d.]+ MB and 1\.00 GB to spare.*only 1\.00 GB free.*Make room"):
             convert_checkpoint(open_checkpoint(source[0]), tmp_path / target)
         assert everything_in(tmp_path) == []
@@ -459,13 +486,26 @@ class TestRefusals:
         (tmp_path / "empty.safetensors").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         for name in ("file.safetensors", "plain", "folder", "empty.safetensors", "link"):
-            self.refused(tmp_path, checkpoint, tmp_path / name, "is there already", "nothing is overwritten", "Choose another name")
+            self.refused(
+                tmp_path,
+                checkpoint,
+                tmp_path / name,
+                "is there already",
+                "nothing is overwritten",
+                "Choose another name",
+            )
 
     def test_another_conversion_to_the_same_place(self, tmp_path, source):
         (tmp_path / "converted.partial").mkdir()
         (tmp_path / "x.safetensors.partial").write_text("half")
         for name in ("converted", "x.safetensors"):
-            self.refused(tmp_path, open_checkpoint(source[0]), tmp_path / name, f"{name}.partial is there", "If none is running, delete it")
+            self.refused(
+                tmp_path,
+                open_checkpoint(source[0]),
+                tmp_path / name,
+                f"{name}.partial is there",
+                "If none is running, delete it",
+            )
 
     def test_a_place_inside_the_source(self, tmp_path, source):
         copy = shutil.copytree(source[0], tmp_path / "copy")
@@ -475,10 +515,19 @@ class TestRefusals:
 
     def test_endings_of_other_files(self, tmp_path, source):
         for ending in (".pt", ".ckpt", ".gguf"):
-            self.refused(tmp_path, open_checkpoint(source[0]), tmp_path / f"x{ending}", "not written here", ".safetensors")
+            self.refused(
+                tmp_path, open_checkpoint(source[0]), tmp_path / f"x{ending}", "not written here", ".safetensors"
+            )
 
     def test_dtypes_that_nothing_runs_in(self, tmp_path, source):
-        self.refused(tmp_path, open_checkpoint(source[0]), tmp_path / "x", "no part can run in", "fp16, bf16, fp32", dtype=torch.int8)
+        self.refused(
+            tmp_path,
+            open_checkpoint(source[0]),
+            tmp_path / "x",
+            "no part can run in",
+            "fp16, bf16, fp32",
+            dtype=torch.int8,
+        )
 
     def test_weights_that_are_not_whole(self, tmp_path, source):
         """diffusers would fill what is missing with random numbers."""
@@ -511,7 +560,11 @@ def test_the_report_says_what_was_written(tmp_path, source):
     written = {name for part in data["parts"] for name in part["files"]} | set(data["others"])
     assert written == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     transformer, vae = data["parts"]
-    assert (transformer["audit"], transformer["before"], transformer["layout"]) == (None, transformer["after"], "ComfyUI")
+    assert (transformer["audit"], transformer["before"], transformer["layout"]) == (
+        None,
+        transformer["after"],
+        "ComfyUI",
+    )
     assert vae["before"]["fp32"] == 2 * vae["after"]["bf16"]
     assert vae["audit"]["target"] == "bf16"
     one = convert_checkpoint(checkpoint, tmp_path / "one.safetensors")

@@ -1,4 +1,5 @@
-"""What only a card can show: this pack on a GPU against unmodified diffusers there, its memory modes, plans and ways out of too little memory.
+"""What only a card can show: this pack on a GPU against unmodified diffusers there, its memory modes, plans and ways
+out of too little memory.
 
 Skipped where there is no CUDA device. ``COGVIDEOX_TEST_DEVICE`` names another device, the CPU too.
 """
@@ -12,25 +13,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cogvideox.sampling as sampling_module
+import cogvideox.memory as memory_module
 import cogvideox.vae as vae_module
 from cogvideox.choices import CACHES, MODES, QUANTIZE
 from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
-from cogvideox.memory import free_bytes, plan_memory, ways
+from cogvideox.memory import plan_memory
+from cogvideox.modules.attention import available
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
-from cogvideox.speed.attention import available
-from cogvideox.speed.cache import Cache
-from cogvideox.speed.compiled import Compiled, missing_compiler
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
+from cogvideox.weights import free_bytes, placements
 from tests import layouts
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
+from tests.told import Told
 
 DEVICE = torch.device(os.environ.get("COGVIDEOX_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA card: run pytest tests/test_device.py on one"
+    DEVICE.type == "cuda" and not torch.cuda.is_available(),
+    reason="needs an NVIDIA card: run pytest tests/test_device.py on one",
 )
 needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="only CUDA counts memory and synchronisations")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +84,14 @@ def taken_by(work):
 
 def write_lora(path, module, inside, outside):
     generator = torch.Generator().manual_seed(1)
-    halves = {"A": torch.randn(4, inside, generator=generator) / inside**0.5, "B": torch.randn(outside, 4, generator=generator)}
-    save_file({f"transformer.transformer_blocks.0.{module}.lora_{half}.weight": tensor for half, tensor in halves.items()}, path)
+    halves = {
+        "A": torch.randn(4, inside, generator=generator) / inside**0.5,
+        "B": torch.randn(outside, 4, generator=generator),
+    }
+    save_file(
+        {f"transformer.transformer_blocks.0.{module}.lora_{half}.weight": tensor for half, tensor in halves.items()},
+        path,
+    )
     return path
 
 
@@ -105,7 +115,9 @@ class TestSampling:
 
         pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=DTYPES[dtype]).to(DEVICE)
         pipeline.set_progress_bar_config(disable=True)
-        expected = reference_latents(pipeline, [prompt.to(DEVICE) for prompt in prompts], SHAPE, scheduler=scheduler).cpu()
+        expected = reference_latents(
+            pipeline, [prompt.to(DEVICE) for prompt in prompts], SHAPE, scheduler=scheduler
+        ).cpu()
         ours = run(open_handles(tiny, dtype, hardware, "warn").model, prompts, scheduler=scheduler)
         print(f"{dtype} {scheduler}: equal {torch.equal(ours, expected)}, relative L2 {error(ours, expected):.1e}")
         assert error(ours, expected) < ROUNDING[dtype]
@@ -114,7 +126,8 @@ class TestSampling:
     def test_every_variant_gives_what_it_gives_on_the_host(self, checkpoints, prompts, hardware, variant):
         image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) if "i2v" in variant else None
         ours, host = (
-            run(open_handles(checkpoints(variant), "fp32", where).model, prompts, image_latents=image) for where in (hardware, Hardware.detect("cpu"))
+            run(open_handles(checkpoints(variant), "fp32", where).model, prompts, image_latents=image)
+            for where in (hardware, Hardware.detect("cpu"))
         )
         assert error(ours, host) < 1e-3
 
@@ -144,8 +157,11 @@ class TestPrecision:
         exact = run(open_handles(loud, "fp32", hardware).model, prompts)
         safe, bf16 = (run(open_handles(loud, dtype, hardware).model, prompts) for dtype in ("fp16", "bf16"))
         healed, said = open_handles(loud, "fp16", hardware, "warn"), []
-        plain = run(healed.model, prompts, on_heal=said.append)
-        print(f"range-safe {error(safe, exact):.1e}, bf16 {error(bf16, exact):.1e}, healed {error(plain, exact):.1e}: {said}")
+        plain = run(healed.model, prompts, events=Told(heals=said))
+        print(
+            f"range-safe {error(safe, exact):.1e}, bf16 {error(bf16, exact):.1e}, healed {error(plain, exact):.1e}: "
+            f"{said}"
+        )
         assert error(bf16, exact) < 0.15
         assert max(error(safe, exact), error(plain, exact)) < 2 * error(bf16, exact)
         assert said
@@ -183,7 +199,10 @@ class TestMemory:
         # What cuBLAS works in is not of the run.
         run(model, prompts, steps=1)
         taken = model.weights.resident + taken_by(lambda: run(model, prompts, LARGE, steps=2))
-        print(f"{dtype} {mode}: planned {plan.needed[mode] / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB ({taken / plan.needed[mode]:.2f})")
+        print(
+            f"{dtype} {mode}: planned {plan.needed[mode] / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB "
+            f"({taken / plan.needed[mode]:.2f})"
+        )
         assert 0.7 * plan.needed[mode] < taken < 1.1 * plan.needed[mode]
 
     @needs_cuda
@@ -191,25 +210,27 @@ class TestMemory:
         expected = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE)
         plan = plan_memory(open_handles(wide, "bf16", hardware).model, LARGE)
         # So that it is found out, and not foreseen.
-        monkeypatch.setattr(sampling_module, "plan_memory", lambda *_: plan)
+        monkeypatch.setattr(memory_module, "plan_memory", lambda *_: plan)
         said = []
         with at_most(0.5 * plan.needed["gpu"]):
-            ours = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE, on_heal=said.append)
+            ours = run(open_handles(wide, "bf16", hardware).model, prompts, LARGE, events=Told(heals=said))
         print("\n".join(said))
         assert said
         assert error(ours, expected) < ROUNDING["bf16"]
 
     @needs_cuda
-    def test_where_it_is_known_to_be_too_little_the_smaller_way_is_taken_at_once(self, wide, prompts, hardware, monkeypatch):
+    def test_where_it_is_known_to_be_too_little_the_smaller_way_is_taken_at_once(
+        self, wide, prompts, hardware, monkeypatch
+    ):
         told, healed = [], []
         model = open_handles(wide, "bf16", hardware).model
         expected, plan = run(model, prompts, LARGE), plan_memory(model, LARGE)
         collect()
-        room = plan.bytes_of(ways((True, False))[-1]) * 1.3 + 50e6
-        monkeypatch.setattr("cogvideox.handles.free_bytes", lambda device: int(room))
+        room = plan.bytes_of(placements((True, False))[-1]) * 1.3 + 50e6
+        monkeypatch.setattr("cogvideox.weights.free_bytes", lambda device: int(room))
         model.weights.release()
         with at_most(room):
-            ours = run(model, prompts, LARGE, on_note=told.append, on_heal=healed.append)
+            ours = run(model, prompts, LARGE, events=Told(told, healed))
         print(told, healed)
         assert told
         assert not healed
@@ -249,7 +270,7 @@ class TestSpeedups:
     def test_every_cache_runs_in_every_mode(self, wide, prompts, hardware, expected, method, mode):
         notes = []
         model = with_cache(open_handles(wide, "bf16", hardware, memory=mode).model, Cache(method))
-        ours = run(model, prompts, steps=10, on_note=notes.append)
+        ours = run(model, prompts, steps=10, events=Told(notes))
         print(notes[-1])
         assert ours.isfinite().all()
         assert "skipped" in notes[-1]
@@ -259,14 +280,31 @@ class TestSpeedups:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_every_quantization_runs_in_every_mode(self, wide, prompts, hardware, method, dtype):
         exact = run(open_handles(wide, dtype, hardware).model, prompts)
-        results = [run(quantized(open_handles(wide, dtype, hardware, memory=mode).model, method), prompts) for mode in MODES]
+        results = [
+            run(quantized(open_handles(wide, dtype, hardware, memory=mode).model, method), prompts) for mode in MODES
+        ]
         print(f"{method} {dtype}: {error(results[0], exact):.1e}")
         assert error(results[0], exact) < 0.2
         assert all(torch.equal(result, results[0]) for result in results)
 
-    @pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.is_available() and missing_compiler(DEVICE) is not None, reason="no compiler")
+    @pytest.mark.skipif(
+        DEVICE.type == "cuda" and torch.cuda.is_available() and missing_compiler(DEVICE) is not None,
+        reason="no compiler",
+    )
     @pytest.mark.parametrize(
-        "case", ["bf16", "fp16", "fp32", "dynamic", "offload_blocks", "first_block", "int8_weight_only", "int8_dynamic", "fp8_dynamic", "lora"]
+        "case",
+        [
+            "bf16",
+            "fp16",
+            "fp32",
+            "dynamic",
+            "offload_blocks",
+            "first_block",
+            "int8_weight_only",
+            "int8_dynamic",
+            "fp8_dynamic",
+            "lora",
+        ],
     )
     def test_compiled_it_is_the_same_up_to_rounding(self, wide, prompts, hardware, tmp_path, case):
         dtype = case if case in DTYPES else "bf16"
@@ -278,7 +316,7 @@ class TestSpeedups:
         elif case == "lora":
             model = with_lora(model, write_lora(tmp_path / "l.safetensors", "attn1.to_q", 1024, 1024))
         notes = []
-        ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, on_note=notes.append)
+        ours = run(with_compile(model, Compiled(dynamic=case == "dynamic")), prompts, events=Told(notes))
         found = error(ours, run(model, prompts))
         print(f"compiled {case}: {found:.1e} {notes}")
         # What was compiled for the case before serves a LoRA too.
@@ -291,10 +329,18 @@ class TestLayouts:
     @pytest.mark.parametrize("mode", MODES)
     def test_fp8_files_stay_fp8_on_the_card(self, tmp_path, prompts, hardware, stored, mode):
         folder, modules = layouts.build_modules(tmp_path / "it")
-        state = {n: t.to(stored) if t.ndim == 2 and "blocks" in n else t for n, t in modules["transformer"].state_dict().items()}
+        state = {
+            n: t.to(stored) if t.ndim == 2 and "blocks" in n else t
+            for n, t in modules["transformer"].state_dict().items()
+        }
         file = layouts.write_file(tmp_path / "fp8.safetensors", state)
         there, here = (
-            run(open_handles(file, "bf16", where, memory=m, text_encoder=folder / "text_encoder", vae=folder / "vae").model, prompts)
+            run(
+                open_handles(
+                    file, "bf16", where, memory=m, text_encoder=folder / "text_encoder", vae=folder / "vae"
+                ).model,
+                prompts,
+            )
             for where, m in ((hardware, mode), (Hardware.detect("cpu"), "gpu"))
         )
         assert error(there, here) < ROUNDING["bf16"]
@@ -336,7 +382,10 @@ class TestVAE:
     @pytest.mark.parametrize("budget", [None, 30 << 20])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_frames_are_those_of_diffusers(self, wide, hardware, latent, dtype, budget):
-        ours, theirs = decode(open_handles(wide, dtype, hardware).vae, latent, budget=budget), self.expected(wide, latent, dtype)
+        ours, theirs = (
+            decode(open_handles(wide, dtype, hardware).vae, latent, budget=budget),
+            self.expected(wide, latent, dtype),
+        )
         print(f"VAE {dtype} {budget}: {error(ours, theirs):.1e}, at most {(ours - theirs).abs().max():.1e}")
         # Convolutions in fp32 are of TF32 on a card, in diffusers as here.
         assert error(ours, theirs) < {"fp32": 1e-3, "bf16": 3e-2, "fp16": 4e-3}[dtype]
@@ -366,7 +415,7 @@ class TestVAE:
         # What it is told is free is not.
         monkeypatch.setattr(vae_module, "free_bytes", lambda device: 16 << 30)
         with at_most(200 << 20):
-            ours = decode(vae, latent, on_heal=said.append)
+            ours = decode(vae, latent, events=Told(heals=said))
         print("\n".join(said))
         assert said
         assert error(ours, expected) < ROUNDING["bf16"]

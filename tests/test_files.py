@@ -33,7 +33,9 @@ def test_a_link_to_what_is_gone_is_called_that(tmp_path):
         open_regular(tmp_path / "link")
 
 
-@pytest.mark.parametrize("text", ["[" * 50_000, '{"a": ' * 200 + "1" + "}" * 200, "{", '{"a": ' + "9" * 5000 + "}", "nul"])
+@pytest.mark.parametrize(
+    "text", ["[" * 50_000, '{"a": ' * 200 + "1" + "}" * 200, "{", '{"a": ' + "9" * 5000 + "}", "nul"]
+)
 def test_json_that_is_none_or_too_deep_is_a_sentence(text, tmp_path):
     with pytest.raises(ValueError):
         parse_json(text)

@@ -1,4 +1,5 @@
-"""Folders may be fine-tunes, training runs, caches, sets side by side: each opens to the weights that are meant, or a sentence says why not."""
+"""Folders may be fine-tunes, training runs, caches, sets side by side: each opens to the weights that are meant, or a
+sentence says why not."""
 
 import json
 import os
@@ -15,9 +16,9 @@ from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.headers import read_tensor
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.configs.check import is_config
 from cogvideox.handles import open_handles
 from cogvideox.precision.policy import plan_dtypes
+from interop.check import is_config
 from tests import layouts
 from tests.conftest import CPU, ROOT
 
@@ -50,11 +51,19 @@ def is_the_one(checkpoint, state, add=0.0):
     """Whether a checkpoint's transformer is these weights, all of them, bit for bit."""
     tensors = checkpoint.part("transformer").tensors
     return tensors.keys() == state.keys() and all(
-        torch.equal(read_tensor(stored), state[name].to(stored.dtype) + add) for name, stored in tensors.items() if stored.shape
+        torch.equal(read_tensor(stored), state[name].to(stored.dtype) + add)
+        for name, stored in tensors.items()
+        if stored.shape
     )
 
 
-def write_shards(folder: Path, state: dict, index: str = INDEX, name: str = "diffusion_pytorch_model-{:05}-of-00002.safetensors", save=save_file):
+def write_shards(
+    folder: Path,
+    state: dict,
+    index: str = INDEX,
+    name: str = "diffusion_pytorch_model-{:05}-of-00002.safetensors",
+    save=save_file,
+):
     folder.mkdir(parents=True, exist_ok=True)
     halves = [dict(list(state.items())[part::2]) for part in range(2)]
     for number, half in enumerate(halves, 1):
@@ -102,7 +111,9 @@ class TestAPartThatIsNotWhole:
             checkpoint.part(kind)
         assert str(copy / kind) in str(caught.value)
         assert checkpoint.incomplete[kind] in str(caught.value)
-        assert f"[incomplete] {'VAE' if kind == 'vae' else 'text encoder'}: " in plan_dtypes(checkpoint, "auto", CPU).text
+        assert (
+            f"[incomplete] {'VAE' if kind == 'vae' else 'text encoder'}: " in plan_dtypes(checkpoint, "auto", CPU).text
+        )
         assert "[absent]" not in plan_dtypes(checkpoint, "auto", CPU).text
         # A check is of all that is there.
         assert generate.main(["--check", str(copy), "--device", "cpu"]) == 1
@@ -110,7 +121,18 @@ class TestAPartThatIsNotWhole:
 
     def test_is_told_before_anything_is_made(self, copy, tmp_path, capsys):
         next((copy / "vae").glob("*.safetensors")).unlink()
-        command = ["--model", copy, "--prompt", "a panda", "--output", tmp_path / "out.mp4", "--width", 32, "--height", 32]
+        command = [
+            "--model",
+            copy,
+            "--prompt",
+            "a panda",
+            "--output",
+            tmp_path / "out.mp4",
+            "--width",
+            32,
+            "--height",
+            32,
+        ]
         command += ["--frames", 1, "--steps", 1]
         assert generate.main([*map(str, command)]) == 1
         shown = capsys.readouterr()
@@ -161,7 +183,14 @@ class TestAPartThatIsNotWhole:
 
 
 class TestFineTunes:
-    BIN = ["diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "pytorch_model_fsdp.bin", "weights.ckpt", "A.BIN"]
+    BIN = [
+        "diffusion_pytorch_model.bin",
+        "pytorch_model.bin",
+        "model.pt",
+        "pytorch_model_fsdp.bin",
+        "weights.ckpt",
+        "A.BIN",
+    ]
 
     @pytest.mark.parametrize("name", BIN)
     def test_saved_by_torch(self, source, bare, name):
@@ -169,7 +198,13 @@ class TestFineTunes:
         assert is_the_one(open_checkpoint(bare), source[1])
 
     def test_saved_by_torch_in_shards(self, source, bare):
-        write_shards(bare / "transformer", source[1], "pytorch_model.bin.index.json", "pytorch_model-{:05}-of-00002.bin", torch.save)
+        write_shards(
+            bare / "transformer",
+            source[1],
+            "pytorch_model.bin.index.json",
+            "pytorch_model-{:05}-of-00002.bin",
+            torch.save,
+        )
         assert is_the_one(open_checkpoint(bare), source[1])
 
     PREFIXES = [
@@ -192,7 +227,10 @@ class TestFineTunes:
 
     @pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
     def test_with_wrappers_around_each_block(self, source, bare, wrapper):
-        state = {name.replace("transformer_blocks.0.", f"transformer_blocks.0.{wrapper}."): value for name, value in source[1].items()}
+        state = {
+            name.replace("transformer_blocks.0.", f"transformer_blocks.0.{wrapper}."): value
+            for name, value in source[1].items()
+        }
         save_file({f"module.{name}": value for name, value in state.items()}, bare / "transformer" / SINGLE)
         assert is_the_one(open_checkpoint(bare), source[1])
 
@@ -202,7 +240,8 @@ class TestFineTunes:
 
     def test_with_an_average_in_the_same_file(self, source, bare):
         save_file(
-            {f"{place}.{name}": value.clone() for place in ("model", "ema") for name, value in source[1].items()}, bare / "transformer" / SINGLE
+            {f"{place}.{name}": value.clone() for place in ("model", "ema") for name, value in source[1].items()},
+            bare / "transformer" / SINGLE,
         )
         refused(bare, "several sets of weights in one (", "ema.…", "model.…", "EMA")
 
@@ -217,7 +256,9 @@ class TestFineTunes:
             assert [(entry.name, entry.path) for entry in list_checkpoints(*roots)] == [(name, folder)]
 
     def test_shards_and_no_config(self, source, tmp_path):
-        write_shards(tmp_path / "run" / "out", source[1], "model.safetensors.index.json", "model-{:05}-of-00002.safetensors")
+        write_shards(
+            tmp_path / "run" / "out", source[1], "model.safetensors.index.json", "model-{:05}-of-00002.safetensors"
+        )
         assert is_the_one(open_checkpoint(tmp_path / "run" / "out"), source[1])
         assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["run/out"]
 
@@ -256,7 +297,10 @@ class TestFineTunes:
         assert is_the_one(open_checkpoint(copy), source[1])
         assert is_the_one(open_checkpoint(copy / "transformer_ema"), other(source[1]))
         assert open_checkpoint(copy / "transformer_ema").part("vae").source == copy / "vae"
-        assert [entry.name for entry in list_checkpoints([copy.parent], [])] == ["checkpoint", "checkpoint/transformer_ema"]
+        assert [entry.name for entry in list_checkpoints([copy.parent], [])] == [
+            "checkpoint",
+            "checkpoint/transformer_ema",
+        ]
         shutil.rmtree(copy / "transformer")
         assert is_the_one(open_checkpoint(copy), other(source[1]))
 
@@ -278,18 +322,27 @@ class TestTrainingRuns:
         last = open_checkpoint(run)
         assert is_the_one(last, source[1])
         assert any("checkpoint-1000 in it, the last of 2 training steps" in note for note in last.notes)
-        assert [entry.name for entry in list_checkpoints([run.parent], [])] == ["run/checkpoint-1000", "run/checkpoint-500"]
+        assert [entry.name for entry in list_checkpoints([run.parent], [])] == [
+            "run/checkpoint-1000",
+            "run/checkpoint-500",
+        ]
 
     def test_the_result_comes_before_its_steps_which_stay_listed(self, source, run):
         shutil.copytree(run / "checkpoint-500" / "transformer", run / "transformer")
         assert is_the_one(open_checkpoint(run), other(source[1]))
-        assert [entry.name for entry in list_checkpoints([run.parent], [])] == ["run", "run/checkpoint-1000", "run/checkpoint-500"]
+        assert [entry.name for entry in list_checkpoints([run.parent], [])] == [
+            "run",
+            "run/checkpoint-1000",
+            "run/checkpoint-500",
+        ]
 
     @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
     def test_what_accelerate_saves_without_a_config(self, source, tmp_path, name):
         step = tmp_path / "checkpoint-500"
         step.mkdir()
-        (save_file if name.endswith("s") else torch.save)({f"module.{key}": value for key, value in source[1].items()}, step / name)
+        (save_file if name.endswith("s") else torch.save)(
+            {f"module.{key}": value for key, value in source[1].items()}, step / name
+        )
         for beside in ("optimizer.bin", "scheduler.bin", "sampler.bin", "training_args.bin"):
             torch.save({"state": 1}, step / beside)
         assert is_the_one(open_checkpoint(step), source[1])
@@ -375,7 +428,10 @@ class TestSetsSideBySide:
         assert is_the_one(open_checkpoint(bare), source[1])
         # 2b was trained in fp16.
         config = json.loads((bare / "transformer" / "config.json").read_text())
-        assert folders.choose_weights(bare / "transformer", "transformer", exact=("fp16",)).label == "diffusion_pytorch_model.fp16.safetensors"
+        assert (
+            folders.choose_weights(bare / "transformer", "transformer", exact=("fp16",)).label
+            == "diffusion_pytorch_model.fp16.safetensors"
+        )
         assert config["use_rotary_positional_embeddings"]
 
     @pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "fp16.safetensors.index.json"])
@@ -419,7 +475,16 @@ class TestSetsSideBySide:
         (bare / "transformer" / "two.safetensors").rename(bare / "transformer" / "pytorch_lora_weights.safetensors")
         assert is_the_one(open_checkpoint(bare), source[1])
 
-    PLACES = ["sub/x.safetensors", "../x.safetensors", "/etc/x.safetensors", "C:\\x.safetensors", "..", "", "a\0.safetensors", "config.json"]
+    PLACES = [
+        "sub/x.safetensors",
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "C:\\x.safetensors",
+        "..",
+        "",
+        "a\0.safetensors",
+        "config.json",
+    ]
 
     @pytest.mark.parametrize("place", [*PLACES, None, 3, ["a"], {"a": 1}, True, "\ud800.safetensors"])
     def test_an_index_names_files_beside_it(self, source, bare, place):
@@ -430,9 +495,13 @@ class TestSetsSideBySide:
         index.write_text(json.dumps(tree))
         said = refused(bare, f"{index} names ", "as a file of weights")
         said.encode()
-        assert [entry.label.split(" · ")[-2:] for entry in list_checkpoints([bare.parent], [])] == [["incomplete", "diffusers"]]
+        assert [entry.label.split(" · ")[-2:] for entry in list_checkpoints([bare.parent], [])] == [
+            ["incomplete", "diffusers"]
+        ]
 
-    @pytest.mark.parametrize("text", ["[" * 50_000, "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\ufeff{", "\x00"])
+    @pytest.mark.parametrize(
+        "text", ["[" * 50_000, "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\ufeff{", "\x00"]
+    )
     def test_an_index_that_is_none(self, source, bare, text):
         write_shards(bare / "transformer", source[1])
         (bare / "transformer" / INDEX).write_text(text)
@@ -447,7 +516,8 @@ class TestSetsSideBySide:
 
 
 def to_cache(checkpoint: Path, hub: Path, name: str = "zai-org/CogVideoX1.5-5B", commit: str = "a" * 40) -> Path:
-    """Put a checkpoint's files into the Hugging Face cache, as huggingface_hub does: contents in blobs, links to them in a snapshot."""
+    """Put a checkpoint's files into the Hugging Face cache, as huggingface_hub does: contents in blobs, links to them
+    in a snapshot."""
     repository = hub / f"models--{name.replace('/', '--')}"
     for folder in ("blobs", "refs"):
         (repository / folder).mkdir(parents=True, exist_ok=True)
@@ -471,7 +541,14 @@ class TestTheHuggingFaceCache:
     def test_is_opened_by_its_folder_its_snapshots_one_of_them_or_its_name_on_the_hub(self, source, hub):
         repository = to_cache(source[0], hub)
         (snapshot,) = (repository / "snapshots").iterdir()
-        for path in (repository, repository / "snapshots", snapshot, snapshot / "model_index.json", hub, "zai-org/CogVideoX1.5-5B"):
+        for path in (
+            repository,
+            repository / "snapshots",
+            snapshot,
+            snapshot / "model_index.json",
+            hub,
+            "zai-org/CogVideoX1.5-5B",
+        ):
             checkpoint = open_checkpoint(path)
             assert checkpoint.path == snapshot
             assert checkpoint.part("vae").source == snapshot / "vae"
@@ -511,25 +588,41 @@ class TestTheHuggingFaceCache:
 
     def test_a_file_that_was_removed_from_it_is_named(self, source, hub):
         repository = to_cache(source[0], hub)
-        vae, shard = (next((repository / "snapshots" / ("a" * 40) / part).glob("*.safetensors")) for part in ("vae", "transformer"))
+        vae, shard = (
+            next((repository / "snapshots" / ("a" * 40) / part).glob("*.safetensors"))
+            for part in ("vae", "transformer")
+        )
         vae.resolve().unlink()
         checkpoint = open_checkpoint(repository)
-        assert f"{vae} is a link to {os.readlink(vae)}, which is gone (removed from the cache)" in checkpoint.incomplete["vae"]
+        assert (
+            f"{vae} is a link to {os.readlink(vae)}, which is gone (removed from the cache)"
+            in checkpoint.incomplete["vae"]
+        )
         shard.resolve().unlink()
         (repository / "blobs" / "1234.incomplete").write_bytes(b"")
-        refused(repository, f"{shard} is a link to", "which is gone (removed from the cache)", "A download was broken off (1234.incomplete)")
+        refused(
+            repository,
+            f"{shard} is a link to",
+            "which is gone (removed from the cache)",
+            "A download was broken off (1234.incomplete)",
+        )
         assert [entry.label.split(" · ")[-2:] for entry in list_checkpoints([hub], [])] == [["incomplete", "diffusers"]]
         (repository / "snapshots" / ("a" * 40) / "transformer" / "config.json").resolve().unlink()
         refused(repository, "config.json")
 
     def test_an_empty_one_says_so(self, hub):
         (hub / "models--zai-org--CogVideoX1.5-5B" / "snapshots").mkdir(parents=True)
-        refused(hub / "models--zai-org--CogVideoX1.5-5B", "holds no files of zai-org/CogVideoX1.5-5B", "Download it again")
+        refused(
+            hub / "models--zai-org--CogVideoX1.5-5B", "holds no files of zai-org/CogVideoX1.5-5B", "Download it again"
+        )
         assert list_checkpoints([hub], [hub]) == []
 
 
 class TestPaths:
-    @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"transformer/{INDEX}", "scheduler/scheduler_config.json"])
+    @pytest.mark.parametrize(
+        "name",
+        ["model_index.json", "transformer/config.json", f"transformer/{INDEX}", "scheduler/scheduler_config.json"],
+    )
     def test_a_json_file_stands_for_its_folder(self, copy, name, capsys):
         checkpoint = open_checkpoint(copy / name)
         assert checkpoint.part("transformer").source == copy / "transformer"
@@ -592,7 +685,9 @@ class TestARealFolder:
     def test_lacks_the_weights_its_real_index_names(self, tmp_path):
         folder = shutil.copytree(REAL, tmp_path / "CogVideoX1.5-5B-I2V")
         refused(folder, "lacks 3 of 3 shards of the transformer", "diffusion_pytorch_model-00003-of-00003.safetensors")
-        assert [entry.label for entry in list_checkpoints([tmp_path], [])] == ["CogVideoX1.5-5B-I2V · incomplete · diffusers"]
+        assert [entry.label for entry in list_checkpoints([tmp_path], [])] == [
+            "CogVideoX1.5-5B-I2V · incomplete · diffusers"
+        ]
         place = folders.find_place(folder / "model_index.json")
         assert (place.path, place.own("text_encoder")) == (folder, folder / "text_encoder")
         assert folders.names_scheduler(folder)

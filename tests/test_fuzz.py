@@ -1,4 +1,5 @@
-"""Mutated inputs, the same ones each time: each works, or gets a sentence of the project's own. ``make fuzz`` tries many more."""
+"""Mutated inputs, the same ones each time: each works, or gets a sentence of the project's own. ``make fuzz`` tries
+many more."""
 
 import json
 import os
@@ -11,7 +12,9 @@ import pytest
 from tests.conftest import ROOT
 
 FUZZ = ROOT / "tests" / "fuzz"
-pytestmark = pytest.mark.skipif(not (hasattr(os, "fork") and Path("/proc/self/status").is_file()), reason="the harness needs fork and /proc")
+pytestmark = pytest.mark.skipif(
+    not (hasattr(os, "fork") and Path("/proc/self/status").is_file()), reason="the harness needs fork and /proc"
+)
 
 #: One case of each kind: what it does, and the kind that the harness has to call it.
 PLANTED = """
@@ -30,10 +33,14 @@ def starts(): subprocess.run(["true"])
 def connects():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one: one.connect(("192.0.2.1", 9))
 CASES = [
-    ("works", lambda: None), ("ok", lambda: check_choice("method", "x", ("a", "b"))), ("silent", lambda: "it loads as something else"),
-    ("raw", foreign), ("raw", lambda: int("x")), ("raw", lambda: exec("raise ValueError('a sentence longer than forty letters, but not our own')")),
-    ("unwieldy", lambda: check_choice("\\ud800", "x", ("a", "b"))), ("unwieldy", lambda: check_choice("x" * 5000, "x", ("a", "b"))),
-    ("hang", spins), ("memory", takes), ("crash", dies), ("forbidden", writes), ("forbidden", starts), ("forbidden", connects),
+    ("works", lambda: None), ("ok", lambda: check_choice("method", "x", ("a", "b"))),
+    ("silent", lambda: "it loads as something else"),
+    ("raw", foreign), ("raw", lambda: int("x")),
+    ("raw", lambda: exec("raise ValueError('a sentence longer than forty letters, but not our own')")),
+    ("unwieldy", lambda: check_choice("\\ud800", "x", ("a", "b"))),
+    ("unwieldy", lambda: check_choice("x" * 5000, "x", ("a", "b"))),
+    ("hang", spins), ("memory", takes), ("crash", dies),
+    ("forbidden", writes), ("forbidden", starts), ("forbidden", connects),
 ]
 def case(state, rng, folder):
     index = int(os.environ.setdefault("PLANTED", "0"))
@@ -59,7 +66,14 @@ core.reproduce("planted", 1, 3)
 
 def run(*arguments, work, **environment):
     environment = {**os.environ, "FUZZ_WORK": str(work), **environment}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
 
 
 def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
@@ -67,7 +81,11 @@ def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     targets = {file.stem for file in (FUZZ / "targets").glob("*.py") if "def case(" in file.read_text(encoding="utf-8")}
     results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")]
-    assert {result["target"] for result in results} == targets >= {"downloader", "gguf_file", "lora", "nodes_inputs", "pickles", "workflow"}
+    assert (
+        {result["target"] for result in results}
+        == targets
+        >= {"downloader", "gguf_file", "lora", "nodes_inputs", "pickles", "workflow"}
+    )
     assert all(result["tried"] for result in results)
 
 
@@ -75,7 +93,22 @@ def test_the_harness_finds_what_is_planted(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
     done = run("-c", HARNESS, FUZZ, tmp_path, work=tmp_path / "work")
     found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
-    wanted = ["works", "ok", "silent", "raw", "raw", "raw", "unwieldy", "unwieldy", "hang", "memory", "crash", "forbidden", "forbidden", "forbidden"]
+    wanted = [
+        "works",
+        "ok",
+        "silent",
+        "raw",
+        "raw",
+        "raw",
+        "unwieldy",
+        "unwieldy",
+        "hang",
+        "memory",
+        "crash",
+        "forbidden",
+        "forbidden",
+        "forbidden",
+    ]
     assert found == [[index, {kind: 1}] for index, kind in enumerate(wanted)], done.stderr[-2000:]
     assert "KeyError: 'a'" in done.stderr
     assert done.stdout.splitlines()[-1] == "raw"

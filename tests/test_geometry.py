@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvideox.geometry import check_frames, check_latent, check_size, empty_latent, latent_frames, padding_frames, pixel_frames
+from cogvideox.geometry import (
+    check_frames,
+    check_latent,
+    check_size,
+    empty_latent,
+    latent_frames,
+    padding_frames,
+    pixel_frames,
+)
 
 
 def test_an_empty_latent_has_the_shape_of_the_contract():
@@ -35,7 +43,9 @@ def test_a_wrong_length_names_the_two_nearest_right_ones(frames):
 def test_a_wrong_size_names_the_nearest_right_ones(size):
     with pytest.raises(ValueError, match=f"width is {size} pixels") as caught:
         check_size(size, 768)
-    numbers = [int(word.strip(".")) for word in str(caught.value).split("Set it to")[1].split() if word.strip(".").isdigit()]
+    numbers = [
+        int(word.strip(".")) for word in str(caught.value).split("Set it to")[1].split() if word.strip(".").isdigit()
+    ]
     assert all(number % 16 == 0 and abs(number - size) < 16 for number in numbers)
 
 
@@ -46,7 +56,12 @@ def test_zero_videos_are_refused():
 
 @pytest.mark.parametrize(
     ("shape", "said"),
-    [((1, 16, 60, 90), "4 dimensions"), ((1, 4, 5, 60, 90), "4 channels"), ((1, 16, 0, 60, 90), "empty"), ((1, 16, 5, 61, 90), "multiples of 16")],
+    [
+        ((1, 16, 60, 90), "4 dimensions"),
+        ((1, 4, 5, 60, 90), "4 channels"),
+        ((1, 16, 0, 60, 90), "empty"),
+        ((1, 16, 5, 61, 90), "multiples of 16"),
+    ],
 )
 def test_a_latent_of_another_model_is_refused(shape, said):
     with pytest.raises(ValueError, match=said):

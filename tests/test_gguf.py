@@ -1,4 +1,5 @@
-"""GGUF headers are read as the gguf package reads them, within bounds; blocks are the same weights in GGUF and in safetensors files."""
+"""GGUF headers are read as the gguf package reads them, within bounds; blocks are the same weights in GGUF and in
+safetensors files."""
 
 import re
 import struct
@@ -13,17 +14,43 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint.catalogue import list_checkpoints
 from cogvideox.checkpoint.gguf import read_gguf_header
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
+from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.packed import _WIDENED
-from cogvideox.precision.policy import Precision
+from cogvideox.loading import load_module
+from cogvideox.modules.packed import _WIDENED
 from tests import layouts
 from tests.conftest import CPU
-from tests.test_layouts import latents
+from tests.layouts import latents
 from tests.tiny_checkpoint import build_transformer
 
-TYPES = ("F32", "F16", "BF16", "F64", "I8", "I32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8, "I32": torch.int32}
+TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "F64",
+    "I8",
+    "I32",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+)
+PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
 
 
 def save(writer):
@@ -46,7 +73,11 @@ def file(tmp_path):
     writer.add_array("numbers", [1, 2, 3])
     writer.add_float64("one", 1.0)
     writer.add_tensor("a", np.ones((4, 32), "float32"))
-    writer.add_tensor("b", gguf.quants.quantize(np.ones((4, 64), "float32"), GGMLQuantizationType.Q4_0), raw_dtype=GGMLQuantizationType.Q4_0)
+    writer.add_tensor(
+        "b",
+        gguf.quants.quantize(np.ones((4, 64), "float32"), GGMLQuantizationType.Q4_0),
+        raw_dtype=GGMLQuantizationType.Q4_0,
+    )
     save(writer)
     return tmp_path / "x.gguf"
 
@@ -70,7 +101,10 @@ def test_headers_say_what_the_gguf_package_says(tmp_path, seed):
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(str(tmp_path / "x.gguf"), arch="cogvideox")
     for number in range(seed % 5):
-        writer.add_array(f"array.{number}", [str(value) for value in range(rng.integers(1, 9))] if number % 2 else [[1, 2], [3]][number // 2 % 2])
+        writer.add_array(
+            f"array.{number}",
+            [str(value) for value in range(rng.integers(1, 9))] if number % 2 else [[1, 2], [3]][number // 2 % 2],
+        )
     if seed % 3 == 1:
         writer.add_custom_alignment(int(rng.choice((16, 64, 4096))))
     for number in range(rng.integers(0, 20)):
@@ -86,7 +120,9 @@ def test_headers_say_what_the_gguf_package_says(tmp_path, seed):
         stored, kind = mine[tensor.name], GGMLQuantizationType(tensor.tensor_type)
         assert (stored.offset, stored.nbytes) == (tensor.data_offset, tensor.n_bytes)
         assert stored.shape == tuple(int(size) for size in reversed(tensor.shape))
-        assert (stored.dtype, stored.quantization) == ((PLAIN[kind.name], None) if kind.name in PLAIN else (torch.uint8, int(kind)))
+        assert (stored.dtype, stored.quantization) == (
+            (PLAIN[kind.name], None) if kind.name in PLAIN else (torch.uint8, int(kind))
+        )
 
 
 def test_every_quantization_that_is_let_in_can_be_widened_and_another_is_named(tmp_path):
@@ -110,7 +146,9 @@ class TestDamage:
     def test_counts_that_no_model_has(self, file, at, what):
         assert f"{2**62:,} {what}" in refused(patched(file, at, struct.pack("<Q", 2**62), 8))
 
-    @pytest.mark.parametrize("value", [struct.pack("<IIQ", 9, 5, 2**62), struct.pack("<IIQ", 9, 8, 2**61), struct.pack("<IQ", 8, 2**63)])
+    @pytest.mark.parametrize(
+        "value", [struct.pack("<IIQ", 9, 5, 2**62), struct.pack("<IIQ", 9, 8, 2**61), struct.pack("<IQ", 8, 2**63)]
+    )
     def test_lengths_beyond_the_file(self, file, value):
         assert "truncated" in refused(self.noted(file, b"a", value))
 
@@ -130,7 +168,9 @@ class TestDamage:
 
     def test_an_alignment_that_is_none(self, file):
         for value in (struct.pack("<II", 4, 0), struct.pack("<II", 4, 48), struct.pack("<IQ", 10, 32)):
-            assert "no power of two" in refused(self.noted(file.with_name("y.gguf"), b"general.alignment", value, file.read_bytes()))
+            assert "no power of two" in refused(
+                self.noted(file.with_name("y.gguf"), b"general.alignment", value, file.read_bytes())
+            )
 
     def test_other_versions_and_byte_orders(self, file):
         assert "big-endian" in refused(patched(file, 4, struct.pack(">I", 3), 4))
@@ -139,7 +179,9 @@ class TestDamage:
     def test_version_2_is_read(self, file):
         assert list(read_gguf_header(patched(file, 4, struct.pack("<I", 2), 4))) == ["a", "b"]
 
-    @pytest.mark.parametrize(("offset", "what"), [(0, "overlap"), (480, "overlap"), (544, "a gap"), (2**62, "a gap"), (513, "a gap")])
+    @pytest.mark.parametrize(
+        ("offset", "what"), [(0, "overlap"), (480, "overlap"), (544, "a gap"), (2**62, "a gap"), (513, "a gap")]
+    )
     def test_tensors_lie_one_behind_the_other(self, file, offset, what):
         raw = file.read_bytes()
         at = raw.index(struct.pack("<Q", 1) + b"b") + 9 + 4 + 16 + 4
@@ -157,7 +199,9 @@ class TestDamage:
 
     def test_one_name_for_two(self, file):
         raw = file.read_bytes()
-        assert "two of its tensors have one name" in refused(patched(file, raw.index(struct.pack("<Q", 1) + b"b") + 8, b"a", 1))
+        assert "two of its tensors have one name" in refused(
+            patched(file, raw.index(struct.pack("<Q", 1) + b"b") + 8, b"a", 1)
+        )
 
     def test_a_file_that_ends_anywhere(self, file):
         raw = file.read_bytes()
@@ -176,16 +220,20 @@ class TestDamage:
 
 
 def as_gguf(raw, kind):
-    """What the gguf package makes of blocks, rounded to fp16 as diffusers' kernels (and the reader that these files were made for) round it."""
+    """What the gguf package makes of blocks, rounded to fp16 as diffusers' kernels (and the reader that these files
+    were made for) round it."""
     return torch.from_numpy(gguf.quants.dequantize(raw, kind)).half().float()
 
 
 def quantized(state, kind, suffix="weight", left=()):
-    """The matrices of the blocks in GGUF's blocks, the others in fp16, as ComfyUI-CogVideoX-MZ writes them to safetensors files."""
+    """The matrices of the blocks in GGUF's blocks, the others in fp16, as ComfyUI-CogVideoX-MZ writes them to
+    safetensors files."""
     made = {}
     for name, value in state.items():
         if value.ndim == 2 and "transformer_blocks" in name and not any(word in name for word in left):
-            made[name.removesuffix("weight") + suffix] = torch.from_numpy(gguf.quants.quantize(value.numpy(), GGMLQuantizationType[kind]).copy())
+            made[name.removesuffix("weight") + suffix] = torch.from_numpy(
+                gguf.quants.quantize(value.numpy(), GGMLQuantizationType[kind]).copy()
+            )
         else:
             made[name] = value.half()
     return made
@@ -210,7 +258,10 @@ def test_blocks_in_safetensors_files_are_the_weights_that_gguf_dequantizes(tmp_p
         assert linear.packed.data.dtype == torch.uint8
         # Those with an offset are rounded once more.
         torch.testing.assert_close(
-            linear.packed(torch.float32), wide[f"{name}.weight"], rtol=2e-3 if kind.endswith("1") else 0, atol=1e-4 * kind.endswith("1")
+            linear.packed(torch.float32),
+            wide[f"{name}.weight"],
+            rtol=2e-3 if kind.endswith("1") else 0,
+            atol=1e-4 * kind.endswith("1"),
         )
     truth = latents(open_handles(layouts.write_file(tmp_path / "wide.safetensors", wide), "fp32", CPU))
     made = latents(open_handles(entry.path, "fp32", CPU))
@@ -218,16 +269,25 @@ def test_blocks_in_safetensors_files_are_the_weights_that_gguf_dequantizes(tmp_p
 
 
 def test_blocks_are_read_under_comfyuis_names_and_prefixes_too(tmp_path, state):
-    packed = {f"model.diffusion_model.{name}": value for name, value in layouts.comfy_names(quantized(state, "Q8_0", "Q8_0_qweight")).items()}
+    packed = {
+        f"model.diffusion_model.{name}": value
+        for name, value in layouts.comfy_names(quantized(state, "Q8_0", "Q8_0_qweight")).items()
+    }
     save_file(packed, tmp_path / "x.safetensors")
     part = open_checkpoint(tmp_path / "x.safetensors").part("transformer")
     assert part.layout == "ComfyUI"
-    assert part.tensors["transformer_blocks.1.ff.net.2.weight"].shape == state["transformer_blocks.1.ff.net.2.weight"].shape
+    assert (
+        part.tensors["transformer_blocks.1.ff.net.2.weight"].shape
+        == state["transformer_blocks.1.ff.net.2.weight"].shape
+    )
     assert part.tensors["transformer_blocks.1.ff.net.2.weight"].kind == "GGUF Q8_0"
 
 
 def test_blocks_that_are_none_are_refused_by_name(tmp_path):
-    odd = {r"blocks of 18 bytes, and is torch.uint8 of shape \[4, 19\]": torch.zeros(4, 19, dtype=torch.uint8), "float32": torch.zeros(4, 18)}
+    odd = {
+        r"blocks of 18 bytes, and is torch.uint8 of shape \[4, 19\]": torch.zeros(4, 19, dtype=torch.uint8),
+        "float32": torch.zeros(4, 18),
+    }
     for what, tensor in odd.items():
         save_file({"a.Q4_0_qweight": tensor}, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=what):
@@ -243,7 +303,8 @@ def test_blocks_that_are_none_are_refused_by_name(tmp_path):
 
 
 def test_rows_that_are_no_whole_blocks_are_read_where_the_shape_is_noted(tmp_path, state):
-    """ComfyUI-GGUF's converter writes them so: CogVideoX-2b's rows of 1920 numbers are seven and a half blocks of the K quantizations."""
+    """ComfyUI-GGUF's converter writes them so: CogVideoX-2b's rows of 1920 numbers are seven and a half blocks of the K
+    quantizations."""
     kind, name = GGMLQuantizationType.Q4_K, "transformer_blocks.0.attn1.to_q.weight"
     writer = GGUFWriter(str(tmp_path / "x.gguf"), arch="cogvideox")
     block, size = GGML_QUANT_SIZES[kind]

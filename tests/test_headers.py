@@ -1,4 +1,5 @@
-"""Safetensors headers are read as strictly as the library reads them, and a file that is something else is called what it is."""
+"""Safetensors headers are read as strictly as the library reads them, and a file that is something else is called what
+it is."""
 
 import copy
 import gzip
@@ -43,17 +44,47 @@ def ours(file):
 def theirs(file):
     try:
         with safe_open(file, "pt") as opened:
-            return {name: (tuple(opened.get_slice(name).get_shape()), DTYPES[opened.get_slice(name).get_dtype()]) for name in opened.keys()}
+            return {
+                name: (tuple(opened.get_slice(name).get_shape()), DTYPES[opened.get_slice(name).get_dtype()])
+                for name in opened.keys()
+            }
     except Exception:
         return None
 
 
 def mutated(rng):
-    """A header with one or two of its values replaced, moved, dropped or doubled, and data that may be of another length."""
+    """A header with one or two of its values replaced, moved, dropped or doubled, and data that may be of another
+    length."""
     header = copy.deepcopy(GOOD)
     for _ in range(rng.choice((1, 1, 2))):
-        entry = header[rng.choice([name for name in header if name != "__metadata__" and isinstance(header[name], dict)])]
-        odd = rng.choice((-1, 0, 1, 3, 4, 16, 20, 2**40, 2**62, 2**63, 2**64, 1e300, 4.0, True, None, "4", [], {}, "F32", "F8_E8M0", "\ud800"))
+        entry = header[
+            rng.choice([name for name in header if name != "__metadata__" and isinstance(header[name], dict)])
+        ]
+        odd = rng.choice(
+            (
+                -1,
+                0,
+                1,
+                3,
+                4,
+                16,
+                20,
+                2**40,
+                2**62,
+                2**63,
+                2**64,
+                1e300,
+                4.0,
+                True,
+                None,
+                "4",
+                [],
+                {},
+                "F32",
+                "F8_E8M0",
+                "\ud800",
+            )
+        )
         change = rng.randrange(6)
         if change == 0:
             entry[rng.choice(("dtype", "shape", "data_offsets"))] = odd
@@ -66,7 +97,9 @@ def mutated(rng):
         elif change == 4:
             header["__metadata__"] = rng.choice(({"a": odd}, odd, {"a": "b"}))
         else:
-            header["more"] = rng.choice((copy.deepcopy(GOOD["c"]), {"dtype": "U8", "shape": [1], "data_offsets": [20, 21]}, odd))
+            header["more"] = rng.choice(
+                (copy.deepcopy(GOOD["c"]), {"dtype": "U8", "shape": [1], "data_offsets": [20, 21]}, odd)
+            )
     return header, bytes(rng.choice((20, 20, 20, 21, 19, 0)))
 
 
@@ -108,7 +141,11 @@ def test_a_tensor_that_is_there_twice_is_not_the_one_that_comes_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [b'{"a":' + b"[" * 3_000_000, b'{"a":{"dtype":"F32","data_offsets":[0,0],"shape":[' + b"9999999999," * 400_000 + b"0]}}"]
+    "text",
+    [
+        b'{"a":' + b"[" * 3_000_000,
+        b'{"a":{"dtype":"F32","data_offsets":[0,0],"shape":[' + b"9999999999," * 400_000 + b"0]}}",
+    ],
 )
 def test_a_header_that_would_take_hours_or_all_memory_is_refused_at_once(tmp_path, text):
     with pytest.raises(ValueError, match="is not a readable safetensors file"):
@@ -157,7 +194,12 @@ def other_files(folder):
 
 
 @pytest.mark.parametrize(
-    ("ending", "own"), [(".safetensors", ("a safetensors file", "data.pkl")), (".gguf", ("a GGUF file", "data.pkl")), (".pt", ("a zip archive",))]
+    ("ending", "own"),
+    [
+        (".safetensors", ("a safetensors file", "data.pkl")),
+        (".gguf", ("a GGUF file", "data.pkl")),
+        (".pt", ("a zip archive",)),
+    ],
 )
 def test_another_thing_than_weights_is_called_what_it_is(tmp_path, ending, own):
     for what, content in other_files(tmp_path).items():
@@ -179,6 +221,12 @@ def test_a_device_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.bool, torch.int64])
 def test_integers_are_no_weights(tmp_path, dtype):
-    state = {name: value.to(dtype) if name == "proj_out.bias" else value for name, value in build_transformer().state_dict().items()}
-    with pytest.raises(ValueError, match=f"1 of 64 weights of the transformer as {str(dtype)[6:]} \\(proj_out.bias\\), and floating-point numbers"):
+    state = {
+        name: value.to(dtype) if name == "proj_out.bias" else value
+        for name, value in build_transformer().state_dict().items()
+    }
+    with pytest.raises(
+        ValueError,
+        match=f"1 of 64 weights of the transformer as {str(dtype)[6:]} \\(proj_out.bias\\), and floating-point numbers",
+    ):
         open_checkpoint(layouts.write_file(tmp_path / "x.safetensors", state))

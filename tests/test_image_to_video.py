@@ -6,15 +6,16 @@ import pytest
 import torch
 from einops import rearrange
 
-import cogvideox.sampling as sampling
+from cogvideox import memory
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.memory import ways
 from cogvideox.sampling import sample
 from cogvideox.vae import encode, image_latents
+from cogvideox.weights import placements
 from tests.conftest import CPU
 from tests.reference import reference_latents
 from tests.tiny_checkpoint import build_checkpoint
+from tests.told import Told
 
 STEPS = 3
 
@@ -47,10 +48,17 @@ def reference(pipeline, prompts, start, shape, **settings):
     dtype, (batch, *_, height, width) = pipeline.transformer.dtype, shape
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "retrieve_latents", lambda output, generator=None: start[:, :, :1].to(dtype))
-        return reference_latents(pipeline, prompts, shape, steps=STEPS, image=torch.zeros(batch, 3, height * 8, width * 8), **settings)
+        return reference_latents(
+            pipeline, prompts, shape, steps=STEPS, image=torch.zeros(batch, 3, height * 8, width * 8), **settings
+        )
 
 
-SHAPES = {"odd": (1, 16, 5, 6, 10), "even": (1, 16, 4, 10, 6), "batch": (2, 16, 3, 6, 8), "one frame": (1, 16, 1, 6, 10)}
+SHAPES = {
+    "odd": (1, 16, 5, 6, 10),
+    "even": (1, 16, 4, 10, 6),
+    "batch": (2, 16, 3, 6, 8),
+    "one frame": (1, 16, 1, 6, 10),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -60,7 +68,16 @@ def test_latents_equal_the_image_to_video_pipelines_bit_for_bit(i2v, prompts, sc
     handles, pipeline = i2v("1.5-i2v")
     image = picture(shape[4] * 8, shape[3] * 8)
     start = image_latents(handles.vae, image, 4 * (shape[2] - 1) + 1)
-    ours = sample(handles.model, *prompts, torch.zeros(shape), image_latents=start, seed=1, steps=STEPS, cfg=cfg, scheduler=scheduler)
+    ours = sample(
+        handles.model,
+        *prompts,
+        torch.zeros(shape),
+        image_latents=start,
+        seed=1,
+        steps=STEPS,
+        cfg=cfg,
+        scheduler=scheduler,
+    )
     assert torch.equal(ours, reference(pipeline, prompts, start, shape, cfg=cfg, scheduler=scheduler))
 
 
@@ -106,7 +123,9 @@ def test_an_end_image_is_the_last_latent_and_is_said_to_be_untrained(i2v, prompt
     assert torch.equal(latents[:, :, -1:], encode(handles.vae, end))
     assert not latents[:, :, 1:-1].any()
     said = []
-    with_end = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, on_note=said.append)
+    with_end = sample(
+        handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1, events=Told(said)
+    )
     latents[:, :, -1] = 0
     without = sample(handles.model, *prompts, torch.zeros_like(latents), image_latents=latents, seed=1, steps=1)
     assert not torch.equal(with_end, without)
@@ -131,15 +150,20 @@ def test_encoding_equals_the_references_posterior_mode(checkpoints, frames, dtyp
     from diffusers import AutoencoderKLCogVideoX
 
     handles = open_handles(checkpoints("1.5"), dtype, CPU)
-    theirs = AutoencoderKLCogVideoX.from_pretrained(checkpoints("1.5") / "vae", torch_dtype=handles.vae.weights.precision.dtype)
+    theirs = AutoencoderKLCogVideoX.from_pretrained(
+        checkpoints("1.5") / "vae", torch_dtype=handles.vae.weights.precision.dtype
+    )
     clip = picture(48, 32, frames)
     with torch.no_grad():
-        expected = theirs.encode((2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0).to(theirs.dtype)).latent_dist.mode()
+        expected = theirs.encode(
+            (2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0).to(theirs.dtype)
+        ).latent_dist.mode()
     assert (encode(handles.vae, clip) - expected.float()).norm() < limit * expected.float().norm()
 
 
 def test_a_video_goes_to_video_as_the_pipeline_does_from_its_pixels(handles, pipeline, prompts, monkeypatch):
-    """33 frames: 9 latent ones, which the sampler pads; the reference does not pad here, so the clip is 29 frames, 8 latent ones."""
+    """33 frames: 9 latent ones, which the sampler pads; the reference does not pad here, so the clip is 29 frames, 8
+    latent ones."""
     from diffusers import CogVideoXVideoToVideoPipeline
     from diffusers.pipelines.cogvideo import pipeline_cogvideox_video2video as module
 
@@ -181,7 +205,7 @@ def test_joined_prompts_run_and_a_prompt_joined_with_nothing_is_itself(handles, 
 def test_prompts_one_by_one_give_what_one_batch_gives(handles, prompts, monkeypatch):
     latent = torch.zeros(1, 16, 4, 6, 10)
     batched = sample(handles.model, *prompts, latent, seed=1, steps=2)
-    monkeypatch.setattr(sampling, "ways", lambda batched: ways([False]))
+    monkeypatch.setattr(memory, "placements", lambda batched: placements([False]))
     apart = sample(handles.model, *prompts, latent, seed=1, steps=2)
     assert (apart - batched).norm() / batched.norm() < 1e-5
 
@@ -189,7 +213,14 @@ def test_prompts_one_by_one_give_what_one_batch_gives(handles, prompts, monkeypa
 def test_joined_prompts_are_refused_by_models_with_a_position_per_token(checkpoints, prompts):
     model = open_handles(checkpoints("2b"), "fp32", CPU).model
     with pytest.raises(ValueError, match="positions for exactly 226"):
-        sample(model, torch.cat([prompts[0]] * 2, dim=1), prompts[1], empty_latent(80, 48, 9, frame_step=8), seed=1, steps=1)
+        sample(
+            model,
+            torch.cat([prompts[0]] * 2, dim=1),
+            prompts[1],
+            empty_latent(80, 48, 9, frame_step=8),
+            seed=1,
+            steps=1,
+        )
 
 
 def run(handles, prompts, latent, image):

@@ -1,4 +1,5 @@
-"""Whatever comes in at a node's sockets and widgets: it works, or one sentence names the node, the socket, what came and what to connect."""
+"""Whatever comes in at a node's sockets and widgets: it works, or one sentence names the node, the socket, what came
+and what to connect."""
 
 import inspect
 import math
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_nodes import call, inputs
+from tests.helpers import call, inputs
 
 nan, inf = math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
 def loaded(pack, tiny):
-    return dict(zip(("model", "text_encoder", "vae"), call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp32"), strict=False))
+    return dict(
+        zip(
+            ("model", "text_encoder", "vae"),
+            call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp32"),
+            strict=False,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,17 @@ def good(pack, loaded):
     """Arguments with which every node runs, by the names of its inputs."""
     entry = [torch.full((1, 226, 32), 0.1), {}]
     sizes = dict(width=16, height=16, length=1, batch_size=1)
-    settings = dict(seed=1, steps=1, cfg=6.0, scheduler="ddim", denoise=1.0, prompt="a panda", action="pass", download=False, attention="auto")
+    settings = dict(
+        seed=1,
+        steps=1,
+        cfg=6.0,
+        scheduler="ddim",
+        denoise=1.0,
+        prompt="a panda",
+        action="pass",
+        download=False,
+        attention="auto",
+    )
     pictures = dict.fromkeys(("images", "start_image"), torch.full((1, 16, 16, 3), 0.5))
     latents = {name: {"samples": torch.full((1, 16, 1, 2, 2), 0.3)} for name in ("samples", "latent_image")}
     return {**loaded, **sizes, **settings, **pictures, **latents, "positive": [entry], "negative": [entry]}
@@ -34,7 +51,9 @@ def arguments(pack, node_id, good):
     """What a node needs; of choices that are not in ``good`` the default or the first."""
     found = {}
     for name, spec in pack.NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()["required"].items():
-        found[name] = good.get(name, spec[1].get("default", next(iter(spec[0]), None) if isinstance(spec[0], list) else None))
+        found[name] = good.get(
+            name, spec[1].get("default", next(iter(spec[0]), None) if isinstance(spec[0], list) else None)
+        )
     if node_id == "CogVideoX15ModelLoader":
         found["model"] = "a checkpoint"
     if node_id == "CogVideoX15LoraLoader":
@@ -54,14 +73,27 @@ def refused(pack, node_id, said, **values):
 
 
 def every_input(pack, kinds):
-    return [(node_id, name) for node_id, node in pack.NODE_CLASS_MAPPINGS.items() for name, spec in inputs(node).items() if kind_of(spec) in kinds]
+    return [
+        (node_id, name)
+        for node_id, node in pack.NODE_CLASS_MAPPINGS.items()
+        for name, spec in inputs(node).items()
+        if kind_of(spec) in kinds
+    ]
 
 
 def kind_of(spec):
     return spec[0] if isinstance(spec[0], str) else "COMBO"
 
 
-SOCKETS = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_TEXT_ENCODER,CLIP", "COGVIDEOX_VAE", "LATENT", "CONDITIONING", "IMAGE")
+SOCKETS = (
+    "COGVIDEOX_MODEL",
+    "COGVIDEOX_TEXT_ENCODER",
+    "COGVIDEOX_TEXT_ENCODER,CLIP",
+    "COGVIDEOX_VAE",
+    "LATENT",
+    "CONDITIONING",
+    "IMAGE",
+)
 #: By type of a widget, values that are none of it.
 WRONG = {
     "INT": ("16", 1.5, True, nan, inf, -inf, [16], {}, b"16", object(), 1j, 10**400, np.array([1, 2]), torch.tensor(3)),
@@ -83,9 +115,22 @@ def test_every_node_refuses_other_things_at_its_sockets(pack, good, loaded):
     checked = 0
     for node_id, name in every_input(pack, SOCKETS):
         kind = kind_of(inputs(pack.NODE_CLASS_MAPPINGS[node_id])[name])
-        wrong = [3, "a text", {}, [], object(), np.ones((1, 16, 16, 3)), torch.nn.Linear(1, 1), [[]], [[torch.ones(1, 226, 32)]], {"waveform": 1}]
+        wrong = [
+            3,
+            "a text",
+            {},
+            [],
+            object(),
+            np.ones((1, 16, 16, 3)),
+            torch.nn.Linear(1, 1),
+            [[]],
+            [[torch.ones(1, 226, 32)]],
+            {"waveform": 1},
+        ]
         wrong += [
-            loaded[part] for part in loaded if part != {"COGVIDEOX_TEXT_ENCODER,CLIP": "text_encoder"}.get(kind, kind.split("_", 1)[-1].lower())
+            loaded[part]
+            for part in loaded
+            if part != {"COGVIDEOX_TEXT_ENCODER,CLIP": "text_encoder"}.get(kind, kind.split("_", 1)[-1].lower())
         ]
         for value in wrong:
             refused(
@@ -129,7 +174,12 @@ def test_numbers_beyond_a_widgets_limits_are_refused(pack, good):
     for node_id, name in every_input(pack, ("INT", "FLOAT")):
         kind, options = inputs(pack.NODE_CLASS_MAPPINGS[node_id])[name][:2]
         for value in (options["min"] - 1, options["max"] + 1, 10**30 if kind == "INT" else 1e30):
-            refused(pack, node_id, (name, "beyond its limits", str(options["max"])), **{**arguments(pack, node_id, good), name: value})
+            refused(
+                pack,
+                node_id,
+                (name, "beyond its limits", str(options["max"])),
+                **{**arguments(pack, node_id, good), name: value},
+            )
 
 
 def test_what_is_missing_is_named_and_what_is_unknown_too(pack, good):
@@ -139,18 +189,27 @@ def test_what_is_missing_is_named_and_what_is_unknown_too(pack, good):
             refused(pack, node_id, (node.DISPLAY_NAME, f"nothing comes in at {name}"), **{**given, name: None})
         refused(pack, node_id, ("no input called colour", "It has"), **given, colour=3)
     refused(pack, "CogVideoX15Sampler", "nothing comes in at model")
-    refused(pack, "CogVideoX15TextEncode", "CogVideoX-1.5 Quantize gives one only if", text_encoder=None, prompt="a panda")
+    refused(
+        pack, "CogVideoX15TextEncode", "CogVideoX-1.5 Quantize gives one only if", text_encoder=None, prompt="a panda"
+    )
 
 
 def test_what_is_optional_may_be_none(pack, good):
-    (latent,) = call(pack, "CogVideoX15Sampler", **arguments(pack, "CogVideoX15Sampler", good), dynamic_cfg=None, on_nan=None)
+    (latent,) = call(
+        pack, "CogVideoX15Sampler", **arguments(pack, "CogVideoX15Sampler", good), dynamic_cfg=None, on_nan=None
+    )
     assert latent["samples"].isfinite().all()
-    assert len(call(pack, "CogVideoX15ImageToVideo", **arguments(pack, "CogVideoX15ImageToVideo", good), end_image=None)) == 3
+    assert (
+        len(call(pack, "CogVideoX15ImageToVideo", **arguments(pack, "CogVideoX15ImageToVideo", good), end_image=None))
+        == 3
+    )
 
 
 def test_a_seed_may_be_any_whole_number_of_64_bits(pack, good, monkeypatch):
     seeds = []
-    monkeypatch.setattr(sys.modules[f"{pack.__name__}.cogvideox.sampling"], "sample", lambda *_, seed, **__: seeds.append(seed))
+    monkeypatch.setattr(
+        sys.modules[f"{pack.__name__}.cogvideox.sampling"], "sample", lambda *_, seed, **__: seeds.append(seed)
+    )
     for seed in (2**64 - 1, 2**63 + 1, np.uint64(2**64 - 1), 2**53 + 1):
         call(pack, "CogVideoX15Sampler", **{**arguments(pack, "CogVideoX15Sampler", good), "seed": seed})
     assert seeds == [2**64 - 1, 2**63 + 1, 2**64 - 1, 2**53 + 1]
@@ -158,7 +217,9 @@ def test_a_seed_may_be_any_whole_number_of_64_bits(pack, good, monkeypatch):
 
 @pytest.mark.parametrize("number", [int, float, np.int64, np.float32, np.uint16, Fraction])
 def test_whole_numbers_of_any_library_are_taken(pack, number):
-    (latent,) = call(pack, "CogVideoX15EmptyLatent", width=number(32), height=number(16), length=number(17), batch_size=number(2))
+    (latent,) = call(
+        pack, "CogVideoX15EmptyLatent", width=number(32), height=number(16), length=number(17), batch_size=number(2)
+    )
     assert latent["samples"].shape == (2, 16, 5, 2, 4)
 
 
@@ -201,7 +262,13 @@ class TestTensors:
                 refused(pack, node_id, (name, said, "LATENT"), **given)
 
     def test_pixels_from_0_to_255_are_told_what_to_be_divided_by(self, pack, good):
-        refused(pack, "CogVideoX15BlackFrameCheck", "255 by 255", images=torch.full((1, 16, 16, 3), 200, dtype=torch.uint8), action="pass")
+        refused(
+            pack,
+            "CogVideoX15BlackFrameCheck",
+            "255 by 255",
+            images=torch.full((1, 16, 16, 3), 200, dtype=torch.uint8),
+            action="pass",
+        )
 
     def test_a_mask_where_an_image_is_wanted_is_refused(self, pack, good):
         for node_id, name in every_input(pack, ("IMAGE",)):
@@ -225,10 +292,15 @@ class TestTensors:
         self.same(pack, good, change, 0)
 
     def same(self, pack, good, change, tolerance):
-        entry, latent = [change(good["positive"][0][0]), {"pooled_output": None}], {"samples": change(good["samples"]["samples"]), "batch_index": [0]}
+        entry, latent = (
+            [change(good["positive"][0][0]), {"pooled_output": None}],
+            {"samples": change(good["samples"]["samples"]), "batch_index": [0]},
+        )
         images = change(good["images"])
         for node_id, values in {
-            "CogVideoX15Sampler": dict(positive=[entry], negative=((*entry, "more"),), latent_image=latent, denoise=1.0),
+            "CogVideoX15Sampler": dict(
+                positive=[entry], negative=((*entry, "more"),), latent_image=latent, denoise=1.0
+            ),
             "CogVideoX15VAEDecode": dict(samples=latent),
             "CogVideoX15VAEEncode": dict(images=images),
             "CogVideoX15ImageToVideo": dict(start_image=images, positive=[entry], negative=[entry]),
@@ -241,11 +313,18 @@ class TestTensors:
                 assert torch.allclose(one.double(), other.double(), atol=tolerance or 1e-6), node_id
 
     def test_latents_of_other_places_and_with_other_keys_are_taken(self, pack, good):
-        latent = {"samples": torch.zeros(1, 16, 1, 2, 2), "noise_mask": None, "batch_index": [0], "downscale_ratio_spacial": 8}
+        latent = {
+            "samples": torch.zeros(1, 16, 1, 2, 2),
+            "noise_mask": None,
+            "batch_index": [0],
+            "downscale_ratio_spacial": 8,
+        }
         call(pack, "CogVideoX15Sampler", **{**arguments(pack, "CogVideoX15Sampler", good), "latent_image": latent})
         assert list(latent) == ["samples", "noise_mask", "batch_index", "downscale_ratio_spacial"]
 
-    @pytest.mark.parametrize("start", [3, "x", [], {}, torch.ones(1, 16, 1, 2, 2).to_sparse(), torch.empty(1, 16, 1, 2, 2, device="meta")])
+    @pytest.mark.parametrize(
+        "start", [3, "x", [], {}, torch.ones(1, 16, 1, 2, 2).to_sparse(), torch.empty(1, 16, 1, 2, 2, device="meta")]
+    )
     def test_an_odd_start_image_in_a_conditioning_is_refused(self, pack, good, start):
         entry = [good["positive"][0][0], {"concat_latent_image": start}]
         given = {**arguments(pack, "CogVideoX15Sampler", good), "positive": [entry]}
@@ -266,7 +345,13 @@ def test_comfyuis_own_parts_are_called_so(pack, good):
         ("comfy.model_patcher", "ModelPatcher", "a MODEL of ComfyUI's own loaders"),
     ):
         value = type(name, (), {"__module__": module})()
-        refused(pack, "CogVideoX15VAEDecode", (said, "Connect the vae of CogVideoX-1.5 Model Loader"), samples=good["samples"], vae=value)
+        refused(
+            pack,
+            "CogVideoX15VAEDecode",
+            (said, "Connect the vae of CogVideoX-1.5 Model Loader"),
+            samples=good["samples"],
+            vae=value,
+        )
 
 
 @pytest.mark.parametrize("node_id", ["CogVideoX15EmptyLatent", "CogVideoX15ImageToVideo"])
@@ -281,9 +366,16 @@ def test_sizes_that_no_machine_has_are_refused_when_queued_with_their_bytes(pack
 def test_latents_whose_frames_this_computer_cannot_hold_are_refused_before_a_weight_is_read(pack, tiny, monkeypatch):
     monkeypatch.setattr(sys.modules[f"{pack.__name__}.cogvideox.tensors"], "host_bytes", lambda: 2_000_000_000)
     model, _, vae, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="fp32")
-    latent, entry = {"samples": torch.zeros(1, 1, 1, 1, 1).expand(1, 16, 1, 1 << 12, 1 << 12)}, [torch.zeros(1, 226, 32), {}]
+    latent, entry = (
+        {"samples": torch.zeros(1, 1, 1, 1, 1).expand(1, 16, 1, 1 << 12, 1 << 12)},
+        [torch.zeros(1, 226, 32), {}],
+    )
     refused(
-        pack, "CogVideoX15VAEDecode", ("32768x32768 pixels", "would take 12.9 GB of memory, and this computer has 2.0 GB"), samples=latent, vae=vae
+        pack,
+        "CogVideoX15VAEDecode",
+        ("32768x32768 pixels", "would take 12.9 GB of memory, and this computer has 2.0 GB"),
+        samples=latent,
+        vae=vae,
     )
     settings = dict(seed=1, steps=1, cfg=6.0, scheduler="ddim", denoise=1.0)
     refused(
@@ -301,11 +393,16 @@ def test_latents_whose_frames_this_computer_cannot_hold_are_refused_before_a_wei
 
 
 def test_the_memory_that_this_process_may_have_is_told(pack):
-    from cogvideox.tensors import bytes_text, host_bytes
+    from cogvideox.tensors import host_bytes
+    from cogvideox.words import size_text
 
     assert 1 << 28 < host_bytes() <= 1 << 50
-    assert [bytes_text(count) for count in (1_500_000, 12_500_000_000, 68_719_476_736_000)] == ["1.5 MB", "12.5 GB", "68.7 TB"]
-    assert bytes_text(10**400) == "more than 1,000,000 EB"
+    assert [size_text(count, 1) for count in (1_500_000, 12_500_000_000, 68_719_476_736_000)] == [
+        "1.5 MB",
+        "12.5 GB",
+        "68.7 TB",
+    ]
+    assert size_text(10**400, 1) == "more than 1,000,000 EB"
 
 
 def test_a_limit_of_the_system_counts():
@@ -329,8 +426,8 @@ class TestNames:
     @pytest.fixture
     def host(self, pack, tmp_path, monkeypatch):
         host = sys.modules[f"{pack.__name__}.nodes.host"]
-        monkeypatch.setattr(host, "IN_COMFYUI", True)
-        monkeypatch.setattr(host, "_roots", lambda *names: [tmp_path / name for name in names])
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.folders, "_roots", lambda *names: [tmp_path / name for name in names])
         return host
 
     @pytest.mark.parametrize("name", ["a" * 5000, "two\nlines", "right\u202eleft", "\ud800", "é\x00"])
@@ -358,9 +455,11 @@ class TestNames:
             with pytest.raises(ValueError, match="There is no LoRA called"):
                 host.lora_path(name)
 
-    @pytest.mark.parametrize("prompt", [None, 3, "x", [1], {"1": None}, {"1": {"inputs": 3}}, {"1": {"inputs": {"model": [["1"], 0]}}}])
+    @pytest.mark.parametrize(
+        "prompt", [None, 3, "x", [1], {"1": None}, {"1": {"inputs": 3}}, {"1": {"inputs": {"model": [["1"], 0]}}}]
+    )
     def test_a_graph_that_is_none_is_passed_over(self, host, prompt):
         for data in ({"prompt": prompt}, prompt):
-            assert host._remember(data) is data
+            assert host.page._remember(data) is data
             assert host.upstream("1", "model") == []
-        host._queued.clear()
+        host.page._queued.clear()

@@ -8,10 +8,10 @@ from cogvideox import choices
 from cogvideox.geometry import rotary_embedding
 from cogvideox.handles import open_handles, with_attention
 from cogvideox.memory import LiveBytes
+from cogvideox.modules import attention as attention_module
+from cogvideox.modules.attention import available, check_attention
+from cogvideox.modules.joint import join, projection_attached, rotate_, side_by_side
 from cogvideox.sampling import sample
-from cogvideox.speed import attention as attention_module
-from cogvideox.speed.attention import available, check_attention
-from cogvideox.speed.joint import join, project_once, rotate_, side_by_side
 from cogvideox.variants import full_config
 from tests.conftest import CPU
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
@@ -24,7 +24,9 @@ def inputs(module, dtype, batch=2, length=4, height=6, width=10):
     draw = torch.Generator().manual_seed(1)
     return dict(
         hidden_states=torch.randn(batch, length, config["in_channels"], height, width, generator=draw).to(dtype),
-        encoder_hidden_states=torch.randn(batch, config["max_text_seq_length"], config["text_embed_dim"], generator=draw).to(dtype),
+        encoder_hidden_states=torch.randn(
+            batch, config["max_text_seq_length"], config["text_embed_dim"], generator=draw
+        ).to(dtype),
         timestep=torch.full((batch,), 481),
         ofs=None if config["ofs_embed_dim"] is None else torch.full((1,), 2.0, dtype=dtype),
         image_rotary_emb=rotary_embedding(config, length, height, width, HOST),
@@ -39,13 +41,21 @@ def test_a_joined_transformer_gives_the_unmodified_ones_numbers_bit_for_bit(vari
     plain, joined = build_transformer(variant).to(dtype).eval(), build_transformer(variant)
     joined.load_state_dict(plain.state_dict())
     joined = join(joined.to(dtype).eval())
-    size = {} if variant.startswith("1.5") else {"length": 2, "height": plain.config.sample_height, "width": plain.config.sample_width}
+    size = (
+        {}
+        if variant.startswith("1.5")
+        else {"length": 2, "height": plain.config.sample_height, "width": plain.config.sample_width}
+    )
     given = inputs(plain, dtype, **size)
     expected = plain(**given)[0]
     assert expected.isfinite().all()
     assert torch.equal(joined(**given)[0], expected)
     # Nor does it write into what it is given.
-    assert all(torch.equal(tensor, inputs(plain, dtype, **size)[name]) for name, tensor in given.items() if torch.is_tensor(tensor))
+    assert all(
+        torch.equal(tensor, inputs(plain, dtype, **size)[name])
+        for name, tensor in given.items()
+        if torch.is_tensor(tensor)
+    )
 
 
 @torch.no_grad()
@@ -59,7 +69,8 @@ def test_what_a_block_makes_is_worked_on_in_place():
         module(**given)
     tokens = module.config.max_text_seq_length + 2 * 24 * 40
     stream = 2 * tokens * module.transformer_blocks[0].ff.net[2].out_features * 4
-    # The stream as the block was given it and as attention left it, its norm, the feed-forward's inner activations (four streams, once), its result.
+    # The stream as the block was given it and as attention left it, its norm, the feed-forward's inner activations
+    # (four streams, once), its result.
     assert joined.peak < 8.5 * stream < 12 * stream < plain.peak
 
 
@@ -90,7 +101,7 @@ def test_a_prompt_is_projected_once_a_run_and_afterwards_nothing_is_left():
     plain = module(**given)[0]
     layer.forward = lambda x: (calls.append(x), type(layer).forward(layer, x))[1]
     before = layer.forward
-    with project_once(module):
+    with projection_attached(module):
         assert torch.equal(module(**given)[0], plain)
         assert torch.equal(module(**given)[0], plain)
         assert len(calls) == 1
@@ -99,7 +110,7 @@ def test_a_prompt_is_projected_once_a_run_and_afterwards_nothing_is_left():
         assert len(calls) == 2
     assert layer.forward is before
     del layer.forward
-    with project_once(module):
+    with projection_attached(module):
         pass
     assert "forward" not in vars(layer)
 
@@ -110,7 +121,9 @@ class TestAttention:
 
     @pytest.mark.parametrize("choice", [choice for choice in choices.BACKENDS if choice not in ("auto", "sdpa")])
     def test_what_will_not_run_is_refused_with_what_is_missing(self, handles, choice):
-        with pytest.raises(ValueError, match=r"will not run here: it needs an NVIDIA card.*Choose one of those that will: auto, sdpa"):
+        with pytest.raises(
+            ValueError, match=r"will not run here: it needs an NVIDIA card.*Choose one of those that will: auto, sdpa"
+        ):
             with_attention(handles.model, choice)
 
     def test_16_bits_are_asked_for_where_a_kernel_needs_them(self, monkeypatch):
@@ -136,14 +149,19 @@ class TestAttention:
         monkeypatch.setattr(attention_module, "version", lambda name: found)
         assert ("sage" in available(torch.device("cuda"))) == runs
         if not runs:
-            with pytest.raises(ValueError, match=f"the package sageattention is {found}, and diffusers calls 2.1.1 and newer only"):
+            with pytest.raises(
+                ValueError, match=f"the package sageattention is {found}, and diffusers calls 2.1.1 and newer only"
+            ):
                 check_attention("sage", torch.device("cuda"), torch.float16)
 
     def test_the_lowest_versions_are_those_of_diffusers(self):
         from diffusers.models import attention_dispatch
 
         lowest = {choice: lowest for choice, (_, lowest, _) in attention_module._NEEDS.items() if lowest}
-        assert lowest == {choice: getattr(attention_dispatch, f"_REQUIRED_{choice.upper()}_VERSION") for choice in ("flash", "xformers", "sage")}
+        assert lowest == {
+            choice: getattr(attention_dispatch, f"_REQUIRED_{choice.upper()}_VERSION")
+            for choice in ("flash", "xformers", "sage")
+        }
 
     @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
     def test_what_is_chosen_runs_and_afterwards_the_model_is_as_it_was(self, tiny, monkeypatch, dtype):
@@ -152,7 +170,9 @@ class TestAttention:
         model = open_handles(tiny, dtype, CPU).model
         used, latents, prompts = [], torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 226, TEXT_WIDTH)
         real = torch.nn.attention.sdpa_kernel
-        monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda *kind, **more: (used.append(kind), real(*kind, **more))[1])
+        monkeypatch.setattr(
+            torch.nn.attention, "sdpa_kernel", lambda *kind, **more: (used.append(kind), real(*kind, **more))[1]
+        )
         plain = sample(model, *prompts, latents, seed=1, steps=2)
         assert not used
         chosen = sample(with_attention(model, "sdpa"), *prompts, latents, seed=1, steps=2)

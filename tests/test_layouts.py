@@ -1,4 +1,5 @@
-"""Whatever layout the same weights lie in, they load to the same tensors and make the same latents; what is wrong is told in a sentence."""
+"""Whatever layout the same weights lie in, they load to the same tensors and make the same latents; what is wrong is
+told in a sentence."""
 
 import os
 import pickle
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
-from cogvideox.geometry import empty_latent, rotary_embedding
+from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
+from cogvideox.geometry import rotary_embedding
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import RANGE_SAFE_FP16, Precision
-from cogvideox.sampling import sample
+from cogvideox.loading import load_module
 from cogvideox.text import encode_prompt
 from tests import layouts
 from tests.conftest import CPU
+from tests.layouts import LAYOUTS, latents, one_file, sat_file, two_folders
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
 
 FP32, BF16 = Precision(torch.float32), Precision(torch.bfloat16)
@@ -26,55 +27,6 @@ DEVICE = torch.device("cpu")
 def source(tmp_path_factory):
     """The checkpoint in diffusers layout that all others are made from, and its modules."""
     return layouts.build_modules(tmp_path_factory.mktemp("layouts") / "diffusers")
-
-
-def two_folders(folder, source):
-    shutil.copytree(source[0], folder)
-    (folder / "transformer").rename(folder / "transformer_T2V")
-    shutil.copytree(folder / "transformer_T2V", folder / "transformer_I2V")
-    shutil.rmtree(folder / "text_encoder")
-    return folder / "transformer_T2V"
-
-
-def one_file(names=lambda state: state, prefix=""):
-    def write(folder, source):
-        folder.mkdir()
-        return layouts.write_file(folder / "model.safetensors", names(source[1]["transformer"].state_dict()), prefix)
-
-    return write
-
-
-def everything_in_one_file(folder, source):
-    modules = source[1]
-    state = {f"model.diffusion_model.{name}": value for name, value in layouts.comfy_names(modules["transformer"].state_dict()).items()}
-    state |= {f"first_stage_model.{name}": value for name, value in modules["vae"].state_dict().items()}
-    state |= {
-        f"text_encoders.t5xxl.transformer.{name}": value for name, value in modules["text_encoder"].state_dict().items() if "embed_tok" not in name
-    }
-    folder.mkdir()
-    return layouts.write_file(folder / "model.safetensors", state)
-
-
-def sat_file(folder, source):
-    return layouts.write_sat(folder, source[1]) / "transformer" / "1000" / "mp_rank_00_model_states.pt"
-
-
-LAYOUTS = {
-    "two transformers side by side": (two_folders, "diffusers"),
-    "one file, diffusers' names": (one_file(), "diffusers file"),
-    "one file, diffusers' names under a prefix": (one_file(prefix="model.diffusion_model."), "diffusers file"),
-    "one file, ComfyUI's names": (one_file(layouts.comfy_names), "ComfyUI"),
-    "one file, ComfyUI's names under a prefix": (one_file(layouts.comfy_names, "model.diffusion_model."), "ComfyUI"),
-    "everything in one file": (everything_in_one_file, "ComfyUI"),
-    "SAT's folder": (lambda folder, source: layouts.write_sat(folder, source[1]), "SAT"),
-    "SAT's file": (sat_file, "SAT"),
-}
-
-
-def latents(opened):
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randn(1, 226, TEXT_WIDTH, generator=generator) for _ in range(2)]
-    return sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=1, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +49,9 @@ def test_every_layout_loads_to_the_same_tensors_and_the_same_latents(tmp_path, s
 
 @pytest.mark.parametrize("precision", [BF16, RANGE_SAFE_FP16])
 def test_sats_fused_tensors_are_cast_piece_by_piece_to_the_same(tmp_path, source, precision):
-    ours = load_module(open_checkpoint(layouts.write_sat(tmp_path / "sat", source[1])).part("transformer"), precision, DEVICE)
+    ours = load_module(
+        open_checkpoint(layouts.write_sat(tmp_path / "sat", source[1])).part("transformer"), precision, DEVICE
+    )
     theirs = load_module(open_checkpoint(source[0]).part("transformer"), precision, DEVICE)
     mine, other = (dict((*module.named_parameters(), *module.named_buffers())) for module in (ours, theirs))
     assert all(torch.equal(mine[key], other[key]) for key in other)
@@ -121,14 +75,22 @@ def test_the_config_is_that_of_the_release_for_every_variant(tmp_path, variant, 
 
 def test_parts_in_files_of_their_own_go_with_a_transformer(tmp_path, source):
     folder, modules = source
-    transformer = layouts.write_file(tmp_path / "transformer.safetensors", layouts.comfy_names(modules["transformer"].state_dict()))
+    transformer = layouts.write_file(
+        tmp_path / "transformer.safetensors", layouts.comfy_names(modules["transformer"].state_dict())
+    )
     (tmp_path / "t5").mkdir()
     text = layouts.write_file(tmp_path / "t5" / "t5xxl_fp16.safetensors", modules["text_encoder"].state_dict())
-    for name, state, prefix in (("a", modules["vae"].state_dict(), ""), ("b", modules["vae"].state_dict(), "first_stage_model.")):
+    for name, state, prefix in (
+        ("a", modules["vae"].state_dict(), ""),
+        ("b", modules["vae"].state_dict(), "first_stage_model."),
+    ):
         vae = layouts.write_file(tmp_path / f"vae_{name}.safetensors", state, prefix)
         opened = open_handles(transformer, "fp32", CPU, text_encoder=text, vae=vae, tokenizer=folder / "tokenizer")
         wanted = open_handles(folder, "fp32", CPU)
-        assert torch.equal(encode_prompt(opened.text_encoder, "a panda").embeddings, encode_prompt(wanted.text_encoder, "a panda").embeddings)
+        assert torch.equal(
+            encode_prompt(opened.text_encoder, "a panda").embeddings,
+            encode_prompt(wanted.text_encoder, "a panda").embeddings,
+        )
         with opened.vae.weights.running() as ours, wanted.vae.weights.running() as theirs:
             assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
             assert ours.config["scaling_factor"] == theirs.config["scaling_factor"]
@@ -159,14 +121,26 @@ class TestRefusals:
         return {name: value for name, value in source[1]["transformer"].state_dict().items() if name not in changes}
 
     def test_two_transformers_and_no_choice(self, tmp_path, source):
-        self.refused(two_folders(tmp_path / "x", source).parent, "2 checkpoints, transformer_T2V and transformer_I2V", "Give the path")
+        self.refused(
+            two_folders(tmp_path / "x", source).parent,
+            "2 checkpoints, transformer_T2V and transformer_I2V",
+            "Give the path",
+        )
 
     def test_missing_and_left_over_tensors(self, tmp_path, source):
         state = self.state(source)
         del state["norm_final.weight"]
-        self.refused(layouts.write_file(tmp_path / "a.safetensors", state), "1 missing (norm_final.weight)", "layout: diffusers file")
+        self.refused(
+            layouts.write_file(tmp_path / "a.safetensors", state),
+            "1 missing (norm_final.weight)",
+            "layout: diffusers file",
+        )
         extra = {f"transformer_blocks.0.extra.{index}": torch.ones(1) for index in range(5)}
-        self.refused(layouts.write_file(tmp_path / "b.safetensors", self.state(source) | extra), "5 unknown (transformer_blocks.0.extra.0, ", ", …)")
+        self.refused(
+            layouts.write_file(tmp_path / "b.safetensors", self.state(source) | extra),
+            "5 unknown (transformer_blocks.0.extra.0, ",
+            ", …)",
+        )
 
     def test_a_wrong_shape(self, tmp_path, source):
         state = self.state(source) | {"norm_final.weight": torch.ones(3)}
@@ -174,11 +148,17 @@ class TestRefusals:
 
     def test_a_lora(self, tmp_path):
         state = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}
-        self.refused(layouts.write_file(tmp_path / "x.safetensors", state), "is a LoRA", "Load the model it was made for")
+        self.refused(
+            layouts.write_file(tmp_path / "x.safetensors", state), "is a LoRA", "Load the model it was made for"
+        )
 
     def test_another_family(self, tmp_path):
         state = {"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 8), "img_in.weight": torch.ones(2, 2)}
-        self.refused(layouts.write_file(tmp_path / "x.safetensors", state), "another model's", "double_blocks.0.img_attn.qkv.weight")
+        self.refused(
+            layouts.write_file(tmp_path / "x.safetensors", state),
+            "another model's",
+            "double_blocks.0.img_attn.qkv.weight",
+        )
 
     def test_a_vae_or_text_encoder_given_as_the_model(self, tmp_path, source):
         file = layouts.write_file(tmp_path / "vae.safetensors", source[1]["vae"].state_dict())
@@ -214,17 +194,26 @@ class TestRefusals:
         assert not trap.exists()
 
     def test_shapes_that_no_cogvideox_has(self, tmp_path, source):
-        state = {name: value for name, value in source[1]["vae"].state_dict().items() if not name.startswith("encoder.down_blocks.0")}
+        state = {
+            name: value
+            for name, value in source[1]["vae"].state_dict().items()
+            if not name.startswith("encoder.down_blocks.0")
+        }
         file = layouts.write_file(tmp_path / "x.safetensors", state)
         with pytest.raises(ValueError, match="cannot be told from its shapes"):
             open_part(file, "vae")
 
 
 def fp8_state(state, dtype, scaled=None):
-    """Linear weights of blocks in fp8, as the casts in use have them; with ``scaled``, multiplied up to fp8's range first."""
+    """Linear weights of blocks in fp8, as the casts in use have them; with ``scaled``, multiplied up to fp8's range
+    first."""
     cast = {}
     for name, value in state.items():
-        if value.ndim != 2 or not name.startswith(("transformer_blocks.", "encoder.block.")) or "relative_attention_bias" in name:
+        if (
+            value.ndim != 2
+            or not name.startswith(("transformer_blocks.", "encoder.block."))
+            or "relative_attention_bias" in name
+        ):
             cast[name] = value
             continue
         scale = value.float().abs().max() / torch.finfo(dtype).max if scaled else torch.tensor(1.0)
@@ -236,8 +225,16 @@ def fp8_state(state, dtype, scaled=None):
 
 def widened(state):
     """The weights that an fp8 file stands for, in float32."""
-    scales = {f"{name.rpartition('.')[0]}.weight": value for name, value in state.items() if name.endswith(("scale_weight", "weight_scale"))}
-    return {name: value.float() * scales.get(name, 1.0) for name, value in state.items() if not name.endswith(("scale_weight", "weight_scale"))}
+    scales = {
+        f"{name.rpartition('.')[0]}.weight": value
+        for name, value in state.items()
+        if name.endswith(("scale_weight", "weight_scale"))
+    }
+    return {
+        name: value.float() * scales.get(name, 1.0)
+        for name, value in state.items()
+        if not name.endswith(("scale_weight", "weight_scale"))
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -291,7 +288,9 @@ def test_an_fp8_checkpoint_samples_in_bf16_and_in_range_safe_fp16(tmp_path, sour
 
 @pytest.mark.parametrize("names", [lambda state: state, layouts.comfy_names], ids=["diffusers", "ComfyUI"])
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q4_0"])
-def test_gguf_transformers_stay_quantized_in_memory_and_compute_as_diffusers_dequantizes_them(tmp_path, source, quantization, names):
+def test_gguf_transformers_stay_quantized_in_memory_and_compute_as_diffusers_dequantizes_them(
+    tmp_path, source, quantization, names
+):
     from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
     from gguf import GGMLQuantizationType, GGUFReader
 
@@ -299,14 +298,22 @@ def test_gguf_transformers_stay_quantized_in_memory_and_compute_as_diffusers_deq
     kind, state = GGMLQuantizationType[quantization], {}
     for tensor in GGUFReader(file).tensors:
         data = torch.from_numpy(tensor.data.copy())
-        state[tensor.name] = dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind)).float() if tensor.tensor_type == kind else data.float()
+        state[tensor.name] = (
+            dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind)).float()
+            if tensor.tensor_type == kind
+            else data.float()
+        )
     truth = latents(open_handles(layouts.write_file(tmp_path / "wide.safetensors", state), "fp32", CPU))
     opened = open_handles(file, "fp32", CPU)
     assert torch.equal(latents(opened), truth)
     assert f"stored GGUF {quantization}" in opened.plan.text
     assert f"quantized copy (GGUF {quantization})" in opened.plan.text
     with opened.model.weights.running() as module:
-        linears = [child for name, child in module.named_modules() if "transformer_blocks" in name and type(child).__name__ == "PackedLinear"]
+        linears = [
+            child
+            for name, child in module.named_modules()
+            if "transformer_blocks" in name and type(child).__name__ == "PackedLinear"
+        ]
         assert len(linears) == 2 * 8
     for dtype, limit in (("bf16", 0.05), ("fp16", 2e-3)):
         assert (latents(open_handles(file, dtype, CPU)) - truth).norm() / truth.norm() < limit

@@ -11,21 +11,31 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint.catalogue import list_parts
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.precision.packed import PackedLinear
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
+from cogvideox.modules.packed import PackedLinear
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
 from tests.reference import error
 from tests.reference import run_module as run
+from tests.told import Told
 
 RANK = 3
 #: The layers that trainers choose, and those that some choose too.
-LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")
+LAYERS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1.linear",
+    "norm2.linear",
+)
 OTHERS = ("patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "proj_out", "norm_out.linear")
 
 
@@ -61,11 +71,17 @@ FORMATS = {
     "peft": dict(name=lambda m: f"base_model.model.{m}"),
     "diffusers": dict(name=lambda m: f"transformer.{m}"),
     "bare names": dict(name=lambda m: m),
-    "a named adapter": dict(name=lambda m: f"transformer.{m}", down="lora_A.default.weight", up="lora_B.default.weight"),
+    "a named adapter": dict(
+        name=lambda m: f"transformer.{m}", down="lora_A.default.weight", up="lora_B.default.weight"
+    ),
     "old diffusers": dict(name=lambda m: f"transformer.{m}", down="lora.down.weight", up="lora.up.weight"),
     "kohya": dict(name=lambda m: f"lora_unet_{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
-    "CogVideoX-Fun": dict(name=lambda m: f"lora_unet__{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
-    "ComfyUI": dict(name=lambda m: f"diffusion_model.{comfy_name(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK),
+    "CogVideoX-Fun": dict(
+        name=lambda m: f"lora_unet__{flat(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK
+    ),
+    "ComfyUI": dict(
+        name=lambda m: f"diffusion_model.{comfy_name(m)}", down="lora_down.weight", up="lora_up.weight", alpha=RANK
+    ),
 }
 
 
@@ -81,9 +97,15 @@ def with_peft(tiny):
         module = copy.deepcopy(base)
         for number, (halves, alpha, strength) in enumerate(loras):
             rank = next(iter(halves.values()))[0].shape[0]
-            config = LoraConfig(r=rank, lora_alpha=alpha * strength, target_modules=list(halves), init_lora_weights=False)
+            config = LoraConfig(
+                r=rank, lora_alpha=alpha * strength, target_modules=list(halves), init_lora_weights=False
+            )
             inject_adapter_in_model(config, module, adapter_name=f"a{number}")
-            state = {f"{n}.lora_{half}.weight": t.double() for n, pair in halves.items() for half, t in zip("AB", pair, strict=True)}
+            state = {
+                f"{n}.lora_{half}.weight": t.double()
+                for n, pair in halves.items()
+                for half, t in zip("AB", pair, strict=True)
+            }
             set_peft_model_state_dict(module, state, adapter_name=f"a{number}")
         for layer in module.modules():
             if hasattr(layer, "active_adapter"):
@@ -120,7 +142,9 @@ def test_alpha_and_any_strength_scale_it(tmp_path, part, inputs, with_peft, stre
 def test_alpha_is_read_from_diffusers_metadata_and_from_pefts_config(tmp_path, part):
     halves = draw(part)
     metadata = {
-        "lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {"ff.net.2": 9}})
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {"ff.net.2": 9}}
+        )
     }
     lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"], metadata=metadata), part)
     assert {pair.scale for name, pair in lora.pairs.items() if name.endswith("ff.net.2")} == {3.0}
@@ -172,7 +196,9 @@ def test_a_loud_lora_does_not_overflow_in_range_safe_fp16(tmp_path, part, inputs
     assert error(ours, run(with_peft((halves, RANK, 1.0)), inputs, torch.float64)) < 3e-2
 
 
-@pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
+@pytest.mark.parametrize(
+    "precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"]
+)
 @pytest.mark.parametrize("layout", ["fp8", "gguf"])
 def test_it_works_on_weights_that_stay_packed(tmp_path, tiny, part, inputs, layout, precision):
     """What the LoRA adds to packed weights is what it adds to the same weights widened."""
@@ -180,7 +206,10 @@ def test_it_works_on_weights_that_stay_packed(tmp_path, tiny, part, inputs, layo
     if layout == "gguf":
         file = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0")
     else:
-        small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+        small = {
+            name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+            for name, value in state.items()
+        }
         file = layouts.write_file(tmp_path / "model.safetensors", small)
     packed = open_part(file, "transformer")
     halves = draw(part)
@@ -231,7 +260,9 @@ def test_two_branches_of_a_graph_use_their_own_and_the_base_stays_bit_for_bit(tm
     assert torch.equal(results[4], base)
     assert one.weights is two.weights is handles.model.weights
     assert not handles.model.loras
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in handles.model.weights._module.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in handles.model.weights._module.state_dict().items()
+    )
 
 
 def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
@@ -242,7 +273,7 @@ def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
     file, said = write(tmp_path / "loud.safetensors", halves, **FORMATS["diffusers"]), []
     latent = torch.zeros(1, 16, 4, 6, 10)
     plain = open_handles(tiny, "fp16", CPU, on_mismatch="warn").model
-    ours = sample(with_lora(plain, file), *prompts, latent, seed=1, steps=2, on_heal=said.append)
+    ours = sample(with_lora(plain, file), *prompts, latent, seed=1, steps=2, events=Told(heals=said))
     assert any("range-safe fp16" in text for text in said)
     expected = sample(with_lora(open_handles(tiny, "fp32", CPU).model, file), *prompts, latent, seed=1, steps=2)
     assert error(ours, expected.double()) < 5e-2
@@ -258,7 +289,10 @@ def sat_lora_run(folder, part, layers=2):
     state = layouts.sat_names(module.state_dict())
     for block in range(layers):
         attention = f"model.diffusion_model.transformer.layers.{block}.attention"
-        targets = {f"{attention}.query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), f"{attention}.dense": ("attn1.to_out.0",)}
+        targets = {
+            f"{attention}.query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+            f"{attention}.dense": ("attn1.to_out.0",),
+        }
         for name, places in targets.items():
             for leaf in ("weight", "bias"):
                 state[f"{name}.original.{leaf}"] = state.pop(f"{name}.{leaf}")
@@ -305,7 +339,8 @@ def test_the_lora_inside_is_not_applied_twice_without_a_word(tmp_path, part):
 
 
 def test_a_model_saved_with_pefts_lora_inside_runs_with_it(tmp_path, tiny, part, inputs, with_peft):
-    """``save_pretrained`` while an adapter is on writes the layers' own weights under ``.base_layer`` and the halves beside."""
+    """``save_pretrained`` while an adapter is on writes the layers' own weights under ``.base_layer`` and the halves
+    beside."""
     halves = draw(part, others=())
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny, folder)
@@ -320,7 +355,9 @@ def test_a_model_saved_with_pefts_lora_inside_runs_with_it(tmp_path, tiny, part,
 
 def test_a_model_with_a_lora_inside_is_not_converted_to_one_without_it(tmp_path, part):
     folder, _ = sat_lora_run(tmp_path / "run", part)
-    with pytest.raises(ValueError, match=r"was saved with a LoRA inside \(16 tensors\), which a converted copy would not have"):
+    with pytest.raises(
+        ValueError, match=r"was saved with a LoRA inside \(16 tensors\), which a converted copy would not have"
+    ):
         convert_checkpoint(open_checkpoint(folder), tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
@@ -331,7 +368,9 @@ def test_a_lora_inside_that_is_not_whole_is_told_when_the_checkpoint_is_opened(t
     state = torch.load(file, weights_only=True)
     del state["module"]["model.diffusion_model.transformer.layers.0.attention.dense.matrix_B.0"]
     torch.save(state, file)
-    with pytest.raises(ValueError, match="holds the down half of transformer_blocks.0.attn1.to_out.0 and not its up half"):
+    with pytest.raises(
+        ValueError, match="holds the down half of transformer_blocks.0.attn1.to_out.0 and not its up half"
+    ):
         open_checkpoint(folder)
 
 
@@ -355,7 +394,10 @@ Q = "transformer.transformer_blocks.0.attn1.to_q"
             r"1 of its \d+ tensors \(transformer.single_blocks.0.q",
         ),
         (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(128, 5)}), "the ranks 3 and 5"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 64)}), r"holds \[3, 64\].*the layer of this model is \[128, 128\]"),
+        (
+            lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 64)}),
+            r"holds \[3, 64\].*the layer of this model is \[128, 128\]",
+        ),
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "the down half of transformer_blocks.0.attn1.to_q and not its up half"),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(128)}), "it is a DoRA, and only LoRAs"),
         (lambda t: t.update({f"{Q}.hada_w1_a": torch.zeros(128)}), "it is a LoHa"),
@@ -396,7 +438,10 @@ def test_a_lora_with_nan_is_refused_by_name_and_leaves_no_hook(tmp_path, tiny, p
 
 def test_what_it_holds_for_the_text_encoder_is_left_out_and_said(tmp_path, part):
     path = write(tmp_path / "lora.safetensors", draw(part), **FORMATS["kohya"])
-    rewritten(path, lambda t: t.update({"lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.zeros(3, 8)}))
+    rewritten(
+        path,
+        lambda t: t.update({"lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": torch.zeros(3, 8)}),
+    )
     assert "trains the text encoder too (1 tensors)" in open_lora(path, part).text
 
 
@@ -404,9 +449,17 @@ def test_the_list_holds_loras_of_cogvideox_only(tmp_path, part):
     for form in FORMATS:
         write(tmp_path / f"{form}.safetensors", draw(part), **FORMATS[form])
     save_file(
-        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(1)}, tmp_path / "sd15.safetensors"
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(1)},
+        tmp_path / "sd15.safetensors",
     )
-    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
-    ltx = {f"diffusion_model.transformer_blocks.0.{attention}.to_q.lora_A.weight": torch.zeros(1) for attention in ("attn1", "attn2")}
+    save_file(
+        {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "flux.safetensors"
+    )
+    ltx = {
+        f"diffusion_model.transformer_blocks.0.{attention}.to_q.lora_A.weight": torch.zeros(1)
+        for attention in ("attn1", "attn2")
+    }
     save_file(ltx, tmp_path / "ltx.safetensors")
-    assert sorted(entry.name for entry in list_parts("lora", [tmp_path])) == sorted(f"{form}.safetensors" for form in FORMATS)
+    assert sorted(entry.name for entry in list_parts("lora", [tmp_path])) == sorted(
+        f"{form}.safetensors" for form in FORMATS
+    )

@@ -1,4 +1,5 @@
-"""What a LoRA changes is read right whoever wrote it, and what is no LoRA of this model is refused by the real reason."""
+"""What a LoRA changes is read right whoever wrote it, and what is no LoRA of this model is refused by the real
+reason."""
 
 import json
 import time
@@ -30,7 +31,8 @@ def draw(layers=LAYERS, rank=RANK, seed=0):
     """Random halves: module -> (down, up)."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        module: (torch.randn(rank, wide, generator=generator), torch.randn(out, rank, generator=generator)) for module, (out, wide) in layers.items()
+        module: (torch.randn(rank, wide, generator=generator), torch.randn(out, rank, generator=generator))
+        for module, (out, wide) in layers.items()
     }
 
 
@@ -52,7 +54,11 @@ def write(path, tensors, metadata=None):
 def values(lora):
     """What a LoRA holds, with numbers read: module -> (down, up, scale)."""
     return {
-        module: (read_tensor(pair.down).reshape(pair.down.shape), read_tensor(pair.up).reshape(pair.up.shape), pair.scale)
+        module: (
+            read_tensor(pair.down).reshape(pair.down.shape),
+            read_tensor(pair.up).reshape(pair.up.shape),
+            pair.scale,
+        )
         for module, pair in lora.pairs.items()
     }
 
@@ -75,12 +81,17 @@ def from_diffusers(tiny):
         module = CogVideoXTransformer3DModel.from_pretrained(tiny / "transformer", torch_dtype=torch.float32)
         CogVideoXPipeline.load_lora_into_transformer(dict(tensors), module, adapter_name="a")
         layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-        return {name: (layer.lora_A["a"].weight.detach(), layer.lora_B["a"].weight.detach(), layer.scaling["a"]) for name, layer in layers.items()}
+        return {
+            name: (layer.lora_A["a"].weight.detach(), layer.lora_B["a"].weight.detach(), layer.scaling["a"])
+            for name, layer in layers.items()
+        }
 
     return get
 
 
-@pytest.mark.parametrize(("down", "up"), [(".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")])
+@pytest.mark.parametrize(
+    ("down", "up"), [(".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")]
+)
 def test_it_holds_what_diffusers_own_loader_reads(tmp_path, part, from_diffusers, down, up):
     tensors = named("transformer.", down, up)
     expected = from_diffusers(tensors)
@@ -110,7 +121,11 @@ def trained(tiny):
 def adapter_of(module, name):
     layers = {place: layer for place, layer in module.named_modules() if hasattr(layer, "lora_A")}
     return {
-        place.removeprefix("base_model.model."): (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name])
+        place.removeprefix("base_model.model."): (
+            layer.lora_A[name].weight.detach(),
+            layer.lora_B[name].weight.detach(),
+            layer.scaling[name],
+        )
         for place, layer in layers.items()
     }
 
@@ -131,7 +146,9 @@ def test_what_diffusers_saves_with_its_settings_is_what_was_trained(tmp_path, pa
     module, config = trained
     module.add_adapter(config, "mine")
     state, settings = get_peft_model_state_dict(module, adapter_name="mine"), module.peft_config["mine"].to_dict()
-    CogVideoXPipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings)
+    CogVideoXPipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings
+    )
     expected = adapter_of(module, "mine")
     assert sorted({scale for *_, scale in expected.values()}) == [0.5, 1.5, 3.0, 6.0]
     assert_equal(open_lora(tmp_path, part), expected)
@@ -178,7 +195,9 @@ def test_what_compiling_puts_into_the_middle_of_names_is_taken_out(tmp_path, par
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), HALVES)
 
 
-@pytest.mark.parametrize("adapter", ["default", "default_0", "my-style", "my style", "v1.5", "風景", "lora", "weight", "up", "alpha 2"])
+@pytest.mark.parametrize(
+    "adapter", ["default", "default_0", "my-style", "my style", "v1.5", "風景", "lora", "weight", "up", "alpha 2"]
+)
 @pytest.mark.parametrize("end", [".weight", ""])
 def test_an_adapter_may_have_any_name(tmp_path, part, adapter, end):
     tensors = named("transformer.", f".lora_A.{adapter}{end}", f".lora_B.{adapter}{end}")
@@ -198,9 +217,16 @@ SPELLINGS = {
     "kohya": dict(prefix="lora_unet_", name=flat, down=".lora_down.weight", up=".lora_up.weight"),
     "CogVideoX-Fun": dict(prefix="lora_unet__", name=flat, down=".lora_down.weight", up=".lora_up.weight"),
     "kohya, transformer": dict(prefix="lora_transformer_", name=flat, down=".lora_down.weight", up=".lora_up.weight"),
-    "kohya, prefixes inside": dict(prefix="lora_unet_model_diffusion_model_", name=flat, down=".lora_down.weight", up=".lora_up.weight"),
+    "kohya, prefixes inside": dict(
+        prefix="lora_unet_model_diffusion_model_", name=flat, down=".lora_down.weight", up=".lora_up.weight"
+    ),
     "LyCORIS": dict(prefix="lycoris_", name=flat, down=".lora_down.weight", up=".lora_up.weight"),
-    "processors": dict(prefix="transformer.", name=lambda m: m.replace("attn1.", "attn1.processor."), down="_lora.down.weight", up="_lora.up.weight"),
+    "processors": dict(
+        prefix="transformer.",
+        name=lambda m: m.replace("attn1.", "attn1.processor."),
+        down="_lora.down.weight",
+        up="_lora.up.weight",
+    ),
 }
 
 
@@ -211,18 +237,28 @@ def test_every_spelling_is_the_same_lora(tmp_path, part, spelling):
 
 def test_diffusers_first_format_leaves_the_number_of_the_output_layer_out(tmp_path, part):
     halves = draw({"transformer_blocks.0.attn1.to_out.0": (128, 128)})
-    tensors = named("", "_lora.down.weight", "_lora.up.weight", lambda m: m.replace("attn1.to_out.0", "attn1.processor.to_out"), halves)
+    tensors = named(
+        "",
+        "_lora.down.weight",
+        "_lora.up.weight",
+        lambda m: m.replace("attn1.to_out.0", "attn1.processor.to_out"),
+        halves,
+    )
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), halves)
 
 
 def test_alphas_of_weights_count_before_those_of_settings(tmp_path, part):
-    tensors = named("transformer.") | {f"transformer.{module}.alpha": torch.tensor(2, dtype=torch.int64) for module in HALVES}
+    tensors = named("transformer.") | {
+        f"transformer.{module}.alpha": torch.tensor(2, dtype=torch.int64) for module in HALVES
+    }
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": RANK})}
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors, metadata), part), HALVES, 0.5)
 
 
 def test_finetrainers_settings_are_read(tmp_path, part):
-    metadata = {"lora_config": json.dumps({"r": RANK, "lora_alpha": 12, "init_lora_weights": True, "target_modules": ["to_q"]})}
+    metadata = {
+        "lora_config": json.dumps({"r": RANK, "lora_alpha": 12, "init_lora_weights": True, "target_modules": ["to_q"]})
+    }
     lora = open_lora(write(tmp_path / "lora.safetensors", named("transformer."), metadata), part)
     assert_is(lora, HALVES, 3.0)
     assert "scale 3 (alpha / rank)" in lora.text
@@ -230,17 +266,22 @@ def test_finetrainers_settings_are_read(tmp_path, part):
 
 def test_kohyas_metadata_may_be_any_text(tmp_path, part):
     metadata = {"ss_network_dim": "4", "ss_network_alpha": "none", "ss_network_args": "{", "format": "pt"}
-    tensors = named(**SPELLINGS["kohya"]) | {f"lora_unet_{flat(module)}.alpha": torch.tensor(2.0, dtype=torch.bfloat16) for module in HALVES}
+    tensors = named(**SPELLINGS["kohya"]) | {
+        f"lora_unet_{flat(module)}.alpha": torch.tensor(2.0, dtype=torch.bfloat16) for module in HALVES
+    }
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors, metadata), part), HALVES, 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
 def test_halves_may_be_of_any_floating_point_dtype(tmp_path, part, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in named("transformer.").items()}
-    assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), {m: (a.to(dtype), b.to(dtype)) for m, (a, b) in HALVES.items()})
+    assert_is(
+        open_lora(write(tmp_path / "lora.safetensors", tensors), part),
+        {m: (a.to(dtype), b.to(dtype)) for m, (a, b) in HALVES.items()},
+    )
 
 
-# --- SAT, and layers that are fused ---------------------------------------------------------------------------------------------------
+# --- SAT, and layers that are fused -------------------------------------------
 
 QKV = {f"transformer_blocks.0.attn1.to_{name}": (128, 128) for name in "qkv"}
 
@@ -249,12 +290,16 @@ def sat_matrices(halves, dense, prefix="model.diffusion_model."):
     attention = f"{prefix}transformer.layers.0.attention."
     tensors = {}
     for number, (down, up) in enumerate(halves.values()):
-        tensors |= {f"{attention}query_key_value.matrix_A.{number}": down, f"{attention}query_key_value.matrix_B.{number}": up}
+        tensors |= {
+            f"{attention}query_key_value.matrix_A.{number}": down,
+            f"{attention}query_key_value.matrix_B.{number}": up,
+        }
     return tensors | {f"{attention}dense.matrix_A.0": dense[0], f"{attention}dense.matrix_B.0": dense[1]}
 
 
 @pytest.mark.parametrize(
-    ("yaml", "alpha"), [("", 1.0), ("      lora_config:\n        params:\n          r: 4\n          lora_alpha: 2 # more\n", 2.0)]
+    ("yaml", "alpha"),
+    [("", 1.0), ("      lora_config:\n        params:\n          r: 4\n          lora_alpha: 2 # more\n", 2.0)],
 )
 def test_sats_matrices_are_the_halves_of_q_k_and_v_at_sats_scale(tmp_path, part, yaml, alpha):
     halves, dense = draw(QKV), draw({"d": (128, 128)}, seed=1)["d"]
@@ -271,18 +316,25 @@ def test_sats_matrices_are_the_halves_of_q_k_and_v_at_sats_scale(tmp_path, part,
         assert f"strength 1 is alpha {alpha:g}" in lora.text
 
 
-@pytest.mark.parametrize("name", ["transformer.layers.0.attention.query_key_value", "transformer_blocks.0.attn1.to_qkv"])
+@pytest.mark.parametrize(
+    "name", ["transformer.layers.0.attention.query_key_value", "transformer_blocks.0.attn1.to_qkv"]
+)
 def test_the_rows_of_a_fused_layer_go_where_they_belong(tmp_path, part, name):
     down, up = torch.randn(RANK, 128), torch.randn(384, RANK)
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(8.0)}
-    expected = {f"transformer_blocks.0.attn1.to_{which}": (down, up[128 * n : 128 * (n + 1)]) for n, which in enumerate("qkv")}
+    expected = {
+        f"transformer_blocks.0.attn1.to_{which}": (down, up[128 * n : 128 * (n + 1)]) for n, which in enumerate("qkv")
+    }
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), expected, 2.0)
 
 
 def test_the_rows_of_sats_modulations_are_those_of_its_weights(tmp_path, part):
     up = torch.randn(1536, RANK)
     name = "mixins.adaln_layer.adaLN_modulations.1.1"
-    lora = open_lora(write(tmp_path / "l.safetensors", {f"{name}.lora_A.weight": torch.ones(RANK, 64), f"{name}.lora_B.weight": up}), part)
+    lora = open_lora(
+        write(tmp_path / "l.safetensors", {f"{name}.lora_A.weight": torch.ones(RANK, 64), f"{name}.lora_B.weight": up}),
+        part,
+    )
     pieces = up.chunk(12)
     found = {module: up for module, (_, up, _) in values(lora).items()}
     assert torch.equal(found["transformer_blocks.1.norm1.linear"], torch.cat([pieces[n] for n in (0, 1, 2, 6, 7, 8)]))
@@ -294,7 +346,7 @@ def test_halves_written_as_convolutions_of_one_pixel_are_matrices(tmp_path, part
     assert_is(open_lora(write(tmp_path / "lora.safetensors", tensors), part), HALVES)
 
 
-# --- Where it lies --------------------------------------------------------------------------------------------------------------------
+# --- Where it lies ------------------------------------------------------------
 
 PICKLED = {
     "the tensors alone": lambda t: t,
@@ -304,7 +356,10 @@ PICKLED = {
     "under module": lambda t: {"module": t, "iteration": 500},
     "two levels down": lambda t: {"model": {"state_dict": t}, "step": 1},
     "under a name of its own": lambda t: {"my_lora_weights": t, "epoch": 1, "args": {"lr": 0.1}},
-    "beside an optimizer": lambda t: {"lora_state_dict": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}},
+    "beside an optimizer": lambda t: {
+        "lora_state_dict": t,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+    },
 }
 
 
@@ -317,7 +372,12 @@ def test_pickles_of_trainers_are_looked_through(tmp_path, part, layout, end):
 
 @pytest.mark.parametrize(
     "beside",
-    [{"lora_alpha": 8, "rank": 4}, {"alpha": 8}, {"lora_config": {"r": 4, "lora_alpha": 8}}, {"peft_config": {"default": {"r": 4, "lora_alpha": 8}}}],
+    [
+        {"lora_alpha": 8, "rank": 4},
+        {"alpha": 8},
+        {"lora_config": {"r": 4, "lora_alpha": 8}},
+        {"peft_config": {"default": {"r": 4, "lora_alpha": 8}}},
+    ],
 )
 def test_an_alpha_beside_the_weights_of_a_pickle_counts(tmp_path, part, beside):
     torch.save({"lora": named("transformer.")} | beside, tmp_path / "lora.pt")
@@ -330,7 +390,14 @@ def test_the_rank_of_a_process_is_no_rank_of_a_lora(tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "my_style.safetensors"]
+    "name",
+    [
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights.bin",
+        "my_style.safetensors",
+    ],
 )
 @pytest.mark.parametrize("below", ["", "checkpoint-500", "lora_weights/000500"])
 def test_a_trainers_folder_is_taken_for_the_lora_in_it(tmp_path, part, name, below):
@@ -346,11 +413,16 @@ def test_a_trainers_folder_is_taken_for_the_lora_in_it(tmp_path, part, name, bel
 
 
 def test_pefts_config_counts_beside_any_file_that_is_alone_with_it(tmp_path, part):
-    for name, save in (("adapter_model.bin", lambda tensors, file: torch.save(tensors, file)), ("mine.safetensors", lambda t, f: write(f, t))):
+    for name, save in (
+        ("adapter_model.bin", lambda tensors, file: torch.save(tensors, file)),
+        ("mine.safetensors", lambda t, f: write(f, t)),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         save(named("base_model.model."), folder / name)
-        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+        (folder / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK})
+        )
         assert_is(open_lora(folder, part), HALVES, 2.0)
 
 
@@ -372,7 +444,7 @@ def test_a_checkpoint_chosen_as_a_lora_is_called_one(tiny, part):
         open_lora(next((tiny / "vae").glob("*.safetensors")), part)
 
 
-# --- Settings are data ----------------------------------------------------------------------------------------------------------------
+# --- Settings are data --------------------------------------------------------
 
 
 def with_settings(tmp_path, **settings):
@@ -412,7 +484,9 @@ def test_patterns_of_names_mean_what_they_mean_to_peft(tmp_path, pattern):
     assert hit == PATTERNS[pattern] == {module for module in LAYERS if get_pattern_key([pattern], module) == pattern}
 
 
-@pytest.mark.parametrize("pattern", ["(", "(a+)+$", "(x*)*y", "(.*.*)*z", ".*" * 30 + "z", "", "\\", "[a-z]+", "a{1,9}", "(?=a)b", "x" * 301])
+@pytest.mark.parametrize(
+    "pattern", ["(", "(a+)+$", "(x*)*y", "(.*.*)*z", ".*" * 30 + "z", "", "\\", "[a-z]+", "a{1,9}", "(?=a)b", "x" * 301]
+)
 def test_a_regular_expression_of_a_file_is_never_run(tmp_path, part, pattern):
     folder = with_settings(tmp_path, r=RANK, lora_alpha=RANK, alpha_pattern={pattern: 1})
     before = time.process_time()
@@ -434,7 +508,9 @@ NO_NUMBERS = [0, -1, 0.5, "8", True, [8], {"a": 1}, float("nan"), float("inf"), 
 @pytest.mark.parametrize("key", ["lora_alpha", "r", "alpha_pattern", "rank_pattern"])
 def test_alphas_and_ranks_are_finite_numbers_of_at_least_one(tmp_path, part, key, value):
     settings = {"r": RANK, "lora_alpha": RANK} | {key: {"to_q": value} if "pattern" in key else value}
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is refused: .*must be a finite number of at least 1"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors is refused: .*must be a finite number of at least 1"
+    ):
         open_lora(with_settings(tmp_path, **settings), part)
 
 
@@ -458,7 +534,14 @@ def test_settings_that_mean_more_than_a_lora_are_refused_by_name(tmp_path, part,
 
 
 def test_settings_without_effect_on_a_linear_layer_are_passed_over(tmp_path, part):
-    more = {"fan_in_fan_out": True, "init_lora_weights": "gaussian", "modules_to_save": None, "bias": "none", "lora_dropout": 0.1, "use_dora": False}
+    more = {
+        "fan_in_fan_out": True,
+        "init_lora_weights": "gaussian",
+        "modules_to_save": None,
+        "bias": "none",
+        "lora_dropout": 0.1,
+        "use_dora": False,
+    }
     assert_is(open_lora(with_settings(tmp_path, r=RANK, lora_alpha=RANK, peft_type="LORA", **more), part), HALVES)
 
 
@@ -468,14 +551,16 @@ def test_metadata_that_is_no_table_is_refused(tmp_path, part, text):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer."), {"lora_adapter_metadata": text}), part)
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(v) for v in (0.0, -4.0, float("nan"), float("inf"), 0.25)] + [torch.tensor(True)])
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(v) for v in (0.0, -4.0, float("nan"), float("inf"), 0.25)] + [torch.tensor(True)]
+)
 def test_an_alpha_among_the_weights_is_a_finite_number_of_at_least_one(tmp_path, part, alpha):
     tensors = named("transformer.") | {"transformer.proj_out.alpha": alpha}
     with pytest.raises(ValueError, match=r"the alpha transformer\.proj_out\.alpha is .*finite number of at least 1"):
         open_lora(write(tmp_path / "lora.safetensors", tensors), part, 0.0)
 
 
-# --- What is refused, and why ---------------------------------------------------------------------------------------------------------
+# --- What is refused, and why -------------------------------------------------
 
 Q = "transformer.transformer_blocks.0.attn1.to_q"
 
@@ -517,12 +602,18 @@ OTHERS = {
 
 @pytest.mark.parametrize("model", OTHERS)
 def test_loras_of_other_models_are_told_by_their_names(tmp_path, part, model):
-    tensors = {f"{OTHERS[model]}.lora_A.weight": torch.ones(4, 128), f"{OTHERS[model]}.lora_B.weight": torch.ones(128, 4)}
+    tensors = {
+        f"{OTHERS[model]}.lora_A.weight": torch.ones(4, 128),
+        f"{OTHERS[model]}.lora_B.weight": torch.ones(128, 4),
+    }
     with pytest.raises(ValueError, match=f"match no layer of this CogVideoX transformer.* as those of {model.strip()}"):
         open_lora(write(tmp_path / "lora.safetensors", tensors), part)
 
 
-@pytest.mark.parametrize("name", ["controlnet.proj_out", "single_transformer_blocks.0.proj_out", "gpt_neox.layers.0.attention.dense", "proj_out_2"])
+@pytest.mark.parametrize(
+    "name",
+    ["controlnet.proj_out", "single_transformer_blocks.0.proj_out", "gpt_neox.layers.0.attention.dense", "proj_out_2"],
+)
 def test_a_layer_of_another_part_is_not_taken_for_one_of_the_transformer(tmp_path, part, name):
     tensors = {f"{name}.lora_A.weight": torch.ones(4, 128), f"{name}.lora_B.weight": torch.ones(128, 4)}
     with pytest.raises(ValueError, match="match no layer"):
@@ -543,7 +634,12 @@ def test_two_loras_in_one_file_are_never_mixed(tmp_path, part, second):
 
 
 def test_two_adapters_of_different_layers_are_told_too(tmp_path, part):
-    second = named("transformer.", ".lora_A.other.weight", ".lora_B.other.weight", halves=draw({"transformer_blocks.1.ff.net.2": (128, 512)}))
+    second = named(
+        "transformer.",
+        ".lora_A.other.weight",
+        ".lora_B.other.weight",
+        halves=draw({"transformer_blocks.1.ff.net.2": (128, 512)}),
+    )
     with pytest.raises(ValueError, match=r"holds 2 LoRAs, called \(no name\), other"):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer.") | second), part)
 
@@ -553,7 +649,10 @@ def test_two_alphas_and_an_alpha_without_halves_are_refused(tmp_path, part):
     with pytest.raises(ValueError, match="gives proj_out two alphas"):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer.") | alphas), part)
     with pytest.raises(ValueError, match="an alpha of norm_out.linear and no halves"):
-        open_lora(write(tmp_path / "lora.safetensors", named("transformer.") | {"norm_out.linear.alpha": torch.tensor(2.0)}), part)
+        open_lora(
+            write(tmp_path / "lora.safetensors", named("transformer.") | {"norm_out.linear.alpha": torch.tensor(2.0)}),
+            part,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
@@ -573,9 +672,18 @@ def test_an_empty_file_and_rank_zero_are_refused(tmp_path, part):
 @pytest.mark.parametrize(
     ("of", "on", "said"),
     [
-        ("5b", "1.5", "its patch embedding is a convolution, as CogVideoX 1.0 .* and this model's is a matrix over two frames, as 1.5"),
+        (
+            "5b",
+            "1.5",
+            "its patch embedding is a convolution, as CogVideoX 1.0 .* and this model's is a matrix over two frames, "
+            "as 1.5",
+        ),
         ("1.5", "5b", "its patch embedding is a matrix over two frames"),
-        ("1.5-i2v", "1.5", "its patch embedding takes 256 inputs and this model's 128, and image to video takes twice as many"),
+        (
+            "1.5-i2v",
+            "1.5",
+            "its patch embedding takes 256 inputs and this model's 128, and image to video takes twice as many",
+        ),
         ("5b", "5b-i2v", "its patch embedding takes 16 inputs and this model's 32"),
     ],
 )
@@ -606,7 +714,9 @@ def test_a_lora_of_1_0_whose_layers_fit_is_taken_and_said(tmp_path, part):
     lora = open_lora(folder, part)
     assert_is(lora, HALVES)
     assert "It was trained on THUDM/CogVideoX-5b, and this is CogVideoX1.5" in lora.text
-    same = open_lora(with_settings(tmp_path, r=RANK, lora_alpha=RANK, base_model_name_or_path="zai-org/CogVideoX1.5-5B"), part)
+    same = open_lora(
+        with_settings(tmp_path, r=RANK, lora_alpha=RANK, base_model_name_or_path="zai-org/CogVideoX1.5-5B"), part
+    )
     assert "trained on" not in same.text
 
 
@@ -616,7 +726,7 @@ def test_a_strength_that_is_no_number_is_refused(tmp_path, part, strength):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer.")), part, strength)
 
 
-# --- The list -------------------------------------------------------------------------------------------------------------------------
+# --- The list -----------------------------------------------------------------
 
 
 def test_the_list_holds_what_opens(tmp_path):
@@ -629,13 +739,22 @@ def test_the_list_holds_what_opens(tmp_path):
     write(tmp_path / "half.safetensors", {f"{Q}.lora_A.weight": torch.ones(4, 128)})
     write(tmp_path / "dora.safetensors", named("transformer.") | {f"{Q}.dora_scale": torch.ones(2)})
     (tmp_path / "broken.pt").write_bytes(b"lora" * 10)
-    assert [entry.name for entry in list_parts("lora", [tmp_path])] == ["pickled.pt", "safe.safetensors", "sat.ckpt", "st.sft"]
+    assert [entry.name for entry in list_parts("lora", [tmp_path])] == [
+        "pickled.pt",
+        "safe.safetensors",
+        "sat.ckpt",
+        "st.sft",
+    ]
 
 
 def test_five_hundred_files_that_are_no_loras_of_cogvideox_are_listed_in_time(tmp_path):
-    sd = [f"lora_unet_down_blocks_{n}_attentions_0_transformer_blocks_{n}_attn1_to_q.lora_down.weight" for n in range(300)]
+    sd = [
+        f"lora_unet_down_blocks_{n}_attentions_0_transformer_blocks_{n}_attn1_to_q.lora_down.weight" for n in range(300)
+    ]
     wan = [f"diffusion_model.blocks.{n}.cross_attn.{layer}.lora_A.weight" for n in range(40) for layer in "qkvo"]
-    files = [write(tmp_path / f"{len(names)}.safetensors", {name: torch.zeros(1) for name in names}) for names in (sd, wan)]
+    files = [
+        write(tmp_path / f"{len(names)}.safetensors", {name: torch.zeros(1) for name in names}) for names in (sd, wan)
+    ]
     files.append(tmp_path / "pickled.pt")
     torch.save({f"layer.{n}": torch.ones(2) for n in range(50)}, files[2])
     contents = [file.read_bytes() for file in files]
@@ -653,13 +772,15 @@ def test_five_hundred_files_that_are_no_loras_of_cogvideox_are_listed_in_time(tm
 
 def test_a_lora_in_gguf_is_refused_for_its_quantization_alone(tmp_path, part):
     file = layouts.write_gguf(
-        tmp_path / "lora.gguf", {f"transformer_blocks.0.attn1.to_q.lora_{h}.weight": torch.ones(128, 128) for h in "AB"}, "Q8_0"
+        tmp_path / "lora.gguf",
+        {f"transformer_blocks.0.attn1.to_q.lora_{h}.weight": torch.ones(128, 128) for h in "AB"},
+        "Q8_0",
     )
     with pytest.raises(ValueError, match="is stored as GGUF Q8_0"):
         open_lora(file, part)
 
 
-# --- On the command line ---------------------------------------------------------------------------------------------------------------
+# --- On the command line ------------------------------------------------------
 
 
 @pytest.mark.parametrize(

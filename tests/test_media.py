@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from cogvideox.media import read_image, read_sound, read_video
+from cogvideox.clip_files import read_sound, read_video
+from cogvideox.image_files import read_image
 from tests.memory import rise_of_peak
+from tests.told import Told
 
 WIDTH, HEIGHT = 64, 48
 #: Dark on the left, white on the right: its mean is 0.5.
@@ -40,7 +42,9 @@ def write_png(path: Path, colour_type: int, values: np.ndarray, clear_value: int
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
     transparency = b"" if clear_value is None else chunk(b"tRNS", struct.pack(">H", clear_value))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + transparency + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + transparency + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def display_p3() -> bytes:
@@ -52,9 +56,17 @@ def display_p3() -> bytes:
     curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)) + bytes(2)
     name = b"Display P3"
     tags = {
-        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + bytes(1 + 4 + 4 + 2 + 1 + 67) + bytes(2),
+        b"desc": b"desc"
+        + bytes(4)
+        + struct.pack(">I", len(name) + 1)
+        + name
+        + bytes(1 + 4 + 4 + 2 + 1 + 67)
+        + bytes(2),
         b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249),
-        **{key: b"XYZ " + bytes(4) + fixed(*column) for key, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), P3.T, strict=True)},
+        **{
+            key: b"XYZ " + bytes(4) + fixed(*column)
+            for key, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), P3.T, strict=True)
+        },
         **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
     }
     offset, table, data = 128 + 4 + 12 * len(tags), b"", b""
@@ -62,7 +74,9 @@ def display_p3() -> bytes:
         table += key + struct.pack(">II", offset + len(data), len(value))
         data += value
     body = struct.pack(">I", len(tags)) + table + data
-    head = struct.pack(">I4sI4s4s4s12s4s", 128 + len(body), bytes(4), 0x02100000, b"mntr", b"RGB ", b"XYZ ", bytes(12), b"acsp") + bytes(28)
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s", 128 + len(body), bytes(4), 0x02100000, b"mntr", b"RGB ", b"XYZ ", bytes(12), b"acsp"
+    ) + bytes(28)
     return (head + fixed(0.9642, 1, 0.8249)).ljust(128, b"\0") + body
 
 
@@ -77,7 +91,7 @@ def read(tmp_path):
 
     def get(name: str) -> tuple[np.ndarray, str]:
         notes = []
-        image = read_image(tmp_path / name, notes.append)
+        image = read_image(tmp_path / name, Told(notes))
         assert image.dtype == torch.float32
         return image[0].numpy(), " ".join(notes)
 
@@ -140,7 +154,9 @@ class TestPictures:
             (grey("L"), {"transparency": 0}, 1.0, 0.5 + 1 / WIDTH),
         ],
     )
-    def test_what_is_transparent_becomes_white_and_never_the_colour_under_it(self, read, tmp_path, image, options, corner, mean):
+    def test_what_is_transparent_becomes_white_and_never_the_colour_under_it(
+        self, read, tmp_path, image, options, corner, mean
+    ):
         image.save(tmp_path / "x.png", **options)
         pixels, said = read("x.png")
         assert pixels[0, 0] == pytest.approx([corner] * 3, abs=0.5 / 255)
@@ -163,8 +179,8 @@ class TestPictures:
         upright[: HEIGHT // 2, : WIDTH // 2], upright[HEIGHT // 2 :, : WIDTH // 2] = 255, 100
         # What a camera held so stores: the opposite of what is to be done when it is shown.
         stored = {
-            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T, 6: np.rot90(upright, 1),
-            7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+            5: upright.T, 6: np.rot90(upright, 1), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
         }[orientation]  # fmt: skip
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -185,7 +201,9 @@ class TestPictures:
         assert "Display P3" in said
 
     def test_srgb_is_left_as_it_is_and_a_damaged_profile_is_said(self, read, tmp_path):
-        grey("RGB").save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        grey("RGB").save(
+            tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        )
         assert read("a.png")[1] == ""
         grey("RGB").save(tmp_path / "b.png", icc_profile=b"nonsense" * 30)
         pixels, said = read("b.png")
@@ -195,14 +213,19 @@ class TestPictures:
     @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
     def test_of_several_pictures_the_first_is_used_and_that_is_said(self, read, tmp_path, suffix):
         others = [Image.new("RGB", (WIDTH, HEIGHT), "red")]
-        grey("RGB").save(tmp_path / f"x.{suffix}", save_all=True, append_images=others, **({"lossless": True} if suffix == "webp" else {}))
+        grey("RGB").save(
+            tmp_path / f"x.{suffix}",
+            save_all=True,
+            append_images=others,
+            **({"lossless": True} if suffix == "webp" else {}),
+        )
         pixels, said = read(f"x.{suffix}")
         assert pixels.mean() == pytest.approx(0.5, abs=2 / 255)
         assert "the first is used" in said
 
     def test_a_huge_picture_is_read_smaller_and_a_larger_one_refused(self, read, tmp_path, monkeypatch):
-        monkeypatch.setattr("cogvideox.media._KEPT_PIXELS", 1000)
-        monkeypatch.setattr("cogvideox.media._MOST_PIXELS", WIDTH * HEIGHT)
+        monkeypatch.setattr("cogvideox.image_files._KEPT_PIXELS", 1000)
+        monkeypatch.setattr("cogvideox.image_files._MOST_PIXELS", WIDTH * HEIGHT)
         for name in ("x.png", "x.jpg"):
             grey().save(tmp_path / name)
             pixels, said = read(name)
@@ -280,14 +303,27 @@ class TestPictures:
                 read(name)
 
 
-# --- Clips --------------------------------------------------------------------------------------------------------------------------
+# --- Clips --------------------------------------------------------------------
 
 
-def write_clip(path: Path, rate=16, frames=20, size=(WIDTH, HEIGHT), levels=None, codec="libx264", pix_fmt="yuv420p", tone=False, times=None, **tags):
+def write_clip(
+    path: Path,
+    rate=16,
+    frames=20,
+    size=(WIDTH, HEIGHT),
+    levels=None,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    tone=False,
+    times=None,
+    **tags,
+):
     """A clip of grey frames, from black to white or of the given levels, with an optional tone and times in ms."""
     levels = np.linspace(0, 255, frames).round() if levels is None else levels
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": "5", "preset": "ultrafast"} if codec == "libx264" else {})
+        stream = container.add_stream(
+            codec, rate=rate, options={"crf": "5", "preset": "ultrafast"} if codec == "libx264" else {}
+        )
         (stream.width, stream.height), stream.pix_fmt = size, pix_fmt
         for name, value in tags.items():
             setattr(stream.codec_context, name, value)
@@ -298,14 +334,20 @@ def write_clip(path: Path, rate=16, frames=20, size=(WIDTH, HEIGHT), levels=None
             if isinstance(level, av.VideoFrame):
                 frame = level
             else:
-                frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), level, np.uint8), format="rgb24").reformat(format=pix_fmt)
+                frame = av.VideoFrame.from_ndarray(
+                    np.full((size[1], size[0], 3), level, np.uint8), format="rgb24"
+                ).reformat(format=pix_fmt)
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         if tone:
-            wave = (0.5 * np.sin(np.arange(int(48_000 * len(levels) / rate)) * 2 * math.pi * 440 / 48_000)).astype(np.float32)
+            wave = (0.5 * np.sin(np.arange(int(48_000 * len(levels) / rate)) * 2 * math.pi * 440 / 48_000)).astype(
+                np.float32
+            )
             for start in range(0, len(wave), 1024):
-                piece = av.AudioFrame.from_ndarray(wave[None, start : start + 1024].copy(), format="fltp", layout="mono")
+                piece = av.AudioFrame.from_ndarray(
+                    wave[None, start : start + 1024].copy(), format="fltp", layout="mono"
+                )
                 piece.sample_rate, piece.pts = 48_000, start
                 container.mux(sound.encode(piece))
             container.mux(sound.encode())
@@ -335,9 +377,10 @@ class TestClips:
     def test_a_second_stays_a_second(self, tmp_path, rate):
         notes = []
         seconds = 2
-        clip = read_video(write_clip(tmp_path / "x.mp4", rate, round(seconds * rate)), fps=16, on_note=notes.append)
+        clip = read_video(write_clip(tmp_path / "x.mp4", rate, round(seconds * rate)), fps=16, events=Told(notes))
         assert len(clip) == 16 * seconds
-        # Brightness rises evenly with time: each frame has that of its moment, up to half a frame of the source and of rounding.
+        # Brightness rises evenly with time: each frame has that of its moment, up to half a frame of the source and of
+        # rounding.
         at = np.arange(16 * seconds) / 16 * rate / (round(seconds * rate) - 1) * 255
         assert np.abs(np.array(levels(clip)) - at.astype(float)).max() < 255 / seconds / rate * 0.51 + 2
         assert bool(notes) == (rate != 16)
@@ -345,27 +388,31 @@ class TestClips:
             assert f"has {float(rate):.4g} frames a second and 16 are made of them" in notes[0]
 
     def test_variable_rates_follow_their_times(self, tmp_path):
-        path = write_clip(tmp_path / "x.mkv", 25, levels=[0, 50, 100, 150, 200, 250], times=[0, 100, 150, 700, 1000, 2000])
-        clip = read_video(path, fps=8, on_note=lambda _: None)
+        path = write_clip(
+            tmp_path / "x.mkv", 25, levels=[0, 50, 100, 150, 200, 250], times=[0, 100, 150, 700, 1000, 2000]
+        )
+        clip = read_video(path, fps=8, events=Told())
         # At 0, 125, 250, 375 … ms: the nearest of the times above, the earlier of two.
-        assert [round(level / 50) for level in levels(clip)] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5][: len(clip)]
+        assert [round(level / 50) for level in levels(clip)] == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5][
+            : len(clip)
+        ]
 
     def test_as_many_frames_are_read_as_are_used_and_the_rest_is_said(self, tmp_path, monkeypatch):
-        import cogvideox.media as media
+        from cogvideox.frame_pixels import FramePixels
 
-        made, real = [], media._Picture.pixels
-        monkeypatch.setattr(media._Picture, "pixels", lambda self, frame: made.append(1) or real(self, frame))
+        made, real = [], FramePixels.pixels
+        monkeypatch.setattr(FramePixels, "pixels", lambda self, frame: made.append(1) or real(self, frame))
         notes = []
-        clip = read_video(write_clip(tmp_path / "x.mp4", 32, 128), 17, fps=16, step=16, on_note=notes.append)
+        clip = read_video(write_clip(tmp_path / "x.mp4", 32, 128), 17, fps=16, step=16, events=Told(notes))
         assert (len(clip), len(made)) == (17, 17)
         assert "Only the first 17 frames (1.1 s) of 4.0 s" in notes[-1]
 
     def test_the_length_is_what_the_model_makes(self, tmp_path):
         notes = []
         path = write_clip(tmp_path / "x.mp4")
-        assert len(read_video(path, step=16, on_note=notes.append)) == 17
+        assert len(read_video(path, step=16, events=Told(notes))) == 17
         assert "the last 3 were cut" in notes[-1]
-        clip = read_video(path, 12, step=16, on_note=notes.append)
+        clip = read_video(path, 12, step=16, events=Told(notes))
         assert len(clip) == 17
         assert (clip[12:] == clip[11]).all()
 
@@ -394,12 +441,14 @@ class TestClips:
         (tmp_path / "x.mp4").write_bytes(content)
         clip = read_video(tmp_path / "x.mp4")
         assert clip.shape == (1, HEIGHT, WIDTH, 3)
-        assert [clip[0, y, x, 0].item() for y in (12, 36) for x in (16, 48)] == pytest.approx([1, 0, 100 / 255, 0], abs=0.03)
+        assert [clip[0, y, x, 0].item() for y in (12, 36) for x in (16, 48)] == pytest.approx(
+            [1, 0, 100 / 255, 0], abs=0.03
+        )
 
     def test_pixels_that_are_not_square_are_made_so(self, tmp_path):
         path = write_clip(tmp_path / "x.mp4", sample_aspect_ratio=Fraction(2))
-        assert read_video(path, 1, on_note=lambda _: None).shape == (1, HEIGHT, 2 * WIDTH, 3)
-        assert read_video(path, 1, size=(32, 48), on_note=lambda _: None).shape == (1, 48, 32, 3)
+        assert read_video(path, 1, events=Told()).shape == (1, HEIGHT, 2 * WIDTH, 3)
+        assert read_video(path, 1, size=(32, 48), events=Told()).shape == (1, 48, 32, 3)
 
     @pytest.mark.parametrize(
         ("size", "planes", "tags", "expected"),
@@ -429,10 +478,11 @@ class TestClips:
         assert levels(clip) == pytest.approx([255, 255, 0], abs=1)
 
     @pytest.mark.parametrize(
-        ("name", "codec", "pix_fmt"), [("x.mkv", "libx264", "yuv420p"), ("x.ts", "mpeg2video", "yuv420p"), ("x.avi", "mpeg4", "yuv420p")]
+        ("name", "codec", "pix_fmt"),
+        [("x.mkv", "libx264", "yuv420p"), ("x.ts", "mpeg2video", "yuv420p"), ("x.avi", "mpeg4", "yuv420p")],
     )
     def test_other_containers_and_codecs(self, tmp_path, name, codec, pix_fmt):
-        clip = read_video(write_clip(tmp_path / name, 25, 10, codec=codec, pix_fmt=pix_fmt), fps=25, on_note=lambda _: None)
+        clip = read_video(write_clip(tmp_path / name, 25, 10, codec=codec, pix_fmt=pix_fmt), fps=25, events=Told())
         assert levels(clip) == pytest.approx(np.linspace(0, 255, 10).tolist(), abs=5)
 
     def test_a_gif_is_a_clip_and_what_is_clear_in_it_is_white(self, tmp_path):
@@ -440,10 +490,15 @@ class TestClips:
         first.putpalette([255, 0, 0, 0, 0, 255])
         first.paste(1, (0, 0, WIDTH // 2, HEIGHT))
         first.save(
-            tmp_path / "x.gif", save_all=True, append_images=[first.transpose(Image.Transpose.ROTATE_180)], transparency=0, duration=500, disposal=2
+            tmp_path / "x.gif",
+            save_all=True,
+            append_images=[first.transpose(Image.Transpose.ROTATE_180)],
+            transparency=0,
+            duration=500,
+            disposal=2,
         )
         notes = []
-        clip = read_video(tmp_path / "x.gif", fps=8, on_note=notes.append)
+        clip = read_video(tmp_path / "x.gif", fps=8, events=Told(notes))
         assert len(clip) == 8
         assert clip[0, 20, WIDTH - 5].tolist() == [1, 1, 1]
         assert clip[0, 20, 5].tolist() == [0, 0, 1]
@@ -462,7 +517,7 @@ class TestClips:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         notes = []
-        clip = read_video(path, fps=16, on_note=notes.append)
+        clip = read_video(path, fps=16, events=Told(notes))
         assert 20 < len(clip) < 180
         assert any("s" in note and ("ends after" in note or "is damaged after" in note) for note in notes)
 
@@ -473,7 +528,7 @@ class TestClips:
         content[places[20] : places[21] - 8] = bytes(places[21] - 8 - places[20])
         path.write_bytes(content)
         notes = []
-        clip = read_video(path, fps=16, on_note=notes.append)
+        clip = read_video(path, fps=16, events=Told(notes))
         assert len(clip) == 40
         assert any("damaged" in note for note in notes)
 
@@ -483,7 +538,11 @@ class TestClips:
             ("empty.mp4", b"", "cannot be read as a video: it is empty"),
             ("text.mp4", b"hello " * 100, "cannot be read as a video"),
             ("cut.mp4", None, "cannot be read as a video"),
-            ("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n", "cannot be read as a video"),
+            (
+                "list.m3u8",
+                b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n",
+                "cannot be read as a video",
+            ),
             ("list.ffconcat", b"ffconcat version 1.0\nfile x.ts\n", "cannot be read as a video"),
         ],
     )
@@ -515,9 +574,13 @@ class TestClips:
     def test_a_long_clip_takes_the_memory_of_what_is_used_of_it(self, tmp_path):
         size = (480, 288)
         path = write_clip(tmp_path / "x.mp4", 30, 300, size=size, levels=[plane_frame(100, 128, 128, size)] * 300)
-        read_video(path, 1, on_note=lambda _: None)  # What is loaded once is loaded.
+        read_video(path, 1, events=Told())  # What is loaded once is loaded.
         clips = []
-        rise = rise_of_peak(lambda: clips.append(read_video(path, 161, fps=16, size=(160, 96), step=16, dtype=torch.uint8, on_note=lambda _: None)))
+        rise = rise_of_peak(
+            lambda: clips.append(
+                read_video(path, 161, fps=16, size=(160, 96), step=16, dtype=torch.uint8, events=Told())
+            )
+        )
         assert clips[0].shape == (161, 96, 160, 3)
         # All frames in fp32 are 498 MB, those in use 7 MB.
         assert rise < 100e6
@@ -537,7 +600,7 @@ class TestSound:
         sound, _ = read_sound(write_clip(tmp_path / "x.mp4", 16, 16, tone=True), 3.0)
         assert np.abs(sound[:, 60_000:]).max() < 0.01
         notes = []
-        assert read_sound(write_clip(tmp_path / "y.mp4"), 1.0, notes.append) is None
+        assert read_sound(write_clip(tmp_path / "y.mp4"), 1.0, Told(notes)) is None
         assert "no sound" in notes[0]
 
 

@@ -1,4 +1,5 @@
-"""What a run takes is known before it; every mode makes the same video; and where memory runs out, no finished step is lost."""
+"""What a run takes is known before it; every mode makes the same video; and where memory runs out, no finished step is
+lost."""
 
 import gc
 import sys
@@ -7,25 +8,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cogvideox.handles as handles_module
+import cogvideox.memory as memory_module
 import cogvideox.sampling as sampling_module
+import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.choices import CACHES
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, with_cache, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.memory import LiveBytes, MemoryPlan, Way, plan_memory, ways
+from cogvideox.memory import LiveBytes, MemoryPlan, choose_placements, plan_memory
+from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.sentinel import OutOfMemory
 from cogvideox.sampling import sample
-from cogvideox.speed.cache import Cache
+from cogvideox.sentinel import OutOfMemory
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
+from cogvideox.weights import Placement, placements
 from tests import layouts
 from tests.conftest import CPU
 from tests.memory import left_behind
 from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.told import Told
 
 GB = 10**9
 
@@ -34,7 +38,8 @@ class TestPlan:
     @pytest.mark.parametrize("cfg", [1.0, 6.0])
     @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])
     @pytest.mark.parametrize(
-        ("variant", "dtype"), [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")]
+        ("variant", "dtype"),
+        [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")],
     )
     def test_it_is_within_15_percent_of_what_a_run_takes(self, checkpoints, prompts, variant, dtype, shape, cfg):
         model = open_handles(checkpoints(variant), dtype, CPU).model
@@ -47,11 +52,15 @@ class TestPlan:
             sample(model, *prompts, latent, **how)
         plan = plan_memory(model, shape, cfg > 1)
         assert plan.activations == pytest.approx(measured.peak, rel=0.15)
-        assert plan.weights == pytest.approx(sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15)
+        assert plan.weights == pytest.approx(
+            sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15
+        )
 
     @pytest.mark.parametrize(("variant", "dtype"), [("1.5", "bf16"), ("1.5-i2v", "fp16")])
-    def test_with_the_halves_of_guidance_one_after_the_other_too(self, checkpoints, prompts, monkeypatch, variant, dtype):
-        monkeypatch.setattr(sampling_module, "ways", lambda batched: ways([False]))
+    def test_with_the_halves_of_guidance_one_after_the_other_too(
+        self, checkpoints, prompts, monkeypatch, variant, dtype
+    ):
+        monkeypatch.setattr(memory_module, "placements", lambda batched: placements([False]))
         shape, model = (1, 16, 5, 20, 24), open_handles(checkpoints(variant), dtype, CPU).model
         how = dict(image_latents=torch.randn(shape) if "i2v" in variant else None, seed=1, steps=1)
         sample(model, *prompts, torch.zeros(shape), **how)
@@ -61,7 +70,9 @@ class TestPlan:
         plan = plan_memory(model, shape)
         assert plan.halved == pytest.approx(measured.peak, rel=0.15)
         assert plan.halved < 0.6 * plan.activations
-        assert plan.bytes_of(Way("gpu")) - plan.bytes_of(Way("gpu", False)) == plan.activations - plan.halved
+        assert (
+            plan.bytes_of(Placement("gpu")) - plan.bytes_of(Placement("gpu", False)) == plan.activations - plan.halved
+        )
         assert plan_memory(model, shape, guided=False).halved is None
 
     def test_nothing_is_read_or_loaded_for_it(self, tiny):
@@ -72,68 +83,91 @@ class TestPlan:
 
     def test_a_lora_counts(self, tiny, tmp_path):
         name = "transformer.transformer_blocks.0.attn1.to_out.0"
-        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},
+            tmp_path / "lora.safetensors",
+        )
         model = open_handles(tiny, "bf16", CPU).model
         more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
         assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
 
-    @pytest.mark.parametrize(("free", "mode"), [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")])
+    @pytest.mark.parametrize(
+        ("free", "mode"),
+        [(None, "gpu"), (20, "gpu"), (19, "offload_blocks"), (8, "offload_blocks"), (7, "offload_layers")],
+    )
     def test_auto_is_the_fastest_that_fits(self, free, mode):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
-        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Way(mode)
+        assert MemoryPlan(13 * GB, 7 * GB, 0, needed, free and free * GB).fastest() == Placement(mode)
 
     @pytest.mark.parametrize(
-        ("free", "way"),
+        ("free", "placement"),
         [
-            (20, Way("gpu")),
-            (19, Way("gpu", False)),
-            (16, Way("offload_blocks")),
-            (7, Way("offload_blocks", False)),
-            (4, Way("offload_layers", False)),
+            (20, Placement("gpu")),
+            (19, Placement("gpu", False)),
+            (16, Placement("offload_blocks")),
+            (7, Placement("offload_blocks", False)),
+            (4, Placement("offload_layers", False)),
         ],
     )
-    def test_halves_of_guidance_one_after_the_other_come_before_the_next_mode(self, free, way):
+    def test_halves_of_guidance_one_after_the_other_come_before_the_next_mode(self, free, placement):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
         plan = MemoryPlan(13 * GB, 7 * GB, 0, needed, free * GB, halved=4 * GB)
-        assert plan.fastest(ways((True, False))) == way
+        assert plan.fastest(placements((True, False))) == placement
 
     def test_where_nothing_fits_it_says_what_each_would_take(self):
         needed = {"gpu": 20 * GB, "offload_blocks": 8 * GB, "offload_layers": 7 * GB}
-        with pytest.raises(ValueError, match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"needs 7.0 GB .* 5.0 GB are free \(gpu 20.0 GB, offload_blocks 8.0 GB, offload_layers 7.0 GB\)",
+        ):
             MemoryPlan(13 * GB, 7 * GB, 0, needed, 5 * GB).fastest()
 
-    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(self, card, tiny, prompts, monkeypatch):
+    def test_a_run_that_does_not_fit_as_a_whole_runs_in_the_next_mode_and_says_so(
+        self, card, tiny, prompts, monkeypatch
+    ):
         model, latent, said = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10), []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
-        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Way("offload_blocks"))
-        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 0)
-        ours = sample(model, *prompts, latent, seed=1, steps=2, on_note=said.append)
+        monkeypatch.setattr(MemoryPlan, "fastest", lambda plan, among: Placement("offload_blocks"))
+        monkeypatch.setattr(weights_module, "free_bytes", lambda device: 0)
+        ours = sample(model, *prompts, latent, seed=1, steps=2, events=Told(said))
         assert torch.equal(ours, expected)
         assert any("runs in offload_blocks" in text for text in said)
         assert offloaded(model.weights) == "blocks"
 
     @pytest.mark.parametrize(
-        ("memory", "free", "way", "said"),
+        ("memory", "free", "placement", "said"),
         [
-            ("auto", -1, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
-            ("offload_blocks", 0, Way("offload_blocks", False), "halves of guidance run one after the other, as the card has no room"),
-            ("gpu", 0, Way("gpu", False), "halves of guidance run one after the other, as the card has no room"),
-            ("offload_blocks", 1 << 40, Way("offload_blocks"), ""),
+            (
+                "auto",
+                -1,
+                Placement("gpu", False),
+                "halves of guidance run one after the other, as the card has no room",
+            ),
+            (
+                "offload_blocks",
+                0,
+                Placement("offload_blocks", False),
+                "halves of guidance run one after the other, as the card has no room",
+            ),
+            ("gpu", 0, Placement("gpu", False), "halves of guidance run one after the other, as the card has no room"),
+            ("offload_blocks", 1 << 40, Placement("offload_blocks"), ""),
         ],
     )
-    def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(self, tiny, monkeypatch, memory, free, way, said):
+    def test_so_are_the_halves_of_guidance_also_in_a_mode_that_was_chosen(
+        self, tiny, monkeypatch, memory, free, placement, said
+    ):
         notes, latent = [], torch.zeros(1, 16, 4, 6, 10)
         model = open_handles(tiny, "fp32", CPU, memory=memory).model
         limit = plan_memory(model, latent.shape).needed["gpu"] + free if free < 0 else free
-        monkeypatch.setattr(handles_module.Weights, "free", limit)
-        found = sampling_module._choose_ways(model, latent, True, True, 226, notes.append)
-        assert found == ways((True, False))[ways((True, False)).index(way) :]
+        monkeypatch.setattr(weights_module.Weights, "free", limit)
+        found = choose_placements(model, latent, True, True, 226, Told(notes))
+        assert found == placements((True, False))[placements((True, False)).index(placement) :]
         assert bool(notes) == bool(said)
         assert said in "".join(notes)
 
     def test_what_other_parts_hold_on_the_device_counts_as_free(self, tiny, monkeypatch):
         """They make way when the transformer runs."""
-        monkeypatch.setattr(handles_module, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(weights_module, "free_bytes", lambda device: 1000)
         opened = open_handles(tiny, "fp32", CPU)
         before = opened.model.weights.free
         with opened.text_encoder.weights.running():
@@ -149,19 +183,21 @@ class TestPlan:
 def offloading():
     """diffusers' group offloading, which in 0.36 does not start without an accelerator."""
     try:
-        handles_module._offload(torch.nn.Sequential(torch.nn.Linear(2, 2)), "offload_layers", torch.device("cpu"))
+        weights_module._offload(torch.nn.Sequential(torch.nn.Linear(2, 2)), "offload_layers", torch.device("cpu"))
     except AttributeError as error:
         pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
 
 
 @pytest.fixture
 def card(offloading, monkeypatch):
-    """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is no other device here."""
-    monkeypatch.setattr(handles_module, "_is_host", lambda device: False)
+    """The host's memory counts as a card's too, so that what is offloaded is offloaded: to the host itself, as there is
+    no other device here."""
+    monkeypatch.setattr(weights_module, "_is_host", lambda device: False)
 
 
 def offloaded(weights) -> str:
-    """What diffusers brings to the device when it is about to run: ``blocks``, ``layers`` or nothing; seen on the module itself."""
+    """What diffusers brings to the device when it is about to run: ``blocks``, ``layers`` or nothing; seen on the
+    module itself."""
     hooked = {name for name, child in weights._module.named_modules() if hasattr(child, "_diffusers_hook")}
     blocks = {name for name, child in weights._module.named_modules() if type(child).__name__ == "CogVideoXBlock"}
     layers = {name for name, child in weights._module.named_modules() if isinstance(child, torch.nn.Linear)}
@@ -170,7 +206,8 @@ def offloaded(weights) -> str:
 
 class TestModes:
     @pytest.mark.parametrize(
-        ("memory", "brought"), [("gpu", ""), ("offload_blocks", "blocks"), ("offload_layers", "layers"), ("auto", ""), ("cpu", "")]
+        ("memory", "brought"),
+        [("gpu", ""), ("offload_blocks", "blocks"), ("offload_layers", "layers"), ("auto", ""), ("cpu", "")],
     )
     def test_each_makes_the_same_latents(self, card, tiny, prompts, memory, brought):
         latent = torch.zeros(1, 16, 4, 6, 10)
@@ -197,7 +234,7 @@ class TestModes:
     def test_what_is_offloaded_waits_in_the_hosts_memory(self, tiny, monkeypatch, mode):
         """The meta device stands for a card; diffusers brings nothing to it."""
         asked, card = [], torch.device("meta")
-        monkeypatch.setattr(handles_module, "_offload", lambda module, mode, device: asked.append((mode, device)))
+        monkeypatch.setattr(weights_module, "_offload", lambda module, mode, device: asked.append((mode, device)))
         weights = open_handles(tiny, "fp32", Hardware(card, "a card")).model.weights
         with weights.running(mode=mode) as module:
             assert asked == ([] if mode == "gpu" else [(mode, card)])
@@ -205,17 +242,28 @@ class TestModes:
             assert weights.resident == (weights.nbytes if mode == "gpu" else 0)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
-    @pytest.mark.parametrize("precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"])
+    @pytest.mark.parametrize(
+        "precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"]
+    )
     @pytest.mark.parametrize("stored", ["plain", "fp8"])
-    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(self, offloading, tiny, tmp_path, monkeypatch, mode, precision, stored):
-        """diffusers' group offloading, applied for good: from the host to the host, as there is no other device here."""
+    def test_offloading_hooks_leave_every_kind_of_layer_right_loras_too(
+        self, offloading, tiny, tmp_path, monkeypatch, mode, precision, stored
+    ):
+        """diffusers' group offloading, applied for good: from the host to the host, as there is no other device
+        here."""
         part = open_part(tiny / "transformer", "transformer")
         if stored == "fp8":
             state = load_module(part, FP32, torch.device("cpu")).state_dict()
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in state.items()
+            }
             part = open_part(layouts.write_file(tmp_path / "model.safetensors", small), "transformer")
         name = "transformer.transformer_blocks.0.attn1.to_q"
-        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},
+            tmp_path / "lora.safetensors",
+        )
         lora, device = open_lora(tmp_path / "lora.safetensors", part), torch.device("cpu")
         inputs = dict(
             hidden_states=torch.randn(1, 2, 16, 6, 10, dtype=precision.activations),
@@ -224,7 +272,7 @@ class TestModes:
             return_dict=False,
         )
         plain, offloaded = (load_module(part, precision, device) for _ in range(2))
-        handles_module._offload(offloaded, mode, device)
+        weights_module._offload(offloaded, mode, device)
         with torch.no_grad():
             assert left_behind(offloaded, lambda: offloaded(**inputs), monkeypatch) == []
             for _ in range(2):
@@ -240,7 +288,7 @@ class TestModes:
         with weights.running() as module, torch.no_grad():
             expected = module(ids)[0]
         offloaded = load_module(weights.part, FP32, torch.device("cpu"))
-        handles_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
+        weights_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
         with torch.no_grad():
             assert torch.equal(offloaded(ids)[0], expected)
 
@@ -248,8 +296,9 @@ class TestModes:
 class TestOutOfMemory:
     @pytest.fixture
     def full(self, monkeypatch):
-        """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1 over all loads."""
-        real, calls = handles_module.load_module, []
+        """``full(kind, when)``: memory runs out when a part is called, where ``when(call)`` says so; calls count from 1
+        over all loads."""
+        real, calls = weights_module.load_module, []
 
         def inject(kind, when):
             def load(part, *arguments):
@@ -264,26 +313,31 @@ class TestOutOfMemory:
                     module.register_forward_pre_hook(fail)
                 return module
 
-            monkeypatch.setattr(handles_module, "load_module", load)
+            monkeypatch.setattr(weights_module, "load_module", load)
             return calls
 
         return inject
 
     @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
     @pytest.mark.parametrize("call", [1, 3])
-    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(self, card, tiny, prompts, full, call, scheduler):
+    def test_a_step_is_repeated_in_the_next_mode_and_the_video_is_the_same(
+        self, card, tiny, prompts, full, call, scheduler
+    ):
         latent, said, steps = torch.zeros(1, 16, 4, 6, 10), [], []
         settings = dict(seed=1, steps=4, scheduler=scheduler, cfg=1.0)
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == call)
         model = open_handles(tiny, "fp32", CPU).model
-        ours = sample(model, *prompts, latent, **settings, on_heal=said.append, on_step=lambda done, *_: steps.append(done))
+        ours = sample(
+            model, *prompts, latent, **settings, events=Told(heals=said, step=lambda done, *_: steps.append(done))
+        )
         assert torch.equal(ours, expected)
         assert steps == [1, 2, 3, 4]
         assert len(calls) == 5
         assert offloaded(model.weights) == "blocks"
         assert said == [
-            f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in offload_blocks; no finished step is lost."
+            f"step {call} of 4: cpu ran out of memory with the transformer in gpu. Going on from here in "
+            "offload_blocks; no finished step is lost."
         ]
 
     @pytest.mark.parametrize("cache", [None, *CACHES])
@@ -297,20 +351,25 @@ class TestOutOfMemory:
 
         expected = sample(opened(), *prompts, latent, **settings)
         calls = full("transformer", lambda number: number == 3)
-        callbacks = dict(on_heal=said.append, on_step=lambda done, *_: steps.append(done), on_load=lambda *_: loads.append(len(steps)))
-        ours = sample(opened(), *prompts, latent, **settings, **callbacks)
+        events = Told(
+            heals=said,
+            step=lambda done, *_: steps.append(done),
+            progress=lambda *_: loads.append(len(steps)),
+            of="loading",
+        )
+        ours = sample(opened(), *prompts, latent, **settings, events=events)
         # The cache begins anew with the step that is repeated.
         assert (ours - expected).norm() / expected.norm() < (1e-5 if cache is None else 0.3)
         assert steps == [1, 2, 3, 4]
         assert set(loads) == {0}
         assert len(calls) == 3 + 2 * 2
         assert said == [
-            "step 3 of 4: cpu ran out of memory with the transformer in gpu. Going on from here in gpu with the halves of guidance one after the "
-            "other; no finished step is lost."
+            "step 3 of 4: cpu ran out of memory with the transformer in gpu. Going on from here in gpu with the "
+            "halves of guidance one after the other; no finished step is lost."
         ]
 
     def test_a_model_that_does_not_even_load_is_loaded_in_the_next_mode(self, tiny, prompts, monkeypatch):
-        latent, said, real, calls = torch.zeros(1, 16, 4, 6, 10), [], handles_module.load_module, []
+        latent, said, real, calls = torch.zeros(1, 16, 4, 6, 10), [], weights_module.load_module, []
         expected = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
         def load(*arguments):
@@ -319,16 +378,16 @@ class TestOutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return real(*arguments)
 
-        monkeypatch.setattr(handles_module, "load_module", load)
-        ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, on_heal=said.append)
+        monkeypatch.setattr(weights_module, "load_module", load)
+        ours = sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2, events=Told(heals=said))
         assert torch.equal(ours, expected)
         assert [text.split("Going on from here in ")[1].split(";")[0] for text in said] == [
             "gpu with the halves of guidance one after the other",
             "offload_blocks",
         ]
         calls.clear()
-        monkeypatch.setattr(handles_module, "load_module", lambda *_: load(calls.clear()))
-        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory, in the smallest way"):
+        monkeypatch.setattr(weights_module, "load_module", lambda *_: load(calls.clear()))
+        with pytest.raises(OutOfMemory, match="loading: cpu ran out of memory even in the mode that takes the least"):
             sample(open_handles(tiny, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
 
     def test_where_the_smallest_fails_too_the_finished_latents_come_with_the_error(self, tiny, prompts, full):
@@ -337,7 +396,8 @@ class TestOutOfMemory:
         model = open_handles(tiny, "fp32", CPU).model
         with pytest.raises(
             OutOfMemory,
-            match=r"step 3 of 4: cpu ran out of memory, in the smallest way \(offload_layers with the halves of guidance one after the other\) too",
+            match=r"step 3 of 4: cpu ran out of memory even in the mode that takes the least "
+            r"\(offload_layers with the halves of guidance one after the other\)",
         ) as caught:
             sample(model, *prompts, latent, seed=1, steps=4)
         assert caught.value.latents.shape == latent.shape
@@ -348,7 +408,7 @@ class TestOutOfMemory:
         said = []
         full("text_encoder", lambda number: number == 1)
         encoder = open_handles(tiny, "fp32", CPU).text_encoder
-        assert torch.equal(encode_prompt(encoder, "a panda", on_heal=said.append).embeddings, expected)
+        assert torch.equal(encode_prompt(encoder, "a panda", events=Told(heals=said)).embeddings, expected)
         assert offloaded(encoder.weights)
         assert "with the text encoder in gpu" in said[0]
 
@@ -362,18 +422,26 @@ class TestOutOfMemory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
         model, _, vae, _ = run("ModelLoader", model=str(tiny), dtype="fp32")
-        prompt, empty, latent = [[torch.randn(1, 226, 32), {}]], {"samples": torch.zeros(1, 16, 3, 4, 4)}, {"samples": torch.randn(1, 16, 3, 4, 4)}
+        prompt, empty, latent = (
+            [[torch.randn(1, 226, 32), {}]],
+            {"samples": torch.zeros(1, 16, 3, 4, 4)},
+            {"samples": torch.randn(1, 16, 3, 4, 4)},
+        )
         settings = dict(seed=1, steps=3, cfg=1.0, scheduler="ddim", denoise=1.0)
         run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         run("VAEDecode", samples=latent, vae=vae)
         # The pack has an engine of its own.
-        engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "strips")}
-        real, calls = engine["sampling"]._step, []
-        monkeypatch.setattr(engine["sampling"], "_step", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given))
-        with pytest.raises(RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"):
+        engine = {name: sys.modules[f"{pack.__name__}.cogvideox.{name}"] for name in ("sampling", "modules.strips")}
+        real, calls = engine["sampling"].advance, []
+        monkeypatch.setattr(
+            engine["sampling"], "advance", lambda *given: fail() if len(calls) == 2 else calls.append(1) or real(*given)
+        )
+        with pytest.raises(
+            RuntimeError, match=r"step 3 of 3.* CogVideoX_unfinished_00001.latent can be opened with Load Latent"
+        ):
             run("Sampler", model=model, positive=prompt, negative=prompt, latent_image=empty, **settings)
         assert load_file(tmp_path / "CogVideoX_unfinished_00001.latent")["latent_tensor"].shape == (1, 16, 3, 4, 4)
-        monkeypatch.setattr(engine["strips"].Strips, "_tick", fail)
+        monkeypatch.setattr(engine["modules.strips"].Strips, "_tick", fail)
         with pytest.raises(RuntimeError, match=r"CogVideoX_unfinished_00002.latent can be opened with Load Latent"):
             run("VAEDecode", samples=latent, vae=vae)
         saved = load_file(tmp_path / "CogVideoX_unfinished_00002.latent")
@@ -385,7 +453,7 @@ class TestOutOfMemory:
         assert len(set(paths)) == 3
 
 
-def test_a_smaller_way_may_join_the_halves_of_guidance_again(tiny, prompts, monkeypatch):
+def test_a_smaller_placement_may_join_the_halves_of_guidance_again(tiny, prompts, monkeypatch):
     from diffusers import CogVideoXTransformer3DModel
 
     model, how = open_handles(tiny, "fp32", CPU).model, dict(seed=1, steps=2)
@@ -399,6 +467,8 @@ def test_a_smaller_way_may_join_the_halves_of_guidance_again(tiny, prompts, monk
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", forward)
-    monkeypatch.setattr(sampling_module, "_choose_ways", lambda *_: (Way("gpu", False), Way("offload_blocks", True)))
+    monkeypatch.setattr(
+        sampling_module, "choose_placements", lambda *_: (Placement("gpu", False), Placement("offload_blocks", True))
+    )
     assert torch.equal(sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), **how), expected)
     assert calls == [1, 2, 2]

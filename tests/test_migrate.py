@@ -1,4 +1,5 @@
-"""Workflows of ComfyUI-CogVideoXWrapper become workflows of this pack: what is carried over, what is said, and what is refused."""
+"""Workflows of ComfyUI-CogVideoXWrapper become workflows of this pack: what is carried over, what is said, and what is
+refused."""
 
 import copy
 import json
@@ -14,14 +15,14 @@ from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox.configs.check import check_config
-from cogvideox.configs.kinds import KINDS
-from cogvideox.configs.migrate import migrate_workflow
-from cogvideox.configs.workflow import WIDGETS
-from cogvideox.speed.combine import check_choices
+from cogvideox.combinations import check_combination
 from cogvideox.variants import identify
 from generate import main
-from tests import workflows
+from interop.check import check_config
+from interop.kinds import KINDS
+from interop.migrate import migrate_workflow
+from interop.workflow import WIDGETS
+from tests import nodes_table, workflows
 from tests.conftest import ROOT
 from tests.wrapper_workflows import NODES, PIPED, image_to_video, piped, text_to_video, video_to_video
 
@@ -73,7 +74,7 @@ def said(report, *words):
     return [line for line in report.differs if all(word in line for word in words)]
 
 
-# The table of nodes ---------------------------------------------------------------------------------------------------------------------------------
+# --- The table of nodes ---
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("CogVideoX15")])
@@ -93,11 +94,16 @@ def test_the_table_of_our_nodes_is_that_of_the_nodes(kind, pack):
     assert list(KINDS[kind].outputs) == list(zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True))
 
 
+def test_the_table_of_our_nodes_is_what_the_node_classes_give(pack):
+    """After a change of a node: ``python -m tests.nodes_table``."""
+    assert nodes_table.FILE.read_text(encoding="utf-8") == nodes_table.text(pack.NODE_CLASS_MAPPINGS)
+
+
 def test_the_checks_table_of_our_loaders_widgets_is_the_same():
     assert WIDGETS["CogVideoX15ModelLoader"] == tuple(entry.name for entry in KINDS["CogVideoX15ModelLoader"].inputs)
 
 
-# What is carried over -------------------------------------------------------------------------------------------------------------------------------
+# --- What is carried over ---
 
 
 @pytest.mark.parametrize("age", AGES)
@@ -115,7 +121,11 @@ def test_the_new_workflow_fits_our_nodes(migrate, pack, use, age):
 def test_pages_of_every_age_give_the_same_workflow(migrate, use):
     def essence(page):
         links = [link[1:] for link in workflows.links_of(page)]
-        return {node["id"]: (node["type"], node.get("widgets_values_named")) for node in page["nodes"] if node["type"] in KINDS}, sorted(links)
+        return {
+            node["id"]: (node["type"], node.get("widgets_values_named"))
+            for node in page["nodes"]
+            if node["type"] in KINDS
+        }, sorted(links)
 
     # Only the order in which older and newer pages list the sockets of other packs' nodes differs, and none of ours.
     old, new, named = (essence(migrate(USES[use]().page(age))[0]) for age in AGES)
@@ -152,11 +162,18 @@ def test_image_to_video_gets_its_image_through_the_conditionings(migrate):
     sampler, node = node_of(page, "CogVideoX15Sampler"), node_of(page, "CogVideoX15ImageToVideo")
     for name, output in (("positive", "positive"), ("negative", "negative"), ("latent_image", "latent")):
         assert source_of(page, sampler, name) == ("CogVideoX15ImageToVideo", output)
-    assert source_of(page, node, "positive") == source_of(page, node, "negative") == ("CogVideoX15TextEncode", "conditioning")
+    assert (
+        source_of(page, node, "positive")
+        == source_of(page, node, "negative")
+        == ("CogVideoX15TextEncode", "conditioning")
+    )
     assert source_of(page, node, "start_image") == ("ImageResizeKJ", "IMAGE")
     assert source_of(page, node, "end_image") == ("LoadImage", "IMAGE")
     # The size stays where the user sets it.
-    assert [source_of(page, node, side) for side in ("width", "height")] == [("ImageResizeKJ", "width"), ("ImageResizeKJ", "height")]
+    assert [source_of(page, node, side) for side in ("width", "height")] == [
+        ("ImageResizeKJ", "width"),
+        ("ImageResizeKJ", "height"),
+    ]
     assert values_of(page, "CogVideoX15ImageToVideo") == {"width": 1360, "height": 768, "length": 49, "batch_size": 1}
 
 
@@ -177,7 +194,9 @@ def test_the_text_encoder_that_the_user_has_stays(migrate):
 def test_loras_stand_behind_the_loader_in_the_order_of_the_chain(migrate, pack):
     w = text_to_video()
     w.add("CogVideoLoraSelect", "first", lora="styles\\first.safetensors", strength=0.7)
-    w.add("CogVideoLoraSelect", "second", lora="second.safetensors", strength=-0.3, fuse_lora=True, prev_lora=("first", 0))
+    w.add(
+        "CogVideoLoraSelect", "second", lora="second.safetensors", strength=-0.3, fuse_lora=True, prev_lora=("first", 0)
+    )
     w.change("loader", lora=("second", 0))
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
@@ -192,10 +211,16 @@ def test_loras_stand_behind_the_loader_in_the_order_of_the_chain(migrate, pack):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [("orbit_left_lora_weights.safetensors", 256), ("DimensionX\\any.safetensors", 256), ("my_orbit_rank64.safetensors", 64)]
+    ("name", "rank"),
+    [
+        ("orbit_left_lora_weights.safetensors", 256),
+        ("DimensionX\\any.safetensors", 256),
+        ("my_orbit_rank64.safetensors", 64),
+    ],
 )
 def test_a_fused_lora_of_dimensionx_keeps_its_strength(migrate, pack, name, rank):
-    """That pack divides the strength of fused LoRAs by the rank where one is called orbit or dimensionx, or lies in a folder called so."""
+    """That pack divides the strength of fused LoRAs by the rank where one is called orbit or dimensionx, or lies in a
+    folder called so."""
     w = image_to_video()
     w.add("CogVideoLoraSelect", "style", strength=0.5)
     w.add("CogVideoLoraSelect", "lora", lora=name, strength=0.8, fuse_lora=True, prev_lora=("style", 0))
@@ -233,11 +258,22 @@ def test_two_loaders_with_one_lora_have_one_each(migrate, pack):
     w.add("CogVideoLoraSelect", "lora")
     w.change("loader", lora=("lora", 0))
     w.add("CogVideoXModelLoader", "other", lora=("lora", 0))
-    w.add("CogVideoSampler", "again", model=("other", 0), positive=("positive", 0), negative=("negative", 0), samples=("size", 0))
+    w.add(
+        "CogVideoSampler",
+        "again",
+        model=("other", 0),
+        positive=("positive", 0),
+        negative=("negative", 0),
+        samples=("size", 0),
+    )
     page, _ = migrate(w)
     workflows.check(page, pack, FILES)
     loras = nodes_of(page, "CogVideoX15LoraLoader")
-    assert len({tuple(lora["pos"].values() if isinstance(lora["pos"], dict) else lora["pos"]) for lora in loras}) == len(loras) == 2
+    assert (
+        len({tuple(lora["pos"].values() if isinstance(lora["pos"], dict) else lora["pos"]) for lora in loras})
+        == len(loras)
+        == 2
+    )
     origins = {link[1] for lora in loras for link in page["links"] if link[3] == lora["id"]}
     assert origins == {w.names["loader"], w.names["other"]}
 
@@ -255,16 +291,28 @@ def test_a_vae_in_a_file_of_its_own_is_chosen_in_the_loader(migrate, pack):
 
 @pytest.mark.parametrize(
     ("mode", "kind", "values"),
-    [("weighted_average", "ConditioningAverage", [0.75]), ("average", "ConditioningAverage", [0.5]), ("concatenate", "ConditioningConcat", [])],
+    [
+        ("weighted_average", "ConditioningAverage", [0.75]),
+        ("average", "ConditioningAverage", [0.5]),
+        ("concatenate", "ConditioningConcat", []),
+    ],
 )
 def test_mixed_prompts_are_mixed_by_comfyuis_own_nodes(migrate, mode, kind, values):
     w = text_to_video()
-    w.add("CogVideoTextEncodeCombine", "mix", conditioning_1=("positive", 0), conditioning_2=("negative", 0), combination_mode=mode)
+    w.add(
+        "CogVideoTextEncodeCombine",
+        "mix",
+        conditioning_1=("positive", 0),
+        conditioning_2=("negative", 0),
+        combination_mode=mode,
+    )
     w.change("sampler", positive=("mix", 0))
     page, _ = migrate(w)
     node = node_of(page, kind)
     assert node["widgets_values"] == values
-    assert {source_of(page, node, name)[0] for name in ("conditioning_to", "conditioning_from")} == {"CogVideoX15TextEncode"}
+    assert {source_of(page, node, name)[0] for name in ("conditioning_to", "conditioning_from")} == {
+        "CogVideoX15TextEncode"
+    }
     assert source_of(page, node_of(page, "CogVideoX15Sampler"), "positive") == (kind, "CONDITIONING")
     workflows.check_links(page)
 
@@ -282,7 +330,9 @@ def test_numbers_and_prompts_that_come_over_links_still_do(migrate, pack):
         latent, sampler = node_of(page, "CogVideoX15EmptyLatent"), node_of(page, "CogVideoX15Sampler")
         assert source_of(page, latent, "length") == source_of(page, sampler, "seed") == ("INTConstant", "value")
         assert latent["widgets_values_named"]["length"] == 81
-        assert ("StringConstant", "STRING") in {source_of(page, node, "prompt") for node in nodes_of(page, "CogVideoX15TextEncode")}
+        assert ("StringConstant", "STRING") in {
+            source_of(page, node, "prompt") for node in nodes_of(page, "CogVideoX15TextEncode")
+        }
 
 
 def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrate, pack):
@@ -296,13 +346,19 @@ def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrat
     workflows.check(page, pack, FILES)
     assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "vae") == ("GetNode", "COGVIDEOX_VAE")
     assert source_of(page, node_of(page, "CogVideoX15ImageToVideo"), "vae") == ("Reroute", "")
-    assert node_of(page, "SetNode")["inputs"][0]["type"] == node_of(page, "Reroute")["outputs"][0]["type"] == "COGVIDEOX_VAE"
+    assert (
+        node_of(page, "SetNode")["inputs"][0]["type"]
+        == node_of(page, "Reroute")["outputs"][0]["type"]
+        == "COGVIDEOX_VAE"
+    )
     assert not said(report, "not connected")
 
 
 def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(migrate, pack):
     w = image_to_video()
-    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), image_cond_latents=("encode", 0))
+    again = dict(
+        model=("loader", 0), positive=("positive", 0), negative=("negative", 0), image_cond_latents=("encode", 0)
+    )
     w.add("CogVideoSampler", "again", **again, seed=7)
     page, _ = migrate(w)
     workflows.check(page, pack, FILES)
@@ -310,7 +366,10 @@ def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(m
     w.add("CogVideoSampler", "longer", **again, num_frames=81)
     page, _ = migrate(w)
     workflows.check(page, pack, FILES)
-    assert sorted(node["widgets_values_named"]["length"] for node in nodes_of(page, "CogVideoX15ImageToVideo")) == [49, 81]
+    assert sorted(node["widgets_values_named"]["length"] for node in nodes_of(page, "CogVideoX15ImageToVideo")) == [
+        49,
+        81,
+    ]
 
 
 def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack):
@@ -350,18 +409,28 @@ def test_nodes_that_are_off_stay_off(migrate, mode):
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
-    """Positions, sizes, titles, colors, groups and view; of other packs' nodes all, with their links under the numbers they had."""
+    """Positions, sizes, titles, colors, groups and view; of other packs' nodes all, with their links under the numbers
+    they had."""
     folder = tmp_path_factory.mktemp("migrate")
     place = st.tuples(st.integers(-5000, 5000), st.floats(-5000, 5000, allow_nan=False))
     places = data.draw(st.lists(place, min_size=30, max_size=30))
     w = data.draw(st.sampled_from(list(USES.values())))()
     for index in range(data.draw(st.integers(0, 4))):
-        w.add(data.draw(st.sampled_from(["SaveWEBM", "PreviewImage", "VHS_VideoCombine"])), f"more {index}", images=("decode", 0))
+        w.add(
+            data.draw(st.sampled_from(["SaveWEBM", "PreviewImage", "VHS_VideoCombine"])),
+            f"more {index}",
+            images=("decode", 0),
+        )
     w.add("LoadImage", "unused")
     w.add("PreviewImage", "beside", images=("unused", 0))
     old = w.page(data.draw(st.sampled_from(AGES)), places.__getitem__)
     for node in old["nodes"]:
-        look = {"title": st.text(max_size=9), "color": st.just("#232"), "bgcolor": st.just("#353"), "flags": st.just({"collapsed": True})}
+        look = {
+            "title": st.text(max_size=9),
+            "color": st.just("#232"),
+            "bgcolor": st.just("#353"),
+            "flags": st.just({"collapsed": True}),
+        }
         node.update({name: data.draw(value) for name, value in look.items() if data.draw(st.booleans())})
     given = copy.deepcopy(old)
     (folder / "old.json").write_text(json.dumps(old), encoding="utf-8")
@@ -382,7 +451,9 @@ def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
             assert {key: value for key, value in kept.items() if key not in without} == {
                 key: value for key, value in node.items() if key not in without
             }
-            assert [{**socket, "links": None} for socket in kept["outputs"]] == [{**socket, "links": None} for socket in node["outputs"]]
+            assert [{**socket, "links": None} for socket in kept["outputs"]] == [
+                {**socket, "links": None} for socket in node["outputs"]
+            ]
             assert kept["inputs"] == node["inputs"]  # the links' numbers too
     theirs = {node["id"] for node in old["nodes"] if by_id[node["id"]]["type"] not in KINDS}
     links = workflows.links_of(new)
@@ -421,8 +492,12 @@ def test_a_workflow_for_the_api_becomes_one_for_the_api(migrate, pack, use):
     old = w.api()
     prompt, report = migrate(old)
     on_page, _ = migrate(w)
-    expected = workflows.to_api({"nodes": [node for node in on_page["nodes"] if node["type"] in KINDS], "links": on_page["links"]})
-    assert {id_: node["class_type"] for id_, node in expected.items()} == {i: n["class_type"] for i, n in prompt.items() if n["class_type"] in KINDS}
+    expected = workflows.to_api(
+        {"nodes": [node for node in on_page["nodes"] if node["type"] in KINDS], "links": on_page["links"]}
+    )
+    assert {id_: node["class_type"] for id_, node in expected.items()} == {
+        i: n["class_type"] for i, n in prompt.items() if n["class_type"] in KINDS
+    }
     for id_, node in expected.items():
         assert prompt[id_]["inputs"] == node["inputs"], id_
         assert prompt[id_]["_meta"] == old[id_]["_meta"]
@@ -437,7 +512,7 @@ def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
     assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
 
 
-# Models and dtypes ----------------------------------------------------------------------------------------------------------------------------------
+# --- Models and dtypes ---
 
 
 @pytest.mark.parametrize(
@@ -506,7 +581,7 @@ def test_the_new_workflow_passes_the_check_that_the_old_one_failed(migrate, tmp_
     assert check_config(tmp_path / "new.json").verdict == "ok"
 
 
-# Faster ---------------------------------------------------------------------------------------------------------------------------------------------
+# --- Faster ---
 
 
 def chain_of(page, sampler=None):
@@ -539,7 +614,10 @@ def fast(*settings, **loader):
 
 def test_what_makes_it_faster_stands_behind_the_loader_in_its_order(migrate, pack):
     w = fast(
-        *(("CogVideoXTeaCache", {}), ("CogVideoXTorchCompileSettings", {"mode": "max-autotune-no-cudagraphs", "dynamic": True})),
+        *(
+            ("CogVideoXTeaCache", {}),
+            ("CogVideoXTorchCompileSettings", {"mode": "max-autotune-no-cudagraphs", "dynamic": True}),
+        ),
         **{"quantization": "torchao_int8dq", "attention_mode": "fused_sageattn_qk_int8_pv_fp8_cuda"},
     )
     w.add("CogVideoLoraSelect", "lora")
@@ -560,7 +638,9 @@ def test_what_makes_it_faster_stands_behind_the_loader_in_its_order(migrate, pac
     assert node_of(page, "CogVideoX15Cache")["id"] == w.names["CogVideoXTeaCache"]
     assert node_of(page, "CogVideoX15Compile")["id"] == w.names["CogVideoXTorchCompileSettings"]
     prompt, _ = migrate(w.api())
-    assert {"CogVideoX15Quantize", "CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"} <= {n["class_type"] for n in prompt.values()}
+    assert {"CogVideoX15Quantize", "CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"} <= {
+        n["class_type"] for n in prompt.values()
+    }
 
 
 @pytest.mark.parametrize(
@@ -595,7 +675,10 @@ def test_a_file_that_is_packed_already_stays_so(migrate):
         assert said(report, "packed already")
 
 
-@pytest.mark.parametrize(("mode", "sage"), [("sdpa", False), ("fused_sdpa", False), ("comfy", False), ("sageattn", True), ("fused_sageattn", True)])
+@pytest.mark.parametrize(
+    ("mode", "sage"),
+    [("sdpa", False), ("fused_sdpa", False), ("comfy", False), ("sageattn", True), ("fused_sageattn", True)],
+)
 def test_only_the_attention_in_8_bits_is_another(migrate, mode, sage):
     page, report = migrate(fast(attention_mode=mode))
     assert [node["widgets_values"] for node in nodes_of(page, "CogVideoX15Attention")] == ([["sage"]] if sage else [])
@@ -622,7 +705,11 @@ def test_a_higher_threshold_of_teacache_skips_more(migrate, threshold, strength)
 
 
 def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
-    everything = ("CogVideoXFasterCache", {}), ("CogVideoXTeaCache", {}), ("CogVideoXTorchCompileSettings", {"mode": "reduce-overhead"})
+    everything = (
+        ("CogVideoXFasterCache", {}),
+        ("CogVideoXTeaCache", {}),
+        ("CogVideoXTorchCompileSettings", {"mode": "reduce-overhead"}),
+    )
     w = fast(*everything, enable_sequential_cpu_offload=True)
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
@@ -630,7 +717,7 @@ def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
     assert chain == [("Cache", ["first_block", 0.6, 0.1, 0.95]), ("Compile", ["default", False])]
     memory = values_of(page, "CogVideoX15ModelLoader")["memory"]
     assert memory == "offload_blocks"
-    check_choices([chain[0][1][0]], [], True, memory == "offload_layers")
+    check_combination([chain[0][1][0]], [], True, memory == "offload_layers")
     assert said(report, "FasterCache is left out", "one cache")
     assert said(report, "offload_blocks", "not offload_layers")
     assert said(report, "reduce-overhead uses CUDA graphs")
@@ -668,7 +755,7 @@ def test_nodes_of_our_own_lie_over_no_other(migrate):
             assert x >= left + width or left >= x + wide or y >= top + height or top >= y + high
 
 
-# Before 19 November 2024 ----------------------------------------------------------------------------------------------------------------------------
+# --- Before 19 November 2024 ---
 
 
 @pytest.mark.parametrize("day", PIPED)
@@ -680,14 +767,23 @@ def test_workflows_of_the_pack_as_it_was_migrate_in_every_form(migrate, pack, us
     for page, report in pages:
         workflows.check(page, pack, FILES)
         assert values_of(page, "CogVideoX15Sampler") == {
-            **{"seed": 987654321987654321, "control_after_generate": "increment", "steps": 31, "cfg": 4.5, "scheduler": "dpm"},
+            **{
+                "seed": 987654321987654321,
+                "control_after_generate": "increment",
+                "steps": 31,
+                "cfg": 4.5,
+                "scheduler": "dpm",
+            },
             **{"denoise": 0.8 if use == "video" else 1.0, "dynamic_cfg": False, "on_nan": "heal"},
         }
         if use != "video":
             node = node_of(page, "CogVideoX15EmptyLatent" if use == "text" else "CogVideoX15ImageToVideo")
             # 1.0's own rule: the model is CogVideoX-5b or 2b.
             assert node["widgets_values_named"] == {"width": 1024, "height": 576, "length": 41, "batch_size": 1}
-        for name in ("CogVideoX15VAEDecode", {"text": None, "image": "CogVideoX15ImageToVideo", "video": "CogVideoX15VAEEncode"}[use]):
+        for name in (
+            "CogVideoX15VAEDecode",
+            {"text": None, "image": "CogVideoX15ImageToVideo", "video": "CogVideoX15VAEEncode"}[use],
+        ):
             assert name is None or source_of(page, node_of(page, name), "vae") == ("CogVideoX15ModelLoader", "vae")
         assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "samples") == ("CogVideoX15Sampler", "latent")
         # The first version loaded one model and had no widget for it.
@@ -695,16 +791,23 @@ def test_workflows_of_the_pack_as_it_was_migrate_in_every_form(migrate, pack, us
         assert values_of(page, "CogVideoX15ModelLoader")["model"] == model
         assert not said(report, "not known here")
     prompt, _ = migrate(w.api())
-    on_page = workflows.to_api({"nodes": [node for node in page["nodes"] if node["type"] != "Note"], "links": workflows.links_of(page)})
+    on_page = workflows.to_api(
+        {"nodes": [node for node in page["nodes"] if node["type"] != "Note"], "links": workflows.links_of(page)}
+    )
 
     def essence(prompt):
         """Without the numbers, which new nodes have others of."""
         ours = [node for node in prompt.values() if node["class_type"] in KINDS]
         said = [
-            {name: (prompt[value[0]]["class_type"], value[1]) if isinstance(value, list) else value for name, value in node["inputs"].items()}
+            {
+                name: (prompt[value[0]]["class_type"], value[1]) if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            }
             for node in ours
         ]
-        return sorted(zip((node["class_type"] for node in ours), map(str, map(sorted, map(dict.items, said))), strict=True))
+        return sorted(
+            zip((node["class_type"] for node in ours), map(str, map(sorted, map(dict.items, said))), strict=True)
+        )
 
     assert essence(prompt) == essence(on_page)
 
@@ -737,7 +840,13 @@ def test_the_first_versions_one_node_for_both_prompts_becomes_two(migrate, pack)
 def test_the_two_images_of_the_old_interpolation_are_start_and_end(migrate, pack):
     w = piped("image", "2024-10-30")
     w.add("LoadImage", "last")
-    w.add("CogVideoImageInterpolationEncode", "both", pipeline=("loader", 0), start_image=("resize", 0), end_image=("last", 0))
+    w.add(
+        "CogVideoImageInterpolationEncode",
+        "both",
+        pipeline=("loader", 0),
+        start_image=("resize", 0),
+        end_image=("last", 0),
+    )
     w.change("sampler", image_cond_latents=("both", 0))
     w.change("loader", model="feizhengcong/CogvideoX-Interpolation")
     w.nodes.pop(w.names["encode"])
@@ -758,7 +867,11 @@ def test_pab_and_compiling_were_the_old_loaders(migrate, pack):
     w.change("loader", compile="torch", fp8_transformer="enabled")
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
-    assert chain_of(page) == [("Quantize", ["fp8_weight_only"]), ("Cache", ["first_block", 0.75, 0.1, 0.8]), ("Compile", ["default", False])]
+    assert chain_of(page) == [
+        ("Quantize", ["fp8_weight_only"]),
+        ("Cache", ["first_block", 0.75, 0.1, 0.8]),
+        ("Compile", ["default", False]),
+    ]
     assert said(report, "PAB", "does not go with compiling")
 
 
@@ -781,11 +894,21 @@ def test_the_pack_of_minuszone_gave_its_models_to_the_same_samplers(migrate, pac
         values = (
             new
             if "nodes" not in new
-            else {node["id"]: {"class_type": node["type"], "inputs": node["widgets_values_named"]} for node in new["nodes"] if node["type"] in KINDS}
+            else {
+                node["id"]: {"class_type": node["type"], "inputs": node["widgets_values_named"]}
+                for node in new["nodes"]
+                if node["type"] in KINDS
+            }
         )
         loader = next(node["inputs"] for node in values.values() if node["class_type"] == "CogVideoX15ModelLoader")
-        assert (loader["model"], loader["vae_name"], loader["dtype"]) == ("cog/CogVideoX_5b.safetensors", "cogvideox_vae.safetensors", "auto")
-        assert [n["inputs"]["method"] for n in values.values() if n["class_type"] == "CogVideoX15Quantize"] == ["fp8_weight_only"]
+        assert (loader["model"], loader["vae_name"], loader["dtype"]) == (
+            "cog/CogVideoX_5b.safetensors",
+            "cogvideox_vae.safetensors",
+            "auto",
+        )
+        assert [n["inputs"]["method"] for n in values.values() if n["class_type"] == "CogVideoX15Quantize"] == [
+            "fp8_weight_only"
+        ]
 
 
 def test_temporal_tiles_are_said_where_the_clip_was_longer_than_they(migrate):
@@ -805,7 +928,7 @@ def test_a_mask_for_inpainting_is_refused(migrate):
         migrate(w)
 
 
-# What is said ---------------------------------------------------------------------------------------------------------------------------------------
+# --- What is said ---
 
 
 @pytest.mark.parametrize(
@@ -824,7 +947,8 @@ def test_schedulers_that_are_not_here_are_said(migrate, name, ours, is_same):
 
 
 def test_plain_ddim_is_ours_but_for_2b(migrate):
-    """Their DDIM is diffusers' DDIMScheduler with CogVideoXDDIMScheduler's config: the same steps where the config shifts nothing."""
+    """Their DDIM is diffusers' DDIMScheduler with CogVideoXDDIMScheduler's config: the same steps where the config
+    shifts nothing."""
     for model, is_5b in (("THUDM/CogVideoX-5b", True), ("THUDM/CogVideoX-2b", False)):
         config = identify({"use_rotary_positional_embeddings": is_5b}).scheduler_config
         schedulers = [kind.from_config(config) for kind in (DDIMScheduler, CogVideoXDDIMScheduler)]
@@ -844,7 +968,20 @@ def test_plain_ddim_is_ours_but_for_2b(migrate):
 
 
 @pytest.mark.parametrize(
-    ("frames", "length"), [(48, 49), (50, 49), (41, 49), (40, 33), (1, 1), (2, 17), (5, 17), (16, 17), (1000, 993), (161, 161), (10**30, 16001)]
+    ("frames", "length"),
+    [
+        (48, 49),
+        (50, 49),
+        (41, 49),
+        (40, 33),
+        (1, 1),
+        (2, 17),
+        (5, 17),
+        (16, 17),
+        (1000, 993),
+        (161, 161),
+        (10**30, 16001),
+    ],
 )
 def test_a_length_that_the_model_cannot_make_becomes_the_nearest_and_no_video_a_still(migrate, pack, frames, length):
     for use in (text_to_video, image_to_video):
@@ -857,7 +994,9 @@ def test_a_length_that_the_model_cannot_make_becomes_the_nearest_and_no_video_a_
         assert bool(said(report, f"num_frames {frames} became length {length}")) == (frames != length)
 
 
-@pytest.mark.parametrize(("frames", "length"), [(41, 41), (25, 25), (9, 9), (2, 9), (7, 9), (8, 9), (13, 17), (48, 49), (1, 1)])
+@pytest.mark.parametrize(
+    ("frames", "length"), [(41, 41), (25, 25), (9, 9), (2, 9), (7, 9), (8, 9), (13, 17), (48, 49), (1, 1)]
+)
 @pytest.mark.parametrize("model", ["THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b"])
 def test_1_0_keeps_its_own_8n_plus_1(migrate, pack, model, frames, length):
     for use, name in ((text_to_video, model), (image_to_video, f"{model}-I2V")):
@@ -1036,7 +1175,7 @@ def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, p
     assert said(report, "denoise_strength is True")
 
 
-# What is refused ------------------------------------------------------------------------------------------------------------------------------------
+# --- What is refused ---
 
 
 def with_tora():
@@ -1126,7 +1265,9 @@ def test_an_input_that_is_not_known_is_refused_and_named(migrate):
         next(node for node in page["nodes"] if node["id"] == w.names["face"])["outputs"][0]["links"] = [700]
         page["links"].append([700, w.names["face"], 0, node["id"], len(node["inputs"]) - 1, "*"])
         for old in (prompt, page):
-            with pytest.raises(ValueError, match=f"{kind}.*is given {name} by node .*ConsisIDFaceEncode.*nothing was written"):
+            with pytest.raises(
+                ValueError, match=f"{kind}.*is given {name} by node .*ConsisIDFaceEncode.*nothing was written"
+            ):
                 migrate(old)
     # What does not make the picture is named, and the rest migrates.
     prompt = w.api()
@@ -1161,8 +1302,14 @@ def test_a_widget_that_is_not_known_is_named(migrate):
 
 @pytest.mark.parametrize("kind", ["CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXFunControlSampler"])
 def test_the_samplers_of_fun_are_named_as_what_they_are(migrate, kind):
-    prompt = {"1": {"class_type": "DownloadAndLoadCogVideoModel", "inputs": {}}, "2": {"class_type": kind, "inputs": {"pipeline": ["1", 0]}}}
-    with pytest.raises(ValueError, match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun.*does not run CogVideoX-Fun yet.*nothing was written'):
+    prompt = {
+        "1": {"class_type": "DownloadAndLoadCogVideoModel", "inputs": {}},
+        "2": {"class_type": kind, "inputs": {"pipeline": ["1", 0]}},
+    }
+    with pytest.raises(
+        ValueError,
+        match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun.*does not run CogVideoX-Fun yet.*nothing was written',
+    ):
         migrate(prompt)
 
 
@@ -1196,7 +1343,13 @@ def test_a_workflow_without_a_sampler_of_that_pack_is_refused(migrate):
 
 def test_odd_files_are_migrated_or_refused_in_a_sentence(migrate):
     page = text_to_video().page()
-    page["nodes"] += [None, 3, {}, {"type": ["x"]}, {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"}]
+    page["nodes"] += [
+        None,
+        3,
+        {},
+        {"type": ["x"]},
+        {"id": 900, "type": "Odd", "inputs": [None, {"link": "x"}], "outputs": None, "pos": "left"},
+    ]
     page["links"] += [None, [1], ["a", "b", "c", "d", "e"], [801, 900, 0, 901, 0, "X"]]
     page["extra"]["linkExtensions"] = [None]
     new, _ = migrate(page)
@@ -1209,15 +1362,23 @@ ODD = {
     "a place of no number": lambda page: page["nodes"][0].update(pos=[float("nan"), float("inf")]),
     "a number of 400 digits": lambda page: page["nodes"][0].update(pos=[10**400, 0], size=[10**400, 3]),
     "a node of 1e18 pixels": lambda page: page["nodes"][1].update(size=[1e18, 1e18]),
-    "a name that is a list": lambda page: page["nodes"][0].update(inputs=[{"name": ["x"], "type": [], "link": None, "widget": {"name": []}}]),
+    "a name that is a list": lambda page: page["nodes"][0].update(
+        inputs=[{"name": ["x"], "type": [], "link": None, "widget": {"name": []}}]
+    ),
     "no inputs": lambda page: page["nodes"][0].pop("inputs"),
     "links as an object": lambda page: page.update(links={str(link[0]): link for link in page["links"]}),
     "links in both forms": lambda page: page["links"].append(
-        dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), page["links"].pop(), strict=True))
+        dict(
+            zip(
+                ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), page["links"].pop(), strict=True
+            )
+        )
     ),
     "links of an output as a number": lambda page: page["nodes"][0]["outputs"][0].update(links=7),
     "extra as a list": lambda page: page.update(extra=[]),
-    "bends of links as numbers": lambda page: page["extra"].update(linkExtensions=[1, {"id": []}], reroutes=[{"linkIds": [[], {}]}]),
+    "bends of links as numbers": lambda page: page["extra"].update(
+        linkExtensions=[1, {"id": []}], reroutes=[{"linkIds": [[], {}]}]
+    ),
     "groups of no bounds": lambda page: page.update(groups=[None, {"bounding": "x"}, {"bounding": [float("nan")] * 4}]),
     "a list for a name to set": lambda page: page["nodes"].append(
         {"id": 950, "type": "SetNode", "widgets_values": [["x"]], "inputs": [], "outputs": []}
@@ -1292,7 +1453,7 @@ def test_a_text_that_was_cut_inside_a_character_is_written_as_it_came(migrate):
     assert "熊猫 \ud83d" in {node["widgets_values"][0] for node in nodes_of(page, "CogVideoX15TextEncode")}
 
 
-# Files ----------------------------------------------------------------------------------------------------------------------------------------------
+# --- Files ---
 
 
 @pytest.fixture
@@ -1352,7 +1513,9 @@ def test_a_write_that_fails_leaves_nothing(old, tmp_path, monkeypatch):
     assert old.read_bytes() == content
 
 
-@pytest.mark.parametrize("arguments", [["--migrate", "old.json", "new.json"], ["--check", "old.json"], ["--check", "inference.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--migrate", "old.json", "new.json"], ["--check", "old.json"], ["--check", "inference.yaml"]]
+)
 def test_neither_migrating_nor_checking_a_config_imports_torch(old, tmp_path, arguments):
     (tmp_path / "inference.yaml").write_text("args:\n  bf16: True\n  sampling_num_frames: 22\n")
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import generate; status = generate.main({arguments}); "

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import call, inputs
 from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
 
 CONTRACT = {
@@ -26,7 +27,12 @@ CONTRACT = {
             "text_encoder_name": "COMBO",
             "vae_name": "COMBO",
         },
-        {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE", "report": "STRING"},
+        {
+            "model": "COGVIDEOX_MODEL",
+            "text_encoder": "COGVIDEOX_TEXT_ENCODER",
+            "vae": "COGVIDEOX_VAE",
+            "report": "STRING",
+        },
     ),
     "CogVideoX15TextEncode": (
         "CogVideoX-1.5 Text Encode",
@@ -55,7 +61,11 @@ CONTRACT = {
         },
         {"latent": "LATENT"},
     ),
-    "CogVideoX15VAEDecode": ("CogVideoX-1.5 VAE Decode", {"samples": "LATENT", "vae": "COGVIDEOX_VAE"}, {"images": "IMAGE"}),
+    "CogVideoX15VAEDecode": (
+        "CogVideoX-1.5 VAE Decode",
+        {"samples": "LATENT", "vae": "COGVIDEOX_VAE"},
+        {"images": "IMAGE"},
+    ),
     "CogVideoX15BlackFrameCheck": (
         "CogVideoX-1.5 Black Frame Check",
         {
@@ -83,7 +93,11 @@ CONTRACT["CogVideoX15ImageToVideo"] = (
     },
     {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
 )
-CONTRACT["CogVideoX15VAEEncode"] = ("CogVideoX-1.5 VAE Encode", {"images": "IMAGE", "vae": "COGVIDEOX_VAE"}, {"latent": "LATENT"})
+CONTRACT["CogVideoX15VAEEncode"] = (
+    "CogVideoX-1.5 VAE Encode",
+    {"images": "IMAGE", "vae": "COGVIDEOX_VAE"},
+    {"latent": "LATENT"},
+)
 CONTRACT["CogVideoX15LoraLoader"] = (
     "CogVideoX-1.5 LoRA Loader",
     {"model": "COGVIDEOX_MODEL", "lora_name": "COMBO", "strength": "FLOAT"},
@@ -94,7 +108,11 @@ CONTRACT["CogVideoX15Downloader"] = (
     {"checkpoint": "COMBO", "download": "BOOLEAN"},
     {"model_name": "STRING", "report": "STRING"},
 )
-CONTRACT["CogVideoX15Attention"] = ("CogVideoX-1.5 Attention", {"model": "COGVIDEOX_MODEL", "attention": "COMBO"}, {"model": "COGVIDEOX_MODEL"})
+CONTRACT["CogVideoX15Attention"] = (
+    "CogVideoX-1.5 Attention",
+    {"model": "COGVIDEOX_MODEL", "attention": "COMBO"},
+    {"model": "COGVIDEOX_MODEL"},
+)
 CONTRACT["CogVideoX15Cache"] = (
     "CogVideoX-1.5 Cache",
     {"model": "COGVIDEOX_MODEL", "method": "COMBO", "strength": "FLOAT", "start": "FLOAT", "end": "FLOAT"},
@@ -119,7 +137,11 @@ DEFAULTS = {
     "CogVideoX15LoraLoader": {"strength": 1.0},
     "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
     "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"},
-    "CogVideoX15BlackFrameCheck": {"pixel_black_threshold": 0.10, "picture_black_ratio": 0.98, "video_black_ratio": 1.0},
+    "CogVideoX15BlackFrameCheck": {
+        "pixel_black_threshold": 0.10,
+        "picture_black_ratio": 0.98,
+        "video_black_ratio": 1.0,
+    },
 }
 COMBOS = {
     ("CogVideoX15Cache", "method"): ["first_block", "taylorseer", "pab", "faster_cache"],
@@ -132,11 +154,6 @@ COMBOS = {
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
 }
-
-
-def inputs(node):
-    types = node.INPUT_TYPES()
-    return types["required"] | types.get("optional", {})
 
 
 @pytest.fixture(params=CONTRACT)
@@ -171,11 +188,6 @@ def test_every_node_explains_itself(pack, node_id):
     assert all(node.OUTPUT_TOOLTIPS)
     for key, spec in inputs(node).items():
         assert len(spec[1]["tooltip"]) > 15, key
-
-
-def call(pack, node_id, **values):
-    node = pack.NODE_CLASS_MAPPINGS[node_id]()
-    return getattr(node, node.FUNCTION)(**values)
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +240,19 @@ def test_the_loader_scans_the_weights_when_asked(pack, tiny):
     assert report.count("no NaN") == 3
 
 
-def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monkeypatch):
-    """NaN from a block in every dtype but fp32, through the nodes."""
-    import sys
+@pytest.fixture
+def shown(pack, monkeypatch):
+    """What nodes show, themselves and while the engine is at work."""
+    told = []
+    for module in ("nodes.host", "nodes.host.page"):
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.{module}"], "show", told.append)
+    return told
 
-    handles, host = (sys.modules[f"{pack.__name__}.{name}"] for name in ("cogvideox.handles", "nodes.host"))
-    real, shown = handles.load_module, []
+
+def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, shown, monkeypatch):
+    """NaN from a block in every dtype but fp32, through the nodes."""
+    weights = sys.modules[f"{pack.__name__}.cogvideox.weights"]
+    real = weights.load_module
 
     def load(part, precision, *rest):
         module = real(part, precision, *rest)
@@ -241,12 +260,21 @@ def test_the_sampler_shows_that_it_healed_and_stops_if_told_to(pack, tiny, monke
             module.proj_out.register_forward_hook(lambda _m, _a, output: output * float("nan"))
         return module
 
-    monkeypatch.setattr(handles, "load_module", load)
-    monkeypatch.setattr(host, "show", shown.append)
+    monkeypatch.setattr(weights, "load_module", load)
     model, text_encoder, _, _ = call(pack, "CogVideoX15ModelLoader", model=str(tiny), dtype="bf16")
     (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
     (empty,) = call(pack, "CogVideoX15EmptyLatent", width=80, height=48, length=17)
-    inputs = dict(model=model, positive=prompt, negative=prompt, latent_image=empty, seed=1, steps=2, cfg=6.0, scheduler="ddim", denoise=1.0)
+    inputs = dict(
+        model=model,
+        positive=prompt,
+        negative=prompt,
+        latent_image=empty,
+        seed=1,
+        steps=2,
+        cfg=6.0,
+        scheduler="ddim",
+        denoise=1.0,
+    )
     (latent,) = call(pack, "CogVideoX15Sampler", **inputs)
     assert latent["samples"].isfinite().all()
     assert shown[-1].startswith("step 1 of 2: the transformer in bf16 gave NaN or Inf; the first module")
@@ -263,7 +291,9 @@ def test_a_black_video_is_stopped_before_it_is_saved(pack):
 
 def test_combined_conditionings_are_refused_with_a_sentence(pack, loaded):
     entry = [torch.zeros(1, 226, 32), {}]
-    settings = dict(latent_image={"samples": torch.zeros(1, 16, 2, 2, 2)}, seed=1, steps=1, cfg=6.0, scheduler="ddim", denoise=1.0)
+    settings = dict(
+        latent_image={"samples": torch.zeros(1, 16, 2, 2, 2)}, seed=1, steps=1, cfg=6.0, scheduler="ddim", denoise=1.0
+    )
     with pytest.raises(ValueError, match="2 prompts side by side"):
         call(pack, "CogVideoX15Sampler", model=loaded[0], positive=[entry, entry], negative=[entry], **settings)
 
@@ -325,18 +355,18 @@ class TestModelFolders:
         roots = [tmp_path / "CogVideo", tmp_path / "diffusers"]
         for root in roots:
             root.mkdir()
-        monkeypatch.setattr(host, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
         folders = {"CogVideo": roots[:1], "diffusers": roots[1:]}
         for name in ("diffusion_models", "checkpoints", "text_encoders", "vae"):
             (tmp_path / name).mkdir()
             folders[name] = [tmp_path / name]
-        monkeypatch.setattr(host, "_roots", lambda *names: [root for name in names for root in folders[name]])
+        monkeypatch.setattr(host.folders, "_roots", lambda *names: [root for name in names for root in folders[name]])
         monkeypatch.setattr(host, "tokenizer_folder", lambda: None)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         return host
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
-        ours, diffusers = host._roots("CogVideo", "diffusers")
+        ours, diffusers = host.folders._roots("CogVideo", "diffusers")
         for place in (ours / "tiny", diffusers / "tiny"):
             shutil.copytree(tiny, place)
         (diffusers / "other").symlink_to(tiny)
@@ -348,21 +378,24 @@ class TestModelFolders:
         assert [entry.label for entry in host.checkpoints()] == [f"tiny · {what}", f"other · {what}"]
         assert host.checkpoint_path("tiny").parent.name == "CogVideo"
         assert host.checkpoint_path("tiny · what it was before") == host.checkpoint_path("tiny")
-        assert pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()["required"]["model"][0] == [f"tiny · {what}", f"other · {what}"]
+        assert pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].INPUT_TYPES()["required"]["model"][0] == [
+            f"tiny · {what}",
+            f"other · {what}",
+        ]
 
     def test_an_empty_model_folder_says_what_to_download_and_where(self, pack, host):
         said = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert "zai-org/CogVideoX1.5-5B" in said
-        assert str(host._roots("CogVideo", "diffusers")[0]) in said
+        assert str(host.folders._roots("CogVideo", "diffusers")[0]) in said
 
     def test_a_checkpoint_that_is_gone_names_those_that_are_there(self, pack, host, tiny):
-        shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
+        shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
         assert loader.VALIDATE_INPUTS(model="tiny") is True
 
     def test_a_changed_file_is_noticed(self, pack, host, tiny):
-        folder = shutil.copytree(tiny, host._roots("CogVideo", "diffusers")[0] / "tiny")
+        folder = shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         before = loader.IS_CHANGED(model="tiny", dtype="auto")
         assert loader.IS_CHANGED(model="tiny", dtype="auto") == before
@@ -376,10 +409,12 @@ class TestModelFolders:
         assert [entry.name for entry in host.checkpoints()] == ["zai-org/CogVideoX1.5-5B", "cog.safetensors"]
         assert host.checkpoint_path("zai-org/CogVideoX1.5-5B") == tmp_path / "hub" / "models--zai-org--CogVideoX1.5-5B"
 
-    def test_auto_takes_a_part_that_is_found_where_the_checkpoints_own_is_not_whole(self, pack, host, tiny, tmp_path, monkeypatch):
+    def test_auto_takes_a_part_that_is_found_where_the_checkpoints_own_is_not_whole(
+        self, pack, host, tiny, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr(host, "hardware", lambda: CPU)
         monkeypatch.setattr(host, "show", lambda text: None)
-        folder = shutil.copytree(tiny, host._roots("CogVideo")[0] / "tiny")
+        folder = shutil.copytree(tiny, host.folders._roots("CogVideo")[0] / "tiny")
         weights = next((folder / "vae").glob("*.safetensors"))
         file = weights.rename(tmp_path / "away.safetensors")
         graph = {"2": {"class_type": "CogVideoX15VAEDecode", "inputs": {"vae": ["1", 2], "samples": ["3", 0]}}}
@@ -390,7 +425,9 @@ class TestModelFolders:
         with pytest.raises(ValueError, match="should hold the VAE's weights"):
             call(pack, "CogVideoX15ModelLoader", **loader, prompt=graph)
         build_vae((32, 32, 32, 64), 32).save_pretrained(tmp_path / "other")
-        shutil.copy(tmp_path / "other" / "diffusion_pytorch_model.safetensors", tmp_path / "vae" / "cog_vae.safetensors")
+        shutil.copy(
+            tmp_path / "other" / "diffusion_pytorch_model.safetensors", tmp_path / "vae" / "cog_vae.safetensors"
+        )
         _, _, vae, report = call(pack, "CogVideoX15ModelLoader", **loader, prompt=graph)
         assert vae.weights.part.source == tmp_path / "vae" / "cog_vae.safetensors"
         assert "VAE: the checkpoint's own cannot be used (" in report
@@ -401,16 +438,26 @@ class TestModelFolders:
 
 def load_transformer(checkpoint):
     """The weights of a checkpoint's transformer, by their names."""
-    return {name: value for file in (checkpoint / "transformer").glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in (checkpoint / "transformer").glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
     @pytest.fixture
     def parts(self, host, tmp_path, monkeypatch):
-        """A transformer alone, and in the folders of text encoders several that go with it and several that do not, by their names."""
+        """A transformer alone, and in the folders of text encoders several that go with it and several that do not, by
+        their names."""
         _, modules = layouts.build_modules(tmp_path / "whole")
         layouts.write_file(tmp_path / "diffusion_models" / "cog.safetensors", modules["transformer"].state_dict())
         layouts.write_file(tmp_path / "vae" / "cog_vae.safetensors", modules["vae"].state_dict())
-        state = {name: value for name, value in modules["text_encoder"].state_dict().items() if "embed_tokens" not in name}
-        umt5 = state | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(32, 2), "spiece_model": torch.ones(99999)}
+        state = {
+            name: value for name, value in modules["text_encoder"].state_dict().items() if "embed_tokens" not in name
+        }
+        umt5 = state | {
+            "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(32, 2),
+            "spiece_model": torch.ones(99999),
+        }
         fp8 = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in state.items()}
         files = {
             "a_fp8.safetensors": fp8,
@@ -427,12 +474,17 @@ def load_transformer(checkpoint):
         return tmp_path
 
     def test_auto_takes_the_most_exact_part_that_goes_with_the_checkpoint_and_says_so(self, pack, host, parts):
-        assert [entry.name for entry in host.parts("text_encoder")] == ["b_bf16.safetensors", "a_fp8.safetensors", "c_whole_fp8.safetensors"]
+        assert [entry.name for entry in host.parts("text_encoder")] == [
+            "b_bf16.safetensors",
+            "a_fp8.safetensors",
+            "c_whole_fp8.safetensors",
+        ]
         _, text_encoder, vae, report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")
         assert text_encoder.weights.part.source.name == "b_bf16.safetensors"
         assert vae.weights.part.source.name == "cog_vae.safetensors"
         said = (
-            "text encoder: the checkpoint has none, so b_bf16.safetensors · T5 encoder · bf16 · single file is used, the most exact of those that go"
+            "text encoder: the checkpoint has none, so b_bf16.safetensors · T5 encoder · bf16 · single file is used, "
+            "the most exact of those that go"
         )
         assert f"{said} with it (the others: a_fp8.safetensors, c_whole_fp8.safetensors)." in report
 
@@ -441,7 +493,10 @@ def load_transformer(checkpoint):
             if file.name != "wide.safetensors":
                 file.unlink()
         # Another checkpoint reads it, so it is offered.
-        folder = build_checkpoint(parts / "CogVideo" / "other", change=lambda built: built.update(transformer=build_transformer(text_embed_dim=48)))
+        folder = build_checkpoint(
+            parts / "CogVideo" / "other",
+            change=lambda built: built.update(transformer=build_transformer(text_embed_dim=48)),
+        )
         shutil.rmtree(folder / "text_encoder")
         assert [entry.name for entry in host.parts("text_encoder")] == ["wide.safetensors"]
         report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")[3]
@@ -450,12 +505,24 @@ def load_transformer(checkpoint):
 
     def test_what_is_not_offered_says_why_when_it_is_asked_for(self, pack, host, parts):
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
-        assert "UMT5" in loader.VALIDATE_INPUTS(model="cog.safetensors", text_encoder_name="umt5_xxl.safetensors · T5 encoder · fp32 · single file")
-        layouts.write_file(parts / "diffusion_models" / "fun.safetensors", build_transformer(in_channels=33).state_dict())
+        assert "UMT5" in loader.VALIDATE_INPUTS(
+            model="cog.safetensors", text_encoder_name="umt5_xxl.safetensors · T5 encoder · fp32 · single file"
+        )
+        layouts.write_file(
+            parts / "diffusion_models" / "fun.safetensors", build_transformer(in_channels=33).state_dict()
+        )
         assert "CogVideoX-Fun InP" in loader.VALIDATE_INPUTS(model="fun.safetensors")
-        assert "text_encoder for" not in loader.VALIDATE_INPUTS(model="cog.safetensors", text_encoder_name="gone.safetensors")
+        assert "text_encoder for" not in loader.VALIDATE_INPUTS(
+            model="cog.safetensors", text_encoder_name="gone.safetensors"
+        )
         with pytest.raises(ValueError, match="gives 48 numbers a token.* reads 32"):
-            call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32", text_encoder_name="wide.safetensors")
+            call(
+                pack,
+                "CogVideoX15ModelLoader",
+                model="cog.safetensors",
+                dtype="fp32",
+                text_encoder_name="wide.safetensors",
+            )
 
 
 class TestImagesVideosAndLoras:
@@ -471,7 +538,9 @@ class TestImagesVideosAndLoras:
         (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="it moves")
         sizes = dict(width=80, height=48, length=17, batch_size=2)
         images = torch.rand(3, 60, 60, 3)
-        positive, negative, latent = call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images, **sizes)
+        positive, negative, latent = call(
+            pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images, **sizes
+        )
         assert latent["samples"].shape == (2, 16, 5, 6, 10)
         assert not latent["samples"].any()
         image = positive[0][1]["concat_latent_image"]
@@ -480,19 +549,45 @@ class TestImagesVideosAndLoras:
         assert not image[:, :, 1:].any()
         # The conditioning that came in is not changed, and the first image is the one that counts.
         assert "concat_latent_image" not in prompt[0][1]
-        other, _, _ = call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images[:1], **sizes)
+        other, _, _ = call(
+            pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=images[:1], **sizes
+        )
         assert torch.equal(other[0][1]["concat_latent_image"], image)
-        (sampled,) = call(pack, "CogVideoX15Sampler", model=model, positive=positive, negative=negative, latent_image=latent, **self.settings())
+        (sampled,) = call(
+            pack,
+            "CogVideoX15Sampler",
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            **self.settings(),
+        )
         assert sampled["samples"].shape == (2, 16, 5, 6, 10)
         # A negative prompt that did not pass through the node takes the positive one's image.
-        (again,) = call(pack, "CogVideoX15Sampler", model=model, positive=positive, negative=prompt, latent_image=latent, **self.settings())
+        (again,) = call(
+            pack,
+            "CogVideoX15Sampler",
+            model=model,
+            positive=positive,
+            negative=prompt,
+            latent_image=latent,
+            **self.settings(),
+        )
         assert torch.equal(again["samples"], sampled["samples"])
 
     def test_two_different_start_images_are_refused(self, pack, image_model):
         model, _, vae, _ = image_model
         prompt, sizes = [[torch.zeros(1, 226, 32), {}]], dict(width=80, height=48, length=17, batch_size=1)
         made = [
-            call(pack, "CogVideoX15ImageToVideo", positive=prompt, negative=prompt, vae=vae, start_image=torch.full((1, 48, 80, 3), level), **sizes)
+            call(
+                pack,
+                "CogVideoX15ImageToVideo",
+                positive=prompt,
+                negative=prompt,
+                vae=vae,
+                start_image=torch.full((1, 48, 80, 3), level),
+                **sizes,
+            )
             for level in (0.2, 0.8)
         ]
         inputs = dict(positive=made[0][0], negative=made[1][1], latent_image=made[0][2])
@@ -538,16 +633,18 @@ class TestImagesVideosAndLoras:
         assert len(said) == 1
         assert fitting["samples"].shape == (1, 16, 5, 6, 8)
 
-    def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, monkeypatch):
-        said = []
-        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+    def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, shown):
+        said = shown
         model, text_encoder, *_ = loaded
         (cached,) = call(pack, "CogVideoX15Cache", model=model, method="pab", strength=0.5, start=0.0, end=1.0)
         assert "50% of the attention of the block evaluations between 0% and 100% of the steps" in said[-1]
         assert "cache" in said[-1].splitlines()[1]
         (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
         inputs = dict(positive=prompt, negative=prompt, latent_image={"samples": torch.zeros(1, 16, 4, 6, 10)})
-        plain, ours, again = (call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"] for m in (model, cached, model))
+        plain, ours, again = (
+            call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"]
+            for m in (model, cached, model)
+        )
         assert torch.equal(plain, again)
         assert not torch.equal(plain, ours)
         assert any(text.startswith("PAB skipped the attention of") for text in said)
@@ -567,7 +664,10 @@ class TestImagesVideosAndLoras:
         (changed,) = call(pack, "CogVideoX15LoraLoader", model=model, lora_name=str(path), strength=0.5)
         (prompt,) = call(pack, "CogVideoX15TextEncode", text_encoder=text_encoder, prompt="a panda")
         inputs = dict(positive=prompt, negative=prompt, latent_image={"samples": torch.zeros(1, 16, 4, 6, 10)})
-        results = [call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"] for m in (model, changed, model)]
+        results = [
+            call(pack, "CogVideoX15Sampler", model=m, **inputs, **self.settings())[0]["samples"]
+            for m in (model, changed, model)
+        ]
         assert torch.equal(results[0], results[2])
         assert not torch.equal(results[0], results[1])
         node = pack.NODE_CLASS_MAPPINGS["CogVideoX15LoraLoader"]
@@ -603,9 +703,11 @@ def test_the_sampler_sees_the_nodes_before_it_in_the_graph_that_is_queued(pack, 
         "3": {"class_type": "CogVideoX15Compile", "inputs": {"model": ["4", 0], "mode": "default"}},
         "4": {"class_type": "CogVideoX15ModelLoader", "inputs": {"memory": "auto"}},
     }
-    assert host._remember({"prompt": graph}) == {"prompt": graph}
-    monkeypatch.setattr(host, "_queued", graph)
-    assert [kind for kind, _ in host.upstream("1", "model")] == [f"CogVideoX15{kind}" for kind in ("Cache", "Compile", "ModelLoader")]
+    assert host.page._remember({"prompt": graph}) == {"prompt": graph}
+    monkeypatch.setattr(host.page, "_queued", graph)
+    assert [kind for kind, _ in host.upstream("1", "model")] == [
+        f"CogVideoX15{kind}" for kind in ("Cache", "Compile", "ModelLoader")
+    ]
     sampler = pack.NODE_CLASS_MAPPINGS["CogVideoX15Sampler"]
     assert "The cache pab and compiling do not work together" in sampler.VALIDATE_INPUTS(unique_id="1")
     cache["inputs"]["strength"] = 0

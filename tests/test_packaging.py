@@ -21,7 +21,10 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-WORKFLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
 
 IMPORT = """
 import sys, importlib.util
@@ -38,7 +41,9 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before})
 
 def test_importing_the_pack_imports_itself_and_the_standard_library():
     """Milliseconds, then: what takes long to import is imported by the nodes that use it, when they run."""
-    new = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    new = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
     assert set(new) - set(sys.stdlib_module_names) == {"pack"}
 
 
@@ -47,7 +52,8 @@ def test_requirements_and_pyproject_name_the_same_packages_and_not_torch():
     assert PROJECT["project"]["dependencies"] == lines
     assert not any(line.startswith("torch") for line in lines)
     assert all(re.fullmatch(r"[a-z0-9-]+>=\d+(\.\d+)+", line) for line in lines)
-    # ComfyUI Manager installs line by line, and the last line's needs win: those of ComfyUI's own package, without which nothing starts.
+    # ComfyUI Manager installs line by line, and the last line's needs win: those of ComfyUI's own package, without
+    # which nothing starts.
     assert lines.index(next(line for line in lines if line.startswith("transformers"))) > 0
     assert lines[0].startswith("diffusers")
 
@@ -71,10 +77,16 @@ def test_the_registry_accepts_the_metadata():
 
 class TestTheWorkflows:
     def test_every_python_that_is_named_is_tested_and_no_other(self):
-        named = {line.rpartition(" :: ")[2] for line in PROJECT["project"]["classifiers"] if line.startswith("Programming Language :: Python :: 3.")}
+        named = {
+            line.rpartition(" :: ")[2]
+            for line in PROJECT["project"]["classifiers"]
+            if line.startswith("Programming Language :: Python :: 3.")
+        }
         matrix = WORKFLOWS["test"]["jobs"]["test"]["strategy"]["matrix"]
         assert set(matrix["python"]) == named
-        assert min(named, key=lambda version: int(version[2:])) == PROJECT["project"]["requires-python"].removeprefix(">=")
+        assert min(named, key=lambda version: int(version[2:])) == PROJECT["project"]["requires-python"].removeprefix(
+            ">="
+        )
         assert {job["os"] for job in matrix["include"]} == {"windows-latest", "macos-latest"}
         rows = [*matrix["include"], *WORKFLOWS["test"]["jobs"]["versions"]["strategy"]["matrix"]["include"]]
         assert {row["python"] for row in rows} <= named
@@ -98,7 +110,9 @@ class TestTheWorkflows:
     def test_only_a_new_version_is_published(self, tmp_path):
         def git(*arguments):
             who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
-            return subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+            ).stdout.strip()
 
         def commit(text):
             (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
@@ -110,7 +124,9 @@ class TestTheWorkflows:
             step = next(step for step in WORKFLOWS["publish"]["jobs"]["version"]["steps"] if "run" in step)
             output = tmp_path.with_name("output")
             environment = os.environ | {"BEFORE": before, "GITHUB_OUTPUT": str(output)}
-            subprocess.run(["bash", "-e", "-o", "pipefail", "-c", step["run"]], cwd=tmp_path, env=environment, check=True)
+            subprocess.run(
+                ["bash", "-e", "-o", "pipefail", "-c", step["run"]], cwd=tmp_path, env=environment, check=True
+            )
             told = output.read_text(encoding="utf-8")
             output.unlink()
             return told == "is_new=true\n"
@@ -128,7 +144,9 @@ class TestTheWorkflows:
 def archive() -> list[str]:
     """The files of the registry's archive: what git tracks, less what .comfyignore names."""
     listed = [
-        subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        subprocess.run(
+            ["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         for options in ([], ["--cached", "--ignored", "--exclude-from=.comfyignore"])
     ]
     return sorted(set(listed[0]) - set(listed[1]))
@@ -143,6 +161,7 @@ def test_the_archive_holds_all_that_runs_and_nothing_for_developers(tmp_path):
     assert tops >= {
         "__init__.py",
         "cogvideox",
+        "docs",
         "example_workflows",
         "generate.py",
         "install.py",
@@ -152,7 +171,9 @@ def test_the_archive_holds_all_that_runs_and_nothing_for_developers(tmp_path):
         "pyproject.toml",
     }
     subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "generate.py", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert "--prompt" in done.stdout
 
 
@@ -182,7 +203,9 @@ class TestDependencies:
 
     def test_a_package_that_cannot_be_imported_beside_another_says_beside_which(self, monkeypatch):
         """diffusers 0.42 and the huggingface-hub of transformers 4, as ComfyUI Manager leaves them."""
-        monkeypatch.setattr(metadata, "requires", lambda name: ["huggingface-hub<9.0,>=8.1"] if name == "diffusers" else [])
+        monkeypatch.setattr(
+            metadata, "requires", lambda name: ["huggingface-hub<9.0,>=8.1"] if name == "diffusers" else []
+        )
 
         def import_module(name):
             raise ImportError("cannot import name 'resolve_revision'")
@@ -190,7 +213,8 @@ class TestDependencies:
         monkeypatch.setattr(dependencies, "import_module", import_module)
         hub = metadata.version("huggingface-hub")
         with pytest.raises(
-            dependencies.DependencyError, match=rf"needs huggingface-hub<9.0,>=8.1, but {hub} is installed \(cannot import .*install\.py"
+            dependencies.DependencyError,
+            match=rf"needs huggingface-hub<9.0,>=8.1, but {hub} is installed \(cannot import .*install\.py",
         ):
             dependencies.require_dependencies()
 
@@ -199,10 +223,16 @@ class TestDependencies:
         dependencies.require_dependencies()
 
     def test_extras_and_other_systems_are_not_asked_for(self, monkeypatch):
-        monkeypatch.setattr(metadata, "requires", lambda name: ["none-such; extra == 'test'", "none-such; sys_platform == 'amiga'", "numpy"])
+        monkeypatch.setattr(
+            metadata,
+            "requires",
+            lambda name: ["none-such; extra == 'test'", "none-such; sys_platform == 'amiga'", "numpy"],
+        )
         assert dependencies.unmet_needs("diffusers") == []
 
-    @pytest.mark.parametrize(("older", "newer"), [("4.9.1", "4.50.3"), ("0.41", "0.41.1"), ("1.0.0rc1", "1.0.1"), ("5.24.0.dev0", "5.24.1")])
+    @pytest.mark.parametrize(
+        ("older", "newer"), [("4.9.1", "4.50.3"), ("0.41", "0.41.1"), ("1.0.0rc1", "1.0.1"), ("5.24.0.dev0", "5.24.1")]
+    )
     def test_versions_are_compared_by_number(self, older, newer):
         assert dependencies.is_older(older, newer)
         assert not dependencies.is_older(newer, older)

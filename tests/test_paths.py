@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import generate
-from cogvideox.checkpoint import loading
+from cogvideox import loading
 from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.configs.check import fix_config
+from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import Precision
 from cogvideox.text import encode_prompt
+from interop.check import fix_config
 from tests import layouts
 from tests.conftest import CPU, ROOT
 
-#: Signs of many alphabets, one outside the 16-bit ones, spaces, and what shells, URLs, globs and ffmpeg's own names give a meaning to.
+#: Signs of many alphabets, one outside the 16-bit ones, spaces, and what shells, URLs, globs and ffmpeg's own names
+#: give a meaning to.
 STRANGE = "été 我的 модели 🎬 & $(x) %41 #1; [a]"
 SMALL = ("--width", "80", "--height", "48", "--frames", "1", "--steps", "1")
 SHIPPED = sorted([*ROOT.glob("*.py"), *(ROOT / "nodes").rglob("*.py"), *(ROOT / "cogvideox").rglob("*.py")])
@@ -51,7 +52,8 @@ def source(strange):
 class TestAFolderOfAnyName:
     def test_makes_videos_from_text_image_and_video_with_a_lora(self, strange, checkpoints, capsys):
         text_model, image_model = (
-            shutil.copytree(checkpoints(variant), strange / name) for variant, name in (("1.5", "文"), ("1.5-i2v", "от картинки"))
+            shutil.copytree(checkpoints(variant), strange / name)
+            for variant, name in (("1.5", "文"), ("1.5-i2v", "от картинки"))
         )
         width, layer = 128, "transformer_blocks.0.attn1.to_q"
         lora = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
@@ -63,7 +65,12 @@ class TestAFolderOfAnyName:
             (text_model, "--output", again, "--video", video, "--strength", 1),
             (image_model, "--output", moved, "--image", strange / "画像.png"),
         ):
-            assert generate.main(list(map(str, ("--prompt", "a panda", "--on-black", "pass", "--model", model, *SMALL, *options)))) == 0
+            assert (
+                generate.main(
+                    list(map(str, ("--prompt", "a panda", "--on-black", "pass", "--model", model, *SMALL, *options)))
+                )
+                == 0
+            )
         assert str(video) in capsys.readouterr().out
         for path in (video, again, moved):
             with av.open(str(path)) as container:
@@ -79,14 +86,21 @@ class TestAFolderOfAnyName:
         listed = {entry.name: entry.path for entry in list_checkpoints([places], [places])}
         assert set(listed) == {"文件.safetensors", "文件.gguf", "САТ"}
         for path in listed.values():
-            weights = loading.load_module(open_checkpoint(path).part("transformer"), Precision(torch.float32), torch.device("cpu")).state_dict()
-            close = dict(rtol=1e-3, atol=1e-3) if path.suffix == ".gguf" else dict(rtol=0, atol=0)  # There convolutions are in fp16.
+            weights = loading.load_module(
+                open_checkpoint(path).part("transformer"), Precision(torch.float32), torch.device("cpu")
+            ).state_dict()
+            close = (
+                dict(rtol=1e-3, atol=1e-3) if path.suffix == ".gguf" else dict(rtol=0, atol=0)
+            )  # There convolutions are in fp16.
             for name, weight in weights.items():
                 torch.testing.assert_close(weight, state[name].float(), **close)
 
     def test_is_read_by_the_tokenizer(self, tmp_path, source):
         plain = shutil.copytree(source[0], tmp_path / "plain")
-        encoded = [encode_prompt(open_handles(path, "fp32", CPU).text_encoder, "a panda").embeddings for path in (source[0], plain)]
+        encoded = [
+            encode_prompt(open_handles(path, "fp32", CPU).text_encoder, "a panda").embeddings
+            for path in (source[0], plain)
+        ]
         assert torch.equal(*encoded)
 
     def test_is_converted_into_and_its_config_is_fixed(self, strange, source):
@@ -111,7 +125,16 @@ class TestAConsoleOfFewSigns:
 
     def test_and_no_locale_at_all_reads_every_file_as_utf_8(self, source):
         environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        command = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:cogvideox", "generate.py", "--json", "--check"]
+        command = [
+            sys.executable,
+            "-X",
+            "warn_default_encoding",
+            "-W",
+            "error::EncodingWarning:cogvideox",
+            "generate.py",
+            "--json",
+            "--check",
+        ]
         done = subprocess.run([*command, str(source[0])], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["verdict"]
@@ -140,11 +163,21 @@ class TestWindows:
     def test_no_file_imports_what_it_lacks(self, file):
         if "fuzz" in file.parts:
             pytest.skip("runs where processes can be forked and limited; tests/test_fuzz.py skips it elsewhere")
-        modules = {alias.name for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.Import) for alias in node.names}
+        modules = {
+            alias.name
+            for node in ast.parse(file.read_bytes()).body
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         assert not modules & {"resource", "fcntl", "pwd", "grp", "termios", "pty"}
 
     def test_a_clone_can_be_checked_out(self):
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().rstrip("\0").split("\0")
+        listed = (
+            subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .rstrip("\0")
+            .split("\0")
+        )
         assert max(map(len, listed)) < 100  # of 260, with the path of a portable ComfyUI before it
         assert Counter(path.lower() for path in listed).most_common(1)[0][1] == 1
         for part in {part for path in listed for part in path.split("/")}:
@@ -169,7 +202,13 @@ class TestWindows:
 
     def test_so_does_what_the_manager_runs(self, tmp_path):
         """Loaded, not run: where a package does not fit, it would call pip."""
-        command = [sys.executable, "-I", "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='install')", ROOT / "install.py"]
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            "import runpy, sys; runpy.run_path(sys.argv[1], run_name='install')",
+            ROOT / "install.py",
+        ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -179,14 +218,30 @@ class TestWindows:
         script = """
 import mmap, sys
 import generate
-from cogvideox.checkpoint import loading
+from cogvideox import loading
 loading._ACCESS = mmap.ACCESS_READ
 for dtype, memory in ("bf16", "gpu"), ("fp16", "offload_blocks"), ("fp32", "offload_layers"):
     if generate.main([*sys.argv[1:], "--overwrite", "--dtype", dtype, "--memory", memory]):
         sys.exit(1)
 """
-        arguments = ["--model", tiny, "--prompt", "a panda", "--output", tmp_path / "out.mp4", "--on-black", "pass", *SMALL]
+        arguments = [
+            "--model",
+            tiny,
+            "--prompt",
+            "a panda",
+            "--output",
+            tmp_path / "out.mp4",
+            "--on-black",
+            "pass",
+            *SMALL,
+        ]
         # All warnings but one that diffusers 0.36 gives as it is imported.
-        python = [sys.executable, "-W", "error::UserWarning", "-W", "ignore:CUDA is not available or torch_xla is imported"]
+        python = [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            "-W",
+            "ignore:CUDA is not available or torch_xla is imported",
+        ]
         done = subprocess.run([*python, "-c", script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -45,17 +45,30 @@ def records(file, change):
 def test_tensors_of_every_dtype_lie_where_they_are_said_to(tmp_path, protocol):
     torch.manual_seed(0)
     base = torch.randn(6, 8)
-    state = {str(dtype): (base * 3).to(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)}
+    state = {
+        str(dtype): (base * 3).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    }
     state |= {str(dtype): (base * 9).to(dtype) for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool)}
-    state |= {"part": base[2:4], "same": base, "scalar": torch.tensor(3.0), "none": torch.zeros(0, 4), "parameter": torch.nn.Parameter(base.clone())}
+    state |= {
+        "part": base[2:4],
+        "same": base,
+        "scalar": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "parameter": torch.nn.Parameter(base.clone()),
+    }
     state["marked"] = torch.nn.Parameter(base + 1)
     state["marked"].model_parallel = True
-    file = saved(tmp_path / "x.pt", {"module": OrderedDict(state), "size": base.shape, "set": {1}}, pickle_protocol=protocol)
+    file = saved(
+        tmp_path / "x.pt", {"module": OrderedDict(state), "size": base.shape, "set": {1}}, pickle_protocol=protocol
+    )
     found, content = read_pickle_header(file), file.read_bytes()
     assert set(found) == set(state)
     for name, tensor in found.items():
         assert (tensor.dtype, tensor.shape) == (state[name].dtype, tuple(state[name].shape))
-        numbers = torch.frombuffer(bytearray(content[tensor.offset : tensor.offset + tensor.nbytes] or b"\0"), dtype=torch.uint8)
+        numbers = torch.frombuffer(
+            bytearray(content[tensor.offset : tensor.offset + tensor.nbytes] or b"\0"), dtype=torch.uint8
+        )
         assert numbers[: tensor.nbytes].equal(state[name].detach().contiguous().view(-1).view(torch.uint8)), name
 
 
@@ -102,8 +115,17 @@ class Calls:
 @pytest.mark.parametrize("where", ["in the place of a tensor", "beside", "as a whole", "in a list"])
 def test_what_would_run_code_is_refused_by_its_name_and_not_run(tmp_path, where):
     trap = tmp_path / "it-ran"
-    for call in (Calls(os.mkdir, str(trap)), Calls(eval, f"open({str(trap)!r}, 'w')"), Calls(torch.load, str(trap)), Calls(np.load, str(trap))):
-        place = {"in the place of a tensor": {"module": {"a": call}}, "beside": {"module": {"a": torch.ones(1)}, "x": call}, "as a whole": call}
+    for call in (
+        Calls(os.mkdir, str(trap)),
+        Calls(eval, f"open({str(trap)!r}, 'w')"),
+        Calls(torch.load, str(trap)),
+        Calls(np.load, str(trap)),
+    ):
+        place = {
+            "in the place of a tensor": {"module": {"a": call}},
+            "beside": {"module": {"a": torch.ones(1)}, "x": call},
+            "as a whole": call,
+        }
         said = refused(saved(tmp_path / "x.pt", place.get(where, [call])))
         assert "holds more than tensors" in said
         assert f".{call.what[0].__name__})" in said
@@ -133,7 +155,10 @@ def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, what):
 
 
 def test_such_tensors_beside_the_weights_do_not_matter(tmp_path):
-    file = saved(tmp_path / "x.pt", {"module": {"a": torch.ones(2)}, "optimizer": {0: torch.ones(4, 6).t(), "b": UNREADABLE["sparse"]()}})
+    file = saved(
+        tmp_path / "x.pt",
+        {"module": {"a": torch.ones(2)}, "optimizer": {0: torch.ones(4, 6).t(), "b": UNREADABLE["sparse"]()}},
+    )
     assert set(read_pickle_header(file)) == {"a"}
 
 
@@ -161,7 +186,9 @@ class TestArchives:
         return saved(tmp_path / "x.pt", {"module": {"a": torch.ones(2, 3)}})
 
     def test_packed_again_with_compression(self, file):
-        said = refused(records(file, lambda archive, name, content: archive.writestr(name, content, zipfile.ZIP_DEFLATED)))
+        said = refused(
+            records(file, lambda archive, name, content: archive.writestr(name, content, zipfile.ZIP_DEFLATED))
+        )
         assert "packed again, with compression" in said
 
     def test_a_list_of_tensors_of_200_mb_in_a_file_of_200_kb(self, tmp_path):
@@ -182,7 +209,16 @@ class TestArchives:
         assert read_pickle_header(file) == {}
 
     @pytest.mark.parametrize(
-        "content", [b"\x80\x02.", b"\x80\x02(((", b"\x80\x02h\x07.", b"", b"\x80\x02}u.", b"\x80\x02X\xff\xff\xff\x7f.", b"(lp0\n."]
+        "content",
+        [
+            b"\x80\x02.",
+            b"\x80\x02(((",
+            b"\x80\x02h\x07.",
+            b"",
+            b"\x80\x02}u.",
+            b"\x80\x02X\xff\xff\xff\x7f.",
+            b"(lp0\n.",
+        ],
     )
     def test_a_list_of_tensors_that_makes_no_sense(self, file, content):
         assert "its list of tensors" in refused(records(file, pickled(content)))
@@ -207,13 +243,19 @@ class TestArchives:
         assert "password" in refused(file)
 
     def test_another_byte_order(self, file):
-        big = records(file, lambda archive, name, old: archive.writestr(name, b"big" if name.endswith("byteorder") else old))
+        big = records(
+            file, lambda archive, name, old: archive.writestr(name, b"big" if name.endswith("byteorder") else old)
+        )
         assert "big-endian" in refused(big)
 
     def test_a_storage_that_is_gone_or_too_short(self, file):
-        short = records(file, lambda archive, name, old: archive.writestr(name, old[:8] if name.endswith("data/0") else old))
+        short = records(
+            file, lambda archive, name, old: archive.writestr(name, old[:8] if name.endswith("data/0") else old)
+        )
         assert "a of shape [2, 3] cannot lie in 8 bytes" in refused(short)
-        gone = records(file, lambda archive, name, old: None if name.endswith("data/0") else archive.writestr(name, old))
+        gone = records(
+            file, lambda archive, name, old: None if name.endswith("data/0") else archive.writestr(name, old)
+        )
         assert "a should lie in the record data/0, which is not there" in refused(gone)
 
     def test_a_directory_that_would_not_fit_memory(self, file):

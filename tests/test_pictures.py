@@ -15,7 +15,9 @@ from cogvideox.pictures import check_images, fit_grid, fit_length, fit_size
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize(("old", "new"), [((100, 60), (64, 48)), ((60, 100), (64, 48)), ((31, 47), (96, 32)), ((64, 48), (32, 24))])
+@pytest.mark.parametrize(
+    ("old", "new"), [((100, 60), (64, 48)), ((60, 100), (64, 48)), ((31, 47), (96, 32)), ((64, 48), (32, 24))]
+)
 def test_scaling_is_pillows_lanczos_of_the_centre(old, new):
     # Not up to black and white: in 8 bits Pillow clamps between its two passes too.
     image = 0.3 + 0.4 * torch.rand(1, old[1], old[0], 3, generator=torch.Generator().manual_seed(1))
@@ -99,7 +101,13 @@ def test_a_clip_that_is_well_is_given_back_itself_and_one_that_is_not_stays_as_i
 
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (2, 15, 7, 2), (4, 31, 15, 1)])
 @pytest.mark.parametrize(
-    ("value", "said"), [(float("nan"), "holds 1 values"), (float("inf"), "holds 1 values"), (7.0, "from 0.5 to 7"), (-1.0, "from -1 to 0.5")]
+    ("value", "said"),
+    [
+        (float("nan"), "holds 1 values"),
+        (float("inf"), "holds 1 values"),
+        (7.0, "from 0.5 to 7"),
+        (-1.0, "from -1 to 0.5"),
+    ],
 )
 def test_it_is_looked_at_in_pieces_of_which_none_is_overlooked(monkeypatch, place, value, said):
     monkeypatch.setattr(pictures, "_BLOCK", 5 * 16 * 3)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from cogvideox.checkpoint.layout import open_checkpoint
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from cogvideox.precision import hardware as hw
 from cogvideox.precision.hardware import ABSENT, EMULATED, NATIVE, Hardware
-from cogvideox.precision.policy import CHOICES, FP32, RANGE_SAFE_FP16, Precision, plan_dtypes, safer, scan_parts
+from cogvideox.precision.policy import CHOICES, plan_dtypes, safer, scan_parts
 from tests.tiny_checkpoint import build_checkpoint
 
 CPU = torch.device("cpu")
@@ -67,7 +68,9 @@ class TestBf16WeightsInFp16:
         assert runs(made) == [FP16, FP16, FP16]
         assert made.verdict == "mismatch"
         assert "fixed" not in made.text
-        with pytest.raises(ValueError, match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but .* was trained in bf16") as caught:
+        with pytest.raises(
+            ValueError, match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but .* was trained in bf16"
+        ) as caught:
             plan(checkpoints("1.5"), "fp16", on_mismatch="stop")
         assert "text encoder: dtype fp16 was chosen, but T5 was trained in bf16" in str(caught.value)
 
@@ -80,7 +83,9 @@ class TestBf16WeightsInFp16:
 
 
 def test_fp16_trained_2b_is_at_home_in_fp16_and_coarser_in_bf16(checkpoints):
-    assert runs(plan(checkpoints("2b"), "auto")) == runs(plan(checkpoints("2b"), "fp16")) == [FP16, RANGE_SAFE_FP16, FP16]
+    assert (
+        runs(plan(checkpoints("2b"), "auto")) == runs(plan(checkpoints("2b"), "fp16")) == [FP16, RANGE_SAFE_FP16, FP16]
+    )
     assert part(plan(checkpoints("2b"), "fp16"), "transformer").verdict == "ok"
     made = plan(checkpoints("2b"), "bf16")
     assert runs(made) == [BF16, BF16, BF16]
@@ -171,7 +176,7 @@ def test_comfyuis_flags_are_read(pack, flags, wanted):
     forced = host.forced_dtypes(SimpleNamespace(**dict.fromkeys(flags, True)))
     assert {kind: flag for kind, (_, flag) in forced.items()} == wanted
     for dtype, flag in forced.values():
-        assert hw.dtype_name(dtype) in flag
+        assert dtype_name(dtype) in flag
 
 
 def test_unknown_choices_are_refused(checkpoints):
@@ -187,8 +192,15 @@ def test_scripts_get_the_report_as_data(checkpoints):
     data = json.loads(json.dumps(scan_parts(checkpoint, made).as_dict()))
     assert data["verdict"] == "mismatch"
     transformer = data["parts"][0]
-    assert (transformer["part"], transformer["trained"], transformer["runs_in"], transformer["range_safe"]) == ("transformer", "bf16", "fp16", True)
-    assert transformer["stored"] == {"bf16": sum(tensor.nbytes for tensor in checkpoint.part("transformer").tensors.values())}
+    assert (transformer["part"], transformer["trained"], transformer["runs_in"], transformer["range_safe"]) == (
+        "transformer",
+        "bf16",
+        "fp16",
+        True,
+    )
+    assert transformer["stored"] == {
+        "bf16": sum(tensor.nbytes for tensor in checkpoint.part("transformer").tensors.values())
+    }
     assert len(data["weights"]) == 3
 
 
@@ -199,7 +211,9 @@ def test_a_scan_tells_its_progress_over_all_parts_and_finds_damage(tmp_path):
 
     checkpoint = open_checkpoint(build_checkpoint(tmp_path / "damaged", change=damage))
     seen = []
-    made = scan_parts(checkpoint, plan_dtypes(checkpoint, "auto", RTX_3090), lambda done, total: seen.append((done, total)))
+    made = scan_parts(
+        checkpoint, plan_dtypes(checkpoint, "auto", RTX_3090), lambda done, total: seen.append((done, total))
+    )
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for p in checkpoint.parts.values() for t in p.tensors.values())
     assert made.verdict == "mismatch"

@@ -1,4 +1,5 @@
-"""The pictures people look at: the preview of a video that is being made, and the sheet of frames the check objects to."""
+"""The pictures people look at: the preview of a video that is being made, and the sheet of frames the check objects
+to."""
 
 import numpy
 import pytest
@@ -17,13 +18,23 @@ def test_a_preview_has_a_frame_for_each_latent_frame_and_shows_where_and_when_it
     latents[0, 9, 3, :, 10:] += 3
     frames = preview_frames(latents, 512)
     assert [frame.size for frame in frames] == [(20, 12)] * 5
-    means = torch.tensor([[sum(frame.crop(box).convert("L").tobytes()) / 120 for box in ((0, 0, 10, 12), (10, 0, 20, 12))] for frame in frames])
+    means = torch.tensor(
+        [
+            [sum(frame.crop(box).convert("L").tobytes()) / 120 for box in ((0, 0, 10, 12), (10, 0, 20, 12))]
+            for frame in frames
+        ]
+    )
     assert means.argmax() == 7  # frame 3, right half
     assert means[3, 1] > 2 * means[3, 0]
 
 
 @pytest.mark.parametrize(
-    "latents", [torch.zeros(1, 16, 2, 4, 4), torch.full((1, 16, 2, 4, 4), float("nan")), torch.randn(1, 16, 1, 96, 170).bfloat16()]
+    "latents",
+    [
+        torch.zeros(1, 16, 2, 4, 4),
+        torch.full((1, 16, 2, 4, 4), float("nan")),
+        torch.randn(1, 16, 1, 96, 170).bfloat16(),
+    ],
 )
 def test_a_preview_is_made_of_anything(latents):
     frames = preview_frames(latents, 64)

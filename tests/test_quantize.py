@@ -1,4 +1,5 @@
-"""int8 and fp8 made while loading: where, how far off, how large; with every dtype, memory mode and LoRA, and gone without a trace."""
+"""int8 and fp8 made while loading: where, how far off, how large; with every dtype, memory mode and LoRA, and gone
+without a trace."""
 
 import copy
 import gc
@@ -12,28 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import cogvideox.checkpoint.loading as loading_module
-import cogvideox.handles as handles_module
-import cogvideox.precision.packed as packed_module
+import cogvideox.loading as loading_module
+import cogvideox.modules.packed as packed_module
+import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
-from cogvideox.checkpoint.loading import load_module
 from cogvideox.choices import QUANTIZE
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles, quantized, with_lora
+from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
 from cogvideox.memory import LiveBytes, plan_memory
+from cogvideox.modules.packed import LARGEST, DynamicWeight, PackedLinear, PackedWeight, quantize_rows
+from cogvideox.modules.quantize import METHODS, Quantizer
+from cogvideox.modules.range_safe import RangeSafeLinear, scale_tokens
 from cogvideox.precision.hardware import NATIVE, Hardware, cuda_support
-from cogvideox.precision.packed import LARGEST, DynamicWeight, PackedLinear, PackedWeight, quantize_rows
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.quantize import METHODS, Quantizer
-from cogvideox.precision.range_safe import RangeSafeLinear, scale_tokens
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
+from tests.helpers import run_generate
 from tests.memory import left_behind
 from tests.reference import error
 from tests.reference import run_module as run
-from tests.test_generate import run as run_generate
 from tests.tiny_checkpoint import build_transformer
+from tests.told import Told
 
 HOST = torch.device("cpu")
 BF16 = Precision(torch.bfloat16)
@@ -59,7 +61,9 @@ def load(part, precision, method):
 
 def widened(module):
     """Names of the quantized layers -> their weights in float64."""
-    layers = {name: layer.packed for name, layer in module.named_modules() if getattr(layer, "packed", None) is not None}
+    layers = {
+        name: layer.packed for name, layer in module.named_modules() if getattr(layer, "packed", None) is not None
+    }
     return {name: packed.data.double() * packed.scale.double() for name, packed in layers.items()}
 
 
@@ -86,7 +90,9 @@ def exact(unmodified, inputs):
 
 
 class TestRounding:
-    @given(st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4), min_size=1, max_size=6))
+    @given(
+        st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4), min_size=1, max_size=6)
+    )
     @settings(max_examples=80, deadline=None)
     def test_int8_is_off_by_half_a_scale_at_most(self, rows):
         rows = torch.tensor(rows)
@@ -95,7 +101,9 @@ class TestRounding:
         assert (off <= scale.double() * (0.5 + 1e-4)).all()
         assert quantized.min() >= -127
 
-    @given(st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4), min_size=1, max_size=6))
+    @given(
+        st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=4, max_size=4), min_size=1, max_size=6)
+    )
     @settings(max_examples=80, deadline=None)
     def test_fp8_is_off_by_a_16th_of_each_number_or_the_smallest_step(self, rows):
         rows = torch.tensor(rows)
@@ -134,7 +142,9 @@ class TestDynamicProduct:
         sums = tokens.double() @ layer.data.double().t()
         if dtype == torch.int8:
             assert torch.equal(layer._sums(tokens).double(), sums)
-        expected = sums * scales * layer.scale.double().t() * (token_scale.flatten(0, -2).double() if scaled else 1) + bias
+        expected = (
+            sums * scales * layer.scale.double().t() * (token_scale.flatten(0, -2).double() if scaled else 1) + bias
+        )
         ours = layer(given, bias, token_scale)
         assert ours.dtype == torch.float32
         assert ours.shape == (*shape[:-1], 48)
@@ -164,25 +174,38 @@ class TestDynamicProduct:
 class TestLayers:
     @PRECISIONS
     @EVERY
-    def test_attention_and_feed_forward_are_quantized_and_all_else_is_bit_for_bit_as_without(self, checkpoints, method, precision):
+    def test_attention_and_feed_forward_are_quantized_and_all_else_is_bit_for_bit_as_without(
+        self, checkpoints, method, precision
+    ):
         part = open_part(checkpoints("1.5-i2v") / "transformer", "transformer")
         module, plain = load(part, precision, method), load_module(part, precision, HOST)
         kind = DynamicWeight if METHODS[method].dynamic else PackedWeight
-        assert {name for name, layer in module.named_modules() if isinstance(getattr(layer, "packed", None), kind)} == LAYERS["transformer"]
+        assert {
+            name for name, layer in module.named_modules() if isinstance(getattr(layer, "packed", None), kind)
+        } == LAYERS["transformer"]
         self.check_the_rest(module, plain, LAYERS["transformer"])
 
-    @pytest.mark.parametrize("precision", [FP32, BF16, RANGE_SAFE_FP16, Precision(torch.float16)], ids=lambda precision: precision.name)
+    @pytest.mark.parametrize(
+        "precision", [FP32, BF16, RANGE_SAFE_FP16, Precision(torch.float16)], ids=lambda precision: precision.name
+    )
     def test_t5_too_less_what_transformers_keeps_in_fp32(self, tiny, precision):
         part = open_part(tiny / "text_encoder", "text_encoder")
         module, plain = load(part, precision, "int8_weight_only"), load_module(part, precision, HOST)
-        wanted = {name for name in LAYERS["text_encoder"] if not (name.endswith("wo") and precision == Precision(torch.float16))}
+        wanted = {
+            name
+            for name in LAYERS["text_encoder"]
+            if not (name.endswith("wo") and precision == Precision(torch.float16))
+        }
         assert set(widened(module)) == wanted
         self.check_the_rest(module, plain, wanted)
 
     def check_the_rest(self, module, plain, layers):
         rest = {name for name in plain.state_dict() if name.rpartition(".")[0] not in layers or name.endswith("bias")}
         mine = module.state_dict()
-        assert all(torch.equal(mine[name], plain.state_dict()[name]) and mine[name].dtype == plain.state_dict()[name].dtype for name in rest)
+        assert all(
+            torch.equal(mine[name], plain.state_dict()[name]) and mine[name].dtype == plain.state_dict()[name].dtype
+            for name in rest
+        )
         assert {name.removesuffix(".packed.data") for name in set(mine) - rest} == layers
 
     @EVERY
@@ -191,7 +214,11 @@ class TestLayers:
         assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
 
     def test_the_released_model_has_252_of_them(self):
-        names = [f"transformer_blocks.{number}.{layer}.weight" for number in range(42) for layer in (*BLOCK, "norm1.linear", "norm2.linear")]
+        names = [
+            f"transformer_blocks.{number}.{layer}.weight"
+            for number in range(42)
+            for layer in (*BLOCK, "norm1.linear", "norm2.linear")
+        ]
         quantizer = Quantizer(METHODS["int8_dynamic"], "transformer", BF16, HOST)
         assert sum(map(quantizer.takes, names)) == 252
 
@@ -199,9 +226,15 @@ class TestLayers:
 class TestResult:
     @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
     @pytest.mark.parametrize("method", ["int8_weight_only", "fp8_weight_only"])
-    def test_weight_only_is_the_unmodified_module_with_rounded_weights_bit_for_bit(self, unmodified, part, inputs, method, precision):
+    def test_weight_only_is_the_unmodified_module_with_rounded_weights_bit_for_bit(
+        self, unmodified, part, inputs, method, precision
+    ):
         module = load(part, precision, method)
-        weights = {name: layer.packed.scaled(precision.dtype) for name, layer in module.named_modules() if isinstance(layer, PackedLinear)}
+        weights = {
+            name: layer.packed.scaled(precision.dtype)
+            for name, layer in module.named_modules()
+            if isinstance(layer, PackedLinear)
+        }
         reference = unmodified(weights, precision.dtype)
         assert torch.equal(run(module, inputs, precision.dtype), run(reference, inputs, precision.dtype))
 
@@ -228,16 +261,30 @@ class TestResult:
         getattr(loud_models, loud)(module, *([] if loud == "outlier_channels" else [1e6])).save_pretrained(tmp_path)
         part, expected = open_part(tmp_path, "transformer"), run(module.double(), inputs, torch.float64)
         for method in ("int8_weight_only", "int8_dynamic", "fp8_dynamic"):
-            ours, fp32 = (error(run(load(part, precision, method), inputs), expected) for precision in (RANGE_SAFE_FP16, FP32))
+            ours, fp32 = (
+                error(run(load(part, precision, method), inputs), expected) for precision in (RANGE_SAFE_FP16, FP32)
+            )
             assert ours < 1.2 * fp32 + 3e-3
 
     @PRECISIONS
     @TWO
-    def test_a_lora_is_added_as_it_is_to_the_widened_weights(self, unmodified, part, inputs, tmp_path, method, precision):
-        names = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "transformer_blocks.0.norm1.linear"]
+    def test_a_lora_is_added_as_it_is_to_the_widened_weights(
+        self, unmodified, part, inputs, tmp_path, method, precision
+    ):
+        names = [
+            "transformer_blocks.0.attn1.to_q",
+            "transformer_blocks.1.ff.net.2",
+            "transformer_blocks.0.norm1.linear",
+        ]
         shapes = {name: part.tensors[f"{name}.weight"].shape for name in names}
-        halves = {name: (torch.randn(3, shape[1]) * shape[1] ** -0.5, torch.randn(shape[0], 3) * 2) for name, shape in shapes.items()}
-        save_file({f"{name}.lora_{half}.weight": halves[name]["AB".index(half)] for name in names for half in "AB"}, tmp_path / "lora.safetensors")
+        halves = {
+            name: (torch.randn(3, shape[1]) * shape[1] ** -0.5, torch.randn(shape[0], 3) * 2)
+            for name, shape in shapes.items()
+        }
+        save_file(
+            {f"{name}.lora_{half}.weight": halves[name]["AB".index(half)] for name in names for half in "AB"},
+            tmp_path / "lora.safetensors",
+        )
         lora, module = open_lora(tmp_path / "lora.safetensors", part, 0.8), load(part, precision, method)
         base = run(module, inputs, precision.activations)
         with applied([lora], module, precision):
@@ -245,7 +292,8 @@ class TestResult:
         weights = widened(load(part, FP32, method))
         plain = unmodified({})
         merged = {
-            name: weights.get(name, plain.get_submodule(name).weight) + 0.8 * up.double() @ down.double() for name, (down, up) in halves.items()
+            name: weights.get(name, plain.get_submodule(name).weight) + 0.8 * up.double() @ down.double()
+            for name, (down, up) in halves.items()
         }
         expected = run(unmodified(weights | merged), inputs, torch.float64)
         without = run(unmodified(weights), inputs, torch.float64)
@@ -316,7 +364,7 @@ class TestMemory:
         """diffusers' group offloading: from the host to the host, as there is no other device here."""
         offloaded = load(part, precision, method)
         try:
-            handles_module._offload(offloaded, mode, HOST)
+            weights_module._offload(offloaded, mode, HOST)
         except AttributeError as problem:
             pytest.skip(f"this diffusers cannot offload without an accelerator ({problem})")
         expected = run(load(part, precision, method), inputs, precision.activations)
@@ -327,7 +375,14 @@ class TestMemory:
     def test_each_mode_makes_the_same_latents(self, tiny, prompts, memory):
         latent = torch.zeros(1, 16, 4, 6, 10)
         expected, ours = (
-            sample(quantized(open_handles(tiny, "fp32", CPU, memory=how).model, "int8_dynamic"), *prompts, latent, seed=1, steps=1, cfg=1.0)
+            sample(
+                quantized(open_handles(tiny, "fp32", CPU, memory=how).model, "int8_dynamic"),
+                *prompts,
+                latent,
+                seed=1,
+                steps=1,
+                cfg=1.0,
+            )
             for how in ("auto", memory)
         )
         assert torch.equal(ours, expected)
@@ -336,7 +391,10 @@ class TestMemory:
 class TestHandles:
     def test_both_branches_of_a_graph_run_and_neither_disturbs_the_other(self, tiny, prompts, tmp_path):
         name = "transformer_blocks.0.attn1.to_q"
-        save_file({f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}, tmp_path / "lora.safetensors")
+        save_file(
+            {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},
+            tmp_path / "lora.safetensors",
+        )
         model, latent = open_handles(tiny, "fp32", CPU).model, torch.zeros(1, 16, 4, 6, 10)
 
         def make(model):
@@ -344,7 +402,10 @@ class TestHandles:
 
         plain = make(model)
         module = model.weights._module
-        small, other = quantized(model, "int8_weight_only"), quantized(with_lora(model, tmp_path / "lora.safetensors"), "int8_weight_only")
+        small, other = (
+            quantized(model, "int8_weight_only"),
+            quantized(with_lora(model, tmp_path / "lora.safetensors"), "int8_weight_only"),
+        )
         assert small.weights is other.weights is not model.weights
         assert other.loras
         first = make(small)
@@ -367,8 +428,8 @@ class TestHandles:
         assert model.weights.method is None
 
     def test_measuring_loads_it_once_and_any_mode_can_follow(self, tiny, monkeypatch):
-        loads, real = [], handles_module.load_module
-        monkeypatch.setattr(handles_module, "load_module", lambda *given: loads.append(1) or real(*given))
+        loads, real = [], weights_module.load_module
+        monkeypatch.setattr(weights_module, "load_module", lambda *given: loads.append(1) or real(*given))
         for mode in ("gpu", "offload_blocks"):
             weights = quantized(open_handles(tiny, "fp32", CPU).model, "int8_weight_only").weights
             weights.quantization_text()
@@ -384,9 +445,14 @@ class TestHandles:
         text = quantized(open_handles(tiny, "bf16", CPU).model, method).weights.quantization_text()
         rounded = widened(load(part, FP32, method))
         each = {name: error(rounded[name], plain[name]) for name in plain}
-        whole = error(torch.cat([rounded[name].flatten() for name in plain]), torch.cat([plain[name].flatten() for name in plain]))
+        whole = error(
+            torch.cat([rounded[name].flatten() for name in plain]), torch.cat([plain[name].flatten() for name in plain])
+        )
         worst = max(each, key=each.get)
-        assert text.startswith(f"transformer: {method}, 1.33 MB -> 0.94 MB in bf16; 12 layers; relative error of their weights {whole:.2%} (")
+        assert text.startswith(
+            f"transformer: {method}, 1.33 MB -> 0.94 MB in bf16; 12 layers; relative error of their weights "
+            f"{whole:.2%} ("
+        )
         assert text.endswith(f"(largest {each[worst]:.2%}: {worst})")
 
     @EVERY
@@ -397,8 +463,10 @@ class TestHandles:
         assert 0 < error(encode_prompt(small, "a panda").embeddings, encode_prompt(plain, "a panda").embeddings) < 0.05
 
     @TWO
-    def test_a_result_that_is_not_finite_is_healed_with_quantized_weights_and_whole_activations(self, tiny, prompts, monkeypatch, method):
-        real, said, ran = handles_module.load_module, [], []
+    def test_a_result_that_is_not_finite_is_healed_with_quantized_weights_and_whole_activations(
+        self, tiny, prompts, monkeypatch, method
+    ):
+        real, said, ran = weights_module.load_module, [], []
 
         def spoiled(part, precision, *rest):
             module = real(part, precision, *rest)
@@ -410,8 +478,16 @@ class TestHandles:
         latent = torch.zeros(1, 16, 4, 6, 10)
         calm = quantized(open_handles(tiny, "fp32", CPU).model, METHODS[method].weight_only.name)
         expected = sample(calm, *prompts, latent, seed=1, steps=1, cfg=1.0)
-        monkeypatch.setattr(handles_module, "load_module", spoiled)
-        ours = sample(quantized(open_handles(tiny, "bf16", CPU).model, method), *prompts, latent, seed=1, steps=1, cfg=1.0, on_heal=said.append)
+        monkeypatch.setattr(weights_module, "load_module", spoiled)
+        ours = sample(
+            quantized(open_handles(tiny, "bf16", CPU).model, method),
+            *prompts,
+            latent,
+            seed=1,
+            steps=1,
+            cfg=1.0,
+            events=Told(heals=said),
+        )
         assert "Going on from here in fp32" in said[-1]
         assert ran[0] == (BF16, method)
         assert ran[-1] == (FP32, METHODS[method].weight_only.name)
@@ -426,7 +502,10 @@ class TestRefusals:
         if layout == "gguf":
             file, what = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0"), "GGUF Q8_0"
         else:
-            small = {name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32) for name, value in state.items()}
+            small = {
+                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                for name, value in state.items()
+            }
             file, what = layouts.write_file(tmp_path / "model.safetensors", small), "fp8 (e4m3fn)"
         with pytest.raises(ValueError, match=re.escape(f"is a quantized copy already ({what})")):
             quantized(open_handles(file, "bf16", CPU).model, "int8_weight_only")
@@ -443,10 +522,15 @@ class TestRefusals:
         old = Hardware(HOST, "Tesla V100", **cuda_support("Tesla V100", (7, 0)))
         for method in ("int8_dynamic", "fp8_dynamic"):
             eight = method.split("_")[0]
-            with pytest.raises(ValueError, match=f"Tesla V100 has no matrix products of {eight} .* Choose int8_weight_only"):
+            with pytest.raises(
+                ValueError, match=f"Tesla V100 has no matrix products of {eight} .* Choose int8_weight_only"
+            ):
                 quantized(open_handles(tiny, "auto", old).model, method)
             # T5 has none of them.
-            assert quantized(open_handles(tiny, "auto", old).text_encoder, method).weights.method.name == f"{eight}_weight_only"
+            assert (
+                quantized(open_handles(tiny, "auto", old).text_encoder, method).weights.method.name
+                == f"{eight}_weight_only"
+            )
         quantized(open_handles(tiny, "auto", old).model, "fp8_weight_only")
 
     def test_fp8_where_there_is_no_such_dtype(self, tiny):
@@ -460,17 +544,25 @@ class TestRefusals:
     def test_damaged_weights_are_told_at_once(self, method, bad):
         weight = torch.randn(32, 64)
         weight[7, 3] = bad
-        with pytest.raises(ValueError, match=r"ff.net.2.weight of the transformer holds NaN or Inf, .* download it again"):
-            Quantizer(METHODS[method], "transformer", FP32, HOST).quantize("transformer_blocks.1.ff.net.2.weight", weight, HOST)
+        with pytest.raises(
+            ValueError, match=r"ff.net.2.weight of the transformer holds NaN or Inf, .* download it again"
+        ):
+            Quantizer(METHODS[method], "transformer", FP32, HOST).quantize(
+                "transformer_blocks.1.ff.net.2.weight", weight, HOST
+            )
 
 
 class TestSurface:
     def test_the_node_gives_both_and_its_report(self, pack, tiny):
         nodes = pack.NODE_CLASS_MAPPINGS
         model, text_encoder, _, _ = nodes["CogVideoX15ModelLoader"]().run(model=str(tiny), dtype="fp32", memory="cpu")
-        small, small_t5, report = nodes["CogVideoX15Quantize"]().run(model=model, method="int8_dynamic", text_encoder=text_encoder)
+        small, small_t5, report = nodes["CogVideoX15Quantize"]().run(
+            model=model, method="int8_dynamic", text_encoder=text_encoder
+        )
         lines = report.splitlines()
-        assert lines[0].startswith("transformer: int8_dynamic, 2.65 MB -> 1.48 MB in fp32; 12 layers; relative error of their weights 0.")
+        assert lines[0].startswith(
+            "transformer: int8_dynamic, 2.65 MB -> 1.48 MB in fp32; 12 layers; relative error of their weights 0."
+        )
         assert lines[1].startswith("text encoder: int8_weight_only, ")
         assert small.weights.is_loaded
         assert small_t5.weights.is_loaded
@@ -497,11 +589,37 @@ class TestSurface:
         import cogvideox.vae
 
         monkeypatch.setattr(cogvideox.vae, "decode", lambda *_, **__: torch.rand(17, 48, 80, 3))
-        what = ("--prompt", "a panda", "--model", tiny, "--width", 80, "--height", 48, "--frames", 17, "--steps", 1, "--cfg", 1)
-        how = ("--dtype", "fp32", "--device", "cpu", "--quantize", "int8_dynamic", "--quantize-text-encoder", "int8_weight_only")
+        what = (
+            "--prompt",
+            "a panda",
+            "--model",
+            tiny,
+            "--width",
+            80,
+            "--height",
+            48,
+            "--frames",
+            17,
+            "--steps",
+            1,
+            "--cfg",
+            1,
+        )
+        how = (
+            "--dtype",
+            "fp32",
+            "--device",
+            "cpu",
+            "--quantize",
+            "int8_dynamic",
+            "--quantize-text-encoder",
+            "int8_weight_only",
+        )
         code, said, _ = run_generate(capsys, *what, *how, "--output", tmp_path / "out.mp4")
         assert code == 0
-        assert re.search(r"text encoder: int8_weight_only, .*\ntransformer: int8_dynamic, .*relative error of their weights", said)
+        assert re.search(
+            r"text encoder: int8_weight_only, .*\ntransformer: int8_dynamic, .*relative error of their weights", said
+        )
 
 
 def test_a_layer_that_is_not_widened_needs_no_row_scales_of_its_own():

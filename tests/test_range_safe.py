@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvideox.geometry import rotary_embedding
-from cogvideox.precision.range_safe import RangeSafeLinear, is_range_safe, make_range_safe
+from cogvideox.modules.range_safe import RangeSafeLinear, is_range_safe, make_range_safe
 from tests.loud_models import loud_inner, loud_norms, loud_stream, loud_t5, loud_values, outlier_channels
 from tests.reference import error
 from tests.tiny_checkpoint import TEXT_WIDTH, build_text_encoder, build_transformer
@@ -46,7 +46,9 @@ def peak(model, runner, where=lambda name: True):
     seen = []
     hooks = [
         module.register_forward_hook(
-            lambda _m, _a, out: seen.extend(t.abs().max().item() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t))
+            lambda _m, _a, out: seen.extend(
+                t.abs().max().item() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)
+            )
         )
         for name, module in model.named_modules()
         if where(name)
@@ -113,7 +115,7 @@ def test_attention_is_safe_whichever_kernel_runs_it():
 
 
 def test_long_clips_go_through_the_feed_forward_in_pieces(monkeypatch):
-    from cogvideox.precision import range_safe
+    from cogvideox.modules import range_safe
 
     safe = make_range_safe(transformer())
     whole = run(safe)

@@ -1,21 +1,25 @@
 """The sampler makes the reference pipeline's latents, bit for bit, and refuses what it cannot run."""
 
 import dataclasses
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 from einops import rearrange
 
-from cogvideox import handles as handles_module
 from cogvideox import sampling as sampling_module
-from cogvideox.geometry import empty_latent
+from cogvideox import weights as weights_module
+from cogvideox.dtypes import FP32
+from cogvideox.geometry import empty_latent, padding_frames
 from cogvideox.handles import open_handles
-from cogvideox.precision.policy import FP32
-from cogvideox.sampling import NoiseInFp32, sample
+from cogvideox.sampling import sample
+from cogvideox.schedulers import NoiseInFp32, make_scheduler, schedule_timesteps
+from cogvideox.variants import full_config
 from tests.conftest import CPU
 from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.told import Told
 
 STEPS = 4
 
@@ -35,7 +39,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("cfg", "dynamic_cfg"), [(1.0, False), (6.0, False), (6.0, True)], ids=["unguided", "fixed", "dynamic"])
+@pytest.mark.parametrize(
+    ("cfg", "dynamic_cfg"), [(1.0, False), (6.0, False), (6.0, True)], ids=["unguided", "fixed", "dynamic"]
+)
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_latents_equal_the_pipelines_bit_for_bit(handles, pipeline, prompts, scheduler, cfg, dynamic_cfg, shape):
     settings = dict(scheduler=scheduler, cfg=cfg, dynamic_cfg=dynamic_cfg)
@@ -57,7 +63,10 @@ def test_the_1_0_models_equal_their_pipeline_too(checkpoints, prompts, variant):
 
 def torch_draws_alike() -> bool:
     """Whether torch draws the same numbers in 16 bits as in fp32: 2.13 does, 2.11 and before do not."""
-    fine, coarse = (torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    fine, coarse = (
+        torch.randn(64, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     return torch.equal(fine.bfloat16(), coarse)
 
 
@@ -67,7 +76,14 @@ def test_bf16_equals_the_pipeline_in_bf16_given_the_same_noise(tiny, prompts, sc
 
     pipeline = CogVideoXPipeline.from_pretrained(tiny, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
-    ours = sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["odd"]), seed=1, steps=STEPS, scheduler=scheduler)
+    ours = sample(
+        open_handles(tiny, "bf16", CPU).model,
+        *prompts,
+        torch.zeros(SHAPES["odd"]),
+        seed=1,
+        steps=STEPS,
+        scheduler=scheduler,
+    )
     with nullcontext() if torch_draws_alike() else NoiseInFp32():
         assert torch.equal(ours, reference(pipeline, prompts, SHAPES["odd"], scheduler=scheduler))
 
@@ -104,7 +120,8 @@ def test_so_one_seed_is_one_video_in_every_dtype(tiny, prompts):
     """``dpm`` draws noise at every step."""
     settings = dict(seed=1, steps=2, scheduler="dpm")
     fine, *others = (
-        sample(open_handles(tiny, dtype, CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), **settings) for dtype in ("fp32", "bf16", "fp16")
+        sample(open_handles(tiny, dtype, CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), **settings)
+        for dtype in ("fp32", "bf16", "fp16")
     )
     assert max(error(other, fine) for other in others) < 0.05
 
@@ -121,7 +138,7 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
 
     kept = []
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    load = handles_module.load_module
+    load = weights_module.load_module
 
     def spoilt(part, precision, *rest):
         module = load(part, precision, *rest)
@@ -129,7 +146,7 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
             module.register_forward_hook(lambda _m, _i, out: (out[0] * float("nan"),) if precision != FP32 else None)
         return module
 
-    monkeypatch.setattr(handles_module, "load_module", spoilt)
+    monkeypatch.setattr(weights_module, "load_module", spoilt)
     sample(open_handles(tiny, "bf16", CPU).model, *prompts, torch.zeros(SHAPES["one frame"]), seed=1, steps=3)
     assert [dtype for _, dtype in projected] == [torch.bfloat16, torch.float32] if heals else [torch.bfloat16]
 
@@ -138,19 +155,21 @@ def test_prompts_are_cast_and_projected_once_for_a_dtype_and_not_at_every_step(t
 def test_a_schedule_has_as_many_steps_as_are_asked_for_and_ends_at_no_timestep_below_0(steps, trained):
     """diffusers' trailing schedule of 61 steps has 62, and the last would undo the video."""
     config = dict(timestep_spacing="trailing", num_train_timesteps=trained, prediction_type="v_prediction")
-    timesteps = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 1.0)
+    timesteps = schedule_timesteps(make_scheduler(config, "ddim"), steps, 1.0)
     assert len(timesteps) == steps
     assert timesteps[0] == trained - 1
     assert timesteps.min() >= 0
     assert (timesteps.diff() < 0).all()
-    half = sampling_module.schedule_timesteps(sampling_module.make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
+    half = schedule_timesteps(make_scheduler(config, "ddim"), steps, 0.5) if steps > 1 else timesteps
     assert torch.equal(half, timesteps[steps - len(half) :])
 
 
 def test_a_schedule_that_passes_its_last_timestep_is_refused():
-    scheduler = sampling_module.make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
-    with pytest.raises(ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"):
-        sampling_module.schedule_timesteps(scheduler, 50, 1.0)
+    scheduler = make_scheduler(dict(timestep_spacing="leading", steps_offset=30), "ddim")
+    with pytest.raises(
+        ValueError, match="cannot be run in 50 steps: with its steps_offset of 30 they would pass the 1000 timesteps"
+    ):
+        schedule_timesteps(scheduler, 50, 1.0)
 
 
 @pytest.mark.parametrize("denoise", [0.5, 0.75])
@@ -158,7 +177,8 @@ def test_a_schedule_that_passes_its_last_timestep_is_refused():
 def test_denoise_below_1_equals_the_video_to_video_pipeline(pipeline, handles, prompts, scheduler, denoise):
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXVideoToVideoPipeline
 
-    # 8 latent frames: the pipeline counts given latents as if they were pixels, and wants the quarter of them to be even too.
+    # 8 latent frames: the pipeline counts given latents as if they were pixels, and wants the quarter of them to be
+    # even too.
     start = torch.randn(1, 16, 8, 6, 10, generator=torch.Generator().manual_seed(3))
     ours = sample(handles.model, *prompts, start, seed=1, steps=STEPS, denoise=denoise, scheduler=scheduler)
     classes = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -201,13 +221,19 @@ def test_denoise_of_an_empty_latent_starts_from_noise_and_says_so(handles, promp
 
 
 def test_the_same_seed_gives_the_same_video_and_another_does_not(handles, prompts):
-    run = [sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=seed, steps=2, scheduler="dpm") for seed in (7, 7, 8)]
+    run = [
+        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=seed, steps=2, scheduler="dpm")
+        for seed in (7, 7, 8)
+    ]
     assert torch.equal(run[0], run[1])
     assert not torch.equal(run[0], run[2])
 
 
 def test_the_largest_seed_of_the_widget_works(handles, prompts):
-    largest, zero = (sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=seed, steps=1) for seed in (0xFFFFFFFFFFFFFFFF, 0))
+    largest, zero = (
+        sample(handles.model, *prompts, torch.zeros(SHAPES["one frame"]), seed=seed, steps=1)
+        for seed in (0xFFFFFFFFFFFFFFFF, 0)
+    )
     assert largest.isfinite().all()
     assert not torch.equal(largest, zero)
 
@@ -228,7 +254,7 @@ def test_progress_is_told_at_every_step_with_the_predicted_video(handles, prompt
         torch.zeros(SHAPES["odd"]),
         seed=1,
         steps=3,
-        on_step=lambda done, total, clean: seen.append((done, total, clean.shape)),
+        events=Told(step=lambda done, total, clean: seen.append((done, total, clean.shape))),
     )
     assert seen == [(step, 3, (1, 16, 5, 6, 10)) for step in (1, 2, 3)]
 
@@ -243,8 +269,33 @@ def test_a_run_can_be_interrupted_between_steps_and_the_model_used_again(handles
 
     before = sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3)
     with pytest.raises(Cancelled):
-        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, on_step=cancel)
+        sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3, events=Told(step=cancel))
     assert torch.equal(before, sample(handles.model, *prompts, torch.zeros(SHAPES["even"]), seed=1, steps=3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("denoise", [1.0, 0.6])
+def test_given_noise_takes_the_place_of_what_the_seed_draws(handles, prompts, shape, denoise):
+    generator = torch.Generator().manual_seed(2)
+    start = torch.randn(SHAPES[shape], generator=generator) if denoise < 1 else torch.zeros(SHAPES[shape])
+    batch, channels, length, *size = start.shape
+    settings = dict(seed=5, steps=5, denoise=denoise)
+    expected = sample(handles.model, *prompts, start, **settings)
+    padding = padding_frames(length, full_config(handles.model.weights.config))
+    drawn = torch.randn(batch, length + padding, channels, *size, generator=torch.Generator().manual_seed(5))
+    noise = rearrange(drawn[:, padding:], "b t c h w -> b c t h w")
+    assert torch.equal(sample(handles.model, *prompts, start, noise=noise, **settings), expected)
+    assert not torch.equal(sample(handles.model, *prompts, start, noise=-noise, **settings), expected)
+
+
+def test_noise_that_does_not_fit_is_refused(handles, prompts):
+    latent = torch.zeros(SHAPES["even"])
+    with pytest.raises(ValueError, match="The noise has the shape"):
+        sample(handles.model, *prompts, latent, seed=1, steps=1, noise=latent[:, :, 1:])
+    noise = latent.clone()
+    noise[0, 0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="The noise holds 1 values"):
+        sample(handles.model, *prompts, latent, seed=1, steps=1, noise=noise)
 
 
 def test_sizes_beyond_the_rotary_grid_warn_and_run(handles, prompts, caplog):
@@ -267,7 +318,10 @@ class _WithConfig:
 
 
 def run(handles, **changes):
-    settings = dict(prompts=(torch.zeros(1, 226, TEXT_WIDTH),) * 2, latents=torch.zeros(SHAPES["even"]), seed=1, steps=1) | changes
+    settings = (
+        dict(prompts=(torch.zeros(1, 226, TEXT_WIDTH),) * 2, latents=torch.zeros(SHAPES["even"]), seed=1, steps=1)
+        | changes
+    )
     return sample(handles.model, *settings.pop("prompts"), **settings)
 
 

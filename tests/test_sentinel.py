@@ -1,20 +1,23 @@
-"""No value that is not finite survives: faults are put into chosen modules at chosen times, and the run heals or names them."""
+"""No value that is not finite survives: faults are put into chosen modules at chosen times, and the run heals or names
+them."""
 
 import pytest
 import torch
 
-from cogvideox import handles as handles_module
+from cogvideox import finite
+from cogvideox import sentinel as sentinel_module
+from cogvideox import weights as weights_module
 from cogvideox.black_frames import BlackVideoError, check_black_frames, enforce
+from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
 from cogvideox.geometry import empty_latent
 from cogvideox.handles import open_handles
-from cogvideox.precision import sentinel as sentinel_module
-from cogvideox.precision.policy import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.precision.sentinel import NonFiniteError, Sentinel
 from cogvideox.sampling import sample
+from cogvideox.sentinel import NonFiniteError, Sentinel
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from tests.conftest import CPU
 from tests.tiny_checkpoint import build_checkpoint
+from tests.told import Told
 
 STEPS = 5
 NAN, INF = float("nan"), float("inf")
@@ -22,9 +25,10 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture
 def fault(monkeypatch):
-    """``fault(kind, module, when, value)``: every module of that kind loaded from now on puts ``value`` into the output of its submodule ``module``
-    where ``when(call, precision)`` says so; calls are counted from 1 over all loads. Returns the list of precisions it was called in."""
-    real, calls = handles_module.load_module, []
+    """``fault(kind, module, when, value)``: every module of that kind loaded from now on puts ``value`` into the output
+    of its submodule ``module`` where ``when(call, precision)`` says so; calls are counted from 1 over all loads.
+    Returns the list of precisions it was called in."""
+    real, calls = weights_module.load_module, []
 
     def inject(kind, name, when, value=NAN):
         def load(part, precision, *rest):
@@ -43,7 +47,7 @@ def fault(monkeypatch):
                 module.get_submodule(name).register_forward_hook(spoil)
             return module
 
-        monkeypatch.setattr(handles_module, "load_module", load)
+        monkeypatch.setattr(weights_module, "load_module", load)
         return calls
 
     return inject
@@ -65,7 +69,9 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
     calls = fault("transformer", "transformer_blocks.1", lambda call, _: call == 3)
     said, steps = [], []
     healed = open_handles(tiny, "bf16", CPU)
-    result = run(healed, prompts, scheduler=scheduler, on_heal=said.append, on_step=lambda done, *_: steps.append(done))
+    result = run(
+        healed, prompts, scheduler=scheduler, events=Told(heals=said, step=lambda done, *_: steps.append(done))
+    )
     assert torch.equal(result, expected)
     assert calls == ["bf16"] * (STEPS + 1)
     assert steps == list(range(1, STEPS + 1))
@@ -77,10 +83,14 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
 
 def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tiny, prompts, fault, caplog):
     bf16 = Precision(torch.bfloat16)
-    calls = fault("transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16)
+    calls = fault(
+        "transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16
+    )
     said, clean = [], []
     opened = open_handles(tiny, "bf16", CPU)
-    result = run(opened, prompts, on_heal=said.append, on_step=lambda done, total, predicted: clean.append(predicted.dtype))
+    result = run(
+        opened, prompts, events=Told(heals=said, step=lambda done, total, predicted: clean.append(predicted.dtype))
+    )
     assert result.isfinite().all()
     # Two steps, the third and its probe, and the third again and the rest: no finished step is done twice.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
@@ -98,22 +108,31 @@ def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tin
 
 def test_the_largest_value_before_the_fault_is_told(tiny, prompts, fault):
     fault("transformer", "proj_out", lambda call, precision: True)
-    with pytest.raises(NonFiniteError, match=r"proj_out \(Linear\) in fp32; the largest magnitude before, in its input, was [0-9.]+;?"):
+    with pytest.raises(
+        NonFiniteError, match=r"proj_out \(Linear\) in fp32; the largest magnitude before, in its input, was [0-9.]+;?"
+    ):
         run(open_handles(tiny, "fp32", CPU), prompts)
 
 
 def test_stop_raises_at_that_step_with_the_same_facts(tiny, prompts, fault):
     fault("transformer", "transformer_blocks.0", lambda call, _: call >= 2)
     steps = []
-    with pytest.raises(NonFiniteError, match=r"step 2 of 5: .* in bf16 .*transformer_blocks\.0 \(CogVideoXBlock\)") as caught:
-        run(open_handles(tiny, "bf16", CPU), prompts, on_nan="stop", on_step=lambda done, *_: steps.append(done))
+    with pytest.raises(
+        NonFiniteError, match=r"step 2 of 5: .* in bf16 .*transformer_blocks\.0 \(CogVideoXBlock\)"
+    ) as caught:
+        run(
+            open_handles(tiny, "bf16", CPU),
+            prompts,
+            on_nan="stop",
+            events=Told(step=lambda done, *_: steps.append(done)),
+        )
     assert steps == [1]
     assert "on_nan is stop" in str(caught.value)
 
 
 def test_where_nothing_helps_the_error_says_that_every_way_was_tried(tiny, prompts, fault):
     calls = fault("transformer", "transformer_blocks.0", lambda call, _: True, INF)
-    with pytest.raises(NonFiniteError, match="no safer way to run left"):
+    with pytest.raises(NonFiniteError, match="no safer precision left"):
         run(open_handles(tiny, "fp16", CPU), prompts)
     assert calls == ["range-safe fp16", "range-safe fp16", "bf16", "fp32"]
 
@@ -124,7 +143,10 @@ def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path, prompts):
             parts["transformer"].transformer_blocks[1].attn1.to_v.weight[2, 3] = NAN
 
     opened = open_handles(build_checkpoint(tmp_path / "damaged", change=damage), "bf16", CPU)
-    with pytest.raises(NonFiniteError, match=r"weights of transformer_blocks\.1\.attn1\.to_v \(Linear\) themselves hold NaN.*download it again"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"weights of transformer_blocks\.1\.attn1\.to_v \(Linear\) themselves hold NaN.*download it again",
+    ):
         run(opened, prompts)
     opened = open_handles(tmp_path / "damaged", "fp16", CPU)
     with pytest.raises(NonFiniteError, match=r"to_v \(RangeSafeLinear\) themselves"):
@@ -138,7 +160,7 @@ def test_weights_that_only_fp16_cannot_hold_are_not_called_damaged(tmp_path, pro
 
     opened = open_handles(build_checkpoint(tmp_path / "large", change=enlarge), "fp16", CPU, on_mismatch="warn")
     said = []
-    run(opened, prompts, on_heal=said.append)
+    run(opened, prompts, events=Told(heals=said))
     assert "weights of transformer_blocks.1.attn1.to_v (Linear) pass 65504" in said[0]
 
 
@@ -146,7 +168,7 @@ def test_inf_from_t5_is_healed(tiny, fault):
     expected = encode_prompt(open_handles(tiny, "fp32", CPU).text_encoder, "a panda").embeddings
     calls = fault("text_encoder", "encoder.block.1", lambda _, precision: precision.dtype == torch.bfloat16, INF)
     said = []
-    encoded = encode_prompt(open_handles(tiny, "bf16", CPU).text_encoder, "a panda", on_heal=said.append)
+    encoded = encode_prompt(open_handles(tiny, "bf16", CPU).text_encoder, "a panda", events=Told(heals=said))
     assert torch.equal(encoded.embeddings, expected)
     assert calls == ["bf16", "bf16", "fp32"]
     assert "encoding the prompt: the text encoder in bf16" in said[0]
@@ -160,7 +182,11 @@ def test_a_chunk_of_frames_that_is_not_finite_is_decoded_again_in_fp32(tiny, fau
     in_fp32 = decode(open_handles(tiny, "fp32", CPU).vae, latents)
     calls = fault("vae", "decoder.mid_block", lambda call, precision: call >= 2 and precision != FP32)
     said, chunks = [], []
-    images = decode(open_handles(tiny, "bf16", CPU).vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done))
+    images = decode(
+        open_handles(tiny, "bf16", CPU).vae,
+        latents,
+        events=Told(heals=said, progress=lambda done, _: chunks.append(done), of="decoding"),
+    )
     # A chunk that is done again needs the one before it for what its convolutions remember.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
     assert chunks == [3, 5, 7]
@@ -202,7 +228,7 @@ def test_an_interruption_while_healing_is_not_swallowed(tiny, prompts, fault):
 
     opened = open_handles(tiny, "bf16", CPU)
     with opened.model.weights.running() as _, pytest.raises(KeyboardInterrupt):
-        run(opened, prompts, on_load=cancel)
+        run(opened, prompts, events=Told(progress=cancel, of="loading"))
 
 
 def test_an_unknown_on_nan_is_refused(tiny):
@@ -214,7 +240,10 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
     """The promise, end to end: a model whose residual streams pass 1e5, in fp16."""
 
     def video(self, opened, **settings):
-        prompts = [encode_prompt(opened.text_encoder, prompt, **settings).embeddings for prompt in ("a panda plays the guitar", "")]
+        prompts = [
+            encode_prompt(opened.text_encoder, prompt, **settings).embeddings
+            for prompt in ("a panda plays the guitar", "")
+        ]
         latents = sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=3, steps=3, **settings)
         return decode(opened.vae, latents, **settings)
 
@@ -222,14 +251,15 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         opened = open_handles(loud, "fp16", CPU)
         assert opened.model.weights.precision == opened.text_encoder.weights.precision == RANGE_SAFE_FP16
         said = []
-        images = self.video(opened, on_heal=said.append)
+        images = self.video(opened, events=Told(heals=said))
         enforce(check_black_frames(images), "stop")
         assert said == []
         truth = self.video(open_handles(loud, "fp32", CPU))
         assert (images - truth).norm() / truth.norm() < 5e-3
 
     def test_with_the_protection_off_it_is_black(self, loud, monkeypatch):
-        monkeypatch.setattr(sentinel_module, "is_finite", lambda result: True)
+        for module in (sentinel_module, finite):
+            monkeypatch.setattr(module, "is_finite", lambda result: True)
         images = self.video(open_handles(loud, "fp16", CPU, on_mismatch="warn"))
         assert images.isnan().any()
         with pytest.raises(BlackVideoError, match="NaN or Inf"):
@@ -239,8 +269,11 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
         opened = open_handles(loud, "fp16", CPU, on_mismatch="warn")
         assert opened.model.weights.precision == Precision(torch.float16)
         said = []
-        images = self.video(opened, on_heal=said.append)
+        images = self.video(opened, events=Told(heals=said))
         enforce(check_black_frames(images), "stop")
         assert len(said) == 3  # two prompts, one run
-        assert "step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks" in said[2]
+        assert (
+            "step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is "
+            "transformer_blocks" in said[2]
+        )
         assert "Going on from here in range-safe fp16" in said[2]

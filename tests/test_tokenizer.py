@@ -1,4 +1,5 @@
-"""A tokenizer that is damaged or another model's is refused when the checkpoint is opened; prompts never run with a vocabulary of nothing."""
+"""A tokenizer that is damaged or another model's is refused when the checkpoint is opened; prompts never run with a
+vocabulary of nothing."""
 
 import io
 import json
@@ -26,9 +27,18 @@ def trained(special=("<pad>", "</s>", "<unk>"), model_type="unigram", size=60) -
     """A SentencePiece model of a few words."""
     import sentencepiece
 
-    model, ids = io.BytesIO(), {name: special.index(name) if name in special else -1 for name in ("<pad>", "</s>", "<unk>", "<s>")}
+    model, ids = (
+        io.BytesIO(),
+        {name: special.index(name) if name in special else -1 for name in ("<pad>", "</s>", "<unk>", "<s>")},
+    )
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a panda plays the guitar in a bamboo forest", "the sun rises over the sea while waves roll onto the beach"] * 8),
+        sentence_iterator=iter(
+            [
+                "a panda plays the guitar in a bamboo forest",
+                "the sun rises over the sea while waves roll onto the beach",
+            ]
+            * 8
+        ),
         model_writer=model,
         vocab_size=size,
         hard_vocab_limit=False,
@@ -80,7 +90,10 @@ def cut(share):
     ("change", "said"),
     [
         (lambda data: b"", "is empty, as an interrupted download leaves it"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n", "is a Git LFS pointer"),
+        (
+            lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n",
+            "is a Git LFS pointer",
+        ),
         (lambda data: b"<!doctype html><html><body>Log in</body></html>", "is no whole SentencePiece model"),
         (lambda data: bytes(len(data)), "is no whole SentencePiece model"),
         (cut(0.25), "is no whole SentencePiece model"),
@@ -89,7 +102,10 @@ def cut(share):
         # Right after the first piece: a whole message, but no whole model.
         (lambda data: data[: 2 + data[1]], "it ends before its settings"),
         (lambda data: data[: 2 + data[1]] + data, "pieces are there twice"),
-        (lambda data: trained(("<unk>", "<s>", "</s>")), "is another model's: T5's is a unigram model that begins with <pad>, </s>, <unk>"),
+        (
+            lambda data: trained(("<unk>", "<s>", "</s>")),
+            "is another model's: T5's is a unigram model that begins with <pad>, </s>, <unk>",
+        ),
         (lambda data: trained(model_type="bpe"), "is another model's"),
     ],
 )
@@ -106,7 +122,9 @@ def test_a_damaged_or_foreign_model_is_refused_at_opening(copied, change, said):
 def test_one_with_more_tokens_than_the_text_encoders_table_has_rows_is_refused(copied, monkeypatch):
     """As UMT5's, of 256,384 tokens, is for T5's 32,128 rows."""
     monkeypatch.setattr(module, "_count_pieces", lambda *_: 256_384)
-    with pytest.raises(ValueError, match="has 256,384 tokens, and the text encoder's table has 256 rows: it is another model's"):
+    with pytest.raises(
+        ValueError, match="has 256,384 tokens, and the text encoder's table has 256 rows: it is another model's"
+    ):
         open_whole(copied)
 
 
@@ -131,12 +149,18 @@ class TestInTheFormatOfTokenizers:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda tree: tree.update(model={"type": "BPE", "vocab": {"a": 1}, "merges": []}), "a model of the kind BPE, and T5's is Unigram"),
+            (
+                lambda tree: tree.update(model={"type": "BPE", "vocab": {"a": 1}, "merges": []}),
+                "a model of the kind BPE, and T5's is Unigram",
+            ),
             (lambda tree: tree.pop("model"), "a model of the kind none"),
             (lambda tree: tree["model"].update(vocab=[]), "another model's, or damaged"),
             (lambda tree: tree["model"]["vocab"].insert(0, ["<s>", 0.0]), "begins with <pad>, </s>, <unk>"),
             (lambda tree: tree["model"]["vocab"].append(["x", float("nan")]), "texts, each with a number"),
-            (lambda tree: tree["model"]["vocab"].extend([f"x{i}", -1.0] for i in range(300)), "tokens, and the text encoder's table has 256 rows"),
+            (
+                lambda tree: tree["model"]["vocab"].extend([f"x{i}", -1.0] for i in range(300)),
+                "tokens, and the text encoder's table has 256 rows",
+            ),
         ],
     )
     def test_one_that_is_damaged_or_another_models_is_refused_at_opening(self, copied, change, said):
@@ -161,8 +185,12 @@ class TestInTheFormatOfTokenizers:
         assert str(folder) in str(caught.value)
 
     def test_settings_that_give_the_special_tokens_another_meaning_are_refused(self, copied):
-        (copied / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "panda", "pad_token": "</s>"}), encoding="utf-8")
-        with pytest.raises(ValueError, match=r"settings of a tokenizer .* another meaning|holds a tokenizer that cannot be used"):
+        (copied / "tokenizer" / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "panda", "pad_token": "</s>"}), encoding="utf-8"
+        )
+        with pytest.raises(
+            ValueError, match=r"settings of a tokenizer .* another meaning|holds a tokenizer that cannot be used"
+        ):
             encode_prompt(open_handles(copied, "fp32", CPU).text_encoder, "a panda")
 
 
@@ -173,7 +201,10 @@ def test_a_panic_in_rust_becomes_a_sentence_and_an_interruption_stays_one(tiny, 
         """As pyo3's: no Exception."""
 
     encoder = open_handles(tiny, "fp32", CPU).text_encoder
-    for error, wanted in ((PanicException("index out of bounds"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, wanted in (
+        (PanicException("index out of bounds"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
 
         def fail(folder, error=error):
             raise error

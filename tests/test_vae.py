@@ -8,15 +8,16 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cogvideox.strips as strips_module
+import cogvideox.modules.strips as strips_module
 from benchmarks.vae_decode import build as build_released
 from cogvideox.handles import open_handles
-from cogvideox.strips import Strips
+from cogvideox.modules.strips import Strips
 from cogvideox.vae import chunk_lengths, decode, encode
 from tests.conftest import CPU
 from tests.memory import count_strips
 from tests.reference import error
 from tests.tiny_checkpoint import build_vae
+from tests.told import Told
 
 
 def reference(pipeline, latents):
@@ -86,7 +87,9 @@ def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length
             (Strips.encode, frames, vae.encode(frames).latent_dist.parameters, vae.num_sample_frames_batch_size),
         ):
             strips = Strips(vae, torch.float32, torch.device("cpu"), budget)
-            ours = torch.cat([step(strips, piece) for piece in given_.split(chunk_lengths(given_.shape[2], chunk), dim=2)], dim=2)
+            ours = torch.cat(
+                [step(strips, piece) for piece in given_.split(chunk_lengths(given_.shape[2], chunk), dim=2)], dim=2
+            )
             assert ours.shape == expected.shape
             assert error(ours, expected) < 1e-5
 
@@ -113,19 +116,23 @@ def test_a_clip_of_the_contract_has_16n_plus_1_frames(handles):
 
 def test_progress_is_told_for_every_chunk_and_can_stop_the_decode(handles):
     seen = []
-    decode(handles.vae, torch.randn(2, 16, 5, 2, 2), on_chunk=lambda done, total: seen.append((done, total)))
+    decode(
+        handles.vae,
+        torch.randn(2, 16, 5, 2, 2),
+        events=Told(progress=lambda done, total: seen.append((done, total)), of="decoding"),
+    )
     assert seen == [(3, 10), (5, 10), (8, 10), (10, 10)]
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, torch.randn(1, 16, 5, 2, 2), on_chunk=stop)
+        decode(handles.vae, torch.randn(1, 16, 5, 2, 2), events=Told(progress=stop, of="decoding"))
 
 
 def test_it_can_be_stopped_between_strips_and_the_vae_used_again(handles):
     latents, strips = torch.randn(1, 16, 3, 2, 2), []
-    expected = decode(handles.vae, latents, on_strip=lambda: strips.append(1))
+    expected = decode(handles.vae, latents, events=Told(check=lambda: strips.append(1)))
     assert len(strips) > 20
 
     def stop():
@@ -134,7 +141,7 @@ def test_it_can_be_stopped_between_strips_and_the_vae_used_again(handles):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, latents, on_strip=stop)
+        decode(handles.vae, latents, events=Told(check=stop))
     assert torch.equal(decode(handles.vae, latents), expected)
 
 
@@ -149,7 +156,7 @@ def test_nothing_of_a_run_outlives_it(handles):
     images = decode(handles.vae, torch.randn(1, 16, 3, 4, 6))
     encode(handles.vae, images)
     with pytest.raises(KeyboardInterrupt):
-        decode(handles.vae, torch.randn(1, 16, 3, 4, 6), on_chunk=_interrupt)
+        decode(handles.vae, torch.randn(1, 16, 3, 4, 6), events=Told(progress=_interrupt, of="decoding"))
     assert len(alive()) == before
 
 
@@ -197,7 +204,8 @@ class TestMemory:
 class TestOutOfMemory:
     @pytest.fixture
     def full(self, monkeypatch):
-        """``full(when)``: memory runs out in the strips for which ``when(strip, budget)`` says so; strips are counted from 1 over all chunks."""
+        """``full(when)``: memory runs out in the strips for which ``when(strip, budget)`` says so; strips are counted
+        from 1 over all chunks."""
         real, count = Strips._tick, [0]
 
         def inject(when):
@@ -216,7 +224,9 @@ class TestOutOfMemory:
         latents, said, chunks = torch.randn(1, 16, 5, 4, 4), [], []
         expected = decode(handles.vae, latents)
         full(lambda count, budget: count == strip)
-        images = decode(handles.vae, latents, on_heal=said.append, on_chunk=lambda done, _: chunks.append(done))
+        images = decode(
+            handles.vae, latents, events=Told(heals=said, progress=lambda done, _: chunks.append(done), of="decoding")
+        )
         assert error(images, expected) < 1e-5
         assert chunks == [3, 5]
         assert len(said) == 1
@@ -239,7 +249,9 @@ def test_a_clip_in_8_bits_gives_the_latents_of_its_floats_and_no_second_clip_is_
 
     clip = torch.randint(0, 256, (17, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     kept, real = [], module._Chunks.run
-    monkeypatch.setattr(module._Chunks, "run", lambda self, index, piece, where: kept.append(piece) or real(self, index, piece, where))
+    monkeypatch.setattr(
+        module._Chunks, "run", lambda self, index, piece, where: kept.append(piece) or real(self, index, piece, where)
+    )
     assert torch.equal(encode(handles.vae, clip), encode(handles.vae, clip.float() / 255))
     storage = clip.untyped_storage().data_ptr()
     assert all(piece.untyped_storage().data_ptr() == storage for piece in kept[: len(kept) // 2])

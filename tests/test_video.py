@@ -1,4 +1,5 @@
-"""What a run leaves behind goes where it was asked to, whole or not at all, over nothing that was there, and no finished step is lost."""
+"""What a run leaves behind goes where it was asked to, whole or not at all, over nothing that was there, and no
+finished step is lost."""
 
 import os
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox.media import read_sound, read_video
+from cogvideox.clip_files import read_sound, read_video
 from cogvideox.video import check_output, check_room, free_name, read_latent, write_latent, write_mp4
+from tests.told import Told
 
 NOISE = torch.rand(5, 48, 80, 3, generator=torch.Generator().manual_seed(1))
 
@@ -109,7 +111,7 @@ class TestWriting:
                 raise error
 
         with pytest.raises(error):
-            write_mp4(NOISE, tmp_path / "x.mp4", 16, stop)
+            write_mp4(NOISE, tmp_path / "x.mp4", 16, Told(progress=stop))
         assert names(tmp_path) == []
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
@@ -136,7 +138,9 @@ class TestWriting:
         sound, _ = read_sound(tmp_path / "x.mp4", 1.5)
         assert np.abs(sound[0, 4800:67_200] - wave[4800:67_200]).mean() < 0.02
 
-    @pytest.mark.parametrize("folder", ["plain", "with: colon", "übung 日本", os.fsdecode(b"\xe9") if sys.platform == "linux" else "x"])
+    @pytest.mark.parametrize(
+        "folder", ["plain", "with: colon", "übung 日本", os.fsdecode(b"\xe9") if sys.platform == "linux" else "x"]
+    )
     def test_names_of_every_kind(self, tmp_path, folder, monkeypatch):
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path)

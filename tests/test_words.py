@@ -1,7 +1,10 @@
-"""Every node is told in words, in English and in Chinese: what ComfyUI's page shows on it, its help page, and the README."""
+"""Every node is told in words, in English and in Chinese: what ComfyUI's page shows on it, its help page, and the
+README with its chapters in docs/."""
 
+import posixpath
 import re
 import sys
+from collections.abc import Callable
 
 import pytest
 from PIL import Image
@@ -11,8 +14,14 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "web" / "docs"
 NODES = [path.stem for path in sorted(DOCS.glob("*.md"))]
-#: Where the page looks for a node's help, by language. English is what it falls back to where there is no ``<node>/<language>.md``.
+#: Where the page looks for a node's help, by language. English is what it falls back to where there is no
+#: ``<node>/<language>.md``.
 HELP = {"en": "{}.md", "zh": "{}/zh.md"}
+#: The README and its chapters, from the root, each with its Chinese twin.
+PAGES = {"README.md": "README.zh.md"} | {
+    f"docs/{path.name}": f"docs/zh/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))
+}
+ENGLISH = {chinese: english for english, chinese in PAGES.items()}
 #: Names that Chinese users of ComfyUI write so too.
 SAME_IN_CHINESE = {"VAE", "Latent"}
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -30,6 +39,21 @@ def help_page(node_id: str, language: str) -> str:
     return (DOCS / HELP[language].format(node_id)).read_text(encoding="utf-8")
 
 
+def read_page(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", text)
+
+
+def leads_to(page: str, target: str) -> str:
+    """Return where a link of a page leads: an address as it is, a file from the root."""
+    if target.startswith("https://"):
+        return target
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), target.partition("#")[0]))
+
+
 def test_the_english_words_are_those_that_the_nodes_declare(pack):
     """After a change of a node: ``python -m tests.locales``."""
     assert locales.read("en") == locales.declared(pack.NODE_CLASS_MAPPINGS, pack.NODE_DISPLAY_NAME_MAPPINGS)
@@ -39,7 +63,9 @@ def test_the_english_words_are_those_that_the_nodes_declare(pack):
 def test_every_node_input_and_output_has_a_name_and_a_tooltip_and_nothing_is_left_over(pack, language):
     expected = set()
     for node_id, node in pack.NODE_CLASS_MAPPINGS.items():
-        sockets = [("inputs", name) for name in locales.inputs(node)] + [("outputs", str(index)) for index in range(len(node.RETURN_TYPES))]
+        sockets = [("inputs", name) for name in locales.inputs(node)] + [
+            ("outputs", str(index)) for index in range(len(node.RETURN_TYPES))
+        ]
         expected |= {(node_id, "display_name"), (node_id, "description")}
         expected |= {(node_id, *socket, word) for socket in sockets for word in ("name", "tooltip")}
     words = leaves(locales.read(language))
@@ -67,7 +93,10 @@ def test_the_chinese_words_are_chinese():
 
 def test_the_chinese_words_name_the_same_choices_files_and_figures():
     """A tooltip that was changed in one language only."""
-    named = re.compile(r"\d+(?:\.\d+)?|\b(?:auto|gpu|cpu|offload_\w+|fix|warn|stop|pass|heal|ddim|dpm|bf16|fp16|models/[\w/]+)\b", re.ASCII)
+    named = re.compile(
+        r"\d+(?:\.\d+)?|\b(?:auto|gpu|cpu|offload_\w+|fix|warn|stop|pass|heal|ddim|dpm|bf16|fp16|models/[\w/]+)\b",
+        re.ASCII,
+    )
     chinese = leaves(locales.read("zh"))
     for path, text in leaves(locales.read("en")).items():
         if path[-1] in ("tooltip", "description"):
@@ -76,7 +105,9 @@ def test_the_chinese_words_name_the_same_choices_files_and_figures():
 
 def test_there_is_a_help_page_for_every_node_and_for_nothing_else(pack):
     assert set(NODES) == set(pack.NODE_CLASS_MAPPINGS)
-    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} == {HELP[language].format(node) for language in HELP for node in NODES}
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} == {
+        HELP[language].format(node) for language in HELP for node in NODES
+    }
     assert (ROOT / pack.WEB_DIRECTORY / "docs").samefile(DOCS)
 
 
@@ -111,29 +142,67 @@ def test_a_help_page_has_a_picture(node_id):
         assert min(picture.size) >= 100
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", *(HELP[language].format(node) for language in HELP for node in NODES)])
-def test_links_to_files_lead_somewhere(page):
-    root = ROOT if page.startswith("README") else DOCS
-    for target in re.findall(r"\]\(([^)]+)\)", (root / page).read_text(encoding="utf-8")):
+@pytest.mark.parametrize("page", [HELP[language].format(node) for language in HELP for node in NODES])
+def test_links_of_a_help_page_lead_somewhere(page):
+    for target in links((DOCS / page).read_text(encoding="utf-8")):
         # Pictures of help pages have a test of their own.
-        assert re.match(r"https://|images/", target) or (root / target.partition("#")[0]).exists()
+        assert re.match(r"https://|images/", target) or (DOCS / target.partition("#")[0]).exists()
 
 
-def test_both_readmes_say_the_same():
+@pytest.mark.parametrize("page", [*PAGES, *ENGLISH])
+def test_links_to_files_lead_somewhere(page):
+    for target in links(read_page(page)):
+        assert target.startswith("https://") or (ROOT / leads_to(page, target)).exists(), target
+
+
+def test_what_github_shows_for_an_issue_leads_to_pages_that_exist():
+    text = read_page(".github/ISSUE_TEMPLATE/config.yml")
+    pages = re.findall(r"https://github\.com/cogvideox15-pack/cogvideox15-pack/blob/main/(\S+)", text)
+    assert pages == ["docs/troubleshooting.md"]
+    assert all(page in PAGES for page in pages)
+
+
+def test_every_chapter_is_there_in_both_languages_and_the_readme_leads_to_it():
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    assert files == {*PAGES, *ENGLISH} - {"README.md", "README.zh.md"}
+    for readme, pages in (("README.md", PAGES), ("README.zh.md", ENGLISH)):
+        assert {leads_to(readme, target) for target in links(read_page(readme))} >= set(pages) - {readme}
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_a_readme_is_short(readme):
+    """What does not fit belongs in a chapter."""
+    assert len(read_page(readme).encode()) <= 7000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_of_a_page_say_the_same(page):
     """After a change of one: the other too, in the section that is named here."""
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
-    english, chinese = map(outline, texts)
+
+    def twin_or_self(path):
+        return ENGLISH.get(path, path)
+
+    english = outline(read_page(page), lambda target: twin_or_self(leads_to(page, target)))
+    chinese = outline(read_page(PAGES[page]), lambda target: twin_or_self(leads_to(PAGES[page], target)))
     assert [section["heading"] for section in chinese] == [section["heading"] for section in english]
-    for title, theirs, ours in zip(re.findall(r"(?m)^#+ (.+)$", texts[0]), english, chinese, strict=True):
+    for title, theirs, ours in zip(re.findall(r"(?m)^#+ (.+)$", read_page(page)), english, chinese, strict=True):
         assert ours == theirs, title
 
 
-def test_the_readmes_lead_to_each_other_and_call_nodes_as_the_page_does():
-    for language, name, other in (("en", "README.md", "README.zh.md"), ("zh", "README.zh.md", "README.md")):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert f"]({other})" in text.split("\n\n")[1]
+@pytest.mark.parametrize("page", [*PAGES, *ENGLISH])
+def test_a_page_leads_to_its_twin_and_the_readme_first_and_then_stays_in_its_language(page):
+    twin, own, readme = (PAGES[page], PAGES, "README.md") if page in PAGES else (ENGLISH[page], ENGLISH, "README.zh.md")
+    title, first, *rest = read_page(page).split("\n\n")
+    assert title.startswith("# ")
+    assert {leads_to(page, target) for target in links(first)} == {twin, readme} - {page}
+    lead = {leads_to(page, target) for text in rest for target in links(text)}
+    assert lead & {*PAGES, *ENGLISH} <= set(own)
+
+
+def test_the_chapter_on_nodes_calls_them_as_the_page_does():
+    for language, page in (("en", "docs/nodes.md"), ("zh", "docs/zh/nodes.md")):
         for words in locales.read(language).values():
-            assert f"| {words['display_name']} |" in text
+            assert f"| {words['display_name']} |" in read_page(page)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +222,9 @@ def test_the_page_finds_help_whatever_the_folder_is_called(pack, folder, asked):
     assert not set("{}") & set(pattern), "aiohttp takes braces for the ends of the pattern"
 
 
-def outline(text: str) -> list[dict]:
-    """By section what does not depend on the language: the heading's level, the shape of its tables, its code without comments, the names in
-    `code` and the figures in its text, and where its links lead."""
+def outline(text: str, leads: Callable[[str], str] = str) -> list[dict]:
+    """By section what does not depend on the language: the heading's level, the shape of its tables, its code without
+    comments, the names in `code` and the figures in its text, and where its links lead, as ``leads`` says."""
     sections = []
     for heading, body in zip(*[iter(re.split(r"(?m)^(#+) ", text)[1:])] * 2, strict=True):
         blocks = re.findall(r"(?ms)^ *```\n(.*?)^ *```$", body)
@@ -168,7 +237,7 @@ def outline(text: str) -> list[dict]:
                 "code": [re.sub(r" +#.*", "", block) for block in blocks],
                 "names": set(re.findall(r"`([^`]+)`", prose)),
                 "figures": set(re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\([^)]+\)", "", prose))),
-                "links": sorted(target for target in re.findall(r"\]\(([^)]+)\)", prose) if not target.startswith("README")),
+                "links": sorted(map(leads, links(prose))),
             }
         )
     return sections

@@ -37,7 +37,9 @@ def test_its_links_join_sockets_of_one_type(workflow):
             assert in_socket["link"] == number
             assert in_socket["type"] == "*" or kind in in_socket["type"].split(",")
     numbers = {link[0] for link in workflow["links"]}
-    assert {socket["link"] for node in workflow["nodes"] for socket in node["inputs"] if socket.get("link") is not None} <= numbers
+    assert {
+        socket["link"] for node in workflow["nodes"] for socket in node["inputs"] if socket.get("link") is not None
+    } <= numbers
 
 
 def test_every_required_socket_is_connected(workflow, pack):
@@ -56,7 +58,15 @@ def test_a_note_says_what_to_change_and_what_to_do_if(path):
     (note,) = (node for node in workflows.read(path)["nodes"] if node["type"] == "MarkdownNote")
     assert note["title"].startswith("Read me")
     text = note["widgets_values"][0]
-    for word in ("huggingface.co/zai-org/CogVideoX1.5-5B", "models/CogVideo", "Prompt", "16N+1", "memory", "dtype", "black"):
+    for word in (
+        "huggingface.co/zai-org/CogVideoX1.5-5B",
+        "models/CogVideo",
+        "Prompt",
+        "16N+1",
+        "memory",
+        "dtype",
+        "black",
+    ):
         assert word in text, word
     assert ("lora" in path.stem) == ("models/loras" in text)
 
@@ -64,18 +74,23 @@ def test_a_note_says_what_to_change_and_what_to_do_if(path):
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
 def test_the_twin_for_scripts_is_what_the_page_would_queue(path):
     twin = workflows.read(workflows.twin(path))
-    assert {name: {key: node[key] for key in ("class_type", "inputs")} for name, node in twin.items()} == workflows.to_api(workflows.read(path))
+    assert {
+        name: {key: node[key] for key in ("class_type", "inputs")} for name, node in twin.items()
+    } == workflows.to_api(workflows.read(path))
 
 
 def test_twins_are_not_listed_as_templates():
     """ComfyUI lists every JSON file right in example_workflows."""
     assert [workflows.twin(path).parent.name for path in workflows.FILES] == ["api"] * len(workflows.FILES)
-    assert sorted(workflows.twin(workflows.FILES[0]).parent.glob("*")) == [workflows.twin(path) for path in workflows.FILES]
+    assert sorted(workflows.twin(workflows.FILES[0]).parent.glob("*")) == [
+        workflows.twin(path) for path in workflows.FILES
+    ]
 
 
 @pytest.mark.parametrize("path", workflows.BLOCKS, ids=lambda path: path.name)
 def test_a_block_is_one_node_that_shows_what_matters_and_gives_frames_and_video(path):
-    """The page takes a block from a workflow of one node, which is a subgraph (ComfyUI's app/subgraph_manager.py lists subgraphs/*.json)."""
+    """The page takes a block from a workflow of one node, which is a subgraph (ComfyUI's app/subgraph_manager.py lists
+    subgraphs/*.json)."""
     block = workflows.read(path)
     (node,), (graph,) = block["nodes"], block["definitions"]["subgraphs"]
     assert node["type"] == graph["id"]
@@ -86,7 +101,10 @@ def test_a_block_is_one_node_that_shows_what_matters_and_gives_frames_and_video(
     assert names == [socket["name"] for socket in graph["inputs"]]
     assert [(socket["name"], socket["type"]) for socket in node["outputs"]] == [("images", "IMAGE"), ("video", "VIDEO")]
     assert len(node["widgets_values"]) == len(names)
-    assert {kind["class_type"] for kind in workflows.to_api(block).values()} >= {"CogVideoX15ModelLoader", "CogVideoX15BlackFrameCheck"}
+    assert {kind["class_type"] for kind in workflows.to_api(block).values()} >= {
+        "CogVideoX15ModelLoader",
+        "CogVideoX15BlackFrameCheck",
+    }
 
 
 def test_the_block_runs_what_the_example_runs():
@@ -95,8 +113,18 @@ def test_the_block_runs_what_the_example_runs():
     block = workflows.to_api(workflows.read(workflows.BLOCKS[0]))
 
     def plain(prompt):
-        links = {name: sorted(value[1] for value in node["inputs"].values() if isinstance(value, list)) for name, node in prompt.items()}
-        values = {name: {key: value for key, value in node["inputs"].items() if not isinstance(value, list)} for name, node in prompt.items()}
-        return sorted((node["class_type"], str(values[name]), links[name]) for name, node in prompt.items() if node["class_type"] != "SaveVideo")
+        links = {
+            name: sorted(value[1] for value in node["inputs"].values() if isinstance(value, list))
+            for name, node in prompt.items()
+        }
+        values = {
+            name: {key: value for key, value in node["inputs"].items() if not isinstance(value, list)}
+            for name, node in prompt.items()
+        }
+        return sorted(
+            (node["class_type"], str(values[name]), links[name])
+            for name, node in prompt.items()
+            if node["class_type"] != "SaveVideo"
+        )
 
     assert plain(block) == plain(example)

@@ -13,7 +13,9 @@ import torch
 
 VARIANTS = {
     "1.5": dict(in_channels=16, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False),
-    "1.5-i2v": dict(in_channels=32, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, ofs_embed_dim=64),
+    "1.5-i2v": dict(
+        in_channels=32, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, ofs_embed_dim=64
+    ),
     "5b": dict(in_channels=16, use_rotary_positional_embeddings=True),
     "5b-i2v": dict(in_channels=32, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True),
     "2b": dict(in_channels=16, use_rotary_positional_embeddings=False),
@@ -26,7 +28,11 @@ LAYERS = 4
 
 
 def build_checkpoint(
-    folder: Path | str, variant: str = "1.5", seed: int = 0, stored: dict | None = None, change: Callable[[dict], None] | None = None
+    folder: Path | str,
+    variant: str = "1.5",
+    seed: int = 0,
+    stored: dict | None = None,
+    change: Callable[[dict], None] | None = None,
 ) -> Path:
     """Write a checkpoint of 2 layers x 2 heads that diffusers' pipelines open with ``from_pretrained``.
 
@@ -40,7 +46,11 @@ def build_checkpoint(
     folder = Path(folder)
     stored = STORED | (stored or {})
     torch.manual_seed(seed)
-    parts = {"transformer": build_transformer(variant), "text_encoder": build_text_encoder(), "vae": build_vae(invert=variant == "1.5-i2v")}
+    parts = {
+        "transformer": build_transformer(variant),
+        "text_encoder": build_text_encoder(),
+        "vae": build_vae(invert=variant == "1.5-i2v"),
+    }
     if change is not None:
         change(parts)
     for name, module in parts.items():
@@ -94,7 +104,9 @@ def build_transformer(variant: str = "1.5", **changes) -> torch.nn.Module:
     return CogVideoXTransformer3DModel(**config | VARIANTS[variant] | changes)
 
 
-def build_text_encoder(vocabulary: int = 256, layers: int = 2, width: int = TEXT_WIDTH, inner: int | None = None) -> torch.nn.Module:
+def build_text_encoder(
+    vocabulary: int = 256, layers: int = 2, width: int = TEXT_WIDTH, inner: int | None = None
+) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -140,7 +152,8 @@ def build_scheduler(variant: str = "1.5"):
 
 
 def build_tokenizer(folder: Path) -> None:
-    """A SentencePiece model of a few English sentences with T5's special tokens: only ``spiece.model``, as the official folder."""
+    """A SentencePiece model of a few English sentences with T5's special tokens: only ``spiece.model``, as the official
+    folder."""
     import sentencepiece
 
     text = [

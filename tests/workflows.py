@@ -1,4 +1,4 @@
-"""Reading the workflow files that ComfyUI's Save writes."""
+"""Read and check the workflow files that ComfyUI's Save writes."""
 
 import json
 from pathlib import Path
@@ -19,32 +19,34 @@ def read(path: Path) -> dict:
 
 
 def twin(path: Path) -> Path:
-    """The file with the same workflow in API format, for scripts."""
+    """Return the file with the same workflow in API format, for scripts."""
     return path.parent / "api" / path.name
 
 
 def inside(block: dict) -> dict:
-    """What is inside a block, in a workflow's own form. Its links begin and end at ``INPUTS`` and ``OUTPUTS`` too."""
+    """Read what is inside a block, in the form of a workflow. Links also begin at ``INPUTS`` and end at ``OUTPUTS``."""
     (graph,) = block["definitions"]["subgraphs"]
     fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     return graph | {"links": [[link[field] for field in fields] for link in graph["links"]]}
 
 
 def widget_values(node: dict) -> dict:
-    """A node's widgets by name, as the file itself names them."""
+    """Read a node's widgets by name, as the file itself names them."""
     named = node.get("widgets_values_named") or {}
     return {name: value for name, value in named.items() if name not in PAGE_WIDGETS}
 
 
 def to_api(workflow: dict) -> dict:
-    """What the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``, as the page calls it."""
+    """Make what the page would queue: ``{id: {class_type, inputs}}``. A node in a subgraph is called ``instance:node``,
+    as the page calls it."""
     definitions = {graph["id"]: graph for graph in workflow.get("definitions", {}).get("subgraphs", [])}
     nodes = {str(node["id"]): node for node in workflow["nodes"]}
     links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
     prompt = {}
 
     def source(link):
-        """The node and the socket that a link of the workflow comes from, in a subgraph where it comes out of one."""
+        """Find the node and the socket that a link of the workflow comes from: inside the subgraph, if it comes out of
+        one."""
         origin, slot = links[link]
         graph = definitions.get(nodes[origin]["type"]) if origin in nodes else None
         if graph is None:
@@ -55,7 +57,9 @@ def to_api(workflow: dict) -> dict:
     for name, node in nodes.items():
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        inputs = widget_values(node) | {socket["name"]: source(socket["link"]) for socket in node["inputs"] if socket.get("link") is not None}
+        inputs = widget_values(node) | {
+            socket["name"]: source(socket["link"]) for socket in node["inputs"] if socket.get("link") is not None
+        }
         graph = definitions.get(node["type"])
         if graph is None:
             prompt[name] = {"class_type": node["type"], "inputs": inputs}
@@ -68,7 +72,9 @@ def to_api(workflow: dict) -> dict:
                     link = inside[socket["link"]]
                     from_outside = link["origin_id"] == INPUTS
                     given = (
-                        inputs[graph["inputs"][link["origin_slot"]]["name"]] if from_outside else [f"{name}:{link['origin_id']}", link["origin_slot"]]
+                        inputs[graph["inputs"][link["origin_slot"]]["name"]]
+                        if from_outside
+                        else [f"{name}:{link['origin_id']}", link["origin_slot"]]
                     )
                     values[socket["name"]] = given
             prompt[f"{name}:{part['id']}"] = {"class_type": part["type"], "inputs": values}
@@ -81,17 +87,22 @@ def combined(node_class) -> dict:
 
 
 def ours(workflow: dict, pack) -> list:
-    return [(node, pack.NODE_CLASS_MAPPINGS[node["type"]]) for node in workflow["nodes"] if node["type"].startswith("CogVideoX15")]
+    return [
+        (node, pack.NODE_CLASS_MAPPINGS[node["type"]])
+        for node in workflow["nodes"]
+        if node["type"].startswith("CogVideoX15")
+    ]
 
 
 def links_of(workflow: dict) -> list[list]:
-    """Every link as ``[id, origin, output, target, input, type]``, which newer files write as objects."""
+    """List every link as ``[id, origin, output, target, input, type]``; newer files write them as objects."""
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     return [[link[name] for name in names] if isinstance(link, dict) else link for link in workflow["links"]]
 
 
 def check(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
-    """That a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets whose choices are files."""
+    """Assert that a workflow fits the nodes as they are: nothing missing, nothing red. ``unknown`` are the widgets
+    whose choices are files."""
     check_sockets(workflow, pack)
     check_widgets(workflow, pack, unknown)
     check_links(workflow)
@@ -104,7 +115,9 @@ def check_sockets(workflow: dict, pack) -> None:
         assert [(socket["name"], socket["type"]) for socket in node["outputs"]] == list(
             zip(node_class.RETURN_NAMES, node_class.RETURN_TYPES, strict=True)
         )
-        declared = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in combined(node_class).items()}
+        declared = {
+            name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in combined(node_class).items()
+        }
         assert {socket["name"]: socket["type"] for socket in node["inputs"]} == declared
 
 
@@ -121,7 +134,7 @@ def check_widgets(workflow: dict, pack, unknown: tuple[str, ...] = ()) -> None:
 
 
 def check_links(workflow: dict) -> None:
-    """Every link joins sockets of one type, both of which know it, and no socket knows of another."""
+    """Assert that every link joins sockets of one type, both of which know it, and that no socket knows of another."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = links_of(workflow)
     for number, origin, output, target, entry, _kind in links:
@@ -131,9 +144,13 @@ def check_links(workflow: dict) -> None:
         assert "*" in (in_socket["type"], out_socket["type"]) or out_socket["type"] in in_socket["type"].split(",")
     numbers = [link[0] for link in links]
     assert len(set(numbers)) == len(numbers)
-    known = [socket["link"] for node in nodes.values() for socket in node.get("inputs", ()) if socket.get("link") is not None]
+    known = [
+        socket["link"] for node in nodes.values() for socket in node.get("inputs", ()) if socket.get("link") is not None
+    ]
     assert sorted(known) == sorted(numbers)
-    assert sorted(number for node in nodes.values() for socket in node.get("outputs", ()) for number in socket["links"] or ()) == sorted(numbers)
+    assert sorted(
+        number for node in nodes.values() for socket in node.get("outputs", ()) for number in socket["links"] or ()
+    ) == sorted(numbers)
 
 
 def check_required(workflow: dict, pack) -> None:

@@ -1,7 +1,8 @@
-"""Workflows in the format of ComfyUI-CogVideoXWrapper (kijai), as its pages of different ages save them and as the API takes them."""
+"""Workflows in the format of ComfyUI-CogVideoXWrapper (kijai), as its pages of different ages save them and as the API
+takes them."""
 
-#: Node -> its sockets, its widgets with a value each (the page's own behind the seed), its outputs. From that pack's nodes.py and model_loading.py;
-#: below them nodes of other packs that its users have.
+#: Node -> its sockets, its widgets with a value each (the page's own behind the seed), its outputs. From that pack's
+#: nodes.py and model_loading.py; below them nodes of other packs that its users have.
 NODES = {
     "DownloadAndLoadCogVideoModel": (
         {"block_edit": "TRANSFORMERBLOCKS", "lora": "COGLORA", "compile_args": "COMPILEARGS"},
@@ -39,8 +40,16 @@ NODES = {
         },
         {"model": "COGVIDEOMODEL", "vae": "VAE"},
     ),
-    "CogVideoXVAELoader": ({"compile_args": "COMPILEARGS"}, {"model_name": "cogvideox_vae.safetensors", "precision": "bf16"}, {"vae": "VAE"}),
-    "CogVideoLoraSelect": ({"prev_lora": "COGLORA"}, {"lora": "style.safetensors", "strength": 1.0, "fuse_lora": False}, {"lora": "COGLORA"}),
+    "CogVideoXVAELoader": (
+        {"compile_args": "COMPILEARGS"},
+        {"model_name": "cogvideox_vae.safetensors", "precision": "bf16"},
+        {"vae": "VAE"},
+    ),
+    "CogVideoLoraSelect": (
+        {"prev_lora": "COGLORA"},
+        {"lora": "style.safetensors", "strength": 1.0, "fuse_lora": False},
+        {"lora": "COGLORA"},
+    ),
     "CogVideoTextEncode": (
         {"clip": "CLIP"},
         {"prompt": "a panda", "strength": 1.0, "force_offload": True},
@@ -95,7 +104,13 @@ NODES = {
     ),
     "CogVideoContextOptions": (
         {},
-        {"context_schedule": "uniform_standard", "context_frames": 48, "context_stride": 4, "context_overlap": 4, "freenoise": True},
+        {
+            "context_schedule": "uniform_standard",
+            "context_frames": 48,
+            "context_stride": 4,
+            "context_overlap": 4,
+            "freenoise": True,
+        },
         {"context_options": "COGCONTEXT"},
     ),
     "CogVideoXTeaCache": ({}, {"rel_l1_thresh": 0.3}, {"teacache_args": "TEACACHEARGS"}),
@@ -111,11 +126,31 @@ NODES = {
     ),
     "CogVideoEnhanceAVideo": ({}, {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0}, {"feta_args": "FETAARGS"}),
     "CogVideoTransformerEdit": ({}, {"remove_blocks": "15, 25, 37"}, {"block_list": "TRANSFORMERBLOCKS"}),
-    "CogVideoLatentPreview": ({"samples": "LATENT"}, {"seed": 0, "control_after_generate": "fixed"}, {"images": "IMAGE", "factors": "STRING"}),
-    "ToraEncodeTrajectory": ({"vae": "VAE"}, {"width": 720}, {"tora_trajectory": "TORAFEATURES", "video_flow_images": "IMAGE"}),
-    "CogVideoControlNet": ({"images": "IMAGE"}, {"control_strength": 1.0}, {"cogvideo_controlnet": "COGVIDECONTROLNET"}),
-    "CogVideoImageEncodeFunInP": ({"vae": "VAE", "start_image": "IMAGE"}, {"num_frames": 49}, {"image_cond_latents": "LATENT"}),
-    "CogVideoXFunSampler": ({"pipeline": "COGVIDEOPIPE"}, {"video_length": 49}, {"cogvideo_pipe": "COGVIDEOPIPE", "samples": "LATENT"}),
+    "CogVideoLatentPreview": (
+        {"samples": "LATENT"},
+        {"seed": 0, "control_after_generate": "fixed"},
+        {"images": "IMAGE", "factors": "STRING"},
+    ),
+    "ToraEncodeTrajectory": (
+        {"vae": "VAE"},
+        {"width": 720},
+        {"tora_trajectory": "TORAFEATURES", "video_flow_images": "IMAGE"},
+    ),
+    "CogVideoControlNet": (
+        {"images": "IMAGE"},
+        {"control_strength": 1.0},
+        {"cogvideo_controlnet": "COGVIDECONTROLNET"},
+    ),
+    "CogVideoImageEncodeFunInP": (
+        {"vae": "VAE", "start_image": "IMAGE"},
+        {"num_frames": 49},
+        {"image_cond_latents": "LATENT"},
+    ),
+    "CogVideoXFunSampler": (
+        {"pipeline": "COGVIDEOPIPE"},
+        {"video_length": 49},
+        {"cogvideo_pipe": "COGVIDEOPIPE", "samples": "LATENT"},
+    ),
     "ConsisIDFaceEncode": ({"image": "IMAGE"}, {"scale": 1.0}, {"consis_id_cond": "CONSISID"}),
     "CogVideoXFunResizeToClosestBucket": (
         {"images": "IMAGE"},
@@ -130,9 +165,17 @@ NODES = {
         {"width": 1360, "height": 768, "upscale_method": "lanczos", "keep_proportion": False, "divisible_by": 2},
         {"IMAGE": "IMAGE", "width": "INT", "height": "INT"},
     ),
-    "ImageScale": ({"image": "IMAGE"}, {"upscale_method": "lanczos", "width": 1360, "height": 768, "crop": "center"}, {"IMAGE": "IMAGE"}),
+    "ImageScale": (
+        {"image": "IMAGE"},
+        {"upscale_method": "lanczos", "width": 1360, "height": 768, "crop": "center"},
+        {"IMAGE": "IMAGE"},
+    ),
     "VHS_LoadVideo": ({}, {"video": "input.mp4", "frame_load_cap": 33}, {"IMAGE": "IMAGE", "frame_count": "INT"}),
-    "VHS_VideoCombine": ({"images": "IMAGE", "vae": "VAE"}, {"frame_rate": 16, "format": "video/h264-mp4"}, {"Filenames": "VHS_FILENAMES"}),
+    "VHS_VideoCombine": (
+        {"images": "IMAGE", "vae": "VAE"},
+        {"frame_rate": 16, "format": "video/h264-mp4"},
+        {"Filenames": "VHS_FILENAMES"},
+    ),
     "SaveWEBM": ({"images": "IMAGE"}, {"filename_prefix": "video", "codec": "vp9", "fps": 16.0, "crf": 32.0}, {}),
     "PreviewImage": ({"images": "IMAGE"}, {}, {}),
     "INTConstant": ({}, {"value": 49}, {"value": "INT"}),
@@ -145,17 +188,40 @@ NODES = {
 }
 _PIPE = {"cogvideo_pipe": "COGVIDEOPIPE"}
 _SIZE = {"height": 480, "width": 720}
-_STEPS = {"steps": 25, "cfg": 6.0, "seed": 123456789, "control_after_generate": "increment", "scheduler": "CogVideoXDPMScheduler"}
+_STEPS = {
+    "steps": 25,
+    "cfg": 6.0,
+    "seed": 123456789,
+    "control_after_generate": "increment",
+    "scheduler": "CogVideoXDPMScheduler",
+}
 _TILES = {"t_tile_length": 49, "t_tile_overlap": 8}
-_OPTIONAL = {"samples": "LATENT", "image_cond_latents": "LATENT", "context_options": "COGCONTEXT", "controlnet": "COGVIDECONTROLNET"}
+_OPTIONAL = {
+    "samples": "LATENT",
+    "image_cond_latents": "LATENT",
+    "context_options": "COGCONTEXT",
+    "controlnet": "COGVIDECONTROLNET",
+}
 _LOADER = {"model": "THUDM/CogVideoX-5b", "precision": "bf16", "fp8_transformer": "disabled", "compile": "disabled"}
 _OFFLOAD = {"enable_sequential_cpu_offload": False}
 _EDIT = {"block_edit": "TRANSFORMERBLOCKS", "lora": "COGLORA"}
-#: Its nodes before 19 November 2024, when one link brought model, VAE and text encoder: day -> sockets and widgets of the loader, widgets of the
-#: sampler, sockets and widgets of the encoder.
+#: Its nodes before 19 November 2024, when one link brought model, VAE and text encoder: day -> sockets and widgets of
+#: the loader, widgets of the sampler, sockets and widgets of the encoder.
 _AGES = {
-    "2024-08-06": ({}, {"precision": "bf16"}, {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, "denoise_strength": 1.0}, {}, {}),
-    "2024-08-07": ({}, {"precision": "bf16"}, {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, **_TILES, "denoise_strength": 1.0}, {}, {}),
+    "2024-08-06": (
+        {},
+        {"precision": "bf16"},
+        {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, "denoise_strength": 1.0},
+        {},
+        {},
+    ),
+    "2024-08-07": (
+        {},
+        {"precision": "bf16"},
+        {**_SIZE, "num_frames": 48, "fps": 8, **_STEPS, **_TILES, "denoise_strength": 1.0},
+        {},
+        {},
+    ),
     "2024-09-03": (
         {},
         _LOADER | _OFFLOAD,
@@ -186,7 +252,11 @@ def nodes_of_age(day):
     sockets, loader, sampler, encoder_sockets, encoder = _AGES[day]
     pipe = {"pipeline": "COGVIDEOPIPE"}
     prompts = {"positive": "CONDITIONING", "negative": "CONDITIONING"}
-    others = _OPTIONAL if "pab_config" in sockets or "compile_args" in sockets else {"samples": "LATENT", "image_cond_latents": "LATENT"}
+    others = (
+        _OPTIONAL
+        if "pab_config" in sockets or "compile_args" in sockets
+        else {"samples": "LATENT", "image_cond_latents": "LATENT"}
+    )
     fast = {"tora_trajectory": "TORAFEATURES", "fastercache": "FASTERCACHEARGS"} if others is _OPTIONAL else {}
     return NODES | {
         "DownloadAndLoadCogVideoModel": (sockets, loader, _PIPE),
@@ -201,7 +271,12 @@ def nodes_of_age(day):
         ),
         "CogVideoPABConfig": (
             {},
-            {"spatial_broadcast": True, "spatial_threshold_start": 850, "spatial_threshold_end": 100, "spatial_range": 2},
+            {
+                "spatial_broadcast": True,
+                "spatial_threshold_start": 850,
+                "spatial_threshold_end": 100,
+                "spatial_range": 2,
+            },
             {"pab_config": "PAB_CONFIG"},
         ),
         "MZ_CogVideoXLoader": (
@@ -225,7 +300,8 @@ _TYPES = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
 class Workflow:
     """A workflow being drawn: nodes side by side, each with links and changes of its widgets.
 
-    ``w.add("CogVideoDecode", vae=("loader", 1), auto_tile_size=False)`` returns the node's id; ``name`` is how others may call it.
+    ``w.add("CogVideoDecode", vae=("loader", 1), auto_tile_size=False)`` returns the node's id; ``name`` is how others
+    may call it.
 
     Args:
         table: the nodes there are, as ``NODES`` has them.
@@ -240,7 +316,11 @@ class Workflow:
         sockets, widgets, _ = self.table[kind]
         assert inputs.keys() <= sockets.keys() | widgets.keys(), (kind, inputs)
         id_ = max(self.nodes, default=7) + 3
-        links = {key: (self.names.get(value[0], value[0]), value[1]) for key, value in inputs.items() if isinstance(value, tuple)}
+        links = {
+            key: (self.names.get(value[0], value[0]), value[1])
+            for key, value in inputs.items()
+            if isinstance(value, tuple)
+        }
         values = {key: inputs[key] if key in inputs and key not in links else value for key, value in widgets.items()}
         self.nodes[id_] = {"kind": kind, "mode": mode, "values": values, "links": links}
         self.names[name or kind] = id_
@@ -258,8 +338,8 @@ class Workflow:
                 node["values"][key] = value
 
     def page(self, age="old", place=None):
-        """As the page saves it. ``old`` names only the widgets that were turned into inputs; ``new`` all of them; ``named`` saves them as an
-        object, and links too (version 1)."""
+        """As the page saves it. ``old`` names only the widgets that were turned into inputs; ``new`` all of them;
+        ``named`` saves them as an object, and links too (version 1)."""
         numbers = {}
         for id_, node in self.nodes.items():
             for key in node["links"]:
@@ -276,7 +356,16 @@ class Workflow:
             for slot, socket in enumerate(inputs):
                 if socket["link"] is not None:
                     origin, output = node["links"][socket["name"]]
-                    links.append([socket["link"], origin, output, id_, slot, list(self.table[self.nodes[origin]["kind"]][2].values())[output]])
+                    links.append(
+                        [
+                            socket["link"],
+                            origin,
+                            output,
+                            id_,
+                            slot,
+                            list(self.table[self.nodes[origin]["kind"]][2].values())[output],
+                        ]
+                    )
             x, y = place(index) if place else (400 * index, 10 * index)
             nodes.append(
                 {
@@ -289,7 +378,10 @@ class Workflow:
                     "mode": node["mode"],
                     "inputs": inputs,
                     "outputs": [{"name": key, "type": kind, "links": None} for key, kind in outputs.items()],
-                    "properties": {"Node name for S&R": node["kind"], **({} if age == "old" else {"cnr_id": "some-pack", "ver": "1"})},
+                    "properties": {
+                        "Node name for S&R": node["kind"],
+                        **({} if age == "old" else {"cnr_id": "some-pack", "ver": "1"}),
+                    },
                     "widgets_values": dict(node["values"]) if age == "named" else list(node["values"].values()),
                 }
             )
@@ -302,8 +394,17 @@ class Workflow:
         if age == "named":
             names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
             state = {"lastNodeId": 900, "lastLinkId": 950, "lastGroupId": 1, "lastRerouteId": 0}
-            return page | {"links": [dict(zip(names, link, strict=True)) for link in links], "state": state, "version": 1}
-        return page | {"links": links, "last_node_id": max(by_id), "last_link_id": max(numbers.values(), default=0), "version": 0.4}
+            return page | {
+                "links": [dict(zip(names, link, strict=True)) for link in links],
+                "state": state,
+                "version": 1,
+            }
+        return page | {
+            "links": links,
+            "last_node_id": max(by_id),
+            "last_link_id": max(numbers.values(), default=0),
+            "version": 0.4,
+        }
 
     def api(self):
         prompt = {}
@@ -311,7 +412,11 @@ class Workflow:
             if node["kind"] not in ("Note", "Reroute", "SetNode", "GetNode"):
                 values = {key: value for key, value in node["values"].items() if key != "control_after_generate"}
                 links = {key: [str(origin), output] for key, (origin, output) in node["links"].items()}
-                prompt[str(id_)] = {"inputs": values | links, "class_type": node["kind"], "_meta": {"title": f"My {node['kind']}"}}
+                prompt[str(id_)] = {
+                    "inputs": values | links,
+                    "class_type": node["kind"],
+                    "_meta": {"title": f"My {node['kind']}"},
+                }
         return prompt
 
 
@@ -319,13 +424,21 @@ def _start(model, **loader):
     w = Workflow()
     w.add("CLIPLoader")
     w.add("DownloadAndLoadCogVideoModel", "loader", model=model, **loader)
-    w.add("CogVideoTextEncode", "positive", clip=("CLIPLoader", 0), prompt="A panda plays the guitar.", force_offload=False)
+    w.add(
+        "CogVideoTextEncode",
+        "positive",
+        clip=("CLIPLoader", 0),
+        prompt="A panda plays the guitar.",
+        force_offload=False,
+    )
     w.add("CogVideoTextEncode", "negative", clip=("positive", 1), prompt="blurry")
     return w
 
 
 def _finish(w, **sampler):
-    w.add("CogVideoSampler", "sampler", model=("loader", 0), positive=("positive", 0), negative=("negative", 0), **sampler)
+    w.add(
+        "CogVideoSampler", "sampler", model=("loader", 0), positive=("positive", 0), negative=("negative", 0), **sampler
+    )
     w.add("CogVideoDecode", "decode", vae=("loader", 1), samples=("sampler", 0))
     w.add("VHS_VideoCombine", "save", images=("decode", 0))
     w.add("Note")
@@ -362,7 +475,11 @@ def piped(use, day):
     """
     w = Workflow(nodes_of_age(day))
     w.add("CLIPLoader")
-    named = {"model": "THUDM/CogVideoX-5b-I2V"} if use == "image" and "model" in w.table["DownloadAndLoadCogVideoModel"][1] else {}
+    named = (
+        {"model": "THUDM/CogVideoX-5b-I2V"}
+        if use == "image" and "model" in w.table["DownloadAndLoadCogVideoModel"][1]
+        else {}
+    )
     w.add("DownloadAndLoadCogVideoModel", "loader", **named)
     for name, prompt in (("positive", "A panda plays the guitar."), ("negative", "blurry")):
         w.add("CogVideoTextEncode", name, clip=("CLIPLoader", 0), prompt=prompt)
@@ -376,7 +493,14 @@ def piped(use, day):
         w.add("VHS_LoadVideo", "clip")
         w.add("CogVideoImageEncode", "encode", pipeline=("loader", 0), image=("clip", 0))
         given = {"samples": ("encode", 0), "denoise_strength": 0.8}
-    w.add("CogVideoSampler", "sampler", pipeline=("loader", 0), positive=("positive", 0), negative=("negative", 0), **given)
+    w.add(
+        "CogVideoSampler",
+        "sampler",
+        pipeline=("loader", 0),
+        positive=("positive", 0),
+        negative=("negative", 0),
+        **given,
+    )
     w.add("CogVideoDecode", "decode", pipeline=("sampler", 0), samples=("sampler", 1))
     w.add("VHS_VideoCombine", "save", images=("decode", 0))
     return w

@@ -1,6 +1,8 @@
-"""What of a model folder is CogVideoX: each checkpoint, text encoder and VAE once, with what it is, seen in configs and headers.
+"""What of a model folder is CogVideoX: each checkpoint, text encoder and VAE once, with what it is, seen in configs and
+headers.
 
-What a file is, is remembered by its path, size and time, so that a list that was made once is made again in milliseconds.
+What a file is, is remembered by its path, size and time, so that a list that was made once is made again in
+milliseconds. One file, as looking, describing and remembering are each a few functions that share what was seen.
 """
 
 import hashlib
@@ -15,15 +17,24 @@ from pathlib import Path
 
 import torch
 
+from ..dtypes import dtype_name
 from ..files import open_regular, read_json
-from ..precision.hardware import dtype_name
-from ..variants import identify
+from ..variants import PARTS, identify
 from ..words import LIMIT, reason, short
-from .folders import holds_shards, is_shard, may_be_checkpoint, repository_name, sat_weights, snapshot, transformer_folders
+from .folders import (
+    holds_shards,
+    is_shard,
+    may_be_checkpoint,
+    repository_name,
+    sat_weights,
+    snapshot,
+    transformer_folders,
+)
 from .headers import MAX_HEADER, StoredTensor
-from .layout import PARTS, Part, file_kinds, open_checkpoint, open_part
+from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .naming import ForeignError
+from .parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +55,19 @@ _LISTED = (".safetensors", ".sft", ".gguf")
 _GGUF_HEAD = 1 << 20
 #: Files that ComfyUI lists as LoRAs, and the bytes at the start of a pickle that hold the names of its first tensors.
 _LORAS, _PICKLE_HEAD = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt"), 1 << 17
-#: One of these stands in the names of every LoRA, and none of those in one of CogVideoX's: they spare the parsing of other models' LoRAs.
+#: One of these stands in the names of every LoRA, and none of those in one of CogVideoX's: they spare the parsing of
+#: other models' LoRAs.
 _LORA_MARKERS = (b"lora", b"matrix_A.", b".down.weight")
-_OTHER_LORAS = (b"attn2", b"down_blocks", b"up_blocks", b"single_transformer_blocks", b"double_blocks", b"cross_attn", b"input_blocks", b"add_k_proj")
+_OTHER_LORAS = (
+    b"attn2",
+    b"down_blocks",
+    b"up_blocks",
+    b"single_transformer_blocks",
+    b"double_blocks",
+    b"cross_attn",
+    b"input_blocks",
+    b"add_k_proj",
+)
 #: How far rounding to a dtype puts weights off, relative to them: measured on random numbers of a normal distribution.
 _ROUNDING = {
     torch.float64: 0.0,
@@ -56,11 +77,13 @@ _ROUNDING = {
     torch.float8_e4m3fn: 0.033,
     torch.float8_e5m2: 0.053,
 }
-#: The same for fp8 with scales, by which it is halfway better; and for GGUF's quantizations, by their bits: twice as much for each bit less.
+#: The same for fp8 with scales, by which it is halfway better; and for GGUF's quantizations, by their bits: twice as
+#: much for each bit less.
 _ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
 
 
-#: Folders below a root that are looked into: levels, how many, and how often one that links lead to again. Beyond that it is no folder of models.
+#: Folders below a root that are looked into: levels, how many, and how often one that links lead to again. Beyond that
+#: it is no folder of models.
 _DEEPEST, _MOST_FOLDERS, _MOST_VISITS = 64, 20_000, 8
 _PASSED_OVER = (".git", ".cache", ".locks", ".ipynb_checkpoints", "__pycache__")
 #: Files of a folder whose sizes and times are looked at to see whether it changed.
@@ -92,7 +115,8 @@ class Entry:
     """A checkpoint or part that can be chosen.
 
     Attributes:
-        name: its path below the folder it was found in, with forward slashes, printable and of up to 80 letters: what is chosen by.
+        name: its path below the folder it was found in, with forward slashes, printable and of up to 80 letters: what
+            is chosen by.
         what: ``CogVideoX1.5-5B-I2V · bf16 · diffusers``, without what the name says already.
         path: where it lies.
         width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
@@ -111,8 +135,8 @@ class Entry:
 
 
 def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -> list[Entry]:
-    """Every checkpoint below the roots: folders of diffusers and SAT, fine-tunes and caches below any of them, single files below ``file_roots``; the
-    first of a name counts."""
+    """Every checkpoint below the roots: folders of diffusers and SAT, fine-tunes and caches below any of them, single
+    files below ``file_roots``; the first of a name counts."""
     entries: dict[str, Entry] = {}
     folder_roots, file_roots = list(folder_roots), list(file_roots)
     looked = {root: _look(root) for root in dict.fromkeys((*folder_roots, *file_roots))}
@@ -133,7 +157,8 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
 
 
 def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
-    """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the names in its header."""
+    """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the
+    names in its header."""
     entries: dict[str, Entry] = {}
     endings = _LORAS if kind == "lora" else _LISTED
     for entry in _file_entries((_look(root, endings)[1] for root in roots), kind):
@@ -142,12 +167,15 @@ def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
 
 
 def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
-    """The entry that was chosen by its label or its name, in whichever system; what it is may have changed since, the folder it lies in too, and its
-    name may be one that is cut in the list."""
+    """The entry that was chosen by its label or its name, in whichever system; what it is may have changed since, the
+    folder it lies in too, and its name may be one that is cut in the list."""
     entries = list(entries)
     # A workflow that was made on Windows has backslashes; and a letter that cannot be printed is one here.
-    chosen = [chosen.strip(), chosen.strip().replace("\\", "/")]
-    for name in (*chosen, *(text[: match.start()] for text in chosen for match in reversed(list(re.finditer(re.escape(SEPARATOR), text))))):
+    texts = [chosen.strip(), chosen.strip().replace("\\", "/")]
+    for name in (
+        *texts,
+        *(text[: match.start()] for text in texts for match in reversed(list(re.finditer(re.escape(SEPARATOR), text)))),
+    ):
         found = [entry for entry in entries if name in (entry.name, entry.label)]
         found = found or [entry for entry in entries if name and f"/{entry.path.as_posix()}".endswith(f"/{name}")]
         if len(found) == 1:
@@ -156,11 +184,13 @@ def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
 
 
 def _unless_bad(path: Path | str, look: Callable, otherwise):
-    """What ``look`` says of a path; ``otherwise``, and a line in the log, where it cannot be looked at: one that is bad takes no other away."""
+    """What ``look`` says of a path; ``otherwise``, and a line in the log, where it cannot be looked at: one that is bad
+    takes no other away."""
     try:
         return look(path)
     except Exception as error:
-        # Of any kind: what lies in a models folder is not the list's to vouch for, and opening it would say what is wrong with it.
+        # Of any kind: what lies in a models folder is not the list's to vouch for, and opening it would say what is
+        # wrong with it.
         _pass_over(path, error)
         return otherwise
 
@@ -185,7 +215,9 @@ def _folder_entries(name: str, folder: Path) -> list[Entry]:
     inside = snapshot(folder) or folder
     found = transformer_folders(inside)
     # Names that stay when another, such as the other of transformer_T2V/ and transformer_I2V/, comes to lie beside it.
-    places = {name if place.name == "transformer" or place == inside else f"{name}/{place.name}": place for place in found}
+    places = {
+        name if place.name == "transformer" or place == inside else f"{name}/{place.name}": place for place in found
+    }
     if not found and (sat_weights(inside) is not None or holds_shards(inside)):
         places = {name: inside}
     entries = []
@@ -213,9 +245,12 @@ def _file_entries(looked: Iterable[dict[str, tuple[str, os.stat_result]]], kind:
     return entries
 
 
-def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[str, Path]], dict[str, tuple[str, os.stat_result]]]:
-    """What lies below a root: folders that may be checkpoints, by their names, in their order; and files with one of these endings, less those of
-    parts in folders of their own and single shards, with name, size and time from the same look."""
+def _look(
+    root: Path, endings: tuple[str, ...] = _LISTED
+) -> tuple[list[tuple[str, Path]], dict[str, tuple[str, os.stat_result]]]:
+    """What lies below a root: folders that may be checkpoints, by their names, in their order; and files with one of
+    these endings, less those of parts in folders of their own and single shards, with name, size and time from the same
+    look."""
     folders: list[tuple[str, Path]] = []
     files: dict[str, tuple[str, os.stat_result]] = {}
     visits: dict[int, int] = {}
@@ -225,7 +260,11 @@ def _look(root: Path, endings: tuple[str, ...] = _LISTED) -> tuple[list[tuple[st
         path, name, depth = todo.pop()
         looked += 1
         if looked > _MOST_FOLDERS:
-            logger.warning("%s has more than %d folders: the rest is not looked into. Move the models to a folder of their own.", root, _MOST_FOLDERS)
+            logger.warning(
+                "%s has more than %d folders: the rest is not looked into. Move the models to a folder of their own.",
+                root,
+                _MOST_FOLDERS,
+            )
             break
         number = _unless_bad(path, os.stat, None)
         if number is None:
@@ -276,12 +315,16 @@ def _cached(folder: Path, name: str) -> tuple[str, str] | None:
 
 def _leads_back(entry: os.DirEntry) -> bool:
     """Whether a link leads to a folder that it lies in."""
-    return entry.is_symlink() and f"{os.path.realpath(os.path.dirname(entry.path))}{os.sep}".startswith(f"{os.path.realpath(entry.path)}{os.sep}")
+    return entry.is_symlink() and f"{os.path.realpath(os.path.dirname(entry.path))}{os.sep}".startswith(
+        f"{os.path.realpath(entry.path)}{os.sep}"
+    )
 
 
 def _state(folder: Path) -> tuple:
-    """What changes when a file of a checkpoint does: name, size and time of each. A transformer's folder is one of its checkpoint's."""
-    state, todo = [], [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
+    """What changes when a file of a checkpoint does: name, size and time of each. A transformer's folder is one of its
+    checkpoint's."""
+    state: list[tuple] = []
+    todo = [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
     while todo and len(state) < _MOST_FILES:
         path, depth = todo.pop()
         with os.scandir(path) as found:
@@ -319,7 +362,13 @@ def _describe_folder(place: Path) -> dict[str, Seen]:
             raise
         # Offered all the same: to be told what is missing is more use than to look for it in vain.
         logger.info("%s is not whole: %s", place, error)
-        return {"transformer": Seen(SEPARATOR.join([short(identify(read_json(transformer / "config.json")).name), "incomplete", "diffusers"]))}
+        return {
+            "transformer": Seen(
+                SEPARATOR.join(
+                    [short(identify(read_json(transformer / "config.json")).name), "incomplete", "diffusers"]
+                )
+            )
+        }
     seen = _seen(checkpoint.part("transformer"))
     incomplete = [f"{PARTS[kind][0]} incomplete" for kind in checkpoint.incomplete]
     return {"transformer": replace(seen, what=SEPARATOR.join([seen.what, *incomplete]))}
@@ -341,10 +390,19 @@ def _describe_file(path: Path) -> dict[str, Seen]:
 
 
 def _seen(part: Part) -> Seen:
-    names = {"transformer": lambda: identify(part.config).name, "vae": lambda: "CogVideoX VAE", "text_encoder": lambda: "T5 encoder"}
-    widths = {"transformer": ("patch_embed.text_proj.weight", 1), "text_encoder": ("encoder.final_layer_norm.weight", 0)}
+    names = {
+        "transformer": lambda: identify(part.config).name,
+        "vae": lambda: "CogVideoX VAE",
+        "text_encoder": lambda: "T5 encoder",
+    }
+    widths = {
+        "transformer": ("patch_embed.text_proj.weight", 1),
+        "text_encoder": ("encoder.final_layer_norm.weight", 0),
+    }
     name, axis = widths.get(part.kind, (None, 0))
-    what = SEPARATOR.join([names[part.kind](), _dtypes(part.stored), part.layout.replace("diffusers file", "diffusers")])
+    what = SEPARATOR.join(
+        [names[part.kind](), _dtypes(part.stored), part.layout.replace("diffusers file", "diffusers")]
+    )
     return Seen(what, part.tensors[name].shape[axis] if name else 0, _rounding(part))
 
 
@@ -353,7 +411,7 @@ def _rounding(part: Part) -> float:
 
     def of(name: str, tensor: StoredTensor) -> float:
         if tensor.quantization is not None:
-            bits = re.search(r"\d", tensor.kind)
+            bits = re.search(r"\d", str(tensor.kind))
             return _ROUNDING_OF_ONE_BIT / 2 ** int(bits[0]) if bits else 1.0
         return _ROUNDING.get(tensor.dtype, 1.0) * (_ROUNDING_SCALED if name in part.scales else 1.0)
 
@@ -362,7 +420,8 @@ def _rounding(part: Part) -> float:
 
 
 def _describe_lora(path: Path) -> dict[str, Seen]:
-    """``lora`` for a LoRA that opens; whether its layers have the sizes of a model's is seen when it is applied to one."""
+    """``lora`` for a LoRA that opens; whether its layers have the sizes of a model's is seen when it is applied to
+    one."""
     head = _head(path)
     if not any(mark in head for mark in _LORA_MARKERS) or any(mark in head for mark in _OTHER_LORAS):
         return {}
@@ -371,8 +430,8 @@ def _describe_lora(path: Path) -> dict[str, Seen]:
 
 
 def _head(path: Path) -> bytes:
-    """The bytes at a file's start that hold its tensors' names (of a GGUF file or a pickle, the first of them); none, if they are more than any
-    header's."""
+    """The bytes at a file's start that hold its tensors' names (of a GGUF file or a pickle, the first of them); none,
+    if they are more than any header's."""
     with open_regular(path) as file:
         if path.suffix.lower() in (".safetensors", ".sft"):
             length = int.from_bytes(file.read(8), "little")

@@ -1,24 +1,28 @@
-"""What a config may say: one small table for each kind, looked at when a checkpoint is opened, before anything is built or run with a number of it.
+"""What a config may say: one small table for each kind, looked at when a checkpoint is opened, before anything is built
+or run with a number of it.
 
-The fields are those of diffusers' ``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX`` and CogVideoX schedulers, and those of transformers'
-``T5Config`` that shape its encoder. What is left out takes the class's default, as old releases leave fields out; a field that is not in a table
-is not used, whatever it says.
+The fields are those of diffusers' ``CogVideoXTransformer3DModel``, ``AutoencoderKLCogVideoX`` and CogVideoX schedulers,
+and those of transformers' ``T5Config`` that shape its encoder. What is left out takes the class's default, as old
+releases leave fields out; a field that is not in a table is not used, whatever it says.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TRAINED_STEPS
 from ..words import short
 from .headers import StoredTensor
 
-#: Most tokens of a table of positions, which is computed when a transformer without rotary positions is built (2b: 17,550).
+#: Most tokens of a table of positions, which is computed when a transformer without rotary positions is built (2b:
+#: 17,550).
 _MAX_POSITIONS = 1 << 16
 #: The VAE halves height and width once at each level but the last.
 _LEVELS = SPATIAL_COMPRESSION.bit_length()
-#: The share of the signal that is left at the last timestep, at least: beyond that, fp32 has no numbers for the steps between.
+#: The share of the signal that is left at the last timestep, at least: beyond that, fp32 has no numbers for the steps
+#: between.
 _LEAST_SIGNAL = 1e-30
 
 
@@ -32,7 +36,8 @@ class _Field:
         one_of: all that it may be, if not empty.
         null: whether it may be null.
         many: whether it is a list of such; as an int, of exactly so many.
-        bound: what the weights themselves limit it by: ``sizes`` (no larger than the largest side of a tensor) or ``count`` (no more than tensors).
+        bound: what the weights themselves limit it by: ``sizes`` (no larger than the largest side of a tensor) or
+            ``count`` (no more than tensors).
         multiple: what a whole number is to be divisible by.
     """
 
@@ -45,7 +50,7 @@ class _Field:
     bound: str = ""
     multiple: int = 1
 
-    def allows(self, value: object, limit: float = math.inf) -> bool:
+    def allows(self, value: Any, limit: float = math.inf) -> bool:
         if value is None:
             return self.null
         if self.many:
@@ -53,14 +58,16 @@ class _Field:
             return right and all(self._allows_one(entry, limit) for entry in value)
         return self._allows_one(value, limit)
 
-    def _allows_one(self, value: object, limit: float) -> bool:
+    def _allows_one(self, value: Any, limit: float) -> bool:
         # By the exact type: true is an int in Python, and no number in a config.
         if type(value) not in {"whole": (int,), "number": (int, float), "flag": (bool,), "text": (str,)}[self.kind]:
             return False
         if self.one_of:
             return value in self.one_of
         # Comparisons alone, which hold for integers of any length, and never for NaN.
-        return self.kind in ("flag", "text") or (self.low <= value <= min(self.high, limit) and (self.multiple == 1 or value % self.multiple == 0))
+        return self.kind in ("flag", "text") or (
+            self.low <= value <= min(self.high, limit) and (self.multiple == 1 or value % self.multiple == 0)
+        )
 
     def text(self, limit: float = math.inf) -> str:
         """What it may be, in words."""
@@ -70,9 +77,11 @@ class _Field:
             one = {"flag": "true or false", "text": "a text"}[self.kind]
         else:
             one = "a whole number" if self.kind == "whole" else "a number"
-            one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (f", a multiple of {self.multiple}" if self.multiple > 1 else "")
-        listed = {False: one, True: f"a list, each {one}"}.get(self.many, f"a list of {self.many}, each {one}")
-        return f"{listed}{', or null' if self.null else ''}"
+            one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (
+                f", a multiple of {self.multiple}" if self.multiple > 1 else ""
+            )
+        lists: Mapping[bool | int, str] = {False: one, True: f"a list, each {one}"}
+        return f"{lists.get(self.many, f'a list of {self.many}, each {one}')}{', or null' if self.null else ''}"
 
 
 def _whole(low: int, high: int, **more) -> _Field:
@@ -191,11 +200,13 @@ def known_fields(kind: str, config: Mapping) -> dict:
 
 
 def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, StoredTensor] | None = None) -> None:
-    """Refuse a config that cannot be that of a CogVideoX part: a field of another type, no number, or out of all proportion.
+    """Refuse a config that cannot be that of a CogVideoX part: a field of another type, no number, or out of all
+    proportion.
 
     Args:
         kind: ``transformer``, ``text_encoder``, ``vae`` or ``scheduler``.
-        tensors: the weights that it describes: no size in it is larger than their largest, and no layer is without a tensor.
+        tensors: the weights that it describes: no size in it is larger than their largest, and no layer is without a
+            tensor.
 
     Raises:
         ValueError: naming the file, the field, what it says and what it may be.
@@ -206,12 +217,17 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
             raise _wrong(file, name, f'"{short(field)}" is {value}, which is no number')
     largest = {"": math.inf, "sizes": math.inf, "count": math.inf}
     if tensors:
-        largest |= {"sizes": max((side for tensor in tensors.values() for side in tensor.shape), default=1), "count": len(tensors)}
+        largest |= {
+            "sizes": max((side for tensor in tensors.values() for side in tensor.shape), default=1),
+            "count": len(tensors),
+        }
     for field, rule in table.items():
         if field in config and not rule.allows(config[field], largest[rule.bound]):
             beside = " beside these weights" if rule.low <= largest[rule.bound] < rule.high else ""
             limit = largest[rule.bound] if beside else math.inf
-            raise _wrong(file, name, f'"{field}" is {_shown(config[field])}, and it can only be {rule.text(limit)}{beside}')
+            raise _wrong(
+                file, name, f'"{field}" is {_shown(config[field])}, and it can only be {rule.text(limit)}{beside}'
+            )
     odd = _RULES[kind](config)
     if odd:
         raise _wrong(file, name, odd)
@@ -219,8 +235,8 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
 
 def _wrong(file: Path, name: str, what: str) -> ValueError:
     return ValueError(
-        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was trained. Download this file again "
-        "from the repository that the weights come from."
+        f"{short(file, 400)}: {what}. The {name} it describes cannot be built, or would not be the one that was "
+        "trained. Download this file again from the repository that the weights come from."
     )
 
 
@@ -231,14 +247,17 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         # Python prints no number of more than 4,300 digits.
         return f"a number of about {int(value.bit_length() * math.log10(2))} digits"
-    kind = {str: "the text ", list: "the list ", dict: "the object "}.get(type(value), "")
-    return kind + short(value if isinstance(value, list | dict) else repr(value))
+    kinds: Mapping[type, str] = {str: "the text ", list: "the list ", dict: "the object "}
+    return kinds.get(type(value), "") + short(value if isinstance(value, list | dict) else repr(value))
 
 
 def _odd_transformer(config: Mapping) -> str:
     rotary = config.get("use_rotary_positional_embeddings", False)
     if config.get("use_learned_positional_embeddings", False) and not rotary:
-        return '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no CogVideoX is built with'
+        return (
+            '"use_learned_positional_embeddings" is true without "use_rotary_positional_embeddings", which no '
+            "CogVideoX is built with"
+        )
     patch = config.get("patch_size", 2)
     sides = {"sample_height": 60, "sample_width": 90}
     height, width = (config.get(side, default) // patch for side, default in sides.items())
@@ -247,21 +266,32 @@ def _odd_transformer(config: Mapping) -> str:
     if not rotary or config.get("use_learned_positional_embeddings", False):
         frames = (config.get("sample_frames", 49) - 1) // TEMPORAL_COMPRESSION + 1
         if height * width * frames > _MAX_POSITIONS:
-            return f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the released models have 17,550'
+            return (
+                f'"sample_height", "sample_width", "sample_frames" make {height * width * frames:,} positions, and the '
+                "released models have 17,550"
+            )
     return ""
 
 
 def _odd_text_encoder(config: Mapping) -> str:
-    buckets, distance = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
+    buckets, distance = (
+        config.get("relative_attention_num_buckets", 32),
+        config.get("relative_attention_max_distance", 128),
+    )
     if distance <= buckets // 4:
-        return f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than {buckets // 4}'
+        return (
+            f'"relative_attention_max_distance" is {distance}, and with {buckets} buckets it must be more than '
+            f"{buckets // 4}"
+        )
     return ""
 
 
 def _odd_vae(config: Mapping) -> str:
     groups, channels = config.get("norm_num_groups", 32), config.get("block_out_channels", [128, 256, 256, 512])
     if any(count % groups for count in channels):
-        return f'"block_out_channels" is {short(channels)}, and "norm_num_groups", {groups}, does not divide each of them'
+        return (
+            f'"block_out_channels" is {short(channels)}, and "norm_num_groups", {groups}, does not divide each of them'
+        )
     return ""
 
 
@@ -277,7 +307,10 @@ def _odd_scheduler(config: Mapping) -> str:
         return f'"beta_start", {start:g}, is larger than "beta_end", {end:g}'
     if config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr", False):
         # The first step would be divided by the signal that is left, which is none.
-        return '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. CogVideoX predicts v'
+        return (
+            '"prediction_type" is epsilon with "rescale_betas_zero_snr", which ends in NaN at the first step. '
+            "CogVideoX predicts v"
+        )
     schedule = config.get("beta_schedule", "scaled_linear")
     if betas is None and schedule != "squaredcos_cap_v2":
         # To the power that the schedule is linear in.
@@ -285,8 +318,15 @@ def _odd_scheduler(config: Mapping) -> str:
         low, high = start ** (1 / power), end ** (1 / power)
         betas = [(low + (high - low) * step / (count - 1)) ** power for step in range(count)]
     if betas is not None and sum(map(math.log1p, (-beta for beta in betas))) < math.log(_LEAST_SIGNAL):
-        said = f'"trained_betas" is {short(betas)}' if config.get("trained_betas") else f'"beta_start" is {start:g} and "beta_end" {end:g}'
-        return f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be NaN"
+        said = (
+            f'"trained_betas" is {short(betas)}'
+            if config.get("trained_betas")
+            else f'"beta_start" is {start:g} and "beta_end" {end:g}'
+        )
+        return (
+            f"{said}, so no signal is left long before the last of {count} timesteps, and the steps between would be "
+            "NaN"
+        )
     return ""
 
 

@@ -1,7 +1,9 @@
 """GGUF: every tensor's name, quantization and place in a file of it, and its blocks in safetensors files.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read by hand because the package's reader maps the file, makes
-arrays of all that is in it, and believes every count: a damaged file takes hours or all memory. Its table of quantizations is used.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read by hand because the package's
+reader maps the file, makes
+arrays of all that is in it, and believes every count: a damaged file takes hours or all memory. Its table of
+quantizations is used.
 """
 
 import re
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..dependencies import DependencyError
-from ..precision.packed import check_quantization
+from ..modules.packed import check_quantization
 from ..words import reason, short
 from .headers import MOST_ELEMENTS, StoredTensor, opened, what_it_is
 
@@ -33,16 +35,19 @@ _PLAIN = {
 #: How values of these types are packed; strings and arrays have the numbers after.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-#: Bytes of a header that are read, and what it may claim: a language model's, with its vocabulary of 260,000 words, has 15 MB.
+#: Bytes of a header that are read, and what it may claim: a language model's, with its vocabulary of 260,000 words, has
+#: 15 MB.
 _MAX_HEADER, _MOST, _NESTING, _DIMENSIONS = 32 << 20, 1 << 16, 4, 8
 _PIECE = 1 << 18
 _ALIGNMENT = "general.alignment"
-#: GGUF counts dimensions backwards, and has at most four of them: tools note the shape of what had more, or rows of no whole number of blocks.
+#: GGUF counts dimensions backwards, and has at most four of them: tools note the shape of what had more, or rows of no
+#: whole number of blocks.
 _ORIGINAL = "comfy.gguf.orig_shape."
 
 
 def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a GGUF file, as places in it; quantized ones with their logical shape and the number of their quantization.
+    """The tensors of a GGUF file, as places in it; quantized ones with their logical shape and the number of their
+    quantization.
 
     Raises:
         ValueError: if the file is not GGUF, damaged, or quantized in a way that cannot be undone here.
@@ -56,35 +61,46 @@ def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
         except _Damaged as error:
             file.seek(0)
             start = file.read(512)
-            what = f"it is damaged: {error}" if start.startswith(b"GGUF") else what_it_is(start) or "it does not begin with GGUF"
+            what = (
+                f"it is damaged: {error}"
+                if start.startswith(b"GGUF")
+                else what_it_is(start) or "it does not begin with GGUF"
+            )
             raise ValueError(
-                f"{short(path, 400)} ({size:,} bytes) is not a readable GGUF file: {what}. No weights can be taken from it. If the download was "
-                "interrupted, delete it and download it again."
+                f"{short(path, 400)} ({size:,} bytes) is not a readable GGUF file: {what}. No weights can be taken "
+                "from it. If the download was interrupted, delete it and download it again."
             ) from error
 
 
 def read_blocks(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, with those of GGUF's blocks under the names of the weights that they stand for.
+    """The tensors of a safetensors file, with those of GGUF's blocks under the names of the weights that they stand
+    for.
 
-    ComfyUI-CogVideoX-MZ writes them: ``X.Q4_0_qweight``, in bytes ``[rows, bytes]``, for ``X.weight``; biases and other layers are plain.
+    ComfyUI-CogVideoX-MZ writes them: ``X.Q4_0_qweight``, in bytes ``[rows, bytes]``, for ``X.weight``; biases and other
+    layers are plain.
 
     Raises:
         ValueError: if the bytes are no whole blocks, or a weight is there twice.
         DependencyError: if the package ``gguf`` is not installed.
     """
+    if not any(name.endswith("_qweight") for name in tensors):
+        return dict(tensors)
     found = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.([A-Z0-9_]+)_qweight", name)
         number = _numbers(path).get(match[2]) if match else None
-        if number is not None:
+        if match and number is not None:
             name, tensor = f"{match[1]}.weight", _unpacked(path, name, number, tensor)
             if name in tensors:
                 raise ValueError(
-                    f"{short(path, 400)} holds {short(name)} twice, plain and in blocks of GGUF, and which is meant is not known. Choose another "
-                    "file."
+                    f"{short(path, 400)} holds {short(name)} twice, plain and in blocks of GGUF, and which is meant "
+                    "is not known. Choose another file."
                 )
         if name in found:
-            raise ValueError(f"{short(path, 400)} holds {short(name)} in two quantizations, and which is meant is not known. Choose another file.")
+            raise ValueError(
+                f"{short(path, 400)} holds {short(name)} in two quantizations, and which is meant is not known. "
+                "Choose another file."
+            )
         found[name] = tensor
     return found
 
@@ -93,8 +109,8 @@ def _unpacked(path: Path, name: str, number: int, tensor: StoredTensor) -> Store
     block, size = _sizes(path)[number]
     if tensor.dtype != torch.uint8 or not tensor.shape or tensor.shape[-1] % size:
         raise ValueError(
-            f"{short(path, 400)}: {short(name)} should hold blocks of {size} bytes, and is {tensor.dtype} of shape {list(tensor.shape)}, so the "
-            "weight cannot be told from it. The file is damaged: download it again."
+            f"{short(path, 400)}: {short(name)} should hold blocks of {size} bytes, and is {tensor.dtype} of shape "
+            f"{list(tensor.shape)}, so the weight cannot be told from it. The file is damaged: download it again."
         )
     shape = (*tensor.shape[:-1], tensor.shape[-1] // size * block)
     return _stored(path, name, number, shape, tensor.offset, tensor.nbytes)
@@ -120,8 +136,8 @@ def _sizes(path: Path) -> dict[int, tuple[int, int]]:
         import gguf  # noqa: F401
     except ImportError as error:
         raise DependencyError(
-            f"{path} is a GGUF file, and the package gguf that knows such files is not installed. Install it in ComfyUI's Python environment with: "
-            "python -m pip install gguf, then restart ComfyUI."
+            f"{short(path, 400)} is a GGUF file, and the package gguf that knows such files is not installed. Install "
+            "it in ComfyUI's Python environment with: python -m pip install gguf, then restart ComfyUI."
         ) from error
     return _table()
 
@@ -148,7 +164,10 @@ class _Header:
         start, end = self.at, self.at + count
         if end > len(self._data):
             if end > self.size:
-                raise _Damaged(f"truncated: its header goes on for {count:,} bytes after byte {start:,}, and there are {self.size - start:,}")
+                raise _Damaged(
+                    f"truncated: its header goes on for {count:,} bytes after byte {start:,}, and there are "
+                    f"{self.size - start:,}"
+                )
             if end > _MAX_HEADER:
                 raise _Damaged(f"its header is larger than {_MAX_HEADER:,} bytes, which no model's is")
             # Doubled: in pieces of one size, what was read would be copied again and again.
@@ -183,11 +202,15 @@ class _Header:
                 return
             # Each has its length before it, and arrays their type, too.
             if count * 8 > self.size - self.at:
-                raise _Damaged(f"truncated: it has an array of {count:,} values, and {self.size - self.at:,} bytes are left")
+                raise _Damaged(
+                    f"truncated: it has an array of {count:,} values, and {self.size - self.at:,} bytes are left"
+                )
             for _ in range(count):
                 self.skip(inner, nesting + 1)
         else:
-            raise _Damaged("it has arrays in arrays in arrays" if kind == _ARRAY else f"it has a value of the unknown type {kind}")
+            raise _Damaged(
+                "it has arrays in arrays in arrays" if kind == _ARRAY else f"it has a value of the unknown type {kind}"
+            )
 
     def shape(self, kind: int, name: str) -> tuple[int, ...]:
         """An array of whole numbers, the shape of a tensor."""
@@ -205,7 +228,9 @@ def _tensors(path: Path, header: _Header) -> dict[str, StoredTensor]:
     if magic != b"GGUF":
         raise _Damaged("it does not begin with GGUF")
     if version and not version & 0xFFFF:
-        raise _Damaged("it is written in big-endian order, for machines that this does not run on; choose the little-endian file")
+        raise _Damaged(
+            "it is written in big-endian order, for machines that this does not run on; choose the little-endian file"
+        )
     if version not in (2, 3):
         raise _Damaged(f"it is of version {version} of GGUF, and versions 2 and 3 can be read")
     count, keys = header.numbers("<QQ")
@@ -228,7 +253,9 @@ def _tensors(path: Path, header: _Header) -> dict[str, StoredTensor]:
         # As ggml wants them: one behind the other, each at the next aligned byte.
         if offset != end:
             what = "overlap" if offset < end else "leave a gap"
-            raise _Damaged(f"the tensors {what}: {short(name)} begins at byte {offset:,} of the data, and should at {end:,}")
+            raise _Damaged(
+                f"the tensors {what}: {short(name)} begins at byte {offset:,} of the data, and should at {end:,}"
+            )
         if begin + offset + nbytes > header.size:
             raise _Damaged(f"truncated: {short(name)} would end at byte {begin + offset + nbytes:,}")
         found[name] = _stored(path, name, number, shape, begin + offset, nbytes)

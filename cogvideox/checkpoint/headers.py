@@ -1,26 +1,27 @@
 """Safetensors headers: every tensor's name, dtype, shape and place, from the first bytes of a file.
 
-Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header length, a JSON header, then the data).
-The header is read by hand because the library maps the whole file to answer the same question, and does not tell a
-truncated download from a damaged one. What the library refuses is refused here, too.
+Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header length, a JSON header, then the
+data). The header is read by hand because the library maps the whole file to answer the same question, and does not tell
+a truncated download from a damaged one. What the library refuses is refused here, too.
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..dtypes import FP8_DTYPES
 from ..files import open_regular, parse_json, unreadable
-from ..precision.packed import FP8_DTYPES
 from ..words import reason, short
 
-#: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100 million. Parsed, they take
-#: up to 25 times as much memory.
+#: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100
+#: million. Parsed, they take up to 25 times as much memory.
 MAX_HEADER = 16 << 20
 #: Beyond any tensor's size, and within what torch can count.
 MOST_ELEMENTS = 2**62
@@ -77,7 +78,8 @@ class StoredTensor(NamedTuple):
 
     @property
     def raw_shape(self) -> tuple[int, ...]:
-        """The shape of what lies in the file: where it is quantized, ``[rows, bytes]``; ``[blocks, bytes]`` where no row is whole blocks."""
+        """The shape of what lies in the file: where it is quantized, ``[rows, bytes]``; ``[blocks, bytes]`` where no
+        row is whole blocks."""
         if self.quantization is None:
             return self.shape
         from gguf import GGML_QUANT_SIZES
@@ -100,16 +102,25 @@ class StoredTensor(NamedTuple):
         """
         if not self.shape or self.shape[0] % of or self.more:
             raise ValueError(
-                f"A tensor of shape {list(self.shape)} in {self.file} cannot be split into {of} equal pieces, so it is not what its name says."
+                f"A tensor of shape {list(self.shape)} in {short(self.file, 400)} cannot be split into {of} equal "
+                "pieces, so it is not what its name says."
             )
         size = self.nbytes // of
         (offset, nbytes), *more = _joined([(self.offset + number * size, size) for number in numbers])
         shape = (self.shape[0] // of * len(numbers), *self.shape[1:])
-        return StoredTensor(self.file, self.dtype, shape, offset, nbytes + sum(count for _, count in more), tuple(more), self.quantization)
+        return StoredTensor(
+            self.file,
+            self.dtype,
+            shape,
+            offset,
+            nbytes + sum(count for _, count in more),
+            tuple(more),
+            self.quantization,
+        )
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, open for reading, and its size.
 
     Raises:
@@ -127,7 +138,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: if the file is not safetensors, is damaged, or is shorter or longer than its header says.
-        DependencyError: if it holds GGUF's blocks, and the package ``gguf`` is not installed.
     """
     path = Path(path)
     entries, start, size = _json_header(path)
@@ -141,10 +151,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _truncated(path, size, end)
     if end < size:
         raise _not_safetensors(path, size, f"it goes on for {size - end:,} bytes after the last tensor of its header")
-    if any(name.endswith("_qweight") for name in tensors):
-        from .gguf import read_blocks
-
-        return read_blocks(tensors, path)
     return tensors
 
 
@@ -158,19 +164,26 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def what_it_is(head: bytes) -> str | None:
-    """What a file is by its first bytes, for the sentence that says that it is not what was expected; None for what is not known."""
+    """What a file is by its first bytes, for the sentence that says that it is not what was expected; None for what is
+    not known."""
     if not head:
         return "it is empty, as a download that never began leaves it"
     if not head.strip(b"\0"):
         return "it begins with nothing but zeros, as a download that was interrupted leaves it"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "it is a web page, which a site sent in the place of the file, as it does where one has to log in or accept a licence"
+        return (
+            "it is a web page, which a site sent in the place of the file, as it does where one has to log in or "
+            "accept a licence"
+        )
     for start, what in _STARTS.items():
         if head.startswith(start):
             return what
     if head[0] == 0x80 and 2 <= int.from_bytes(head[1:2], "little") <= 5:
-        return "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save it as safetensors"
+        return (
+            "it is a Python pickle, as torch wrote before version 1.6: open it with the program that made it, and save "
+            "it as safetensors"
+        )
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it first"
     if text.startswith(b"{") or text.startswith(b"["):
@@ -181,7 +194,10 @@ def what_it_is(head: bytes) -> str | None:
 _STARTS = {
     b"version https://git-lfs": "it is a Git LFS pointer, a few lines of text that stand for the file",
     b"GGUF": "it is a GGUF file: give it a name that ends in .gguf",
-    b"PK\x03\x04": "it is a zip archive, as torch.save writes: unpack it if it was packed for the download, or give it a name that ends in .pt",
+    b"PK\x03\x04": (
+        "it is a zip archive, as torch.save writes: unpack it if it was packed for the download, or give it a name "
+        "that ends in .pt"
+    ),
     b"PK\x05\x06": "it is an empty zip archive",
     b"\x1f\x8b": "it is packed with gzip: unpack it first",
     b"7z\xbc\xaf\x27\x1c": "it is packed with 7-Zip: unpack it first",
@@ -203,12 +219,12 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     with open_regular(stored.file) as file:
         for offset, nbytes in stored.ranges:
             file.seek(offset)
-            fill(file, memoryview(data.numpy())[done : done + nbytes], stored.file)
+            fill(file, data.numpy().data[done : done + nbytes], stored.file)
             done += nbytes
     return data.view(stored.dtype).view(stored.raw_shape)
 
 
-def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
+def fill(file: FileIO, view: memoryview, path: Path) -> None:
     """Read from ``file``, unbuffered, until ``view`` is full.
 
     Raises:
@@ -218,7 +234,10 @@ def fill(file: BinaryIO, view: memoryview, path: Path) -> None:
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
-            raise ValueError(f"{path} ended while a tensor was read: it is truncated or being written. Download it again.")
+            raise ValueError(
+                f"{short(path, 400)} ended while a tensor was read: it is truncated or being written. Download it "
+                "again."
+            )
         done += count
 
 
@@ -239,14 +258,21 @@ def _json_header(path: Path) -> tuple[dict, int, int]:
         head = file.read(512)
         length = int.from_bytes(head[:8], "little")
         if not 2 <= length <= MAX_HEADER or head[8:9] != b"{":
-            what = f"its header would take {length:,} bytes" if head[8:9] == b"{" else what_it_is(head) or "it does not start with a header"
+            what = (
+                f"its header would take {length:,} bytes"
+                if head[8:9] == b"{"
+                else what_it_is(head) or "it does not start with a header"
+            )
             raise _not_safetensors(path, size, what)
         if 8 + length > size:
             raise _truncated(path, size, 8 + length)
         text = head[8 : 8 + length] + file.read(max(0, 8 + length - len(head)))
     try:
         entries = parse_json(
-            text.decode("utf-8"), object_pairs_hook=_once_each, parse_int=_integer if b"-0" in text else None, parse_constant=_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_once_each,
+            parse_int=_integer if b"-0" in text else None,
+            parse_constant=_constant,
         )
         if b"\\ud" in text.lower():
             # Half of a letter that takes two: nothing that is written elsewhere could have it.
@@ -263,8 +289,10 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        again = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{short(again)} stands in it twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{short(name)} stands in it twice")
+            seen.add(name)
     return found
 
 
@@ -281,19 +309,28 @@ class _Damaged(Exception):
     """What is wrong with a header."""
 
 
-def _entry(path: Path, data_start: int, name: str, value: object) -> StoredTensor:
+def _entry(path: Path, data_start: int, name: str, value: Any) -> StoredTensor:
     try:
         kind, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = begin, end, *shape
     except (KeyError, TypeError, ValueError):
         raise _Damaged(f"{short(name)} is not a tensor with dtype, shape and two data_offsets") from None
     if type(shape) is not list or len(shape) > MOST_DIMENSIONS or set(map(type, numbers)) != {int} or min(numbers) < 0:
-        raise _Damaged(f"the shape and data_offsets of {short(name)} are not whole numbers: {short(shape)}, {short([begin, end])}")
+        raise _Damaged(
+            f"the shape and data_offsets of {short(name)} are not whole numbers: {short(shape)}, {short([begin, end])}"
+        )
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise _Damaged(f"{short(name)} is stored as {short(kind)}, which is unknown here; known are {', '.join(DTYPES)}")
-    if end - begin != prod(shape) * dtype.itemsize or prod(filter(None, shape) if 0 in shape else shape) > MOST_ELEMENTS:
-        raise _Damaged(f"a tensor of shape {short(shape)} in {kind} cannot take {short(end - begin)} bytes, as {short(name)} would")
+        raise _Damaged(
+            f"{short(name)} is stored as {short(kind)}, which is unknown here; known are {', '.join(DTYPES)}"
+        )
+    if (
+        end - begin != prod(shape) * dtype.itemsize
+        or prod(filter(None, shape) if 0 in shape else shape) > MOST_ELEMENTS
+    ):
+        raise _Damaged(
+            f"a tensor of shape {short(shape)} in {kind} cannot take {short(end - begin)} bytes, as {short(name)} would"
+        )
     return StoredTensor(path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -303,20 +340,24 @@ def _end_of_tiles(tensors: Mapping[str, StoredTensor], start: int) -> int:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
             what = "overlap" if tensor.offset < end else "leave a gap"
-            raise _Damaged(f"the tensors {what}: {short(name)} begins at byte {tensor.offset - start:,}, and those before it end at {end - start:,}")
+            raise _Damaged(
+                f"the tensors {what}: {short(name)} begins at byte {tensor.offset - start:,}, and those before it end "
+                f"at {end - start:,}"
+            )
         end = tensor.offset + tensor.nbytes
     return end
 
 
 def _truncated(path: Path, size: int, promised: int) -> ValueError:
     return ValueError(
-        f"{short(path, 400)} is truncated: it has {size:,} bytes and its header promises {promised:,}, so some weights are missing. "
-        "The download was interrupted or the disk was full: delete this file and download it again."
+        f"{short(path, 400)} is truncated: it has {size:,} bytes and its header promises {promised:,}, so some "
+        "weights are missing. The download was interrupted or the disk was full: delete this file and download it "
+        "again."
     )
 
 
 def _not_safetensors(path: Path, size: int, why: str) -> ValueError:
     return ValueError(
-        f"{short(path, 400)} ({size:,} bytes) is not a readable safetensors file: {why}. Weights cannot be taken from it. If it is a Git LFS "
-        "pointer or an interrupted download, download the file itself again."
+        f"{short(path, 400)} ({size:,} bytes) is not a readable safetensors file: {why}. Weights cannot be taken from "
+        "it. If it is a Git LFS pointer or an interrupted download, download the file itself again."
     )

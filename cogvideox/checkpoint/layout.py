@@ -9,9 +9,9 @@ Folders as diffusers has them (the official releases)::
     vae/           config.json + the same
     scheduler/     scheduler_config.json
 
-with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors files with the names of
-diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``, ``vae/3d-vae.pt``). ``folders`` has what else a folder
-may look like.
+with ``transformer_T2V/`` and ``transformer_I2V/`` side by side in the place of ``transformer/``; single safetensors
+files with the names of diffusers or of ComfyUI; and SAT's folders (``transformer/1000/mp_rank_00_model_states.pt``,
+``vae/3d-vae.pt``). ``folders`` has what else a folder may look like.
 """
 
 import logging
@@ -19,13 +19,10 @@ import os
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from ..files import read_json
-from ..variants import DEFAULT_TEXT_TOKENS, TRANSFORMER_CLASS, Variant, identify
+from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
 from ..words import listed, short
 from .architecture import check_part, check_together
 from .configs import check_config
@@ -33,79 +30,54 @@ from .folders import WHERE as _WHERE
 from .folders import Place, choose_weights, find_place, names_scheduler, part_path, what_else
 from .folders import is_checkpoint as is_checkpoint
 from .folders import sat_step as sat_step
-from .gguf import read_gguf_header
-from .headers import StoredTensor, read_header
-from .naming import ForeignError, FoundPart, check_unpacked, find_parts, module_tensors, packed_error, split_lora, split_scales, unwrapped
-from .pickles import read_pickle_header
+from .headers import StoredTensor
+from .lora_files import lora_inside
+from .naming import (
+    ForeignError,
+    FoundPart,
+    check_unpacked,
+    find_parts,
+    module_tensors,
+    packed_error,
+    split_lora,
+    split_scales,
+    unwrapped,
+)
+from .parts import Part
+from .reading import read_any_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
 
-#: part -> (what to call it, the class in its config.json)
-PARTS = {
-    "transformer": ("transformer", TRANSFORMER_CLASS),
-    "text_encoder": ("text encoder", "T5EncoderModel"),
-    "vae": ("VAE", "AutoencoderKLCogVideoX"),
-}
 #: Classes that have the part's tensors and more: whole T5s, whose encoder is the same.
 _WHOLE = {"text_encoder": ("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")}
 #: What to do where a part is not there.
 _INSTEAD = {
     "transformer": "Choose another checkpoint.",
-    "text_encoder": "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's CLIPLoader (t5xxl, "
-    "type cogvideox) to CogVideoX-1.5 Text Encode.",
+    "text_encoder": (
+        "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's "
+        "CLIPLoader (t5xxl, type cogvideox) to CogVideoX-1.5 Text Encode."
+    ),
     "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One part of a checkpoint on disk: its config and the place of every tensor. Nothing of the weights is read.
-
-    Attributes:
-        kind: ``transformer``, ``text_encoder`` or ``vae``.
-        source: the folder or file it comes from.
-        layout: ``diffusers`` (a folder), or whose names a file has: ``diffusers file``, ``ComfyUI``, ``SAT``, ``llama.cpp``, ``single file`` (T5).
-        config: its ``config.json``, or what its shapes say.
-        tensors: every tensor, by the name that the module has for it.
-        scales: what fp8 weights are to be multiplied by, by the weight's name.
-        lora: the halves of a LoRA that was being trained on it when it was saved, by the names they have in the file: a part of the model.
-        note: which files were read where others lay beside them, in a sentence, or nothing.
-    """
-
-    kind: str
-    source: Path
-    layout: str
-    config: Mapping
-    tensors: Mapping[str, StoredTensor]
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
-    lora: Mapping[str, StoredTensor] = field(default_factory=dict)
-    note: str = ""
-
-    @cached_property
-    def stored(self) -> dict[torch.dtype | str, int]:
-        """Bytes on disk by dtype (GGUF's quantizations by name), largest first."""
-        return stored_bytes(self.tensors)
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file it is read from."""
-        config = {self.source / "config.json"} if os.path.isfile(self.source / "config.json") else set()
-        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
-
-
 class Parts(dict[str, Part]):
-    """The parts of a checkpoint that can be used. Asked for another, it says why that is not one of them, and what to do."""
+    """The parts of a checkpoint that can be used. Asked for another, it says why that is not one of them, and what to
+    do."""
 
-    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str]):
+    def __init__(self, path: Path, parts: Mapping[str, Part], incomplete: Mapping[str, str], foreign: Container[str]):
         super().__init__(parts)
-        self._path, self._incomplete = path, incomplete
+        self._path, self._incomplete, self._foreign = path, incomplete, foreign
 
     def __missing__(self, kind: str) -> Part:
         if kind in self._incomplete:
-            raise ValueError(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
-        raise ValueError(f"{self._path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}")
+            error = ForeignError if kind in self._foreign else ValueError
+            raise error(f"{self._incomplete[kind]} Or use another: {_INSTEAD[kind]}")
+        raise ValueError(
+            f"{self._path} holds no {PARTS[kind][0]}, and the step you asked for needs one. {_INSTEAD[kind]}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +87,8 @@ class Checkpoint:
     Attributes:
         path: the folder or file it was opened from.
         tokenizer: the folder of the tokenizer.
-        incomplete: part -> why the checkpoint's own cannot be used, as ``part`` raises it: it is not whole, or not CogVideoX's.
+        incomplete: part -> why the checkpoint's own cannot be used, as ``part`` raises it: it is not whole, or not
+            CogVideoX's.
         notes: what was decided where the folder left it open, in sentences.
     """
 
@@ -139,7 +112,10 @@ class Checkpoint:
     def fingerprint(self) -> tuple:
         """Changes when a file of it is replaced: ``(path, size, mtime)`` of each."""
         files = {file for part in self.parts.values() for file in part.files}
-        return (*((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)), *self.incomplete.values())
+        return (
+            *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)),
+            *self.incomplete.values(),
+        )
 
     @property
     def text_tokens(self) -> int:
@@ -147,53 +123,61 @@ class Checkpoint:
         return self.part("transformer").config.get("max_text_seq_length") or DEFAULT_TEXT_TOKENS
 
 
-def stored_bytes(tensors: Mapping[str, StoredTensor]) -> dict[torch.dtype | str, int]:
-    """Bytes by dtype (GGUF's quantizations by name), largest first."""
-    count: dict[torch.dtype | str, int] = {}
-    for tensor in tensors.values():
-        count[tensor.kind] = count.get(tensor.kind, 0) + tensor.nbytes
-    return dict(sorted(count.items(), key=lambda item: -item[1]))
-
-
 def open_checkpoint(
-    path: Path | str, text_encoder: Path | str | None = None, vae: Path | str | None = None, tokenizer: Path | str | None = None
+    path: Path | str,
+    text_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    tokenizer: Path | str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint in any of the layouts: configs and headers, a few hundred kilobytes.
 
     Args:
-        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a transformer; or what stands for one of
-            them, as ``find_place`` says.
+        path: a checkpoint's folder, a transformer's folder in it (``transformer_I2V``), or a single file of a
+            transformer; or what stands for one of them, as ``find_place`` says.
         text_encoder, vae: files or folders of these parts, in the place of the checkpoint's own.
         tokenizer: the tokenizer's folder, for where neither the checkpoint nor the text encoder brings one.
 
     Raises:
-        ValueError: if it is not a CogVideoX checkpoint, or a file of its transformer is missing, truncated or damaged. Of the other parts, those
-            that are not whole are told when they are asked for.
+        ValueError: if it is not a CogVideoX checkpoint, or a file of its transformer is missing, truncated or damaged.
+            Of the other parts, those that are not whole are told when they are asked for.
     """
     place = find_place(path)
-    path, given = place.path, {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None}
+    path, given = (
+        place.path,
+        {kind: source for kind, source in (("text_encoder", text_encoder), ("vae", vae)) if source is not None},
+    )
     parts = _open_transformer(place, given)
     if "transformer" not in parts:
         kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
-        raise ValueError(f"{path} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it beside one. {_WHERE}")
+        raise ValueError(
+            f"{short(path, 400)} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it "
+            f"beside one. {_WHERE}"
+        )
     transformer = parts["transformer"]
     if transformer.lora:
-        # Those who read LoRAs' files need this module.
-        from .lora_files import lora_inside
-
         lora_inside(transformer)
     check_part(transformer)
     for kind, source in given.items():
         parts[kind] = open_part(source, kind)
         check_together(transformer, parts[kind])
-    incomplete = _add_own(place, parts)
+    errors = _add_own(place, parts)
+    incomplete = {kind: str(error) for kind, error in errors.items()}
+    foreign = {kind for kind, error in errors.items() if isinstance(error, ForeignError)}
     variant = identify(transformer.config)
     if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
         # Two numbers that no shape shows: those of the release the transformer belongs to.
         known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
         if parts["vae"].layout == "diffusers":
-            logger.warning("%s gives no scaling_factor: taken is %s, that of %s.", parts["vae"].source, variant.latent_scale, variant.name)
-        parts["vae"] = replace(parts["vae"], config=known | {name: value for name, value in parts["vae"].config.items() if value is not None})
+            logger.warning(
+                "%s gives no scaling_factor: taken is %s, that of %s.",
+                parts["vae"].source,
+                variant.latent_scale,
+                variant.name,
+            )
+        parts["vae"] = replace(
+            parts["vae"],
+            config=known | {name: value for name, value in parts["vae"].config.items() if value is not None},
+        )
     schedule, note = _scheduler_config(place.root, transformer, variant)
     found = _tokenizer(place.root, parts, tokenizer)
     if "text_encoder" in parts:
@@ -206,7 +190,7 @@ def open_checkpoint(
             incomplete["text_encoder"] = str(error)
             del parts["text_encoder"]
     notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
-    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete), incomplete, notes)
+    return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete, foreign), incomplete, notes)
 
 
 def open_part(path: Path | str, kind: str) -> Part:
@@ -222,7 +206,7 @@ def open_part(path: Path | str, kind: str) -> Part:
         parts = _open_file(path, set(PARTS) - {kind})
         if kind not in parts:
             held = ", ".join(PARTS[found][0] for found in file_kinds(path))
-            raise ValueError(f"{path} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
+            raise ValueError(f"{short(path, 400)} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
         part = parts[kind]
     check_part(part)
     return part
@@ -248,9 +232,10 @@ def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Par
     return {kind: replace(part, note=chosen.note) for kind, part in _open_file(source, given, chosen.files).items()}
 
 
-def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
-    """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and cannot be used cannot."""
-    incomplete = {}
+def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, ValueError]:
+    """Add the checkpoint's own text encoder and VAE where ``parts`` has none; returns why those that are there and
+    cannot be used cannot."""
+    incomplete: dict[str, ValueError] = {}
     for kind in ("text_encoder", "vae"):
         inside, source = parts.get(kind), None
         if inside is None:
@@ -266,31 +251,35 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, str]:
                 check_together(parts["transformer"], parts[kind])
         except ValueError as error:
             logger.info("The %s is left until it is asked for: %s", PARTS[kind][0], error)
-            incomplete[kind] = str(error)
+            incomplete[kind] = error
             parts.pop(kind, None)
     return incomplete
 
 
 def _open_file(file: Path, without: Container[str] = (), files: Sequence[Path] = ()) -> dict[str, Part]:
-    """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are not wanted are not looked
-    into."""
+    """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are
+    not wanted are not looked into."""
     stored = {name: tensor for one in files or (file,) for name, tensor in read_any_header(one).items()}
     found = [part for part in find_parts(stored, file) if part.kind not in without]
-    return {kind: _file_part(kind, [part for part in found if part.kind == kind], file) for kind in dict.fromkeys(part.kind for part in found)}
+    return {
+        kind: _file_part(kind, [part for part in found if part.kind == kind], file)
+        for kind in dict.fromkeys(part.kind for part in found)
+    }
 
 
 def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     if len(found) > 1:
         places = " and ".join(short(part.prefix + "…") for part in found)
         raise ValueError(
-            f"{file} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one may be the average that "
-            "training keeps (EMA). Save the one you want in a file of its own."
+            f"{short(file, 400)} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one "
+            "may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
     shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
     if shard and int(shard[2]) > 1:
         raise ValueError(
-            f"{file} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece alone cannot run. Give the "
-            "folder that all of them lie in, with its config.json and index, or choose a file that is whole."
+            f"{short(file, 400)} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece "
+            "alone cannot run. Give the folder that all of them lie in, with its config.json and index, or choose a "
+            "file that is whole."
         )
     check_unpacked(found[0].tensors, file)
     tensors, scales = split_scales(found[0].tensors)
@@ -306,43 +295,35 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
     return part
 
 
-def read_any_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors, GGUF or torch file.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    ending = file.suffix.lower()
-    if ending == ".gguf":
-        return read_gguf_header(file)
-    return read_pickle_header(file) if ending in (".pt", ".pth", ".ckpt", ".bin") else read_header(file)
-
-
 def _open_part(here: Path, kind: str) -> Part:
     name, class_name = PARTS[kind]
     config_file = here / "config.json"
     if not os.path.lexists(config_file):
         raise ValueError(
-            f"{here} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download config.json from the same repository "
-            "into it."
+            f"{short(here, 400)} has no config.json, so how to build the {name} is unknown. {what_else(here)}Download "
+            "config.json from the same repository into it."
         )
     config = read_json(config_file)
-    names = config.get("_class_name") or config.get("architectures") or (class_name if config.get("model_type") == "t5" else "no class")
+    names = (
+        config.get("_class_name")
+        or config.get("architectures")
+        or (class_name if config.get("model_type") == "t5" else "no class")
+    )
     names = names if isinstance(names, list) else [names]
     if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
         raise ForeignError(
-            f"{config_file} describes {listed(names)}, not {class_name}: this is another model's {name}, and CogVideoX cannot run with it. "
-            f"Choose a CogVideoX checkpoint. {_WHERE}"
+            f"{short(config_file, 400)} describes {listed(names)}, not {class_name}: this is another model's {name}, "
+            f"and CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"
         )
     packing = config.get("quantization_config")
     if isinstance(packing, dict) and packing.get("quant_method"):
         raise packed_error(short(packing["quant_method"]), here, "its config.json says so")
     chosen = choose_weights(here, kind, name, _EXACT if kind == "transformer" and _is_2b(config) else ())
-    tensors: dict[str, StoredTensor] = {}
+    read: dict[str, StoredTensor] = {}
     for file in chosen.files:
-        tensors |= read_any_header(file)
-    check_unpacked(tensors, here)
-    tensors, lora = split_lora(tensors)
+        read |= read_any_header(file)
+    check_unpacked(read, here)
+    tensors, lora = split_lora(read)
     tensors = module_tensors(kind, unwrapped(kind, tensors, here))
     check_config(kind, config, config_file, tensors)
     part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=chosen.note)
@@ -360,7 +341,8 @@ def _is_2b(config: Mapping) -> bool:
 
 
 def _check_floats(part: Part) -> None:
-    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were trained.
+    """No part of CogVideoX has integers among its weights: cast to floats, they would be other numbers than were
+    trained.
 
     Raises:
         ValueError: if there are some.
@@ -370,14 +352,16 @@ def _check_floats(part: Part) -> None:
     if odd:
         kinds = ", ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in odd.values()}))
         raise ValueError(
-            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} as {kinds} ({listed(odd)}), and "
-            "floating-point numbers belong there: it is damaged, or a copy that another program has quantized in a way that is not known here. "
-            "Choose a file in bf16, fp16, fp32, fp8 or GGUF."
+            f"{short(part.source, 400)} holds {len(odd)} of {len(part.tensors)} weights of the {PARTS[part.kind][0]} "
+            f"as {kinds} ({listed(odd)}), and floating-point numbers belong there: it is damaged, or a copy that "
+            "another program has quantized in a way that is not known here. Choose a file in bf16, fp16, fp32, fp8 "
+            "or GGUF."
         )
 
 
 def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[Mapping, str]:
-    """The checkpoint's own noise schedule, or that of the release where it comes without one; and what to say about that.
+    """The checkpoint's own noise schedule, or that of the release where it comes without one; and what to say about
+    that.
 
     Raises:
         ValueError: if it is to have one, by its ``model_index.json``, and that is missing.
@@ -391,12 +375,12 @@ def _scheduler_config(root: Path, transformer: Part, variant: Variant) -> tuple[
         return variant.scheduler_config, ""
     if names_scheduler(root):
         raise ValueError(
-            f"{file} is missing: it holds the noise schedule the model was trained with, and guessing one would spoil the picture. "
-            "Download scheduler/ from the same repository into the checkpoint's folder."
+            f"{short(file, 400)} is missing: it holds the noise schedule the model was trained with, and guessing one "
+            "would spoil the picture. Download scheduler/ from the same repository into the checkpoint's folder."
         )
     return variant.scheduler_config, (
-        f"{transformer.source} comes without a noise schedule, as fine-tunes do, so that of {variant.name} is used. If it was trained with "
-        f"another, put its scheduler/ into {root}."
+        f"{short(transformer.source, 400)} comes without a noise schedule, as fine-tunes do, so that of {variant.name} "
+        f"is used. If it was trained with another, put its scheduler/ into {root}."
     )
 
 

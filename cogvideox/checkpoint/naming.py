@@ -1,7 +1,9 @@
-"""What the tensors of a single file are: which parts it holds, in whose names, and what diffusers and transformers call them.
+"""What the tensors of a single file are: which parts it holds, in whose names, and what diffusers and transformers call
+them.
 
-Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the authors' own; the correspondence is in their repository's
-``tools/convert_weight_sat2hf.py``). Each part is known by a tensor that only it has, wherever its names are put under a prefix.
+Three programs name CogVideoX's tensors: diffusers, ComfyUI's core, and SAT (the authors' own; the correspondence is in
+their repository's ``tools/convert_weight_sat2hf.py``). Each part is known by a tensor that only it has, wherever its
+names are put under a prefix. One file, as each program's names are told from all the others'.
 """
 
 import re
@@ -27,7 +29,8 @@ class FoundPart:
 
     Attributes:
         kind: ``transformer``, ``text_encoder`` or ``vae``.
-        layout: whose names it has: ``diffusers``, ``ComfyUI`` or ``SAT``; T5's are llama.cpp's or the same everywhere (``single file``).
+        layout: whose names it has: ``diffusers``, ``ComfyUI`` or ``SAT``; T5's are llama.cpp's or the same everywhere
+            (``single file``).
         prefix: what stood before every name.
         tensors: by the names that diffusers' or transformers' modules have.
         lora: the halves of a LoRA that was being trained on it when it was saved, by their own names.
@@ -46,14 +49,18 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
     Raises:
         ValueError: if it is a LoRA, another family's model, or nothing that is known.
     """
-    found = []
+    found: list[FoundPart] = []
     tensors, lora = split_lora(_without_wrappers(tensors))
     for kind, layout, markers, rename in _LAYOUTS:
         for prefix in _prefixes(tensors, markers, file):
             inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if prefix == "":
                 # What stands under the prefix of another part is that part's.
-                inside = {name: tensor for name, tensor in inside.items() if not name.startswith(tuple(part.prefix for part in found if part.prefix))}
+                inside = {
+                    name: tensor
+                    for name, tensor in inside.items()
+                    if not name.startswith(tuple(part.prefix for part in found if part.prefix))
+                }
             renamed = dict(pair for name, tensor in inside.items() for pair in rename(name, tensor))
             found.append(FoundPart(kind, layout, prefix, renamed, lora if kind == "transformer" else {}))
     if not found:
@@ -62,14 +69,23 @@ def find_parts(tensors: Tensors, file: Path) -> list[FoundPart]:
 
 
 def module_tensors(kind: str, tensors: Tensors) -> Tensors:
-    """The tensors of a part in a folder of its own, whose names are its module's, less what the module has no use for (T5's decoder)."""
-    return dict(pair for name, tensor in tensors.items() for pair in _from_t5(name, tensor)) if kind == "text_encoder" else tensors
+    """The tensors of a part in a folder of its own, whose names are its module's, less what the module has no use for
+    (T5's decoder)."""
+    return (
+        dict(pair for name, tensor in tensors.items() for pair in _from_t5(name, tensor))
+        if kind == "text_encoder"
+        else tensors
+    )
 
 
-#: How programs name what a packed weight needs beside it: the program, and beginnings of the last words of names. The first that fits counts.
+#: How programs name what a packed weight needs beside it: the program, and beginnings of the last words of names. The
+#: first that fits counts.
 _PACKED = (
     ("nunchaku (SVDQuant)", ("wscales", "wtscale", "wcscales", "smooth_factor")),
-    ("bitsandbytes (nf4, fp4 or int8)", ("bitsandbytes__", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format")),
+    (
+        "bitsandbytes (nf4, fp4 or int8)",
+        ("bitsandbytes__", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format"),
+    ),
     ("Quanto", ("_data", "_scale", "_shift", "_zeropoint")),
     ("torchao", ("_weight_", "weight:")),
     ("GPTQ or AWQ", ("qweight", "qzeros", "g_idx")),
@@ -83,8 +99,9 @@ _ANY_PACKED = tuple(word for _, words in _PACKED for word in words)
 def packed_error(program: str, source: Path, seen: str) -> ForeignError:
     """Weights packed by a program whose packing is not read here."""
     return ForeignError(
-        f"{source} is packed by {program} ({seen}), and such weights are not read here. Choose the same model in bf16, fp16 or fp8, "
-        "or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, makes it small here."
+        f"{short(source, 400)} is packed by {program} ({seen}), and such weights are not read here. Choose the same "
+        "model in bf16, fp16 or fp8, or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, "
+        "makes it small here."
     )
 
 
@@ -112,19 +129,24 @@ def _without_wrappers(tensors: Tensors) -> Tensors:
 
 
 def unwrapped(kind: str, tensors: Tensors, source: Path) -> Tensors:
-    """The tensors of a part in a folder of its own by its module's names, whatever program named them or put them under a prefix (``module.`` of
-    training on several cards); those that stand outside of the prefix keep their names.
+    """The tensors of a part in a folder of its own by its module's names, whatever program named them or put them under
+    a prefix (``module.`` of training on several cards); those that stand outside of the prefix keep their names.
 
     Raises:
         ValueError: if the part is there under several prefixes.
     """
     tensors = _without_wrappers(tensors)
-    found = [(prefix, rename) for part, _, markers, rename in _LAYOUTS if part == kind for prefix in _prefixes(tensors, markers, source)]
+    found = [
+        (prefix, rename)
+        for part, _, markers, rename in _LAYOUTS
+        if part == kind
+        for prefix in _prefixes(tensors, markers, source)
+    ]
     if len(found) > 1:
         places = listed((f"{prefix}…" for prefix, _ in found), 4)
         raise ValueError(
-            f"{source} holds several sets of weights in one ({places}), and which is meant is not known: one may be the average that training keeps "
-            "(EMA). Save the one you want in a file of its own."
+            f"{short(source, 400)} holds several sets of weights in one ({places}), and which is meant is not known: "
+            "one may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
     for prefix, rename in found:
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -143,18 +165,25 @@ def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
     others = {name for name in tensors if name.endswith((*_SCALES, *_SCALE_EXTRAS))}
     if not others:
         return tensors, {}
-    scales = {f"{name[: -len(end)]}.weight": tensors[name] for name in tensors if name in others for end in _SCALES if name.endswith(end)}
+    scales = {
+        f"{name[: -len(end)]}.weight": tensors[name]
+        for name in tensors
+        if name in others
+        for end in _SCALES
+        if name.endswith(end)
+    }
     return {name: tensor for name, tensor in tensors.items() if name not in others}, scales
 
 
-#: Where a layer's own weights are while a LoRA is trained on it: SAT's trainer puts them under the first name, peft under the second.
+#: Where a layer's own weights are while a LoRA is trained on it: SAT's trainer puts them under the first name, peft
+#: under the second.
 _TRAINED_ON = re.compile(r"\.(?:original|base_layer)(?=\.)")
 _LORA_HALF = re.compile(r"\.(?:lora_\w+|matrix_[AB])(?:\.|$)")
 
 
 def split_lora(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """The weights of a model that was saved with a LoRA inside, by the names they have without it, and the LoRA's halves; all of them, and none,
-    where there is no LoRA inside."""
+    """The weights of a model that was saved with a LoRA inside, by the names they have without it, and the LoRA's
+    halves; all of them, and none, where there is no LoRA inside."""
     if not _TRAINED_ON.search("\n".join(tensors)):
         return tensors, {}
     inside = {name: _TRAINED_ON.sub("", name) for name in tensors if _TRAINED_ON.search(name)}
@@ -172,23 +201,37 @@ def _prefixes(tensors: Tensors, markers: tuple[str, ...], file: Path) -> list[st
     prefixes = {name[: -len(first)] for name in tensors if name == first or name.endswith(f".{first}")}
     if len(prefixes) > _MOST_PREFIXES:
         raise ValueError(
-            f"{short(file, 400)} holds {len(prefixes):,} tensors called {first} under as many prefixes, and no file has so many models. It is "
-            "damaged: download it again."
+            f"{short(file, 400)} holds {len(prefixes):,} tensors called {first} under as many prefixes, and no file "
+            "has so many models. It is damaged: download it again."
         )
-    return sorted((prefix for prefix in prefixes if all(prefix + marker in tensors for marker in markers)), key=len, reverse=True)
+    return sorted(
+        (prefix for prefix in prefixes if all(prefix + marker in tensors for marker in markers)), key=len, reverse=True
+    )
 
 
 #: Other models' parts that lie in the same folders, by a name that only they have. The first that fits counts.
 _OTHERS = (
     (r"(^|\.)text_model\.encoder\.layers\.0\.", "CLIP's text encoder"),
     (r"(^|\.)blocks\.0\.pos_embedding\.embedding\.weight$", "UMT5, the text encoder of Wan"),
-    (r"(^|\.)(model|language_model)\.layers\.0\.|^blk\.0\.attn_q\.", "a language model, the text encoder of other models"),
+    (
+        r"(^|\.)(model|language_model)\.layers\.0\.|^blk\.0\.attn_q\.",
+        "a language model, the text encoder of other models",
+    ),
     (r"(^|\.)decoder\.middle\.0\.residual\.0\.|(^|\.)decoder\.mid_block\.resnets\.0\.norm1\.gamma$", "Wan's VAE"),
     (r"(^|\.)decoder\.up_blocks\.\d+\.res_blocks\.|per_channel_statistics|(^|\.)latents_mean$", "LTX-Video's VAE"),
-    (r"(^|\.)decoder\.block_in\.resnets\.0\.|(^|\.)decoder\.blocks\.0\.\d+\.|^layers\.\d+\.layers\.\d+\.", "Mochi's VAE"),
+    (
+        r"(^|\.)decoder\.block_in\.resnets\.0\.|(^|\.)decoder\.blocks\.0\.\d+\.|^layers\.\d+\.layers\.\d+\.",
+        "Mochi's VAE",
+    ),
     (r"(^|\.)decoder\.mid(\.block_1|_block\.resnets\.0)\.conv1\.conv\.weight$", "HunyuanVideo's VAE"),
-    (r"(^|\.)decoder\.mid(\.block_1|_block\.resnets\.0)\.conv1\.weight$", "a VAE of pictures (Stable Diffusion's, FLUX's or another's)"),
-    (r"(^|\.)encoder\.(down_blocks\.0\.resnets|down\.0\.block)\.0\.conv1\.conv\.weight$", "the encoder of a VAE without its decoder"),
+    (
+        r"(^|\.)decoder\.mid(\.block_1|_block\.resnets\.0)\.conv1\.weight$",
+        "a VAE of pictures (Stable Diffusion's, FLUX's or another's)",
+    ),
+    (
+        r"(^|\.)encoder\.(down_blocks\.0\.resnets|down\.0\.block)\.0\.conv1\.conv\.weight$",
+        "the encoder of a VAE without its decoder",
+    ),
 )
 
 
@@ -196,20 +239,25 @@ def _unknown(tensors: Tensors, file: Path) -> ValueError:
     names = sorted(tensors)
     few = listed(names)
     check_unpacked(names, file)
-    if any(re.search(r"lora_(A|B|up|down)\b|lora\.(up|down)\b|\.matrix_[AB]\.|\.alpha$|lokr_|hada_", name) for name in names):
+    if any(
+        re.search(r"lora_(A|B|up|down)\b|lora\.(up|down)\b|\.matrix_[AB]\.|\.alpha$|lokr_|hada_", name)
+        for name in names
+    ):
         return ValueError(
-            f"{file} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot run alone. "
-            "Load the model it was made for here."
+            f"{short(file, 400)} is a LoRA ({len(names)} tensors: {few}), not a model: it changes a model and cannot "
+            "run alone. Load the model it was made for here."
         )
     for pattern, what in _OTHERS:
         if any(re.search(pattern, name) for name in names):
             return ForeignError(
-                f"{file} holds {what}, and none of CogVideoX's transformer, video VAE or T5 text encoder: its {len(names)} tensors "
-                f"({few}) are another model's. Choose a CogVideoX file with the names of diffusers, ComfyUI or SAT."
+                f"{short(file, 400)} holds {what}, and none of CogVideoX's transformer, video VAE or T5 text encoder: "
+                f"its {len(names)} tensors ({few}) are another model's. Choose a CogVideoX file with the names of "
+                "diffusers, ComfyUI or SAT."
             )
     return ForeignError(
-        f"{file} holds no CogVideoX transformer, VAE or T5 text encoder that is known here: its {len(names)} tensors ({few or 'none'}) are another "
-        "model's. Choose a CogVideoX file with the names of diffusers, ComfyUI or SAT."
+        f"{short(file, 400)} holds no CogVideoX transformer, VAE or T5 text encoder that is known here: its "
+        f"{len(names)} tensors ({few or 'none'}) are another model's. Choose a CogVideoX file with the names of "
+        "diffusers, ComfyUI or SAT."
     )
 
 
@@ -219,7 +267,8 @@ def _from_t5(name: str, tensor: StoredTensor) -> _Renamed:
         yield name, tensor
 
 
-#: llama.cpp's names of T5's modules (in a block, and outside), https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_mapping.py
+#: llama.cpp's names of T5's modules (in a block, and outside),
+#: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_mapping.py
 _LLAMA_BLOCK = {
     "attn_q": "layer.0.SelfAttention.q",
     "attn_k": "layer.0.SelfAttention.k",
@@ -236,7 +285,8 @@ _LLAMA_OTHERS = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer
 
 
 def _from_llama(name: str, tensor: StoredTensor) -> _Renamed:
-    """``enc.blk.0.attn_q.weight`` -> ``encoder.block.0.layer.0.SelfAttention.q.weight``; its decoder and output are left."""
+    """``enc.blk.0.attn_q.weight`` -> ``encoder.block.0.layer.0.SelfAttention.q.weight``; its decoder and output are
+    left."""
     path, _, leaf = name.rpartition(".")
     block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)", path)
     if block:
@@ -272,7 +322,8 @@ def _from_comfy(name: str, tensor: StoredTensor) -> _Renamed:
 
 
 def comfy_name(name: str) -> str:
-    """What ComfyUI's core calls a module or tensor of diffusers' transformer: ``transformer_blocks.0.attn1.to_q`` -> ``blocks.0.q``."""
+    """What ComfyUI's core calls a module or tensor of diffusers' transformer: ``transformer_blocks.0.attn1.to_q`` ->
+    ``blocks.0.q``."""
     name = re.sub(r"^transformer_blocks\.", "blocks.", name)
     for comfy, module in _COMFY_BLOCK.items():
         name = re.sub(rf"^(blocks\.\d+)\.{re.escape(module)}(?=\.|$)", rf"\1.{comfy}", name)
@@ -305,7 +356,8 @@ _SAT_UNUSED = ("freqs_sin", "freqs_cos", "position_embeddings", "word_embeddings
 
 
 def _from_sat(name: str, tensor: StoredTensor) -> _Renamed:
-    """SAT fuses q, k and v, and the modulations of a layer's two norms for video and for text; each goes where it belongs, as a view."""
+    """SAT fuses q, k and v, and the modulations of a layer's two norms for video and for text; each goes where it
+    belongs, as a view."""
     if any(unused in name for unused in _SAT_UNUSED):
         return
     if name == "mixins.pos_embed.pos_embedding":
@@ -317,8 +369,8 @@ def _from_sat(name: str, tensor: StoredTensor) -> _Renamed:
 
 
 def sat_modules(path: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """What diffusers calls a module of SAT's transformer, or the modules that are fused in it: (name, which of its rows, of how many pieces); no
-    rows stand for all of them."""
+    """What diffusers calls a module of SAT's transformer, or the modules that are fused in it: (name, which of its
+    rows, of how many pieces); no rows stand for all of them."""
     layer = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
     norm = re.fullmatch(r"mixins\.adaln_layer\.(query|key)_layernorm_list\.(\d+)", path)
     modulation = re.fullmatch(r"mixins\.adaln_layer\.adaLN_modulations\.(\d+)\.1", path)
@@ -335,7 +387,8 @@ def sat_modules(path: str) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def _from_sat_vae(name: str, tensor: StoredTensor) -> _Renamed:
-    """``decoder.up.3.block.0.nin_shortcut.weight`` -> ``decoder.up_blocks.0.resnets.0.conv_shortcut.weight``: SAT counts up blocks backwards."""
+    """``decoder.up.3.block.0.nin_shortcut.weight`` -> ``decoder.up_blocks.0.resnets.0.conv_shortcut.weight``: SAT
+    counts up blocks backwards."""
     if not name.startswith(("encoder.", "decoder.")):
         return
     up = re.match(r"decoder\.up\.(\d)\.", name)
@@ -353,7 +406,12 @@ _TEXT_PROJECTION = "patch_embed.text_proj.weight"
 _LAYOUTS: list[tuple[str, str, tuple[str, ...], Callable[[str, StoredTensor], _Renamed]]] = [
     ("transformer", "diffusers", ("transformer_blocks.0.attn1.to_q.weight", _TEXT_PROJECTION), _same),
     ("transformer", "ComfyUI", ("blocks.0.attn_out.weight", _TEXT_PROJECTION), _from_comfy),
-    ("transformer", "SAT", ("transformer.layers.0.attention.query_key_value.weight", f"mixins.{_TEXT_PROJECTION}"), _from_sat),
+    (
+        "transformer",
+        "SAT",
+        ("transformer.layers.0.attention.query_key_value.weight", f"mixins.{_TEXT_PROJECTION}"),
+        _from_sat,
+    ),
     ("vae", "diffusers", ("decoder.mid_block.resnets.0.norm1.norm_layer.weight",), _same),
     ("vae", "SAT", ("decoder.mid.block_1.norm1.norm_layer.weight",), _from_sat_vae),
     ("text_encoder", "single file", ("encoder.block.0.layer.0.SelfAttention.q.weight",), _from_t5),

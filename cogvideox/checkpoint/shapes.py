@@ -1,13 +1,14 @@
 """Configs from shapes: what a part's config.json would say, for files that come without one.
 
-Numbers that no shape shows (which rows of a table, how many groups of a norm) are those of the released models; where even they cannot be
-told, it is an error and not a guess.
+Numbers that no shape shows (which rows of a table, how many groups of a norm) are those of the released models; where
+even they cannot be told, it is an error and not a guess.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..variants import TRANSFORMER_CLASS
+from ..words import short
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
@@ -23,11 +24,14 @@ def infer_config(kind: str, tensors: Tensors, file: Path) -> dict:
         ValueError: if a tensor that tells a number is missing or has a shape that no CogVideoX has.
     """
     try:
-        return {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}[kind]({name: t.shape for name, t in tensors.items()})
+        return {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}[kind](
+            {name: t.shape for name, t in tensors.items()}
+        )
     except (KeyError, IndexError, ZeroDivisionError, _Odd) as error:
         raise ValueError(
-            f"{file} looks like a {kind.replace('_', ' ')} of CogVideoX, but how it is built cannot be told from its shapes ({error}). It is "
-            "incomplete or of another model: download it again, or use the folder in diffusers layout, which has a config.json."
+            f"{short(file, 400)} looks like a {kind.replace('_', ' ')} of CogVideoX, but how it is built cannot be "
+            f"told from its shapes ({error}). It is incomplete or of another model: download it again, or use the "
+            "folder in diffusers layout, which has a config.json."
         ) from error
 
 
@@ -54,7 +58,8 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         "use_learned_positional_embeddings": "patch_embed.pos_embedding" in shapes,
     }
     if len(patch) == 2:
-        # A linear layer over patches of 2 x 2 x 2: the 1.5 family. Its rotary grid has absolute positions, whatever it was trained at.
+        # A linear layer over patches of 2 x 2 x 2: the 1.5 family. Its rotary grid has absolute positions, whatever it
+        # was trained at.
         config |= {"in_channels": patch[1] // 8, "patch_size_t": 2, "use_rotary_positional_embeddings": True}
         config |= {"sample_width": 170, "sample_height": 96, "sample_frames": 81}
         if "ofs_embedding.linear_1.weight" in shapes:

@@ -1,7 +1,9 @@
-"""T5's tokenizer as it lies on disk: whether it is whole, and whether its tokens are those of the text encoder's table. Nothing is built for it.
+"""T5's tokenizer as it lies on disk: whether it is whole, and whether its tokens are those of the text encoder's table.
+Nothing is built for it.
 
-``spiece.model`` is SentencePiece's ``ModelProto`` (https://github.com/google/sentencepiece, src/sentencepiece_model.proto) in protobuf's wire format:
-pieces are field 1 (in each: the text 1, the score 2), the trainer's settings field 2 (in them: the kind of model 3), the normalizer's field 3.
+``spiece.model`` is SentencePiece's ``ModelProto`` (https://github.com/google/sentencepiece,
+src/sentencepiece_model.proto) in protobuf's wire format: pieces are field 1 (in each: the text 1, the score 2), the
+trainer's settings field 2 (in them: the kind of model 3), the normalizer's field 3.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..files import read_bytes, read_json
 from ..words import short
@@ -43,7 +46,9 @@ def check_tokenizer(folder: Path, rows: int | None = None) -> None:
         state = file.stat()
         count = _count_pieces(file, state.st_size, state.st_mtime_ns)
         if rows is not None and count > rows:
-            raise wrong_tokenizer(file, f"has {count:,} tokens, and the text encoder's table has {rows:,} rows: it is another model's")
+            raise wrong_tokenizer(
+                file, f"has {count:,} tokens, and the text encoder's table has {rows:,} rows: it is another model's"
+            )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -53,14 +58,15 @@ def _files(folder: Path) -> list[Path]:
 def wrong_tokenizer(file: Path, what: str) -> ValueError:
     """The error for a tokenizer that cannot be used; ``what`` is wrong with it."""
     return ValueError(
-        f"{short(file, 400)} {what}. Prompts would not become the tokens that T5 was trained with. Download tokenizer/spiece.model of a CogVideoX "
-        f"repository again (it has {_T5_BYTES:,} bytes); it is enough alone."
+        f"{short(file, 400)} {what}. Prompts would not become the tokens that T5 was trained with. Download "
+        f"tokenizer/spiece.model of a CogVideoX repository again (it has {_T5_BYTES:,} bytes); it is enough alone."
     )
 
 
 @lru_cache(maxsize=16)
 def _count_pieces(file: Path, size: int, changed: int) -> int:
-    """The number of tokens in a whole vocabulary of T5's kind; the file's size and time are what a result is kept for."""
+    """The number of tokens in a whole vocabulary of T5's kind; the file's size and time are what a result is kept
+    for."""
     return _count_json(file) if file.suffix == ".json" else _count_sentencepiece(file)
 
 
@@ -79,7 +85,9 @@ def _count_sentencepiece(file: Path) -> int:
     except (ValueError, IndexError, struct.error) as error:
         raise wrong_tokenizer(file, f"({len(data):,} bytes) is no whole SentencePiece model: {error}") from error
     if kind != _UNIGRAM or tuple(pieces[: len(SPECIAL)]) != SPECIAL:
-        raise wrong_tokenizer(file, f"is another model's: T5's is a unigram model that begins with {', '.join(SPECIAL)}")
+        raise wrong_tokenizer(
+            file, f"is another model's: T5's is a unigram model that begins with {', '.join(SPECIAL)}"
+        )
     return len(pieces)
 
 
@@ -89,7 +97,8 @@ def _read_model(data: bytes) -> tuple[list[str], int]:
     Raises:
         ValueError, IndexError, struct.error: if it is damaged.
     """
-    pieces, kind, seen = [], _UNIGRAM, set()
+    pieces: list[str] = []
+    kind, seen = _UNIGRAM, set()
     for number, wire, start, end in _fields(data, 0, len(data)):
         seen.add(number)
         if number == 1 and wire == _TEXT:
@@ -103,7 +112,9 @@ def _read_model(data: bytes) -> tuple[list[str], int]:
                 raise ValueError(f"piece {len(pieces)} is broken")
             pieces.append(text)
         elif number == 2 and wire == _TEXT:
-            kind = next((_varint(data, first)[0] for inner, _, first, _ in _fields(data, start, end) if inner == 3), kind)
+            kind = next(
+                (_varint(data, first)[0] for inner, _, first, _ in _fields(data, start, end) if inner == 3), kind
+            )
     if not {1, 2, 3} <= seen:
         raise ValueError("it ends before its settings")
     if len(set(pieces)) < len(pieces):
@@ -147,7 +158,10 @@ def _count_json(file: Path) -> int:
         kind = short(model.get("type")) if isinstance(model, dict) else "none"
         raise wrong_tokenizer(file, f"is another model's: it holds a model of the kind {kind}, and T5's is Unigram")
     vocabulary = model["vocab"]
-    right = (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_finite(entry[1]) for entry in vocabulary)
+    right = (
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_finite(entry[1])
+        for entry in vocabulary
+    )
     if not all(right):
         raise wrong_tokenizer(file, "is damaged: its vocabulary should be texts, each with a number")
     if tuple(text for text, _ in vocabulary[: len(SPECIAL)]) != SPECIAL or len(vocabulary) == len(SPECIAL):
@@ -155,5 +169,5 @@ def _count_json(file: Path) -> int:
     return len(vocabulary)
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf

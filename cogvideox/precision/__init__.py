@@ -1,1 +1,1 @@
-"""In which dtype each part of a checkpoint runs, and why."""
+"""Decide in which dtype each part of a checkpoint runs, and say why."""

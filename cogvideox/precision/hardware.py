@@ -1,8 +1,9 @@
-"""What a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
+"""Find out what a device computes in: bf16, fp16, fp8 and int8, natively, by emulation, or not at all.
 
-Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at 5.3, 6.0, 6.2 and from
-7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's products of int8 run on, from 7.5), AMD's CDNA and
-RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3), Apple's Metal feature set (bfloat from macOS 14).
+Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at
+5.3, 6.0, 6.2 and from 7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's
+products of int8 run on, from 7.5), AMD's CDNA and RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3),
+Apple's Metal feature set (bfloat from macOS 14).
 """
 
 from collections.abc import Mapping
@@ -14,22 +15,9 @@ from ..words import short
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 
-_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8 (e4m3fn)",
-    torch.float8_e5m2: "fp8 (e5m2)",
-    torch.int8: "int8",
-}
 # Turing cards without tensor cores, whose half-precision convolutions are known to give NaN.
 _BROKEN_HALF_CONVOLUTIONS = ("GTX 16", "T500", "T550", "T600", "T1000", "T1200", "T2000", "MX450", "MX550", "CMP 30HX")
 _OLD_ROCM = ("gfx8", "gfx900", "gfx906", "gfx10")
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """``torch.bfloat16`` -> ``bf16``; what is a name already (``GGUF Q4_K``) stays."""
-    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -39,9 +27,11 @@ class Hardware:
     Attributes:
         name: what to call it.
         bf16, fp16: ``native``, ``emulated`` (right but slow) or ``absent``.
-        fp8, int8: ``native`` or ``absent``, for matrix products; weights can be stored in them on any device, but fp8 not on Apple's.
+        fp8, int8: ``native`` or ``absent``, for matrix products; weights can be stored in them on any device, but fp8
+            not on Apple's.
         half_convolutions: whether convolutions in fp16 give right results (they do not on GTX 16xx).
-        forced: per part, the dtype that the program around us was started with and the flag that said so; ``auto`` follows it.
+        forced: per part, the dtype that the program around us was started with and the flag that said so; ``auto``
+            follows it.
     """
 
     device: torch.device
@@ -54,7 +44,7 @@ class Hardware:
     forced: Mapping[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
     def support(self, dtype: torch.dtype) -> str:
-        """``native``, ``emulated`` or ``absent``."""
+        """Return ``native``, ``emulated`` or ``absent``."""
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, NATIVE)
 
     @property
@@ -62,7 +52,9 @@ class Hardware:
         return f"{self.name} (bf16 {self.bf16}, fp16 {self.fp16}, fp8 {self.fp8})"
 
     @classmethod
-    def detect(cls, device: torch.device | str | None = None, forced: Mapping[str, tuple[torch.dtype, str]] | None = None) -> "Hardware":
+    def detect(
+        cls, device: torch.device | str | None = None, forced: Mapping[str, tuple[torch.dtype, str]] | None = None
+    ) -> "Hardware":
         """Ask torch what ``device`` (default: the GPU if there is one) computes in.
 
         Raises:
@@ -77,26 +69,40 @@ class Hardware:
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError(
-                    f"The device is {device}, but this torch ({torch.__version__}) sees no GPU, so nothing can run there. Install the torch build "
-                    "for your card, or choose cpu."
+                    f"The device is {device}, but this torch ({torch.__version__}) sees no GPU, so nothing can run "
+                    "there. Install the torch build for your card, or choose cpu."
                 )
             name = torch.cuda.get_device_name(device)
             if torch.version.hip:
-                return cls(device, name, forced=forced, **rocm_support(torch.cuda.get_device_properties(device).gcnArchName))
+                return cls(
+                    device, name, forced=forced, **rocm_support(torch.cuda.get_device_properties(device).gcnArchName)
+                )
             with torch.cuda.device(device):
                 emulates = torch.cuda.is_bf16_supported()
-            return cls(device, name, forced=forced, **cuda_support(name, torch.cuda.get_device_capability(device), emulates))
+            return cls(
+                device, name, forced=forced, **cuda_support(name, torch.cuda.get_device_capability(device), emulates)
+            )
         if device.type == "mps":
-            return cls(device, "Apple GPU (MPS)", NATIVE if torch.backends.mps.is_macos_or_newer(14, 0) else ABSENT, forced=forced)
+            return cls(
+                device,
+                "Apple GPU (MPS)",
+                NATIVE if torch.backends.mps.is_macos_or_newer(14, 0) else ABSENT,
+                forced=forced,
+            )
         if device.type == "cpu":
             return cls(device, "CPU", forced=forced, **_cpu_support())
         if device.type == "xpu":
-            return cls(device, torch.xpu.get_device_name(device), NATIVE if torch.xpu.is_bf16_supported() else EMULATED, forced=forced)
+            return cls(
+                device,
+                torch.xpu.get_device_name(device),
+                NATIVE if torch.xpu.is_bf16_supported() else EMULATED,
+                forced=forced,
+            )
         return cls(device, device.type.upper(), forced=forced)
 
 
 def _chosen(name: str) -> torch.device:
-    """The device that a person names.
+    """Find the device that a person names.
 
     Raises:
         ValueError: naming what there is, for one that torch does not know, or that is not there.
@@ -104,26 +110,36 @@ def _chosen(name: str) -> torch.device:
     there = ["cpu"]
     if torch.cuda.is_available():
         there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        there += [other for other in (kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))) if other not in there]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        kind = accelerator.type
+        there += [
+            other
+            for other in (kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())))
+            if other not in there
+        ]
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            f"The device is '{short(name)}', which torch does not know, so nothing can run there. Here are {', '.join(there)}."
+            f"The device is '{short(name)}', which torch does not know, so nothing can run there. Here are "
+            f"{', '.join(there)}."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        return device  # Of which more can be said than that it is not there.
+        # ``detect`` can say more than that it is not there.
+        return device
     if device.type not in {other.partition(":")[0] for other in there} or (
         device.index is not None and device.index > 0 and str(device) not in there
     ):
-        raise ValueError(f"The device is {device}, which is not there, so nothing can run there. Here are {', '.join(there)}.")
+        raise ValueError(
+            f"The device is {device}, which is not there, so nothing can run there. Here are {', '.join(there)}."
+        )
     return device
 
 
 def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = True) -> dict:
-    """What an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the arguments of ``Hardware``."""
+    """Return what an NVIDIA card computes in, by its compute capability and whether torch emulates bf16 on it: the
+    arguments of ``Hardware``."""
     # Of Turing; older ones have none either, and newer ones all do.
     lacks_tensor_cores = any(card in name for card in _BROKEN_HALF_CONVOLUTIONS)
     fast_fp16 = capability >= (7, 0) or capability in {(5, 3), (6, 0), (6, 2)}
@@ -137,15 +153,24 @@ def cuda_support(name: str, capability: tuple[int, int], emulates_bf16: bool = T
 
 
 def rocm_support(architecture: str) -> dict:
-    """What an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of ``Hardware``."""
+    """Return what an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of
+    ``Hardware``."""
     old = architecture.startswith(_OLD_ROCM)
     fp8 = architecture.startswith(("gfx94", "gfx95", "gfx12"))
     int8 = architecture.startswith(("gfx90a", "gfx94", "gfx95"))
-    return dict(bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT, int8=NATIVE if int8 else ABSENT)
+    return dict(
+        bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT, int8=NATIVE if int8 else ABSENT
+    )
 
 
 def _cpu_support() -> dict:
+    """Return what this CPU computes in: the arguments of ``Hardware``."""
+
     def has(*instructions: str) -> str:
-        return NATIVE if any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in instructions) else EMULATED
+        return (
+            NATIVE
+            if any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in instructions)
+            else EMULATED
+        )
 
     return dict(bf16=has("avx512_bf16", "amx_tile"), fp16=has("amx_fp16"), int8=NATIVE)

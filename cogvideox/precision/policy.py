@@ -1,4 +1,5 @@
-"""The dtype policy: what is stored, what was trained, what the device computes in, and how each part will run, with a verdict."""
+"""Decide in which dtype each part runs, by what is stored, what was trained and what the device computes in, and give
+a verdict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -7,49 +8,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.layout import PARTS, Checkpoint, Part
-from ..choices import DTYPES, ON_MISMATCH, check_choice
-from ..variants import Variant
-from ..words import short
-from .hardware import ABSENT, EMULATED, NATIVE, Hardware, dtype_name
-from .packed import FP8_DTYPES
+from ..checkpoint.layout import Checkpoint
+from ..checkpoint.parts import Part
+from ..choices import AUTO, FIX, ON_MISMATCH, STOP, check_choice
+from ..dtypes import FP8_DTYPES, FP32, RANGE_SAFE_FP16, Precision, dtype_name
+from ..variants import PARTS, Variant
+from ..words import short, size_text
+from .hardware import ABSENT, EMULATED, NATIVE, Hardware
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
 if TYPE_CHECKING:
-    from .audit import WeightAudit
+    from ..checkpoint.audit import WeightAudit
 
-#: The dtypes that can be chosen; None for ``auto``.
-CHOICES: dict[str, torch.dtype | None] = dict(zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True))
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a part runs: the dtype of its weights and matrix products, and whether what lies between them is kept in range.
-
-    Attributes:
-        range_safe: matrix products in ``dtype``, all else in fp32 (``range_safe.make_range_safe``); only with float16.
-    """
-
-    dtype: torch.dtype
-    range_safe: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"range-safe {dtype_name(self.dtype)}" if self.range_safe else dtype_name(self.dtype)
-
-    @property
-    def activations(self) -> torch.dtype:
-        """The dtype that goes in and comes out."""
-        return torch.float32 if self.range_safe else self.dtype
-
-
-RANGE_SAFE_FP16 = Precision(torch.float16, range_safe=True)
-FP32 = Precision(torch.float32)
+#: ``choices.DTYPES`` as torch has them; None for ``auto``.
+CHOICES: dict[str, torch.dtype | None] = {
+    AUTO: None,
+    **{dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)},
+}
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about that.
+    """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about
+    that.
 
     Attributes:
         origin: the file it comes from and whose names that has, "" for a folder in diffusers layout.
@@ -72,10 +53,20 @@ class PartPlan:
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({size_text(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
-        packed = next((dtype_name(dtype).split(" (")[0] for dtype in self.stored if isinstance(dtype, str) or dtype in FP8_DTYPES), "")
+        packed = next(
+            (
+                dtype_name(dtype).split(" (")[0]
+                for dtype in self.stored
+                if isinstance(dtype, str) or dtype in FP8_DTYPES
+            ),
+            "",
+        )
         kept = f", weights kept in {packed}" if packed else ""
         label = f"{self.verdict}, fixed" if self.changed else self.verdict
-        lines = [f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in {self.run.name}{kept}{origin}"]
+        lines = [
+            f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
+            f"{self.run.name}{kept}{origin}"
+        ]
         if self.changed:
             lines.append(f"    changed: {self.changed}")
         for finding in self.findings:
@@ -89,7 +80,8 @@ class DtypePlan:
 
     Attributes:
         audits: what a scan of the weights found, where one was made.
-        incomplete, notes: of the checkpoint: the parts of it that cannot be used and why, and what was decided where its folder left it open.
+        incomplete, notes: of the checkpoint: the parts of it that cannot be used and why, and what was decided where
+            its folder left it open.
     """
 
     variant: str
@@ -102,6 +94,7 @@ class DtypePlan:
     notes: tuple[str, ...] = ()
 
     def precision(self, kind: str) -> Precision:
+        """Return how a part of the checkpoint runs."""
         return next(part.run for part in self.parts if part.kind == kind)
 
     @property
@@ -112,18 +105,27 @@ class DtypePlan:
 
     @property
     def text(self) -> str:
-        lines = [f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}", *(part.text for part in self.parts)]
+        lines = [
+            f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}",
+            *(part.text for part in self.parts),
+        ]
         lines += [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
         lines += [f"[incomplete] {PARTS[kind][0]}: {why}" for kind, why in self.incomplete.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *(audit.text for audit in self.audits)])
 
     def as_dict(self) -> dict:
-        """The plan as JSON has it: dtypes by name, sizes in bytes."""
+        """Give the plan as JSON has it: dtypes by name, sizes in bytes."""
         hardware = self.hardware
         return {
             "variant": self.variant,
-            "device": {"type": hardware.device.type, "name": hardware.name, "bf16": hardware.bf16, "fp16": hardware.fp16, "fp8": hardware.fp8},
+            "device": {
+                "type": hardware.device.type,
+                "name": hardware.name,
+                "bf16": hardware.bf16,
+                "fp16": hardware.fp16,
+                "fp8": hardware.fp8,
+            },
             "dtype": self.choice,
             "verdict": self.verdict,
             "parts": [
@@ -147,7 +149,7 @@ class DtypePlan:
         }
 
 
-def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mismatch: str = "fix") -> DtypePlan:
+def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mismatch: str = FIX) -> DtypePlan:
     """Decide how each part of ``checkpoint`` runs, from headers alone.
 
     Args:
@@ -166,11 +168,11 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
             asked, flag = hardware.forced[kind]
             asker = _Asker(f"ComfyUI was started with {flag}", f"Start ComfyUI without {flag}")
         plan = _plan_part(kind, part, checkpoint.variant, asked, asker, hardware)
-        if plan.changed and on_mismatch != "fix":
+        if plan.changed and asked is not None and on_mismatch != FIX:
             plan = replace(plan, run=Precision(asked), changed="")
         parts.append(plan)
     mismatches = [finding for part in parts for finding in part.findings if finding.verdict == MISMATCH]
-    if mismatches and on_mismatch == "stop":
+    if mismatches and on_mismatch == STOP:
         raise ValueError(
             "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
             + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
@@ -180,26 +182,35 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
     return replace(whole, incomplete=checkpoint.incomplete, notes=checkpoint.notes)
 
 
-def scan_parts(checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None) -> DtypePlan:
-    """Read every weight of ``checkpoint`` once and add to its plan what was found, against the dtype each part is to run in.
+def scan_parts(
+    checkpoint: Checkpoint, plan: DtypePlan, on_progress: Callable[[int, int], None] | None = None
+) -> DtypePlan:
+    """Read every weight of ``checkpoint`` once and add to its plan what was found, against the dtype each part is to
+    run in.
 
     Args:
         on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
     """
-    from .audit import scan_weights
+    from ..checkpoint.audit import scan_weights
 
-    sizes = {kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point) for kind, part in checkpoint.parts.items()}
+    sizes = {
+        kind: sum(t.nbytes for t in part.tensors.values() if t.dtype.is_floating_point)
+        for kind, part in checkpoint.parts.items()
+    }
     total = sum(sizes.values())
     audits, before = [], 0
     for kind, part in checkpoint.parts.items():
-        report = None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
+        report = (
+            None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
+        )
         audits.append(scan_weights(part.tensors, plan.precision(kind).dtype, PARTS[kind][0], report))
         before += sizes[kind]
     return replace(plan, audits=tuple(audits))
 
 
 def safer(kind: str, precision: Precision, hardware: Hardware) -> list[Precision]:
-    """The ways to run a part that hold larger values than ``precision`` does, fastest first: range-safe fp16, bf16 where native, fp32.
+    """List how else a part can run to hold larger values than in ``precision``, the fastest first: range-safe fp16,
+    bf16 where native, fp32.
 
     The VAE's convolutions are not made range-safe: it goes straight to fp32.
     """
@@ -220,7 +231,8 @@ class _Asker:
 
 
 def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hardware) -> Precision:
-    """What ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is, else fp32."""
+    """Return what ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is
+    native, else fp32."""
     dtype = variant.trained_dtype
     if hardware.support(dtype) != NATIVE:
         dtype = torch.float16 if dtype == torch.bfloat16 and hardware.fp16 == NATIVE else torch.float32
@@ -229,7 +241,9 @@ def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hard
     return Precision(dtype, range_safe=dtype == torch.float16 and kind != "vae" and trained != torch.float16)
 
 
-def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | None, asker: _Asker, hardware: Hardware) -> PartPlan:
+def _plan_part(
+    kind: str, part: Part, variant: Variant, asked: torch.dtype | None, asker: _Asker, hardware: Hardware
+) -> PartPlan:
     """Plan a part for the dtype asked for (None: ``auto``), with the fix where it does not suit."""
     # T5 was trained in bf16 whatever transformer reads its embeddings.
     trained = torch.bfloat16 if kind == "text_encoder" else variant.trained_dtype
@@ -241,45 +255,74 @@ def _plan_part(kind: str, part: Part, variant: Variant, asked: torch.dtype | Non
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
     origin = "" if part.layout == "diffusers" else f"{short(part.source.name)}, {part.layout}"
     origin = "with a LoRA inside" if part.lora and not origin else origin
-    return PartPlan(kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed)
+    return PartPlan(
+        kind, part.stored, trained, run, origin, (*findings, *_stored_findings(kind, part.stored, trained)), changed
+    )
 
 
 def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:
+    """Say why ``auto`` chose another dtype than the trained one."""
     if run.range_safe:
-        why = "was trained in bf16" if hardware.bf16 == NATIVE else f"was trained in bf16, which {hardware.name} has not natively"
+        why = (
+            "was trained in bf16"
+            if hardware.bf16 == NATIVE
+            else f"was trained in bf16, which {hardware.name} has not natively"
+        )
         who = "T5" if kind == "text_encoder" else "It"
-        return [Finding(PARTS[kind][0], OK, f"{who} {why}: range-safe fp16 cannot overflow, and is closer to fp32 than bf16 is.")]
+        return [
+            Finding(
+                PARTS[kind][0], OK, f"{who} {why}: range-safe fp16 cannot overflow, and is closer to fp32 than bf16 is."
+            )
+        ]
     if run == FP32 and kind == "vae" and not hardware.half_convolutions:
         return [Finding(PARTS[kind][0], OK, f"Convolutions in fp16 give NaN on {hardware.name}, so it runs in fp32.")]
     if run == FP32 and trained != torch.float32:
-        why = f"{hardware.name} computes faster in fp32 than in 16 bits, so fp32 is right; a card with fast bf16 would take less time."
+        why = (
+            f"{hardware.name} computes faster in fp32 than in 16 bits, so fp32 is right; a card with fast bf16 would "
+            "take less time."
+        )
         return [Finding(PARTS[kind][0], OK, why)]
     return []
 
 
 def _asked_findings(
-    kind: str, trained: torch.dtype, variant: Variant, asked: torch.dtype, asker: _Asker, automatic: Precision, hardware: Hardware
+    kind: str,
+    trained: torch.dtype,
+    variant: Variant,
+    asked: torch.dtype,
+    asker: _Asker,
+    automatic: Precision,
+    hardware: Hardware,
 ) -> tuple[Precision, list[Finding]]:
     """Judge a dtype that somebody asked for, and say how to run instead where it would give a wrong picture."""
     where, dtype, support = PARTS[kind][0], dtype_name(asked), hardware.support(asked)
     undo = f"{asker.undo}: then it runs in {automatic.name} here."
     if support == ABSENT:
-        return automatic, [Finding(where, MISMATCH, f"{asker.said}, but {hardware.name} has no {dtype}: it would fail or crawl.", undo)]
+        return automatic, [
+            Finding(where, MISMATCH, f"{asker.said}, but {hardware.name} has no {dtype}: it would fail or crawl.", undo)
+        ]
     if asked == torch.float16 and kind == "vae" and not hardware.half_convolutions:
-        return FP32, [Finding(where, MISMATCH, f"{asker.said}, but convolutions in fp16 give NaN on {hardware.name}.", undo)]
+        return FP32, [
+            Finding(where, MISMATCH, f"{asker.said}, but convolutions in fp16 give NaN on {hardware.name}.", undo)
+        ]
     run, findings = Precision(asked), []
     if asked == torch.float16 and kind == "vae":
-        findings.append(Finding(where, OK, "Every chunk of frames is checked, and one that is not finite is decoded again in fp32."))
+        findings.append(
+            Finding(where, OK, "Every chunk of frames is checked, and one that is not finite is decoded again in fp32.")
+        )
     elif asked == torch.float16 and trained != torch.float16:
         who = "T5" if kind == "text_encoder" else variant.name
         reason = (
-            f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass 65504, become Inf, then NaN, "
-            "and the video turns black."
+            f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass "
+            "65504, become Inf, then NaN, and the video turns black."
         )
         remedy = f"{asker.undo}, or leave on_mismatch at fix: range-safe fp16 cannot overflow."
         run, findings = RANGE_SAFE_FP16, [Finding(where, MISMATCH, reason, remedy)]
     elif asked == torch.bfloat16 and trained == torch.float16 and kind == "transformer":
-        reason = f"{variant.name} was trained in fp16, and bf16 keeps 8 of its 11 significant bits: the video is finite, but coarser."
+        reason = (
+            f"{variant.name} was trained in fp16, and bf16 keeps 8 of its 11 significant bits: the video is finite, "
+            "but coarser."
+        )
         findings.append(Finding(where, WARNING, reason, undo))
     if support == EMULATED:
         findings.append(Finding(where, WARNING, f"{hardware.name} only emulates {dtype}: right, but slow.", undo))
@@ -287,11 +330,14 @@ def _asked_findings(
 
 
 def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained: torch.dtype) -> list[Finding]:
-    """What an earlier cast of the file has already cost."""
+    """Say what an earlier cast of the file has already cost."""
     name = PARTS[kind][0]
     quantized = ", ".join(dtype for dtype in stored if isinstance(dtype, str))
     if quantized:
-        reason = f"The file is a quantized copy ({quantized}): the rest of its weights' precision is lost, whatever they run in."
+        reason = (
+            f"The file is a quantized copy ({quantized}): the rest of its weights' precision is lost, whatever they "
+            "run in."
+        )
         return [Finding(name, WARNING, reason, "For full quality download the original weights.")]
     if any(dtype in FP8_DTYPES for dtype in stored):
         bits = min(4 if dtype == torch.float8_e4m3fn else 3 for dtype in stored if dtype in FP8_DTYPES)
@@ -299,7 +345,8 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
             Finding(
                 name,
                 WARNING,
-                f"The file is an fp8 copy: its weights keep {bits} significant bits and lost the rest, whatever they run in.",
+                f"The file is an fp8 copy: its weights keep {bits} significant bits and lost the rest, whatever they "
+                "run in.",
                 "For full quality download the original weights.",
             )
         ]
@@ -308,14 +355,9 @@ def _stored_findings(kind: str, stored: Mapping[torch.dtype | str, int], trained
             Finding(
                 name,
                 WARNING,
-                "The file is an fp16 copy of weights trained in bf16: magnitudes under 5.96e-8 became zero and those over 65504 Inf, and that is "
-                "lost whatever they run in.",
+                "The file is an fp16 copy of weights trained in bf16: magnitudes under 5.96e-8 became zero and those "
+                "over 65504 Inf, and that is lost whatever they run in.",
                 "Usually little is lost; scan_weights tells, and the original file is in bf16.",
             )
         ]
     return []
-
-
-def size_text(count: int) -> str:
-    """``11.14 GB``, or ``3.40 MB``."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

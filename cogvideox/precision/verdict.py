@@ -1,4 +1,4 @@
-"""A finding about how something would run: a verdict, why, and what to do."""
+"""Record findings about how something would run: a verdict, why, and what to do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ class Finding:
 
     Attributes:
         where: what it is about: a part, a line of a file, a node.
-        verdict: ``ok``, ``warning`` (right, but slower or coarser than it could be) or ``mismatch`` (would give a wrong picture, or none).
+        verdict: ``ok``, ``warning`` (right, but slower or coarser than it could be) or ``mismatch`` (would give a wrong
+            picture, or none).
         reason: one sentence.
         remedy: one sentence, or "" where there is nothing to do.
     """
@@ -25,5 +26,5 @@ class Finding:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The most severe verdict of ``findings``; ``ok`` where there are none."""
+    """Return the most severe verdict of ``findings``; ``ok`` where there are none."""
     return max((finding.verdict for finding in findings), key=_SEVERITY.index, default=OK)

@@ -1,5 +1,5 @@
-"""Run by ComfyUI's interpreter in its checkout: a small T5 with the same weights in ComfyUI's own classes and in ours gives the same embeddings,
-and the same video where core's CLIP Text Encode goes straight into our sampler."""
+"""Run by ComfyUI's interpreter in its checkout: a small T5 with the same weights in ComfyUI's own classes and in ours
+gives the same embeddings, and the same video where core's CLIP Text Encode goes straight into our sampler."""
 
 import importlib
 import sys
@@ -36,17 +36,28 @@ torch.manual_seed(0)
 t5 = tiny.build_text_encoder(vocabulary=32128, layers=2, width=4096, inner=64)
 STATE = {name: value.clone() for name, value in t5.state_dict().items()}
 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # Windows deletes no file that is mapped.
-    folder = tiny.build_checkpoint(Path(name) / "tiny", change=lambda parts: parts.update(transformer=tiny.build_transformer(text_embed_dim=4096)))
+    folder = tiny.build_checkpoint(
+        Path(name) / "tiny", change=lambda parts: parts.update(transformer=tiny.build_transformer(text_embed_dim=4096))
+    )
     save_file(STATE, Path(name) / "t5xxl.safetensors")
-    layout, handles, text = (importlib.import_module(f"pack.cogvideox.{part}") for part in ("checkpoint.layout", "handles", "text"))
+    layout, handles, text = (
+        importlib.import_module(f"pack.cogvideox.{part}") for part in ("checkpoint.layout", "handles", "text")
+    )
     host = sys.modules["pack.nodes.host"]
     (folder / "tokenizer" / "spiece.model").unlink()
-    checkpoint = layout.open_checkpoint(folder, text_encoder=Path(name) / "t5xxl.safetensors", tokenizer=host.tokenizer_folder())
+    checkpoint = layout.open_checkpoint(
+        folder, text_encoder=Path(name) / "t5xxl.safetensors", tokenizer=host.tokenizer_folder()
+    )
     opened = handles.make_handles(checkpoint, "fp32")
     ours = opened.text_encoder
     clips = {
-        "cogvideox": clip_of(comfy.text_encoders.cogvideo.cogvideo_te(), comfy.text_encoders.cogvideo.CogVideoXTokenizer),
-        "sd3": clip_of(comfy.text_encoders.sd3_clip.sd3_clip(clip_l=False, clip_g=False, t5=True), comfy.text_encoders.sd3_clip.SD3Tokenizer),
+        "cogvideox": clip_of(
+            comfy.text_encoders.cogvideo.cogvideo_te(), comfy.text_encoders.cogvideo.CogVideoXTokenizer
+        ),
+        "sd3": clip_of(
+            comfy.text_encoders.sd3_clip.sd3_clip(clip_l=False, clip_g=False, t5=True),
+            comfy.text_encoders.sd3_clip.SD3Tokenizer,
+        ),
         "mochi": clip_of(comfy.text_encoders.genmo.mochi_te(), comfy.text_encoders.genmo.MochiT5Tokenizer),
     }
     for kind, clip in clips.items():

@@ -12,7 +12,9 @@ from tests.comfyui.server import add_example_files, from_environment
 def comfy(tmp_path_factory):
     server = from_environment(tmp_path_factory.mktemp("comfyui"))
     if server is None:
-        pytest.skip("no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests")
+        pytest.skip(
+            "no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter to run these tests"
+        )
     yield server
     server.close()
 

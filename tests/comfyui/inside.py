@@ -1,6 +1,7 @@
 """For scripts that ComfyUI's interpreter runs in its checkout: ComfyUI's modules and the pack, side by side.
 
-Arguments of such a script: the folder of the pack, others of its own, and ComfyUI's options, which start with a dash. To be imported first.
+Arguments of such a script: the folder of the pack, others of its own, and ComfyUI's options, which start with a dash.
+To be imported first.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
-"""Run by ComfyUI's interpreter in its checkout: ComfyUI's memory management knows of our parts, unloads them for others, and
-forgets those that are gone.
+"""Run by ComfyUI's interpreter in its checkout: ComfyUI's memory management knows of our parts, unloads them for
+others, and forgets those that are gone.
 """
 
 import gc

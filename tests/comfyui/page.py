@@ -1,4 +1,5 @@
-"""ComfyUI's page in a headless Chromium, for the tests and for the pictures: a node process that drives it, one JSON line a command."""
+"""ComfyUI's page in a headless Chromium, for the tests and for the pictures: a node process that drives it, one JSON
+line a command."""
 
 import json
 import os
@@ -7,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("page.mjs")
-HOW = "set PLAYWRIGHT_CORE to the folder of the npm package playwright-core and CHROMIUM to a Chromium (default /usr/bin/chromium)"
+HOW = (
+    "set PLAYWRIGHT_CORE to the folder of the npm package playwright-core and CHROMIUM to a Chromium (default "
+    "/usr/bin/chromium)"
+)
 
 
 def available() -> bool:
@@ -30,7 +34,9 @@ class Page:
     def __init__(self, comfy, width: int = 1600, height: int = 1000, scale: float = 1, **settings):
         self._comfy = comfy
         self._view = {"width": width, "height": height, "scale": scale}
-        self._process = subprocess.Popen(["node", str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            ["node", str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.reload(**settings)
 
     def reload(self, **settings) -> None:

@@ -1,6 +1,8 @@
-"""Makes every picture of ComfyUI's page that the pack shows: of the help pages, the examples' thumbnails, and those of README.md.
+"""Makes every picture of ComfyUI's page that the pack shows: of the help pages, the examples' thumbnails, and those of
+README.md and docs/.
 
-Run from the repository's root, with the variables of the browser tests set: ``python -m tests.comfyui.pictures [help] [thumbnails] [readme]``.
+Run from the repository's root, with the variables of the browser tests set: ``python -m tests.comfyui.pictures [help]
+[thumbnails] [readme]``.
 """
 
 import json
@@ -15,7 +17,8 @@ from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.server import add_example_files, from_environment
 from tests.conftest import ROOT
 
-#: The help pages' pictures are of nodes this wide, in the graph's own units; what a text box needs is not known to the page.
+#: The help pages' pictures are of nodes this wide, in the graph's own units; what a text box needs is not known to the
+#: page.
 WIDTH, HEIGHTS = 350, {"CogVideoX15TextEncode": 180}
 #: What stands in them.
 FILLED = {

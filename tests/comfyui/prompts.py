@@ -3,11 +3,19 @@
 from tests import workflows
 
 #: A size that a tiny checkpoint is quick with, and the tests' files where an example leaves the choice to its user.
-_SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3, "file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
+_SMALL = {
+    "width": 160,
+    "height": 96,
+    "length": 17,
+    "steps": 3,
+    "file": "input.mp4",
+    "lora_name": "my_cogvideox_lora.safetensors",
+}
 
 
 def example(name: str) -> dict:
-    """An example's twin for scripts, which is what the page queues (test_workflows.py), at a size that runs in seconds."""
+    """An example's twin for scripts, which is what the page queues (test_workflows.py), at a size that runs in
+    seconds."""
     return small(workflows.read(workflows.twin(next(path for path in workflows.FILES if path.stem == name))))
 
 

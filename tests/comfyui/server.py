@@ -44,7 +44,9 @@ async def alive(_):
     parts = ("CogVideoXTransformer3DModel", "T5EncoderModel", "AutoencoderKLCogVideoX")
     return web.json_response(
         {
-            "weights": sum(kind.__name__ == "Weights" and kind.__module__.endswith("cogvideox.handles") for kind in kinds),
+            "weights": sum(
+                kind.__name__ == "Weights" and kind.__module__.endswith("cogvideox.weights") for kind in kinds
+            ),
             "modules": sum(kind.__name__ in parts for kind in kinds),
         }
     )
@@ -73,11 +75,18 @@ class Told:
 
 
 class Comfy:
-    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the checkout.
+    """The server's HTTP API. ``base`` is its folder: models, output and custom_nodes lie under it, nothing in the
+    checkout.
 
     ``put`` is called with the folder that the pack is to be in; without it that is a link to this one."""
 
-    def __init__(self, checkout: Path, python: str, base: Path, put: Callable[[Path], None] = lambda folder: folder.symlink_to(ROOT)):
+    def __init__(
+        self,
+        checkout: Path,
+        python: str,
+        base: Path,
+        put: Callable[[Path], None] = lambda folder: folder.symlink_to(ROOT),
+    ):
         self.base = base
         build_checkpoint(base / "models" / "CogVideo" / "CogVideoX1.5-5B")
         for folder in ("custom_nodes", "input"):
@@ -88,7 +97,15 @@ class Comfy:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         self.log = base / "log.txt"
-        command = [python, str(checkout / "main.py"), "--cpu", "--base-directory", str(base), "--port", self.url.rsplit(":", 1)[1]]
+        command = [
+            python,
+            str(checkout / "main.py"),
+            "--cpu",
+            "--base-directory",
+            str(base),
+            "--port",
+            self.url.rsplit(":", 1)[1],
+        ]
         self._log_file = self.log.open("w")
         self._process = subprocess.Popen(command, cwd=checkout, stdout=self._log_file, stderr=subprocess.STDOUT)
         self._wait_until_up()
@@ -117,7 +134,9 @@ class Comfy:
         return urllib.request.urlopen(self.url + path, timeout=30)
 
     def post(self, path: str, body: dict) -> dict:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 text = answer.read()
@@ -157,7 +176,9 @@ class Comfy:
         socket = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=180)
         try:
             socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
-            queued = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": {"preview_method": previews}})["prompt_id"]
+            queued = self.post(
+                "/prompt", {"prompt": prompt, "client_id": client, "extra_data": {"preview_method": previews}}
+            )["prompt_id"]
             while True:
                 message = socket.recv()
                 if isinstance(message, bytes):
@@ -185,7 +206,8 @@ class Comfy:
 
 
 def add_example_files(base: Path) -> None:
-    """What the examples need beside the text-to-video checkpoint: an image-to-video one, a picture, a clip and LoRAs, one of another model."""
+    """What the examples need beside the text-to-video checkpoint: an image-to-video one, a picture, a clip and LoRAs,
+    one of another model."""
     models, name = base / "models", "transformer.transformer_blocks.0.attn1.to_out.0"
     if (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
         return

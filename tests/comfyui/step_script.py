@@ -1,4 +1,5 @@
-"""Run by ComfyUI's interpreter in its checkout, for benchmarks/step.py: seconds a step of ComfyUI's own CogVideoX model.
+"""Run by ComfyUI's interpreter in its checkout, for benchmarks/step.py: seconds a step of ComfyUI's own CogVideoX
+model.
 
 Arguments beside those of ``inside``: the weights, in ComfyUI's names, and what to run them with.
 """
@@ -24,7 +25,10 @@ positive, negative = ([[prompt, {}]] for prompt in given["prompts"])
 
 def run():
     ends = []
-    noise, options = torch.randn(latents.shape), dict(callback=lambda *_: ends.append(time.perf_counter()), disable_pbar=True, seed=1)
+    noise, options = (
+        torch.randn(latents.shape),
+        dict(callback=lambda *_: ends.append(time.perf_counter()), disable_pbar=True, seed=1),
+    )
     comfy.sample.sample(model, noise, steps, 6.0, "ddim", "simple", positive, negative, latents, **options)
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from cogvideox.configs.kinds import KINDS
-from cogvideox.configs.migrate import migrate_workflow
+from interop.kinds import KINDS
+from interop.migrate import migrate_workflow
 from tests import layouts, locales, workflows, wrapper_workflows
 from tests.comfyui.prompts import error_of, example, id_of, node_of, small
 from tests.conftest import ROOT
@@ -28,7 +28,8 @@ from tests.tiny_checkpoint import build_text_encoder, build_transformer, build_v
 
 
 def enlarge(folder, layers=512, wide=1 << 20):
-    """Make a tiny text encoder in shards one of hundreds of gigabytes: more and wider layers, which are holes in a file."""
+    """Make a tiny text encoder in shards one of hundreds of gigabytes: more and wider layers, which are holes in a
+    file."""
     config, index = json.loads((folder / "config.json").read_text()), next(folder.glob("*.index.json"))
     listed = json.loads(index.read_text())
     header, end = {}, 0
@@ -38,14 +39,20 @@ def enlarge(folder, layers=512, wide=1 << 20):
             with safe_open(folder / listed["weight_map"][name], "pt") as file:
                 shape = [wide if side == config["d_ff"] else side for side in file.get_slice(name).get_shape()]
             size = 4 * prod(shape)
-            header[re.sub(r"\d+", str(layer), name, count=1)] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            header[re.sub(r"\d+", str(layer), name, count=1)] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": [end, end + size],
+            }
             end += size
     text = json.dumps(header).encode()
     # Of two shards that have a tensor, the last by name counts.
     with (folder / "model-large.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
-    index.write_text(json.dumps({"weight_map": listed["weight_map"] | dict.fromkeys(header, "model-large.safetensors")}))
+    index.write_text(
+        json.dumps({"weight_map": listed["weight_map"] | dict.fromkeys(header, "model-large.safetensors")})
+    )
     (folder / "config.json").write_text(json.dumps(config | {"num_layers": layers, "d_ff": wide}))
 
 
@@ -62,7 +69,9 @@ def test_the_nodes_are_listed_with_the_checkpoint(comfy, pack):
 
 
 def test_the_examples_are_in_the_template_list(comfy):
-    assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(path.stem for path in workflows.FILES)
+    assert sorted(comfy.get("/workflow_templates")["a pack with spaces"]) == sorted(
+        path.stem for path in workflows.FILES
+    )
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -88,7 +97,12 @@ def test_help_pages_and_templates_are_served_from_a_folder_with_spaces(comfy, ad
 
 
 @pytest.mark.parametrize(
-    "address", ["/extensions/{}/docs/..%2f..%2fpyproject.toml", "/extensions/{}/docs/%2e%2e/%2e%2e/README.md", "/extensions/{}/docs/"]
+    "address",
+    [
+        "/extensions/{}/docs/..%2f..%2fpyproject.toml",
+        "/extensions/{}/docs/%2e%2e/%2e%2e/README.md",
+        "/extensions/{}/docs/",
+    ],
 )
 def test_nothing_else_of_the_folder_is_served(comfy, address):
     with pytest.raises(urllib.error.HTTPError, match="404"):
@@ -138,7 +152,10 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
     assert history["status"]["status_str"] == "success"
     sampler = next(key for key, node in prompt.items() if node["class_type"] == "CogVideoX15Sampler")
     told = shown[sampler][-1]
-    assert told.startswith("step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is transformer_blocks")
+    assert told.startswith(
+        "step 1 of 3: the transformer in fp16 gave NaN or Inf; the first module whose output was not finite is "
+        "transformer_blocks"
+    )
     assert told in comfy.log.read_text()
     node_of(prompt, "CogVideoX15Sampler").update(on_nan="stop")
     assert "on_nan is stop" in error_of(comfy.run(prompt))["exception_message"]
@@ -146,22 +163,32 @@ def test_plain_fp16_that_overflows_is_healed_and_the_sampler_says_so_on_the_node
 
 
 def test_a_single_file_with_a_text_encoder_and_a_vae_in_files_of_their_own(comfy, prompt):
-    """ComfyUI's names in models/diffusion_models, found parts where the loader says auto, and ComfyUI's own tokenizer."""
+    """ComfyUI's names in models/diffusion_models, found parts where the loader says auto, and ComfyUI's own
+    tokenizer."""
     models = comfy.base / "models"
     for name in ("diffusion_models", "text_encoders", "vae"):
         (models / name).mkdir(exist_ok=True)
     state = layouts.comfy_names(build_transformer("1.5").bfloat16().state_dict())
     layouts.write_file(models / "diffusion_models" / "cog.safetensors", state, "model.diffusion_model.")
-    layouts.write_file(models / "text_encoders" / "t5xxl_tiny.safetensors", build_text_encoder(vocabulary=32128).state_dict())
+    layouts.write_file(
+        models / "text_encoders" / "t5xxl_tiny.safetensors", build_text_encoder(vocabulary=32128).state_dict()
+    )
     layouts.write_file(models / "vae" / "cog_vae.safetensors", build_vae((32, 32, 32, 64), 32).state_dict())
     listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]
     choice = next(label for label in listed["required"]["model"][0] if label.startswith("cog.safetensors"))
     assert choice.endswith(" · bf16 · ComfyUI")
-    assert listed["optional"]["text_encoder_name"][0] == ["auto", "t5xxl_tiny.safetensors · T5 encoder · fp32 · single file"]
+    assert listed["optional"]["text_encoder_name"][0] == [
+        "auto",
+        "t5xxl_tiny.safetensors · T5 encoder · fp32 · single file",
+    ]
     node_of(prompt, "CogVideoX15ModelLoader").update(model=choice)
     history, shown = comfy.run_listening(prompt)
     assert history["status"]["status_str"] == "success"
-    assert any("text encoder: the checkpoint has none, so t5xxl_tiny.safetensors" in text for texts in shown.values() for text in texts)
+    assert any(
+        "text encoder: the checkpoint has none, so t5xxl_tiny.safetensors" in text
+        for texts in shown.values()
+        for text in texts
+    )
     for name in ("diffusion_models", "text_encoders", "vae"):
         shutil.rmtree(models / name)
 
@@ -171,22 +198,31 @@ def test_every_other_example_runs_too(comfy, files, name):
     prompt = example(name)
     history, shown = comfy.run_listening(prompt)
     assert history["status"]["status_str"] == "success", history["status"]
-    saved = next(output["images"][0] for key, output in history["outputs"].items() if prompt[key]["class_type"] == "SaveVideo")
+    saved = next(
+        output["images"][0] for key, output in history["outputs"].items() if prompt[key]["class_type"] == "SaveVideo"
+    )
     with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
         assert sum(1 for _ in container.decode(video=0)) == 17
     texts = [text for told in shown.values() for text in told]
     if name == "video_to_video":
         assert any("the last 3 were cut: 17 are left" in text for text in texts)
     if name == "text_to_video_lora":
-        assert any(text.startswith("LoRA my_cogvideox_lora.safetensors: strength 1, rank 2, 1 layers") for text in texts)
+        assert any(
+            text.startswith("LoRA my_cogvideox_lora.safetensors: strength 1, rank 2, 1 layers") for text in texts
+        )
 
 
 def test_the_block_runs_through_the_api_as_the_page_takes_it_apart(comfy):
     (path,) = workflows.BLOCKS
-    assert path.stem in {entry["name"] for entry in comfy.get("/global_subgraphs").values() if entry["source"] == "custom_node"}
+    assert path.stem in {
+        entry["name"] for entry in comfy.get("/global_subgraphs").values() if entry["source"] == "custom_node"
+    }
     prompt = small(workflows.to_api(workflows.read(path)))
     video = next(key for key, node in prompt.items() if node["class_type"] == "CreateVideo")
-    prompt["save"] = {"class_type": "SaveVideo", "inputs": {"video": [video, 0], "filename_prefix": "video/block", "format": "auto", "codec": "auto"}}
+    prompt["save"] = {
+        "class_type": "SaveVideo",
+        "inputs": {"video": [video, 0], "filename_prefix": "video/block", "format": "auto", "codec": "auto"},
+    }
     history = comfy.run(prompt)
     assert history["status"]["status_str"] == "success", history["status"]
     saved = history["outputs"]["save"]["images"][0]
@@ -196,9 +232,14 @@ def test_the_block_runs_through_the_api_as_the_page_takes_it_apart(comfy):
 
 @pytest.mark.parametrize("use", ["text to video", "image to video"])
 def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use):
-    """Small, with what plain ComfyUI has around it, and with the checkpoint's own text encoder, as ComfyUI's loader knows no tiny T5."""
+    """Small, with what plain ComfyUI has around it, and with the checkpoint's own text encoder, as ComfyUI's loader
+    knows no tiny T5."""
     w = wrapper_workflows.text_to_video() if use == "text to video" else wrapper_workflows.image_to_video()
-    w.change("loader", model="zai-org/CogVideoX1.5-5B" if use == "text to video" else "zai-org/CogVideoX1.5-5B-I2V", precision="fp16")
+    w.change(
+        "loader",
+        model="zai-org/CogVideoX1.5-5B" if use == "text to video" else "zai-org/CogVideoX1.5-5B-I2V",
+        precision="fp16",
+    )
     w.change("sampler", num_frames=18, steps=3)
     w.nodes.pop(w.names["save"])
     w.add("SaveWEBM", "saved", images=("decode", 0))
@@ -229,12 +270,16 @@ def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use):
 def test_the_nodes_of_comfyui_that_a_migration_writes_are_as_its_table_says(comfy):
     for kind in ("ConditioningAverage", "ConditioningConcat"):
         info = comfy.get(f"/object_info/{kind}")[kind]
-        assert [(entry.name, entry.type) for entry in KINDS[kind].inputs] == [(name, spec[0]) for name, spec in info["input"]["required"].items()]
+        assert [(entry.name, entry.type) for entry in KINDS[kind].inputs] == [
+            (name, spec[0]) for name, spec in info["input"]["required"].items()
+        ]
         assert list(KINDS[kind].outputs) == list(zip(info["output_name"], info["output"], strict=True))
 
 
 def test_the_lora_list_holds_those_of_cogvideox(comfy, files):
-    listed = comfy.get("/object_info/CogVideoX15LoraLoader")["CogVideoX15LoraLoader"]["input"]["required"]["lora_name"][0]
+    listed = comfy.get("/object_info/CogVideoX15LoraLoader")["CogVideoX15LoraLoader"]["input"]["required"]["lora_name"][
+        0
+    ]
     assert sorted(listed) == ["another.safetensors", "my_cogvideox_lora.safetensors"]
 
 
@@ -252,7 +297,9 @@ def test_a_quantized_model_and_text_encoder_run_and_the_node_says_how_far_off_th
     assert report.startswith("transformer: int8_dynamic, ")
     assert "text encoder: int8_weight_only, " in report
     inputs["method"] = "int4"
-    assert "The method is 'int4', which is not known here" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
+    assert "The method is 'int4', which is not known here" in str(
+        comfy.post("/prompt", {"prompt": prompt})["node_errors"]
+    )
 
 
 def test_an_end_image_is_said_to_be_untrained_on_the_sampler(comfy, files):
@@ -269,7 +316,10 @@ def test_cores_mixing_of_prompts_works_between_our_nodes(comfy, prompt, mix):
     """Average keeps the length; Concat makes the positive prompt twice as long as the negative one."""
     sampler = node_of(prompt, "CogVideoX15Sampler")
     encoder = prompt[sampler["positive"][0]]["inputs"]["text_encoder"]
-    prompt["90"] = {"class_type": "CogVideoX15TextEncode", "inputs": {"text_encoder": encoder, "prompt": "the sun rises over the sea"}}
+    prompt["90"] = {
+        "class_type": "CogVideoX15TextEncode",
+        "inputs": {"text_encoder": encoder, "prompt": "the sun rises over the sea"},
+    }
     inputs = {"conditioning_to": sampler["positive"], "conditioning_from": ["90", 0]}
     if mix == "ConditioningAverage":
         inputs["conditioning_to_strength"] = 0.5
@@ -279,15 +329,24 @@ def test_cores_mixing_of_prompts_works_between_our_nodes(comfy, prompt, mix):
 
 
 def test_the_downloader_does_nothing_until_it_is_switched_on(comfy):
-    choice = comfy.get("/object_info/CogVideoX15Downloader")["CogVideoX15Downloader"]["input"]["required"]["checkpoint"][0][0]
-    history, shown = comfy.run_listening({"1": {"class_type": "CogVideoX15Downloader", "inputs": {"checkpoint": choice, "download": False}}})
+    choice = comfy.get("/object_info/CogVideoX15Downloader")["CogVideoX15Downloader"]["input"]["required"][
+        "checkpoint"
+    ][0][0]
+    history, shown = comfy.run_listening(
+        {"1": {"class_type": "CogVideoX15Downloader", "inputs": {"checkpoint": choice, "download": False}}}
+    )
     assert history["status"]["status_str"] == "success"
     assert "Nothing was downloaded" in shown["1"][0]
     assert [path.name for path in (comfy.base / "models" / "CogVideo").iterdir()] == ["CogVideoX1.5-5B"]
 
 
 def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has_and_our_video(comfy):
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "clip_script.py"), str(ROOT), "--cpu"]
+    command = [
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        str(ROOT / "tests" / "comfyui" / "clip_script.py"),
+        str(ROOT),
+        "--cpu",
+    ]
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     *embeddings, video = [line for line in done.stdout.splitlines() if "relative L2" in line]
@@ -297,7 +356,12 @@ def test_comfyuis_own_t5_gives_our_embeddings_whatever_type_its_loader_has_and_o
 
 
 def test_comfyuis_memory_management_and_ours_are_one(comfy):
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(ROOT / "tests" / "comfyui" / "memory_script.py"), str(ROOT), "--cpu"]
+    command = [
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        str(ROOT / "tests" / "comfyui" / "memory_script.py"),
+        str(ROOT),
+        "--cpu",
+    ]
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "memory is one" in done.stdout
@@ -343,7 +407,9 @@ BAD_WIDGETS = [
 def test_a_bad_widget_is_refused_when_queued_with_the_engines_sentence(comfy, prompt, kind, widget, value, said):
     node_of(prompt, f"CogVideoX15{kind}")[widget] = value
     answer = comfy.post("/prompt", {"prompt": prompt})
-    (errors,) = [node["errors"] for key, node in answer["node_errors"].items() if key == id_of(prompt, f"CogVideoX15{kind}")]
+    (errors,) = [
+        node["errors"] for key, node in answer["node_errors"].items() if key == id_of(prompt, f"CogVideoX15{kind}")
+    ]
     assert any(said in error["details"] for error in errors)
 
 
@@ -358,7 +424,10 @@ def chain(prompt, *nodes):
 CACHE, COMPILE = {"strength": 0.5, "start": 0.0, "end": 1.0}, {"mode": "default", "dynamic": False}
 TOGETHER = [
     ([("Cache", CACHE | {"method": "pab"}), ("Compile", COMPILE)], "The cache pab and compiling do not work together"),
-    ([("Compile", COMPILE), ("Cache", CACHE | {"method": "faster_cache"})], "The cache faster_cache and compiling do not work together"),
+    (
+        [("Compile", COMPILE), ("Cache", CACHE | {"method": "faster_cache"})],
+        "The cache faster_cache and compiling do not work together",
+    ),
     ([("Cache", CACHE | {"method": "taylorseer"})] * 2, "The model has a cache already (taylorseer)"),
     ([("Quantize", {"method": "int8_weight_only"})] * 2, "The transformer is quantized already (int8_weight_only)"),
 ]

@@ -20,7 +20,10 @@ def succeed(comfy, prompt):
 
 def files_of(comfy, output):
     """The paths of what a node saved or previews."""
-    return [comfy.base / {"output": "output", "temp": "temp"}[file["type"]] / file["subfolder"] / file["filename"] for file in output["images"]]
+    return [
+        comfy.base / {"output": "output", "temp": "temp"}[file["type"]] / file["subfolder"] / file["filename"]
+        for file in output["images"]
+    ]
 
 
 def without_the_end(prompt):
@@ -28,7 +31,10 @@ def without_the_end(prompt):
     for kind in ("CogVideoX15BlackFrameCheck", "CreateVideo", "SaveVideo", "PreviewAny"):
         for key in [key for key, node in prompt.items() if node["class_type"] == kind]:
             del prompt[key]
-    prompt["60"] = {"class_type": "SaveImage", "inputs": {"images": [id_of(prompt, "CogVideoX15VAEDecode"), 0], "filename_prefix": "frames"}}
+    prompt["60"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [id_of(prompt, "CogVideoX15VAEDecode"), 0], "filename_prefix": "frames"},
+    }
     return prompt
 
 
@@ -65,7 +71,10 @@ def test_cores_empty_video_latent_is_ours(comfy, prompt):
 
 
 def test_a_latent_of_an_image_model_is_refused_with_a_sentence(comfy, prompt):
-    prompt[id_of(prompt, "CogVideoX15EmptyLatent")] = {"class_type": "EmptyLatentImage", "inputs": {"width": 160, "height": 96, "batch_size": 1}}
+    prompt[id_of(prompt, "CogVideoX15EmptyLatent")] = {
+        "class_type": "EmptyLatentImage",
+        "inputs": {"width": 160, "height": 96, "batch_size": 1},
+    }
     assert "Image latents do not fit" in error_of(comfy.run(prompt))["exception_message"]
 
 
@@ -80,14 +89,27 @@ def test_our_frames_go_into_cores_savers_and_previews(comfy, prompt):
     prompt = without_the_end(prompt)
     frames = [id_of(prompt, "CogVideoX15VAEDecode"), 0]
     prompt |= {
-        "71": {"class_type": "SaveWEBM", "inputs": {"images": frames, "filename_prefix": "clip", "codec": "vp9", "fps": 16.0, "crf": 20.0}},
+        "71": {
+            "class_type": "SaveWEBM",
+            "inputs": {"images": frames, "filename_prefix": "clip", "codec": "vp9", "fps": 16.0, "crf": 20.0},
+        },
         "72": {"class_type": "PreviewImage", "inputs": {"images": frames}},
         "73": {
             "class_type": "SaveAnimatedWEBP",
-            "inputs": {"images": frames, "filename_prefix": "clip", "fps": 16.0, "lossless": True, "quality": 80, "method": "fastest"},
+            "inputs": {
+                "images": frames,
+                "filename_prefix": "clip",
+                "fps": 16.0,
+                "lossless": True,
+                "quality": 80,
+                "method": "fastest",
+            },
         },
         "74": {"class_type": "CreateVideo", "inputs": {"images": frames, "fps": 16.0}},
-        "75": {"class_type": "SaveVideo", "inputs": {"video": ["74", 0], "filename_prefix": "video/clip", "format": "auto", "codec": "auto"}},
+        "75": {
+            "class_type": "SaveVideo",
+            "inputs": {"video": ["74", 0], "filename_prefix": "video/clip", "format": "auto", "codec": "auto"},
+        },
     }
     outputs = succeed(comfy, prompt)
     assert len(outputs["72"]["images"]) == 17
@@ -110,18 +132,24 @@ def released_vae(comfy):
 
 
 def test_cores_vae_and_ours_are_interchangeable(comfy, prompt, released_vae):
-    """Core VAE Decode makes our decoder's frames from one latent frame, nearly so from more, and our sampler starts from core VAE Encode's.
+    """Core VAE Decode makes our decoder's frames from one latent frame, nearly so from more, and our sampler starts
+    from core VAE Encode's.
 
-    Ours is diffusers' decode (tests/test_vae.py): whole, two latent frames at a time. ComfyUI's class has the same layers, but runs the first of
-    them on the whole video and the last on four frames at a time, so its group norms see other frames; random weights make the most of that.
+    Ours is diffusers' decode (tests/test_vae.py): whole, two latent frames at a time. ComfyUI's class has the same
+    layers, but runs the first of them on the whole video and the last on four frames at a time, so its group norms see
+    other frames; random weights make the most of that.
     """
     prompt = without_the_end(prompt)
     # Small and short, as this VAE is large: 9 frames, which core's node makes too.
     empty = {"width": 48, "height": 32, "length": 9, "batch_size": 1}
     prompt[id_of(prompt, "CogVideoX15EmptyLatent")] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": empty}
     loader, decoder, sampler = (id_of(prompt, f"CogVideoX15{kind}") for kind in ("ModelLoader", "VAEDecode", "Sampler"))
-    listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["optional"]["vae_name"][0]
-    prompt[loader]["inputs"].update(dtype="fp32", vae_name=next(label for label in listed if label.startswith(released_vae)))
+    listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["optional"][
+        "vae_name"
+    ][0]
+    prompt[loader]["inputs"].update(
+        dtype="fp32", vae_name=next(label for label in listed if label.startswith(released_vae))
+    )
     prompt |= {
         "81": {"class_type": "VAELoader", "inputs": {"vae_name": released_vae}},
         "82": {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": ["81", 0]}},
@@ -144,7 +172,10 @@ def test_cores_vae_and_ours_are_interchangeable(comfy, prompt, released_vae):
     assert max(max(frame.mean) for frame in differences("60", "83")) < 10
     # The other way: frames through core's encoder into our sampler.
     prompt["90"] = {"class_type": "VAEEncode", "inputs": {"pixels": [decoder, 0], "vae": ["81", 0]}}
-    prompt["92"] = {"class_type": "CogVideoX15Sampler", "inputs": dict(prompt[sampler]["inputs"], latent_image=["90", 0], denoise=0.4)}
+    prompt["92"] = {
+        "class_type": "CogVideoX15Sampler",
+        "inputs": dict(prompt[sampler]["inputs"], latent_image=["90", 0], denoise=0.4),
+    }
     prompt["93"] = {"class_type": "SaveLatent", "inputs": {"samples": ["92", 0], "filename_prefix": "latents/again"}}
     succeed(comfy, prompt)
     resampled = load_file(next((comfy.base / "output" / "latents").glob("again_*.latent")))["latent_tensor"]

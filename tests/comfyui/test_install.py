@@ -1,4 +1,5 @@
-"""Installed as ComfyUI Manager and ``comfy node install`` do it: an archive or a clone, and then pip, into what ComfyUI's users have."""
+"""Installed as ComfyUI Manager and ``comfy node install`` do it: an archive or a clone, and then pip, into what
+ComfyUI's users have."""
 
 import json
 import os
@@ -20,7 +21,9 @@ CHECKOUT = os.environ.get("COMFYUI_PATH")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 
-pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter")
+pytestmark = pytest.mark.skipif(
+    CHECKOUT is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout and COMFYUI_PYTHON to its interpreter"
+)
 
 #: Prints what ComfyUI's requirements bring, as far as it is installed: name -> [version, what it needs].
 BROUGHT = """
@@ -42,10 +45,17 @@ while todo:
         todo += dist.requires or []
 print(json.dumps(found))
 """
-#: What ComfyUI's users have who installed it earlier and did not renew its packages: transformers, and what it then asked of huggingface-hub.
+#: What ComfyUI's users have who installed it earlier and did not renew its packages: transformers, and what it then
+#: asked of huggingface-hub.
 EARLIER = {
-    "transformers 4": {"transformers": ["4.51.3", ["huggingface-hub<1.0,>=0.30.0", "safetensors>=0.4.3"]], "huggingface-hub": ["0.36.2", []]},
-    "transformers 5.0": {"transformers": ["5.0.0", ["huggingface-hub<2.0,>=1.3.0", "safetensors>=0.4.3"]], "huggingface-hub": ["1.33.0", []]},
+    "transformers 4": {
+        "transformers": ["4.51.3", ["huggingface-hub<1.0,>=0.30.0", "safetensors>=0.4.3"]],
+        "huggingface-hub": ["0.36.2", []],
+    },
+    "transformers 5.0": {
+        "transformers": ["5.0.0", ["huggingface-hub<2.0,>=1.3.0", "safetensors>=0.4.3"]],
+        "huggingface-hub": ["1.33.0", []],
+    },
 }
 
 
@@ -61,12 +71,17 @@ def unpack(folder: Path) -> None:
 
 
 class Environment:
-    """A Python environment of which pip sees the packages that ``brought`` names, and that changes in nothing when pip installs."""
+    """A Python environment of which pip sees the packages that ``brought`` names, and that changes in nothing when pip
+    installs."""
 
     def __init__(self, folder: Path, brought: dict):
         self._folder, self._report = folder, folder / "report.json"
         subprocess.run([PYTHON, "-m", "venv", folder / "venv"], check=True)
-        self._python = next(path for path in (folder / "venv" / "bin" / "python", folder / "venv" / "Scripts" / "python.exe") if path.exists())
+        self._python = next(
+            path
+            for path in (folder / "venv" / "bin" / "python", folder / "venv" / "Scripts" / "python.exe")
+            if path.exists()
+        )
         self.packages = {}
         self.have(brought)
 
@@ -79,7 +94,12 @@ class Environment:
                     old.parent.rmdir()
             place = self._folder / "packages" / f"{name.replace('-', '_')}-{version}.dist-info"
             place.mkdir(parents=True)
-            lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
+            lines = [
+                "Metadata-Version: 2.1",
+                f"Name: {name}",
+                f"Version: {version}",
+                *(f"Requires-Dist: {need}" for need in needs),
+            ]
             (place / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
             (place / "INSTALLER").write_text("pip", encoding="utf-8")
             (place / "RECORD").touch()
@@ -90,31 +110,43 @@ class Environment:
         self._report.unlink(missing_ok=True)
         told = {"PIP_DRY_RUN": "1", "PIP_REPORT": str(self._report), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment = os.environ | told | {"PYTHONPATH": str(self._folder / "packages")}
-        done = subprocess.run([self._python, *map(str, arguments)], env=environment, capture_output=True, text=True, cwd=ROOT)
-        if re.search("NewConnectionError|NameResolutionError|ConnectTimeout|from versions: none", done.stdout + done.stderr):
+        done = subprocess.run(
+            [self._python, *map(str, arguments)], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
+        if re.search(
+            "NewConnectionError|NameResolutionError|ConnectTimeout|from versions: none", done.stdout + done.stderr
+        ):
             pytest.skip("no package index can be reached")
         assert done.returncode == 0, done.stderr[-2000:]
         if not self._report.exists():
             return {}
         listed = [item["metadata"] for item in json.loads(self._report.read_text(encoding="utf-8"))["install"]]
-        return {item["name"].lower().replace("_", "-"): [item["version"], item.get("requires_dist", [])] for item in listed}
+        return {
+            item["name"].lower().replace("_", "-"): [item["version"], item.get("requires_dist", [])] for item in listed
+        }
 
     def pip(self, *what) -> dict:
         return self.run("-m", "pip", "install", *what)
 
     def changed(self, installed: dict) -> dict:
-        return {name: (self.packages[name], version) for name, (version, _) in installed.items() if name in self.packages}
+        return {
+            name: (self.packages[name], version) for name, (version, _) in installed.items() if name in self.packages
+        }
 
 
 @pytest.fixture(scope="module")
 def brought():
-    done = subprocess.run([PYTHON, "-c", BROUGHT, f"{CHECKOUT}/requirements.txt"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [PYTHON, "-c", BROUGHT, f"{CHECKOUT}/requirements.txt"], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
 class TestPip:
     def test_into_a_fresh_comfyui_changes_nothing_that_is_there(self, tmp_path, brought):
-        assert {"torch", "transformers", "huggingface-hub", "av", "numpy", "safetensors", "sentencepiece"} <= set(brought)
+        assert {"torch", "transformers", "huggingface-hub", "av", "numpy", "safetensors", "sentencepiece"} <= set(
+            brought
+        )
         environment = Environment(tmp_path, brought)
         new = environment.pip("-r", ROOT / "requirements.txt")
         assert environment.changed(new) == {}
@@ -128,7 +160,8 @@ class TestPip:
 
     @pytest.mark.parametrize("earlier", EARLIER)
     def test_line_by_line_into_an_earlier_comfyui_ends_with_what_it_had(self, tmp_path, brought, earlier):
-        """pip alone would leave a diffusers that cannot be imported with the huggingface-hub that transformers gets back."""
+        """pip alone would leave a diffusers that cannot be imported with the huggingface-hub that transformers gets
+        back."""
         environment = Environment(tmp_path, brought | EARLIER[earlier])
         before = dict(environment.packages)
         for line in LINES:
@@ -146,12 +179,16 @@ def test_the_archive_runs_a_workflow_in_folders_of_any_name(tmp_path):
     try:
         models = base / "models" / "CogVideo"
         (models / "CogVideoX1.5-5B").rename(models / "модель 一 (1,5)")
-        prompt = workflows.to_api(workflows.read(next(path for path in workflows.FILES if path.stem == "text_to_video")))
+        prompt = workflows.to_api(
+            workflows.read(next(path for path in workflows.FILES if path.stem == "text_to_video"))
+        )
         small = {"width": 80, "height": 48, "length": 1, "steps": 1, "filename_prefix": "видео/我的 video"}
         for node in prompt.values():
             node["inputs"] |= {key: value for key, value in small.items() if key in node["inputs"]}
             if node["class_type"] == "CogVideoX15ModelLoader":
-                listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["required"]["model"][0]
+                listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"][
+                    "required"
+                ]["model"][0]
                 (node["inputs"]["model"],) = listed
         assert listed[0].startswith("модель 一 (1,5) · ")
         history = comfy.run(prompt)
@@ -166,5 +203,9 @@ def test_the_archive_runs_a_workflow_in_folders_of_any_name(tmp_path):
 
 def test_a_clone_is_found_by_comfyui(tmp_path):
     subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "a clone"], check=True, capture_output=True)
-    assert {path.relative_to(tmp_path / "a clone").as_posix() for path in (tmp_path / "a clone").rglob("*") if path.is_file()} > set(archive())
+    assert {
+        path.relative_to(tmp_path / "a clone").as_posix()
+        for path in (tmp_path / "a clone").rglob("*")
+        if path.is_file()
+    } > set(archive())
     subprocess.run([PYTHON, "-c", IMPORT], cwd=tmp_path / "a clone", check=True, capture_output=True)

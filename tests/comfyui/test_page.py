@@ -1,4 +1,5 @@
-"""The page itself, in a headless Chromium: what a person sees who opens an example, looks for help, presses Run, or makes a mistake."""
+"""The page itself, in a headless Chromium: what a person sees who opens an example, looks for help, presses Run, or
+makes a mistake."""
 
 import itertools
 import os
@@ -19,7 +20,13 @@ SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
 NOTES = ("MarkdownNote", "Note")
 #: What a fresh ComfyUI complains of itself while its page opens: files of the user's that are not there yet.
-AT_START = ("/user.css", "/api/userdata/user.css", "/api/userdata?dir=", "/api/userdata/comfy.templates.json", "graph accessed before initialization")
+AT_START = (
+    "/user.css",
+    "/api/userdata/user.css",
+    "/api/userdata?dir=",
+    "/api/userdata/comfy.templates.json",
+    "graph accessed before initialization",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,11 @@ def shots(tmp_path_factory):
 
 def complaints(page):
     """Console errors and exceptions, but for those of asking a host that the tests do not let it reach."""
-    return [problem for problem in page.problems() if "net::ERR_FAILED" not in problem["text"] or problem["url"].startswith("http://127.0.0.1")]
+    return [
+        problem
+        for problem in page.problems()
+        if "net::ERR_FAILED" not in problem["text"] or problem["url"].startswith("http://127.0.0.1")
+    ]
 
 
 def check_graph(graph, path):
@@ -79,11 +90,18 @@ def check_graph(graph, path):
                 assert widget["value"] in widget["choices"], (node["type"], widget["name"])
     for one, other in itertools.combinations(graph, 2):
         (x, y, width, height), (left, top, wide, high) = one["box"], other["box"]
-        assert x + width <= left or left + wide <= x or y + height <= top or top + high <= y, (one["title"], other["title"])
+        assert x + width <= left or left + wide <= x or y + height <= top or top + high <= y, (
+            one["title"],
+            other["title"],
+        )
 
 
 def test_the_page_opens_without_a_complaint_of_ours(browser):
-    assert [problem for problem in complaints(browser) if not any(known in problem["url"] + problem["text"] for known in AT_START)] == []
+    assert [
+        problem
+        for problem in complaints(browser)
+        if not any(known in problem["url"] + problem["text"] for known in AT_START)
+    ] == []
 
 
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.stem)
@@ -119,7 +137,8 @@ def node_of(graph, kind):
 
 @pytest.fixture
 def previews(page):
-    """The page with live previews on. ComfyUI passes on every step with one, and without only what comes 0.1 s after the step before."""
+    """The page with live previews on. ComfyUI passes on every step with one, and without only what comes 0.1 s after
+    the step before."""
     page.reload(**{"Comfy.Execution.PreviewMethod": "latent2rgb"})
     page.problems()
     yield
@@ -139,7 +158,11 @@ def test_run_makes_a_video_with_progress_and_the_report_on_the_loader(page, shot
     sampler, loader = (str(node_of(graph, kind)["id"]) for kind in ("CogVideoX15Sampler", "CogVideoX15ModelLoader"))
     assert {(value, 3) for value in range(1, 4)} <= {tuple(state) for state in seen["progress"][sampler]}
     assert seen["previews"] >= 3
-    report = next(widget for widget in node_of(graph, "CogVideoX15ModelLoader")["widgets"] if widget["name"] == "$$node-text-preview")
+    report = next(
+        widget
+        for widget in node_of(graph, "CogVideoX15ModelLoader")["widgets"]
+        if widget["name"] == "$$node-text-preview"
+    )
     assert "transformer: stored bf16" in report["value"]
     assert loader in seen["progress"]
     page.fit()
@@ -165,7 +188,9 @@ def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     assert node_of(page.graph(), "SaveVideo")["inputs"][0]["link"] is not None
     page.set_widgets(values=SMALL)
     queued, known = page.prompt(), workflows.to_api(page.save())
-    assert {name: node["inputs"] for name, node in queued.items()} == {name: node["inputs"] for name, node in known.items()}
+    assert {name: node["inputs"] for name, node in queued.items()} == {
+        name: node["inputs"] for name, node in known.items()
+    }
     page.screenshot(path=shots / "block.png")
     seen = page.run()
     assert seen["end"] == "success"
@@ -179,7 +204,9 @@ def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pac
         page.alone(type=node_id)
         (node,) = page.graph()
         assert node["title"] == wanted["display_name"]
-        labels = {slot["name"]: slot["label"] for slot in node["inputs"] + node["widgets"] if slot["name"] in wanted["inputs"]}
+        labels = {
+            slot["name"]: slot["label"] for slot in node["inputs"] + node["widgets"] if slot["name"] in wanted["inputs"]
+        }
         assert labels == {name: entry["name"] for name, entry in wanted["inputs"].items()}
         assert [slot["label"] for slot in node["outputs"]] == [entry["name"] for entry in wanted["outputs"].values()]
         told = page.tooltips()

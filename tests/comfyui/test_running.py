@@ -16,8 +16,8 @@ def test_every_stage_moves_the_progress_bar_of_its_node(comfy, prompt):
     told = comfy.listen(prompt)
     kinds = ("ModelLoader", "TextEncode", "Sampler", "VAEDecode", "BlackFrameCheck")
     bars = {kind: told.progress(id_of(prompt, f"CogVideoX15{kind}")) for kind in kinds}
-    # ComfyUI passes on one message each tenth of a second at most, and the last.
-    # Bytes of the scan; T5's layers, whose weights are mapped; bytes of the transformer and then the steps; latent frames; frames.
+    # ComfyUI passes on one message each tenth of a second at most, and the last. Bytes of the scan; T5's layers, whose
+    # weights are mapped; bytes of the transformer and then the steps; latent frames; frames.
     assert all(bars.values()), bars
     assert bars["TextEncode"][-1] == (2, 2)
     assert bars["Sampler"][-1] == (3, 3)
@@ -26,7 +26,9 @@ def test_every_stage_moves_the_progress_bar_of_its_node(comfy, prompt):
     assert bars["BlackFrameCheck"][-1] == (17, 17)
     # The node that works is the one that is highlighted.
     running = [event["data"]["node"] for event in told.events if event["type"] == "executing"]
-    assert [node for node in running if node is not None] == list(dict.fromkeys(node for node in running if node is not None))
+    assert [node for node in running if node is not None] == list(
+        dict.fromkeys(node for node in running if node is not None)
+    )
     assert set(prompt) == set(running) - {None}
 
 

@@ -1,15 +1,14 @@
 """Runs the cases of a fuzz target in forked children, and judges what each did.
 
-A case is one mutated input and what the project is asked to do with it. It may end in three good ways: it works, it is refused by a sentence
-of the project's own (``ok``), or it works and an oracle agrees. Everything else is a finding:
+A case is one mutated input and what the project is asked to do with it. It may end in three good ways: it works, it is
+refused by a sentence of the project's own (``ok``), or it works and an oracle agrees. Everything else is a finding:
 
-``raw``     an exception that is no sentence of the project: another type, or raised by Python or a library and not by a ``raise`` of the project
-``hang``    longer than ``HANG`` seconds
-``memory``  more than ``MEMORY`` bytes beside what was there, or an attempt to take more than ``CEILING``
-``crash``   the process died
-``silent``  the oracle of the target objects: it loads, though it should not, or as something else
-``forbidden``  a program was started, a file outside the case's folder was written, a canary was touched, or a real unpickler ran
-``unwieldy``  a refusal of more than ``LONG`` letters, or one that cannot be printed (lone surrogates)
+``raw``     an exception that is no sentence of the project: another type, or raised by Python or a library and not by a
+``raise`` of the project ``hang``    longer than ``HANG`` seconds ``memory``  more than ``MEMORY`` bytes beside what was
+there, or an attempt to take more than ``CEILING`` ``crash``   the process died ``silent``  the oracle of the target
+objects: it loads, though it should not, or as something else ``forbidden``  a program was started, a file outside the
+case's folder was written, a canary was touched, or a real unpickler ran ``unwieldy``  a refusal of more than ``LONG``
+letters, or one that cannot be printed (lone surrogates)
 """
 
 import contextlib
@@ -44,7 +43,11 @@ class Hang(BaseException):
 
 def targets() -> list[str]:
     """The names of all targets: the files of targets/ that have cases."""
-    return sorted(path.stem for path in (Path(__file__).parent / "targets").glob("*.py") if "\ndef case(" in path.read_text(encoding="utf-8"))
+    return sorted(
+        path.stem
+        for path in (Path(__file__).parent / "targets").glob("*.py")
+        if "\ndef case(" in path.read_text(encoding="utf-8")
+    )
 
 
 @functools.cache
@@ -60,7 +63,7 @@ def prepare(name: str) -> tuple:
     return target, target.prepare(base)
 
 
-# --- What must not happen -----------------------------------------------------------------------------------------------------------
+# --- What must not happen -----------------------------------------------------
 
 _acting, _allowed, _seen = False, [], []
 _SPAWNING = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn")
@@ -88,31 +91,48 @@ def _audit(event, args):
         if "/canary/" in path:
             _seen.append(f"the canary was opened: {path}")
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        if writes and not path.startswith(tuple(_allowed)) and "__pycache__" not in path and not path.startswith(("/dev/", "/proc/")):
+        if (
+            writes
+            and not path.startswith(tuple(_allowed))
+            and "__pycache__" not in path
+            and not path.startswith(("/dev/", "/proc/"))
+        ):
             _seen.append(f"written outside: {path}")
-    elif event == "socket.connect" and not str(args[1][0] if isinstance(args[1], tuple) else args[1]).startswith(("127.", "localhost", "::1", "/")):
+    elif event == "socket.connect" and not str(args[1][0] if isinstance(args[1], tuple) else args[1]).startswith(
+        ("127.", "localhost", "::1", "/")
+    ):
         _seen.append(f"connected to {args[1]}")
 
 
-# --- Judging ------------------------------------------------------------------------------------------------------------------------
+# --- Judging ------------------------------------------------------------------
 
 _SENTENCES = (ValueError, RuntimeError, OSError)
 _NOT_SENTENCES = (UnicodeError, json.JSONDecodeError, RecursionError, NotImplementedError)
 
 
 def _is_project(frame) -> bool:
-    return frame.filename.startswith(str(PROJECT)) and "/tests/" not in frame.filename and "/.venv/" not in frame.filename
+    return (
+        frame.filename.startswith(str(PROJECT)) and "/tests/" not in frame.filename and "/.venv/" not in frame.filename
+    )
 
 
 def judge(error: BaseException) -> dict:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _is_project(frame)]
-    place = f"{Path(own[-1].filename).relative_to(PROJECT)}:{own[-1].lineno} {own[-1].name}" if own else "outside the project"
+    place = (
+        f"{Path(own[-1].filename).relative_to(PROJECT)}:{own[-1].lineno} {own[-1].name}"
+        if own
+        else "outside the project"
+    )
     if any(frame.name in ("list_checkpoints", "list_parts", "INPUT_TYPES") for frame in own):
         place += " [while listing: no model can be chosen]"
     said = str(error)
     names = [cls.__name__ for cls in type(error).__mro__]
-    raised_here = bool(frames) and _is_project(frames[-1]) and linecache.getline(frames[-1].filename, frames[-1].lineno).strip().startswith("raise")
+    raised_here = (
+        bool(frames)
+        and _is_project(frames[-1])
+        and linecache.getline(frames[-1].filename, frames[-1].lineno).strip().startswith("raise")
+    )
     found = {
         "type": type(error).__name__,
         "place": place,
@@ -137,7 +157,11 @@ def judge(error: BaseException) -> dict:
     except UnicodeEncodeError:
         return found | {"kind": "unwieldy", "type": found["type"] + " (unprintable)"}
     if len(said) > LONG:
-        return found | {"kind": "unwieldy", "type": found["type"] + " (long)", "said": f"{len(said)} letters: {said[:300]}"}
+        return found | {
+            "kind": "unwieldy",
+            "type": found["type"] + " (long)",
+            "said": f"{len(said)} letters: {said[:300]}",
+        }
     return found | {"kind": "ok"}
 
 
@@ -170,7 +194,11 @@ def _run_case(target, state, seed, index, folder: Path) -> dict:
     _acting = True
     try:
         said = act()
-        result = {"kind": "silent", "type": "-", "place": str(said).split(":")[0], "said": str(said)[:600]} if said else {"kind": "works"}
+        result = (
+            {"kind": "silent", "type": "-", "place": str(said).split(":")[0], "said": str(said)[:600]}
+            if said
+            else {"kind": "works"}
+        )
     except (SystemExit, KeyboardInterrupt, Exception, Hang) as error:
         signal.alarm(0)
         result = judge(error)
@@ -189,7 +217,12 @@ def _run_case(target, state, seed, index, folder: Path) -> dict:
         }
     canaries = [str(path) for path in (Path(tempfile.gettempdir()) / "FUZZ_PWNED", WORK / "PWNED") if path.exists()]
     if canaries or _seen:
-        result = {"kind": "forbidden", "type": "-", "place": (_seen or canaries)[0][:120], "said": "; ".join((_seen + canaries)[:5])}
+        result = {
+            "kind": "forbidden",
+            "type": "-",
+            "place": (_seen or canaries)[0][:120],
+            "said": "; ".join((_seen + canaries)[:5]),
+        }
         for path in canaries:
             os.unlink(path)
     return result | {"index": index, "label": label[:300], "seconds": round(time.monotonic() - start, 2)}
@@ -290,7 +323,16 @@ def run(name: str, count: int, seed: int, budget: float, first: int = 0, quiet: 
         if current is not None:
             kind = "hang" if killed else "crash"
             why = "in code that no alarm interrupts" if killed else f"status {status} (signal {status & 127})"
-            note({"kind": kind, "type": why, "place": "the process", "said": "", "index": current, "label": f"case {current}"})
+            note(
+                {
+                    "kind": kind,
+                    "type": why,
+                    "place": "the process",
+                    "said": "",
+                    "index": current,
+                    "label": f"case {current}",
+                }
+            )
             done += 1
         todo = todo[done:]
         print(f"{name}: {sum(tally.values())} of {count}, {tally}", flush=True)

@@ -123,7 +123,23 @@ def dump(tree, indent=None) -> bytes:
 
 def mutate_text(rng, data: bytes) -> tuple[bytes, str]:
     """Changes of a text as a whole."""
-    kind = rng.choice(("bom", "crlf", "utf16", "latin", "comment", "garbage", "double", "duplicate", "cut", "null", "html", "empty", "spaces"))
+    kind = rng.choice(
+        (
+            "bom",
+            "crlf",
+            "utf16",
+            "latin",
+            "comment",
+            "garbage",
+            "double",
+            "duplicate",
+            "cut",
+            "null",
+            "html",
+            "empty",
+            "spaces",
+        )
+    )
     if rng.random() < 0.01:
         kind = "open"
     if kind == "bom":
@@ -162,7 +178,9 @@ def mutate_bytes(rng, data: bytes, head: int | None = None) -> tuple[bytes, str]
     reach = min(len(data), head or len(data))
     if rng.random() < 0.1:
         reach = len(data)
-    kind = rng.choice(("flip", "flip", "flips", "bits", "cut", "insert", "delete", "repeat", "zero", "ones", "int", "append"))
+    kind = rng.choice(
+        ("flip", "flip", "flips", "bits", "cut", "insert", "delete", "repeat", "zero", "ones", "int", "append")
+    )
     at = rng.randrange(max(1, reach))
     if kind == "flip" and data:
         data[at % len(data)] = rng.randrange(256)
@@ -185,7 +203,9 @@ def mutate_bytes(rng, data: bytes, head: int | None = None) -> tuple[bytes, str]
     elif kind == "int" and len(data) > 8:
         size = rng.choice((4, 8))
         at = rng.randrange(max(1, min(reach, len(data) - 8)))
-        value = rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 100_000_000, 10**9, 10**12, 2**61)) % 2 ** (8 * size)
+        value = rng.choice(
+            (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 100_000_000, 10**9, 10**12, 2**61)
+        ) % 2 ** (8 * size)
         data[at : at + size] = value.to_bytes(size, "little")
     else:
         data += rng.randbytes(rng.randrange(1, 5000))
@@ -194,7 +214,9 @@ def mutate_bytes(rng, data: bytes, head: int | None = None) -> tuple[bytes, str]
 
 def replace_by(rng, path: Path) -> str:
     """Another thing than a file where one is expected."""
-    kind = rng.choice(("gone", "folder", "full folder", "loop", "dangling", "empty", "itself in a folder", "canary", "socket"))
+    kind = rng.choice(
+        ("gone", "folder", "full folder", "loop", "dangling", "empty", "itself in a folder", "canary", "socket")
+    )
     if rng.random() < 0.03:
         kind = rng.choice(("fifo", "zero device"))
     if path.is_symlink() or path.is_file():

@@ -1,4 +1,5 @@
-"""The findings of the fuzzing, each as small as it could be made. ``repros.py [NAME …]`` runs them and says what each did."""
+"""The findings of the fuzzing, each as small as it could be made. ``repros.py [NAME …]`` runs them and says what each
+did."""
 
 import json
 import os
@@ -119,7 +120,9 @@ def listing_gguf_array():
 def listing_gguf_deep():
     raw = bytearray((BASE / "q8.gguf").read_bytes())
     folder()
-    raw[24:24] = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQ", 4, 0)
+    raw[24:24] = (
+        struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQ", 4, 0)
+    )
     raw[16:24] = struct.pack("<Q", struct.unpack_from("<Q", raw, 16)[0] + 1)
     (HERE / "CogVideo/x.gguf").write_bytes(raw)
     listing()
@@ -154,7 +157,8 @@ def gguf_type_changed():
     struct.pack_into("<I", raw, at + 4 + 8 * dims, 1)
     file.write_bytes(raw)
     modules = [
-        common.load_module(open_(path).parts["transformer"], common.FP32, torch.device("cpu")).state_dict()[name] for path in (BASE / "q8.gguf", file)
+        common.load_module(open_(path).parts["transformer"], common.FP32, torch.device("cpu")).state_dict()[name]
+        for path in (BASE / "q8.gguf", file)
     ]
     print(name, "was", modules[0][:3].tolist(), "is", modules[1][:3].tolist())
     return "loaded with other numbers, without a word"
@@ -184,7 +188,9 @@ def safetensors_shift():
     a = "transformer_blocks.0.attn1.to_q.weight"
     header[a]["data_offsets"] = [offset - 1 for offset in header[a]["data_offsets"]]
     (HERE / "x.safetensors").write_bytes(common.joined(json.dumps(header).encode(), data))
-    state = common.load_module(open_(HERE / "x.safetensors").parts["transformer"], common.FP32, torch.device("cpu")).state_dict()
+    state = common.load_module(
+        open_(HERE / "x.safetensors").parts["transformer"], common.FP32, torch.device("cpu")
+    ).state_dict()
     return f"loaded one byte off: largest weight {state[a].abs().nan_to_num().max().item():.3g}"
 
 
@@ -291,7 +297,7 @@ def sat_yaml_laughs():
     file = folder().parent / "inference.yaml"
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     file.write_text("\n".join([*lines, "args:", "  fp16: *a11", ""]))
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     print(f"{file.stat().st_size} bytes")
     check_config(file)
@@ -302,7 +308,7 @@ def sat_yaml_laughs_fix():
     file = folder().parent / "inference.yaml"
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     file.write_text("\n".join([*lines, "args:", "  fp16: True", "  sampling_fps: 16", ""]))
-    from cogvideox.configs.check import check_config, fix_config
+    from interop.check import check_config, fix_config
 
     print(check_config(file).verdict)
     fix_config(file)
@@ -312,7 +318,7 @@ def sat_yaml_laughs_fix():
 def sat_yaml_bool_tag():
     file = folder().parent / "inference.yaml"
     file.write_text("args:\n  fp16: !!bool x\n")
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     check_config(file)
 
@@ -321,7 +327,7 @@ def sat_yaml_bool_tag():
 def sat_yaml_many_keys():
     file = folder().parent / "inference.yaml"
     file.write_text("args:\n  fp16: True\n" + "".join(f"  k{i}: {i}\n" for i in range(5000)))
-    from cogvideox.configs.check import check_config
+    from interop.check import check_config
 
     start = time.process_time()
     check_config(file)
@@ -386,8 +392,8 @@ def _workflow(graph, migrates=True):
     folder()
     file = HERE / "old.json"
     file.write_text(json.dumps(graph))
-    from cogvideox.configs.check import check_config
-    from cogvideox.configs.migrate import migrate_workflow
+    from interop.check import check_config
+    from interop.migrate import migrate_workflow
 
     check_config(file)
     if migrates:
@@ -436,7 +442,9 @@ def migrate_extra():
 def migrate_links_both_forms():
     graph = _old()
     first = graph["links"][0]
-    graph["links"][0] = dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), first, strict=False))
+    graph["links"][0] = dict(
+        zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), first, strict=False)
+    )
     _workflow(graph)
 
 
@@ -512,9 +520,14 @@ def main(names):
             verdict = f"returned: {said}"
         except (Exception, core.Hang) as error:
             found = core.judge(error)
-            verdict = f"[{found['kind']}] {type(error).__module__}.{found['type']}: {found['said'][:170]!r} at {found['place']}"
+            verdict = (
+                f"[{found['kind']}] {type(error).__module__}.{found['type']}: {found['said'][:170]!r} at "
+                f"{found['place']}"
+            )
         signal.alarm(0)
-        print(f"{name} ({time.monotonic() - start:.1f} s, peak {core._memory()[1] / 1e9:.2f} GB): {verdict}", flush=True)
+        print(
+            f"{name} ({time.monotonic() - start:.1f} s, peak {core._memory()[1] / 1e9:.2f} GB): {verdict}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""``run.py fuzz [TARGET[=COUNT] …] [--count N] [--seed S …] [--budget SECONDS]``, ``run.py repro TARGET SEED INDEX``, ``run.py table``."""
+"""``run.py fuzz [TARGET[=COUNT] …] [--count N] [--seed S …] [--budget SECONDS]``, ``run.py repro TARGET SEED INDEX``,
+``run.py table``."""
 
 import argparse
 import json
@@ -19,7 +20,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fuzz = commands.add_parser("fuzz", help="try mutated inputs; ends with status 1 if there are findings")
-    fuzz.add_argument("targets", nargs="*", metavar="TARGET[=COUNT]", help=f"by default all: {', '.join(core.targets())}")
+    fuzz.add_argument(
+        "targets", nargs="*", metavar="TARGET[=COUNT]", help=f"by default all: {', '.join(core.targets())}"
+    )
     fuzz.add_argument("--count", type=int, default=1000, help="inputs for each target and seed")
     fuzz.add_argument("--total", type=int, help="inputs in all, instead of --count")
     fuzz.add_argument("--first", type=int, default=0, help="index of the first")
@@ -52,7 +55,9 @@ def main():
 def fuzz_all(options) -> int:
     """What is asked for, target by target: the exit status, 1 if anything was found."""
     begun = time.monotonic()
-    todo = [(*target.partition("=")[::2], seed) for seed in options.seed for target in options.targets or core.targets()]
+    todo = [
+        (*target.partition("=")[::2], seed) for seed in options.seed for target in options.targets or core.targets()
+    ]
     count = options.count if options.total is None else math.ceil(options.total / len(todo))
     for name in dict.fromkeys(name for name, *_ in todo):
         core.prepare(name)
@@ -68,7 +73,10 @@ def fuzz_all(options) -> int:
 
 
 def show(result):
-    print(f"{result['target']}: {result['tried']} in {result['seconds']} s, {result['tally']}; slowest {result['slowest']}")
+    print(
+        f"{result['target']}: {result['tried']} in {result['seconds']} s, {result['tally']}; slowest "
+        f"{result['slowest']}"
+    )
     for entry in result["findings"]:
         print(f"\n[{entry['kind']}] x{entry['count']} {entry['type']} at {entry['place']}  (case {entry['index']})")
         print(f"    said: {entry.get('said', '')[:400]}")

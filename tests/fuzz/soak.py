@@ -1,6 +1,6 @@
-"""``soak.py [RUNS]``: the tiny text-to-video graph again and again in one process, with LoRAs, caches and quantization, in many sizes; then one
-handle in four threads. Prints resident memory, open files, threads, temporary files, live tensors and leftover hooks as it goes. The status is 1 if
-anything has grown after the first 50 runs, or was wrong."""
+"""``soak.py [RUNS]``: the tiny text-to-video graph again and again in one process, with LoRAs, caches and quantization,
+in many sizes; then one handle in four threads. Prints resident memory, open files, threads, temporary files, live
+tensors and leftover hooks as it goes. The status is 1 if anything has grown after the first 50 runs, or was wrong."""
 
 import gc
 import hashlib
@@ -34,7 +34,11 @@ def measure():
 
 def hooks(model):
     module = model.weights._module
-    return 0 if module is None else sum(len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules())
+    return (
+        0
+        if module is None
+        else sum(len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules())
+    )
 
 
 def main(runs):
@@ -67,8 +71,14 @@ def main(runs):
             what = json.loads(rng.choice(list(seen)))
             what["size"] = tuple(what["size"])
         try:
-            parts = {} if what["path"] == "folder" else {"text_encoder_name": str(base / "t5.safetensors"), "vae_name": str(base / "vae.safetensors")}
-            model, encoder, vae, _ = call(state, "ModelLoader", model=str(base / what["path"]), dtype=what["dtype"], **parts)
+            parts = (
+                {}
+                if what["path"] == "folder"
+                else {"text_encoder_name": str(base / "t5.safetensors"), "vae_name": str(base / "vae.safetensors")}
+            )
+            model, encoder, vae, _ = call(
+                state, "ModelLoader", model=str(base / what["path"]), dtype=what["dtype"], **parts
+            )
             encoder = encoder if what["path"] == "folder" else good["text_encoder"]
             if what["quantize"] and what["path"] not in ("fp8.safetensors", "q8.gguf"):
                 model, encoder, _ = call(state, "Quantize", model=model, method=what["quantize"], text_encoder=encoder)
@@ -103,7 +113,10 @@ def main(runs):
                 failed.append(f"run {run}: {left} hooks left on the module, {key}")
         except Exception as error:
             verdict = core.judge(error)
-            failed.append(f"run {run}: [{verdict['kind']}] {verdict['type']} at {verdict['place']}: {verdict['said'][:200]} {what}")
+            failed.append(
+                f"run {run}: [{verdict['kind']}] {verdict['type']} at {verdict['place']}: {verdict['said'][:200]} "
+                f"{what}"
+            )
         model = encoder = vae = samples = images = latent = positive = None
         history.append(measure() | {"seconds": round(time.monotonic() - began, 2)})
         if run % 10 == 9:
@@ -117,7 +130,8 @@ def main(runs):
 
 
 def growth(history, settled=50, window=25):
-    """What has grown after the first runs, in sentences: the least of the last ones is set against the least of those just after the first."""
+    """What has grown after the first runs, in sentences: the least of the last ones is set against the least of those
+    just after the first."""
     if len(history) < settled + 2 * window:
         print(f"too few runs to tell growth; {settled + 2 * window} are enough")
         return []
@@ -126,7 +140,9 @@ def growth(history, settled=50, window=25):
         if name == "seconds":
             continue
         # Which settings a run has decides what it holds, so that only the least of many can be compared.
-        early, late = (min(entry[name] for entry in part) for part in (history[settled : settled + window], history[-window:]))
+        early, late = (
+            min(entry[name] for entry in part) for part in (history[settled : settled + window], history[-window:])
+        )
         print(f"{name}: {early} after {settled} runs, {late} at the end")
         if late - early > (30 if name == "rss_mb" else 0):
             said.append(f"{name} has grown from {early} to {late}")
@@ -183,7 +199,8 @@ def threads(state, workers=4, rounds=4):
         thread.join(300)
     stuck = sum(thread.is_alive() for thread in running)
     print(
-        f"threads: {workers} x {len(jobs)} runs of one handle; wrong {wrong[:5]} ({len(wrong)}), errors {errors[:3]} ({len(errors)}), stuck {stuck}"
+        f"threads: {workers} x {len(jobs)} runs of one handle; wrong {wrong[:5]} ({len(wrong)}), errors {errors[:3]} "
+        f"({len(errors)}), stuck {stuck}"
     )
     return not (wrong or errors or stuck)
 

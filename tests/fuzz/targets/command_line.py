@@ -1,5 +1,6 @@
-"""The command line, in this process: real options with odd values, prompts from files, anything to check. Oracle: it ends with a status that is
-documented, with at least a sentence where that is not 0, never with a traceback, a failure it does not know, or 20 lines of options."""
+"""The command line, in this process: real options with odd values, prompts from files, anything to check. Oracle: it
+ends with a status that is documented, with at least a sentence where that is not 0, never with a traceback, a failure
+it does not know, or 20 lines of options."""
 
 import contextlib
 import io
@@ -9,6 +10,8 @@ import sys
 
 import torch
 from mutate import NAMES as ODD_NAMES
+
+from tests.told import Told
 
 from . import common
 
@@ -52,7 +55,18 @@ VALUES = {
     "--cache": ["first_block", "pab:0.5", "taylorseer:nan", "faster_cache:2", "x", "pab:", "pab:-1"], "--device": ["cpu", "cpu:3", "cuda", "cuda:9", "meta", "xpu", "mps", "foo", "", "cuda:x"],
     "--on-black": ["pass", "stop", "x"], "--on-nan": ["heal", "stop", "x"], "--compile": ["x"],
 }  # fmt: skip
-SWITCHES = ["--plan", "--dynamic-cfg", "--overwrite", "--keep-audio", "--scan", "--fix", "--json", "--help", "--no-such", "--debug"]
+SWITCHES = [
+    "--plan",
+    "--dynamic-cfg",
+    "--overwrite",
+    "--keep-audio",
+    "--scan",
+    "--fix",
+    "--json",
+    "--help",
+    "--no-such",
+    "--debug",
+]
 
 
 def prepare(base):
@@ -73,14 +87,19 @@ def prepare(base):
         from safetensors.torch import save_file
 
         key = "transformer.transformer_blocks.0.attn1.to_out.0"
-        save_file({f"{key}.lora_A.weight": torch.randn(2, 128), f"{key}.lora_B.weight": torch.randn(128, 2)}, place / "lora.safetensors")
+        save_file(
+            {f"{key}.lora_A.weight": torch.randn(2, 128), f"{key}.lora_B.weight": torch.randn(128, 2)},
+            place / "lora.safetensors",
+        )
         (place / "noise.bin").write_bytes(bytes(range(256)) * 40)
         (place / "empty").touch()
         (place / "prompt.txt").write_text("a panda", encoding="utf-8-sig")
         (place / "utf16.txt").write_text("a panda", encoding="utf-16")
         (place / "latin.txt").write_bytes(b"\xe9\xff")
         (place / "huge.txt").write_bytes(b"x" * (2 << 20))
-        (place / "workflow.json").write_text('{"1": {"class_type": "CogVideoXModelLoader", "inputs": {"model": "x", "base_precision": "fp16"}}}')
+        (place / "workflow.json").write_text(
+            '{"1": {"class_type": "CogVideoXModelLoader", "inputs": {"model": "x", "base_precision": "fp16"}}}'
+        )
         (place / "inference.yaml").write_text("args:\n  sampling_fps: 16\n  fp16: True\n")
         (place / "done").touch()
     import generate  # noqa: F401
@@ -113,14 +132,24 @@ def case(state, rng, folder):
     elif kind == "check":
         arguments = {"--check": rng.choice(PATHS), "--device": "cpu"}
     elif kind == "decode":
-        arguments = {"--decode": "x.latent", "--model": "ck", "--device": "cpu", "--output": "new.mp4", "--on-black": "pass"}
+        arguments = {
+            "--decode": "x.latent",
+            "--model": "ck",
+            "--device": "cpu",
+            "--output": "new.mp4",
+            "--on-black": "pass",
+        }
     for _ in range(rng.choice((0, 1, 1, 2, 3, 6))):
         option = rng.choice(list(VALUES))
         arguments[option] = rng.choice(VALUES[option] if rng.random() < 0.93 else ODD_NAMES)
     words = [word for pair in arguments.items() for word in pair]
     if rng.random() < 0.5:
         words = (
-            [f"{option}={value}" if rng.random() < 0.3 else word for option, value in arguments.items() for word in (option, value)]
+            [
+                f"{option}={value}" if rng.random() < 0.3 else word
+                for option, value in arguments.items()
+                for word in (option, value)
+            ]
             if rng.random() < 0.05
             else words
         )
@@ -173,7 +202,7 @@ def case(state, rng, folder):
         ):
             from cogvideox.video import read_video
 
-            read_video(folder / "new.mp4", on_note=lambda _: None)
+            read_video(folder / "new.mp4", events=Told())
         return None
 
     return f"{kind} {' '.join(word[:40] for word in words)!r}", act

@@ -13,11 +13,11 @@ logging.disable(logging.CRITICAL)
 warnings.simplefilter("ignore")
 
 from cogvideox.checkpoint.layout import open_checkpoint  # noqa: E402
-from cogvideox.checkpoint.loading import load_module  # noqa: E402
+from cogvideox.dtypes import Precision  # noqa: E402
 from cogvideox.handles import make_handles  # noqa: E402
+from cogvideox.loading import load_module  # noqa: E402
 from cogvideox.memory import memory_text  # noqa: E402
 from cogvideox.precision.hardware import Hardware  # noqa: E402
-from cogvideox.precision.policy import Precision  # noqa: E402
 from tests.layouts import build_modules, comfy_names, write_file, write_gguf, write_sat  # noqa: E402
 from tests.tiny_checkpoint import TEXT_WIDTH  # noqa: E402
 
@@ -34,12 +34,19 @@ def build(base: Path) -> dict:
         write_file(base / "diffusers.safetensors", state)
         write_file(base / "comfy.safetensors", comfy_names(state), "model.diffusion_model.")
         write_file(base / "vae.safetensors", modules["vae"].float().state_dict())
-        te = {k: v for k, v in modules["text_encoder"].float().state_dict().items() if k != "encoder.embed_tokens.weight"}
+        te = {
+            k: v for k, v in modules["text_encoder"].float().state_dict().items() if k != "encoder.embed_tokens.weight"
+        }
         write_file(base / "t5.safetensors", te)
         fp8 = {k: (v.to(torch.float8_e4m3fn) if v.ndim == 2 and "block" in k else v) for k, v in state.items()}
         write_file(
             base / "fp8.safetensors",
-            fp8 | {k.replace(".weight", ".scale_weight"): torch.ones(1) for k, v in fp8.items() if v.dtype == torch.float8_e4m3fn},
+            fp8
+            | {
+                k.replace(".weight", ".scale_weight"): torch.ones(1)
+                for k, v in fp8.items()
+                if v.dtype == torch.float8_e4m3fn
+            },
         )
         write_gguf(base / "q8.gguf", state, "Q8_0")
         write_gguf(base / "q4.gguf", state, "Q4_0")
@@ -67,7 +74,9 @@ def build(base: Path) -> dict:
 def use(path, rng, parts=("transformer",), loads=1.0, **others):
     """Open a checkpoint, look at it in every way that reads no weights, and load parts of it."""
     checkpoint = open_checkpoint(path, **others)
-    handles = make_handles(checkpoint, rng.choice(("auto", "fp32", "fp16", "bf16")), CPU, rng.choice(("fix", "warn", "stop")))
+    handles = make_handles(
+        checkpoint, rng.choice(("auto", "fp32", "fp16", "bf16")), CPU, rng.choice(("fix", "warn", "stop"))
+    )
     handles.plan.text, json.dumps(handles.plan.as_dict()), checkpoint.fingerprint
     if rng.random() < 0.25:
         memory_text(handles.model)

@@ -1,4 +1,5 @@
-"""1b. Folders in diffusers layout: every JSON file, the tokenizer's files, the indexes of shards, odd things in the places of files, and folders of
+"""1b. Folders in diffusers layout: every JSON file, the tokenizer's files, the indexes of shards, odd things in the
+places of files, and folders of
 other shapes: fine-tunes, runs, caches, what was renamed, doubled or left out."""
 
 import json
@@ -22,10 +23,39 @@ JSONS = (
 )
 #: Names that mean something in a folder.
 MEANING = (
-    *("transformer", "transformer_T2V", "transformer_I2V", "transformer_ema", "text_encoder", "vae", "tokenizer", "scheduler", "Transformer"),
-    *("config.json", "model_index.json", "scheduler_config.json", "latest", "main", "refs", "snapshots", "blobs", "models--zai-org--CogVideoX-5b"),
+    *(
+        "transformer",
+        "transformer_T2V",
+        "transformer_I2V",
+        "transformer_ema",
+        "text_encoder",
+        "vae",
+        "tokenizer",
+        "scheduler",
+        "Transformer",
+    ),
+    *(
+        "config.json",
+        "model_index.json",
+        "scheduler_config.json",
+        "latest",
+        "main",
+        "refs",
+        "snapshots",
+        "blobs",
+        "models--zai-org--CogVideoX-5b",
+    ),
     *("diffusion_pytorch_model", "model", "pytorch_model"),
-    *("checkpoint-500", "checkpoint-1000", "500", "1000", "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "3d-vae.pt", "t5-v1_1-xxl"),
+    *(
+        "checkpoint-500",
+        "checkpoint-1000",
+        "500",
+        "1000",
+        "mp_rank_00_model_states.pt",
+        "mp_rank_01_model_states.pt",
+        "3d-vae.pt",
+        "t5-v1_1-xxl",
+    ),
     *("pytorch_lora_weights.safetensors", "__0_0.distcp", "optimizer.bin", "spiece.model", "x.aria2", "x.incomplete"),
 )
 STEMS, VARIANTS = ("diffusion_pytorch_model", "model", "pytorch_model", "x"), ("", "", ".fp16", ".bf16", ".ema", ".odd")
@@ -46,7 +76,9 @@ EXTRA = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 def prepare(base):
     state = common.build(base)
     source = base / "folder"
-    state["indexes"] = {part: next((source / part).glob("*.index.json")).name for part in ("transformer", "text_encoder")}
+    state["indexes"] = {
+        part: next((source / part).glob("*.index.json")).name for part in ("transformer", "text_encoder")
+    }
     state["files"] = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
     if not (base / "tokenizer").exists():
         from transformers import T5TokenizerFast
@@ -61,7 +93,13 @@ def prepare(base):
 
 def a_name(rng) -> str:
     if rng.random() < 0.05:
-        return rng.choice([name for name in NAMES if name not in ("", ".", "..") and not set("/\0") & set(name) and name.isprintable()])[:200]
+        return rng.choice(
+            [
+                name
+                for name in NAMES
+                if name not in ("", ".", "..") and not set("/\0") & set(name) and name.isprintable()
+            ]
+        )[:200]
     if rng.random() < 0.5:
         return rng.choice(STEMS) + rng.choice(VARIANTS) + rng.choice(SHARDS) + rng.choice(ENDINGS)
     return rng.choice(MEANING)
@@ -75,33 +113,63 @@ def reshape(rng, state, here):
         if not inside:
             break
         path = rng.choice(inside)
-        target = rng.choice([path.parent, path.parent, root, *(other for other in inside if other.is_dir() and not other.is_symlink())]) / a_name(rng)
-        step = rng.choice(("rename", "rename", "rename", "copy", "copy", "new", "new", "drop", "place", "cache", "nest", "flatten", "other"))
+        target = rng.choice(
+            [path.parent, path.parent, root, *(other for other in inside if other.is_dir() and not other.is_symlink())]
+        ) / a_name(rng)
+        step = rng.choice(
+            (
+                "rename",
+                "rename",
+                "rename",
+                "copy",
+                "copy",
+                "new",
+                "new",
+                "drop",
+                "place",
+                "cache",
+                "nest",
+                "flatten",
+                "other",
+            )
+        )
         try:
             if step == "rename":
                 path.rename(target)
             elif step == "copy":
                 target.symlink_to(path)
             elif step == "new":
-                put(target, rng.choice((b"", b"{}", b"[", b"500", b"a" * 5000, b"..", b"\xff\xfe", b"\0", dump(odd(rng)))))
+                put(
+                    target,
+                    rng.choice((b"", b"{}", b"[", b"500", b"a" * 5000, b"..", b"\xff\xfe", b"\0", dump(odd(rng)))),
+                )
             elif step == "drop":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             elif step == "place":
                 replace_by(rng, path)
             elif step == "other":
                 target.symlink_to(
-                    state["base"] / rng.choice(("small.pt", "old.pt", "comfy.safetensors", "vae.safetensors", "q8.gguf", "sat", "folder"))
+                    state["base"]
+                    / rng.choice(
+                        ("small.pt", "old.pt", "comfy.safetensors", "vae.safetensors", "q8.gguf", "sat", "folder")
+                    )
                 )
             elif step == "flatten":
                 for file in (root / "model" / "transformer").iterdir():
                     file.rename(root / "model" / file.name)
             else:
-                where = root / ("models--zai-org--CogVideoX1.5-5B/snapshots/abc" if step == "cache" else f"{a_name(rng)}/{a_name(rng)}")
+                where = root / (
+                    "models--zai-org--CogVideoX1.5-5B/snapshots/abc"
+                    if step == "cache"
+                    else f"{a_name(rng)}/{a_name(rng)}"
+                )
                 where.parent.mkdir(parents=True, exist_ok=True)
                 (root / "model").rename(where)
                 if step == "cache":
                     (where.parents[1] / "refs").mkdir(exist_ok=True)
-                    (where.parents[1] / "refs" / "main").write_bytes(rng.choice((b"abc", b"abc\n", b"abd", b"..", b"", b"\0", b"a" * 5000)))
+                    (where.parents[1] / "refs" / "main").write_bytes(
+                        rng.choice((b"abc", b"abc\n", b"abd", b"..", b"", b"\0", b"a" * 5000))
+                    )
             said.append(f"{step} {path.relative_to(root)} {target.relative_to(root)}")
         except OSError:
             said.append(f"no {step}")
@@ -119,7 +187,7 @@ def case(state, rng, folder):
         def look():
             from cogvideox.checkpoint.catalogue import list_checkpoints
             from cogvideox.checkpoint.layout import open_part
-            from cogvideox.configs.check import is_config
+            from interop.check import is_config
 
             list_checkpoints([folder], [folder])
             is_config(path)
@@ -131,7 +199,11 @@ def case(state, rng, folder):
                     handles.checkpoint.part(kind)
 
         return said, look
-    kind = rng.choice(("json",) * 5 + ("value",) * 5 + ("text", "tokenizer", "tokenizer", "spiece", "place", "shard", "index", "index"))
+    kind = rng.choice(
+        ("json",) * 5
+        + ("value",) * 5
+        + ("text", "tokenizer", "tokenizer", "spiece", "place", "shard", "index", "index")
+    )
     name = rng.choice(JSONS)
     if name.endswith("INDEX"):
         name = name.replace("INDEX", state["indexes"][name.split("/")[0]])
@@ -200,7 +272,10 @@ def case(state, rng, folder):
         if rng.random() < 0.1:
             evil = here / "tokenizer" / "evil.py"
             evil.write_text(f"import os; os.system('touch {state['base'].parent.parent}/PWNED')")
-            content, said = dump({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T", "custom": True}), "auto_map to evil.py"
+            content, said = (
+                dump({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T", "custom": True}),
+                "auto_map to evil.py",
+            )
             name = "tokenizer_config.json"
         put(here / "tokenizer" / name, content)
         said = f"tokenizer{' alone' if only else ''}/{name}: {said}"
@@ -216,7 +291,18 @@ def case(state, rng, folder):
         put(here / name, content)
         said = f"{name}: {said}"
     else:
-        name = rng.choice([*state["files"], "transformer", "vae", "tokenizer", "scheduler", "text_encoder", "transformer/latest", "latest"])
+        name = rng.choice(
+            [
+                *state["files"],
+                "transformer",
+                "vae",
+                "tokenizer",
+                "scheduler",
+                "text_encoder",
+                "transformer/latest",
+                "latest",
+            ]
+        )
         touched = name.split("/")[0]
         path = here / name
         if path.is_dir():
@@ -226,8 +312,8 @@ def case(state, rng, folder):
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints
         from cogvideox.checkpoint.convert import convert_checkpoint
-        from cogvideox.configs.check import is_config
         from cogvideox.text import encode_prompt
+        from interop.check import is_config
 
         list_checkpoints([folder], [folder])
         is_config(here)

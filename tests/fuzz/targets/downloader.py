@@ -1,4 +1,5 @@
-"""8. The downloader against a hub on loopback that lies. Oracle: nothing is written outside the folder, and what ends well is what was listed."""
+"""8. The downloader against a hub on loopback that lies. Oracle: nothing is written outside the folder, and what ends
+well is what was listed."""
 
 import gzip
 import hashlib
@@ -14,7 +15,12 @@ from urllib.parse import unquote, urlsplit
 
 from mutate import NAMES, dump, mutate_text, mutate_tree, odd, short
 
-os.environ |= {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {
+    "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+    "HF_HUB_ETAG_TIMEOUT": "2",
+    "NO_PROXY": "127.0.0.1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 NAME = "downloader"
 PWNED = str(Path(tempfile.gettempdir()) / "FUZZ_PWNED")
 REPOSITORY = "zai-org/CogVideoX1.5-5B"
@@ -33,11 +39,23 @@ def _lfs(path):
 def _listing():
     siblings = []
     for path, content in FILES.items():
-        entry = {"rfilename": path, "size": len(content), "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+        entry = {
+            "rfilename": path,
+            "size": len(content),
+            "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+        }
         if _lfs(path):
             entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         siblings.append(entry)
-    return {"_id": "0", "id": REPOSITORY, "modelId": REPOSITORY, "private": False, "sha": "c0ffee", "tags": [], "siblings": siblings}
+    return {
+        "_id": "0",
+        "id": REPOSITORY,
+        "modelId": REPOSITORY,
+        "private": False,
+        "sha": "c0ffee",
+        "tags": [],
+        "siblings": siblings,
+    }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -50,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body, status=200, **headers):
         self.send_response(status)
         for name, value in (
-            {"Content-Type": "application/json", "Content-Length": str(len(body))} | {k.replace("_", "-"): v for k, v in headers.items()}
+            {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            | {k.replace("_", "-"): v for k, v in headers.items()}
         ).items():
             if value is not None:
                 self.send_header(name, value)
@@ -102,9 +121,9 @@ def prepare(base):
 
 
 def in_child(state):
-    from cogvideox.checkpoint import download
+    from cogvideox.checkpoint import download, transfer
 
-    download._RETRY_WAITS = (0, 0)
+    transfer._RETRY_WAITS = (0, 0)
     download._REPORT_EVERY = 0
     server = _Server(("127.0.0.1", 0), _Handler)
     state["endpoint"] = f"http://127.0.0.1:{server.server_port}"
@@ -162,7 +181,23 @@ def _api(rng, endpoint, said):
         ("tree",) * 6
         + ("names",) * 5
         + ("sizes",) * 5
-        + ("sums", "sums", "value", "text", "text", "status", "status", "redirect", "endless", "drip", "gzip bomb", "gzip", "close", "garbage", "sha")
+        + (
+            "sums",
+            "sums",
+            "value",
+            "text",
+            "text",
+            "status",
+            "status",
+            "redirect",
+            "endless",
+            "drip",
+            "gzip bomb",
+            "gzip",
+            "close",
+            "garbage",
+            "sha",
+        )
     )
     listing = _listing()
     said.append(f"api {kind}")
@@ -210,24 +245,77 @@ def _api(rng, endpoint, said):
             said.append(short(new))
     elif kind == "sizes":
         for entry in rng.sample(listing["siblings"], rng.choice((1, 2, 9))):
-            size = rng.choice((0, 1, -1, 10, 2**31, 2**40, 2**63, 2**70, 1.5, "10", None, True, [], float("nan"), float("inf"), -(2**63), 10_000_000))
+            size = rng.choice(
+                (
+                    0,
+                    1,
+                    -1,
+                    10,
+                    2**31,
+                    2**40,
+                    2**63,
+                    2**70,
+                    1.5,
+                    "10",
+                    None,
+                    True,
+                    [],
+                    float("nan"),
+                    float("inf"),
+                    -(2**63),
+                    10_000_000,
+                )
+            )
             entry["size"] = size
             if "lfs" in entry and rng.random() < 0.8:
                 entry["lfs"]["size"] = size
             said.append(f"{entry['rfilename']} {short(size)}")
     elif kind == "sums":
         for entry in rng.sample(listing["siblings"], rng.choice((1, 2, 9))):
-            value = rng.choice(("", None, 3, "../../x", "a/b/c/d/e/f/g", "\x00", "é" * 20, "0" * 64, "a" * 1000, [], {}, True, "*", "[a]", ".." * 6))
+            value = rng.choice(
+                (
+                    "",
+                    None,
+                    3,
+                    "../../x",
+                    "a/b/c/d/e/f/g",
+                    "\x00",
+                    "é" * 20,
+                    "0" * 64,
+                    "a" * 1000,
+                    [],
+                    {},
+                    True,
+                    "*",
+                    "[a]",
+                    ".." * 6,
+                )
+            )
             entry["blobId"] = value
             if "lfs" in entry:
                 entry["lfs"]["sha256"] = value
             said.append(f"{entry['rfilename']} sum {short(value)}")
     elif kind == "sha":
-        listing["sha"] = rng.choice(("../..", "", None, 3, "a b", "é", "\x00", "?x=1#y", "http://evil.example/", "a" * 5000, "%2e%2e", [], {}))
+        listing["sha"] = rng.choice(
+            ("../..", "", None, 3, "a b", "é", "\x00", "?x=1#y", "http://evil.example/", "a" * 5000, "%2e%2e", [], {})
+        )
         said.append(short(listing["sha"]))
     elif kind == "value":
         value = odd(rng)
-        key = rng.choice((*listing, "gated", "cardData", "safetensors", "gguf", "createdAt", "lastModified", "inference", "transformersInfo", "tags"))
+        key = rng.choice(
+            (
+                *listing,
+                "gated",
+                "cardData",
+                "safetensors",
+                "gguf",
+                "createdAt",
+                "lastModified",
+                "inference",
+                "transformersInfo",
+                "tags",
+            )
+        )
         listing[key] = value
         said.append(f"{key}={short(value)}")
     body = dump(listing)
@@ -240,7 +328,13 @@ def _api(rng, endpoint, said):
         return lambda handler: handler.answer(
             rng.choice((b"", b"{}", b"<html>", body)),
             status,
-            **({"X_Error_Code": "RepoNotFound", "X_Error_Message": "\xe9" * 50, "Retry_After": rng.choice(("0", "x", "-1"))}),
+            **(
+                {
+                    "X_Error_Code": "RepoNotFound",
+                    "X_Error_Message": "\xe9" * 50,
+                    "Retry_After": rng.choice(("0", "x", "-1")),
+                }
+            ),
         )
     if kind == "redirect":
         to = rng.choice(
@@ -335,7 +429,9 @@ def _file(rng, said):
         elif kind == "shorter":
             handler.answer(content[: len(content) // 2])
         elif kind == "length":
-            handler.answer(content, Content_Length=rng.choice((str(len(content) + 10), "0", "-1", "1", None, str(2**63))))
+            handler.answer(
+                content, Content_Length=rng.choice((str(len(content) + 10), "0", "-1", "1", None, str(2**63)))
+            )
             handler.close_connection = True
         elif kind == "wrong":
             handler.answer(b"z" * len(content))
@@ -346,13 +442,21 @@ def _file(rng, said):
         elif kind == "206":
             handler.answer(content, 206)
         elif kind == "range":
-            handler.answer(content[5:], 206, Content_Range=rng.choice(("bytes 5-9/10", "bytes */3", "x", "bytes 99999999-1/2")))
+            handler.answer(
+                content[5:], 206, Content_Range=rng.choice(("bytes 5-9/10", "bytes */3", "x", "bytes 99999999-1/2"))
+            )
         elif kind == "status":
             handler.answer(b"", rng.choice(STATUSES))
         elif kind == "loop":
             handler.answer(b"", 302, Location=handler.path)
         elif kind == "elsewhere":
-            handler.answer(b"", 302, Location=rng.choice(("file:///etc/passwd", "http://127.0.0.1:1/", "ftp://127.0.0.1/", "http://[", "", "//")))
+            handler.answer(
+                b"",
+                302,
+                Location=rng.choice(
+                    ("file:///etc/passwd", "http://127.0.0.1:1/", "ftp://127.0.0.1/", "http://[", "", "//")
+                ),
+            )
         elif kind == "drip":
             handler.endless(b"x", 0.2, "application/octet-stream")
         elif kind == "garbage":

@@ -1,4 +1,5 @@
-"""2. GGUF files: bytes of the header, counts and lengths and offsets that lie. Oracle: names and shapes of what loads are those of the original."""
+"""2. GGUF files: bytes of the header, counts and lengths and offsets that lie. Oracle: names and shapes of what loads
+are those of the original."""
 
 import itertools
 import struct
@@ -17,7 +18,9 @@ def prepare(base):
     state["fields"] = {name: _fields(raw) for name, raw in state["raw"].items()}
     from cogvideox.checkpoint.layout import open_checkpoint
 
-    state["shapes"] = {name: _shapes(open_checkpoint(base / f"{name}.gguf").parts["transformer"]) for name in state["raw"]}
+    state["shapes"] = {
+        name: _shapes(open_checkpoint(base / f"{name}.gguf").parts["transformer"]) for name in state["raw"]
+    }
     return state
 
 
@@ -59,12 +62,20 @@ def _fields(raw):
 def case(state, rng, folder):
     which = rng.choice(("q8", "q4"))
     raw, fields = bytearray(state["raw"][which]), state["fields"][which]
-    file, said, kind = folder / "model.gguf", [], rng.choice(("field",) * 5 + ("bytes", "bytes", "insert", "place", "cut"))
+    file, said, kind = (
+        folder / "model.gguf",
+        [],
+        rng.choice(("field",) * 5 + ("bytes", "bytes", "insert", "place", "cut")),
+    )
     if kind == "field":
         for _ in range(rng.choice((1, 1, 1, 2))):
             wanted = rng.choice(sorted({name for name, _, size in fields if size}))
             what, at, size = rng.choice([field for field in fields if field[0] == wanted])
-            value = rng.choice(BIG) if rng.random() < 0.8 else int.from_bytes(raw[at : at + size], "little") + rng.choice((-1, 1, 32, 2**20))
+            value = (
+                rng.choice(BIG)
+                if rng.random() < 0.8
+                else int.from_bytes(raw[at : at + size], "little") + rng.choice((-1, 1, 32, 2**20))
+            )
             raw[at : at + size] = (value % 2 ** (8 * size)).to_bytes(size, "little")
             said.append(f"{what} at {at} = {value}")
     elif kind == "bytes":
@@ -103,7 +114,7 @@ def case(state, rng, folder):
 
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
-        from cogvideox.checkpoint.loading import empty_module
+        from cogvideox.loading import empty_module
 
         list_checkpoints([folder], [folder])
         list_parts("text_encoder", [folder])
@@ -114,9 +125,14 @@ def case(state, rng, folder):
         empty_module(part)
         if _shapes(part) != state["shapes"][which]:
             changed = [
-                name for name in set(_shapes(part)) | set(state["shapes"][which]) if _shapes(part).get(name) != state["shapes"][which].get(name)
+                name
+                for name in set(_shapes(part)) | set(state["shapes"][which])
+                if _shapes(part).get(name) != state["shapes"][which].get(name)
             ]
-            return f"loads with other names, shapes or kinds: {sorted(changed)[:3]} {[_shapes(part).get(n) for n in sorted(changed)[:3]]}"
+            return (
+                f"loads with other names, shapes or kinds: {sorted(changed)[:3]} "
+                f"{[_shapes(part).get(n) for n in sorted(changed)[:3]]}"
+            )
         places = sorted((tensor.offset, tensor.offset + tensor.nbytes) for tensor in part.tensors.values())
         if any(end > begin for (_, end), (begin, _) in itertools.pairwise(places)):
             return "two tensors share bytes: overlapping offsets"

@@ -1,7 +1,7 @@
 """4. LoRA files: spellings, layouts of trainers, alphas, ranks, shapes, dtypes, values and settings.
 
-Oracles: a LoRA that is taken gives a finite change, and a damaged one none; one that is only spelled or packed in an unusual way is taken, with the
-halves and the scale that were written.
+Oracles: a LoRA that is taken gives a finite change, and a damaged one none; one that is only spelled or packed in an
+unusual way is taken, with the halves and the scale that were written.
 """
 
 import torch
@@ -18,7 +18,17 @@ LAYERS = (
     "transformer_blocks.0.norm1.linear",
     "time_embedding.linear_1",
 )
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int64, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.int8,
+    torch.uint8,
+    torch.int64,
+    torch.bool,
+)
 NUMBERS = (float("nan"), float("inf"), float("-inf"), 0.0, -1.0, 1e38, 1e30, 1e-38, 8.0)
 
 
@@ -30,7 +40,11 @@ def prepare(base):
     state["model"] = make_handles(state["handles"].checkpoint, "fp32", common.CPU).model
     state["safe"] = make_handles(state["handles"].checkpoint, "fp16", common.CPU).model
     state["shapes"] = {name: state["model"].weights.part.tensors[f"{name}.weight"].shape for name in LAYERS}
-    state["plain"] = {"model": common.sample_once(state["handles"].__class__(**{**vars(state["handles"]), "model": state["model"]}), 1)}
+    state["plain"] = {
+        "model": common.sample_once(
+            state["handles"].__class__(**{**vars(state["handles"]), "model": state["model"]}), 1
+        )
+    }
     return state
 
 
@@ -40,7 +54,18 @@ def _flat(layer):
 
 def _around(rng):
     """A stack of what trainers put before names."""
-    words = ("transformer", "base_model.model", "diffusion_model", "model", "module", "_orig_mod", "pipeline", "unet", "model.diffusion_model", "dit")
+    words = (
+        "transformer",
+        "base_model.model",
+        "diffusion_model",
+        "model",
+        "module",
+        "_orig_mod",
+        "pipeline",
+        "unet",
+        "model.diffusion_model",
+        "dit",
+    )
     return "".join(f"{rng.choice(words)}." for _ in range(rng.randrange(4)))
 
 
@@ -53,7 +78,12 @@ STYLES = {
     "bare halves": lambda rng: (_around(rng), str, ".lora_A", ".lora_B"),
     "linear layers": lambda rng: (_around(rng), str, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     "Fun": lambda rng: ("lora_unet__", _flat, ".lora_down.weight", ".lora_up.weight"),
-    "flat stack": lambda rng: ("lora_unet_" + _around(rng).replace(".", "_"), _flat, ".lora_down.weight", ".lora_up.weight"),
+    "flat stack": lambda rng: (
+        "lora_unet_" + _around(rng).replace(".", "_"),
+        _flat,
+        ".lora_down.weight",
+        ".lora_up.weight",
+    ),
     "wrapper": lambda rng: ("my_wrapper.net.", str, ".lora_A.weight", ".lora_B.weight"),
 }
 ADAPTERS = ("default", "my-style", "my style", "v1.5", "風景", "a.b.c", "up", "weight", "lora_B", "0")
@@ -112,10 +142,14 @@ def _clean(state, rng, folder):
     place = folder / rng.choice((".", "run", "run/checkpoint-500", "lora_weights/000500"))
     place.mkdir(parents=True, exist_ok=True)
     if rng.random() < 0.5:
-        name = rng.choice(("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "mine.safetensors", "mine.sft"))
+        name = rng.choice(
+            ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "mine.safetensors", "mine.sft")
+        )
         save_file({key: value.contiguous().clone() for key, value in tensors.items()}, place / name)
     else:
-        name = rng.choice(("adapter_model.bin", "pytorch_lora_weights.bin", "mine.pt", "mine.ckpt", "mp_rank_00_model_states.pt"))
+        name = rng.choice(
+            ("adapter_model.bin", "pytorch_lora_weights.bin", "mine.pt", "mine.ckpt", "mp_rank_00_model_states.pt")
+        )
         torch.save(rng.choice(LAYOUTS)(tensors), place / name)
     path = place / name if rng.random() < 0.5 else folder
 
@@ -265,7 +299,12 @@ def case(state, rng, folder):
         tensors[new] = tensors.pop(name) if rng.random() < 0.5 else tensors[name].clone()
         said.append(f"named {short(new)}")
     elif kind == "settings":
-        settings = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.use_rslora": False, "transformer.alpha_pattern": {"to_q": 4}}
+        settings = {
+            "transformer.lora_alpha": 8,
+            "transformer.r": 4,
+            "transformer.use_rslora": False,
+            "transformer.alpha_pattern": {"to_q": 4},
+        }
         if rng.random() < 0.7:
             key = rng.choice(list(settings))
             settings[key] = odd(rng)
@@ -273,7 +312,9 @@ def case(state, rng, folder):
         else:
             settings, what = mutate_tree(rng, settings)
         if isinstance(settings, dict) and rng.random() < 0.2:
-            settings["transformer.alpha_pattern"] = {rng.choice(("(", "[", "*", "(a+)+$", "(x*)*y", ".*" * 30 + "z", "to_q", "", "\\")): odd(rng)}
+            settings["transformer.alpha_pattern"] = {
+                rng.choice(("(", "[", "*", "(a+)+$", "(x*)*y", ".*" * 30 + "z", "to_q", "", "\\")): odd(rng)
+            }
             what += f" pattern {short(settings['transformer.alpha_pattern'])}"
         try:
             text = dump(settings).decode("utf-8", "surrogateescape")
@@ -296,9 +337,29 @@ def case(state, rng, folder):
         if rng.random() < 0.3:
             content, what = mutate_text(rng, dump(config))
         elif rng.random() < 0.6:
-            key = rng.choice(("lora_alpha", "r", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern"))
+            key = rng.choice(
+                (
+                    "lora_alpha",
+                    "r",
+                    "use_rslora",
+                    "use_dora",
+                    "init_lora_weights",
+                    "modules_to_save",
+                    "rank_pattern",
+                    "alpha_pattern",
+                )
+            )
             config[key] = rng.choice(
-                (odd(rng), {"(": 3}, {"(a|a)*$": 1}, {"to_q": "8"}, {"to_q": None}, {"to_q": float("nan")}, {"to_q": [1]}, {"": 5})
+                (
+                    odd(rng),
+                    {"(": 3},
+                    {"(a|a)*$": 1},
+                    {"to_q": "8"},
+                    {"to_q": None},
+                    {"to_q": float("nan")},
+                    {"to_q": [1]},
+                    {"": 5},
+                )
             )
             content, what = dump(config), f"{key}={short(config[key])}"
         else:
@@ -311,7 +372,11 @@ def case(state, rng, folder):
     if kind == "pickle":
         file = folder / rng.choice(("style.pt", "style.ckpt", "style.bin", "style.gguf", "style.txt", "style"))
         odd_one = rng.choice(
-            (lambda t: {k: v.t() for k, v in t.items() if v.ndim == 2}, lambda t: [t], lambda t: {"lora": t, "lora_alpha": odd(rng)})
+            (
+                lambda t: {k: v.t() for k, v in t.items() if v.ndim == 2},
+                lambda t: [t],
+                lambda t: {"lora": t, "lora_alpha": odd(rng)},
+            )
         )
         torch.save(rng.choice((*LAYOUTS, odd_one, odd_one))(tensors), file)
         said.append(f"{file.name}")

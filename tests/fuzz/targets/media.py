@@ -1,5 +1,5 @@
-"""Pictures and clips: mutated bytes of every format and odd parameters. Oracle: the size that was asked for, finite values in 0..1, frames as many
-as the model makes; what is unharmed has its brightness."""
+"""Pictures and clips: mutated bytes of every format and odd parameters. Oracle: the size that was asked for, finite
+values in 0..1, frames as many as the model makes; what is unharmed has its brightness."""
 
 import io
 import math
@@ -7,6 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 from mutate import mutate_bytes, put, replace_by
+
+from tests.told import Told
 
 from . import common  # noqa: F401
 
@@ -39,7 +41,9 @@ def _pictures() -> dict[str, bytes]:
         try:
             image.save(
                 file,
-                format={"jpg": "JPEG", "tiff": "TIFF", "pgm": "PPM", "jp2": "JPEG2000"}.get(name.split(".")[1], name.split(".")[1].upper()),
+                format={"jpg": "JPEG", "tiff": "TIFF", "pgm": "PPM", "jp2": "JPEG2000"}.get(
+                    name.split(".")[1], name.split(".")[1].upper()
+                ),
                 **options,
             )
         except (KeyError, OSError):
@@ -69,7 +73,9 @@ def _clips(base) -> dict[str, bytes]:
                     container.mux(stream.encode(frame.reformat(format=pix_fmt)))
                 if sound is not None:
                     for start in range(0, 20_480, 1024):
-                        piece = av.AudioFrame.from_ndarray(np.full((2, 1024), 0.1, np.float32), format="fltp", layout="stereo")
+                        piece = av.AudioFrame.from_ndarray(
+                            np.full((2, 1024), 0.1, np.float32), format="fltp", layout="stereo"
+                        )
                         piece.sample_rate, piece.pts = 44100, start
                         container.mux(sound.encode(piece))
                     container.mux(sound.encode())
@@ -114,7 +120,7 @@ def case(state, rng, folder):
 
         notes = []
         if (kind == "picture") != (kind == "other" and forms is state["clips"]) and kind != "sound":
-            image = check_images(read_image(path, notes.append), "start_image")
+            image = check_images(read_image(path, Told(notes)), "start_image")
             if image.dtype != torch.float32 or image.ndim != 4 or image.shape[0] != 1 or image.shape[3] != 3:
                 return f"a picture of another form: {image.dtype} {list(image.shape)}"
             if whole and kind == "picture" and not 0.35 < image.mean() < 0.85:
@@ -122,14 +128,16 @@ def case(state, rng, folder):
             if size is not None and fit_size(image, *size).shape != (1, size[1], size[0], 3):
                 return "the size is another"
         elif kind == "sound":
-            sound = read_sound(path, limit / 16, notes.append)
+            sound = read_sound(path, limit / 16, Told(notes))
             if sound is not None and (
-                not np.isfinite(sound[0]).all() or sound[0].shape != (2, round(limit / 16 * sound[1])) or np.abs(sound[0]).max() > 1
+                not np.isfinite(sound[0]).all()
+                or sound[0].shape != (2, round(limit / 16 * sound[1]))
+                or np.abs(sound[0]).max() > 1
             ):
                 return "sound of another form"
         else:
             dtype = torch.uint8 if limit % 3 else torch.float32
-            clip = read_video(path, limit, fps=fps, size=size, step=step, dtype=dtype, on_note=notes.append)
+            clip = read_video(path, limit, fps=fps, size=size, step=step, dtype=dtype, events=Told(notes))
             if clip.dtype != dtype or clip.ndim != 4 or clip.shape[3] != 3 or len(clip) < 1:
                 return f"a clip of another form: {clip.dtype} {list(clip.shape)}"
             if size is not None and tuple(clip.shape[1:3]) != size[::-1]:

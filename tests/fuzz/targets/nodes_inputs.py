@@ -1,7 +1,9 @@
-"""6 and 7. The nodes: what comes over their sockets (LATENT, IMAGE, CONDITIONING) and every value of every widget, queued and run.
+"""6 and 7. The nodes: what comes over their sockets (LATENT, IMAGE, CONDITIONING) and every value of every widget,
+queued and run.
 
-Labels begin with ``queue`` (VALIDATE_INPUTS, IS_CHANGED), ``widget`` (run with one widget's value odd) or ``socket``. A value of another type than
-the widget's can only come over a link, as ComfyUI casts what is typed in: such labels hold ``(type)``.
+Labels begin with ``queue`` (VALIDATE_INPUTS, IS_CHANGED), ``widget`` (run with one widget's value odd) or ``socket``. A
+value of another type than the widget's can only come over a link, as ComfyUI casts what is typed in: such labels hold
+``(type)``.
 """
 
 import torch
@@ -38,7 +40,9 @@ def prepare(base):
         )
     state["lora"] = str(lora)
     state["good"] = good = {}
-    good["model"], good["text_encoder"], good["vae"], _ = call(state, "ModelLoader", model=str(base / "folder"), dtype="fp32")
+    good["model"], good["text_encoder"], good["vae"], _ = call(
+        state, "ModelLoader", model=str(base / "folder"), dtype="fp32"
+    )
     state["i2v"] = call(state, "ModelLoader", model=str(base / "i2v"), dtype="fp32")[0]
     (good["positive"],) = call(state, "TextEncode", text_encoder=good["text_encoder"], prompt="a panda")
     good["negative"] = good["positive"]
@@ -62,7 +66,14 @@ def prepare(base):
         "action": "pass",
     }
     good |= values
-    call(state, "Sampler", **{n: good[n] for n in ("model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "scheduler", "denoise")})
+    call(
+        state,
+        "Sampler",
+        **{
+            n: good[n]
+            for n in ("model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "scheduler", "denoise")
+        },
+    )
     call(state, "VAEDecode", samples=good["samples"], vae=good["vae"])
     call(state, "VAEEncode", images=good["images"], vae=good["vae"])
     state["specs"] = {}
@@ -108,10 +119,12 @@ def _fits(spec, value):
         "STRING": lambda: isinstance(value, str),
         "BOOLEAN": lambda: isinstance(value, bool),
     }[kind]()
-    return fits and not (kind in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value))
+    return fits and not (
+        kind in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value)
+    )
 
 
-# --- Sockets ------------------------------------------------------------------------------------------------------------------------
+# --- Sockets ------------------------------------------------------------------
 
 
 def _tensor(rng, shape, said):
@@ -196,7 +209,20 @@ def _tensor(rng, shape, said):
 
 
 def _no_tensor(rng, said):
-    value = rng.choice((None, 3, "x", [], {}, [torch.ones(3)], (1, 2), True, __import__("numpy").ones((1, 16, 16, 3)), torch.nn.Linear(1, 1)))
+    value = rng.choice(
+        (
+            None,
+            3,
+            "x",
+            [],
+            {},
+            [torch.ones(3)],
+            (1, 2),
+            True,
+            __import__("numpy").ones((1, 16, 16, 3)),
+            torch.nn.Linear(1, 1),
+        )
+    )
     said.append(f"no tensor: {type(value).__name__}")
     return value
 
@@ -230,7 +256,9 @@ def _latent(rng, said):
     latent = {"samples": samples}
     what = rng.random()
     if what < 0.1:
-        latent = rng.choice((None, [], {}, {"sample": samples}, samples, [latent], "x", (latent,), {"samples": {"samples": samples}}))
+        latent = rng.choice(
+            (None, [], {}, {"sample": samples}, samples, [latent], "x", (latent,), {"samples": {"samples": samples}})
+        )
         said.append(f"LATENT is {type(latent).__name__} {list(latent)[:1] if isinstance(latent, dict) else ''}")
     elif what < 0.2:
         latent["noise_mask"] = rng.choice((torch.ones(1, 2, 2), None, 3, "x"))
@@ -324,7 +352,9 @@ def _conditioning(rng, said):
         )
     )
     said.append(
-        f"CONDITIONING {type(given).__name__} of {len(given) if hasattr(given, '__len__') and not isinstance(given, torch.Tensor) else '-'}, extra {short(extra)[:40] if not isinstance(extra, dict) else list(extra)}"
+        f"CONDITIONING {type(given).__name__} of "
+        f"{len(given) if hasattr(given, '__len__') and not isinstance(given, torch.Tensor) else '-'}, extra "
+        f"{short(extra)[:40] if not isinstance(extra, dict) else list(extra)}"
     )
     return given
 
@@ -333,7 +363,12 @@ SOCKETS = {
     "Sampler": (("latent_image", _latent), ("positive", _conditioning), ("negative", _conditioning)),
     "VAEDecode": (("samples", _latent),),
     "VAEEncode": (("images", _images),),
-    "ImageToVideo": (("start_image", _images), ("end_image", _images), ("positive", _conditioning), ("negative", _conditioning)),
+    "ImageToVideo": (
+        ("start_image", _images),
+        ("end_image", _images),
+        ("positive", _conditioning),
+        ("negative", _conditioning),
+    ),
     "BlackFrameCheck": (("images", _images),),
 }
 #: A handle's socket given something else.
@@ -346,7 +381,11 @@ def case(state, rng, folder):
         full = rng.choice(list(state["specs"]))
         node, specs = full.removeprefix("CogVideoX15"), state["specs"][full]
         widgets = [name for name, spec in specs.items() if _is_widget(spec)]
-        values = {name: _default(state, node, name, spec) for name, spec in specs.items() if name in state["good"] or _is_widget(spec)}
+        values = {
+            name: _default(state, node, name, spec)
+            for name, spec in specs.items()
+            if name in state["good"] or _is_widget(spec)
+        }
         some = rng.sample(widgets, min(len(widgets), rng.choice((1, 1, 1, 2)))) if widgets else []
         strange = False
         for name in some:
@@ -356,7 +395,9 @@ def case(state, rng, folder):
             if name == "steps" and isinstance(values[name], (int, float)) and 20 < values[name] <= 1000:
                 values[name] = 3
             strange |= not _fits(specs[name], values[name])
-        said = f"{kind} {node} {', '.join(f'{name}={short(values[name])}' for name in some)}{' (type)' if strange else ''}"
+        said = (
+            f"{kind} {node} {', '.join(f'{name}={short(values[name])}' for name in some)}{' (type)' if strange else ''}"
+        )
         cls = state["nodes"][full]
 
         def act():
@@ -365,7 +406,9 @@ def case(state, rng, folder):
 
                 if hasattr(cls, "VALIDATE_INPUTS"):
                     takes = inspect.signature(cls.VALIDATE_INPUTS).parameters
-                    answer = cls.VALIDATE_INPUTS(**{name: value for name, value in values.items() if name in takes and name in some})
+                    answer = cls.VALIDATE_INPUTS(
+                        **{name: value for name, value in values.items() if name in takes and name in some}
+                    )
                     if answer is not True and not (isinstance(answer, str) and len(answer) >= 40):
                         return f"VALIDATE_INPUTS answers {answer!r}"
                     answer = cls.VALIDATE_INPUTS(**{name: value for name, value in values.items() if name in takes})
@@ -379,11 +422,21 @@ def case(state, rng, folder):
     node = rng.choice(list(SOCKETS))
     said = [f"socket {node}"]
     full = f"CogVideoX15{node}"
-    values = {name: _default(state, node, name, spec) for name, spec in state["specs"][full].items() if name in state["good"] or _is_widget(spec)}
+    values = {
+        name: _default(state, node, name, spec)
+        for name, spec in state["specs"][full].items()
+        if name in state["good"] or _is_widget(spec)
+    }
     if kind == "handle":
-        full = rng.choice([name for name, specs in state["specs"].items() if any(not _is_widget(spec) for spec in specs.values())])
+        full = rng.choice(
+            [name for name, specs in state["specs"].items() if any(not _is_widget(spec) for spec in specs.values())]
+        )
         node = full.removeprefix("CogVideoX15")
-        values = {name: _default(state, node, name, spec) for name, spec in state["specs"][full].items() if name in state["good"] or _is_widget(spec)}
+        values = {
+            name: _default(state, node, name, spec)
+            for name, spec in state["specs"][full].items()
+            if name in state["good"] or _is_widget(spec)
+        }
         name = rng.choice([name for name, spec in state["specs"][full].items() if not _is_widget(spec)])
         values[name] = rng.choice((*WRONG, state["good"]["vae"], state["good"]["model"], state["good"]["text_encoder"]))
         said = [f"handle {node} {name} is {type(values[name]).__name__}"]
@@ -403,13 +456,24 @@ def case(state, rng, folder):
         given = {
             name: value.clone()
             for name, value in values.items()
-            if isinstance(value, torch.Tensor) and not value.is_sparse and value.device.type != "meta" and value.numel() < 10**6
+            if isinstance(value, torch.Tensor)
+            and not value.is_sparse
+            and value.device.type != "meta"
+            and value.numel() < 10**6
         }
         result = call(state, node, **values)
         for name, value in given.items():
             if not torch.equal(
-                value.float().nan_to_num() if value.is_floating_point() else value.dequantize() if value.is_quantized else value,
-                values[name].float().nan_to_num() if value.is_floating_point() else values[name].dequantize() if value.is_quantized else values[name],
+                value.float().nan_to_num()
+                if value.is_floating_point()
+                else value.dequantize()
+                if value.is_quantized
+                else value,
+                values[name].float().nan_to_num()
+                if value.is_floating_point()
+                else values[name].dequantize()
+                if value.is_quantized
+                else values[name],
             ):
                 return f"{node} changed what it was given: {name}"
         return _sound(node, result)
@@ -422,7 +486,10 @@ def _sound(node, result):
     if node == "Sampler" and not result[0]["samples"].isfinite().all():
         return "the sampler's latents are not finite"
     if node == "VAEDecode" and not (
-        result[0].isfinite().all() and result[0].min() >= 0 and result[0].max() <= 1 and result[0].dtype == torch.float32
+        result[0].isfinite().all()
+        and result[0].min() >= 0
+        and result[0].max() <= 1
+        and result[0].dtype == torch.float32
     ):
         return "the frames are not finite in 0..1"
     if node == "VAEEncode" and not result[0]["samples"].isfinite().all():

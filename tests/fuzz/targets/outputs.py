@@ -1,10 +1,13 @@
-"""Where videos and latents are to be written: folders, links, pipes, long and odd names, what exists, what is interrupted. Oracle: what was there
-stays as it was unless it was to be replaced, a refusal leaves nothing behind, and what is written is whole."""
+"""Where videos and latents are to be written: folders, links, pipes, long and odd names, what exists, what is
+interrupted. Oracle: what was there stays as it was unless it was to be replaced, a refusal leaves nothing behind, and
+what is written is whole."""
 
 import os
 
 import numpy as np
 import torch
+
+from tests.told import Told
 
 from . import common  # noqa: F401
 
@@ -65,8 +68,14 @@ def case(state, rng, folder):
     name = rng.choice(NAMES)
     kind = rng.choice(("check", "video", "video", "stopped", "latent"))
     overwrite, absolute = rng.random() < 0.4, rng.random() < 0.5
-    sound = rng.choice((None, (np.zeros((2, rng.choice((0, 1, 1000, 100_000))), np.float32), rng.choice((44_100, 48_000)))))
-    frames, fps, made_from = rng.choice((1, 3)), rng.choice((8, 16, 24)), rng.choice(((), ("there.mp4",), ("folder", "none", "target.mp4")))
+    sound = rng.choice(
+        (None, (np.zeros((2, rng.choice((0, 1, 1000, 100_000))), np.float32), rng.choice((44_100, 48_000))))
+    )
+    frames, fps, made_from = (
+        rng.choice((1, 3)),
+        rng.choice((8, 16, 24)),
+        rng.choice(((), ("there.mp4",), ("folder", "none", "target.mp4"))),
+    )
     stem = rng.choice(("out", "x" * 100, "übung", os.fsdecode(b"\xe9"), "a b"))
 
     def act():
@@ -84,27 +93,36 @@ def case(state, rng, folder):
                 place = folder / rng.choice(("folder", "new", "file", "loop", "."))
                 samples = torch.rand(1, 16, 1, 2, 2)
                 written = [write_latent(samples, place, stem) for _ in range(2)]
-                return None if len(set(written)) == 2 and torch.equal(read_latent(written[0]), samples) else "the latent is another"
+                return (
+                    None
+                    if len(set(written)) == 2 and torch.equal(read_latent(written[0]), samples)
+                    else "the latent is another"
+                )
 
             def stop(done, total):
                 if kind == "stopped" and done == total:
                     raise KeyboardInterrupt
 
             target = free_name(path) if rng.random() < 0.3 else path
-            write_mp4(torch.full((frames, 16, 16, 3), 0.5), target, fps, stop, overwrite=overwrite, sound=sound)
+            write_mp4(
+                torch.full((frames, 16, 16, 3), 0.5), target, fps, Told(progress=stop), overwrite=overwrite, sound=sound
+            )
         except KeyboardInterrupt:
             return None if _seen(folder) == before else "an interruption left something"
         except (ValueError, RuntimeError, OSError):
             if kind != "latent" and _seen(folder) != before:
                 return "a refusal left something"
             raise
-        if len(read_video(target, on_note=lambda _: None)) != frames:
+        if len(read_video(target, events=Told())) != frames:
             return "the video is not whole"
         after = _seen(folder)
         new = set(after) - set(before)
         changed = {key for key in before if after.get(key) != before[key]}
         wanted = os.path.join(os.path.realpath(target.absolute().parent), target.name)
-        if changed and (not overwrite or {os.path.realpath(os.path.dirname(key)) + "/" + os.path.basename(key) for key in changed} != {wanted}):
+        if changed and (
+            not overwrite
+            or {os.path.realpath(os.path.dirname(key)) + "/" + os.path.basename(key) for key in changed} != {wanted}
+        ):
             return f"something else was replaced: {len(changed)}"
         return None if len(new) + len(changed) == 1 else f"{len(new)} new files"
 

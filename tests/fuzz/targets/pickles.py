@@ -33,7 +33,9 @@ def prepare(base):
     state["dict"] = torch.load(base / "sat/transformer/1000/mp_rank_00_model_states.pt", weights_only=True)["module"]
     from cogvideox.checkpoint.layout import open_checkpoint
 
-    state["shapes"] = {name: tensor.shape for name, tensor in open_checkpoint(base / "sat").parts["transformer"].tensors.items()}
+    state["shapes"] = {
+        name: tensor.shape for name, tensor in open_checkpoint(base / "sat").parts["transformer"].tensors.items()
+    }
     return state
 
 
@@ -56,7 +58,9 @@ def _dumped(tree, protocol) -> bytes:
 
     class Writer(pickle._Pickler):
         def save(self, value, save_persistent_id=True):
-            super().save(Calls(__import__, value.__name__) if isinstance(value, type(os)) else value, save_persistent_id)
+            super().save(
+                Calls(__import__, value.__name__) if isinstance(value, type(os)) else value, save_persistent_id
+            )
 
     Writer(out, protocol).dump(tree)
     return out.getvalue()
@@ -99,10 +103,23 @@ def _lying(rng):
     """Tensors whose storages, shapes, strides and offsets do not fit together."""
     from collections import OrderedDict
 
-    numel, size = rng.choice((0, 1, 4, 4, 16, 2**20, 2**40, 2**62, -1)), rng.choice(((4,), (2, 2), (2**20,), (2**40,), (2**62, 4), (-1,), (0,), ()))
+    numel, size = (
+        rng.choice((0, 1, 4, 4, 16, 2**20, 2**40, 2**62, -1)),
+        rng.choice(((4,), (2, 2), (2**20,), (2**40,), (2**62, 4), (-1,), (0,), ())),
+    )
     stride = rng.choice(((1,), (2, 1), (0,), (0, 0), (-1,), (2**40,), (2**62,), ()))
     offset = rng.choice((0, 0, 1, 4, 2**40, -1, 2**62))
-    kind = rng.choice(("FloatStorage", "HalfStorage", "BFloat16Storage", "DoubleStorage", "LongStorage", "BoolStorage", "ComplexFloatStorage"))
+    kind = rng.choice(
+        (
+            "FloatStorage",
+            "HalfStorage",
+            "BFloat16Storage",
+            "DoubleStorage",
+            "LongStorage",
+            "BoolStorage",
+            "ComplexFloatStorage",
+        )
+    )
     rebuild = rng.choice(
         (
             "_rebuild_tensor_v2",
@@ -130,7 +147,13 @@ def _lying(rng):
         "_rebuild_wrapper_subclass": (torch.Tensor, torch.float32, size, stride, offset, torch.strided, "cpu", False),
     }[rebuild]  # fmt: skip
     tensor = Calls(getattr(torch._utils, rebuild), *args)
-    name = rng.choice(("transformer.layers.0.attention.query_key_value.weight", "model.diffusion_model.mixins.patch_embed.text_proj.weight", "a"))
+    name = rng.choice(
+        (
+            "transformer.layers.0.attention.query_key_value.weight",
+            "model.diffusion_model.mixins.patch_embed.text_proj.weight",
+            "a",
+        )
+    )
     data = b"\x00" * rng.choice((0, 4, 16, 64, 1024))
     records = [("0", data)] if rng.random() < 0.9 else []
     return _archive(
@@ -160,11 +183,16 @@ def _contents(state, rng):
     ))  # fmt: skip
     out = io.BytesIO()
     torch.save(tree, out, _use_new_zipfile_serialization=rng.random() < 0.9)
-    return out.getvalue(), f"holds {type(tree).__name__} {short(list(tree)[:2]) if isinstance(tree, dict) else ''} {some}"
+    return (
+        out.getvalue(),
+        f"holds {type(tree).__name__} {short(list(tree)[:2]) if isinstance(tree, dict) else ''} {some}",
+    )
 
 
 def case(state, rng, folder):
-    kind = rng.choice(("evil",) * 4 + ("lying",) * 4 + ("contents",) * 4 + ("bytes",) * 3 + ("zip", "zip", "place", "text"))
+    kind = rng.choice(
+        ("evil",) * 4 + ("lying",) * 4 + ("contents",) * 4 + ("bytes",) * 3 + ("zip", "zip", "place", "text")
+    )
     file = folder / "sat" / "transformer" / "1000" / "mp_rank_00_model_states.pt"
     file.parent.mkdir(parents=True)
     if kind == "evil":
@@ -185,7 +213,12 @@ def case(state, rng, folder):
         elif how == "plain":
             content = _dumped(place, rng.choice((0, 2, 4)))
         elif how == "old":
-            content = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + _dumped(place, 2)
+            content = (
+                pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+                + pickle.dumps(1001, 2)
+                + pickle.dumps({}, 2)
+                + _dumped(place, 2)
+            )
         else:
             import tarfile
 
@@ -202,7 +235,9 @@ def case(state, rng, folder):
     elif kind == "contents":
         content, said = _contents(state, rng)
     elif kind == "zip":
-        bomb = rng.choice(("traversal", "many", "duplicate", "no data", "two roots", "comment", "encrypted", "absolute", "64"))
+        bomb = rng.choice(
+            ("traversal", "many", "duplicate", "no data", "two roots", "comment", "encrypted", "absolute", "64")
+        )
         if rng.random() < 0.03:
             bomb = "deflated"
         data = pickle.dumps({"module": {}}, 2)
@@ -256,10 +291,16 @@ def case(state, rng, folder):
     put(file, content)
     if kind == "place":
         said = replace_by(
-            rng, rng.choice((file, file.parent.parent / "latest", file.parent)) if False else rng.choice((file, file.parent.parent / "latest"))
+            rng,
+            rng.choice((file, file.parent.parent / "latest", file.parent))
+            if False
+            else rng.choice((file, file.parent.parent / "latest")),
         )
     if rng.random() < 0.1:
-        put(file.parent.parent / "latest", rng.choice((b"../../../canary", b"\xff\xfe", b"", b"1000\n", b"a" * 5000, b"\x00", b"/", b"..")))
+        put(
+            file.parent.parent / "latest",
+            rng.choice((b"../../../canary", b"\xff\xfe", b"", b"1000\n", b"a" * 5000, b"\x00", b"/", b"..")),
+        )
         said += " odd latest"
     # The same file in the place of a VAE, and under SAT's config.
     as_vae = rng.random() < 0.2
@@ -269,8 +310,8 @@ def case(state, rng, folder):
     def act():
         from cogvideox.checkpoint.catalogue import list_checkpoints
         from cogvideox.checkpoint.layout import open_part
-        from cogvideox.checkpoint.loading import empty_module
-        from cogvideox.configs.check import check_config
+        from cogvideox.loading import empty_module
+        from interop.check import check_config
 
         list_checkpoints([folder], [folder])
         check_config(config)

@@ -235,7 +235,7 @@ def case(state, rng, folder):
         from cogvideox.checkpoint.catalogue import list_checkpoints, list_parts
         from cogvideox.checkpoint.convert import convert_checkpoint
         from cogvideox.checkpoint.layout import open_checkpoint, open_part
-        from cogvideox.checkpoint.loading import empty_module
+        from cogvideox.loading import empty_module
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         list_checkpoints([folder], [folder])
@@ -249,7 +249,9 @@ def case(state, rng, folder):
             if rng.random() < 0.05:
                 scan_parts(handles.checkpoint, plan_dtypes(handles.checkpoint, "fp16", common.CPU)).text
             if rng.random() < 0.05:
-                convert_checkpoint(handles.checkpoint, folder / "out.safetensors", rng.choice((torch.bfloat16, torch.float32)))
+                convert_checkpoint(
+                    handles.checkpoint, folder / "out.safetensors", rng.choice((torch.bfloat16, torch.float32))
+                )
                 open_checkpoint(folder / "out.safetensors")
             if rng.random() < 0.05:
                 common.sample_once(handles, 1)
@@ -269,7 +271,11 @@ def _refused(file):
     except Exception as error:
         why = str(error).removeprefix("Error while deserializing header: ")
         kind = next(
-            (word for word in ("invalid offset", "invalid JSON", "incomplete", "too large", "UTF-8", "start token") if word.lower() in why.lower()),
+            (
+                word
+                for word in ("invalid offset", "invalid JSON", "incomplete", "too large", "UTF-8", "start token")
+                if word.lower() in why.lower()
+            ),
             why[:60],
         )
         return f"loads, though the safetensors library refuses it, {kind}: {why[:120]}"

@@ -1,4 +1,5 @@
-"""3b. SAT's inference.yaml: check and fix. Oracle: what ``fix`` writes is finite by the check, and all else in the file is as it was."""
+"""3b. SAT's inference.yaml: check and fix. Oracle: what ``fix`` writes is finite by the check, and all else in the file
+is as it was."""
 
 import shutil
 
@@ -91,7 +92,13 @@ def case(state, rng, folder):
             elif what == "flow":
                 lines = ["args: {fp16: True, bf16: False, fp16: True, load: [1, {a: b}]}", "model: {}"]
             elif what == "anchor":
-                lines = ["base: &b {fp16: True}", "args:", "  <<: *b", "  mode: inference", "  bf16: *c" if rng.random() < 0.3 else "  x: 1"]
+                lines = [
+                    "base: &b {fp16: True}",
+                    "args:",
+                    "  <<: *b",
+                    "  mode: inference",
+                    "  bf16: *c" if rng.random() < 0.3 else "  x: 1",
+                ]
             else:
                 lines[a] += " # fp16: True"
             said += f"{what} "
@@ -106,7 +113,12 @@ def case(state, rng, folder):
                 "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
                 + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
                 + rng.choice(
-                    ("args: {fp16: True, x: *a11}\n", "args:\n  fp16: True\n", "args:\n  fp16: *a11\n", "args:\n  load: *a11\n  bf16: True\n")
+                    (
+                        "args: {fp16: True, x: *a11}\n",
+                        "args:\n  fp16: True\n",
+                        "args:\n  fp16: *a11\n",
+                        "args:\n  load: *a11\n  bf16: True\n",
+                    )
                 )
             )
         elif bomb == "deep":
@@ -118,7 +130,10 @@ def case(state, rng, folder):
         elif bomb == "merge":
             text = (
                 "m0: &m0 {a: 1, b: 2}\n"
-                + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, rng.choice((5, 14))))
+                + "".join(
+                    f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n"
+                    for i in range(1, rng.choice((5, 14)))
+                )
                 + "args:\n  <<: *m4\n  fp16: True\n"
             )
             text = text.replace("*m4\n", f"*m{text.count('&m') - 1}\n")
@@ -150,7 +165,7 @@ def case(state, rng, folder):
         shutil.copytree(state["base"] / "sat" / "transformer", file.parent / "transformer")
 
     def act():
-        from cogvideox.configs.check import check_config, fix_config, is_config
+        from interop.check import check_config, fix_config, is_config
 
         is_config(folder), is_config(file)
         import json

@@ -1,4 +1,5 @@
-"""5. Workflows: check and migrate. Oracle: what is written is JSON that is read again, keeps every node of others, and whose links join nodes that are there."""
+"""5. Workflows: check and migrate. Oracle: what is written is JSON that is read again, keeps every node of others, and
+whose links join nodes that are there."""
 
 import copy
 import json
@@ -11,7 +12,6 @@ NAME = "workflow"
 def prepare(base):
     from core import PROJECT
 
-    from cogvideox.configs import check, migrate  # noqa: F401
     from tests import wrapper_workflows as w
 
     drawn = {name: getattr(w, name)() for name in ("text_to_video", "image_to_video", "video_to_video")}
@@ -97,7 +97,18 @@ def _structural(rng, graph, said):
             graph[rng.choice(("", "-1", "é", "0" * 5000, "a:b", "__proto__"))] = graph.pop(rng.choice(ids))
         if kind == "types":
             graph[rng.choice(list(graph))]["class_type"] = rng.choice(
-                ("CogVideoSampler", "CogVideoX15ModelLoader", "", None, 3, [], "Reroute", "SetNode", "GetNode", "CogVideoXModelLoader")
+                (
+                    "CogVideoSampler",
+                    "CogVideoX15ModelLoader",
+                    "",
+                    None,
+                    3,
+                    [],
+                    "Reroute",
+                    "SetNode",
+                    "GetNode",
+                    "CogVideoXModelLoader",
+                )
             )
         return graph
     nodes, links = graph["nodes"], graph.get("links")
@@ -121,9 +132,23 @@ def _structural(rng, graph, said):
                 target = link.get("target_id") if as_dict else link[3]
                 set_link(link, origin_id=target)
             elif kind == "nowhere":
-                set_link(link, **{rng.choice(("id", "origin_id", "target_id")): rng.choice((9999, -10, -20, "x", None, 2**70, 1.5, [], {}, True))})
+                set_link(
+                    link,
+                    **{
+                        rng.choice(("id", "origin_id", "target_id")): rng.choice(
+                            (9999, -10, -20, "x", None, 2**70, 1.5, [], {}, True)
+                        )
+                    },
+                )
             else:
-                set_link(link, **{rng.choice(("origin_slot", "target_slot")): rng.choice((99, -1, None, "0", 2**70, 0.5, [], True))})
+                set_link(
+                    link,
+                    **{
+                        rng.choice(("origin_slot", "target_slot")): rng.choice(
+                            (99, -1, None, "0", 2**70, 0.5, [], True)
+                        )
+                    },
+                )
     elif kind == "ids":
         node["id"] = rng.choice((None, -1, 2**70, 1.5, "7", "", [], {}, True, float("nan"), 10**400, "é"))
     elif kind == "same ids":
@@ -131,7 +156,10 @@ def _structural(rng, graph, said):
     elif kind == "no widgets":
         for some in dicts:
             if rng.random() < 0.5:
-                some.pop(rng.choice(("widgets_values", "widgets_values_named", "inputs", "outputs", "properties", "mode")), None)
+                some.pop(
+                    rng.choice(("widgets_values", "widgets_values_named", "inputs", "outputs", "properties", "mode")),
+                    None,
+                )
     elif kind == "widgets":
         for some in dicts:
             if rng.random() < 0.5:
@@ -158,7 +186,9 @@ def _structural(rng, graph, said):
             "inputs": [],
             "outputs": [],
         }
-        inner["nodes"].append({"id": 5000, "type": inner["id"], "mode": 0, "inputs": [], "outputs": [], "widgets_values": []})
+        inner["nodes"].append(
+            {"id": 5000, "type": inner["id"], "mode": 0, "inputs": [], "outputs": [], "widgets_values": []}
+        )
         graph.setdefault("definitions", {})
         if not isinstance(graph["definitions"], dict):
             graph["definitions"] = {}
@@ -170,7 +200,16 @@ def _structural(rng, graph, said):
         graph["definitions"]["subgraphs"] = rng.choice(
             ([inner], [inner, copy.deepcopy(inner)] if depth < 3 else [inner], [None, inner, 3], {"a": inner}, "x")
         )
-        nodes.append({"id": 4000, "type": inner["id"], "mode": rng.choice((0, 2, 4)), "inputs": [], "outputs": [], "widgets_values": []})
+        nodes.append(
+            {
+                "id": 4000,
+                "type": inner["id"],
+                "mode": rng.choice((0, 2, 4)),
+                "inputs": [],
+                "outputs": [],
+                "widgets_values": [],
+            }
+        )
         said.append(f"depth {depth}")
     elif kind == "groups":
         graph["groups"] = rng.choice(
@@ -189,7 +228,20 @@ def _structural(rng, graph, said):
         graph.pop("links", None)
     elif kind == "links":
         graph["links"] = rng.choice(
-            (None, {}, "x", [None], [[1]], [[]], [{}], [[1, 2, 3, 4, 5, "*"]] * 3, [odd(rng)], [[None] * 6], [["a"] * 6], (links or []) * 2)
+            (
+                None,
+                {},
+                "x",
+                [None],
+                [[1]],
+                [[]],
+                [{}],
+                [[1, 2, 3, 4, 5, "*"]] * 3,
+                [odd(rng)],
+                [[None] * 6],
+                [["a"] * 6],
+                (links or []) * 2,
+            )
         )
     elif kind == "mode":
         for some in dicts:
@@ -263,7 +315,11 @@ def _structural(rng, graph, said):
             if isinstance(links, list):
                 link = [9000 + i, b if some == a else a, 0, some + 10, 0, "*"]
                 links.append(
-                    dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=False)) if as_dict else link
+                    dict(
+                        zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=False)
+                    )
+                    if as_dict
+                    else link
                 )
         for link in links or []:
             if rng.random() < 0.4:
@@ -284,7 +340,9 @@ def _structural(rng, graph, said):
             if not as_dict and isinstance(link[0], int) and link[0] < 20_000 and rng.random() < 0.3:
                 link[1] = 12_999
     elif kind == "extra":
-        graph[rng.choice(("state", "last_node_id", "last_link_id", "config", "extra", "version", "definitions", "id"))] = odd(rng)
+        graph[
+            rng.choice(("state", "last_node_id", "last_link_id", "config", "extra", "version", "definitions", "id"))
+        ] = odd(rng)
         graph["state"] = rng.choice(({"lastNodeId": odd(rng), "lastLinkId": odd(rng)}, odd(rng)))
     elif kind == "pos":
         for some in dicts:
@@ -349,8 +407,8 @@ def case(state, rng, folder):
         said.append(replace_by(rng, file if rng.random() < 0.6 else target))
 
     def act():
-        from cogvideox.configs.check import check_config, is_config
-        from cogvideox.configs.migrate import migrate_workflow
+        from interop.check import check_config, is_config
+        from interop.migrate import migrate_workflow
 
         is_config(file)
         problem = None
@@ -398,7 +456,9 @@ def _look(old, new):
             ids[node["id"]] = node
     for link in new["links"]:
         number, origin, _slot, target, entry, _ = (
-            [link[n] for n in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")] if isinstance(link, dict) else link
+            [link[n] for n in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
+            if isinstance(link, dict)
+            else link
         )
         if origin not in ids or target not in ids:
             return "a link in the new file joins nodes that are not there: link"

@@ -1,0 +1,125 @@
+"""What lies in a folder, by its names alone; what is broken off or leads nowhere in it; and the Hugging Face cache."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..files import read_bytes, unreadable
+from ..words import listed, short
+
+logger = logging.getLogger(__name__)
+
+#: Endings of what downloaders write to until a file is complete.
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial")
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, less those that are hidden or put there by a desktop.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return sorted(
+            name
+            for name in os.listdir(folder)
+            if not name.startswith(".") and name.lower() not in ("desktop.ini", "thumbs.db")
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(unreadable(folder, error)) from error
+
+
+def subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as found:
+            inside = {entry.name for entry in found if entry.is_dir()}
+    except (OSError, ValueError):
+        # Told, if it is anything but missing, by whoever reads its names.
+        inside = set()
+    return [folder / name for name in names_in(folder) if name in inside] if inside else []
+
+
+def holds_something(folder: Path) -> bool:
+    return os.path.isdir(folder) and bool(names_in(folder))
+
+
+def dangles(file: Path) -> bool:
+    return os.path.islink(file) and not os.path.exists(file)
+
+
+def unfinished(folder: Path) -> str:
+    """A sentence about downloads that were broken off, in a folder or in the cache that it belongs to."""
+    places: Iterable[Path] = (folder, folder / "blobs", *(parent / "blobs" for parent in tuple(folder.parents)[:4]))
+    found = [
+        label for place in places if os.path.isdir(place) for label in names_in(place) if label.endswith(_UNFINISHED)
+    ]
+    return f" A download was broken off ({listed(found, 2)})." if found else ""
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name that stands in a file is that of something beside it: no path, and nothing a file system would not
+    take."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) < 256
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+    )
+
+
+def one_name(file: Path) -> str | None:
+    """The name that a small file holds (``latest``, ``refs/main``), if it is one."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        name = read_bytes(file, 4096).decode("utf-8", "replace").strip()
+    except ValueError as error:
+        logger.info("%s", error)
+        return None
+    if not is_plain(name):
+        logger.info("%s names %s, which is no folder beside it", file, short(repr(name)))
+        return None
+    return name
+
+
+def gone(file: Path) -> str:
+    """What a link that leads nowhere is."""
+    target = short(os.readlink(file), 200)
+    return f"{short(file, 400)} is a link to {target}, which is gone" + (
+        " (removed from the cache)" if "blobs" in target else ""
+    )
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads (https://huggingface.co/docs/huggingface_hub/guides/manage-cache),
+    without importing it."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if named:
+        return Path(os.path.expanduser(named))
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.path.expanduser(home)) / "hub"
+
+
+def cached_repository(name: Path) -> Path | None:
+    """The folder in the cache of a repository that is given by its name on the hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.as_posix()):
+        return None
+    folder = hub_cache() / f"models--{name.as_posix().replace('/', '--')}"
+    return folder if os.path.isdir(folder) else None
+
+
+def repository_name(folder: Path) -> str:
+    """``models--zai-org--CogVideoX1.5-5B`` -> ``zai-org/CogVideoX1.5-5B``"""
+    return folder.name.removeprefix("models--").replace("--", "/")
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder is a repository's in the cache."""
+    return os.path.isdir(folder / "snapshots") and (
+        folder.name.startswith("models--") or os.path.isdir(folder / "blobs")
+    )

@@ -1,0 +1,79 @@
+"""Where the file of a LoRA is, of which it or a folder that trainers wrote is given. No weights are opened here."""
+
+import os
+from pathlib import Path
+
+from ..files import unreadable
+from ..words import listed, short
+from .folders import is_checkpoint, sat_weights
+
+_SAFETENSORS, PICKLES = (".safetensors", ".sft"), (".pt", ".pth", ".ckpt", ".bin")
+#: What a LoRA in a folder of its own is called, by peft and by diffusers, and what its optimizer's and other states are
+#: called beside it.
+_FILES = tuple(f"{name}{end}" for end in (".safetensors", ".bin") for name in ("adapter_model", "pytorch_lora_weights"))
+_STATES = ("optimizer", "scheduler", "random_states", "rng_state", "training_args", "scaler", "sampler")
+#: Folders below the one that was given that are looked into, and levels of them: trainers write ``checkpoint-500/``.
+_MOST_FOLDERS, _LEVELS = 200, 3
+
+
+def find_lora(path: Path) -> Path:
+    """The file of a LoRA, of which it or a folder that trainers wrote is given.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    if not os.path.isdir(path):
+        if not os.path.exists(path):
+            raise ValueError(f"There is no LoRA {short(path, 400)}. Check the path.")
+        return path
+    if is_checkpoint(path):
+        raise ValueError(
+            f"{short(path, 400)} is a CogVideoX checkpoint and no LoRA. A model is loaded with CogVideoX-1.5 Model "
+            "Loader, or --model."
+        )
+    folders = [path]
+    for _ in range(_LEVELS):
+        found = {folder: files for folder in folders if (files := weights_in(folder))}
+        if len(found) > 1:
+            raise ValueError(
+                f"{short(path, 400)} holds {len(found)} LoRAs, in "
+                f"{listed(folder.relative_to(path).as_posix() for folder in found)}, and which is meant is not known. "
+                "Give the path of one of them."
+            )
+        for files in found.values():
+            if len(files) > 1:
+                raise ValueError(
+                    f"{short(path, 400)} holds {len(files)} files that can be the LoRA "
+                    f"({listed(file.name for file in files)}), and which is meant is not known. Give the path of one "
+                    "of them."
+                )
+            return files[0]
+        folders = [inner for folder in folders for inner in _inside(folder) if inner.is_dir()][:_MOST_FOLDERS]
+    raise ValueError(
+        f"{short(path, 400)} is a folder without a LoRA in it: no adapter_model.safetensors, "
+        "pytorch_lora_weights.safetensors or other file of weights. Check the path, or give that of the file."
+    )
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files in a folder that can be the LoRA: the one with a usual name, else those that are no trainer's
+    states."""
+    usual = next((folder / name for name in _FILES if (folder / name).is_file()), None) or sat_weights(folder)
+    if usual is not None:
+        return [usual]
+    for endings in (_SAFETENSORS, PICKLES):
+        found = [
+            file
+            for file in _inside(folder)
+            if file.suffix.lower() in endings and not file.name.startswith(_STATES) and file.is_file()
+        ]
+        if found:
+            return found
+    return []
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(unreadable(folder, error)) from error

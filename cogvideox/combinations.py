@@ -1,0 +1,64 @@
+"""Refuse settings that exclude each other. ``choices.check_choice`` says whether a single value is known at all."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn
+
+from .choices import FASTER_CACHE, PAB, TAYLORSEER
+from .dependencies import is_at_least
+
+#: Caches that act within a block, by changing what its attention gives.
+_INSIDE_BLOCKS = (PAB, FASTER_CACHE)
+
+
+def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: bool, layers: bool) -> None:
+    """Refuse settings that are each allowed but exclude each other, as they stand in a graph.
+
+    Args:
+        caches: the methods of all caches that skip something.
+        methods: those of all quantizations.
+        compiled: whether the blocks are compiled.
+        layers: whether ``memory`` is ``offload_layers`` on a card.
+
+    Raises:
+        ValueError: saying what does not go with what, why, and what to do.
+    """
+    if len(caches) > 1:
+        raise ValueError(
+            f"The model has a cache already ({caches[0]}), and each would reuse what the other made up. Take one of "
+            "the nodes CogVideoX-1.5 Cache away."
+        )
+    if len(methods) > 1:
+        refuse_second_method("transformer", methods[0])
+    for cache in caches:
+        if compiled and cache in _INSIDE_BLOCKS:
+            raise ValueError(
+                f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, "
+                "which then cannot be compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 "
+                "Compile away."
+            )
+        if layers and cache != TAYLORSEER and not is_at_least("diffusers", "0.37"):
+            raise ValueError(
+                f"The cache {cache} and memory offload_layers do not work together with diffusers "
+                f"{metadata.version('diffusers')}: layers that were skipped are not brought to the card when they run "
+                "again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to offload_blocks in the "
+                "loader."
+            )
+    if compiled and layers:
+        raise ValueError(
+            "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, "
+            "within what would be compiled. Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile "
+            "away."
+        )
+
+
+def refuse_second_method(part: str, method: str) -> NoReturn:
+    """Refuse to quantize a part that is quantized.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"The {part} is quantized already ({method}), and rounding it again would only lose more. Use one "
+        "CogVideoX-1.5 Quantize."
+    )

@@ -1,0 +1,72 @@
+"""Attach all that makes one run faster to the transformer, together."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .attention import attention_attached
+from .cache import Cache, CacheRun
+from .compiled import Compiled, CompileRun
+from .joint import projection_attached
+
+
+class Speedups:
+    """What one run of a model is made faster with: what the handle says, and what is always done.
+
+    Attributes:
+        shortcuts: what a step that is done again runs without, in words; "" where there is no such thing.
+    """
+
+    def __init__(
+        self,
+        attention: str,
+        cache: Cache | None,
+        compiled: Compiled | None,
+        device: torch.device,
+        timesteps: Sequence[float],
+        tell: Callable[[str, int], None],
+    ):
+        """Set them up.
+
+        Args:
+            attention: one of ``choices.BACKENDS``.
+            device: where the model runs.
+            timesteps: of all steps of the run.
+            tell: called with sentences for the user, and logging's level of each.
+        """
+        self._tell, self._attention = tell, attention
+        self._cache = None if cache is None else CacheRun(cache, timesteps)
+        self._compiled = None if compiled is None else CompileRun(compiled, device, tell)
+        named = (("the cache", self._cache), ("compiled code", self._compiled))
+        self.shortcuts = " and ".join(name for name, there in named if there is not None)
+
+    @contextmanager
+    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+        """Have ``module`` run with them for the length of a ``with`` block. Afterwards nothing of them is left on it.
+
+        Args:
+            batched: whether both halves of guidance run as one batch, the unconditional first.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(attention_attached(self._attention, module))
+            stack.enter_context(projection_attached(module))
+            # What is compiled lies below what may skip it.
+            if self._compiled is not None:
+                stack.enter_context(self._compiled.attached(module))
+            if self._cache is not None:
+                stack.enter_context(self._cache.attached(module, batched))
+            yield
+
+    def begin(self, index: int) -> None:
+        """Note that step ``index`` is about to be run, or run again."""
+        for speedup in (self._compiled, self._cache):
+            if speedup is not None:
+                speedup.begin(index)
+
+    def report(self) -> None:
+        """Tell at the end of the run what they did."""
+        if self._cache is not None:
+            self._tell(self._cache.text, logging.INFO)

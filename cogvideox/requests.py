@@ -1,0 +1,165 @@
+"""What a run refuses, and what it says about what it was asked for, before any weight is read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .finite import check_finite
+from .geometry import check_latent, pixel_frames
+from .handles import Model
+from .memory import check_host_room
+from .schedulers import make_scheduler, schedule_timesteps
+from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+
+
+def plan_steps(
+    model: Model,
+    latents: torch.Tensor,
+    image_latents: torch.Tensor | None = None,
+    *,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    denoise: float = 1.0,
+) -> tuple[Any, torch.Tensor]:
+    """Check all of a run that needs no prompt, reading no weights: to be called before minutes are spent on encoding
+    one.
+
+    Returns:
+        The diffusers scheduler, set to ``steps``, and the timesteps that will run, ``[n]``.
+
+    Raises:
+        ValueError: for a latent, checkpoint or setting the sampler cannot run with.
+    """
+    config = full_config(model.weights.config)
+    check_latent(latents, config["patch_size"])
+    check_host_room(model, latents.shape)
+    _check_image(model, config, latents, image_latents)
+    noise_schedule = make_scheduler(model.scheduler_config, scheduler)
+    return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
+
+
+def check_guidance(cfg: float, negative: torch.Tensor | str | None = "") -> None:
+    """Refuse a guidance that neither is off nor guides.
+
+    Args:
+        negative: what it guides away from, None where there is nothing.
+
+    Raises:
+        ValueError: for less than 1, or what is no number; for more than 1 with nothing to guide away from.
+    """
+    if not 1.0 <= cfg < math.inf:
+        raise ValueError(
+            f"cfg is {cfg}, but guidance begins at 1, where it is off: less would lead away from the prompt. The "
+            "model card uses 6."
+        )
+    if cfg > 1.0 and negative is None:
+        raise ValueError(
+            f"cfg is {cfg}, which needs a negative prompt to guide away from, and none is connected. Connect one or "
+            "set cfg to 1."
+        )
+
+
+def check_noise(noise: torch.Tensor, latents: torch.Tensor) -> None:
+    """Refuse noise that is not finite, or not of the latents' shape ``[B, 16, T, H/8, W/8]``."""
+    if noise.shape != latents.shape:
+        raise ValueError(
+            f"The noise has the shape {list(noise.shape)} and the latent {list(latents.shape)}: each value needs its "
+            "own. Make the noise for a video of the same size, length and batch."
+        )
+    check_finite(noise, "The noise", "Make it anew.")
+
+
+def check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batch: int) -> torch.Tensor:
+    """Return prompt embeddings ``[1 or B, tokens, width]`` as ``[B, tokens, width]``.
+
+    Raises:
+        ValueError: for those of another model, for too many, and for values that are not finite.
+    """
+    width = config["text_embed_dim"]
+    shape = list(embeddings.shape)
+    if embeddings.ndim != 3 or shape[-1] != width:
+        raise ValueError(
+            f"The {name} conditioning has the shape {shape}, but this model reads [batch, tokens, {width}]: it was "
+            "made by another model's text encoder. Encode the prompt with CogVideoX-1.5 Text Encode and this "
+            "checkpoint's text encoder."
+        )
+    fixed = config["use_learned_positional_embeddings"] or not config["use_rotary_positional_embeddings"]
+    if fixed and shape[1] != config["max_text_seq_length"]:
+        raise ValueError(
+            f"The {name} conditioning has {shape[1]} tokens, and this model has positions for exactly "
+            f"{config['max_text_seq_length']}. Write one prompt instead of joining several (Conditioning Concat); "
+            "Conditioning Average works."
+        )
+    if shape[0] not in (1, batch):
+        raise ValueError(
+            f"The {name} conditioning holds {shape[0]} prompts and the latent {batch} videos, so it is not clear "
+            "which belongs to which. Use one prompt for all, or as many as videos."
+        )
+    check_finite(
+        embeddings,
+        f"The {name} conditioning",
+        "The text encoder that made it ran in a dtype too small for its values: encode the prompt with CogVideoX-1.5 "
+        "Model Loader's own.",
+    )
+    return embeddings.expand(batch, -1, -1)
+
+
+def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None) -> list[str]:
+    """Say in sentences what of a run the model was not trained for."""
+    height, width = (size * SPATIAL_COMPRESSION for size in latents.shape[3:])
+    notes = [model.variant.outside_model_card(width, height, pixel_frames(latents.shape[2]))]
+    if image_latents is not None and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
+        # No weight tells; those who train for it say so in the name.
+        names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
+        if not any("interp" in name.lower() for name in names):
+            notes.append(
+                f"An end image is connected. {model.variant.name} as released was trained with a start image only: "
+                "unless this is a fine-tune for interpolation, the end will not be met."
+            )
+    return [note for note in notes if note]
+
+
+def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:
+    takes_image = config["in_channels"] == 2 * LATENT_CHANNELS
+    if config["in_channels"] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+        raise ValueError(
+            f"{model.variant.name} has {config['in_channels']} input channels; text-to-video models have "
+            f"{LATENT_CHANNELS} and image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not "
+            "known here. Load an official checkpoint or a fine-tune of one."
+        )
+    if takes_image and image_latents is None:
+        raise ValueError(
+            f"{model.variant.name} is an image-to-video model ({config['in_channels']} input channels) and no start "
+            "image is connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the "
+            "sampler, or load a text-to-video checkpoint such as CogVideoX1.5-5B."
+        )
+    if image_latents is not None:
+        if not takes_image:
+            raise ValueError(
+                f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
+                "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
+                "denoise below 1 to start from a video."
+            )
+        check_latent(image_latents)
+        check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
+        if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
+            image, video = (
+                f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} "
+                "frames)"
+                for tensor in (image_latents, latents)
+            )
+            raise ValueError(
+                f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
+                "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
+                "size, length and batch."
+            )
+    if config["use_learned_positional_embeddings"]:
+        trained = (config["sample_height"], config["sample_width"])
+        if tuple(latents.shape[3:]) != trained:
+            raise ValueError(
+                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the "
+                f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
+                "which takes others."
+            )

@@ -1,1 +1,0 @@
-"""What makes steps faster: always, without a change of the result, and by choice."""

@@ -1,0 +1,289 @@
+"""The weights of one part as they run on one device, and where they are meanwhile."""
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from .checkpoint.layout import Checkpoint
+from .checkpoint.parts import Part
+from .choices import GPU, MODES, OFFLOAD_BLOCKS, OFFLOAD_LAYERS
+from .combinations import refuse_second_method
+from .dtypes import Precision
+from .events import Events
+from .loading import load_module
+from .modules.quantize import Loss, Method, Quantizer, quantizes
+from .precision.hardware import Hardware
+from .precision.quantizing import choose_method, losses_text
+from .variants import PARTS
+from .words import size_text
+
+logger = logging.getLogger(__name__)
+
+#: Share of the free memory that is counted on: allocators and convolutions' workspaces take some too.
+_SHARE = 0.85
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and
+    other back ends)."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch holds and does not use is free too.
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + idle) * _SHARE)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a part runs, as far as it decides what memory that takes.
+
+    Attributes:
+        mode: one of ``choices.MODES``.
+        batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other,
+            in half the activations, which gives the same up to the rounding of another batch size.
+    """
+
+    mode: str
+    batched: bool = True
+
+    @property
+    def text(self) -> str:
+        return self.mode if self.batched else f"{self.mode} with the halves of guidance one after the other"
+
+
+def placements(batched: Sequence[bool] = (True,)) -> tuple[Placement, ...]:
+    """Return all placements, the fastest and largest first, with the choices there are for ``Placement.batched``."""
+    return tuple(Placement(mode, together) for mode in MODES for together in batched)
+
+
+# One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for
+# the VAE.
+_turn = threading.RLock()
+
+
+#: Bytes beside the weights that a text encoder or VAE needs to run.
+_ROOM = 1 << 30
+
+
+_loaded: "weakref.WeakSet[Weights]" = weakref.WeakSet()
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether a device's memory is the host's own, so that nothing can be offloaded to it."""
+    return device.type == "cpu"
+
+
+class Weights:
+    """The weights of one part as they run on one device: nothing until ``running`` is first entered, then kept.
+
+    Shared by every copy of a handle, and freed with the last of them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kind: str,
+        precision: Precision,
+        hardware: Hardware,
+        memory: str = "auto",
+        method: Method | None = None,
+    ):
+        """``memory`` is one of ``choices.MEMORY``: where they are to be while they run; ``method``, how they are
+        quantized."""
+        self._checkpoint, self.kind, self.precision, self.hardware, self.memory = (
+            checkpoint,
+            kind,
+            precision,
+            hardware,
+            memory,
+        )
+        self.method = method
+        self._module: nn.Module | None = None
+        # How it was set up to run; None while any is open.
+        self._mode: str | None = None
+        self._losses: Mapping[str, Loss] = {}
+        self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
+
+    def at(self, precision: Precision) -> "Weights":
+        """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there
+        may be no room for others, but activations are not quantized any more."""
+        return Weights(
+            self._checkpoint, self.kind, precision, self.hardware, self.memory, self.method and self.method.weight_only
+        )
+
+    def quantized(self, name: str) -> "Weights":
+        """The same part, quantized by a method of ``choices.QUANTIZE`` when it loads: the same weights for all who ask
+        while any of them has them.
+
+        Raises:
+            ValueError: if the part, or the device, does not allow that.
+        """
+        if self.method is not None:
+            refuse_second_method(PARTS[self.kind][0], self.method.name)
+        method = choose_method(name, self.part, self.hardware)
+        if method not in self._quantized:
+            found = Weights(self._checkpoint, self.kind, self.precision, self.hardware, self.memory, method)
+            self._quantized[method] = found
+            return found
+        return self._quantized[method]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hardware.device
+
+    @property
+    def part(self) -> Part:
+        """The part on disk.
+
+        Raises:
+            ValueError: if the checkpoint does not hold it.
+        """
+        return self._checkpoint.part(self.kind)
+
+    @property
+    def config(self) -> Mapping:
+        return self.part.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weights take as they run; weights stored in fp8 or quantized stay so, and others may be
+        quantized."""
+        return sum(map(self.bytes_of, self.part.tensors))
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes that one tensor takes as it runs."""
+        tensor = self.part.tensors[name]
+        if self.quantizes(name):
+            dynamic = self.method is not None and self.method.dynamic
+            scales = 2 if self.precision.range_safe and not dynamic else 1
+            return prod(tensor.shape) + scales * 4 * tensor.shape[0]
+        return (
+            tensor.nbytes
+            if tensor.is_packed
+            else tensor.nbytes // tensor.dtype.itemsize * self.precision.dtype.itemsize
+        )
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a tensor is quantized when it loads."""
+        return self.method is not None and quantizes(self.kind, name, self.precision)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that they take on their device now."""
+        with _turn:
+            tensors = () if self._module is None else (*self._module.parameters(), *self._module.buffers())
+            return sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
+
+    @property
+    def free(self) -> int | None:
+        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way;
+        None where it is not known."""
+        free = free_bytes(self.device)
+        return (
+            None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
+        )
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._module is not None
+
+    @contextmanager
+    def running(self, events: Events | None = None, mode: str | None = None) -> Iterator[nn.Module]:
+        """Have the module ready to run on its device for the length of a ``with`` block, loading it if this is the
+        first time.
+
+        Args:
+            events: told of the loading; an exception it raises stops the load cleanly.
+            mode: one of ``choices.MODES``: ``gpu`` has all of it on the device; the others keep it in the host's memory
+                and have diffusers' group offloading bring what is about to run. By default what was chosen, or else the
+                fastest that fits.
+        """
+        with _turn:
+            for other in list(_loaded):
+                if other is not self and other.device.type != "cpu":
+                    other.park()
+            mode = mode or self.fitting_mode()
+            if self._mode not in (None, mode):
+                # Hooks that offload cannot be taken off again by anything that is public.
+                self._module, self._mode = None, None
+            offloads = mode != GPU and not _is_host(self.device)
+            module = self._load(torch.device("cpu") if offloads else self.device, events)
+            if offloads and self._mode is None:
+                _offload(module, mode, self.device)
+            self._mode = mode
+            yield module if offloads else module.to(self.device)
+
+    def quantization_text(self, events: Events | None = None) -> str:
+        """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
+        host's memory, and are ready then."""
+        with _turn:
+            self._load(torch.device("cpu"), events, "quantizing")
+        plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
+        sizes = f"{size_text(plain)} -> {size_text(self.nbytes)} in {self.precision.name}"
+        method = "not quantized" if self.method is None else self.method.name
+        return f"{PARTS[self.kind][0]}: {method}, {sizes}; {losses_text(self._losses)}"
+
+    def _load(self, device: torch.device, events: Events | None, work: str = "loading") -> nn.Module:
+        """Return the module, read to ``device`` if it is not loaded."""
+        if self._module is None:
+            part, how = self.part, "" if self.method is None else f", {self.method.name}"
+            logger.info(
+                "Loading the %s of %s in %s%s",
+                PARTS[self.kind][0],
+                self._checkpoint.path.name,
+                self.precision.name,
+                how,
+            )
+            quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
+            told = None if events is None else events.counter(f"{work} {PARTS[self.kind][0]}", "B")
+            self._module, self._mode = load_module(part, self.precision, device, told, quantizer), None
+            self._losses = {} if quantizer is None else quantizer.losses
+            _loaded.add(self)
+        return self._module
+
+    def fitting_mode(self) -> str:
+        """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
+        if self.kind == "vae":
+            # It is small, and runs strip by strip.
+            return GPU
+        if self.memory in MODES:
+            return self.memory
+        free = self.free
+        return GPU if free is None or self.nbytes + _ROOM <= free else OFFLOAD_LAYERS
+
+    def park(self) -> None:
+        """Move the weights to the host's memory."""
+        with _turn:
+            if self._module is not None and self._mode in (None, GPU):
+                self._module.to("cpu")
+
+    def release(self) -> None:
+        """Free the weights; the next ``running`` loads them again."""
+        with _turn:
+            self._module = None
+
+
+def _offload(module: nn.Module, mode: str, device: torch.device) -> None:
+    """Have diffusers bring each block, or each layer, of a module in the host's memory to the device when it is about
+    to run."""
+    from diffusers.hooks import apply_group_offloading
+
+    blocks = mode == OFFLOAD_BLOCKS and hasattr(module, "transformer_blocks")
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
+        # The next is on its way while one runs, from memory that is pinned as it goes: all of it pinned would be a
+        # second copy of the model.
+        use_stream=device.type == "cuda",
+        low_cpu_mem_usage=device.type == "cuda",
+    )

@@ -1,0 +1,46 @@
+"""What the nodes know of ComfyUI: its model folders, its page, its memory, its CLIP and its progress bar.
+
+Nothing else in the pack imports ComfyUI. Without ComfyUI each function answers with plain torch, so that every node
+also runs in a script and in a test.
+"""
+
+from .clip import encode_with_clip
+from .folders import (
+    checkpoint_path,
+    checkpoints,
+    download_folder,
+    lora_path,
+    loras,
+    part_path,
+    parts,
+    tokenizer_folder,
+)
+from .memory import device, forced_dtypes, hardware, make_room
+from .page import is_connected, names_in_urls, pictures, serve_files, show, show_pictures, upstream, watch_queue
+from .progress import NodeEvents, saving_latents
+
+__all__ = [
+    "NodeEvents",
+    "checkpoint_path",
+    "checkpoints",
+    "device",
+    "download_folder",
+    "encode_with_clip",
+    "forced_dtypes",
+    "hardware",
+    "is_connected",
+    "lora_path",
+    "loras",
+    "make_room",
+    "names_in_urls",
+    "part_path",
+    "parts",
+    "pictures",
+    "saving_latents",
+    "serve_files",
+    "show",
+    "show_pictures",
+    "tokenizer_folder",
+    "upstream",
+    "watch_queue",
+]

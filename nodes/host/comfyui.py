@@ -1,0 +1,16 @@
+"""ComfyUI's modules, where the pack runs inside ComfyUI. The other files here read them from this one, and ask
+``IN_COMFYUI`` before they do."""
+
+import importlib.util
+
+IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
+
+if IN_COMFYUI:
+    import comfy.cli_args
+    import comfy.model_management
+    import comfy.utils
+    import comfy_execution.utils
+    import folder_paths
+    from server import PromptServer
+
+    __all__ = ["IN_COMFYUI", "PromptServer", "comfy", "comfy_execution", "folder_paths"]

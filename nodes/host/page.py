@@ -1,0 +1,151 @@
+"""ComfyUI's page and server: help pages and templates, the graph that is queued, and what is shown on a node."""
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...cogvideox.words import short
+from . import comfyui
+
+if TYPE_CHECKING:
+    from aiohttp.web import FileResponse, Request
+    from PIL.Image import Image
+
+#: Letters of a line on a node at most.
+_LINE = 2000
+#: The nodes by id of the graph that is being queued, or was last: ComfyUI validates nodes one by one, and shows none of
+#: them the others.
+_queued: dict[str, dict] = {}
+
+
+def serve_files() -> None:
+    """Serve the help pages and the example workflows at the addresses where ComfyUI's page looks for them, whatever the
+    pack's folder is called.
+
+    ComfyUI serves both under the folder's name. But aiohttp finds no static route whose path holds a space or a letter
+    beyond ASCII (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. ComfyUI's own
+    routes, and other packs', come before these, as they are more specific.
+    """
+    server = _server()
+    if server is None:
+        return
+    pack = Path(__file__).parents[2]
+    for address, folder in (("extensions", "web"), ("workflow_templates", "example_workflows")):
+        server.routes.get(f"/{address}/{{pack:{names_in_urls(pack.name)}}}/{{path:.+}}")(
+            _send_from((pack / folder).resolve())
+        )
+
+
+def names_in_urls(folder: str) -> str:
+    """Write a regular expression, without braces, for the names by which the page knows the pack in ``folder``: the
+    folder's own, and that cut at dots."""
+    names = {folder, re.split(r"[.@]", folder)[0]} - {""}
+    return "|".join("".join(f"\\U{ord(letter):08x}" for letter in name) for name in sorted(names))
+
+
+def _send_from(root: Path) -> "Callable[[Request], Awaitable[FileResponse]]":
+    from aiohttp import web
+
+    async def send(request: "Request") -> "FileResponse":
+        path = (root / request.match_info["path"]).resolve()
+        if not (path.is_file() and path.is_relative_to(root)):
+            raise web.HTTPNotFound()
+        return web.FileResponse(path)
+
+    return send
+
+
+def watch_queue() -> None:
+    """Remember each graph that is queued from now on, for ``upstream``."""
+    server = _server()
+    if server is not None:
+        server.add_on_prompt_handler(_remember)
+
+
+def _remember(data: dict) -> dict:
+    # A script may post anything, and ComfyUI has not looked at it yet.
+    prompt = data.get("prompt") if isinstance(data, dict) else None
+    _queued.clear()
+    if isinstance(prompt, dict):
+        _queued.update(
+            (key, node)
+            for key, node in prompt.items()
+            if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
+        )
+    return data
+
+
+def upstream(node: str | None, socket: str) -> list[tuple[str, dict]]:
+    """Follow a socket of a node back through the graph that is being queued, by the sockets of the same name, and
+    return the class and inputs of each node on the way, the nearest first. The chain ends at a node without such a
+    socket."""
+    found: list[tuple[str, dict]] = []
+    seen = set()
+    while node in _queued and node not in seen:
+        seen.add(node)
+        link = _queued[node].get("inputs", {}).get(socket)
+        if not isinstance(link, list) or len(link) != 2 or not isinstance(link[0], str) or link[0] not in _queued:
+            break
+        node = link[0]
+        found.append((_queued[node].get("class_type", ""), _queued[node].get("inputs", {})))
+    return found
+
+
+def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
+    """Say whether anything in a graph that is being run takes an output of a node; False where the graph is unknown."""
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    return any(
+        [node, slot] == link
+        for other in nodes
+        if isinstance(other, dict)
+        for link in (other.get("inputs") or {}).values()
+    )
+
+
+def show(text: str) -> None:
+    """Show a text on the node that is running, each line printable, if ComfyUI's page can. The caller logs what must
+    not be missed."""
+    server, context = _running()
+    if hasattr(server, "send_progress_text"):
+        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), context.node_id)
+
+
+def pictures(picture: "Image") -> dict:
+    """Save a picture in ComfyUI's temp folder, and return what a node gives as its ``ui`` to show it; nothing without
+    ComfyUI."""
+    if not comfyui.IN_COMFYUI:
+        return {}
+    folder = Path(comfyui.folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"cogvideox15_{uuid.uuid4().hex}.png"
+    picture.save(folder / name, compress_level=1)
+    return {"images": [{"filename": name, "subfolder": "", "type": "temp"}]}
+
+
+def show_pictures(pictures: dict) -> None:
+    """Show what ``pictures`` gave on the node that is running, at once: for a node that is about to raise an error, and
+    so returns nothing."""
+    server, context = _running()
+    if pictures and server is not None:
+        told = {
+            "node": context.node_id,
+            "display_node": context.node_id,
+            "output": pictures,
+            "prompt_id": context.prompt_id,
+        }
+        server.send_sync("executed", told, server.client_id)
+
+
+def _server() -> Any:
+    """Return ComfyUI's server; None where there is no page to tell."""
+    return getattr(comfyui.PromptServer, "instance", None) if comfyui.IN_COMFYUI else None
+
+
+def _running() -> tuple[Any, Any]:
+    """Return ComfyUI's server, and the node and prompt that are being executed; None for both where there is no page to
+    tell."""
+    context = comfyui.comfy_execution.utils.get_executing_context() if comfyui.IN_COMFYUI else None
+    server = _server() if context is not None else None
+    return (server, context) if server is not None else (None, None)
