@@ -21,10 +21,10 @@ test: $(VENV)/installed lint
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	# The nodes reach the engine as ComfyUI has them, from inside of one package, whatever the folder is called.
+	# The nodes reach the engine as ComfyUI has them, from inside of one package, whatever the folder is called. Both side by side.
 	mkdir -p .mypy_cache && ln -sfn "$(CURDIR)" .mypy_cache/pack
-	cd .mypy_cache && MYPYPATH=. ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir nodes -p pack.nodes
+	$(VENV)/bin/mypy & engine=$$!; \
+		(cd .mypy_cache && MYPYPATH=. ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir nodes -p pack.nodes) && wait $$engine
 
 # The same tests with the lowest versions that requirements.txt allows. Needs Python 3.10 to 3.12: sentencepiece 0.2.0 has no wheel for 3.13.
 test-lowest: $(VENV)-lowest/installed

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 
 from .finite import check_finite
 from .geometry import check_latent, pixel_frames
 from .handles import Model
 from .memory import check_host_room
 from .schedulers import make_scheduler, schedule_timesteps
+from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 
 
@@ -63,12 +65,48 @@ def check_guidance(cfg: float, negative: torch.Tensor | str | None = "") -> None
 
 def check_noise(noise: torch.Tensor, latents: torch.Tensor) -> None:
     """Refuse noise that is not finite, or not of the latents' shape ``[B, 16, T, H/8, W/8]``."""
+    check_tensor(noise, "The noise", "Connect a LATENT that holds noise.")
     if noise.shape != latents.shape:
         raise ValueError(
             f"The noise has the shape {list(noise.shape)} and the latent {list(latents.shape)}: each value needs its "
             "own. Make the noise for a video of the same size, length and batch."
         )
     check_finite(noise, "The noise", "Make it anew.")
+
+
+def fit_mask(mask: torch.Tensor, latents: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """Return a noise mask at the size of the latents, as core samplers have it: trilinear, ``[1 or B, 1, T, h, w]``.
+
+    Args:
+        mask: 1 where the video is made anew, 0 where it is kept: ``[H, W]``, ``[frames, H, W]`` or
+            ``[frames, 1, H, W]`` for all videos, or ``[B, 1, T, H, W]``.
+        prediction_type: of the checkpoint's noise schedule.
+
+    Raises:
+        ValueError: for what is no mask, or a model that does not predict v.
+    """
+    remedy = "Connect a MASK to Set Latent Noise Mask."
+    check_tensor(mask, "The noise mask", remedy)
+    shape, batch = list(mask.shape), latents.shape[0]
+    fits = 2 <= mask.ndim <= 5 and 0 not in shape and (mask.ndim < 4 or shape[1] == 1)
+    if not fits or (mask.ndim == 5 and shape[0] not in (1, batch)):
+        raise ValueError(
+            f"The noise mask has the shape {shape}, and it has to be [frames, height, width], or a batch of {batch} of "
+            f"them. {remedy}"
+        )
+    check_finite(mask, "The noise mask", remedy)
+    if mask.min() < 0 or mask.max() > 1:
+        raise ValueError(
+            f"The noise mask has values from {mask.min():.3g} to {mask.max():.3g}, but a mask goes from 0 (keep) to 1 "
+            f"(make anew). {remedy}"
+        )
+    if prediction_type != "v_prediction":
+        raise ValueError(
+            f"The checkpoint predicts {prediction_type}, and a noise mask works with those that predict v, as all "
+            "released ones do. Take the mask away."
+        )
+    video = mask.float() if mask.ndim == 5 else mask.float().reshape(1, 1, -1, *shape[-2:])
+    return interpolate(video, latents.shape[2:], mode="trilinear")
 
 
 def check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batch: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_placements
 from .modules.speedups import Speedups
-from .requests import check_embeddings, check_guidance, check_noise, outside_training, plan_steps
+from .requests import check_embeddings, check_guidance, check_noise, fit_mask, outside_training, plan_steps
 from .schedulers import advance
 from .sentinel import OutOfMemory, Sentinel
 from .tensors import check_tensor
@@ -50,6 +50,7 @@ def sample(
     *,
     image_latents: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    noise_mask: torch.Tensor | None = None,
     seed: int,
     steps: int = 50,
     cfg: float = 6.0,
@@ -70,6 +71,9 @@ def sample(
             ``vae.image_latents``.
         noise: standard normal, ``[B, 16, T, H/8, W/8]``, in the place of what ``seed`` draws for the video; what pads
             it is drawn all the same.
+        noise_mask: 1 where the video is made anew and 0 where ``latents`` are kept, as ``requests.fit_mask`` has it. At
+            each step what is kept is the given video at that noise level, as core samplers do; where the mask is 0 it
+            comes out as it went in.
         seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline.
             The noise is the same in every dtype the model runs in, but for the rounding to it.
         steps: steps of the whole schedule; ``denoise`` < 1 runs the last ``int(steps * denoise)`` of them, as
@@ -112,6 +116,13 @@ def sample(
     check_guidance(cfg, negative)
     if noise is not None:
         check_noise(noise, latents)
+    if noise_mask is not None:
+        noise_mask = fit_mask(noise_mask, latents, noise_schedule.config.prediction_type)
+        empty = not latents.any().item()
+        if empty:
+            events.note("The latent is empty, so its noise mask has no video to keep: all of it is made anew.")
+        if empty or (noise_mask == 1).all().item():
+            noise_mask = None
     config = full_config(model.weights.config)
     guided = cfg > 1.0
     prompts = [check_embeddings(positive, "positive", config, latents.shape[0])]
@@ -143,6 +154,10 @@ def sample(
         if noise is not None:
             drawn[:, padding:] = rearrange(noise, "b c t h w -> b t c h w")
         noisy = drawn if denoise >= 1.0 else noise_schedule.add_noise(start, drawn, timesteps[:1].to(device))
+        kept = None
+        if noise_mask is not None:
+            mask = _padded(noise_mask.to(device), padding)
+            kept = Kept(noise_schedule, mask, start.float(), drawn.float())
         image = None
         if image_latents is not None:
             image = image_latents.expand(latents.shape[0], -1, -1, -1, -1).to(device, dtype)
@@ -160,6 +175,7 @@ def sample(
             generator=generator,
             speedups=speedups,
             padding=padding,
+            kept=kept,
         )
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
@@ -168,6 +184,8 @@ def sample(
                 error.latents = _unscaled(error.latents, padding, model.latent_scale)
             raise
         samples = _unscaled(clean, padding, model.latent_scale)
+    if noise_mask is not None:
+        samples = torch.where(noise_mask == 0, latents.to("cpu", torch.float32), samples)
     speedups.report()
     return samples
 
@@ -216,6 +234,34 @@ class Prompts:
         return self._kept[batched, dtype]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The part of a video that a noise mask keeps, as core's ``KSamplerX0Inpaint`` has it.
+
+    Attributes:
+        mask: ``[1 or B, T, 1, h, w]``, 1 where the video is made anew.
+        video, noise: ``[B, T, C, h, w]``, scaled, padded, float32.
+    """
+
+    scheduler: Any
+    mask: torch.Tensor
+    video: torch.Tensor
+    noise: torch.Tensor
+
+    def enter(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the latents of a step with what is kept at that noise level."""
+        noised = self.scheduler.add_noise(self.video, self.noise, timestep[None].to(self.video.device))
+        return (latents * self.mask + noised * (1 - self.mask)).to(latents.dtype)
+
+    def hold(self, prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the v that leads to the given video where it is kept, and to the predicted one elsewhere."""
+        signal = self.scheduler.alphas_cumprod[timestep.item()].item()
+        scale, deviation = signal**0.5, (1 - signal) ** 0.5
+        clean = scale * latents.float() - deviation * prediction
+        clean = clean * self.mask + self.video * (1 - self.mask)
+        return (scale * latents.float() - clean) / deviation
+
+
 @dataclass
 class Run:
     """One run of the loop, and what is the same at each of its steps.
@@ -229,6 +275,7 @@ class Run:
         rotary: cosines and sines of the positions.
         generator: source of the noise that the DPM scheduler adds.
         padding: latent frames in front that are not the video's.
+        kept: what a noise mask keeps.
     """
 
     sentinel: Sentinel
@@ -243,6 +290,7 @@ class Run:
     generator: torch.Generator
     speedups: Speedups
     padding: int
+    kept: Kept | None = None
     _on_device: torch.Tensor = field(init=False)
 
     def denoise(self, latents: torch.Tensor, events: Events) -> torch.Tensor:
@@ -277,14 +325,18 @@ class Run:
         # A step that is done again draws the same noise again.
         self.generator.set_state(drawn)
         self.speedups.begin(index)
-        current = latents.to(precision.activations)
+        current, timestep = latents.to(precision.activations), self.timesteps[index]
+        if self.kept is not None:
+            current = self.kept.enter(current, timestep)
         placement = self.sentinel.placement
         prompts = self.prompts.of(placement is not None and placement.batched, precision.activations)
         prediction = torch.cat([self._predict(index, current, prompt, transformer) for prompt in prompts])
         if self.cfg > 1.0:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
-        timestep, earlier = self.timesteps[index], self.timesteps[index - 1] if index > 0 else None
+        if self.kept is not None:
+            prediction = self.kept.hold(prediction, current, timestep)
+        earlier = self.timesteps[index - 1] if index > 0 else None
         stepped, clean = advance(self.scheduler, prediction, previous_clean, timestep, earlier, current, self.generator)
         return stepped.to(current.dtype), clean
 

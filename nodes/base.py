@@ -9,6 +9,8 @@ from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from .inputs import checked, objections
 
+#: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
+_PACK = f"{__name__.rpartition('.nodes.')[0]}."
 #: The widgets of a clip's size and length, but for what differs with the model that a node is for.
 SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
 LENGTH = (
@@ -43,8 +45,15 @@ class Node:
             ValueError: if an input is not what the node declares.
             RuntimeError: if a package that is needed is missing or too old.
         """
-        require_dependencies()
-        return self.execute(**checked(type(self), inputs))
+        try:
+            require_dependencies()
+            return self.execute(**checked(type(self), inputs))
+        except (ValueError, RuntimeError) as error:
+            # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
+            plain = ValueError if isinstance(error, ValueError) else RuntimeError
+            if type(error).__module__.startswith(_PACK):
+                raise plain(str(error)) from error
+            raise
 
     @classmethod
     def refusal(cls, given: dict, *checks: tuple) -> str | bool:

@@ -114,6 +114,15 @@ class Sampler(Node):
                         ),
                     },
                 ),
+                "noise": (
+                    "LATENT",
+                    {
+                        "tooltip": (
+                            "Start from this noise instead of what the seed draws: standard normal, of the size and "
+                            "length of latent_image, such as warped noise."
+                        )
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -146,15 +155,12 @@ class Sampler(Node):
         denoise,
         dynamic_cfg=False,
         on_nan="heal",
+        noise=None,
         unique_id=None,
     ):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.sampling import sample
 
-        if latent_image.get("noise_mask") is not None:
-            logger.warning(
-                "The latent has a noise mask; CogVideoX cannot repaint a part of a video, so the mask is ignored."
-            )
         host.make_room(model.weights, WANTED_BYTES)
         with host.saving_latents():
             samples = sample(
@@ -163,6 +169,8 @@ class Sampler(Node):
                 _embeddings(negative, "negative"),
                 latent_image["samples"],
                 image_latents=_image_latents(positive, negative),
+                noise=None if noise is None else noise["samples"],
+                noise_mask=latent_image.get("noise_mask"),
                 seed=seed,
                 steps=steps,
                 cfg=cfg,

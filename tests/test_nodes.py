@@ -58,6 +58,7 @@ CONTRACT = {
             "denoise": "FLOAT",
             "dynamic_cfg": "BOOLEAN",
             "on_nan": "COMBO",
+            "noise": "LATENT",
         },
         {"latent": "LATENT"},
     ),

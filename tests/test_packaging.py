@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from PIL import Image
 
 import install
 from cogvideox import dependencies
@@ -67,6 +68,11 @@ def test_the_registry_accepts_the_metadata():
     assert project["license"]
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
+    # A square of at most 400 pixels, and 21:9.
+    icon, banner = (Image.open(ROOT / comfy[key].partition("/main/")[2]).size for key in ("Icon", "Banner"))
+    assert icon[0] == icon[1] <= 400
+    assert banner[0] * 9 == banner[1] * 21
+    assert {"Documentation", "Bug Tracker"} <= set(project["urls"])
     assert all(comfy.values()), "an empty field is none"
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
     cards = {"GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend", "GPU :: Apple Metal"}

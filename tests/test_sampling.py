@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -296,6 +297,97 @@ def test_noise_that_does_not_fit_is_refused(handles, prompts):
     noise[0, 0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="The noise holds 1 values"):
         sample(handles.model, *prompts, latent, seed=1, steps=1, noise=noise)
+
+
+def inpainting(scheduler_class, mask, video, noise):
+    """A scheduler of the reference that keeps a part of the video by the rule of core's ``KSamplerX0Inpaint``: what
+    goes into a step is mixed with the video at its noise level, and the predicted clean video with the video."""
+
+    class Inpainting(scheduler_class):
+        def mixed(self, latents, timestep):
+            signal = self.alphas_cumprod[timestep]
+            return latents * mask + (signal**0.5 * video + (1 - signal) ** 0.5 * noise) * (1 - mask)
+
+        def scale_model_input(self, latents, timestep):
+            return torch.cat([self.mixed(half, timestep) for half in latents.chunk(2)])
+
+        def step(self, prediction, *given, generator=None, **more):
+            # The two schedulers differ in what they are told: (timestep, latents), or with what came before.
+            place = 0 if len(given) == 2 else 1
+            timestep, latents = given[place], self.mixed(given[-1], given[place])
+            signal = self.alphas_cumprod[timestep]
+            clean = signal**0.5 * latents - (1 - signal) ** 0.5 * prediction
+            clean = clean * mask + video * (1 - mask)
+            held = (signal**0.5 * latents - clean) / (1 - signal) ** 0.5
+            return super().step(held, *given[:-1], latents, generator=generator, **more)
+
+    return Inpainting
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.parametrize("shape", ["odd", "even", "batch"])
+def test_a_noise_mask_keeps_the_video_as_core_samplers_do(handles, pipeline, prompts, monkeypatch, shape, scheduler):
+    import diffusers
+
+    shape, generator = SHAPES[shape], torch.Generator().manual_seed(3)
+    video = torch.randn(shape, generator=generator)
+    mask = torch.rand(1, 1, *shape[2:], generator=generator) * (torch.rand(shape[2:], generator=generator) > 0.3)
+    mask[..., : shape[4] // 2] = 0
+    ours = sample(handles.model, *prompts, video, noise_mask=mask, seed=1, steps=STEPS, scheduler=scheduler)
+    padding = padding_frames(shape[2], full_config(handles.model.weights.config))
+
+    def inside(latents):
+        latents = rearrange(latents, "b c t h w -> b t c h w")
+        return torch.cat([latents[:, :1]] * padding + [latents], dim=1)
+
+    scaled = inside(video) * handles.model.latent_scale
+    noise = torch.randn(scaled.shape, generator=torch.Generator().manual_seed(1))
+    name = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}[scheduler]
+    monkeypatch.setattr(diffusers, name, inpainting(getattr(diffusers, name), inside(mask), scaled, noise))
+    expected = reference(pipeline, prompts, shape, scheduler=scheduler)
+    assert error(ours, expected) < 1e-5
+    kept = (mask == 0).expand(shape)
+    assert torch.equal(ours[kept], video[kept])
+    assert not torch.allclose(ours[~kept], video[~kept], atol=0.1)
+
+
+def test_a_mask_is_fitted_to_the_latents_as_core_fits_it(handles, prompts):
+    """One frame of any size for all frames, a clip's frames, and none that is to be kept."""
+    shape = SHAPES["even"]
+    video = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    settings = dict(seed=1, steps=1, cfg=1.0)
+    plain = sample(handles.model, *prompts, video, **settings)
+    assert torch.equal(sample(handles.model, *prompts, video, noise_mask=torch.ones(1, 1, 9, 9), **settings), plain)
+    half = torch.ones(48, 80)
+    half[:, :40] = 0
+    for mask in (half, half[None], half.expand(13, 1, 48, 80), half.expand(1, 1, 4, 48, 80)):
+        ours = sample(handles.model, *prompts, video, noise_mask=mask, **settings)
+        assert torch.equal(ours[..., :5], video[..., :5])
+        assert not torch.equal(ours[..., 5:], video[..., 5:])
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (torch.full((1, 8, 8), 2.0), "values from 2 to 2"),
+        (torch.full((1, 8, 8), math.nan), "NaN or Inf"),
+        (torch.ones(8), "has the shape [8]"),
+        (torch.ones(1, 3, 8, 8), "has the shape [1, 3, 8, 8]"),
+        (torch.ones(3, 1, 2, 8, 8), "a batch of 1"),
+        ("x", "The noise mask"),
+    ],
+)
+def test_what_is_no_mask_is_refused(handles, prompts, mask, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sample(handles.model, *prompts, torch.ones(SHAPES["even"]), noise_mask=mask, seed=1, steps=1)
+
+
+def test_a_mask_on_an_empty_latent_is_said_and_passed_by(handles, prompts):
+    events, settings = Told(), dict(seed=1, steps=1)
+    empty = torch.zeros(SHAPES["even"])
+    ours = sample(handles.model, *prompts, empty, noise_mask=torch.zeros(1, 8, 8), events=events, **settings)
+    assert torch.equal(ours, sample(handles.model, *prompts, empty, **settings))
+    assert any("no video to keep" in note for note in events.notes)
 
 
 def test_sizes_beyond_the_rotary_grid_warn_and_run(handles, prompts, caplog):

@@ -7,7 +7,7 @@ its reader has to know.
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -101,28 +101,36 @@ def floor_of(file: str) -> int | None:
 def imports(file: str) -> Iterator[tuple[str, int, bool]]:
     """What a file imports: (a file of the tree or the name of a module of others, line, whether when it is imported
     itself)."""
-    package = file.split("/")[:-1]
+    for parts, name, line, inside in _statements(sources()[file], tuple(file.split("/")[:-1])):
+        yield _place(parts, name) or ".".join(parts), line, inside
 
-    def walk(node: ast.AST, at_start: bool) -> Iterator[tuple[str, int, bool]]:
+
+@cache
+def _statements(
+    tree: ast.Module, package: tuple[str, ...]
+) -> tuple[tuple[tuple[str, ...], str | None, int, bool], ...]:
+    """The imports of a parsed file, a name each: (module, name, line, whether when it is imported itself)."""
+
+    def walk(node: ast.AST, at_start: bool) -> Iterator[tuple[tuple[str, ...], str | None, int, bool]]:
         for child in ast.iter_child_nodes(node):
             inside = at_start and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") and child in node.body:
                 inside = False
             if isinstance(child, ast.Import):
                 for alias in child.names:
-                    yield _place(alias.name.split("."), None) or alias.name, child.lineno, inside
+                    yield tuple(alias.name.split(".")), None, child.lineno, inside
             elif isinstance(child, ast.ImportFrom):
-                base = package[: len(package) - child.level + 1] if child.level else []
-                parts = [*base, *(child.module.split(".") if child.module else [])]
+                base = package[: len(package) - child.level + 1] if child.level else ()
+                parts = (*base, *(child.module.split(".") if child.module else ()))
                 for alias in child.names:
-                    yield _place(parts, alias.name) or ".".join(parts), child.lineno, inside
+                    yield parts, alias.name, child.lineno, inside
             else:
                 yield from walk(child, inside)
 
-    return walk(sources()[file], True)
+    return list(walk(tree, True))
 
 
-def _place(parts: list[str], name: str | None) -> str | None:
+def _place(parts: Sequence[str], name: str | None) -> str | None:
     """The file of the tree that ``from parts import name`` reads."""
     base = "/".join(parts)
     options = [f"{base}/{name}.py", f"{base}/{name}/__init__.py"] if name and base else [f"{name}.py"] if name else []
@@ -222,28 +230,38 @@ def _heavy() -> Iterator[str]:
 
 def _private() -> Iterator[str]:
     """Attributes with a leading underscore that no file of the tree defines, by access or by name in a text."""
-    own = {name for tree in sources().values() for name in _defined(tree)}
+    own = frozenset().union(*map(_defined, sources().values()))
     for file, tree in sources().items():
-        if file == INTERNALS:
-            continue
-        for node in ast.walk(tree):
-            name = None
-            if isinstance(node, ast.Attribute):
-                name = node.attr
-            elif isinstance(node, ast.ImportFrom) and not node.level and _place(node.module.split("."), None) is None:
-                name = next((alias.name for alias in node.names if alias.name.startswith("_")), None)
-            elif (
-                isinstance(node, ast.Call)
-                and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr")
-                and len(node.args) > 1
-            ):
-                second = node.args[1]
-                name = second.value if isinstance(second, ast.Constant) and isinstance(second.value, str) else None
-            if name and name.startswith("_") and not name.startswith("__") and name not in own:
-                yield f"{file}:{node.lineno} touches {name}, private to another library: give it a name in {INTERNALS}"
+        for name, line, module in () if file == INTERNALS else _touched(tree):
+            if name not in own and (module is None or _place(module, None) is None):
+                yield f"{file}:{line} touches {name}, private to another library: give it a name in {INTERNALS}"
 
 
-def _defined(tree: ast.Module) -> Iterator[str]:
+@cache
+def _touched(tree: ast.Module) -> tuple[tuple[str, int, tuple[str, ...] | None], ...]:
+    """The private names that a parsed file touches: (name, line, the module it is imported from)."""
+    found = []
+    for node in ast.walk(tree):
+        name, module = None, None
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            name, module = next((a.name for a in node.names if a.name.startswith("_")), None), node.module.split(".")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            second = node.args[1]
+            if node.func.id in ("getattr", "hasattr", "setattr", "delattr") and isinstance(second, ast.Constant):
+                name = second.value if isinstance(second.value, str) else None
+        if name and name.startswith("_") and not name.startswith("__"):
+            found.append((name, node.lineno, None if module is None else tuple(module)))
+    return tuple(found)
+
+
+@cache
+def _defined(tree: ast.Module) -> frozenset[str]:
+    return frozenset(_definitions(tree))
+
+
+def _definitions(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
