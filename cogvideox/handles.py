@@ -36,7 +36,7 @@ class Model:
         loras: applied in this order whenever the transformer runs; the weights are never changed.
         cache: what is reused from step to step, if anything.
         compiled: how the blocks are compiled, if they are.
-        attention: the kernel of the attention, one of ``speed.attention.BACKENDS``.
+        attention: the kernel of the attention, one of ``choices.BACKENDS``.
     """
 
     variant: Variant
