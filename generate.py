@@ -1,7 +1,7 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
 Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of
-ComfyUI-CogVideoXWrapper to this pack.
+ComfyUI-CogVideoXWrapper to this pack. All of it is one file, to be started as it lies in the pack's folder.
 """
 
 import argparse
