@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -148,7 +147,7 @@ def _build(part: Part) -> nn.Module:
         ) from error
     if part.kind == "text_encoder":
         # The empty weights are distinct again: the token embedding has two names and one tensor.
-        t5: Any = module
+        t5: internals.LibraryModule = module
         t5.encoder.embed_tokens.weight = t5.shared.weight
     return module
 
@@ -226,7 +225,7 @@ def _keep_packed(module: nn.Module, names: Iterable[str]) -> None:
             setattr(module.get_submodule(parent), child, PackedLinear(linear))
 
 
-def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[Any, str]]:
+def _owners(module: nn.Module, names: Iterable[str]) -> list[tuple[internals.LibraryModule, str]]:
     """The modules that hold the tensor of these names, and what they call it."""
     paths = [name.rpartition(".") for name in names]
     return [(module.get_submodule(path), leaf) for path, _, leaf in paths]

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 from .weights import Placement, placements
+from .words import size_text
 
 if TYPE_CHECKING:
     from .handles import Model
@@ -72,25 +73,24 @@ class MemoryPlan:
                 return placement
         least = min(map(self.bytes_of, among))
         raise ValueError(
-            f"This video needs {_gb(least)} on the card even in the mode that takes the least, and "
-            f"{_gb(self.free or 0)} are free ({self._modes}). Make it smaller or shorter, close other programs that "
-            "use the card, or set memory to cpu in the loader, which takes hours."
+            f"This video needs {size_text(least, 1)} on the card even in the mode that takes the least, and "
+            f"{size_text(self.free or 0, 1)} are free ({self._modes}). Make it smaller or shorter, close other "
+            "programs that use the card, or set memory to cpu in the loader, which takes hours."
         )
 
     @property
     def text(self) -> str:
         parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras, "cache": self.cache}
-        held = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in parts.items() if nbytes)
-        return f"{self._modes} ({held})" + ("" if self.free is None else f"; {_gb(self.free)} free")
+        held = ", ".join(f"{name} {size_text(nbytes, 1)}" for name, nbytes in parts.items() if nbytes)
+        return f"{self._modes} ({held})" + ("" if self.free is None else f"; {size_text(self.free, 1)} free")
 
     @property
     def _modes(self) -> str:
-        modes = ", ".join(f"{mode} {_gb(nbytes)}" for mode, nbytes in self.needed.items())
-        return (
-            modes
-            if self.halved is None
-            else f"{modes}, each {_gb(self.activations - self.halved)} less with the halves of guidance one by one"
-        )
+        modes = ", ".join(f"{mode} {size_text(nbytes, 1)}" for mode, nbytes in self.needed.items())
+        if self.halved is None:
+            return modes
+        saved = size_text(self.activations - self.halved, 1)
+        return f"{modes}, each {saved} less with the halves of guidance one by one"
 
 
 def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
@@ -219,7 +219,7 @@ def step_bytes(
     nn.Module.to(module, precision.dtype).eval()
     if precision.range_safe:
         make_range_safe(module)
-        norms: list[Any] = [child for child in module.modules() if isinstance(child, nn.LayerNorm)]
+        norms: list[internals.LibraryModule] = [child for child in module.modules() if isinstance(child, nn.LayerNorm)]
         for norm in norms:
             # It asks the weights otherwise.
             norm.range_safe_exponent = 0
@@ -284,7 +284,3 @@ class FusedAttention(TorchFunctionMode):
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
         return internals.fused_attention(query, key, value, scale)
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint.configs import known_fields
-from .choices import SCHEDULERS, check_choice
+from .choices import SCHEDULERS, check_choice, check_share
 from .variants import TRAINED_STEPS
 
 
@@ -58,11 +58,7 @@ def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> in
             f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card "
             "uses 50."
         )
-    if not 0.0 <= denoise <= 1.0:
-        raise ValueError(
-            f"denoise is {denoise}, but it is a share between 0 and 1: how much of the video is made anew. Set it to "
-            "1 to make all."
-        )
+    check_share("denoise", denoise, "Set it to 1 to make all.", "how much of the video is made anew")
     count = min(int(steps * denoise), steps)
     if count == 0:
         raise ValueError(

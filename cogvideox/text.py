@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
 from .events import Events
 from .handles import TextEncoder
+from .modules.internals import LibraryModule
 from .sentinel import Sentinel
 from .weights import placements
 from .words import short
@@ -168,7 +168,7 @@ def _load_tokenizer(folder: Path):
 
 
 @contextmanager
-def _layers_told(module: Any, events: Events | None) -> Iterator[None]:
+def _layers_told(module: LibraryModule, events: Events | None) -> Iterator[None]:
     """Tell of each layer of a T5 encoder that is done."""
     layers = module.encoder.block
     told = (events or Events()).counter("encoding", "layer")

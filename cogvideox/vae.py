@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,6 +12,7 @@ from .events import Events
 from .finite import check_finite
 from .geometry import check_latent, check_size, latent_frames, pixel_frames
 from .handles import VAE
+from .modules.internals import LibraryModule
 from .modules.strips import Strips
 from .pictures import check_images
 from .sentinel import OutOfMemory, Sentinel
@@ -233,7 +233,7 @@ def image_latents(
     return latents
 
 
-def _frames_of(vae: Any, name: str) -> int:
+def _frames_of(vae: LibraryModule, name: str) -> int:
     return getattr(vae, name)
 
 

@@ -202,13 +202,13 @@ class _Migration(Samplers):
             for what, node, remedy in self.not_here(sampler):
                 if not sampler.is_off:
                     raise ValueError(
-                        f"{sampler.where} in {file} uses {what} ({node.where}), which this pack does not have: "
+                        f"{sampler.where} in {file} uses {what} ({node.where}), which is not carried over: "
                         f"without it the video would be another one, so nothing was written. {remedy}, save the "
                         "workflow and migrate it again to have the rest."
                     )
                 self.say(
                     sampler,
-                    f"it uses {what} ({node.where}), which this pack does not have. It is switched off; switched on "
+                    f"it uses {what} ({node.where}), which is not carried over. It is switched off; switched on "
                     "it would not work.",
                 )
             if not sampler.is_off:
@@ -244,7 +244,11 @@ class _Migration(Samplers):
                 yield "an inpainting mask", mask, "Delete or mute it"
         known = (*tables.ENCODERS, "CogVideoSampler", *tables.EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:
-            yield "noise that another node makes", start, "Delete or mute it"
+            yield (
+                "noise that another node makes",
+                start,
+                "Delete or mute it (afterwards it can be connected to noise of the new sampler)",
+            )
         for name in ("positive", "negative"):
             text = self.graph.trace(sampler.wires.get(name))
             if text is not None and text.kind == "CogVideoDualTextEncode_311":
