@@ -1,6 +1,7 @@
 """Writers of the layouts that checkpoints come in, from the same modules: each renames or fuses by its own rules,
 backwards from the reader's."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -106,6 +107,19 @@ def write_sat(folder: Path, modules: dict) -> Path:
 
 def write_file(file: Path, state: dict, prefix: str = "") -> Path:
     save_file({prefix + name: value.contiguous().clone() for name, value in state.items()}, file)
+    return file
+
+
+def write_sparse(file: Path, shapes: dict) -> Path:
+    """Write zeros in fp32 that take no place on the disk, in the shapes of a state dict, which may be on meta."""
+    entries, end = {}, 0
+    for name, value in shapes.items():
+        entries[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
+        end += 4 * value.numel()
+    header = json.dumps(entries).encode()
+    with file.open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        out.truncate(8 + len(header) + end)
     return file
 
 
