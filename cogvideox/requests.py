@@ -34,12 +34,63 @@ def plan_steps(
     Raises:
         ValueError: for a latent, checkpoint or setting the sampler cannot run with.
     """
+    check_request(model, latents, image_latents)
+    noise_schedule = make_scheduler(model.scheduler_config, scheduler)
+    return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
+
+
+def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:
+    """Refuse latents that the model does not read, and those of a start image where it wants none, or others.
+
+    Args:
+        latents: ``[B, 16, T, H/8, W/8]``.
+        image_latents: those of a start image, ``[1 or B, 16, T, H/8, W/8]``, if there is one.
+
+    Raises:
+        ValueError: saying what does not fit what.
+    """
     config = full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
     check_host_room(model, latents.shape)
-    _check_image(model, config, latents, image_latents)
-    noise_schedule = make_scheduler(model.scheduler_config, scheduler)
-    return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
+    check_start_image(model, image_latents is not None)
+    if image_latents is not None:
+        _check_image(latents, image_latents)
+    if config["use_learned_positional_embeddings"]:
+        trained = (config["sample_height"], config["sample_width"])
+        if tuple(latents.shape[3:]) != trained:
+            raise ValueError(
+                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the "
+                f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
+                "which takes others."
+            )
+
+
+def check_start_image(model: Model, given: bool) -> None:
+    """Refuse a model that needs a start image without one, and one that cannot read it with one.
+
+    Raises:
+        ValueError: saying what to connect, or which checkpoint to load.
+    """
+    channels = full_config(model.weights.config)["in_channels"]
+    takes_image = channels == 2 * LATENT_CHANNELS
+    if channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+        raise ValueError(
+            f"{model.variant.name} has {channels} input channels; text-to-video models have {LATENT_CHANNELS} and "
+            f"image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not known here. Load an "
+            "official checkpoint or a fine-tune of one."
+        )
+    if takes_image and not given:
+        raise ValueError(
+            f"{model.variant.name} is an image-to-video model ({channels} input channels) and no start image is "
+            "connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load "
+            "a text-to-video checkpoint such as CogVideoX1.5-5B."
+        )
+    if given and not takes_image:
+        raise ValueError(
+            f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
+            "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
+            "denoise below 1 to start from a video."
+        )
 
 
 def check_guidance(cfg: float, negative: torch.Tensor | str | None = "") -> None:
@@ -159,45 +210,17 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
     return [note for note in notes if note]
 
 
-def _check_image(model: Model, config: Mapping, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:
-    takes_image = config["in_channels"] == 2 * LATENT_CHANNELS
-    if config["in_channels"] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
-        raise ValueError(
-            f"{model.variant.name} has {config['in_channels']} input channels; text-to-video models have "
-            f"{LATENT_CHANNELS} and image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not "
-            "known here. Load an official checkpoint or a fine-tune of one."
+def _check_image(latents: torch.Tensor, image_latents: torch.Tensor) -> None:
+    check_latent(image_latents)
+    check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
+    if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
+        image, video = (
+            f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} "
+            "frames)"
+            for tensor in (image_latents, latents)
         )
-    if takes_image and image_latents is None:
         raise ValueError(
-            f"{model.variant.name} is an image-to-video model ({config['in_channels']} input channels) and no start "
-            "image is connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the "
-            "sampler, or load a text-to-video checkpoint such as CogVideoX1.5-5B."
+            f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
+            "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
+            "size, length and batch."
         )
-    if image_latents is not None:
-        if not takes_image:
-            raise ValueError(
-                f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
-                "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
-                "denoise below 1 to start from a video."
-            )
-        check_latent(image_latents)
-        check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
-        if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
-            image, video = (
-                f"{list(tensor.shape)} ({tensor.shape[4] * 8}x{tensor.shape[3] * 8}, {pixel_frames(tensor.shape[2])} "
-                "frames)"
-                for tensor in (image_latents, latents)
-            )
-            raise ValueError(
-                f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
-                "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
-                "size, length and batch."
-            )
-    if config["use_learned_positional_embeddings"]:
-        trained = (config["sample_height"], config["sample_width"])
-        if tuple(latents.shape[3:]) != trained:
-            raise ValueError(
-                f"{model.variant.name} has learned positions for {trained[1] * 8}x{trained[0] * 8} only, and the "
-                f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
-                "which takes others."
-            )

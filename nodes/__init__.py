@@ -1,6 +1,6 @@
 """The nodes that a person sees in the graph, one file each."""
 
-from . import host
+from . import host, queued
 from .attention import Attention
 from .black_frame_check import BlackFrameCheck
 from .cache import Cache
@@ -35,4 +35,4 @@ _NODES = {
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
 host.serve_files()
-host.watch_queue()
+queued.watch(_NODES)

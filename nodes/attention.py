@@ -5,6 +5,7 @@ import torch
 from ..cogvideox.modules.attention import available, check_attention
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 
 class Attention(Node):
@@ -18,6 +19,8 @@ class Attention(Node):
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with this attention, for the sampler or another node.",)
+
+    FIELD = "attention"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -38,9 +41,15 @@ class Attention(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, attention=None):
-        # Only the run knows whether the model runs in 16 bits.
-        return cls.refusal({"attention": attention}, (check_attention, attention, host.device(), torch.float16))
+    def checks(cls, attention=None):
+        # Only the model says whether it runs in 16 bits.
+        return [("attention", check_attention, attention, host.device(), torch.float16)]
+
+    @classmethod
+    def foresee(cls, model, attention):
+        from ..cogvideox.handles import with_attention
+
+        return (with_attention(model, attention),) if UNKNOWN not in (model, attention) else None
 
     def execute(self, model, attention="auto"):
         from ..cogvideox.handles import with_attention

@@ -1,6 +1,7 @@
 """The base class of the nodes: their category, and a check of the installed packages and of a node's inputs before it
 runs."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from .inputs import checked, objections
+from .queued import Validation
 
 #: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
 _PACK = f"{__name__.rpartition('.nodes.')[0]}."
@@ -37,6 +39,11 @@ class Node:
     DISPLAY_NAME: ClassVar[str]
     INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
     execute: ClassVar[Callable[..., Any]]
+    #: These three are described by ``Declares``.
+    FIELD: ClassVar[str] = ""
+    checks: ClassVar[Callable[..., list[tuple]]] = staticmethod(lambda: [])
+    foresee: ClassVar[Callable[..., tuple | None]] = staticmethod(lambda **_: None)
+    VALIDATE_INPUTS = Validation()
 
     def run(self, **inputs: Any) -> Any:
         """Check the inputs and execute the node: what ComfyUI calls.
@@ -56,24 +63,23 @@ class Node:
             raise
 
     @classmethod
-    def refusal(cls, given: dict, *checks: tuple) -> str | bool:
-        """Answer ``VALIDATE_INPUTS`` when the graph is queued: True, or the sentences about the widgets whose values
-        cannot run.
+    def objections(cls, given: dict[str, Any]) -> dict[str, str]:
+        """Collect the sentences about widgets whose values cannot run, by the widget's name.
 
         Args:
             given: the widgets' values by name. None is one that another node will give, and is left to the run.
-            checks: functions of the engine that raise ValueError, each with its arguments. A check is left out if one
-                of its arguments is None, or is no value for its widget.
         """
-        odd = objections(cls, given, limits=False)
-        unusable, said = [given[name] for name in odd], list(odd.values())
-        for check, *values in checks:
-            if not any(value is None or any(value is other for other in unusable) for value in values):
+        said = objections(cls, given, limits=False)
+        # A check is left out if one of its arguments will be given by another node, or is no value for its widget.
+        names = inspect.signature(cls.checks).parameters
+        values = {name: None if name in said else given.get(name) for name in names}
+        for widget, check, *arguments in cls.checks(**values):
+            if widget not in said and not any(value is None for value in arguments):
                 try:
-                    check(*values)
+                    check(*arguments)
                 except ValueError as error:
-                    said.append(str(error))
-        return "\n".join(said or objections(cls, given).values()) or True
+                    said[widget] = str(error)
+        return said or objections(cls, given)
 
     @classmethod
     def fingerprint(cls, given: dict, look: Callable[[], Any]) -> Any:

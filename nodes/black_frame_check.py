@@ -75,7 +75,7 @@ class BlackFrameCheck(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
+    def checks(cls, action=None, pixel_black_threshold=None, picture_black_ratio=None, video_black_ratio=None):
         from ..cogvideox.black_frames import check_threshold
 
         shares = dict(
@@ -83,11 +83,10 @@ class BlackFrameCheck(Node):
             picture_black_ratio=picture_black_ratio,
             video_black_ratio=video_black_ratio,
         )
-        return cls.refusal(
-            {"action": action, **shares},
-            (check_choice, "action", action, ON_BLACK),
-            *((check_threshold, *share) for share in shares.items()),
-        )
+        return [
+            ("action", check_choice, "action", action, ON_BLACK),
+            *((name, check_threshold, name, value) for name, value in shares.items()),
+        ]
 
     def execute(self, images, action, pixel_black_threshold=0.10, picture_black_ratio=0.98, video_black_ratio=1.0):
         from ..cogvideox.black_frames import BlackVideoError, check_black_frames, enforce

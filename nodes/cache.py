@@ -2,9 +2,10 @@
 
 import logging
 
-from ..cogvideox.choices import CACHES, FIRST_BLOCK
+from ..cogvideox.choices import CACHES, FIRST_BLOCK, check_choice
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Cache(Node):
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with the cache, for the sampler.",)
+
+    FIELD = "method"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -91,6 +94,18 @@ class Cache(Node):
                 ),
             }
         }
+
+    @classmethod
+    def checks(cls, method=None):
+        return [("method", check_choice, "method", method, CACHES)]
+
+    @classmethod
+    def foresee(cls, model, **how):
+        from ..cogvideox.handles import with_cache
+        from ..cogvideox.modules.cache import Cache
+
+        known = UNKNOWN not in (model, *how.values())
+        return (with_cache(model, Cache(**how)),) if known else None
 
     def execute(self, model, method, strength=0.6, start=0.1, end=0.95):
         from ..cogvideox.handles import with_cache

@@ -2,9 +2,10 @@
 
 import logging
 
-from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES
+from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,8 @@ class Compile(Node):
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with compiled blocks, for the sampler.",)
+
+    FIELD = "mode"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -55,6 +58,17 @@ class Compile(Node):
                 ),
             }
         }
+
+    @classmethod
+    def checks(cls, mode=None):
+        return [("mode", check_choice, "mode", mode, COMPILE_MODES)]
+
+    @classmethod
+    def foresee(cls, model, mode, dynamic):
+        from ..cogvideox.handles import with_compile
+        from ..cogvideox.modules.compiled import Compiled
+
+        return (with_compile(model, Compiled(mode, dynamic)),) if UNKNOWN not in (model, mode, dynamic) else None
 
     def execute(self, model, mode, dynamic=False):
         from ..cogvideox.handles import with_compile

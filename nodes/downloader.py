@@ -60,8 +60,8 @@ class Downloader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint=None):
-        return cls.refusal({"checkpoint": checkpoint}, (check_choice, "checkpoint", checkpoint, CHECKPOINTS))
+    def checks(cls, checkpoint=None):
+        return [("checkpoint", check_choice, "checkpoint", checkpoint, CHECKPOINTS)]
 
     @classmethod
     def IS_CHANGED(cls, checkpoint=None, download=False):

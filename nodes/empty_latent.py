@@ -2,6 +2,7 @@
 
 from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from .base import LENGTH, SIZE, Node
+from .queued import UNKNOWN
 
 
 class EmptyLatent(Node):
@@ -13,6 +14,8 @@ class EmptyLatent(Node):
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("An empty video latent, for the sampler's latent_image.",)
+
+    FIELD = "length"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -48,18 +51,26 @@ class EmptyLatent(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        return cls.refusal(
-            dict(width=width, height=height, length=length, batch_size=batch_size),
-            (check_side, "width", width),
-            (check_side, "height", height),
-            (_check_length, length),
-            (check_batch_size, batch_size),
-            (check_video_room, width, height, length, batch_size),
-        )
+    def checks(cls, width=None, height=None, length=None, batch_size=None):
+        return [
+            ("width", check_side, "width", width),
+            ("height", check_side, "height", height),
+            ("length", _check_length, length),
+            ("batch_size", check_batch_size, batch_size),
+            ("length", check_video_room, width, height, length, batch_size),
+        ]
+
+    @classmethod
+    def foresee(cls, width, height, length, batch_size):
+        known = UNKNOWN not in (width, height, length, batch_size)
+        return ({"samples": _samples(width, height, length, batch_size)},) if known else None
 
     def execute(self, width, height, length, batch_size=1):
-        return ({"samples": empty_latent(width, height, length, batch_size, 8 if length % 16 == 9 else 16)},)
+        return ({"samples": _samples(width, height, length, batch_size)},)
+
+
+def _samples(width, height, length, batch_size):
+    return empty_latent(width, height, length, batch_size, 8 if length % 16 == 9 else 16)
 
 
 def _check_length(length):

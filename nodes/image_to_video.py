@@ -1,8 +1,11 @@
 """CogVideoX-1.5 Image to Video: the image a video starts from."""
 
+import torch
+
 from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from . import host
 from .base import LENGTH, SIZE, Node
+from .queued import UNKNOWN
 
 
 class ImageToVideo(Node):
@@ -28,6 +31,8 @@ class ImageToVideo(Node):
         "The negative conditioning with the start image, for the sampler.",
         "An empty video latent of this size, for the sampler's latent_image.",
     )
+
+    FIELD = "length"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -76,17 +81,26 @@ class ImageToVideo(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, width=None, height=None, length=None, batch_size=None):
-        # CogVideoX-5b-I2V makes 8N+1 frames; only the run knows which model it is.
+    def checks(cls, width=None, height=None, length=None, batch_size=None):
+        # CogVideoX-5b-I2V makes 8N+1 frames; only the model says which it is.
         eights = isinstance(length, int) and length % 8 == 1
-        return cls.refusal(
-            dict(width=width, height=height, length=length, batch_size=batch_size),
-            (check_side, "width", width),
-            (check_side, "height", height),
-            (check_frames, length, 8 if eights else 16),
-            (check_batch_size, batch_size),
-            (check_video_room, width, height, length, batch_size),
-        )
+        return [
+            ("width", check_side, "width", width),
+            ("height", check_side, "height", height),
+            ("length", check_frames, length, 8 if eights else 16),
+            ("batch_size", check_batch_size, batch_size),
+            ("length", check_video_room, width, height, length, batch_size),
+        ]
+
+    @classmethod
+    def foresee(cls, positive, negative, vae, width, height, length, batch_size, end_image=None, **_):
+        if UNKNOWN in (positive, negative, vae, width, height, length, batch_size):
+            return None
+        samples = empty_latent(width, height, length, batch_size, vae.frame_step)
+        # What the sampler asks of them: their size, and whether there is an end image.
+        image = torch.zeros_like(samples[:1])
+        image[:, :, -1] = float(end_image is not None)
+        return *_with_image(positive, negative, image), {"samples": samples}
 
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.memory import WANTED_BYTES
@@ -98,8 +112,11 @@ class ImageToVideo(Node):
         end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, start, length, end, events=host.NodeEvents())
-        with_image = (
-            [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
-            for given in (positive, negative)
-        )
-        return *with_image, {"samples": samples}
+        return *_with_image(positive, negative, latents), {"samples": samples}
+
+
+def _with_image(positive, negative, latents):
+    return (
+        [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
+        for given in (positive, negative)
+    )

@@ -63,6 +63,18 @@ class Declares(Protocol):
     DISPLAY_NAME: ClassVar[str]
     INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
     execute: ClassVar[Callable[..., Any]]
+    #: The widget that is marked where the node cannot run as it stands in a graph; without one that of the loader its
+    #: model comes from.
+    FIELD: ClassVar[str]
+    #: The engine's checks of the widgets, which are its parameters: each a tuple of the widget to be marked, a function
+    #: that raises ValueError, and its arguments.
+    checks: ClassVar[Callable[..., list[tuple]]]
+    #: Given the inputs of ``execute``, or ``queued.UNKNOWN`` for what only the run knows: what it will give, without
+    #: reading a weight or showing anything; None where only the run can say. ValueError for what cannot run.
+    foresee: ClassVar[Callable[..., tuple | None]]
+
+    @classmethod
+    def objections(cls, given: dict[str, Any]) -> dict[str, str]: ...
 
 
 class _Odd(Exception):

@@ -5,6 +5,7 @@ import os
 
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ class LoraLoader(Node):
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with the LoRA, for the sampler or another LoRA loader.",)
+
+    FIELD = "lora_name"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -52,8 +55,15 @@ class LoraLoader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, lora_name=None):
-        return cls.refusal({"lora_name": lora_name}, (host.lora_path, lora_name))
+    def checks(cls, lora_name=None):
+        return [("lora_name", host.lora_path, lora_name)]
+
+    @classmethod
+    def foresee(cls, model, lora_name, strength):
+        from ..cogvideox.handles import with_lora
+
+        known = UNKNOWN not in (model, lora_name, strength)
+        return (with_lora(model, host.lora_path(lora_name), strength),) if known else None
 
     @classmethod
     def IS_CHANGED(cls, lora_name=None, **_):

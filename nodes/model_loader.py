@@ -6,6 +6,7 @@ from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
 from ..cogvideox.words import listed, short
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class ModelLoader(Node):
         "Per part: the dtype it is stored in, was trained in and will run in, a verdict, and what to do. Also shown "
         "on the node.",
     )
+
+    FIELD = "model"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -115,24 +118,23 @@ class ModelLoader(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=_AUTO, vae_name=_AUTO
-    ):
-        return cls.refusal(
-            dict(
-                model=model,
-                dtype=dtype,
-                on_mismatch=on_mismatch,
-                memory=memory,
-                text_encoder_name=text_encoder_name,
-                vae_name=vae_name,
-            ),
-            (host.checkpoint_path, model),
-            (check_choice, "dtype", dtype, DTYPES),
-            (check_choice, "on_mismatch", on_mismatch, ON_MISMATCH),
-            (check_choice, "memory", memory, MEMORY),
-            (_chosen_parts, text_encoder_name, vae_name),
-        )
+    def checks(cls, model=None, dtype=None, on_mismatch=None, memory=None, text_encoder_name=None, vae_name=None):
+        return [
+            ("model", host.checkpoint_path, model),
+            ("dtype", check_choice, "dtype", dtype, DTYPES),
+            ("on_mismatch", check_choice, "on_mismatch", on_mismatch, ON_MISMATCH),
+            ("memory", check_choice, "memory", memory, MEMORY),
+            ("text_encoder_name", _part_path, "text_encoder", text_encoder_name),
+            ("vae_name", _part_path, "vae", vae_name),
+        ]
+
+    @classmethod
+    def foresee(cls, model, dtype, on_mismatch, memory, text_encoder_name, vae_name, prompt=None, unique_id=None, **_):
+        chosen = model, dtype, on_mismatch, memory, text_encoder_name, vae_name
+        if UNKNOWN in chosen:
+            return None
+        handles, _ = _handles(*chosen, prompt, unique_id)
+        return handles.model, handles.text_encoder, handles.vae, UNKNOWN
 
     @classmethod
     def IS_CHANGED(cls, model=None, text_encoder_name=_AUTO, vae_name=_AUTO, **_):
@@ -151,19 +153,13 @@ class ModelLoader(Node):
         prompt=None,
         unique_id=None,
     ):
-        from ..cogvideox.handles import make_handles
         from ..cogvideox.memory import memory_text
         from ..cogvideox.precision.policy import scan_parts
         from ..cogvideox.precision.verdict import OK
 
-        checkpoint, notes = _open(model, text_encoder_name, vae_name)
-        for slot, kind in enumerate(("text_encoder", "vae"), 1):
-            if host.is_connected(prompt, unique_id, slot):
-                # A missing part is an error now, not after the video is made.
-                checkpoint.part(kind)
-        handles = make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory)
+        handles, notes = _handles(model, dtype, on_mismatch, memory, text_encoder_name, vae_name, prompt, unique_id)
         plan = (
-            scan_parts(checkpoint, handles.plan, on_progress=host.NodeEvents().counter("reading weights", "B"))
+            scan_parts(handles.checkpoint, handles.plan, on_progress=host.NodeEvents().counter("reading weights", "B"))
             if scan_weights
             else handles.plan
         )
@@ -175,9 +171,22 @@ class ModelLoader(Node):
         return handles.model, handles.text_encoder, handles.vae, report
 
 
-def _chosen_parts(text_encoder_name, vae_name):
-    chosen = {"text_encoder": text_encoder_name, "vae": vae_name}
-    return {kind: host.part_path(kind, name) for kind, name in chosen.items() if name != _AUTO}
+def _handles(model, dtype, on_mismatch, memory, text_encoder_name, vae_name, prompt, unique_id):
+    """Make the handles of what was chosen, with every part that the graph asks for, and return them with what to say
+    about parts that were found."""
+    from ..cogvideox.handles import make_handles
+
+    checkpoint, notes = _open(model, text_encoder_name, vae_name)
+    for slot, kind in enumerate(("text_encoder", "vae"), 1):
+        if host.is_connected(prompt, unique_id, slot):
+            # A missing part is an error now, not after the video is made.
+            checkpoint.part(kind)
+    return make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory), notes
+
+
+def _part_path(kind, name):
+    """Find the file that was chosen for a part; None for what is the checkpoint's own, or found."""
+    return None if name == _AUTO else host.part_path(kind, name)
 
 
 def _open(model, text_encoder_name, vae_name):
@@ -185,7 +194,8 @@ def _open(model, text_encoder_name, vae_name):
     about the latter."""
     from ..cogvideox.checkpoint.layout import open_checkpoint
 
-    path, chosen, notes = host.checkpoint_path(model), _chosen_parts(text_encoder_name, vae_name), []
+    path, notes = host.checkpoint_path(model), []
+    chosen = {"text_encoder": _part_path("text_encoder", text_encoder_name), "vae": _part_path("vae", vae_name)}
     checkpoint = open_checkpoint(path, tokenizer=host.tokenizer_folder(), **chosen)
     for kind in ("text_encoder", "vae"):
         if kind not in checkpoint.parts:

@@ -5,6 +5,7 @@ import logging
 from ..cogvideox.choices import QUANTIZE
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ class Quantize(Node):
         "The text encoder that was connected, quantized, for CogVideoX-1.5 Text Encode.",
         "Per part: its size before and after, and the relative error of its weights. Also shown on the node.",
     )
+
+    FIELD = "method"
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -57,10 +60,19 @@ class Quantize(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, method=None):
+    def checks(cls, method=None):
         from ..cogvideox.precision.quantizing import check_method
 
-        return cls.refusal({"method": method}, (check_method, method, host.hardware()))
+        return [("method", check_method, method, host.hardware())]
+
+    @classmethod
+    def foresee(cls, model, method, text_encoder=None):
+        from ..cogvideox.handles import quantized
+
+        if method is UNKNOWN:
+            return None
+        handles = (model, text_encoder)
+        return *(handle and (handle if handle is UNKNOWN else quantized(handle, method)) for handle in handles), UNKNOWN
 
     def execute(self, model, method, text_encoder=None):
         from ..cogvideox.handles import quantized

@@ -8,6 +8,7 @@ from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from ..cogvideox.tensors import check_tensor
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -128,19 +129,35 @@ class Sampler(Node):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, unique_id=None):
-        from ..cogvideox.combinations import check_combination
+    def checks(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None):
         from ..cogvideox.requests import check_guidance
         from ..cogvideox.schedulers import steps_to_run
 
-        return cls.refusal(
-            dict(steps=steps, cfg=cfg, scheduler=scheduler, denoise=denoise, on_nan=on_nan),
-            (steps_to_run, steps, denoise),
-            (check_guidance, cfg),
-            (check_choice, "scheduler", scheduler, SCHEDULERS),
-            (check_choice, "on_nan", on_nan, ON_NAN),
-            (check_combination, *_chosen(host.upstream(unique_id, "model"))),
-        )
+        some = None if steps is None or steps < 1 else steps
+        return [
+            ("steps", steps_to_run, steps, 1.0),
+            ("denoise", steps_to_run, some, denoise),
+            ("cfg", check_guidance, cfg),
+            ("scheduler", check_choice, "scheduler", scheduler, SCHEDULERS),
+            ("on_nan", check_choice, "on_nan", on_nan, ON_NAN),
+        ]
+
+    @classmethod
+    def foresee(cls, model, positive, negative, latent_image, unique_id=None, **_):
+        from ..cogvideox.requests import check_request, check_start_image, outside_training
+
+        if UNKNOWN in (model, positive, negative):
+            return None
+        image = _image_latents(positive, negative)
+        if latent_image is UNKNOWN:
+            check_start_image(model, image is not None)
+            return None
+        samples = latent_image["samples"]
+        check_request(model, samples, image)
+        for note in outside_training(model, samples, image):
+            # Again when it runs, in the log too.
+            host.show(note, unique_id)
+        return None
 
     def execute(
         self,
@@ -181,20 +198,6 @@ class Sampler(Node):
                 events=host.NodeEvents(model.variant.fps),
             )
         return ({"samples": samples},)
-
-
-def _chosen(chain):
-    """Read what the nodes before the sampler are set to: the caches, the quantizations, whether it is compiled, and
-    whether it is offloaded by layers on a card."""
-
-    def of(kind):
-        return [inputs for name, inputs in chain if name == f"CogVideoX15{kind}"]
-
-    caches = [inputs.get("method") for inputs in of("Cache") if inputs.get("strength") != 0]
-    layers = (
-        any(inputs.get("memory") == "offload_layers" for inputs in of("ModelLoader")) and host.device().type != "cpu"
-    )
-    return caches, [inputs.get("method") for inputs in of("Quantize")], bool(of("Compile")), layers
 
 
 def _image_latents(positive, negative):

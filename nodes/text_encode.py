@@ -4,6 +4,7 @@ import logging
 
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ class TextEncode(Node):
                 ),
             }
         }
+
+    @classmethod
+    def foresee(cls, text_encoder, prompt):
+        # The embeddings are the run's; the sampler asks whether there is an image beside them.
+        return ([[UNKNOWN, {}]],)
 
     def execute(self, text_encoder, prompt):
         from ..cogvideox.finite import check_finite

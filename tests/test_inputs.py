@@ -454,12 +454,3 @@ class TestNames:
         for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "sub/../../secret.safetensors"):
             with pytest.raises(ValueError, match="There is no LoRA called"):
                 host.lora_path(name)
-
-    @pytest.mark.parametrize(
-        "prompt", [None, 3, "x", [1], {"1": None}, {"1": {"inputs": 3}}, {"1": {"inputs": {"model": [["1"], 0]}}}]
-    )
-    def test_a_graph_that_is_none_is_passed_over(self, host, prompt):
-        for data in ({"prompt": prompt}, prompt):
-            assert host.page._remember(data) is data
-            assert host.upstream("1", "model") == []
-        host.page._queued.clear()

@@ -16,7 +16,7 @@ from .folders import (
     tokenizer_folder,
 )
 from .memory import device, forced_dtypes, hardware, make_room
-from .page import is_connected, names_in_urls, pictures, serve_files, show, show_pictures, upstream, watch_queue
+from .page import is_connected, names_in_urls, pictures, running_node, serve_files, show, show_pictures, watch_queue
 from .progress import NodeEvents, saving_latents
 
 __all__ = [
@@ -36,11 +36,11 @@ __all__ = [
     "part_path",
     "parts",
     "pictures",
+    "running_node",
     "saving_latents",
     "serve_files",
     "show",
     "show_pictures",
     "tokenizer_folder",
-    "upstream",
     "watch_queue",
 ]

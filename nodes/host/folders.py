@@ -67,8 +67,10 @@ def checkpoint_path(choice: str) -> Path:
     places = _places(_roots(*_FOLDERS))
     if not found:
         raise ValueError(
-            f"No CogVideoX checkpoint was found in {places}, so there is nothing to load. Download one, for example "
-            "zai-org/CogVideoX1.5-5B from huggingface.co, into a folder of its own there, then press R to refresh."
+            "No CogVideoX checkpoint is here, so there is nothing to load. Add the node CogVideoX-1.5 Downloader, "
+            "which brings one, or download one yourself, for example zai-org/CogVideoX1.5-5B from huggingface.co: its "
+            f"folder goes into {places}, a single file into {_places(_roots('diffusion_models', 'checkpoints'))}. Then "
+            "press R to refresh."
         )
     raise ValueError(
         f"There is no CogVideoX checkpoint called {short(repr(choice))} in {places}. Choose one that is there "

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 #: Letters of a line on a node at most.
 _LINE = 2000
-#: The nodes by id of the graph that is being queued, or was last: ComfyUI validates nodes one by one, and shows none of
-#: them the others.
-_queued: dict[str, dict] = {}
 
 
 def serve_files() -> None:
@@ -57,40 +54,30 @@ def _send_from(root: Path) -> "Callable[[Request], Awaitable[FileResponse]]":
     return send
 
 
-def watch_queue() -> None:
-    """Remember each graph that is queued from now on, for ``upstream``."""
+def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
+    """Call ``look`` with the nodes by id of each graph that is queued from now on, before ComfyUI validates it."""
+
+    def remember(data: dict) -> dict:
+        # A script may post anything, and ComfyUI has not looked at it yet.
+        prompt = data.get("prompt") if isinstance(data, dict) else None
+        look(
+            {
+                key: node
+                for key, node in (prompt.items() if isinstance(prompt, dict) else ())
+                if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
+            }
+        )
+        return data
+
     server = _server()
     if server is not None:
-        server.add_on_prompt_handler(_remember)
+        server.add_on_prompt_handler(remember)
 
 
-def _remember(data: dict) -> dict:
-    # A script may post anything, and ComfyUI has not looked at it yet.
-    prompt = data.get("prompt") if isinstance(data, dict) else None
-    _queued.clear()
-    if isinstance(prompt, dict):
-        _queued.update(
-            (key, node)
-            for key, node in prompt.items()
-            if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
-        )
-    return data
-
-
-def upstream(node: str | None, socket: str) -> list[tuple[str, dict]]:
-    """Follow a socket of a node back through the graph that is being queued, by the sockets of the same name, and
-    return the class and inputs of each node on the way, the nearest first. The chain ends at a node without such a
-    socket."""
-    found: list[tuple[str, dict]] = []
-    seen = set()
-    while node in _queued and node not in seen:
-        seen.add(node)
-        link = _queued[node].get("inputs", {}).get(socket)
-        if not isinstance(link, list) or len(link) != 2 or not isinstance(link[0], str) or link[0] not in _queued:
-            break
-        node = link[0]
-        found.append((_queued[node].get("class_type", ""), _queued[node].get("inputs", {})))
-    return found
+def running_node() -> str | None:
+    """Return the id of the node that ComfyUI validates or runs; None outside of it."""
+    context = comfyui.comfy_execution.utils.get_executing_context() if comfyui.IN_COMFYUI else None
+    return None if context is None else context.node_id
 
 
 def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
@@ -104,12 +91,12 @@ def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
     )
 
 
-def show(text: str) -> None:
-    """Show a text on the node that is running, each line printable, if ComfyUI's page can. The caller logs what must
-    not be missed."""
-    server, context = _running()
-    if hasattr(server, "send_progress_text"):
-        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), context.node_id)
+def show(text: str, node: str | None = None) -> None:
+    """Show a text on a node, or the one that is running, each line printable, if ComfyUI's page can. The caller logs
+    what must not be missed."""
+    server, node = _server(), node or running_node()
+    if node is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), node)
 
 
 def pictures(picture: "Image") -> dict:

@@ -1,0 +1,170 @@
+"""What is wrong with a graph, told as it is queued: each node of this pack is asked about its widgets, and for what it
+will give, which is made from configs and headers alone.
+
+ComfyUI validates nodes one by one, shows none of them the others, and repeats what a node answers for each widget whose
+value the node asked for. So the whole graph is looked at first, and then each node asks for those alone that are wrong.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from . import host
+from .inputs import Declares
+
+logger = logging.getLogger(__name__)
+
+#: A value that only the run knows.
+UNKNOWN = object()
+#: How ComfyUI reads a widget's value of a type, before it looks at it.
+_READ = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+#: The CONDITIONING of a prompt without an image, which core's own text encoder gives.
+_CORE: dict[str, tuple] = {"CLIPTextEncode": ([[None, {}]],)}
+
+
+class Queued:
+    """A graph as ComfyUI queues it.
+
+    Attributes:
+        wrong: by node, and by the widget to be marked, the sentence about it.
+    """
+
+    def __init__(self, nodes: Mapping[str, dict], classes: Mapping[str, type[Declares]]):
+        self.nodes, self._classes = nodes, classes
+        self.wrong: dict[str, dict[str, str]] = {}
+        self._outputs: dict[str, tuple] = {}
+        for node in nodes:
+            self.outputs(node)
+
+    def class_of(self, node: str) -> type[Declares] | None:
+        kind = self.nodes[node].get("class_type")
+        return self._classes.get(kind) if isinstance(kind, str) else None
+
+    def outputs(self, node: str) -> tuple:
+        """Return what a node will give; nothing where only the run can say."""
+        if node not in self._outputs:
+            # A loop ends here; ComfyUI tells of it.
+            self._outputs[node] = ()
+            cls = self.class_of(node)
+            self._outputs[node] = (
+                _CORE.get(str(self.nodes[node].get("class_type")), ()) if cls is None else self._ask(node, cls)
+            )
+        return self._outputs[node]
+
+    def widgets(self, node: str) -> list[str]:
+        """Return a node's inputs that no other node gives."""
+        given = self.nodes[node].get("inputs", {})
+        return [name for name in given if not isinstance(given[name], list)]
+
+    def _ask(self, node: str, cls: type[Declares]) -> tuple:
+        given, widgets = self._inputs(node, cls), self.widgets(node)
+        wrong = cls.objections({name: given[name] for name in widgets if name in given})
+        for name, said in wrong.items():
+            self._object(node, name, said)
+        if wrong or any(value is None for value in given.values()):
+            return ()
+        try:
+            return cls.foresee(**given) or ()
+        except ValueError as error:
+            self._object(node, cls.FIELD, str(error))
+        except Exception:
+            # Anything else is the run's to tell, as it was before the graph was looked at.
+            logger.debug("%s (%s) cannot be foreseen", cls.DISPLAY_NAME, node, exc_info=True)
+        return ()
+
+    def _inputs(self, node: str, cls: type[Declares]) -> dict[str, Any]:
+        """Return what a node's ``execute`` will be given, by name; None for a widget's value that ComfyUI refuses."""
+        types: dict[str, dict[str, Any]] = cls.INPUT_TYPES()
+        declared = {**types.get("required", {}), **types.get("optional", {})}
+        given = self.nodes[node].get("inputs", {})
+        hidden = {"PROMPT": self.nodes, "UNIQUE_ID": node}
+        found: dict[str, Any] = {name: hidden[kind] for name, kind in types.get("hidden", {}).items()}
+        for name, parameter in inspect.signature(cls.execute).parameters.items():
+            if name not in declared:
+                continue
+            if name not in given:
+                if name in types.get("required", {}):
+                    found[name] = None
+                elif parameter.default is not None:
+                    found[name] = parameter.default
+            elif isinstance(given[name], list):
+                found[name] = self._linked(given[name])
+            else:
+                found[name] = _read(declared[name], given[name])
+        return found
+
+    def _linked(self, link: list) -> Any:
+        with suppress(TypeError, ValueError, LookupError):
+            node, slot = link
+            return self.outputs(node)[slot] if node in self.nodes else UNKNOWN
+        return UNKNOWN
+
+    def _object(self, node: str, field: str, said: str) -> None:
+        """Keep a sentence at a node's widget; without one at the loader that its model comes from."""
+        while not field and isinstance(link := self.nodes[node]["inputs"].get("model"), list):
+            node = link[0]
+        field = field or self._classes[self.nodes[node]["class_type"]].FIELD
+        widgets = self.widgets(node)
+        kept = self.wrong.setdefault(node, {})
+        field = field if field in widgets or not widgets else widgets[0]
+        kept[field] = said if kept.get(field) in (None, said) else f"{kept[field]}\n{said}"
+
+
+def _read(spec: tuple, value: Any) -> Any:
+    if isinstance(value, dict) and "__value__" in value:
+        value = value["__value__"]
+    kind = spec[0]
+    if not isinstance(kind, str):
+        return value
+    try:
+        return _READ[kind](value) if kind in _READ else UNKNOWN
+    except Exception:
+        # Whatever a value's class raises: ComfyUI says so, at the widget.
+        return None
+
+
+_current = Queued({}, {})
+
+
+def watch(classes: Mapping[str, type[Declares]]) -> None:
+    """Look at each graph that is queued from now on, before ComfyUI validates it."""
+
+    def look(nodes: Mapping[str, dict]) -> None:
+        global _current
+        _current = Queued({}, {})
+        _current = Queued(nodes, classes)
+
+    host.watch_queue(look)
+
+
+class Validation:
+    """``VALIDATE_INPUTS`` of a node: asks for the widgets that are wrong in the graph that is being queued, and answers
+    with the sentences about them.
+
+    Outside a queued graph it takes any widgets, and answers for those alone.
+    """
+
+    def __get__(self, _: object, cls: type[Declares]) -> "_Answer":
+        return _Answer(cls)
+
+
+class _Answer:
+    """Callable whose signature ComfyUI reads."""
+
+    def __init__(self, cls: type[Declares]):
+        self._cls, self._queued = cls, _current
+        own = [node for node in _current.nodes if _current.class_of(node) is cls]
+        asked = {name for node in own for name in _current.wrong.get(node, ())}
+        names = asked if own else set(inspect.signature(cls.checks).parameters)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        inputs = [name for name in inspect.signature(cls.execute).parameters if name in names]
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in inputs])
+
+    def __call__(self, *values: Any, **named: Any) -> str | bool:
+        given = self.__signature__.bind(*values, **named).arguments
+        node = host.running_node() if self._queued.nodes else None
+        node = node if node in self._queued.nodes else None
+        told = self._cls.objections(given) if node is None else self._queued.wrong.get(node, {})
+        return "\n".join(told.values()) or True

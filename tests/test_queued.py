@@ -1,0 +1,299 @@
+"""What is wrong with a graph, as ComfyUI asks for it when the graph is queued."""
+
+import inspect
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.layouts import write_file
+from tests.tiny_checkpoint import build_transformer
+
+#: Small enough for any machine.
+SIZE = {"width": 160, "height": 96, "length": 17}
+
+
+@pytest.fixture
+def errors(pack, monkeypatch):
+    """``errors(graph)``: ``(class, widget, sentence)`` of each error, by ComfyUI's rule: a node is asked if its
+    function names one of its widgets, and its answer is repeated for each that is named."""
+    queued, host = (sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("queued", "host"))
+    looks = []
+    monkeypatch.setattr(
+        host.page, "_server", lambda: SimpleNamespace(add_on_prompt_handler=lambda handler: looks.append(handler))
+    )
+    queued.watch(pack.NODE_CLASS_MAPPINGS)
+
+    def ask(graph):
+        found = []
+        data = {"prompt": graph}
+        assert looks[0](data) is data
+        for node_id, node in graph.items():
+            if node["class_type"] not in pack.NODE_CLASS_MAPPINGS:
+                continue
+            function = pack.NODE_CLASS_MAPPINGS[node["class_type"]].VALIDATE_INPUTS
+            monkeypatch.setattr(host, "running_node", lambda node_id=node_id: node_id)
+            named = [name for name in inspect.getfullargspec(function).args if name in node["inputs"]]
+            given = {name: node["inputs"][name] for name in named if not isinstance(node["inputs"][name], list)}
+            answer = function(**given) if named else True
+            found += [
+                (node["class_type"].removeprefix("CogVideoX15"), name, answer) for name in given if answer is not True
+            ]
+        return found
+
+    yield ask
+    monkeypatch.setattr(queued, "_current", queued.Queued({}, {}))
+
+
+@pytest.fixture
+def graph(checkpoints):
+    """``graph(workflow, variant)``: an example, as it is queued, for a tiny checkpoint."""
+
+    def make(name="text_to_video", variant="1.5"):
+        nodes = json.loads((ROOT / "example_workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+        for node in nodes.values():
+            if node["class_type"] == "CogVideoX15ModelLoader":
+                node["inputs"]["model"] = str(checkpoints(variant))
+            if "width" in node["inputs"]:
+                node["inputs"].update(SIZE)
+        return nodes
+
+    return make
+
+
+def of(graph, kind):
+    """A node's inputs, which may be changed."""
+    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
+
+
+def before_the_sampler(graph, *nodes):
+    sampler = of(graph, "CogVideoX15Sampler")
+    for number, (kind, inputs) in enumerate(nodes, 300):
+        graph[str(number)] = {"class_type": f"CogVideoX15{kind}", "inputs": inputs | {"model": sampler["model"]}}
+        sampler["model"] = [str(number), 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("text_to_video", "1.5"), ("image_to_video", "1.5-i2v"), ("video_to_video", "1.5")]
+)
+def test_a_graph_that_can_run_has_no_errors(errors, graph, name, variant):
+    assert errors(graph(name, variant)) == []
+
+
+WIDGETS = [
+    ("ModelLoader", "model", "nowhere", "There is no checkpoint at"),
+    ("ModelLoader", "dtype", "fp64", "Choose one of auto, bf16, fp16, fp32"),
+    ("ModelLoader", "vae_name", "nowhere", "There is no vae at"),
+    ("EmptyLatent", "length", 80, "Set it to 65 or 81"),
+    ("EmptyLatent", "width", "100", "Set it to 96 or 112"),
+    ("EmptyLatent", "batch_size", 0, "there would be no video"),
+    ("Sampler", "steps", 0, "steps"),
+    ("Sampler", "denoise", 0.01, "leaves no step to run"),
+    ("Sampler", "cfg", 0.5, "guidance begins at 1"),
+    ("Sampler", "scheduler", "euler", "Choose one of ddim, dpm"),
+    ("BlackFrameCheck", "picture_black_ratio", 98, "it is a share between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS)
+def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, value, said):
+    nodes = graph()
+    of(nodes, f"CogVideoX15{kind}")[widget] = value
+    ((where, field, sentence),) = errors(nodes)
+    assert (where, field) == (kind, widget)
+    assert said in sentence
+
+
+def test_two_mistakes_are_each_at_their_widget(errors, graph):
+    nodes = graph()
+    of(nodes, "CogVideoX15EmptyLatent")["length"] = 80
+    of(nodes, "CogVideoX15Sampler")["cfg"] = 0.5
+    assert [error[:2] for error in errors(nodes)] == [("EmptyLatent", "length"), ("Sampler", "cfg")]
+
+
+class TestAsAWhole:
+    """What each node alone could run with, but not together: one error, before anything runs."""
+
+    def only(self, errors, nodes):
+        (error,) = errors(nodes)
+        return error
+
+    def test_an_image_to_video_checkpoint_without_an_image(self, errors, graph):
+        kind, field, said = self.only(errors, graph("text_to_video", "1.5-i2v"))
+        assert (kind, field) == ("ModelLoader", "model")
+        assert "no start image is connected" in said
+        # core's own text encoder gives none either.
+        nodes = graph("text_to_video", "1.5-i2v")
+        for node in nodes.values():
+            if node["class_type"] == "CogVideoX15TextEncode":
+                node["class_type"] = "CLIPTextEncode"
+        assert "no start image is connected" in self.only(errors, nodes)[2]
+        # Another pack's node may.
+        of(nodes, "CogVideoX15Sampler")["positive"] = ["400", 0]
+        nodes["400"] = {"class_type": "Another", "inputs": {}}
+        assert errors(nodes) == []
+
+    def test_a_text_to_video_checkpoint_with_one(self, errors, graph):
+        kind, field, said = self.only(errors, graph("image_to_video", "1.5"))
+        assert (kind, field) == ("ModelLoader", "model")
+        assert "is a text-to-video model and a start image is connected" in said
+
+    def test_with_a_video_to_start_from_too(self, errors, graph):
+        kind, field, said = self.only(errors, graph("video_to_video", "1.5-i2v"))
+        assert (kind, field) == ("ModelLoader", "model")
+        assert "no start image is connected" in said
+
+    def test_a_checkpoint_without_text_encoder(self, errors, graph, checkpoints, tmp_path):
+        folder = tmp_path / "CogVideoX1.5"
+        folder.mkdir()
+        for part in checkpoints("1.5").iterdir():
+            if part.name not in ("text_encoder", "tokenizer"):
+                (folder / part.name).symlink_to(part)
+        nodes = graph()
+        of(nodes, "CogVideoX15ModelLoader")["model"] = str(folder)
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("ModelLoader", "model")
+        assert "text encoder" in said or "text_encoder" in said
+        # Nothing asks for it where the prompt is another node's.
+        of(nodes, "CogVideoX15TextEncode")
+        for node in nodes.values():
+            if node["class_type"] == "CogVideoX15TextEncode":
+                node["inputs"]["text_encoder"] = ["400", 0]
+        nodes["400"] = {"class_type": "CLIPLoader", "inputs": {}}
+        assert errors(nodes) == []
+
+    def test_a_lora_of_another_model(self, errors, graph, tmp_path):
+        other = build_transformer(num_attention_heads=4).state_dict()
+        width = other["transformer_blocks.0.attn1.to_q.weight"].shape[0]
+        lora = write_file(
+            tmp_path / "lora.safetensors",
+            {
+                f"transformer.transformer_blocks.0.attn1.to_q.lora_{which}.weight": torch.zeros(shape)
+                for which, shape in (("A", (4, width)), ("B", (width, 4)))
+            },
+        )
+        nodes = graph()
+        before_the_sampler(nodes, ("LoraLoader", {"lora_name": str(lora), "strength": 1.0}))
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("LoraLoader", "lora_name")
+        assert "lora.safetensors" in said
+
+    def test_a_length_or_size_that_the_model_does_not_make(self, errors, graph):
+        nodes = graph()
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = 9
+        # 8N+1 is what the 1.0 models make; which it is the sampler knows.
+        assert errors(nodes) == [] or "length" in str(errors(nodes))
+        nodes = graph("image_to_video", "5b-i2v")
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("ModelLoader", "model")
+        assert "has learned positions for" in said
+        nodes = graph("image_to_video", "1.5-i2v")
+        of(nodes, "CogVideoX15ImageToVideo")["length"] = 25
+        assert self.only(errors, nodes)[:2] == ("ImageToVideo", "length")
+
+    CACHE, COMPILE = {"strength": 0.5, "start": 0.0, "end": 1.0}, {"mode": "default", "dynamic": False}
+
+    @pytest.mark.parametrize(
+        ("nodes", "where", "said"),
+        [
+            (
+                [("Cache", CACHE | {"method": "pab"}), ("Compile", COMPILE)],
+                ("Compile", "mode"),
+                "The cache pab and compiling do not work together",
+            ),
+            (
+                [("Compile", COMPILE), ("Cache", CACHE | {"method": "faster_cache"})],
+                ("Cache", "method"),
+                "The cache faster_cache and compiling do not work together",
+            ),
+            (
+                [("Cache", CACHE | {"method": "taylorseer"})] * 2,
+                ("Cache", "method"),
+                "The model has a cache already (taylorseer)",
+            ),
+            (
+                [("Cache", CACHE | {"method": "first_block", "start": 0.9, "end": 0.1})],
+                ("Cache", "method"),
+                "it would never act",
+            ),
+            (
+                [("Quantize", {"method": "int8_weight_only"})] * 2,
+                ("Quantize", "method"),
+                "The transformer is quantized already (int8_weight_only)",
+            ),
+        ],
+    )
+    def test_what_does_not_work_together(self, errors, graph, nodes, where, said):
+        given = graph()
+        before_the_sampler(given, *nodes)
+        *found, sentence = self.only(errors, given)
+        assert tuple(found) == where
+        assert said in sentence
+
+    def test_a_cache_that_skips_nothing_goes_with_everything(self, errors, graph):
+        nodes = graph()
+        cache = {"method": "pab", "strength": 0, "start": 0.0, "end": 1.0}
+        before_the_sampler(nodes, ("Cache", cache), ("Compile", self.COMPILE))
+        assert errors(nodes) == []
+
+    def test_two_samplers_of_one_model_say_it_once(self, errors, graph):
+        nodes = graph("text_to_video", "1.5-i2v")
+        sampler = next(node for node in nodes.values() if node["class_type"] == "CogVideoX15Sampler")
+        nodes["500"] = {**sampler, "inputs": dict(sampler["inputs"])}
+        assert self.only(errors, nodes)[2].count("no start image is connected") == 1
+
+
+def test_an_end_image_that_the_model_was_not_trained_for_is_said_on_the_sampler(errors, graph, pack, monkeypatch):
+    shown = []
+    host = sys.modules[f"{pack.__name__}.nodes.host"]
+    monkeypatch.setattr(host, "show", lambda text, node=None: shown.append((node, text)))
+    nodes = graph("image_to_video", "1.5-i2v")
+    of(nodes, "CogVideoX15ImageToVideo")["end_image"] = of(nodes, "CogVideoX15ImageToVideo")["start_image"]
+    assert errors(nodes) == []
+    sampler = next(key for key, node in nodes.items() if node["class_type"] == "CogVideoX15Sampler")
+    assert any(node == sampler and "unless this is a fine-tune for interpolation" in text for node, text in shown)
+
+
+def test_what_only_the_run_knows_is_left_to_it(errors, graph):
+    nodes = graph()
+    for kind, widget in (
+        ("ModelLoader", "model"),
+        ("EmptyLatent", "length"),
+        ("Sampler", "scheduler"),
+        ("BlackFrameCheck", "action"),
+    ):
+        of(nodes, f"CogVideoX15{kind}")[widget] = ["80", 0]
+    nodes["80"] = {"class_type": "Another", "inputs": {}}
+    assert errors(nodes) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        None,
+        3,
+        "x",
+        [1],
+        {"1": None},
+        {"1": {"inputs": 3}},
+        {"1": {"inputs": {"model": [["1"], 0]}}},
+        {"1": {"class_type": ["x"], "inputs": {"model": ["1", 0]}}},
+        {"1": {"class_type": "CogVideoX15Sampler", "inputs": {"model": ["1", 0], "latent_image": ["1", "x"]}}},
+        {"1": {"class_type": "CogVideoX15Compile", "inputs": {"model": ["2", 0, 3], "mode": {"__value__": []}}}},
+        {"1": {"class_type": "CogVideoX15EmptyLatent", "inputs": {"width": "x", "height": None, "length": 1e400}}},
+    ],
+)
+def test_a_graph_that_is_none_is_passed_over(pack, prompt):
+    page, queued = (sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("host.page", "queued"))
+    data = {"prompt": prompt}
+    seen = []
+    server = SimpleNamespace(add_on_prompt_handler=seen.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_server", lambda: server)
+        queued.watch(pack.NODE_CLASS_MAPPINGS)
+        for given in (data, prompt):
+            assert seen[0](given) is given
+        seen[0](None)
