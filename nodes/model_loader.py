@@ -163,11 +163,11 @@ class ModelLoader(Node):
             if scan_weights
             else handles.plan
         )
-        report = "\n".join(
-            [plan.text, *notes, *(lora.text for lora in handles.model.loras), memory_text(handles.model)]
-        )
+        memory = memory_text(handles.model)
+        notes += [lora.text for lora in handles.model.loras]
+        report = "\n".join([plan.text, *notes, memory])
         logger.log(logging.INFO if plan.verdict == OK else logging.WARNING, "%s", report)
-        host.show(report)
+        host.show("\n".join([plan.short_text(memory), *notes]))
         return handles.model, handles.text_encoder, handles.vae, report
 
 

@@ -29,11 +29,14 @@ class Queued:
 
     Attributes:
         wrong: by node, and by the widget to be marked, the sentence about it.
+        unlisted: by node, widgets with a name that is not in the list, as of a model that another computer listed
+            otherwise. ComfyUI would refuse it, if the node did not ask for it.
     """
 
     def __init__(self, nodes: Mapping[str, dict], classes: Mapping[str, type[Declares]]):
         self.nodes, self._classes = nodes, classes
         self.wrong: dict[str, dict[str, str]] = {}
+        self.unlisted: dict[str, list[str]] = {}
         self._outputs: dict[str, tuple] = {}
         for node in nodes:
             self.outputs(node)
@@ -79,6 +82,8 @@ class Queued:
         types: dict[str, dict[str, Any]] = cls.INPUT_TYPES()
         declared = {**types.get("required", {}), **types.get("optional", {})}
         given = self.nodes[node].get("inputs", {})
+        lists = {name: spec[0] for name, spec in declared.items() if not isinstance(spec[0], str)}
+        self.unlisted[node] = [name for name in lists if name in given and given[name] not in lists[name]]
         hidden = {"PROMPT": self.nodes, "UNIQUE_ID": node}
         found: dict[str, Any] = {name: hidden[kind] for name, kind in types.get("hidden", {}).items()}
         for name, parameter in inspect.signature(cls.execute).parameters.items():
@@ -156,7 +161,7 @@ class _Answer:
     def __init__(self, cls: type[Declares]):
         self._cls, self._queued = cls, _current
         own = [node for node in _current.nodes if _current.class_of(node) is cls]
-        asked = {name for node in own for name in _current.wrong.get(node, ())}
+        asked = {name for node in own for name in (*_current.wrong.get(node, ()), *_current.unlisted.get(node, ()))}
         names = asked if own else set(inspect.signature(cls.checks).parameters)
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         inputs = [name for name in inspect.signature(cls.execute).parameters if name in names]

@@ -63,6 +63,23 @@ class TestBf16WeightsInFp16:
         assert "65504" in finding.reason
         assert "auto" in finding.remedy
 
+    def test_are_told_on_the_node_with_a_line_a_part_and_each_reason_once(self, checkpoints):
+        made = plan(checkpoints("1.5"), "fp16")
+        head, memory, *lines = made.short_text("memory").splitlines()
+        assert head.endswith("dtype fp16: mismatch")
+        assert memory == "memory"
+        assert lines[:3] == [
+            "[mismatch, fixed] transformer: stored bf16, runs in range-safe fp16",
+            "[mismatch, fixed] text encoder: stored fp32, runs in range-safe fp16",
+            "[ok] VAE: stored fp32, runs in fp16",
+        ]
+        assert "\n".join(lines).count("65504") == 1
+        (reason,) = [line for line in lines if "65504" in line]
+        assert reason.startswith("transformer, text encoder: dtype fp16 was chosen, but it was trained in bf16")
+        # Nothing that is said at length is missing but what the lines of the parts say.
+        findings = [finding for part in made.parts for finding in part.findings]
+        assert all(finding.remedy in "\n".join(lines) for finding in findings)
+
     def test_run_as_chosen_under_warn_and_are_refused_under_stop(self, checkpoints):
         made = plan(checkpoints("1.5"), "fp16", on_mismatch="warn")
         assert runs(made) == [FP16, FP16, FP16]

@@ -49,8 +49,13 @@ def errors(pack, monkeypatch):
 
 
 @pytest.fixture
-def graph(checkpoints):
-    """``graph(workflow, variant)``: an example, as it is queued, for a tiny checkpoint."""
+def graph(checkpoints, pack, monkeypatch):
+    """``graph(workflow, variant)``: an example, as it is queued, for a tiny checkpoint that is listed."""
+    host = sys.modules[f"{pack.__name__}.nodes.host"]
+    variants = ("1.5", "1.5-i2v", "5b-i2v")
+    monkeypatch.setattr(
+        host, "checkpoints", lambda: [SimpleNamespace(label=str(checkpoints(variant))) for variant in variants]
+    )
 
     def make(name="text_to_video", variant="1.5"):
         nodes = json.loads((ROOT / "example_workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
@@ -105,6 +110,15 @@ def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, v
     ((where, field, sentence),) = errors(nodes)
     assert (where, field) == (kind, widget)
     assert said in sentence
+
+
+def test_a_name_that_is_known_but_not_listed_is_asked_for(errors, graph, pack, monkeypatch):
+    """ComfyUI would refuse it as not in the list."""
+    host = sys.modules[f"{pack.__name__}.nodes.host"]
+    nodes = graph()
+    monkeypatch.setattr(host, "checkpoints", lambda: [SimpleNamespace(label="listed otherwise here")])
+    assert errors(nodes) == []
+    assert inspect.getfullargspec(pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS).args == ["model"]
 
 
 def test_two_mistakes_are_each_at_their_widget(errors, graph):

@@ -50,6 +50,16 @@ class PartPlan:
         return worst(self.findings)
 
     @property
+    def _label(self) -> str:
+        return f"[{self.verdict}, fixed]" if self.changed else f"[{self.verdict}]"
+
+    @property
+    def line(self) -> str:
+        """What matters of it on one short line."""
+        stored = " + ".join(dtype_name(dtype) for dtype in self.stored)
+        return f"{self._label} {PARTS[self.kind][0]}: stored {stored}, runs in {self.run.name}"
+
+    @property
     def text(self) -> str:
         stored = " + ".join(f"{dtype_name(dtype)} ({size_text(count)})" for dtype, count in self.stored.items())
         origin = f" ({self.origin})" if self.origin else ""
@@ -62,9 +72,8 @@ class PartPlan:
             "",
         )
         kept = f", weights kept in {packed}" if packed else ""
-        label = f"{self.verdict}, fixed" if self.changed else self.verdict
         lines = [
-            f"[{label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
+            f"{self._label} {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
             f"{self.run.name}{kept}{origin}"
         ]
         if self.changed:
@@ -105,14 +114,34 @@ class DtypePlan:
 
     @property
     def text(self) -> str:
-        lines = [
-            f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}",
-            *(part.text for part in self.parts),
-        ]
-        lines += [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
+        return "\n".join([self._head, *(part.text for part in self.parts), *self._others])
+
+    def short_text(self, memory: str) -> str:
+        """Say it for a node, where lines are few: the verdict, ``memory``, a line a part, and each reason once.
+
+        Args:
+            memory: a line about what a run takes.
+        """
+        parts: dict[str, list[str]] = {}
+        for part in self.parts:
+            for finding in part.findings:
+                # The parts' own names stand before it.
+                reason = finding.reason.replace(f" {self.variant} was ", " it was ").replace(" T5 was ", " it was ")
+                parts.setdefault(f"{reason} {finding.remedy}".rstrip(), []).append(PARTS[part.kind][0])
+        reasons = [f"{', '.join(names)}: {told}" for told, names in parts.items()]
+        return "\n".join([self._head, memory, *(part.line for part in self.parts), *reasons, *self._others])
+
+    @property
+    def _head(self) -> str:
+        return f"{self.variant} on {self.hardware.text}, dtype {self.choice}: {self.verdict}"
+
+    @property
+    def _others(self) -> list[str]:
+        """What there is to say beside the parts that run."""
+        lines = [f"[absent] {PARTS[kind][0]}: not here; its output says what to use instead" for kind in self.absent]
         lines += [f"[incomplete] {PARTS[kind][0]}: {why}" for kind, why in self.incomplete.items()]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, *(audit.text for audit in self.audits)])
+        return [*lines, *(audit.text for audit in self.audits)]
 
     def as_dict(self) -> dict:
         """Give the plan as JSON has it: dtypes by name, sizes in bytes."""

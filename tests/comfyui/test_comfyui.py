@@ -405,6 +405,10 @@ BAD_WIDGETS = [
 
 @pytest.mark.parametrize(("kind", "widget", "value", "said"), BAD_WIDGETS)
 def test_a_bad_widget_is_refused_when_queued_with_the_engines_sentence(comfy, prompt, kind, widget, value, said):
+    loader = node_of(prompt, "CogVideoX15ModelLoader")
+    (loader["model"],) = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"][
+        "required"
+    ]["model"][0]
     node_of(prompt, f"CogVideoX15{kind}")[widget] = value
     answer = comfy.post("/prompt", {"prompt": prompt})
     (error,) = [error for node in answer["node_errors"].values() for error in node["errors"]]
