@@ -34,5 +34,28 @@ _NODES = {
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
+#: Nodes of ComfyUI-CogVideoXWrapper that one of ours stands in for: its inputs by ours, and its widgets.
+_REPLACED = [
+    (
+        "CogVideoTextEncode",
+        "CogVideoX15TextEncode",
+        {"text_encoder": "clip", "prompt": "prompt"},
+        ["prompt", "strength", "force_offload"],
+    ),
+    (
+        "CogVideoDecode",
+        "CogVideoX15VAEDecode",
+        {"vae": "vae", "samples": "samples"},
+        [
+            "enable_vae_tiling",
+            "tile_sample_min_height",
+            "tile_sample_min_width",
+            "tile_overlap_factor_height",
+            "tile_overlap_factor_width",
+            "auto_tile_size",
+        ],
+    ),
+]
 host.serve_files()
+host.offer(_REPLACED)
 queued.watch(_NODES)

@@ -41,6 +41,7 @@ class BlackFrameCheck(Node):
                 "pixel_black_threshold": (
                     "FLOAT",
                     {
+                        "advanced": True,
                         "default": 0.10,
                         **share,
                         "tooltip": (
@@ -52,6 +53,7 @@ class BlackFrameCheck(Node):
                 "picture_black_ratio": (
                     "FLOAT",
                     {
+                        "advanced": True,
                         "default": 0.98,
                         **share,
                         "tooltip": (
@@ -63,6 +65,7 @@ class BlackFrameCheck(Node):
                 "video_black_ratio": (
                     "FLOAT",
                     {
+                        "advanced": True,
                         "default": 1.0,
                         **share,
                         "tooltip": (

@@ -76,6 +76,7 @@ class Cache(Node):
                 "start": (
                     "FLOAT",
                     {
+                        "advanced": True,
                         "default": 0.1,
                         **_SHARE,
                         "tooltip": (
@@ -87,6 +88,7 @@ class Cache(Node):
                 "end": (
                     "FLOAT",
                     {
+                        "advanced": True,
                         "default": 0.95,
                         **_SHARE,
                         "tooltip": "The share of the steps after which everything is computed again.",

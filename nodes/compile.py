@@ -49,6 +49,7 @@ class Compile(Node):
                 "dynamic": (
                     "BOOLEAN",
                     {
+                        "advanced": True,
                         "default": False,
                         "tooltip": (
                             "Off: compiled anew for each size and length, to the fastest code. On: compiled once for "

@@ -65,6 +65,7 @@ class ModelLoader(Node):
                 "on_mismatch": (
                     list(ON_MISMATCH),
                     {
+                        "advanced": True,
                         "default": "fix",
                         "tooltip": (
                             "If the dtype does not suit the weights or the card. fix: run in a way that gives a right "
@@ -88,6 +89,7 @@ class ModelLoader(Node):
                 "scan_weights": (
                     "BOOLEAN",
                     {
+                        "advanced": True,
                         "default": False,
                         "tooltip": (
                             "Read every weight once and report NaN, Inf, and what an fp16 copy would lose. Takes as "

@@ -108,6 +108,7 @@ class Sampler(Node):
                 "on_nan": (
                     list(ON_NAN),
                     {
+                        "advanced": True,
                         "default": "heal",
                         "tooltip": (
                             "If a step gives NaN or Inf. heal: repeat that step in the next safer precision, finish "

@@ -16,7 +16,17 @@ from .folders import (
     tokenizer_folder,
 )
 from .memory import device, forced_dtypes, hardware, make_room
-from .page import is_connected, names_in_urls, pictures, running_node, serve_files, show, show_pictures, watch_queue
+from .page import (
+    is_connected,
+    names_in_urls,
+    offer,
+    pictures,
+    running_node,
+    serve_files,
+    show,
+    show_pictures,
+    watch_queue,
+)
 from .progress import NodeEvents, saving_latents
 
 __all__ = [
@@ -33,6 +43,7 @@ __all__ = [
     "loras",
     "make_room",
     "names_in_urls",
+    "offer",
     "part_path",
     "parts",
     "pictures",

@@ -2,6 +2,7 @@
 ``IN_COMFYUI`` before they do."""
 
 import importlib.util
+from contextlib import suppress
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 
@@ -13,4 +14,8 @@ if IN_COMFYUI:
     import folder_paths
     from server import PromptServer
 
-    __all__ = ["IN_COMFYUI", "PromptServer", "comfy", "comfy_execution", "folder_paths"]
+    with suppress(ImportError):
+        # Only newer versions have it.
+        import comfy_api.latest
+
+    __all__ = ["IN_COMFYUI", "PromptServer", "comfy", "comfy_api", "comfy_execution", "folder_paths"]

@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,22 @@ def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
     server = _server()
     if server is not None:
         server.add_on_prompt_handler(remember)
+
+
+def offer(replacements: Sequence[tuple[str, str, dict[str, str], list[str]]]) -> None:
+    """Have ComfyUI's page offer nodes in the place of ones that are missing, where it knows how.
+
+    Args:
+        replacements: the missing node's id, the new one's, the old input by the new one's name, and the old one's
+            widgets in their order. The first output of both is the same.
+    """
+    manager: Any = getattr(_server(), "node_replace_manager", None)
+    if manager is None:
+        return
+    for old, new, inputs, widgets in replacements:
+        mapping = [{"new_id": ours, "old_id": theirs} for ours, theirs in inputs.items()]
+        outputs = [{"new_idx": 0, "old_idx": 0}]
+        manager.register(comfyui.comfy_api.latest.io.NodeReplace(new, old, widgets, mapping, outputs))
 
 
 def running_node() -> str | None:
