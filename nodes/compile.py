@@ -17,7 +17,15 @@ class Compile(Node):
         "rounding, for a longer first step. One block is compiled and serves for all; the code stays for the next "
         "runs of the same size until ComfyUI ends. Where no compiler is, the run goes on without and says so."
     )
-    SEARCH_ALIASES = ["cogvideo compile", "cogvideox compile", "torch compile", "inductor", "triton", "speed up"]
+    SEARCH_ALIASES = [
+        "CogVideo TorchCompileSettings",
+        "cogvideo compile",
+        "cogvideox compile",
+        "torch compile",
+        "inductor",
+        "triton",
+        "speed up",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with compiled blocks, for the sampler.",)

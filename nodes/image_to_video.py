@@ -16,6 +16,7 @@ class ImageToVideo(Node):
         "VAE, and put into both conditionings."
     )
     SEARCH_ALIASES = [
+        "CogVideo ImageEncode",
         "cogvideo i2v",
         "cogvideox image to video",
         "start image",

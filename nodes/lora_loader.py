@@ -18,7 +18,16 @@ class LoraLoader(Node):
         "branch of the graph can use another LoRA, and taking the node away restores the model exactly. Works with "
         "every dtype and file format."
     )
-    SEARCH_ALIASES = ["cogvideo lora", "cogvideox lora", "load lora", "style", "adapter"]
+    SEARCH_ALIASES = [
+        "CogVideo LoraSelect",
+        "LoraLoaderModelOnly",
+        "lora stack",
+        "cogvideo lora",
+        "cogvideox lora",
+        "load lora",
+        "style",
+        "adapter",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with the LoRA, for the sampler or another LoRA loader.",)

@@ -22,7 +22,16 @@ class ModelLoader(Node):
         "were trained in, and decides in which dtype each part runs. Weights are read when a node first needs them, "
         "not here."
     )
-    SEARCH_ALIASES = ["cogvideo", "cogvideox", "load cogvideox", "text to video", "checkpoint loader"]
+    SEARCH_ALIASES = [
+        "CogVideoX Model Loader",
+        "(Down)load CogVideo Model",
+        "DownloadAndLoadCogVideoModel",
+        "cogvideo",
+        "cogvideox",
+        "load cogvideox",
+        "text to video",
+        "checkpoint loader",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")
     RETURN_NAMES = ("model", "text_encoder", "vae", "report")
     OUTPUT_TOOLTIPS = (

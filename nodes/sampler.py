@@ -21,7 +21,14 @@ class Sampler(Node):
         "that no run ends in a black video. Shows a preview while it runs, where ComfyUI's settings have one. Can be "
         "cancelled between two steps."
     )
-    SEARCH_ALIASES = ["cogvideo sampler", "cogvideox sampler", "ksampler", "denoise", "generate video"]
+    SEARCH_ALIASES = [
+        "CogVideo Sampler",
+        "cogvideo sampler",
+        "cogvideox sampler",
+        "ksampler",
+        "denoise",
+        "generate video",
+    ]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("The finished latents, for CogVideoX-1.5 VAE Decode.",)

@@ -16,7 +16,15 @@ class TextEncode(Node):
         "full sentences; the model was trained on long descriptions. A prompt that is too long is cut, and the log "
         "says which part."
     )
-    SEARCH_ALIASES = ["cogvideo prompt", "cogvideox prompt", "t5 encode", "clip text encode", "positive", "negative"]
+    SEARCH_ALIASES = [
+        "CogVideo TextEncode",
+        "cogvideo prompt",
+        "cogvideox prompt",
+        "t5 encode",
+        "clip text encode",
+        "positive",
+        "negative",
+    ]
     RETURN_TYPES = ("CONDITIONING",)
     RETURN_NAMES = ("conditioning",)
     OUTPUT_TOOLTIPS = ("The prompt's embeddings, for the sampler's positive or negative input.",)

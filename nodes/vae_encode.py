@@ -15,7 +15,14 @@ class VAEEncode(Node):
         "(video to video). A clip that is not 16N+1 frames long is cut, or its last frame repeated, and one whose "
         "sides are not multiples of 16 is cropped; both are said on the node."
     )
-    SEARCH_ALIASES = ["cogvideo encode", "cogvideox vae encode", "video to video", "v2v", "image to latent"]
+    SEARCH_ALIASES = [
+        "CogVideo ImageEncode",
+        "cogvideo encode",
+        "cogvideox vae encode",
+        "video to video",
+        "v2v",
+        "image to latent",
+    ]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("The clip's latents, for the sampler's latent_image.",)
