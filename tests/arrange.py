@@ -21,8 +21,8 @@ ACROSS, DOWN, TITLE, HEAD, EDGE = 28, 24, 30, 30, 8
 #: The height that a node needs with all that it shows after a run: the loader's report, a live preview, a contact
 #: sheet, a film. By its title where it has one.
 HEIGHTS = {
-    "MarkdownNote": 280,
-    "CogVideoX15ModelLoader": 480,
+    "MarkdownNote": 250,
+    "CogVideoX15ModelLoader": 550,
     "CogVideoX15LoraLoader": 82,
     "Prompt": 190,
     "Negative prompt": 100,
@@ -37,7 +37,7 @@ HEIGHTS = {
     "CogVideoX15VAEDecode": 46,
     "CogVideoX15BlackFrameCheck": 560,
     "CreateVideo": 102,
-    "SaveVideo": 380,
+    "SaveVideo": 340,
 }
 _MODEL = (340, [("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])])
 _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
