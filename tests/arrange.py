@@ -11,70 +11,75 @@ from pathlib import Path
 
 from tests import workflows
 
-#: What a window of 1280x720 leaves between the page's own bars, in pixels: left, top, right, bottom.
-VIEW = (68, 98, 1274, 714)
-#: At this scale and below the page leaves out the texts of nodes.
-UNREADABLE = 0.5715
+#: The window that every workflow is to fit, and what of it the page's own bars leave, in pixels: left, top, right,
+#: bottom.
+WINDOW, VIEW = (1280, 720), (68, 98, 1274, 714)
+#: At this scale and below the page leaves out the texts of nodes: 8 pixels for letters of 14 (its setting
+#: LiteGraph.Canvas.MinFontSizeForLOD). A template is opened so that its nodes, with 10 around them, take three quarters
+#: of the window's width or height (the frontend's fitToBounds and createBounds).
+UNREADABLE, SHARE, AROUND = 8 / 14, 0.75, 10
 #: Between columns and nodes (ComfyUI writes the pack's name over a node); the title of a node and of a group; the
 #: border of a group.
-ACROSS, DOWN, TITLE, HEAD, EDGE = 28, 24, 30, 30, 8
+ACROSS, DOWN, TITLE, HEAD, EDGE = 20, 24, 30, 30, 8
 #: The height that a node needs with all that it shows after a run: the loader's report, a live preview, a contact
 #: sheet, a film. By its title where it has one.
 HEIGHTS = {
-    "MarkdownNote": 250,
-    "CogVideoX15ModelLoader": 550,
+    "MarkdownNote": 220,
+    "CogVideoX15ModelLoader": 510,
     "CogVideoX15LoraLoader": 82,
     "Prompt": 190,
-    "Negative prompt": 100,
+    "Negative prompt": 90,
     "CogVideoX15EmptyLatent": 130,
     "CogVideoX15ImageToVideo": 240,
-    "LoadImage": 340,
-    "LoadVideo": 340,
+    "LoadImage": 330,
+    "LoadVideo": 310,
     "GetVideoComponents": 106,
     "ImageScale": 130,
     "CogVideoX15VAEEncode": 46,
     "CogVideoX15Sampler": 680,
     "CogVideoX15VAEDecode": 46,
-    "CogVideoX15BlackFrameCheck": 560,
+    "CogVideoX15BlackFrameCheck": 600,
     "CreateVideo": 102,
     "SaveVideo": 340,
 }
-_MODEL = (340, [("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])])
+_MODEL = ("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])
 _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
 _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
+_IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
+_VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
 _LAST = [
-    (310, [("Sample", ["CogVideoX15Sampler"])]),
-    (340, [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])]),
-    (330, [("Save", ["CreateVideo", "SaveVideo"])]),
+    [("Sample", ["CogVideoX15Sampler"])],
+    [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
+    [("Save", ["CreateVideo", "SaveVideo"])],
 ]
-#: By workflow: columns, each with its width and its steps; each step with its title and nodes.
+_FIVE, _SIX = (310, 310, 300, 330, 310), (285, 214, 252, 260, 295, 240)
+#: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
-    "text_to_video": [_MODEL, (340, [_PROMPTS, _SIZE]), *_LAST],
-    "text_to_video_lora": [_MODEL, (340, [("LoRA", ["CogVideoX15LoraLoader"]), _PROMPTS, _SIZE]), *_LAST],
-    "image_to_video": [
-        _MODEL,
-        (280, [_PROMPTS]),
-        (270, [("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])]),
-        *_LAST,
-    ],
-    "video_to_video": [
-        _MODEL,
-        (280, [_PROMPTS]),
-        (270, [("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])]),
-        *_LAST,
-    ],
+    "text_to_video": (_FIVE, [[_MODEL], [_PROMPTS, _SIZE], *_LAST]),
+    "text_to_video_lora": (_FIVE, [[_MODEL], [("LoRA", ["CogVideoX15LoraLoader"]), _PROMPTS, _SIZE], *_LAST]),
+    "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
+    "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
 }
 
 
-def arrange(workflow: dict, columns: list[tuple[int, list[tuple[str, list[str]]]]]) -> None:
+def opened(workflow: dict) -> float:
+    """Say at what scale the page opens a workflow from the template browser, in a window of that size."""
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    left, right = min(box[0] for box in boxes), max(box[0] + box[2] for box in boxes)
+    top, bottom = min(box[1] - TITLE for box in boxes), max(box[1] + box[3] for box in boxes)
+    wide, high = right - left + 2 * AROUND, bottom - top + 2 * AROUND
+    return SHARE * min(WINDOW[0] / wide, WINDOW[1] / high)
+
+
+def arrange(workflow: dict, widths: tuple[int, ...], columns: list[list[tuple[str, list[str]]]]) -> None:
     """Give every node its place and size, every step its group, and the page its view, in the workflow itself.
 
     Raises:
         StopIteration: if a node of the steps is not in the workflow.
-        ValueError: if one of the workflow's is in no step, or if all together cannot be read in the view.
+        ValueError: if one of the workflow's is in no step.
     """
     left, number, bottom, groups, placed = EDGE, 0, 0, [], set()
-    for width, steps in columns:
+    for width, steps in zip(widths, columns, strict=True):
         top = 0
         for title, names in steps:
             number, start = number + 1, top
@@ -103,15 +108,13 @@ def arrange(workflow: dict, columns: list[tuple[int, list[tuple[str, list[str]]]
         raise ValueError(f"no step has {', '.join(lost)}")
     right = left - ACROSS + EDGE
     scale = math.floor(100 * min((VIEW[2] - VIEW[0]) / right, (VIEW[3] - VIEW[1]) / bottom)) / 100
-    if scale <= UNREADABLE:
-        raise ValueError(f"{right}x{bottom} fits at a scale of {scale}, at which texts are left out")
     workflow["groups"] = groups
     workflow["extra"] = {"ds": {"scale": scale, "offset": [VIEW[0] / scale, VIEW[1] / scale]}}
 
 
 def write(path: Path) -> None:
     workflow = workflows.read(path)
-    arrange(workflow, STEPS[path.stem])
+    arrange(workflow, *STEPS[path.stem])
     path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
