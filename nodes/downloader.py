@@ -89,8 +89,8 @@ class Downloader(Node):
                 host.show(f"Not downloaded: {error}")
                 raise
             report = (
-                f"{REPOSITORIES[which]} is complete in {short(target, 400)}. Press R to refresh, then choose {target.name} in "
-                "CogVideoX-1.5 Model Loader."
+                f"{REPOSITORIES[which]} is complete in {short(target, 400)}. Press R to refresh, then choose "
+                f"{target.name} in CogVideoX-1.5 Model Loader."
             )
         else:
             report = (

@@ -24,8 +24,8 @@ ACROSS, DOWN, TITLE, HEAD, EDGE = 20, 24, 30, 30, 8
 #: The height that a node needs with all that it shows after a run: the loader's report, a live preview, a contact
 #: sheet, a film. By its title where it has one.
 HEIGHTS = {
-    "MarkdownNote": 220,
-    "CogVideoX15ModelLoader": 510,
+    "MarkdownNote": 200,
+    "CogVideoX15ModelLoader": 530,
     "CogVideoX15LoraLoader": 82,
     "Prompt": 190,
     "Negative prompt": 90,
@@ -36,9 +36,9 @@ HEIGHTS = {
     "GetVideoComponents": 106,
     "ImageScale": 130,
     "CogVideoX15VAEEncode": 46,
-    "CogVideoX15Sampler": 680,
+    "CogVideoX15Sampler": 770,
     "CogVideoX15VAEDecode": 46,
-    "CogVideoX15BlackFrameCheck": 600,
+    "CogVideoX15BlackFrameCheck": 650,
     "CreateVideo": 102,
     "SaveVideo": 340,
 }
@@ -52,7 +52,7 @@ _LAST = [
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
     [("Save", ["CreateVideo", "SaveVideo"])],
 ]
-_FIVE, _SIX = (310, 310, 300, 330, 310), (285, 214, 252, 260, 295, 240)
+_FIVE, _SIX = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226)
 #: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
     "text_to_video": (_FIVE, [[_MODEL], [_PROMPTS, _SIZE], *_LAST]),
