@@ -21,24 +21,24 @@ UNREADABLE, SHARE, AROUND = 8 / 14, 0.75, 10
 #: Between columns and nodes (ComfyUI writes the pack's name over a node); the title of a node and of a group; the
 #: border of a group.
 ACROSS, DOWN, TITLE, HEAD, EDGE = 20, 24, 30, 30, 8
-#: The height that a node needs with all that it shows after a run: the loader's report, a live preview, a contact
-#: sheet, a film. By its title where it has one.
+#: The height that a node needs with all that it shows after a run: the loader's report, a note of some lines (58), a
+#: live preview, a contact sheet (220 and more), a film. By its title where it has one.
 HEIGHTS = {
     "MarkdownNote": 200,
     "CogVideoX15ModelLoader": 530,
-    "CogVideoX15LoraLoader": 82,
+    "CogVideoX15LoraLoader": 180,
     "Prompt": 190,
-    "Negative prompt": 90,
+    "Negative prompt": 150,
     "CogVideoX15EmptyLatent": 130,
     "CogVideoX15ImageToVideo": 240,
     "LoadImage": 330,
-    "LoadVideo": 310,
+    "LoadVideo": 284,
     "GetVideoComponents": 106,
     "ImageScale": 130,
-    "CogVideoX15VAEEncode": 46,
+    "CogVideoX15VAEEncode": 110,
     "CogVideoX15Sampler": 770,
-    "CogVideoX15VAEDecode": 46,
-    "CogVideoX15BlackFrameCheck": 650,
+    "CogVideoX15VAEDecode": 100,
+    "CogVideoX15BlackFrameCheck": 610,
     "CreateVideo": 102,
     "SaveVideo": 340,
 }
@@ -52,11 +52,11 @@ _LAST = [
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
     [("Save", ["CreateVideo", "SaveVideo"])],
 ]
-_FIVE, _SIX = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226)
+_FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), (278, 264, 218, 260, 298, 226)
 #: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
     "text_to_video": (_FIVE, [[_MODEL], [_PROMPTS, _SIZE], *_LAST]),
-    "text_to_video_lora": (_FIVE, [[_MODEL], [("LoRA", ["CogVideoX15LoraLoader"]), _PROMPTS, _SIZE], *_LAST]),
+    "text_to_video_lora": (_LORA, [[_MODEL], [("LoRA", ["CogVideoX15LoraLoader"])], [_PROMPTS, _SIZE], *_LAST]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
 }

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import workflows
-from tests.comfyui.test_page import PACK, SMALL, check_apart, node_of
+from tests.comfyui.test_page import CHOICES, PACK, SMALL, check_apart, node_of
 
 WINDOWS = ((1280, 720), (1600, 900))
 OURS = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE")
@@ -47,7 +47,7 @@ def test_a_template_opens_whole_and_large_enough_to_be_read(small_window, shots,
 
 
 @pytest.mark.usefixtures("previews")
-@pytest.mark.parametrize("name", ["text_to_video", "image_to_video", "video_to_video"])
+@pytest.mark.parametrize("name", ["text_to_video", "text_to_video_lora", "image_to_video", "video_to_video"])
 def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(page, shots, name):
     """As opened, but for a smaller size; all of it black, so that there is a contact sheet too."""
     page.resize(width=1280, height=720)
@@ -55,7 +55,7 @@ def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(pag
     groups = page.evaluate(script="() => window.app.graph.groups.map((group) => Array.from(group.boundingRect))")
     before = {node["id"]: node["box"] for node in page.graph()}
     for steps in (3, 4):
-        page.set_widgets(values=SMALL | {"steps": steps, "action": "warn", "pixel_black_threshold": 1.0})
+        page.set_widgets(values=SMALL | CHOICES | {"steps": steps, "action": "warn", "pixel_black_threshold": 1.0})
         seen = page.run()
         assert seen["end"] == "success"
         assert seen["previews"] >= 1
