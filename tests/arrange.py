@@ -24,8 +24,8 @@ ACROSS, DOWN, TITLE, HEAD, EDGE = 20, 24, 30, 30, 8
 #: The height that a node needs with all that it shows after a run: the loader's report, a note of some lines (58), a
 #: live preview, a contact sheet (220 and more), a film. By its title where it has one.
 HEIGHTS = {
-    "MarkdownNote": 200,
-    "CogVideoX15ModelLoader": 530,
+    "MarkdownNote": 220,
+    "CogVideoX15ModelLoader": 510,
     "CogVideoX15LoraLoader": 180,
     "Prompt": 190,
     "Negative prompt": 150,
@@ -52,7 +52,7 @@ _LAST = [
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
     [("Save", ["CreateVideo", "SaveVideo"])],
 ]
-_FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), (278, 264, 218, 260, 298, 226)
+_FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), (278, 252, 234, 260, 298, 222)
 #: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
     "text_to_video": (_FIVE, [[_MODEL], [_PROMPTS, _SIZE], *_LAST]),
