@@ -4,7 +4,7 @@
 if __package__:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
-    #: Help pages, in web/docs.
+    #: Help pages, in web/docs, and what the pack adds to the page.
     WEB_DIRECTORY = "./web"
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -9,17 +9,18 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_max_pool1d, max_po
 
 from .black_frames import BlackFrameReport
 
-#: Frames on a sheet at most, and beside one another; the width of each in pixels, and the height of a tall one.
-_FRAMES, _COLUMNS, _WIDTH, _HEIGHT = 20, 5, 192, 384
-_MARGIN, _TEXT = 6, 13
+#: Frames on a sheet at most, and beside one another; the width of each in pixels, and the height of a tall one. A node
+#: shows a sheet at about 0.4 of its size, and writes its own texts 12 high: so labels can be read there too.
+_FRAMES, _COLUMNS, _WIDTH, _HEIGHT = 6, 2, 300, 190
+_MARGIN, _TEXT = 8, 34
 _GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75), (255, 0, 255)
 
 
 def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image | None:
     """Draw the frames that are black or hold NaN or Inf, each with its number and what is wrong with it.
 
-    Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 20 frames,
-    20 are drawn, evenly chosen, the first and the last among them. A frame is looked at a few rows at a time: of any
+    Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 6 frames,
+    6 are drawn, evenly chosen, the first and the last among them. A frame is looked at a few rows at a time: of any
     number and size of frames, the sheet and the memory that it takes are small.
 
     Args:
@@ -36,19 +37,18 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     )
     shrink = min(_WIDTH / images.shape[2], _HEIGHT / images.shape[1])
     width, height = (max(1, round(side * shrink)) for side in (images.shape[2], images.shape[1]))
-    columns = min(_COLUMNS, max(2, len(shown)))
     cell_width, cell_height = _WIDTH + _MARGIN, height + _TEXT + 2 * _MARGIN
     head = _TEXT + 3 * _MARGIN
-    size = (columns * cell_width + _MARGIN, head + math.ceil(len(shown) / columns) * cell_height)
+    size = (_COLUMNS * cell_width + _MARGIN, head + math.ceil(len(shown) / _COLUMNS) * cell_height)
     sheet = Image.new("RGB", size, _GROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
     what = f"{len(bad)} of {len(images)} frames" + (f", {len(shown)} shown" if len(shown) < len(bad) else "")
     draw.text((_MARGIN, _MARGIN), f"{report.verdict}: {what}", _BAD, font)
     for place, index in enumerate(shown):
-        left, top = _MARGIN + place % columns * cell_width, head + place // columns * cell_height
+        left, top = _MARGIN + place % _COLUMNS * cell_width, head + place // _COLUMNS * cell_height
         draw.rectangle((left - 2, top - 2, left + width + 1, top + height + 1), outline=_BAD, width=2)
         sheet.paste(_thumbnail(images[index], width, height), (left, top))
-        said = "NaN or Inf" if index in report.nonfinite else f"{report.ratios[index]:.1%} black"
+        said = "NaN or Inf" if index in report.nonfinite else f"{report.ratios[index]:.0%} black"
         draw.text((left, top + height + _MARGIN // 2), f"{index} · {said}", _INK, font)
     return sheet
 

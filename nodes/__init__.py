@@ -57,5 +57,6 @@ _REPLACED = [
     ),
 ]
 host.serve_files()
+host.bring_example_clip()
 host.offer(_REPLACED)
 queued.watch(_NODES)

@@ -82,11 +82,15 @@ class Downloader(Node):
         which, folder = CHECKPOINTS[checkpoint], host.download_folder()
         target = checkpoint_folder(which, folder)
         if download:
-            download_checkpoint(which, folder, on_progress=host.NodeEvents().counter("downloading", "B"))
-            place = short(target, 400)
+            host.show(f"Downloading {REPOSITORIES[which]} into {short(target, 400)} …")
+            try:
+                download_checkpoint(which, folder, on_progress=host.NodeEvents().counter("downloading", "B"))
+            except (ValueError, RuntimeError) as error:
+                host.show(f"Not downloaded: {error}")
+                raise
             report = (
-                f"{REPOSITORIES[which]} is complete in {place}. Press R to refresh, then choose {target.name} in "
-                "CogVideoX-1.5 Model Loader."
+                f"{REPOSITORIES[which]} is complete in {short(target, 400)}. Press R to refresh, then choose "
+                f"{target.name} in CogVideoX-1.5 Model Loader."
             )
         else:
             report = (

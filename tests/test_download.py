@@ -816,5 +816,13 @@ class TestNode:
         assert is_checkpoint(tmp_path / name)
         assert seen[-1][0] == seen[-1][1] > 0
         assert "is complete in" in report
-        assert shown == [report]
+        assert shown == [f"Downloading {REPOSITORIES['t2v']} into {tmp_path / name} …", report]
         assert node.IS_CHANGED(checkpoint=self.T2V, download=True) != before
+
+    def test_a_download_that_failed_is_told_on_the_node(self, node, hub, monkeypatch):
+        module, shown = importlib.import_module(node.__module__), []
+        monkeypatch.setattr(module.host, "show", shown.append)
+        hub.files.clear()
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            self.run(node, checkpoint=self.T2V, download=True)
+        assert shown[-1] == f"Not downloaded: {caught.value}"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.conftest import CPU
+from tests.drawings import CLIP
 from tests.helpers import call, inputs
 from tests.tiny_checkpoint import build_checkpoint, build_text_encoder, build_transformer, build_vae
 
@@ -695,3 +696,31 @@ def test_bad_widgets_are_refused_with_the_engines_sentences_and_linked_ones_left
     assert "Choose one of ddim, dpm" in sampler.VALIDATE_INPUTS(scheduler="euler")
     assert "between 0 and 1" in nodes["CogVideoX15BlackFrameCheck"].VALIDATE_INPUTS(video_black_ratio=1.5)
     assert "No LoRA is chosen" in nodes["CogVideoX15LoraLoader"].VALIDATE_INPUTS(lora_name="")
+
+
+class TestExampleClip:
+    """The clip of the examples, in ComfyUI's input folder."""
+
+    @pytest.fixture
+    def bring(self, pack, tmp_path, monkeypatch):
+        host = sys.modules[f"{pack.__name__}.nodes.host"]
+        folders = SimpleNamespace(get_input_directory=lambda: str(tmp_path / "input"))
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.comfyui, "folder_paths", folders, raising=False)
+        return host.bring_example_clip
+
+    def test_it_is_copied_where_it_is_missing(self, bring, tmp_path):
+        bring()
+        assert (tmp_path / "input" / CLIP.name).read_bytes() == CLIP.read_bytes()
+        assert len(list((tmp_path / "input").iterdir())) == 1
+
+    def test_a_file_of_the_users_stays(self, bring, tmp_path):
+        (tmp_path / "input").mkdir()
+        (tmp_path / "input" / CLIP.name).write_bytes(b"theirs")
+        bring()
+        assert (tmp_path / "input" / CLIP.name).read_bytes() == b"theirs"
+
+    def test_a_folder_that_cannot_be_written_does_not_stop_comfyui(self, bring, tmp_path):
+        (tmp_path / "input").write_text("not a folder")
+        bring()
+        assert (tmp_path / "input").read_text() == "not a folder"

@@ -1,9 +1,10 @@
 """Every example workflow fits the nodes as they are: nothing missing, nothing red."""
 
+import av
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
-from tests import workflows
+from tests import arrange, drawings, workflows
 
 
 @pytest.fixture(params=workflows.FILES + workflows.BLOCKS, ids=lambda path: path.name)
@@ -46,11 +47,57 @@ def test_every_required_socket_is_connected(workflow, pack):
     workflows.check_required(workflow, pack)
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    return drawings.thumbnails()
+
+
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
-def test_it_has_a_thumbnail(path):
-    with Image.open(path.with_suffix(".jpg")) as picture:
+def test_it_has_its_thumbnail_as_it_is_drawn(path, drawn):
+    file = path.with_suffix(".jpg")
+    assert file.stat().st_size < 100_000
+    with Image.open(file) as picture:
         assert picture.format == "JPEG"
-        assert min(picture.size) >= 200
+        assert picture.size == drawn[path.stem].size
+        assert max(ImageStat.Stat(ImageChops.difference(picture, drawn[path.stem])).mean) < 3
+
+
+def test_the_example_clip_is_the_one_that_is_drawn_and_short():
+    assert drawings.CLIP.stat().st_size < 200_000
+    with av.open(drawings.CLIP) as film:
+        assert film.streams.video[0].average_rate == drawings.FPS
+        frames = [frame.to_image() for frame in film.decode(video=0)]
+    assert len(frames) == drawings.FRAMES
+    assert drawings.FRAMES % 16 == 1
+    for place in (0, 40, 80):
+        wanted = drawings.scene(place / (drawings.FRAMES - 1))
+        assert max(ImageStat.Stat(ImageChops.difference(frames[place], wanted)).mean) < 4
+    apart = ImageStat.Stat(ImageChops.difference(frames[0], frames[80])).mean
+    assert max(apart) > 8, "nothing moves"
+    example = next(path for path in workflows.FILES if path.stem == "video_to_video")
+    (node,) = (node for node in workflows.read(example)["nodes"] if node["type"] == "LoadVideo")
+    assert node["widgets_values"][0] == drawings.CLIP.name
+
+
+@pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
+class TestRoom:
+    def test_it_is_laid_out_as_arranged_and_can_be_read_when_it_opens(self, path):
+        workflow = workflows.read(path)
+        arranged = workflows.read(path)
+        arrange.arrange(arranged, *arrange.STEPS[path.stem])
+        assert arranged == workflow
+        assert arrange.opened(workflow) > arrange.UNREADABLE
+
+    def test_it_is_read_from_left_to_right_and_from_top_to_bottom(self, path):
+        workflow = workflows.read(path)
+        places = {node["id"]: tuple(node["pos"]) for node in workflow["nodes"]}
+        for _, origin, _, target, _, _ in workflow["links"]:
+            assert places[origin] < places[target]
+        (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+        assert min(places.values()) == places[note["id"]]
+        assert [group["title"].split(" · ")[0] for group in workflow["groups"]] == [
+            str(number) for number in range(1, len(workflow["groups"]) + 1)
+        ]
 
 
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)

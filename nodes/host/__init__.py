@@ -6,6 +6,7 @@ also runs in a script and in a test.
 
 from .clip import encode_with_clip
 from .folders import (
+    bring_example_clip,
     checkpoint_path,
     checkpoints,
     download_folder,
@@ -31,6 +32,7 @@ from .progress import NodeEvents, saving_latents
 
 __all__ = [
     "NodeEvents",
+    "bring_example_clip",
     "checkpoint_path",
     "checkpoints",
     "device",

@@ -1,16 +1,20 @@
 """ComfyUI's model folders: what lies in them, and where the file is that was chosen."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...cogvideox.files import write_whole
 from ...cogvideox.words import listed, reason, short
 from . import comfyui
 
 if TYPE_CHECKING:
     from ...cogvideox.checkpoint.catalogue import Entry
+
+logger = logging.getLogger(__name__)
 
 #: The pack's own folder under models/, and the one ComfyUI has for checkpoints in the diffusers layout.
 _FOLDERS = ("CogVideo", "diffusers")
@@ -201,3 +205,18 @@ def tokenizer_folder() -> Path | None:
         return None
     folder = Path(comfyui.comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer"
     return folder if folder.is_dir() else None
+
+
+def bring_example_clip() -> None:
+    """Copy the clip that the example workflows name into ComfyUI's input folder, where Load Video looks for it, unless
+    a file is there by its name. Where it cannot be copied, the example asks for another one."""
+    if not comfyui.IN_COMFYUI:
+        return
+    folder = Path(comfyui.folder_paths.get_input_directory())
+    try:
+        for clip in (Path(__file__).parents[2] / "example_workflows" / "input").glob("*.mp4"):
+            if not os.path.lexists(folder / clip.name):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / clip.name, clip.read_bytes())
+    except (OSError, ValueError) as error:
+        logger.info("The clip of the example workflows was not copied into %s: %s", folder, reason(error))

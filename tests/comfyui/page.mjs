@@ -90,6 +90,7 @@ const commands = {
         needs: Array.from(node.computeSize()),
         inputs: (node.inputs ?? []).map(slot),
         outputs: (node.outputs ?? []).map(slot),
+        pictures: (node.imgs ?? []).map((image) => [image.naturalWidth, image.naturalHeight]),
         widgets: (node.widgets ?? []).map((widget) => ({
           name: widget.name,
           label: widget.label ?? widget.name,
@@ -99,10 +100,55 @@ const commands = {
           hidden: !!widget.hidden,
           // A note or a prompt: its text, and whether all of it can be seen.
           text: widget.element?.innerText ?? null,
+          // Where it lies in its node, and how high it is.
+          place: [widget.y, widget.computedHeight ?? 0],
           cut: Math.max(0, ...shown(widget).map((element) => element.scrollHeight - element.clientHeight))
         }))
       }))
     })
+  },
+
+  async resize({ width, height }) {
+    await page.setViewportSize({ width, height })
+    await settle()
+  },
+
+  // How the graph lies in the window, in pixels: nodes with their titles, groups, and the page's own bars over them; and whether texts of nodes are drawn.
+  async view() {
+    return page.evaluate(() => {
+      const { canvas, graph } = window.app
+      const { scale, offset } = canvas.ds
+      const onPage = ([left, top, wide, high]) => [(left + offset[0]) * scale, (top + offset[1]) * scale, (left + wide + offset[0]) * scale, (top + high + offset[1]) * scale]
+      const bars = ['side-toolbar', 'topbar-workflow-tabs', 'action-bar-card', 'view-mode-toggle', 'zoom-controls-button'].map((id) => {
+        const { left, top, right, bottom } = document.querySelector(`[data-testid="${id}"]`).getBoundingClientRect()
+        return [left, top, right, bottom]
+      })
+      return {
+        scale,
+        readable: !canvas.low_quality,
+        nodes: graph.nodes.map((node) => onPage(node.getBounding())),
+        groups: graph.groups.map((group) => onPage(group.boundingRect)),
+        bars
+      }
+    })
+  },
+
+  // What our nodes say: each text, by how much it is cut, and its words that are broken over two lines.
+  async texts() {
+    return page.evaluate(() =>
+      [...document.querySelectorAll('.cogvideox15-text')].filter((element) => element.checkVisibility()).map((element) => {
+        const broken = []
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+        while (walker.nextNode())
+          for (const word of walker.currentNode.data.matchAll(/\S+/g)) {
+            const range = document.createRange()
+            range.setStart(walker.currentNode, word.index)
+            range.setEnd(walker.currentNode, word.index + word[0].length)
+            if (new Set([...range.getClientRects()].map((line) => Math.round(line.top))).size > 1) broken.push(word[0])
+          }
+        return { text: element.innerText, cut: element.scrollHeight - element.clientHeight, broken }
+      })
+    )
   },
 
   // A new node to the right of the only one, with its input at that one's output.

@@ -1,8 +1,8 @@
-"""Makes every picture of ComfyUI's page that the pack shows: of the help pages, the examples' thumbnails, and those of
-README.md and docs/.
+"""Makes every picture of ComfyUI's page that the pack shows: of the help pages, and those of README.md and docs/. The
+examples' thumbnails are drawn by tests/drawings.py.
 
 Run from the repository's root, with the variables of the browser tests set: ``python -m tests.comfyui.pictures [help]
-[thumbnails] [readme]``.
+[readme]``.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests import workflows
 from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.server import add_example_files, from_environment
 from tests.conftest import ROOT
@@ -39,12 +38,6 @@ def help_pictures(page: Page) -> None:
         shoot(page, IMAGES / f"{node_id}.png", colours=96)
 
 
-def thumbnails(page: Page) -> None:
-    for path in workflows.FILES:
-        page.load(workflow=workflows.read(path))
-        shoot(page, path.with_suffix(".jpg"), width=1215)
-
-
 def readme_pictures(page: Page) -> None:
     page.fit()
     page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
@@ -63,6 +56,7 @@ def readme_pictures(page: Page) -> None:
 def shoot(page: Page, path: Path, **options) -> None:
     """The whole graph and nothing else."""
     boxes = [node["box"] for node in page.graph()]
+    boxes += page.evaluate(script="() => window.app.graph.groups.map((group) => Array.from(group.boundingRect))")
     left, top = (min(box[i] for box in boxes) - MARGIN for i in (0, 1))
     right, bottom = (max(box[i] + box[i + 2] for box in boxes) + MARGIN for i in (0, 1))
     page.fit(plain=True)
@@ -99,7 +93,7 @@ def main(parts: list[str]) -> None:
                 scale=1.5,
                 **{"Comfy.NodeBadge.NodeSourceBadgeMode": "None", "Comfy.NodeBadge.NodeIdBadgeMode": "None"},
             )
-            makers = {"readme": readme_pictures, "help": help_pictures, "thumbnails": thumbnails}
+            makers = {"readme": readme_pictures, "help": help_pictures}
             for part in parts or makers:
                 makers[part](page)
             page.close()

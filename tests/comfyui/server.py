@@ -119,6 +119,7 @@ class Comfy:
                 return
             except OSError:
                 time.sleep(1)
+        self.close()
         raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
 
     def close(self) -> None:

@@ -2,22 +2,17 @@
 makes a mistake."""
 
 import itertools
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests import locales, workflows
-from tests.comfyui.page import HOW, Page, available
-from tests.comfyui.server import add_example_files
 from tests.conftest import ROOT
 
 PACK = "a pack with spaces"
 SMALL = {"width": 160, "height": 96, "length": 17, "steps": 3}
 #: What the tiny files of the tests are called, where an example leaves the choice to its user.
-CHOICES = {"file": "input.mp4", "lora_name": "my_cogvideox_lora.safetensors"}
+CHOICES = {"lora_name": "my_cogvideox_lora.safetensors"}
 NOTES = ("MarkdownNote", "Note")
 #: What a fresh ComfyUI complains of itself while its page opens: files of the user's that are not there yet.
 AT_START = (
@@ -29,39 +24,11 @@ AT_START = (
 )
 
 
-@pytest.fixture(scope="module")
-def browser(comfy):
-    if not available():
-        pytest.skip(f"no browser: {HOW} to run these tests")
-    # Whatever the tests of other files left.
-    comfy.replace_checkpoint()
-    add_example_files(comfy.base)
-    page = Page(comfy)
-    yield page
-    page.close()
-    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
-
-
 @pytest.fixture(scope="module", params=("en", "zh"))
 def language(browser, request):
     """The page in that language: ComfyUI's default, or another set by its user."""
     browser.reload(**{"Comfy.Locale": request.param})
     return request.param
-
-
-@pytest.fixture
-def page(browser):
-    """The page; what it complains of is the test's business from here on."""
-    browser.problems()
-    return browser
-
-
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    """Where screenshots go: SCREENSHOTS, or a temporary folder."""
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def complaints(page):
@@ -80,7 +47,9 @@ def check_graph(graph, path):
         assert not node["missing"], node["type"]
         assert not node["red"], node["type"]
         assert not any(socket["red"] for socket in node["inputs"]), node["type"]
-        assert node["size"][0] >= node["needs"][0] - 1, node["type"]
+        # With a film in it the page asks for more than the width that a node has, whatever that is.
+        film = any(widget["name"] == "video-preview" for widget in node["widgets"])
+        assert film or node["size"][0] >= node["needs"][0] - 1, node["type"]
         assert node["size"][1] >= node["needs"][1] - 1, node["type"]
         for widget in node["widgets"]:
             if widget["name"] == "model":
@@ -88,6 +57,11 @@ def check_graph(graph, path):
                 assert any(choice.startswith(widget["value"].split(" · ")[0] + " · ") for choice in widget["choices"])
             elif widget["choices"] is not None and widget["name"] not in CHOICES:
                 assert widget["value"] in widget["choices"], (node["type"], widget["name"])
+    check_apart(graph)
+
+
+def check_apart(graph):
+    """No node lies on another."""
     for one, other in itertools.combinations(graph, 2):
         (x, y, width, height), (left, top, wide, high) = one["box"], other["box"]
         assert x + width <= left or left + wide <= x or y + height <= top or top + high <= y, (
@@ -133,16 +107,6 @@ def test_the_template_browser_has_them_with_their_thumbnails_and_opens_them(page
 
 def node_of(graph, kind):
     return next(node for node in graph if node["type"] == kind)
-
-
-@pytest.fixture
-def previews(page):
-    """The page with live previews on. ComfyUI passes on every step with one, and without only what comes 0.1 s after
-    the step before."""
-    page.reload(**{"Comfy.Execution.PreviewMethod": "latent2rgb"})
-    page.problems()
-    yield
-    page.reload(**{"Comfy.Execution.PreviewMethod": "default"})
 
 
 @pytest.mark.usefixtures("previews")

@@ -1,0 +1,159 @@
+"""Draws what the examples bring along: the clip that ``video_to_video`` opens with, and the templates' thumbnails.
+
+``python -m tests.drawings`` writes both into example_workflows. No model has drawn any of it: the thumbnails show what
+goes in and what comes out, and promise no quality.
+"""
+
+import math
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cogvideox.video import write_mp4
+from tests.conftest import ROOT
+
+CLIP = ROOT / "example_workflows" / "input" / "cogvideox15_example.mp4"
+#: Of the clip: half of what the model was trained for, five seconds at 16 frames a second.
+SIZE, FRAMES, FPS = (680, 384), 81, 16
+#: Drawn so many times larger, then shrunk: pillow draws no smooth edges.
+_FINE = 2
+_SUMMER = {"sky": ((86, 156, 214), (250, 214, 165)), "hills": ((96, 125, 139), (69, 110, 92), (46, 90, 62))}
+_WINTER = {"sky": ((150, 165, 182), (226, 230, 236)), "hills": ((176, 188, 198), (205, 214, 222), (236, 240, 244))}
+_CARD, _INK, _PALE, _ACCENT = (30, 33, 40), (240, 240, 240), (160, 166, 176), (143, 111, 232)
+
+
+def scene(time: float, size: tuple[int, int] = SIZE, winter: bool = False) -> Image.Image:
+    """Draw a boat that crosses a lake, at a share of its way: ``time`` in 0..1."""
+    width, height = (_FINE * side for side in size)
+    look = _WINTER if winter else _SUMMER
+    picture = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(picture)
+    shore = round(0.62 * height)
+    _shade(draw, width, 0, shore, *look["sky"])
+    sun, radius = (width * (0.72 - 0.12 * time), height * (0.2 + 0.1 * time)), height * 0.07
+    draw.ellipse([*(side - radius for side in sun), *(side + radius for side in sun)], (255, 244, 214))
+    for depth, colour in enumerate(look["hills"]):
+        # The nearer, the faster: the camera moves slowly to the right.
+        top = [
+            (
+                x,
+                shore
+                - height * (0.26 - 0.08 * depth) * (0.6 + 0.4 * math.sin(0.006 * x / _FINE * (2 + depth) + phase)),
+            )
+            for phase in (1.7 * depth + time * (0.3 + 0.5 * depth),)
+            for x in range(0, width + 8, 8)
+        ]
+        draw.polygon([(0, shore), *top, (width, shore)], colour)
+    near = (210, 220, 228) if winter else (120, 170, 190)
+    _shade(draw, width, shore, height, near, tuple(shade // 2 for shade in near))
+    for line in range(14):
+        y = shore + (height - shore) * (line + 1) / 15
+        start = width * ((0.37 * line + time * (0.1 + 0.03 * line)) % 1.2 - 0.2)
+        draw.line([start, y, start + width * (0.05 + 0.01 * line), y], tuple(min(255, s + 30) for s in near), _FINE)
+    _boat(draw, width * (0.2 + 0.5 * time), height * (0.76 + 0.006 * math.sin(20 * time)), height)
+    if winter:
+        for flake in range(90):
+            # Martin Roberts' R2 sequence: evenly spread, without a pattern.
+            x, y = (flake * 0.7549 + 0.05 * time) % 1 * width, (flake * 0.5698 + 0.5 * time) % 1 * height
+            draw.ellipse([x, y, x + 3 * _FINE, y + 3 * _FINE], (255, 255, 255))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _boat(draw: ImageDraw.ImageDraw, x: float, y: float, height: int) -> None:
+    one = height / 100
+    draw.polygon(
+        [(x - 11 * one, y), (x + 11 * one, y), (x + 7 * one, y + 6 * one), (x - 7 * one, y + 6 * one)], (120, 62, 38)
+    )
+    draw.line([x, y, x, y - 24 * one], (84, 48, 32), round(one))
+    draw.polygon([(x + one, y - 24 * one), (x + one, y - 2 * one), (x + 13 * one, y - 2 * one)], (250, 246, 236))
+    draw.polygon([(x - one, y - 20 * one), (x - one, y - 2 * one), (x - 9 * one, y - 2 * one)], (214, 83, 74))
+
+
+def _shade(draw: ImageDraw.ImageDraw, width: int, top: int, bottom: int, first: tuple, last: tuple) -> None:
+    for y in range(top, bottom):
+        share = (y - top) / (bottom - top)
+        draw.line([0, y, width, y], tuple(round(a + (b - a) * share) for a, b in zip(first, last, strict=True)))
+
+
+def clip() -> torch.Tensor:
+    """Draw the example clip: ``[frames, H, W, 3]`` in 0..1."""
+    frames = (scene(frame / (FRAMES - 1)) for frame in range(FRAMES))
+    return (
+        torch.stack(
+            [
+                torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).view(SIZE[1], SIZE[0], 3)
+                for frame in frames
+            ]
+        ).float()
+        / 255
+    )
+
+
+def thumbnail(title: str, inputs: list[str | Image.Image], output: list[Image.Image]) -> Image.Image:
+    """Draw what goes in, as texts or pictures beside one another, above the film that comes out of it."""
+    width, height, edge = 720, 480, 24
+    card = Image.new("RGB", (width, height), _CARD)
+    draw = ImageDraw.Draw(card)
+    draw.text((edge, 16), title, _INK, ImageFont.load_default(46))
+    across = (width - edge * (len(inputs) + 1)) // len(inputs)
+    top, deep = 84, 142
+    for place, given in enumerate(inputs):
+        left = edge + place * (across + edge)
+        if isinstance(given, str):
+            draw.rounded_rectangle([left, top, left + across, top + deep], 12, fill=(46, 50, 60))
+            head, _, rest = given.partition("\n")
+            draw.text((left + 16, top + 10), head, _ACCENT, ImageFont.load_default(24))
+            draw.multiline_text((left + 16, top + 44), rest, _INK, ImageFont.load_default(23), spacing=7)
+        else:
+            shown = ImageOps.fit(given, (across, deep))
+            card.paste(shown, (left, top))
+    middle = width // 2
+    draw.polygon([(middle - 26, 238), (middle + 26, 238), (middle, 262)], _ACCENT)
+    _film(card, output, 274, edge)
+    draw.text((edge, height - 36), "5 seconds, 1360 x 768", _INK, ImageFont.load_default(24))
+    drawn = "a drawing, not made by the model"
+    font = ImageFont.load_default(18)
+    draw.text((width - edge - draw.textlength(drawn, font), height - 31), drawn, _PALE, font)
+    return card
+
+
+def _film(card: Image.Image, frames: list[Image.Image], top: int, edge: int) -> None:
+    """Draw frames as a strip of film, across the card."""
+    draw, deep, gap = ImageDraw.Draw(card), 160, 6
+    draw.rectangle([0, top, card.width, top + deep], fill=(12, 12, 14))
+    for x in range(6, card.width, 24):
+        for y in (top + 5, top + deep - 15):
+            draw.rounded_rectangle([x, y, x + 12, y + 10], 3, fill=(70, 74, 84))
+    across = (card.width - 2 * edge - gap * (len(frames) - 1)) // len(frames)
+    for place, frame in enumerate(frames):
+        card.paste(ImageOps.fit(frame, (across, deep - 44)), (edge + place * (across + gap), top + 22))
+
+
+def thumbnails() -> dict[str, Image.Image]:
+    """Draw the thumbnail of each workflow, by its name."""
+    times = (0.0, 0.4, 0.8)
+    film, snow = ([scene(time, winter=winter) for time in times] for winter in (False, True))
+    prompt = "Prompt\nA sailing boat crosses a lake\nbetween green hills, the sun is low …"
+    return {
+        "text_to_video": thumbnail("Text to video", [prompt], film),
+        "text_to_video_lora": thumbnail(
+            "Text to video with LoRA",
+            ["Prompt\nA sailing boat crosses\na lake …", "Your LoRA\nadds its style:\nink.safetensors"],
+            [_ink(frame) for frame in film],
+        ),
+        "image_to_video": thumbnail("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
+        "video_to_video": thumbnail("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
+    }
+
+
+def _ink(picture: Image.Image) -> Image.Image:
+    return ImageOps.colorize(
+        ImageOps.posterize(ImageOps.grayscale(picture), 3), (40, 28, 72), (255, 244, 226), (214, 92, 96)
+    )
+
+
+if __name__ == "__main__":
+    CLIP.parent.mkdir(exist_ok=True)
+    write_mp4(clip(), CLIP, FPS, overwrite=True)
+    for name, picture in thumbnails().items():
+        picture.save(CLIP.parent.parent / f"{name}.jpg", quality=88, optimize=True)

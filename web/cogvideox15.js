@@ -1,0 +1,48 @@
+// What the pack adds to ComfyUI's page: colours of its own socket types, and texts on its nodes that keep their words whole.
+import { app } from '../../scripts/app.js'
+
+// Of the hues that core gives MODEL, CLIP and VAE, but darker: each stands out at 3 to 1 from the nodes of dark and of light palettes.
+const COLOURS = {
+  COGVIDEOX_MODEL: '#8F6FE8',
+  COGVIDEOX_TEXT_ENCODER: '#978118',
+  COGVIDEOX_VAE: '#E2504C'
+}
+
+// The page empties the colours of types that its palette does not know, each time a palette is loaded.
+function keepColours(table) {
+  for (const [type, ours] of Object.entries(COLOURS)) {
+    let colour = table[type] || ours
+    Object.defineProperty(table, type, {
+      get: () => colour,
+      set: (other) => (colour = other || ours),
+      enumerable: true,
+      configurable: true
+    })
+  }
+}
+
+app.registerExtension({
+  name: 'CogVideoX-1.5',
+
+  setup() {
+    keepColours(app.canvas.default_connection_color_byType)
+    keepColours(app.canvas.constructor.link_type_colors)
+    const style = document.createElement('style')
+    // The first rule is for nodes drawn by Vue, the rest for texts: the page breaks them within words, and scrolls
+    // after 200 pixels in whatever room there is.
+    style.textContent = `
+      :root { ${Object.entries(COLOURS).map(([type, colour]) => `--color-datatype-${type}: ${colour};`).join(' ')} }
+      .cogvideox15-text { max-height: none !important; padding-block: 0 !important; }
+      .cogvideox15-text * { word-break: normal; overflow-wrap: anywhere; }`
+    document.head.append(style)
+  },
+
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith('CogVideoX15')) return
+    const add = node.addCustomWidget
+    node.addCustomWidget = function (widget) {
+      if (widget?.type === 'progressText') widget.props = { ...widget.props, class: 'cogvideox15-text' }
+      return add.apply(this, arguments)
+    }
+  }
+})
