@@ -36,3 +36,4 @@ NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
 host.serve_files()
 host.watch_queue()
+host.watch_language()

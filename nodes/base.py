@@ -1,13 +1,17 @@
 """The base class of the nodes: their category, and a check of the installed packages and of a node's inputs before it
 runs."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
+from . import host
 from .inputs import checked, objections
+
+logger = logging.getLogger(__name__)
 
 #: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
 _PACK = f"{__name__.rpartition('.nodes.')[0]}."
@@ -35,6 +39,7 @@ class Node:
     FUNCTION = "run"
     #: A node declares these.
     DISPLAY_NAME: ClassVar[str]
+    RETURN_NAMES: ClassVar[tuple[str, ...]]
     INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
     execute: ClassVar[Callable[..., Any]]
 
@@ -47,13 +52,24 @@ class Node:
         """
         try:
             require_dependencies()
-            return self.execute(**checked(type(self), inputs))
+            return self._in_words(self.execute(**checked(type(self), inputs)))
         except (ValueError, RuntimeError) as error:
             # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
-            plain = ValueError if isinstance(error, ValueError) else RuntimeError
-            if type(error).__module__.startswith(_PACK):
-                raise plain(str(error)) from error
+            plain, said = ValueError if isinstance(error, ValueError) else RuntimeError, host.said(str(error))
+            if type(error).__module__.startswith(_PACK) or said != str(error):
+                # The log has both, as one is the other's cause: the English sentence and the page's.
+                raise plain(said) from error
             raise
+
+    @classmethod
+    def _in_words(cls, result: Any) -> Any:
+        """Say the reports among a node's outputs in the page's language."""
+        outputs = result["result"] if isinstance(result, dict) else result
+        words = tuple(
+            host.said(value) if name == "report" and isinstance(value, str) else value
+            for name, value in zip(cls.RETURN_NAMES, outputs, strict=True)
+        )
+        return {**result, "result": words} if isinstance(result, dict) else words
 
     @classmethod
     def refusal(cls, given: dict, *checks: tuple) -> str | bool:
@@ -73,7 +89,10 @@ class Node:
                     check(*values)
                 except ValueError as error:
                     said.append(str(error))
-        return "\n".join(said or objections(cls, given).values()) or True
+        refused = "\n".join(said or objections(cls, given).values())
+        if host.said(refused) != refused:
+            logger.warning("%s", refused)
+        return host.said(refused) or True
 
     @classmethod
     def fingerprint(cls, given: dict, look: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ from .folders import (
     parts,
     tokenizer_folder,
 )
+from .language import said, watch_language
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import is_connected, names_in_urls, pictures, serve_files, show, show_pictures, upstream, watch_queue
 from .progress import NodeEvents, saving_latents
@@ -36,11 +37,13 @@ __all__ = [
     "part_path",
     "parts",
     "pictures",
+    "said",
     "saving_latents",
     "serve_files",
     "show",
     "show_pictures",
     "tokenizer_folder",
     "upstream",
+    "watch_language",
     "watch_queue",
 ]

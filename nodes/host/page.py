@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cogvideox.words import short
 from . import comfyui
+from .language import said
 
 if TYPE_CHECKING:
     from aiohttp.web import FileResponse, Request
@@ -105,11 +106,12 @@ def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
 
 
 def show(text: str) -> None:
-    """Show a text on the node that is running, each line printable, if ComfyUI's page can. The caller logs what must
-    not be missed."""
+    """Show a text on the node that is running, in the page's language and each line printable, if ComfyUI's page can.
+    The caller logs what must not be missed."""
     server, context = _running()
     if hasattr(server, "send_progress_text"):
-        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), context.node_id)
+        lines = (short(line, _LINE) for line in said(text).splitlines())
+        server.send_progress_text("\n".join(lines), context.node_id)
 
 
 def pictures(picture: "Image") -> dict:
