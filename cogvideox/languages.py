@@ -21,21 +21,22 @@ ENGLISH = "en"
 _LOCALES = Path(__file__).parent.parent / "locales"
 _CATALOGUE = "sentences.po"
 #: Sentences that one template has at most, and places for names within each other.
-_MOST_SENTENCES, _DEEPEST = 12, 12
-#: Comparisons of a line with a template at most, so that no text takes long; an ordinary line needs a few hundred.
-_MOST_WORK = 20_000
+_MOST_SENTENCES, _DEEPEST = 8, 12
+#: Comparisons of a line with a template at most, and of a whole text, so that none takes long; an ordinary line needs
+#: a hundred.
+_MOST_WORK, _MOST_IN_ALL = 4_000, 60_000
 #: Ways to read a line as one template at most: where a place ends is not always plain.
-_MOST_WAYS = 24
+_MOST_WAYS = 8
 #: Letters of a line beyond which it is no sentence of ours.
 _LONGEST_LINE = 20_000
 #: A template with fewer letters of its own says little: what stands in its places has to be known, too.
 _FEW_LETTERS = 8
 _PLACE = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
+_WORD = re.compile(r"[A-Za-z]+")
 _NUMBER = re.compile(r"[-+]?[\d.,/x*%:-]+(?: ?(?:[kKMGTPE]?i?B|s|fps|%))?")
 #: A figure or one name: what may stand in any place.
-_TOKEN = re.compile(rf"{_NUMBER.pattern}|[\w.+-]*|\[[\d, ]*\]")
+_TOKEN = re.compile(rf"{_NUMBER.pattern}|[\w.+-]*(?: \(\w+\))?|\[[\d, ]*\]")
 _WIDE = re.compile(r"[\u2e80-\u9fff\uff00-\uffef\u3000-\u303f“”‘’…]")
 _BRACKET = re.compile(r"([^()]+) \((.*)\)")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\w)", re.IGNORECASE)
@@ -43,7 +44,14 @@ _ARTICLE = re.compile(r"(?:an?|the) (?=\w)", re.IGNORECASE)
 _LETTER = re.compile(r"([\u3400-\u9fff])|[A-Za-z0-9'\"/\\@%_.~\[*`-]")
 #: What joins pieces that are known one by one, what joins their translations, and whether all have to be known: names
 #: that happen to be words of ours stay what they are among others.
-_JOINTS = ((": ", "：", False), ("; ", "；", False), (", ", "、", True), (" and ", "和", True), (" or ", "或", True))
+_JOINTS = (
+    (": ", "：", False),
+    ("; ", "；", False),
+    (", ", "、", True),
+    (" and ", "和", True),
+    (" nor for ", "和", True),
+    (" or ", "或", True),
+)
 
 
 def preferred(environment: Mapping[str, str] = os.environ) -> str:
@@ -140,16 +148,21 @@ class _Template:
     Attributes:
         said: the translation, in it an index for each place.
         letters: how many letters it has of its own.
+        words: those that stand in every text made from it.
     """
 
     literals: tuple[str, ...]
     said: tuple[str | int, ...]
     letters: int
+    words: frozenset[str]
 
     def places_of(self, text: str) -> Iterator[list[str]]:
         """Find what stands in the places, if the text was made from this: the ways to read it, few of them, that with
         each literal as far left as can be first."""
         first, last = self.literals[0], self.literals[-1]
+        if not last and self.literals[-2].endswith(" "):
+            # Nothing stands in the last place.
+            text += " "
         end = len(text) - len(last)
         if end >= len(first) and text.startswith(first) and text.endswith(last):
             yield from islice(self._places(text, 1, len(first), end), _MOST_WAYS)
@@ -184,13 +197,13 @@ class Catalogue:
                 self._whole[_plain(template)] = _plain(said)
             elif said:
                 read.append(_read_template(template, said))
-        often = Counter(word for each in read for word in _words_of(each))
+        often = Counter(word for each in read for word in each.words)
         for each in read:
             start = _WORD.match(each.literals[0])
             if start is not None and start.end() < len(each.literals[0]):
                 self._by_start.setdefault(start[0], []).append(each)
             else:
-                rarest = min(_words_of(each), key=lambda word: often[word], default="")
+                rarest = min(sorted(each.words), key=lambda word: often[word], default="")
                 self._by_word.setdefault(rarest, []).append(each)
 
     def text(self, text: str) -> str:
@@ -198,29 +211,20 @@ class Catalogue:
         whole = self._whole.get(text.strip())
         if whole is not None:
             return text.replace(text.strip(), whole)
-        return "\n".join(map(self.line, text.split("\n")))
-
-    @lru_cache(maxsize=2048)  # noqa: B019 - a catalogue lives as long as the program
-    def line(self, line: str) -> str:
-        """Translate one line."""
-        if len(line) > _LONGEST_LINE or _WORD.search(line) is None:
-            return line
-        start = re.match(r"\s*(?:[-*•] )?", line)
-        lead = start[0] if start is not None else ""
-        letters, said = _Parse(self).best(line[len(lead) :].rstrip())
-        return lead + said if letters else line
+        parse = _Parse(self)
+        return "\n".join(map(parse.line, text.split("\n")))
 
     def whole(self, text: str) -> str | None:
         """Return the translation of a sentence without places."""
         return self._whole.get(text)
 
-    def candidates(self, text: str) -> Iterator[_Template]:
-        """List the templates that a text may have been made from."""
-        start = _WORD.match(text)
-        if start is not None:
-            yield from self._by_start.get(start[0], ())
-        for word in {"", *_WORD.findall(text)}:
-            yield from self._by_word.get(word, ())
+    def candidates(self, text: str) -> list[_Template]:
+        """List the templates that a text may have been made from, those with the most letters of their own first."""
+        start, words = _WORD.match(text), frozenset(_WORD.findall(text))
+        found = [] if start is None else [each for each in self._by_start.get(start[0], ()) if each.words <= words]
+        for word in ("", *words):
+            found += [each for each in self._by_word.get(word, ()) if each.words <= words]
+        return sorted(found, key=lambda each: -each.letters)
 
 
 def _plain(template: str) -> str:
@@ -236,7 +240,7 @@ def _read_template(template: str, said: str) -> _Template:
         between = " " if 0 < number < len(parts) - 1 else ""
         pieces.append(names.index(piece) if number % 2 else piece or between)
     letters = sum(sum(map(str.isalpha, literal)) for literal in literals)
-    return _Template(tuple(literals), tuple(pieces), letters)
+    return _Template(tuple(literals), tuple(pieces), letters, _words_of(literals))
 
 
 def _split(template: str) -> list[str]:
@@ -245,25 +249,35 @@ def _split(template: str) -> list[str]:
     return [piece.replace("\0", "{").replace("\1", "}") for piece in _PLACE.split(hidden)]
 
 
-def _words_of(template: _Template) -> set[str]:
-    """The words of a template that stand in every text made from it: none that a place could lengthen."""
+def _words_of(literals: list[str]) -> frozenset[str]:
+    """List the words that stand in every text made from a template: none that a place could lengthen."""
     found = set()
-    for number, literal in enumerate(template.literals):
+    for number, literal in enumerate(literals):
         for match in _WORD.finditer(literal):
             open_left = number > 0 and match.start() == 0
-            open_right = number < len(template.literals) - 1 and match.end() == len(literal)
+            open_right = number < len(literals) - 1 and match.end() == len(literal)
             if not (open_left or open_right):
                 found.add(match[0])
-    return found
+    return frozenset(found)
 
 
 class _Parse:
-    """The translation of one line: of all ways to read it, the one with the most letters known."""
+    """The translation of a text: of all ways to read a line of it, the one with the most letters known."""
 
     def __init__(self, catalogue: Catalogue):
         self._catalogue = catalogue
         self._known: dict[str, tuple[int, str]] = {}
-        self._work = 0
+        self._work = self._most = 0
+
+    def line(self, line: str) -> str:
+        """Translate one line."""
+        if len(line) > _LONGEST_LINE or self._work > _MOST_IN_ALL or _WORD.search(line) is None:
+            return line
+        self._most = self._work + _MOST_WORK
+        start = re.match(r"\s*(?:[-*•] )?", line)
+        lead = start[0] if start is not None else ""
+        letters, said = self.best(line[len(lead) :].rstrip())
+        return lead + said if letters else line
 
     def best(self, text: str, depth: int = 0) -> tuple[int, str]:
         """Return how many letters of a text are known, and its translation."""
@@ -277,14 +291,19 @@ class _Parse:
 
     def _readings(self, text: str, depth: int) -> Iterator[tuple[int, str]]:
         yield 0, text
-        if depth > _DEEPEST or self._work > _MOST_WORK or _WORD.search(text) is None:
+        if depth > _DEEPEST or self._work > self._most or _WORD.search(text) is None:
             return
-        yield self._one(text, depth)
+        whole = self._one(text, depth)
+        yield whole
+        if 8 * whole[0] > 7 * sum(map(str.isalpha, text)):
+            return
         ends = [match.span() for match in _SENTENCE_END.finditer(text)]
         if ends:
             yield self._sentences(text, ends, depth)
-        else:
-            yield from self._joined(text, depth)
+        yield from self._joined(text, depth, _JOINTS[:1] if ends else _JOINTS)
+        if depth and text[0].isupper():
+            # It may begin with a part of a sentence.
+            yield self._one(text[0].lower() + text[1:], depth)
         article = _ARTICLE.match(text) if depth else None
         if article is not None:
             letters, said = self.best(text[article.end() :], depth + 1)
@@ -296,12 +315,16 @@ class _Parse:
         said = self._catalogue.whole(text)
         if said is not None:
             return sum(map(str.isalpha, text)), said
-        found = (0, text)
+        found, letters = (0, text), sum(map(str.isalpha, text))
+        self._work += 2 + len(text) // 100
         for template in self._catalogue.candidates(text):
             self._work += 1
             for given in template.places_of(text):
                 self._work += 1
                 found = max(found, self._filled(template, given, depth), key=lambda reading: reading[0])
+            if 2 * found[0] > letters and 2 * found[0] > 3 * template.letters:
+                # Those that follow say less of their own.
+                break
         return found
 
     def _filled(self, template: _Template, given: list[str], depth: int) -> tuple[int, str]:
@@ -333,16 +356,20 @@ class _Parse:
                 if letters or last == first:
                     readings.append((letters + rest[last + 1][0], _join(said, rest[last + 1][1])))
             rest[first] = max(readings, key=lambda reading: reading[0])
+            if self._work > self._most:
+                break
         return rest[0]
 
-    def _joined(self, text: str, depth: int) -> Iterator[tuple[int, str]]:
+    def _joined(self, text: str, depth: int, joints: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[int, str]]:
         """Read a text as a list, as a name and what is said of it, or as one with more in brackets behind it."""
         bracket = _BRACKET.fullmatch(text)
         if bracket is not None:
-            read = [self.best(piece, depth + 1) for piece in bracket.groups()]
-            if any(letters for letters, _ in read):
-                yield sum(letters for letters, _ in read), f"{read[0][1]}（{read[1][1]}）"
-        for joint, said, every in _JOINTS:
+            # The brackets belong to what is in them, or are put around it.
+            for inner, form in ((f"({bracket[2]})", "{}{}"), (bracket[2], "{}（{}）")):
+                read = [self.best(piece, depth + 1) for piece in (bracket[1], inner)]
+                if any(letters for letters, _ in read):
+                    yield sum(letters for letters, _ in read), form.format(*(piece for _, piece in read))
+        for joint, said, every in joints:
             pieces = text.split(joint, -1 if every else 1)
             if len(pieces) > 1:
                 read = [self.best(piece, depth + 1) for piece in pieces]

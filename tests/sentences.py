@@ -105,13 +105,12 @@ WORDS = (
     "checking",
     "writing",
     "loading",
-    "quantizing",
     "downloading",
     "converting",
 )
 #: What Python's argparse and operating system say themselves.
 LIBRARIES = (
-    "usage: ",
+    "usage:",
     "options",
     "positional arguments",
     "show this help message and exit",
@@ -140,6 +139,9 @@ def templates() -> dict[str, list[str]]:
     """Read every template, and the files that say it."""
     found: dict[str, list[str]] = {}
     for file, tree in sources().items():
+        # The translating module says nothing itself.
+        if file == "cogvideox/languages.py":
+            continue
         if file.startswith(("cogvideox/", "interop/", "nodes/")) or file == "generate.py":
             for template in _Reader(tree).templates():
                 found.setdefault(template, [])
@@ -151,6 +153,7 @@ def templates() -> dict[str, list[str]]:
                 found.setdefault(line, []).append(path.relative_to(ROOT).as_posix())
         # What a template is called in the page's list.
         found.setdefault(path.stem.replace("_", " "), []).append(path.relative_to(ROOT).as_posix())
+    found.setdefault(ast.get_docstring(sources()["generate.py"], clean=False).strip(), []).append("generate.py")
     for word in WORDS:
         found.setdefault(word, []).append("tests/sentences.py")
     for text in LIBRARIES:
@@ -251,16 +254,16 @@ class _Reader:
 def _unsaid_arguments(node: ast.Call) -> Iterator[ast.AST]:
     """List what of a call is looked for, or goes to the log only."""
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    receiver = node.func.value if isinstance(node.func, ast.Attribute) else None
+    if name in ("join", "split") and isinstance(receiver, ast.Constant):
+        yield receiver
     if name in _LOOKED_FOR:
         yield from node.args
     elif name in ("get", "cast"):
         yield from node.args[:1]
-    elif isinstance(node.func, ast.Attribute):
-        if name in ("join", "split"):
-            yield node.func.value
-        elif name in _LOGGING and "logg" in ast.unparse(node.func.value):
-            # A message that is shown too is a variable here.
-            yield from (argument for argument in node.args if isinstance(argument, ast.Constant))
+    elif name in _LOGGING and receiver is not None and "logg" in ast.unparse(receiver):
+        # A message that is shown too is a variable here.
+        yield from (argument for argument in node.args if isinstance(argument, ast.Constant))
 
 
 def _is_text(node: ast.AST) -> bool:
