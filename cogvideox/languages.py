@@ -39,9 +39,11 @@ _NUMBER = re.compile(r"[-+]?[\d.,/x*%:-]+(?: ?(?:[kKMGTPE]?i?B|s|fps|%))?")
 _TOKEN = re.compile(rf"{_NUMBER.pattern}|[\w.+-]*(?: \(\w+\))?|\[[\d, ]*\]")
 _WIDE = re.compile(r"[\u2e80-\u9fff\uff00-\uffef\u3000-\u303f“”‘’…]")
 _BRACKET = re.compile(r"([^()]+) \((.*)\)")
+_SIZED = re.compile(r"([A-Za-z][A-Za-z ]*) ([\d.,]+ [kMGTPE]?B)")
 _ARTICLE = re.compile(r"(?:an?|the) (?=\w)", re.IGNORECASE)
 #: A letter that is wide (the group), or is not, and no sign.
-_LETTER = re.compile(r"([\u3400-\u9fff])|[A-Za-z0-9'\"/\\@%_.~\[*`-]")
+_LETTER = re.compile(r"([\u3400-\u9fff])|[A-Za-z0-9'\"/\\@%_.~*`-]")
+_WIDE_SIGN = frozenset("，。；：、！？（）“”‘’…")
 #: What joins pieces that are known one by one, what joins their translations, and whether all have to be known: names
 #: that happen to be words of ours stay what they are among others.
 _JOINTS = (
@@ -338,7 +340,9 @@ class _Parse:
         ):
             return 0, ""
         said = _spaced(piece if isinstance(piece, str) else read[piece][1] for piece in template.said)
-        return template.letters + sum(letters for letters, _ in read), said
+        # Of readings that know as much, that which cuts no brackets apart.
+        cut = sum(not _is_balanced(value) for value in given)
+        return template.letters + sum(letters for letters, _ in read) - cut, said
 
     def _sentences(self, text: str, ends: list[tuple[int, int]], depth: int) -> tuple[int, str]:
         """Read a text as several templates, one after the other."""
@@ -363,12 +367,16 @@ class _Parse:
     def _joined(self, text: str, depth: int, joints: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[int, str]]:
         """Read a text as a list, as a name and what is said of it, or as one with more in brackets behind it."""
         bracket = _BRACKET.fullmatch(text)
-        if bracket is not None:
+        if bracket is not None and _is_balanced(bracket[2]):
             # The brackets belong to what is in them, or are put around it.
             for inner, form in ((f"({bracket[2]})", "{}{}"), (bracket[2], "{}（{}）")):
                 read = [self.best(piece, depth + 1) for piece in (bracket[1], inner)]
                 if any(letters for letters, _ in read):
                     yield sum(letters for letters, _ in read), form.format(*(piece for _, piece in read))
+        sized = _SIZED.fullmatch(text)
+        if sized is not None:
+            letters, said = self.best(sized[1], depth + 1)
+            yield letters, f"{said} {sized[2]}"
         for joint, said, every in joints:
             pieces = text.split(joint, -1 if every else 1)
             if len(pieces) > 1:
@@ -379,6 +387,16 @@ class _Parse:
                 ]
                 if all(known) if every else any(known):
                     yield sum(letters for letters, _ in read), _spaced(_between(said, (piece for _, piece in read)))
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether every bracket that is closed in a text was opened in it."""
+    is_open = 0
+    for letter in text:
+        is_open += (letter == "(") - (letter == ")")
+        if is_open < 0:
+            return False
+    return is_open == 0
 
 
 def _between(joint: str, pieces: Iterable[str]) -> Iterator[str]:
@@ -395,7 +413,12 @@ def _spaced(pieces: Iterable[str]) -> str:
         left, right = text.rstrip(" "), piece.lstrip(" ")
         if left and right and (_WIDE.match(left[-1]) or _WIDE.match(right[0])):
             one, other = _LETTER.match(left[-1]), _LETTER.match(right[0])
-            text = left + (" " if one and other and bool(one[1]) != bool(other[1]) else "") + right
+            if one and other:
+                space = bool(one[1]) != bool(other[1])
+            else:
+                # Beside a bracket the translator decides; a wide sign brings its own space.
+                space = (left, right) != (text, piece) and _WIDE_SIGN.isdisjoint((left[-1], right[0]))
+            text = left + " " * space + right
         else:
             text += piece
     return text
