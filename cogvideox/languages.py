@@ -289,7 +289,7 @@ class _Parse:
             self._known[core] = (0, core)
             self._known[core] = max(self._readings(core, depth), key=lambda reading: reading[0])
         letters, said = self._known[core]
-        return (letters, said) if letters else (0, text)
+        return letters, said
 
     def _readings(self, text: str, depth: int) -> Iterator[tuple[int, str]]:
         yield 0, text
