@@ -1045,7 +1045,8 @@ def migrate(options: argparse.Namespace) -> int:
     """Migrate a workflow; prints what became of it."""
     from interop.migrate import migrate_workflow
 
-    _say(migrate_workflow(*options.migrate, preferred()).text)
+    source, target = options.migrate
+    _say(migrate_workflow(source, target, preferred()).text)
     return 0
 
 
