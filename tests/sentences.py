@@ -290,7 +290,7 @@ def _worded(node: ast.AST) -> bool:
 def _worded_text(template: str) -> bool:
     """Say whether a template has words of its own: letters beside a space, outside its places."""
     literal = re.sub(r"\{[a-z][a-z0-9_]*\}", "0", template)
-    return re.search(r"[A-Za-z]{2,}[,.:;)]* | [(]*[A-Za-z]{2,}", literal) is not None
+    return re.search(r"[A-Za-z]{2,}[\]),.:;]* | [\[(]*[A-Za-z]{2,}", literal) is not None
 
 
 def _expanded(node: ast.expr) -> Iterator[str]:

@@ -32,7 +32,8 @@ def watch_language() -> None:
     """Notice the language of each graph that is queued from now on, and give the example workflows and the blocks to
     Chinese pages in Chinese."""
     server = getattr(comfyui.PromptServer, "instance", None) if comfyui.IN_COMFYUI else None
-    if server is None:
+    app = getattr(server, "app", None)
+    if server is None or app is None or app.frozen:
         return
     from aiohttp import web
 
@@ -53,7 +54,7 @@ def watch_language() -> None:
             answer.text = _listed(path, answer.text or "", language)
         return answer
 
-    server.app.middlewares.append(in_language)
+    app.middlewares.append(in_language)
     server.add_on_prompt_handler(_remember)
 
 
@@ -63,11 +64,10 @@ def said(text: str) -> str:
 
 
 def _language() -> str:
-    if not comfyui.IN_COMFYUI:
-        return ENGLISH
-    if comfyui.comfy_execution.utils.get_executing_context() is None:
+    execution, pages = (getattr(comfyui, name, None) for name in ("comfy_execution", "PromptServer"))
+    if execution is None or execution.utils.get_executing_context() is None:
         return _asked.get()
-    return _of_client.get(getattr(comfyui.PromptServer.instance, "client_id", None), ENGLISH)
+    return _of_client.get(getattr(getattr(pages, "instance", None), "client_id", None), ENGLISH)
 
 
 def _remember(data: dict) -> dict:
