@@ -10,11 +10,15 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,6 +42,7 @@ from cogvideox.choices import (
     SCHEDULERS,
 )
 from cogvideox.files import read_bytes
+from cogvideox.languages import ENGLISH, preferred, translate
 from cogvideox.words import reason, short
 
 if TYPE_CHECKING:
@@ -79,12 +84,54 @@ MAX_PROMPT = 1 << 20
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with one line: what is wrong with the options, without all of them."""
-        self.exit(2, f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is.\n")
+        said = f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is."
+        self.exit(2, f"{_in_words(said)}\n")
+
+
+class _Help(argparse.RawTextHelpFormatter):
+    """The help in the terminal's language, where that is not English: each text translated, and lines broken between
+    its wide letters."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, f"{_in_words('usage:')} " if prefix is None else prefix)
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(heading and _in_words(heading))
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(text and _in_words(text))
+
+    def add_argument(self, action: argparse.Action) -> None:
+        shown = copy(action)
+        if shown.help:
+            shown.help = "\n".join(_lines(_in_words(shown.help), shutil.get_terminal_size().columns - 28))
+        super().add_argument(shown)
+
+
+def _in_words(text: str) -> str:
+    """Say a finished English text in the terminal's language."""
+    return translate(text, preferred())
+
+
+def _lines(text: str, width: int) -> Iterator[str]:
+    """Break a text into lines of at most ``width`` columns: between words, and between letters two columns wide, but
+    for signs that end what is before them."""
+    line, columns = "", 0
+    for piece in re.findall(r"[!-~]+[，。；：、）]*| +|.[，。；：、）]*", text):
+        size = sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in piece)
+        if line and columns + size > max(width, 20):
+            yield line.rstrip()
+            line, columns, piece = "", 0, piece.lstrip()
+        line, columns = line + piece, columns + size
+    yield line
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="generate.py", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="generate.py",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter if preferred() == ENGLISH else _Help,
     )
     what = parser.add_argument_group("what to make")
     what.add_argument(
@@ -544,10 +591,11 @@ def _parsed(
     return options, work
 
 
-def _say(text: str) -> None:
-    """Print a line. Where nobody reads any more (``| head``), the run goes on without."""
+def _say(text: str, is_data: bool = False) -> None:
+    """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``),
+    the run goes on without."""
     try:
-        print(_printable(text), flush=True)
+        print(_printable(text if is_data else _in_words(text)), flush=True)
     except BrokenPipeError:
         _mute(sys.stdout)
 
@@ -556,7 +604,7 @@ def _complain(text: str, debug: bool = False) -> None:
     with suppress(BrokenPipeError):
         if debug:
             traceback.print_exc()
-        print(_printable(text), file=sys.stderr, flush=True)
+        print(_printable(_in_words(text)), file=sys.stderr, flush=True)
 
 
 def _printable(text: str) -> str:
@@ -957,7 +1005,7 @@ def check(options: argparse.Namespace) -> int:
         report = plan = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, plan, on_progress=_events().counter("reading weights", "B"))
-    _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text)
+    _say(json.dumps(report.as_dict(), indent=2) if options.json else report.text, is_data=options.json)
     if backup is not None and not options.json:
         _say(f"written; the file as it was is {backup}")
     if incomplete:
@@ -997,7 +1045,8 @@ def migrate(options: argparse.Namespace) -> int:
     """Migrate a workflow; prints what became of it."""
     from interop.migrate import migrate_workflow
 
-    _say(migrate_workflow(*options.migrate).text)
+    source, target = options.migrate
+    _say(migrate_workflow(source, target, preferred()).text)
     return 0
 
 
@@ -1020,7 +1069,7 @@ def _events() -> "Events":
         def progress(self, what: str, done: int, total: int, unit: str) -> None:
             try:
                 if what not in self._bars:
-                    self._bars[what] = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B")
+                    self._bars[what] = tqdm(total=total, desc=_in_words(what), unit=unit, unit_scale=unit == "B")
                 bar = self._bars[what]
                 bar.total = total
                 bar.update(done - bar.n)

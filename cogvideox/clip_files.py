@@ -93,11 +93,9 @@ def read_video(
             "time: a second stays a second."
         )
     if more:
-        whole = f" of {duration:.1f} s" if duration else ""
-        tell(
-            f"Only the first {count} frames{f' ({count / rate:.1f} s)' if rate else ''}{whole} of "
-            f"{short(path)} are used."
-        )
+        seconds = f" ({count / rate:.1f} s)" if rate else ""
+        whole = f"{seconds} of {duration:.1f} s" if duration else seconds
+        tell(f"Only the first {count} frames{whole} of {short(path)} are used.")
     length, change = (count, None) if step is None else nearest_length(count, step)
     if change:
         tell(change)

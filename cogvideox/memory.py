@@ -82,7 +82,8 @@ class MemoryPlan:
     def text(self) -> str:
         parts = {"weights": self.weights, "activations": self.activations, "LoRAs": self.loras, "cache": self.cache}
         held = ", ".join(f"{name} {size_text(nbytes, 1)}" for name, nbytes in parts.items() if nbytes)
-        return f"{self._modes} ({held})" + ("" if self.free is None else f"; {size_text(self.free, 1)} free")
+        said = f"{self._modes} ({held})"
+        return said if self.free is None else f"{said}; {size_text(self.free, 1)} free"
 
     @property
     def _modes(self) -> str:

@@ -225,13 +225,13 @@ class Weights:
         """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
         host's memory, and are ready then."""
         with _turn:
-            self._load(torch.device("cpu"), events, "quantizing")
+            self._load(torch.device("cpu"), events)
         plain = Weights(self._checkpoint, self.kind, self.precision, self.hardware).nbytes
         sizes = f"{size_text(plain)} -> {size_text(self.nbytes)} in {self.precision.name}"
         method = "not quantized" if self.method is None else self.method.name
         return f"{PARTS[self.kind][0]}: {method}, {sizes}; {losses_text(self._losses)}"
 
-    def _load(self, device: torch.device, events: Events | None, work: str = "loading") -> nn.Module:
+    def _load(self, device: torch.device, events: Events | None) -> nn.Module:
         """Return the module, read to ``device`` if it is not loaded."""
         if self._module is None:
             part, how = self.part, "" if self.method is None else f", {self.method.name}"
@@ -243,7 +243,9 @@ class Weights:
                 how,
             )
             quantizer = None if self.method is None else Quantizer(self.method, self.kind, self.precision, self.device)
-            told = None if events is None else events.counter(f"{work} {PARTS[self.kind][0]}", "B")
+            name = PARTS[self.kind][0]
+            what = f"loading {name}" if self.method is None else f"quantizing {name}"
+            told = None if events is None else events.counter(what, "B")
             self._module, self._mode = load_module(part, self.precision, device, told, quantizer), None
             self._losses = {} if quantizer is None else quantizer.losses
             _loaded.add(self)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox.files import write_whole
+from cogvideox.languages import ENGLISH, translate
 from cogvideox.words import listed, reason, short
 
 from . import tables
@@ -62,11 +63,14 @@ class MigrationReport:
         return "\n".join(lines)
 
 
-def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
+def migrate_workflow(source: Path | str, target: Path | str, language: str = ENGLISH) -> MigrationReport:
     """Read a workflow of ComfyUI-CogVideoXWrapper and write it with the nodes of this pack, in the format it came in:
     the page's or the API's.
 
     ``source`` is only read. ``target`` appears whole or not at all.
+
+    Args:
+        language: of the note in the new workflow.
 
     Raises:
         ValueError: if ``source`` is no such workflow, or is for something that this pack cannot do; if ``target``
@@ -87,7 +91,7 @@ def migrate_workflow(source: Path | str, target: Path | str) -> MigrationReport:
     report = MigrationReport(
         source, target, len(graph.nodes.keys() & migration.made.keys()), len(migration.others), differs, not_needed
     )
-    graph.add_note(data, f"Migrated from {PACK}", report.notes)
+    graph.add_note(data, translate(f"Migrated from {PACK}", language), translate(report.notes, language))
     # A lone surrogate, as JavaScript leaves where it cuts a text, becomes the JSON escape that it came as.
     _write(target, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace"))
     return report

@@ -57,6 +57,7 @@ _REPLACED = [
     ),
 ]
 host.serve_files()
+host.watch_language()
 host.bring_example_clip()
 host.offer(_REPLACED)
 queued.watch(_NODES)

@@ -2,14 +2,18 @@
 runs."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
+from . import host
 from .inputs import checked, objections
 from .queued import Validation
+
+logger = logging.getLogger(__name__)
 
 #: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
 _PACK = f"{__name__.rpartition('.nodes.')[0]}."
@@ -37,6 +41,7 @@ class Node:
     FUNCTION = "run"
     #: A node declares these.
     DISPLAY_NAME: ClassVar[str]
+    RETURN_NAMES: ClassVar[tuple[str, ...]]
     INPUT_TYPES: ClassVar[Callable[[], dict[str, dict[str, tuple]]]]
     execute: ClassVar[Callable[..., Any]]
     #: These three are described by ``Declares``.
@@ -54,13 +59,24 @@ class Node:
         """
         try:
             require_dependencies()
-            return self.execute(**checked(type(self), inputs))
+            return self._in_words(self.execute(**checked(type(self), inputs)))
         except (ValueError, RuntimeError) as error:
             # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
-            plain = ValueError if isinstance(error, ValueError) else RuntimeError
-            if type(error).__module__.startswith(_PACK):
-                raise plain(str(error)) from error
+            plain, said = ValueError if isinstance(error, ValueError) else RuntimeError, host.said(str(error))
+            if type(error).__module__.startswith(_PACK) or said != str(error):
+                # The log has both, as one is the other's cause: the English sentence and the page's.
+                raise plain(said) from error
             raise
+
+    @classmethod
+    def _in_words(cls, result: Any) -> Any:
+        """Say the reports among a node's outputs in the page's language."""
+        outputs = result["result"] if isinstance(result, dict) else result
+        words = tuple(
+            host.said(value) if name == "report" and isinstance(value, str) else value
+            for name, value in zip(cls.RETURN_NAMES, outputs, strict=True)
+        )
+        return {**result, "result": words} if isinstance(result, dict) else words
 
     @classmethod
     def objections(cls, given: dict[str, Any]) -> dict[str, str]:

@@ -172,4 +172,7 @@ class _Answer:
         node = host.running_node() if self._queued.nodes else None
         node = node if node in self._queued.nodes else None
         told = self._cls.objections(given) if node is None else self._queued.wrong.get(node, {})
-        return "\n".join(told.values()) or True
+        refused = "\n".join(told.values())
+        if host.said(refused) != refused:
+            logger.warning("%s", refused)
+        return host.said(refused) or True

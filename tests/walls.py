@@ -27,6 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "variants",
             "geometry",
             "finite",
+            "languages",
             "tensors",
             "combinations",
         )

@@ -77,11 +77,9 @@ def check_tensors(part: "Part", wanted: Mapping[str, Shape], tied: Iterable[Coll
         missing -= set(group[1:] if missing.issuperset(group) else group)
     unknown = [name for name in found if name not in wanted]
     wrong = [name for name, shape in wanted.items() if name in found and found[name].shape != shape]
-    problems = [
-        f"{len(names)} {what} ({listed(sorted(names))})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-        if names
-    ]
+    problems = [f"{len(missing)} missing ({listed(sorted(missing))})"] if missing else []
+    problems += [f"{len(unknown)} unknown ({listed(sorted(unknown))})"] if unknown else []
+    problems += [f"{len(wrong)} of another shape ({listed(sorted(wrong))})"] if wrong else []
     if not problems:
         return
     told = ""

@@ -76,12 +76,12 @@ class _Field:
         elif self.kind in ("flag", "text"):
             one = {"flag": "true or false", "text": "a text"}[self.kind]
         else:
-            one = "a whole number" if self.kind == "whole" else "a number"
-            one += f" from {self.low:g} to {min(self.high, limit):,.15g}" + (
-                f", a multiple of {self.multiple}" if self.multiple > 1 else ""
-            )
+            span = f"{self.low:g} to {min(self.high, limit):,.15g}"
+            one = f"a whole number from {span}" if self.kind == "whole" else f"a number from {span}"
+            one = f"{one}, a multiple of {self.multiple}" if self.multiple > 1 else one
         lists: Mapping[bool | int, str] = {False: one, True: f"a list, each {one}"}
-        return f"{lists.get(self.many, f'a list of {self.many}, each {one}')}{', or null' if self.null else ''}"
+        said = lists.get(self.many, f"a list of {self.many}, each {one}")
+        return f"{said}, or null" if self.null else said
 
 
 def _whole(low: int, high: int, **more) -> _Field:
@@ -223,11 +223,9 @@ def check_config(kind: str, config: Mapping, file: Path, tensors: Mapping[str, S
         }
     for field, rule in table.items():
         if field in config and not rule.allows(config[field], largest[rule.bound]):
-            beside = " beside these weights" if rule.low <= largest[rule.bound] < rule.high else ""
-            limit = largest[rule.bound] if beside else math.inf
-            raise _wrong(
-                file, name, f'"{field}" is {_shown(config[field])}, and it can only be {rule.text(limit)}{beside}'
-            )
+            beside = rule.low <= largest[rule.bound] < rule.high
+            can = f"{rule.text(largest[rule.bound])} beside these weights" if beside else rule.text()
+            raise _wrong(file, name, f'"{field}" is {_shown(config[field])}, and it can only be {can}')
     odd = _RULES[kind](config)
     if odd:
         raise _wrong(file, name, odd)
@@ -247,8 +245,9 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         # Python prints no number of more than 4,300 digits.
         return f"a number of about {int(value.bit_length() * math.log10(2))} digits"
-    kinds: Mapping[type, str] = {str: "the text ", list: "the list ", dict: "the object "}
-    return kinds.get(type(value), "") + short(value if isinstance(value, list | dict) else repr(value))
+    shown = short(value if isinstance(value, list | dict) else repr(value))
+    kinds: Mapping[type, str] = {str: f"the text {shown}", list: f"the list {shown}", dict: f"the object {shown}"}
+    return kinds.get(type(value), shown)
 
 
 def _odd_transformer(config: Mapping) -> str:

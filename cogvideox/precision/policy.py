@@ -51,13 +51,13 @@ class PartPlan:
 
     @property
     def _label(self) -> str:
-        return f"[{self.verdict}, fixed]" if self.changed else f"[{self.verdict}]"
+        return f"{self.verdict}, fixed" if self.changed else self.verdict
 
     @property
     def line(self) -> str:
         """What matters of it on one short line."""
         stored = " + ".join(dtype_name(dtype) for dtype in self.stored)
-        return f"{self._label} {PARTS[self.kind][0]}: stored {stored}, runs in {self.run.name}"
+        return f"[{self._label}] {PARTS[self.kind][0]}: stored {stored}, runs in {self.run.name}"
 
     @property
     def text(self) -> str:
@@ -73,7 +73,7 @@ class PartPlan:
         )
         kept = f", weights kept in {packed}" if packed else ""
         lines = [
-            f"{self._label} {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
+            f"[{self._label}] {PARTS[self.kind][0]}: stored {stored}, trained in {dtype_name(self.trained)}, runs in "
             f"{self.run.name}{kept}{origin}"
         ]
         if self.changed:

@@ -16,6 +16,7 @@ from .folders import (
     parts,
     tokenizer_folder,
 )
+from .language import said, watch_language
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import (
     is_connected,
@@ -50,10 +51,12 @@ __all__ = [
     "parts",
     "pictures",
     "running_node",
+    "said",
     "saving_latents",
     "serve_files",
     "show",
     "show_pictures",
     "tokenizer_folder",
+    "watch_language",
     "watch_queue",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cogvideox.words import short
 from . import comfyui
+from .language import said
 
 if TYPE_CHECKING:
     from aiohttp.web import FileResponse, Request
@@ -108,11 +109,11 @@ def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
 
 
 def show(text: str, node: str | None = None) -> None:
-    """Show a text on a node, or the one that is running, each line printable, if ComfyUI's page can. The caller logs
-    what must not be missed."""
+    """Show a text on a node, or the one that is running, in the page's language and each line printable, if ComfyUI's
+    page can. The caller logs what must not be missed."""
     server, node = _server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text("\n".join(short(line, _LINE) for line in text.splitlines()), node)
+        server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
 
 
 def pictures(picture: "Image") -> dict:
