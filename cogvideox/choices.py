@@ -53,8 +53,9 @@ BACKENDS = {
     SAGE: "sage",
 }
 #: Methods that reuse what changes little from step to step.
-FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE = "first_block", "taylorseer", "pab", "faster_cache"
-CACHES = (FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE)
+TEACACHE, FIRST_BLOCK, TAYLORSEER = "teacache", "first_block", "taylorseer"
+PAB, FASTER_CACHE = "pab", "faster_cache"
+CACHES = (TEACACHE, FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE)
 #: How the transformer's blocks are compiled, in torch's names: within a minute or so, or after trying more kernels.
 COMPILE_DEFAULT, COMPILE_TUNED = "default", "max-autotune-no-cudagraphs"
 COMPILE_MODES = (COMPILE_DEFAULT, COMPILE_TUNED)

@@ -133,7 +133,7 @@ class TestTogether:
         assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
         assert graphs, said
 
-    @pytest.mark.parametrize("method", ["first_block", "taylorseer"])
+    @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
         cached = with_cache(model, Cache(method, 0.5, 0.2, 1.0))
         said = []

@@ -88,6 +88,12 @@ def steer(hooks: Sequence[Any], field: str, value: Any) -> None:
         setattr(hook, field, value)
 
 
+def innermost_forward(module: nn.Module) -> Callable:
+    """Return a module's own ``forward``, below all hooks of diffusers."""
+    registry = hook_registry(module)
+    return registry._fn_refs[0].forward if registry is not None and registry._fn_refs else module.forward
+
+
 def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
     """Put ``forward`` in the place of a module's own, below all hooks of diffusers; return what undoes it."""
     registry = hook_registry(module)

@@ -11,6 +11,7 @@ from .attention import attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
 from .joint import projection_attached
+from .teacache import Schedule, TeaRun
 
 
 class Speedups:
@@ -28,6 +29,7 @@ class Speedups:
         device: torch.device,
         timesteps: Sequence[float],
         tell: Callable[[str, int], None],
+        skips: Schedule | None = None,
     ):
         """Set them up.
 
@@ -36,9 +38,14 @@ class Speedups:
             device: where the model runs.
             timesteps: of all steps of the run.
             tell: called with sentences for the user, and logging's level of each.
+            skips: the steps that TeaCache skips, where that is the cache.
         """
         self._tell, self._attention = tell, attention
-        self._cache = None if cache is None else CacheRun(cache, timesteps)
+        self._cache: CacheRun | TeaRun | None = None
+        if skips is not None:
+            self._cache = TeaRun(skips)
+        elif cache is not None:
+            self._cache = CacheRun(cache, timesteps)
         self._compiled = None if compiled is None else CompileRun(compiled, device, tell)
         named = (("the cache", self._cache), ("compiled code", self._compiled))
         self.shortcuts = " and ".join(name for name, there in named if there is not None)
@@ -60,11 +67,12 @@ class Speedups:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
 
-    def begin(self, index: int) -> None:
-        """Note that step ``index`` is about to be run, or run again."""
-        for speedup in (self._compiled, self._cache):
-            if speedup is not None:
-                speedup.begin(index)
+    def begin(self, index: int, guided: bool) -> None:
+        """Note that step ``index`` is about to be run, or run again, guided or not."""
+        if self._compiled is not None:
+            self._compiled.begin(index)
+        if self._cache is not None:
+            self._cache.begin(index, guided)
 
     def report(self) -> None:
         """Tell at the end of the run what they did."""
