@@ -24,10 +24,11 @@ from torch import nn
 from .dtypes import Precision
 from .events import Events
 from .finite import check_finite
-from .geometry import check_latent, padding_frames, rotary_embedding
+from .geometry import check_latent, padding_frames, rotary_embedding, video_tokens
 from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_placements
+from .modules.fastest import Shape
 from .modules.speedups import Speedups
 from .requests import (
     check_embeddings,
@@ -147,12 +148,20 @@ def sample(
     # What was kept of a guided step is of no use to one that is not.
     turns = {step for step in (guided.start, guided.stop) if guided}
     skips = plan_skips(model, timesteps.tolist(), turns)
-    speedups = Speedups(model.attention, model.cache, model.compiled, device, timesteps.tolist(), events.note, skips)
+    heads = Shape(
+        latents.shape[0],
+        positive.shape[1] + video_tokens(config, latents.shape),
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+    )
+    speedups = Speedups(
+        model.attention, model.cache, model.compiled, device, timesteps.tolist(), heads, events.note, skips
+    )
 
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
         batched = bool(guided) and placement is not None and placement.batched
-        with applied(model.loras, module, precision, device), speedups.attached(module, batched):
+        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision):
             yield
 
     with (

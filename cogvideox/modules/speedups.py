@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from ..dtypes import Precision
 from .attention import attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
+from .fastest import Shape
 from .joint import projection_attached
 from .teacache import Schedule, TeaRun
 
@@ -28,6 +31,7 @@ class Speedups:
         compiled: Compiled | None,
         device: torch.device,
         timesteps: Sequence[float],
+        shape: Shape,
         tell: Callable[[str, int], None],
         skips: Schedule | None = None,
     ):
@@ -37,10 +41,12 @@ class Speedups:
             attention: one of ``choices.BACKENDS``.
             device: where the model runs.
             timesteps: of all steps of the run.
+            shape: of queries, keys and values for one half of guidance.
             tell: called with sentences for the user, and logging's level of each.
             skips: the steps that TeaCache skips, where that is the cache.
         """
-        self._tell, self._attention = tell, attention
+        self._device = device
+        self._tell, self._attention, self._shape = tell, attention, shape
         self._cache: CacheRun | TeaRun | None = None
         if skips is not None:
             self._cache = TeaRun(skips)
@@ -51,14 +57,17 @@ class Speedups:
         self.shortcuts = " and ".join(name for name, there in named if there is not None)
 
     @contextmanager
-    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+    def attached(self, module: nn.Module, batched: bool, precision: Precision) -> Iterator[None]:
         """Have ``module`` run with them for the length of a ``with`` block. Afterwards nothing of them is left on it.
 
         Args:
             batched: whether both halves of guidance run as one batch, the unconditional first.
+            precision: what the module runs in.
         """
+        shape = replace(self._shape, batch=self._shape.batch * (2 if batched else 1))
+        dtype = torch.float16 if precision.range_safe else precision.dtype
         with ExitStack() as stack:
-            stack.enter_context(attention_attached(self._attention, module))
+            stack.enter_context(attention_attached(self._attention, module, shape, dtype, self._device, self._tell))
             stack.enter_context(projection_attached(module))
             # What is compiled lies below what may skip it.
             if self._compiled is not None:
