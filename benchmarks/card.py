@@ -5,7 +5,7 @@ Random weights of the full size, all 42 layers. Rows are written as they are don
 (or ``--out``), so that a cut leaves a table; rows that the time does not reach say so. ``--tiny`` runs the same script
 on a small model, on a CPU too, in two minutes.
 
-- *s a step*: a guided step, its forward and the sampler's own work. Ways that compile are timed at their second step;
+- *seconds*: of a guided step, its forward and the sampler's own work. Ways that compile are timed at their second step;
   what compiling took is not in it.
 - *x diffusers*: how many times faster than diffusers' pipeline, eager, in bf16 (on a CPU in fp32).
 - *peak*: what CUDA had allocated at most beside what was there before, in GB.
@@ -49,6 +49,7 @@ from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.variants import TEACACHE_SECONDS, full_config
+from tests.tiny_checkpoint import build_vae
 
 TINY = dict(num_attention_heads=2, num_layers=2, time_embed_dim=64, text_embed_dim=64)
 #: Steps of the schedule that TeaCache's rows are of, and of a real run.
@@ -67,6 +68,11 @@ class Row:
     error: float | None = None
     roofline: float | None = None
     said: str = ""
+
+    @property
+    def is_step(self) -> bool:
+        """Whether its seconds are those of a step."""
+        return not self.name.startswith(("decode", "T5"))
 
 
 class Table:
@@ -109,7 +115,7 @@ class Table:
         self.write()
 
     def write(self) -> None:
-        head = ["| | s a step | x diffusers | peak GB | error | roofline |", "|---|---|---|---|---|---|"]
+        head = ["| | seconds | x diffusers | peak GB | error | roofline |", "|---|---|---|---|---|---|"]
         text = "\n".join([f"# {self._title}", "", *head, *map(self._line, self.rows), "", *self.lines, ""])
         (self._folder / "card.md").write_text(text, encoding="utf-8")
         found = {"title": self._title, "rows": [asdict(row) for row in self.rows], "lines": self.lines}
@@ -122,7 +128,7 @@ class Table:
         parts = [
             row.name,
             f"{row.seconds:.3f}",
-            "-" if base is None else f"{base / row.seconds:.2f}",
+            "-" if base is None or not row.is_step else f"{base / row.seconds:.2f}",
             "-" if row.peak is None else f"{row.peak / 1e9:.1f}",
             "-" if row.error is None else f"{row.error:.0e}",
             "-" if row.roofline is None else f"{row.roofline:.0%}",
@@ -374,8 +380,8 @@ def _decode_rows(bench: Bench, table: Table, tiny: bool) -> None:
     """The decode of the whole clip, ours at three budgets and diffusers tiled; seconds of all of it."""
     dtype = bench.first.weights.precision.dtype
     with torch.no_grad():
-        vae = vae_decode.build(str(bench.device), dtype)
-        shape = (5, 8, 12) if tiny else tuple(bench.shape[2:])
+        vae = build_vae().to(dtype).eval() if tiny else vae_decode.build(str(bench.device), dtype)
+        vae, shape = vae.to(bench.device), bench.shape[2:]
         latent = torch.randn(1, 16, *shape, dtype=dtype).to(bench.device)
         works = {f"decode, ours, {name}": partial(vae_decode.ours, vae, latent, most) for name, most in BUDGETS.items()}
         works["decode, diffusers tiled"] = partial(vae_decode.theirs, vae, latent, True)
@@ -424,8 +430,7 @@ def _whole_runs(table: Table) -> None:
     table.say(f"A run of {RUN} steps, put together: T5 {text:.1f} s, decode in 6 GB {decode:.1f} s, and the steps.")
     table.say("")
     for row in table.rows:
-        is_step = row.seconds is not None and not row.name.startswith(("decode", "T5"))
-        if is_step and ": a" not in row.name:
+        if row.seconds is not None and row.is_step and ": a" not in row.name:
             table.say(f"- {row.name}: {RUN * row.seconds + decode + text:.0f} s")
 
 

@@ -282,7 +282,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
                 torch.cuda.reset_peak_memory_stats(device)
         ends.append(time.perf_counter())
 
-    with _forwards_timed(inside, device):
+    with forwards_timed(inside, device):
         latents = side.run(on_step=on_step)
     if not warm:
         taken = ends[-1] - ends[0]
@@ -303,7 +303,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
 
 
 @contextmanager
-def _forwards_timed(inside: list, device: torch.device):
+def forwards_timed(inside: list, device: torch.device):
     """Note when each forward of a transformer began and ended."""
     from diffusers import CogVideoXTransformer3DModel
 
