@@ -3,8 +3,8 @@ and ComfyUI's own model, from 0.4k to 12k tokens, as a table and as a picture (`
 
 On a CPU in fp32, 3 layers x 8 heads of random weights, each step a run's second one, the least of several rounds that
 take turns; there it takes one thread, and what is counted is the processor's time, which other programs disturb less.
-ComfyUI's is by the clock. *own* is what the sampler does beside the transformer's forward. ComfyUI's model runs in a process of its
-own where ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given.
+*own* is what the sampler does beside the transformer's forward. ComfyUI's model runs in a process of its own where
+``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given, and is timed by the clock.
 
 Run as ``python -m benchmarks.length``.
 """
