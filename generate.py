@@ -260,6 +260,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--cfg", type=float, default=6.0, help="guidance; 1 switches it off (default: 6, as the model card)"
     )
     how.add_argument(
+        "--cfg-range",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("START", "END"),
+        help="shares of the steps between which --cfg acts; the others take half the time (default: 0 1)",
+    )
+    how.add_argument(
         "--dynamic-cfg",
         action="store_true",
         help="change the guidance along a cosine, as the reference's use_dynamic_cfg",
@@ -669,6 +677,7 @@ def generate(options: argparse.Namespace) -> int:
     from cogvideox.precision.hardware import Hardware
     from cogvideox.requests import plan_steps
     from cogvideox.sampling import sample
+    from cogvideox.skips import skips_text
     from cogvideox.text import encode_prompt
     from cogvideox.vae import encode, image_latents
 
@@ -688,6 +697,10 @@ def generate(options: argparse.Namespace) -> int:
 
     if options.plan:
         _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
+    skips = skips_text(model, options.steps, options.scheduler, denoise)
+    if skips is not None:
+        _say(skips)
+    if options.plan:
         return 0
 
     for handle in (text_encoder, model):
@@ -720,6 +733,8 @@ def generate(options: argparse.Namespace) -> int:
             cfg=options.cfg,
             scheduler=options.scheduler,
             dynamic_cfg=options.dynamic_cfg,
+            cfg_start=options.cfg_range[0],
+            cfg_end=options.cfg_range[1],
             **how,
         )
     with _latents_kept(options, output, latent):
@@ -734,7 +749,7 @@ def _check_settings(options: argparse.Namespace) -> float:
         ValueError: for the first that cannot be run with.
     """
     from cogvideox.geometry import check_side
-    from cogvideox.requests import check_guidance
+    from cogvideox.requests import check_guidance, check_guidance_range
     from cogvideox.schedulers import steps_to_run
 
     denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
@@ -745,6 +760,7 @@ def _check_settings(options: argparse.Namespace) -> float:
         )
     steps_to_run(options.steps, denoise)
     check_guidance(options.cfg)
+    check_guidance_range(*options.cfg_range)
     for side in ("width", "height"):
         if getattr(options, side) is not None:
             check_side(side, getattr(options, side))

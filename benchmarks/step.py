@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox import memory
 from cogvideox.checkpoint.naming import comfy_name
+from cogvideox.choices import AUTO, CACHES, FASTEST, SAGE, SAGE_HUB, SDPA
 from cogvideox.events import Events
 from cogvideox.geometry import latent_frames, padding_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
@@ -93,13 +94,13 @@ def main() -> None:
     shape = (1, 16, latent_frames(frames), height // 8, width // 8)
     with tempfile.TemporaryDirectory() as folder:
         size = FULL if full else SMALL
-        checkpoint = _build(
+        checkpoint = build(
             Path(folder) / "random", size | dict(num_layers=options.layers or size["num_layers"]), device
         )
         _compare(checkpoint, device, shape, options)
 
 
-def _build(folder: Path, size: dict, device: torch.device) -> Path:
+def build(folder: Path, size: dict, device: torch.device) -> Path:
     def enlarge(parts: dict) -> None:
         torch.manual_seed(0)
         # A card draws billions of weights in a second, and a host in minutes.
@@ -125,25 +126,25 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
     sides = [
         Side(
             f"diffusers {first.weights.precision.name}",
-            _theirs(checkpoint, first, device, **inputs),
+            theirs(checkpoint, first, device, **inputs),
             first.weights.precision.dtype,
         )
     ]
     sides += [
-        Side(f"ours, {name}", partial(_ours, model, **inputs), model.weights.precision.dtype)
+        Side(f"ours, {name}", partial(ours, model, **inputs), model.weights.precision.dtype)
         for name, model in _variants(models, device)
     ]
-    halves = partial(_ours, first, batched=False, **inputs)
+    halves = partial(ours, first, batched=False, **inputs)
     sides.insert(2, Side(f"ours, {dtypes[0]}: halves one by one", halves, first.weights.precision.dtype))
     if options.only:
         sides = sides[:2] + [side for side in sides[2:] if re.search(options.only, side.name)]
     print(
-        f"{_machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent "
+        f"{machine(device)}; {config['num_layers']} layers x {config['num_attention_heads']} heads, latent "
         f"{list(shape)}, {steps} steps, guided"
     )
     reference = None
     if device.type == "cpu":
-        reference = _ours(first, on_step=lambda *_: None, **inputs)
+        reference = ours(first, on_step=lambda *_: None, **inputs)
     for side in list(sides):
         try:
             _run(side, device, warm=True, reference=reference)
@@ -162,8 +163,8 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
         for side in sides if turn % 2 else reversed(sides):
             _run(side, device)
             print(f"  {side.name}: {side.seconds[-1]:.3f} s", file=sys.stderr)
-    roofs = {dtype: _matmul_flops(device, dtype) for dtype in {side.dtype for side in sides}}
-    flops, base = _step_flops(config, shape, prompts.shape[2]), statistics.median(sides[0].seconds)
+    roofs = {dtype: matmul_flops(device, dtype) for dtype in {side.dtype for side in sides}}
+    flops, base = step_flops(config, shape, prompts.shape[2]), statistics.median(sides[0].seconds)
     print(f"{'':44}{'s a step':>10}{'ratio':>8}{'own':>8}{'peak':>10}{'error':>10}{'roofline':>10}")
     for side in sides:
         seconds = statistics.median(side.seconds)
@@ -171,28 +172,26 @@ def _compare(checkpoint: Path, device: torch.device, shape: tuple[int, ...], opt
         share = flops / seconds / roofs[side.dtype]
         peak = f"{side.peak / 1e9:.2f} GB" if side.peak else "-"
         print(f"{side.name:44}{seconds:10.3f}{seconds / base:8.2f}{own:>8}{peak:>10}{side.error:10.1e}{share:10.0%}")
-    _comfyui(checkpoint, device, shape, prompts, options, base)
+    name, seconds = comfyui(checkpoint, device, shape, prompts, steps, options.rounds)
+    print(name if seconds is None else f"{name:44}{seconds:10.3f}{seconds / base:8.2f}")
 
 
 def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str, Model]]:
     """Each option alone, and the combinations that make sense."""
     name, plain = next(iter(models.items()))
     found = [(f"{name}: plain", plain)]
-    attentions = [choice for choice in available(device) if choice not in ("auto", "sdpa")]
+    attentions = [choice for choice in available(device) if choice not in (AUTO, SDPA)]
     changes: dict[str, Callable[[Model], Model]] = {
         f"attention {choice}": partial(with_attention, attention=choice) for choice in attentions
     }
-    changes |= {
-        f"cache {method}": partial(with_cache, cache=Cache(method))
-        for method in ("first_block", "taylorseer", "pab", "faster_cache")
-    }
+    changes |= {f"cache {method}": partial(with_cache, cache=Cache(method)) for method in CACHES}
     if missing_compiler(device) is None:
         changes["compile"] = partial(with_compile, compiled=Compiled())
-        exact = [choice for choice in attentions if choice != "sage"]
+        exact = [choice for choice in attentions if choice not in (SAGE, SAGE_HUB, FASTEST)]
         if exact:
             changes[f"compile + {exact[0]}"] = lambda model: with_compile(with_attention(model, exact[0]), Compiled())
-        changes["compile + cache first_block"] = lambda model: with_compile(
-            with_cache(model, Cache("first_block")), Compiled()
+        changes["compile + cache teacache"] = lambda model: with_compile(
+            with_cache(model, Cache("teacache")), Compiled()
         )
     changes |= {
         f"quantize {method}": partial(quantized, method=method)
@@ -204,7 +203,7 @@ def _variants(models: dict[str, Model], device: torch.device) -> list[tuple[str,
     return found + [(f"{other}: plain", model) for other, model in list(models.items())[1:]]
 
 
-def _ours(
+def ours(
     model: Model, on_step: Callable, prompts: torch.Tensor, shape: tuple[int, ...], steps: int, batched: bool = True
 ) -> torch.Tensor:
     own = memory.placements
@@ -231,7 +230,7 @@ class _Steps(Events):
         self._on_step()
 
 
-def _theirs(
+def theirs(
     checkpoint: Path, model: Model, device: torch.device, prompts: torch.Tensor, shape: tuple[int, ...], steps: int
 ) -> Callable:
     """diffusers' unmodified pipeline from the same noise, in our layout."""
@@ -283,7 +282,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
                 torch.cuda.reset_peak_memory_stats(device)
         ends.append(time.perf_counter())
 
-    with _forwards_timed(inside, device):
+    with forwards_timed(inside, device):
         latents = side.run(on_step=on_step)
     if not warm:
         taken = ends[-1] - ends[0]
@@ -304,7 +303,7 @@ def _run(side: Side, device: torch.device, warm: bool = False, reference: torch.
 
 
 @contextmanager
-def _forwards_timed(inside: list, device: torch.device):
+def forwards_timed(inside: list, device: torch.device):
     """Note when each forward of a transformer began and ended."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -325,7 +324,7 @@ def _forwards_timed(inside: list, device: torch.device):
         CogVideoXTransformer3DModel.forward = own
 
 
-def _step_flops(config, shape: tuple[int, ...], text: int) -> float:
+def step_flops(config, shape: tuple[int, ...], text: int) -> float:
     """Matrix products and attention of one guided step: 12 C^2 weights a layer and token, and 4 N^2 C of attention a
     layer."""
     channels = config["num_attention_heads"] * config["attention_head_dim"]
@@ -334,7 +333,7 @@ def _step_flops(config, shape: tuple[int, ...], text: int) -> float:
     return 2 * config["num_layers"] * (24 * channels**2 * tokens + 4 * tokens**2 * channels)
 
 
-def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of one large product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -348,17 +347,13 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(taken[2:])
 
 
-def _comfyui(
-    checkpoint: Path,
-    device: torch.device,
-    shape: tuple[int, ...],
-    prompts: torch.Tensor,
-    options: argparse.Namespace,
-    base: float,
-) -> None:
+def comfyui(
+    checkpoint: Path, device: torch.device, shape: tuple[int, ...], prompts: torch.Tensor, steps: int, rounds: int
+) -> tuple[str, float | None]:
+    """Time ComfyUI's own model, in a process of its own: what to call it, or why there is no time, and the seconds of a
+    step."""
     if "COMFYUI_PATH" not in os.environ:
-        print("ComfyUI's own model: not measured (COMFYUI_PATH names no checkout)")
-        return
+        return "ComfyUI's own model: not measured (COMFYUI_PATH names no checkout)", None
     state = {}
     for file in sorted((checkpoint / "transformer").glob("*.safetensors")):
         state |= load_file(file)
@@ -366,8 +361,8 @@ def _comfyui(
     given = {
         "prompts": prompts,
         "shape": torch.tensor(shape),
-        "steps": torch.tensor(options.steps),
-        "rounds": torch.tensor(options.rounds),
+        "steps": torch.tensor(steps),
+        "rounds": torch.tensor(rounds),
     }
     save_file(given, checkpoint / "inputs.safetensors")
     command = [
@@ -380,14 +375,12 @@ def _comfyui(
     )
     done = subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True)
     if done.returncode:
-        print(f"ComfyUI's own model: did not run: {done.stderr.strip().splitlines()[-1]}")
-        return
+        return f"ComfyUI's own model: did not run: {done.stderr.strip().splitlines()[-1]}", None
     version, taken = json.loads(done.stdout.splitlines()[-1])
-    seconds = statistics.median(taken)
-    print(f"{f'ComfyUI core, torch {version}':44}{seconds:10.3f}{seconds / base:8.2f}")
+    return f"ComfyUI core, torch {version}", statistics.median(taken)
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = next(

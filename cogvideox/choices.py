@@ -40,9 +40,11 @@ DDIM, DPM = "ddim", "dpm"
 SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
-#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses. All but sage, which computes in 8
-#: bits, differ by rounding only.
+#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses, or a run times them. All but sage,
+#: which computes in 8 bits, differ by rounding only. Those of the hub are code that is downloaded when first used.
 SDPA, CUDNN, FLASH, FLASH3, XFORMERS, SAGE = "sdpa", "cudnn", "flash", "flash3", "xformers", "sage"
+FLASH_HUB, FLASH3_HUB, SAGE_HUB = "flash_hub", "flash3_hub", "sage_hub"
+FASTEST = "fastest"
 BACKENDS = {
     AUTO: None,
     SDPA: "native",
@@ -51,10 +53,15 @@ BACKENDS = {
     FLASH3: "_flash_3",
     XFORMERS: "xformers",
     SAGE: "sage",
+    FLASH_HUB: "flash_hub",
+    FLASH3_HUB: "_flash_3_hub",
+    SAGE_HUB: "sage_hub",
+    FASTEST: None,
 }
 #: Methods that reuse what changes little from step to step.
-FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE = "first_block", "taylorseer", "pab", "faster_cache"
-CACHES = (FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE)
+TEACACHE, FIRST_BLOCK, TAYLORSEER = "teacache", "first_block", "taylorseer"
+PAB, FASTER_CACHE = "pab", "faster_cache"
+CACHES = (TEACACHE, FIRST_BLOCK, TAYLORSEER, PAB, FASTER_CACHE)
 #: How the transformer's blocks are compiled, in torch's names: within a minute or so, or after trying more kernels.
 COMPILE_DEFAULT, COMPILE_TUNED = "default", "max-autotune-no-cudagraphs"
 COMPILE_MODES = (COMPILE_DEFAULT, COMPILE_TUNED)

@@ -34,8 +34,8 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
         if compiled and cache in _INSIDE_BLOCKS:
             raise ValueError(
                 f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, "
-                "which then cannot be compiled as a whole. Choose first_block or taylorseer, or take CogVideoX-1.5 "
-                "Compile away."
+                "which then cannot be compiled as a whole. Choose teacache, first_block or taylorseer, or take "
+                "CogVideoX-1.5 Compile away."
             )
         if layers and cache != TAYLORSEER and not is_at_least("diffusers", "0.37"):
             raise ValueError(

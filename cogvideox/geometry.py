@@ -1,6 +1,6 @@
 """Turn pixels and frames into latents: sizes, the frame padding of CogVideoX-1.5, and the rotary grid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -145,6 +145,13 @@ def padding_frames(latent_frame_count: int, config: Mapping) -> int:
     divides their number."""
     patch = config.get("patch_size_t") or 1
     return -latent_frame_count % patch
+
+
+def video_tokens(config: Mapping, shape: Sequence[int]) -> int:
+    """Return the tokens that the transformer makes of a latent ``[B, 16, T, H/8, W/8]``, its padding included."""
+    _, _, length, height, width = shape
+    frames = (length + padding_frames(length, config)) // (config["patch_size_t"] or 1)
+    return frames * (height // config["patch_size"]) * (width // config["patch_size"])
 
 
 def rotary_embedding(

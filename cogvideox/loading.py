@@ -111,6 +111,19 @@ def load_module(
     return module.to(device).requires_grad_(False).eval()
 
 
+def read_wide(part: Part, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Read a few tensors of ``part`` to the host, in fp32, whatever they are stored in."""
+    found = {}
+    for name in names:
+        stored = part.tensors[name]
+        data = read_tensor(stored)
+        if stored.is_packed:
+            scale = read_tensor(part.scales[name]) if name in part.scales else None
+            data = PackedWeight(data, scale, stored.quantization).scaled(torch.float32)
+        found[name] = data.float().reshape(stored.shape)
+    return found
+
+
 def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Mapping[int, list[str]]]:
     """The module of ``part`` without memory for its weights, which are known to be the ones on disk.
 

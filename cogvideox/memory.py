@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .choices import MODES
 from .dtypes import Precision
 from .events import Events
-from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding
+from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding, video_tokens
 from .modules import internals
 from .modules.joint import join
 from .modules.quantize import Method, quantize_empty
@@ -171,8 +171,7 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
     """
     config = full_config(model.weights.config)
     batch, _, length, height, width = shape
-    patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
-    tokens = (length + padding_frames(length, config)) // patch_t * (height // patch) * (width // patch)
+    tokens = video_tokens(config, shape)
     head, itemsize = config["attention_head_dim"], model.weights.precision.activations.itemsize
     # Two tables in fp32; queries, keys, values, what they attend to, and the stream before and after.
     blocks = 6 * batch * head * config["num_attention_heads"] * itemsize if model.weights.device.type == "cpu" else 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from .choices import check_share
 from .finite import check_finite
 from .geometry import check_latent, pixel_frames
 from .handles import Model
@@ -111,6 +112,36 @@ def check_guidance(cfg: float, negative: torch.Tensor | str | None = "") -> None
         raise ValueError(
             f"cfg is {cfg}, which needs a negative prompt to guide away from, and none is connected. Connect one or "
             "set cfg to 1."
+        )
+
+
+def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
+    """Return which of a run's steps are guided: none at ``cfg`` 1.
+
+    Args:
+        start, end: shares of the steps, between which they are.
+
+    Raises:
+        ValueError: for what is no share, and for a start that is not below the end.
+    """
+    check_guidance_range(start, end)
+    # A share of the steps that is a whole number of them must not miss it by a rounding error.
+    found = range(math.ceil(start * steps - 1e-9), math.ceil(end * steps - 1e-9))
+    return found if cfg > 1.0 and found else range(0)
+
+
+def check_guidance_range(start: float, end: float) -> None:
+    """Refuse a part of the steps in which nothing would be guided.
+
+    Raises:
+        ValueError: for what is no share, and for a start that is not below the end.
+    """
+    for name, share in (("cfg_start", start), ("cfg_end", end)):
+        check_share(name, share, "Set cfg_start to 0 and cfg_end to 1 to guide every step.")
+    if start >= end:
+        raise ValueError(
+            f"cfg_start is {start} and cfg_end {end}, so no step would be guided. Set cfg_start below cfg_end, or cfg "
+            "to 1, which switches guidance off."
         )
 
 

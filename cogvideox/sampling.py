@@ -24,22 +24,29 @@ from torch import nn
 from .dtypes import Precision
 from .events import Events
 from .finite import check_finite
-from .geometry import check_latent, padding_frames, rotary_embedding
+from .geometry import check_latent, padding_frames, rotary_embedding, video_tokens
 from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_placements
+from .modules.fastest import Shape
 from .modules.speedups import Speedups
-from .requests import check_embeddings, check_guidance, check_noise, fit_mask, outside_training, plan_steps
+from .requests import (
+    check_embeddings,
+    check_guidance,
+    check_noise,
+    fit_mask,
+    guided_steps,
+    outside_training,
+    plan_steps,
+)
 from .schedulers import advance
 from .sentinel import OutOfMemory, Sentinel
+from .skips import plan_skips
 from .tensors import check_tensor
-from .variants import full_config
+from .variants import OFS, full_config
 from .weights import Placement
 
 logger = logging.getLogger(__name__)
-
-#: ``ofs`` of the reference's image-to-video pipeline.
-_OFS = 2.0
 
 
 def sample(
@@ -58,6 +65,8 @@ def sample(
     denoise: float = 1.0,
     dynamic_cfg: bool = False,
     on_nan: str = "heal",
+    cfg_start: float = 0.0,
+    cfg_end: float = 1.0,
     events: Events | None = None,
 ) -> torch.Tensor:
     """Denoise a batch of video latents.
@@ -82,6 +91,8 @@ def sample(
         dynamic_cfg: the reference's cosine schedule of the guidance.
         on_nan: what to do at a step whose latents are not finite: ``heal`` repeats it in the next safer precision and
             goes on, ``stop`` raises.
+        cfg_start, cfg_end: shares of the steps that run, between which the run is guided. Outside them a step follows
+            the positive prompt alone, at half the cost, as with ``cfg`` 1.
         events: told of the loading, of each step, of steps that were healed, and of what the model was not trained for,
             does not fit on the card, or is made faster with.
 
@@ -114,6 +125,7 @@ def sample(
         model, latents, image_latents, steps=steps, scheduler=scheduler, denoise=denoise
     )
     check_guidance(cfg, negative)
+    guided = guided_steps(cfg, cfg_start, cfg_end, len(timesteps))
     if noise is not None:
         check_noise(noise, latents)
     if noise_mask is not None:
@@ -124,7 +136,6 @@ def sample(
         if empty or (noise_mask == 1).all().item():
             noise_mask = None
     config = full_config(model.weights.config)
-    guided = cfg > 1.0
     prompts = [check_embeddings(positive, "positive", config, latents.shape[0])]
     if guided and negative is not None:
         prompts.insert(0, check_embeddings(negative, "negative", config, latents.shape[0]))
@@ -132,14 +143,25 @@ def sample(
         events.note(note)
 
     joinable = len({prompt.shape[1] for prompt in prompts}) == 1
-    placements = choose_placements(model, latents, guided, joinable, positive.shape[1], events)
+    placements = choose_placements(model, latents, bool(guided), joinable, positive.shape[1], events)
     device = model.weights.device
-    speedups = Speedups(model.attention, model.cache, model.compiled, device, timesteps.tolist(), events.note)
+    # What was kept of a guided step is of no use to one that is not.
+    turns = {step for step in (guided.start, guided.stop) if guided}
+    skips = plan_skips(model, timesteps.tolist(), turns)
+    heads = Shape(
+        latents.shape[0],
+        positive.shape[1] + video_tokens(config, latents.shape),
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+    )
+    speedups = Speedups(
+        model.attention, model.cache, model.compiled, device, timesteps.tolist(), heads, events.note, skips
+    )
 
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
-        batched = guided and placement is not None and placement.batched
-        with applied(model.loras, module, precision, device), speedups.attached(module, batched):
+        batched = bool(guided) and placement is not None and placement.batched
+        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision):
             yield
 
     with (
@@ -168,9 +190,10 @@ def sample(
             timesteps,
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
             image=image,
-            ofs=_OFS if config["ofs_embed_dim"] is not None else None,
+            ofs=OFS if config["ofs_embed_dim"] is not None else None,
             rotary=rotary_embedding(config, noisy.shape[1], noisy.shape[3], noisy.shape[4], device),
             cfg=cfg,
+            guided=guided,
             dynamic_cfg=dynamic_cfg,
             generator=generator,
             speedups=speedups,
@@ -224,14 +247,17 @@ class Prompts:
 
     def __init__(self, embeddings: Sequence[torch.Tensor]):
         self._embeddings = embeddings
-        self._kept: dict[tuple[bool, torch.dtype], list[torch.Tensor]] = {}
+        self._kept: dict[tuple[bool, bool, torch.dtype], list[torch.Tensor]] = {}
 
-    def of(self, batched: bool, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return what the transformer reads, one call each: all in one batch, or one after the other."""
-        if (batched, dtype) not in self._kept:
-            together = [torch.cat(list(self._embeddings))] if batched else self._embeddings
-            self._kept[batched, dtype] = [prompt.to(dtype) for prompt in together]
-        return self._kept[batched, dtype]
+    def of(self, guided: bool, batched: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return what the transformer reads, one call each: all in one batch, or one after the other; where a step is
+        not guided, the positive prompt alone."""
+        key = guided, batched, dtype
+        if key not in self._kept:
+            read = self._embeddings if guided else self._embeddings[-1:]
+            together = [torch.cat(list(read))] if batched else read
+            self._kept[key] = [prompt.to(dtype) for prompt in together]
+        return self._kept[key]
 
 
 @dataclass(frozen=True)
@@ -274,6 +300,7 @@ class Run:
         ofs: what 1.5's image-to-video models are told besides the timestep.
         rotary: cosines and sines of the positions.
         generator: source of the noise that the DPM scheduler adds.
+        guided: the steps that are guided.
         padding: latent frames in front that are not the video's.
         kept: what a noise mask keeps.
     """
@@ -286,6 +313,7 @@ class Run:
     ofs: float | None
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     cfg: float
+    guided: range
     dynamic_cfg: bool
     generator: torch.Generator
     speedups: Speedups
@@ -324,14 +352,15 @@ class Run:
         """Return the next latents and the predicted clean ones. It may be called again, otherwise, for one step."""
         # A step that is done again draws the same noise again.
         self.generator.set_state(drawn)
-        self.speedups.begin(index)
+        guided = index in self.guided
+        self.speedups.begin(index, guided)
         current, timestep = latents.to(precision.activations), self.timesteps[index]
         if self.kept is not None:
             current = self.kept.enter(current, timestep)
         placement = self.sentinel.placement
-        prompts = self.prompts.of(placement is not None and placement.batched, precision.activations)
+        prompts = self.prompts.of(guided, placement is not None and placement.batched, precision.activations)
         prediction = torch.cat([self._predict(index, current, prompt, transformer) for prompt in prompts])
-        if self.cfg > 1.0:
+        if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
         if self.kept is not None:

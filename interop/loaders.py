@@ -7,8 +7,10 @@ decided for what works, and said. One file, as every link of that chain depends 
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
-from cogvideox.choices import COMPILE_MODES
+from cogvideox.choices import COMPILE_MODES, FASTER_CACHE, FIRST_BLOCK, PAB, TEACACHE
+from cogvideox.variants import TEACACHE_SECONDS
 from cogvideox.words import short
 
 from . import tables
@@ -295,7 +297,7 @@ class Loaders(Conversion):
         # Where the blocks are compiled, the one whose own method goes with that.
         return sorted(
             self._caches(sampler),
-            key=lambda found: found[1]["method"] == "first_block" and found[0].kind != "CogVideoXTeaCache",
+            key=lambda found: found[1]["method"] == FIRST_BLOCK and found[0].kind != "CogVideoXTeaCache",
         )
 
     def _caches(self, sampler: Node) -> Iterator[tuple[Node, dict]]:
@@ -311,7 +313,7 @@ class Loaders(Conversion):
                 yield (
                     faster,
                     {
-                        "method": "first_block" if compiled else "faster_cache",
+                        "method": FIRST_BLOCK if compiled else FASTER_CACHE,
                         "strength": 0.6,
                         "start": round(start, 3),
                         "end": 1.0,
@@ -324,10 +326,11 @@ class Loaders(Conversion):
                 yield (
                     tea,
                     {
-                        "method": "first_block",
-                        "strength": min(0.8, max(0.05, round(2 * threshold, 2))),
-                        "start": 0.1,
-                        "end": 0.95,
+                        "method": TEACACHE,
+                        "strength": tea_strength(threshold),
+                        # It acted in the whole run.
+                        "start": 0.0,
+                        "end": 1.0,
                     },
                 )
         pab = self._given(loader, "pab_config") if loader is not None else None
@@ -350,7 +353,7 @@ class Loaders(Conversion):
                 for side, usual in (("start", 850), ("end", 100))
             )
             if every > 1 and start < end:
-                method = "first_block" if compiled else "pab"
+                method = FIRST_BLOCK if compiled else PAB
                 yield pab, {"method": method, "strength": round(1 - 1 / min(every, 10), 3), "start": start, "end": end}
 
     def _given(self, node: Node, name: str) -> Node | None:
@@ -369,8 +372,9 @@ class Loaders(Conversion):
         text = f"{name} became the node CogVideoX-1.5 Cache with {method}, strength {values['strength']}"
         if name == "TeaCache":
             text += (
-                ", the nearest that is here yet: both skip whole steps where little changes. rel_l1_thresh is another "
-                "measure; higher is faster"
+                ": about the share of the steps that rel_l1_thresh skips by what its authors publish for 1.5. Here the "
+                "first step and the last always run, and 1.5 has its own polynomial, where that of CogVideoX-5b was "
+                "used; the node says which threshold a strength is"
             )
         elif compiled:
             text += f", as the cache {'faster_cache' if name == 'FasterCache' else 'pab'} does not go with compiling"
@@ -461,3 +465,11 @@ class Loaders(Conversion):
                 f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.",
             )
         return Wire(old.id, 2)
+
+
+def tea_strength(threshold: float) -> float:
+    """Return the share of the steps that TeaCache skips at a threshold, as its published times for 1.5 have it: linear
+    between them, on as between the last two, and 0.8 at most."""
+    points = [(known, 1 - seconds / TEACACHE_SECONDS[0]) for known, seconds in sorted(TEACACHE_SECONDS.items())]
+    (low, share), (high, more) = next((pair for pair in pairwise(points) if threshold <= pair[1][0]), points[-2:])
+    return min(0.8, max(0.05, round(share + (threshold - low) / (high - low) * (more - share), 2)))

@@ -12,8 +12,8 @@ class Attention(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Attention"
     DESCRIPTION = (
         "Chooses the kernel that computes the attention, which takes two thirds of a step. Only what will run here is "
-        "listed. All but sage give the same picture up to rounding. Another branch of the graph can use another; "
-        "taking the node away restores the model exactly."
+        "listed. All but those named sage give the same picture up to rounding. Another branch of the graph can use "
+        "another; taking the node away restores the model exactly."
     )
     SEARCH_ALIASES = ["cogvideo attention", "sage attention", "flash attention", "sdpa", "cudnn", "xformers", "speed"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
@@ -31,9 +31,11 @@ class Attention(Node):
                     list(available(host.device())),
                     {
                         "tooltip": (
-                            "auto, sdpa: PyTorch's own choice. cudnn: often the fastest exact one on H100 and newer. "
-                            "flash, flash3, xformers: exact, from their packages. sage: 8 bits, faster, changes the "
-                            "picture a little; auto never takes it."
+                            "auto, sdpa: PyTorch's own choice. fastest: times the exact kernels at the run's own size "
+                            "before the first step and takes the best. cudnn: often the fastest exact one on H100 and "
+                            "newer. flash, flash3, xformers: exact, from their packages. sage: 8 bits, faster, changes "
+                            "the picture a little; auto and fastest never take it. Those that end in _hub are "
+                            "downloaded from the Hugging Face hub, as code, when they are first used."
                         )
                     },
                 ),

@@ -2,7 +2,7 @@
 
 import logging
 
-from ..cogvideox.choices import CACHES, FIRST_BLOCK, check_choice
+from ..cogvideox.choices import CACHES, TEACACHE, check_choice
 from . import host
 from .base import Node
 from .queued import UNKNOWN
@@ -17,8 +17,8 @@ class Cache(Node):
     DESCRIPTION = (
         "Makes sampling faster by not computing again what changes little from one step to the next. The video is "
         "another than without, the more so the higher strength is. The sampler says how many block evaluations were "
-        "skipped, counted. Works with LoRAs and every dtype; cleared between runs, and taking the node away restores "
-        "the model exactly."
+        "skipped; for teacache this node says it before, with the threshold of its authors. Works with LoRAs and every "
+        "dtype; cleared between runs, and taking the node away restores the model exactly."
     )
     SEARCH_ALIASES = [
         "cogvideo cache",
@@ -52,12 +52,14 @@ class Cache(Node):
                 "method": (
                     list(CACHES),
                     {
-                        "default": FIRST_BLOCK,
+                        "default": TEACACHE,
                         "tooltip": (
-                            "first_block: runs the first block, and where it changed least reuses what the others "
-                            "did. taylorseer: extrapolates whole steps from earlier ones. pab: reuses each block's "
-                            "attention. faster_cache: extrapolates each block's attention, and the negative prompt's "
-                            "half from the other. The last two take much memory: every block's attention."
+                            "teacache: skips all blocks at the steps whose timestep embedding says that little "
+                            "changes, chosen before the run. first_block: runs the first block, and where it changed "
+                            "least reuses what the others did. taylorseer: extrapolates whole steps from earlier ones. "
+                            "pab: reuses each block's attention. faster_cache: extrapolates each block's attention, "
+                            "and the negative prompt's half from the other. The last two take much memory: every "
+                            "block's attention."
                         ),
                     },
                 ),
@@ -113,10 +115,12 @@ class Cache(Node):
         from ..cogvideox.handles import with_cache
         from ..cogvideox.memory import memory_text
         from ..cogvideox.modules.cache import Cache
+        from ..cogvideox.skips import skips_text
 
         cache = Cache(method, strength, start, end)
         changed = with_cache(model, cache)
-        report = f"{cache.text}\n{memory_text(changed)}"
+        skips = skips_text(changed)
+        report = "\n".join([cache.text, *([f"At 50 steps: {skips}"] if skips else []), memory_text(changed)])
         logger.info("%s", report)
         host.show(report)
         return (changed,)

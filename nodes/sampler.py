@@ -12,6 +12,8 @@ from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
+_SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001, "advanced": True}
+
 
 class Sampler(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Sampler"
@@ -132,13 +134,36 @@ class Sampler(Node):
                         )
                     },
                 ),
+                "cfg_start": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **_SHARE,
+                        "tooltip": (
+                            "The share of the steps after which cfg acts. Steps before it follow the positive prompt "
+                            "alone and take half the time."
+                        ),
+                    },
+                ),
+                "cfg_end": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **_SHARE,
+                        "tooltip": (
+                            "The share of the steps after which cfg no longer acts, which halves their time: 0.8 saves "
+                            "a tenth of the run. The model card guides every step; what this does to the video is "
+                            "not published for CogVideoX."
+                        ),
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def checks(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None):
-        from ..cogvideox.requests import check_guidance
+    def checks(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, cfg_start=None, cfg_end=None):
+        from ..cogvideox.requests import check_guidance, check_guidance_range
         from ..cogvideox.schedulers import steps_to_run
 
         some = None if steps is None or steps < 1 else steps
@@ -146,6 +171,7 @@ class Sampler(Node):
             ("steps", steps_to_run, steps, 1.0),
             ("denoise", steps_to_run, some, denoise),
             ("cfg", check_guidance, cfg),
+            ("cfg_end", check_guidance_range, cfg_start, cfg_end),
             ("scheduler", check_choice, "scheduler", scheduler, SCHEDULERS),
             ("on_nan", check_choice, "on_nan", on_nan, ON_NAN),
         ]
@@ -181,6 +207,8 @@ class Sampler(Node):
         dynamic_cfg=False,
         on_nan="heal",
         noise=None,
+        cfg_start=0.0,
+        cfg_end=1.0,
         unique_id=None,
     ):
         from ..cogvideox.memory import WANTED_BYTES
@@ -203,6 +231,8 @@ class Sampler(Node):
                 denoise=denoise,
                 dynamic_cfg=dynamic_cfg,
                 on_nan=on_nan,
+                cfg_start=cfg_start,
+                cfg_end=cfg_end,
                 events=host.NodeEvents(model.variant.fps),
             )
         return ({"samples": samples},)

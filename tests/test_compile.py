@@ -10,9 +10,14 @@ from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
 from cogvideox import weights as weights_module
-from cogvideox.handles import open_handles, with_cache, with_compile, with_lora
+from cogvideox.choices import BACKENDS
+from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
+from cogvideox.modules import attention as attention_module
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled, missing_compiler
+from cogvideox.modules.fastest import Fastest
+from cogvideox.modules.packed import DynamicWeight, quantize_rows
+from cogvideox.precision.hardware import NATIVE, Hardware
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
@@ -22,6 +27,8 @@ from tests.tiny_checkpoint import LAYERS
 from tests.told import Told
 
 SHAPE = (1, 16, 4, 4, 6)
+#: A device with every kind of product: torch has them all on a CPU.
+EVERYTHING = Hardware(CPU.device, "CPU", int8=NATIVE, fp8=NATIVE)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +140,7 @@ class TestTogether:
         assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
         assert graphs, said
 
-    @pytest.mark.parametrize("method", ["first_block", "taylorseer"])
+    @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
         cached = with_cache(model, Cache(method, 0.5, 0.2, 1.0))
         said = []
@@ -141,6 +148,52 @@ class TestTogether:
         assert graphs
         assert " skipped " in said[-1]
         assert "skipped 0" not in said[-1]
+
+    @pytest.mark.parametrize("method", ["int8_dynamic", "fp8_dynamic"])
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    def test_dynamic_quantization_is_captured_whole_and_the_same_up_to_rounding(
+        self, deep, prompts, graphs, method, dtype
+    ):
+        """fp16 is range-safe here. Scales and casts are in the graph of the block, for the compiler to fuse."""
+        model, said = quantized(open_handles(deep, dtype, EVERYTHING).model, method), []
+        plain = run(model, prompts)
+        ours = run(model, prompts, Compiled(), said)
+        assert (ours - plain).norm() <= (0.05 if dtype == "bf16" else 1e-5) * plain.norm(), said
+        assert not any("failed" in text for text in said)
+        (graph,) = graphs
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert sum("linalg_vector_norm" in target for target in targets) >= 6
+        if method == "fp8_dynamic":
+            assert sum("_scaled_mm" in target for target in targets) == 6
+
+    @pytest.mark.parametrize("method", ["int8_dynamic", "fp8_dynamic"])
+    def test_a_real_compiler_takes_it_too(self, method):
+        dtype = torch.int8 if method == "int8_dynamic" else torch.float8_e4m3fn
+        if missing_compiler(CPU.device) is not None:
+            pytest.skip("no compiler")
+        weight, bias = DynamicWeight(*quantize_rows(torch.randn(64, 32), dtype)), torch.randn(64).bfloat16()
+        x = torch.randn(1, 40, 32).bfloat16()
+        ours = torch.compile(weight.__call__, fullgraph=True)(x, bias)
+        plain = weight(x, bias)
+        assert ours.dtype == plain.dtype == torch.bfloat16
+        assert (ours.float() - plain.float()).norm() < 0.01 * plain.float().norm()
+
+    @pytest.mark.parametrize("attention", ["sdpa", "fastest", "cudnn", "flash", "flash3", "xformers", "flash_hub"])
+    def test_every_exact_attention(self, model, prompts, graphs, monkeypatch, attention):
+        """PyTorch's plain kernel stands for those that a card would have."""
+        monkeypatch.setattr(attention_module, "_missing", lambda choice, device: None)
+        monkeypatch.setattr(attention_module, "_FP32", tuple(BACKENDS))
+        monkeypatch.setattr(attention_module, "_EXACT", ("sdpa",))
+        monkeypatch.setattr(attention_module, "_fetched", {"flash_hub"})
+        if attention not in ("sdpa", "fastest"):
+            monkeypatch.setitem(BACKENDS, attention, "_native_math")
+        chosen, said = with_attention(model, attention), []
+        plain = run(chosen, prompts)
+        monkeypatch.setattr(attention_module, "find_fastest", lambda *_: Fastest("sdpa", "timed"))
+        ours = run(chosen, prompts, Compiled(), said)
+        assert (ours - plain).norm() <= 1e-5 * plain.norm()
+        assert graphs, said
+        assert not any("failed" in text for text in said)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):

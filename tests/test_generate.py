@@ -373,7 +373,7 @@ class TestImagesVideosAndLoras:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            (("--cache", "teacache"), "'teacache' is not one of first_block"),
+            (("--cache", "magcache"), "'magcache' is not one of teacache"),
             (("--cache", "pab:much"), "the strength 'much' is not a number"),
             (("--cache-range", "0", "1"), "--cache-range goes with --cache"),
             (("--compile", "fastest"), "invalid choice: 'fastest'"),
@@ -645,6 +645,8 @@ class TestTheCommandLine:
             (("--device", "foo"), "torch does not know"),
             (("--cfg", "0"), "cfg is 0.0"),
             (("--cfg", "nan"), "cfg is nan"),
+            (("--cfg-range", "0.5", "0.5"), "no step would be guided"),
+            (("--cfg-range", "0", "1.5"), "cfg_end is 1.5"),
             (("--steps", "1001"), "steps is 1001"),
             (("--width", "999984", "--height", "999984"), "of memory, and this computer has"),
             (("--frames", "18"), "Set it to 17 or 33"),

@@ -141,7 +141,7 @@ def test_prompts_seed_and_settings_are_carried_over(migrate, use):
     assert prompts == {"A panda plays the guitar.", "blurry"}
     assert node_of(page, "CogVideoX15Sampler")["widgets_values"] == [
         *(987654321987654321, "increment", 31, 4.5, "dpm"),
-        *(0.8 if use == "video to video" else 1.0, False, "heal"),
+        *(0.8 if use == "video to video" else 1.0, False, "heal", 0.0, 1.0),
     ]
     loader = values_of(page, "CogVideoX15ModelLoader")
     assert (loader["dtype"], loader["on_mismatch"], loader["memory"]) == ("bf16", "fix", "auto")
@@ -629,11 +629,11 @@ def test_what_makes_it_faster_stands_behind_the_loader_in_its_order(migrate, pac
             ("LoraLoader", ["style.safetensors", 1.0]),
             ("Quantize", ["int8_dynamic"]),
             ("Attention", ["sage"]),
-            ("Cache", ["first_block", 0.6, 0.1, 0.95]),
+            ("Cache", ["teacache", 0.56, 0.0, 1.0]),
             ("Compile", ["max-autotune-no-cudagraphs", True]),
         ]
         assert not said(report, "is not here")
-        assert said(report, "TeaCache", "first_block", "nearest")
+        assert said(report, "TeaCache", "teacache, strength 0.56", "which threshold a strength is")
     # Those that were nodes there are in their places.
     assert node_of(page, "CogVideoX15Cache")["id"] == w.names["CogVideoXTeaCache"]
     assert node_of(page, "CogVideoX15Compile")["id"] == w.names["CogVideoXTorchCompileSettings"]
@@ -698,7 +698,10 @@ def test_fastercache_begins_where_it_began(migrate, pack):
     assert said(report, "CogVideoXFasterCache", "nothing that is switched on ran with it")
 
 
-@pytest.mark.parametrize(("threshold", "strength"), [(0.1, 0.2), (0.3, 0.6), (5, 0.8), (0.0, None)])
+@pytest.mark.parametrize(
+    ("threshold", "strength"),
+    [(0.01, 0.05), (0.1, 0.31), (0.15, 0.37), (0.2, 0.44), (0.3, 0.56), (0.4, 0.68), (5, 0.8), (0.0, None)],
+)
 def test_a_higher_threshold_of_teacache_skips_more(migrate, threshold, strength):
     page, _ = migrate(fast(("CogVideoXTeaCache", {"rel_l1_thresh": threshold})))
     assert [values[1] for _, values in chain_of(page)] == ([strength] if strength else [])
@@ -714,7 +717,7 @@ def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
     chain = chain_of(page)
-    assert chain == [("Cache", ["first_block", 0.6, 0.1, 0.95]), ("Compile", ["default", False])]
+    assert chain == [("Cache", ["teacache", 0.56, 0.0, 1.0]), ("Compile", ["default", False])]
     memory = values_of(page, "CogVideoX15ModelLoader")["memory"]
     assert memory == "offload_blocks"
     check_combination([chain[0][1][0]], [], True, memory == "offload_layers")
@@ -775,6 +778,7 @@ def test_workflows_of_the_pack_as_it_was_migrate_in_every_form(migrate, pack, us
                 "scheduler": "dpm",
             },
             **{"denoise": 0.8 if use == "video" else 1.0, "dynamic_cfg": False, "on_nan": "heal"},
+            **{"cfg_start": 0.0, "cfg_end": 1.0},
         }
         if use != "video":
             node = node_of(page, "CogVideoX15EmptyLatent" if use == "text" else "CogVideoX15ImageToVideo")

@@ -60,6 +60,8 @@ CONTRACT = {
             "dynamic_cfg": "BOOLEAN",
             "on_nan": "COMBO",
             "noise": "LATENT",
+            "cfg_start": "FLOAT",
+            "cfg_end": "FLOAT",
         },
         {"latent": "LATENT"},
     ),
@@ -131,14 +133,15 @@ CONTRACT["CogVideoX15Quantize"] = (
     {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "report": "STRING"},
 )
 DEFAULTS = {
-    "CogVideoX15Cache": {"method": "first_block", "strength": 0.6, "start": 0.1, "end": 0.95},
+    "CogVideoX15Cache": {"method": "teacache", "strength": 0.6, "start": 0.1, "end": 0.95},
     "CogVideoX15Compile": {"mode": "default", "dynamic": False},
     "CogVideoX15Downloader": {"download": False},
     "CogVideoX15ModelLoader": {"dtype": "auto", "on_mismatch": "fix", "scan_weights": False},
     "CogVideoX15ImageToVideo": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
     "CogVideoX15LoraLoader": {"strength": 1.0},
     "CogVideoX15EmptyLatent": {"width": 1360, "height": 768, "length": 81, "batch_size": 1},
-    "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"},
+    "CogVideoX15Sampler": {"steps": 50, "cfg": 6.0, "denoise": 1.0, "dynamic_cfg": False, "on_nan": "heal"}
+    | {"cfg_start": 0.0, "cfg_end": 1.0},
     "CogVideoX15BlackFrameCheck": {
         "pixel_black_threshold": 0.10,
         "picture_black_ratio": 0.98,
@@ -146,7 +149,7 @@ DEFAULTS = {
     },
 }
 COMBOS = {
-    ("CogVideoX15Cache", "method"): ["first_block", "taylorseer", "pab", "faster_cache"],
+    ("CogVideoX15Cache", "method"): ["teacache", "first_block", "taylorseer", "pab", "faster_cache"],
     ("CogVideoX15Compile", "mode"): ["default", "max-autotune-no-cudagraphs"],
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
@@ -693,6 +696,8 @@ def test_bad_widgets_are_refused_with_the_engines_sentences_and_linked_ones_left
     assert sampler.VALIDATE_INPUTS(steps=50, cfg=6.0, scheduler="ddim", denoise=1.0, on_nan="heal") is True
     assert "leaves no step" in sampler.VALIDATE_INPUTS(steps=5, denoise=0.1)
     assert "guidance begins at 1" in sampler.VALIDATE_INPUTS(cfg=0.5)
+    assert "no step would be guided" in sampler.VALIDATE_INPUTS(cfg_start=0.8, cfg_end=0.8)
+    assert sampler.VALIDATE_INPUTS(cfg_start=0.2, cfg_end=0.8) is True
     assert "Choose one of ddim, dpm" in sampler.VALIDATE_INPUTS(scheduler="euler")
     assert "between 0 and 1" in nodes["CogVideoX15BlackFrameCheck"].VALIDATE_INPUTS(video_black_ratio=1.5)
     assert "No LoRA is chosen" in nodes["CogVideoX15LoraLoader"].VALIDATE_INPUTS(lora_name="")

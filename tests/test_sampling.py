@@ -11,9 +11,11 @@ from einops import rearrange
 
 from cogvideox import sampling as sampling_module
 from cogvideox import weights as weights_module
+from cogvideox.choices import CACHES
 from cogvideox.dtypes import FP32
 from cogvideox.geometry import empty_latent, padding_frames
-from cogvideox.handles import open_handles
+from cogvideox.handles import open_handles, with_cache
+from cogvideox.modules.cache import Cache
 from cogvideox.sampling import sample
 from cogvideox.schedulers import NoiseInFp32, make_scheduler, schedule_timesteps
 from cogvideox.variants import full_config
@@ -444,3 +446,94 @@ def test_an_image_to_video_checkpoint_is_refused_for_text_to_video_before_its_we
         sample(model, *prompts, empty_latent(80, 48, 17), seed=1, steps=1)
     assert "CogVideoX1.5-5B" in str(caught.value)
     assert not model.weights.is_loaded
+
+
+class TestGuidanceInAPartOfTheSteps:
+    """Against a plain loop around diffusers' own transformer and scheduler."""
+
+    SHAPE, STEPS = (1, 16, 4, 6, 8), 10
+
+    def expected(self, pipeline, prompts, scheduler, guided):
+        """The latents where the steps of ``guided`` run as the pipeline's guided ones, and the others as its
+        unguided."""
+        own, generator = make_scheduler(pipeline.scheduler.config, scheduler), torch.Generator("cpu").manual_seed(1)
+        own.set_timesteps(self.STEPS)
+        latents = torch.randn((1, 4, 16, 6, 8), generator=generator)
+        module, before = pipeline.transformer, None
+        rotary = pipeline._prepare_rotary_positional_embeddings(48, 64, 4, torch.device("cpu"))
+        with torch.no_grad():
+            for index, timestep in enumerate(own.timesteps):
+                given = [prompts[1], prompts[0]] if index in guided else [prompts[0]]
+                predicted = module(
+                    torch.cat([latents] * len(given)),
+                    encoder_hidden_states=torch.cat(given),
+                    timestep=timestep.expand(len(given)),
+                    image_rotary_emb=rotary,
+                    return_dict=False,
+                )[0]
+                if index in guided:
+                    negative, positive = predicted.chunk(2)
+                    predicted = negative + 6.0 * (positive - negative)
+                if scheduler == "ddim":
+                    latents = own.step(predicted, timestep, latents, return_dict=False)[0]
+                else:
+                    earlier = own.timesteps[index - 1] if index else None
+                    latents, before = own.step(
+                        predicted, before, timestep, earlier, latents, generator=generator, return_dict=False
+                    )
+        return rearrange(1 / pipeline.vae_scaling_factor_image * latents, "b t c h w -> b c t h w")
+
+    @pytest.mark.parametrize(
+        ("start", "end", "guided"),
+        [(0.0, 0.8, range(8)), (0.3, 1.0, range(3, 10)), (0.25, 0.65, range(3, 7)), (0.0, 1.0, range(10))],
+    )
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+    def test_steps_are_the_guided_ones_inside_and_the_unguided_ones_outside(
+        self, handles, pipeline, prompts, scheduler, start, end, guided
+    ):
+        ours = sample(
+            *(handles.model, *prompts, torch.zeros(self.SHAPE)),
+            **dict(seed=1, steps=self.STEPS, scheduler=scheduler, cfg_start=start, cfg_end=end),
+        )
+        assert torch.equal(ours, self.expected(pipeline, prompts, scheduler, guided))
+
+    def test_an_unguided_step_computes_one_video(self, handles, prompts):
+        sizes = []
+        with handles.model.weights.running() as module:
+            watch = module.register_forward_pre_hook(
+                lambda _, __, given: sizes.append(len(given["hidden_states"])), with_kwargs=True
+            )
+        sample(handles.model, *prompts, torch.zeros(self.SHAPE), seed=1, steps=10, cfg_start=0.1, cfg_end=0.8)
+        watch.remove()
+        assert sizes == [1, *[2] * 7, 1, 1]
+
+    def test_where_no_whole_step_is_inside_none_is_guided(self, handles, prompts):
+        given = (handles.model, *prompts, torch.zeros(self.SHAPE))
+        unguided = sample(*given, seed=1, steps=4, cfg=1.0)
+        assert torch.equal(sample(*given, seed=1, steps=4, cfg_start=0.3, cfg_end=0.45), unguided)
+
+    @pytest.mark.parametrize("method", CACHES)
+    def test_a_cache_begins_anew_where_the_guidance_changes(self, model, prompts, method):
+        """What it kept of another batch is not read: with nothing to skip but the first step after each change, nothing
+        is skipped."""
+        whole = dict(seed=1, steps=10, cfg_start=0.2, cfg_end=0.8)
+        given = (*prompts, torch.zeros(self.SHAPE))
+        plain = sample(model, *given, **whole)
+        for start, end in ((0.2, 0.3), (0.8, 0.9)):
+            cached = sample(with_cache(model, Cache(method, 1.0, start, end)), *given, **whole)
+            assert torch.equal(cached, plain)
+        said = []
+        sample(with_cache(model, Cache(method, 1.0, 0.1, 1.0)), *given, events=Told(said), **whole)
+        skipped, total = map(int, re.search(r"skipped .*?(\d+) of (\d+) block", said[-1]).groups())
+        assert 0 < skipped < total
+
+    @pytest.mark.parametrize(
+        ("shares", "said"),
+        [((0.8, 0.2), "no step would be guided"), ((0.5, 0.5), "no step"), ((-0.1, 1.0), "cfg_start is -0.1")],
+    )
+    def test_what_guides_nothing_is_refused(self, handles, prompts, shares, said):
+        with pytest.raises(ValueError, match=said):
+            sample(
+                *(handles.model, *prompts, torch.zeros(self.SHAPE)),
+                **dict(seed=1, steps=4, cfg_start=shares[0], cfg_end=shares[1]),
+            )

@@ -1,19 +1,40 @@
 """Choose the kernel that computes the attention: diffusers' attention dispatch, and what of it this machine has."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch.torch_version import TorchVersion
 
-from ..choices import AUTO, BACKENDS, CUDNN, FLASH, FLASH3, SAGE, SDPA, XFORMERS
-from ..words import short
+from ..choices import (
+    AUTO,
+    BACKENDS,
+    CUDNN,
+    FASTEST,
+    FLASH,
+    FLASH3,
+    FLASH3_HUB,
+    FLASH_HUB,
+    SAGE,
+    SAGE_HUB,
+    SDPA,
+    XFORMERS,
+)
+from ..dependencies import is_at_least
+from ..words import reason, short
+from .fastest import Fastest, Kernel, Shape, find_fastest
 from .internals import LibraryModule
 
 #: Those that also take fp32.
-_FP32 = (AUTO, SDPA, XFORMERS)
+_FP32 = (AUTO, SDPA, XFORMERS, FASTEST)
+#: Kernels that differ from SDPA by rounding only, those of the hub apart: SDPA first.
+_EXACT = (SDPA, CUDNN, FLASH, FLASH3, XFORMERS)
+#: Kernels that are code of the hub.
+_HUB = (FLASH_HUB, FLASH3_HUB, SAGE_HUB)
 #: Choice -> the package it needs, the lowest version of it that diffusers' dispatch can call, and the CUDA compute
 #: capabilities it runs on.
 _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool]]] = {
@@ -22,7 +43,14 @@ _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool
     FLASH3: ("flash_attn_interface", None, lambda capability: capability[0] == 9),
     XFORMERS: ("xformers", "0.0.29", lambda capability: capability >= (7, 0)),
     SAGE: ("sageattention", "2.1.1", lambda capability: capability >= (8, 0)),
+    FLASH_HUB: ("kernels", "0.12", lambda capability: capability >= (8, 0)),
+    FLASH3_HUB: ("kernels", "0.12", lambda capability: capability[0] == 9),
+    SAGE_HUB: ("kernels", "0.12", lambda capability: capability >= (8, 0)),
 }
+#: What was timed in this process, by kernels, shape, dtype and device.
+_timed: dict[tuple, Fastest] = {}
+#: Kernels of the hub that were chosen, and fetched, in this process.
+_fetched: set[str] = set()
 
 
 def available(device: torch.device) -> tuple[str, ...]:
@@ -58,17 +86,94 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
 
 
 @contextmanager
-def attention_attached(choice: str, module: LibraryModule) -> Iterator[None]:
-    """Have a transformer's attention computed as chosen for the length of a ``with`` block."""
+def attention_attached(
+    choice: str,
+    module: LibraryModule,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    tell: Callable[[str, int], None],
+) -> Iterator[None]:
+    """Have a transformer's attention computed as chosen for the length of a ``with`` block.
+
+    Args:
+        shape, dtype, device: of queries, keys and values, at which ``fastest`` times the kernels.
+        tell: called with sentences for the user, and logging's level of each.
+
+    Raises:
+        RuntimeError: if a kernel of the hub cannot be fetched.
+    """
+    if choice in _HUB:
+        _fetch(choice, tell)
+    if choice == FASTEST:
+        choice = _fastest(shape, dtype, device, tell)
     processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
     before = [processor.backend for processor in processors]
     for processor in processors:
-        processor.backend = BACKENDS[choice]
+        processor.backend = _backend(choice)
     try:
         yield
     finally:
         for processor, backend in zip(processors, before, strict=True):
             processor.backend = backend
+
+
+def exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
+    """Return the kernels that differ by rounding only and will run here, by name, SDPA first. Those of the hub are
+    among them only once they were chosen, as the first use downloads code."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    there = [name for name in _EXACT if _missing(name, device) is None]
+    there += [name for name in (FLASH_HUB, FLASH3_HUB) if name in _fetched]
+    return {
+        name: partial(dispatch_attention_fn, backend=_backend(name))
+        for name in there
+        if dtype != torch.float32 or name in _FP32
+    }
+
+
+def _fastest(shape: Shape, dtype: torch.dtype, device: torch.device, tell: Callable[[str, int], None]) -> str:
+    """Return the fastest exact kernel at a shape: timed once in a process, and told each time."""
+    kernels = exact_kernels(device, dtype)
+    key = tuple(kernels), shape, dtype, device
+    if key not in _timed:
+        _timed[key] = find_fastest(kernels, shape, dtype, device)
+    tell(_timed[key].text, logging.INFO)
+    return _timed[key].choice
+
+
+def _backend(choice: str) -> object | None:
+    """Return diffusers' name of a choice, as the member of its list that a compiler can read."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    name = BACKENDS[choice]
+    return None if name is None else AttentionBackendName(name)
+
+
+def _fetch(choice: str, tell: Callable[[str, int], None]) -> None:
+    """Have diffusers load a kernel of the hub, which downloads it the first time.
+
+    Raises:
+        RuntimeError: if that fails.
+    """
+    from diffusers.models.attention_dispatch import attention_backend
+
+    if choice in _fetched:
+        return
+    tell(
+        f"The attention {choice} is code of the Hugging Face hub, downloaded when it is first used.",
+        logging.INFO,
+    )
+    try:
+        with attention_backend(_backend(choice)):
+            pass
+    # Of any type: the package loads code that it has just downloaded.
+    except Exception as error:
+        raise RuntimeError(
+            f"The attention {choice} could not be loaded from the Hugging Face hub ({reason(error)}). Choose fastest "
+            "or sdpa, or see to the connection and try again."
+        ) from error
+    _fetched.add(choice)
 
 
 def _missing(choice: str, device: torch.device) -> str | None:
@@ -86,5 +191,10 @@ def _missing(choice: str, device: torch.device) -> str | None:
     if find_spec(package) is None:
         return f"the package {package} is not installed"
     if lowest is not None and TorchVersion(version(package)) < lowest:
-        return f"the package {package} is {version(package)}, and diffusers calls {lowest} and newer only"
+        old = f"the package {package} is {version(package)}, and diffusers calls {lowest} and newer only"
+        # Seen with 1.5 (https://github.com/kijai/ComfyUI-CogVideoXWrapper/issues/356).
+        known = ". pip install sageattention gives 1.0.6, which makes black frames with CogVideoX-1.5"
+        return f"{old}{known if choice == SAGE else ''}"
+    if choice in _HUB and not is_at_least("diffusers", "0.37"):
+        return f"diffusers is {version('diffusers')}, and has this kernel from 0.37"
     return None

@@ -1,9 +1,9 @@
 """Cache steps: what changes little from one step to the next is not computed again. That is faster, and gives another
 video than without.
 
-The methods are diffusers' own hooks. What is added here is when they act: diffusers asks for thresholds and intervals,
-each method for others, whose effect on a run is not known before; here every method is told how large a share of its
-work it is to save, and where.
+``teacache`` is in a file of its own. The other methods are diffusers' own hooks. What is added here is when they act:
+diffusers asks for thresholds and intervals, each method for others, whose effect on a run is not known before; here
+every method is told how large a share of its work it is to save, and where.
 
 ``first_block`` (https://github.com/chengzeyi/ParaAttention) runs the first block; where its change is close to that of
     the last full evaluation, it reuses the change that all other blocks made then.
@@ -30,13 +30,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import CACHES, FASTER_CACHE, FIRST_BLOCK, PAB, TAYLORSEER, check_choice, check_share
+from ..choices import CACHES, FASTER_CACHE, FIRST_BLOCK, PAB, TAYLORSEER, TEACACHE, check_choice, check_share
 from . import internals
 from .internals import LibraryModule
 
 #: What is reused of each block, in words.
-_PARTS = {FIRST_BLOCK: "", TAYLORSEER: "", PAB: "the attention of ", FASTER_CACHE: "the attention of "}
-_NAMES = {FIRST_BLOCK: "FirstBlockCache", TAYLORSEER: "TaylorSeer", PAB: "PAB", FASTER_CACHE: "FasterCache"}
+_PARTS = {PAB: "the attention of ", FASTER_CACHE: "the attention of "}
+_NAMES = {
+    TEACACHE: "TeaCache",
+    FIRST_BLOCK: "FirstBlockCache",
+    TAYLORSEER: "TaylorSeer",
+    PAB: "PAB",
+    FASTER_CACHE: "FasterCache",
+}
 #: ``first_block``: the threshold of change that a run begins with. It follows the strength from there, so this moves a
 #: few steps at most.
 _FIRST_THRESHOLD = 0.08
@@ -66,7 +72,7 @@ class Cache:
             full.
     """
 
-    method: str = FIRST_BLOCK
+    method: str = TEACACHE
     strength: float = 0.6
     start: float = 0.1
     end: float = 0.95
@@ -85,6 +91,11 @@ class Cache:
                 f"The cache's start is {self.start} and its end {self.end}, so it would never act. Set start below end."
             )
 
+    def within(self, steps: int) -> range:
+        """Return the steps of a run between ``start`` and ``end``."""
+        # A share of the steps that is a whole number of them must not miss it by a rounding error.
+        return range(math.ceil(self.start * steps - 1e-9), math.ceil(self.end * steps - 1e-9))
+
     @property
     def name(self) -> str:
         """The method as its authors call it."""
@@ -96,8 +107,8 @@ class Cache:
         if self.strength == 0:
             return f"{self.name}: strength 0, nothing is skipped"
         return (
-            f"{self.name}: {self.strength:.0%} of {_PARTS[self.method]}the block evaluations between {self.start:.0%} "
-            f"and {self.end:.0%} of the steps are to be skipped; the sampler says how many were"
+            f"{self.name}: {self.strength:.0%} of {_PARTS.get(self.method, '')}the block evaluations between "
+            f"{self.start:.0%} and {self.end:.0%} of the steps are to be skipped; the sampler says how many were"
         )
 
     def nbytes(self, config: Mapping, shape: Sequence[int], copies: int, tokens: int, itemsize: int) -> int:
@@ -124,10 +135,10 @@ class Cache:
         if self.method == TAYLORSEER:
             # The output and its slope.
             return 2 * copies * config["out_channels"] * length * height * width * torch.float32.itemsize
-        # The first block's output and change and what the others added, new beside old for a moment. Or of every layer
-        # the last result; of the last two where they are extrapolated, of both halves, as those of the conditional one
-        # are views.
-        held = {FIRST_BLOCK: 4, PAB: config["num_layers"], FASTER_CACHE: 2 * config["num_layers"]}
+        # What the blocks added, or while they run what goes into the first. Or the first block's output and change and
+        # what the others added, new beside old for a moment. Or of every layer the last result; of the last two where
+        # they are extrapolated, of both halves, as those of the conditional one are views.
+        held = {TEACACHE: 1, FIRST_BLOCK: 4, PAB: config["num_layers"], FASTER_CACHE: 2 * config["num_layers"]}
         return stream * held[self.method]
 
 
@@ -135,7 +146,8 @@ class CacheRun:
     """One run's cache: ``attached`` to the transformer, told of each step as it begins, and asked for a report at the
     end.
 
-    A step that is done again, or in another module, begins with nothing cached, and is evaluated in full.
+    A step that is done again, or in another module, or with another guidance than the one before, begins with nothing
+    cached, and is evaluated in full.
 
     Attributes:
         ran, total: block evaluations (or with ``pab`` and ``faster_cache`` those of attention) that ran, and that there
@@ -150,13 +162,11 @@ class CacheRun:
             timesteps: of all steps of the run.
         """
         self._cache, self._timesteps, self._batched = cache, timesteps, False
-        steps = len(timesteps)
-        # A share of the steps that is a whole number of them must not miss it by a rounding error.
-        self._first, self._last = math.ceil(cache.start * steps - 1e-9), math.ceil(cache.end * steps - 1e-9)
+        self._within = cache.within(len(timesteps))
         self.ran: dict[int, int] = {}
         self.total: dict[int, int] = {}
         self._skipped: set[int] = set()
-        self._index = -1
+        self._index, self._guided = -1, True
         self._log_threshold = math.log(_FIRST_THRESHOLD)
         self._module: LibraryModule = None
         self._ran_before = 0
@@ -181,8 +191,8 @@ class CacheRun:
         ran, total = sum(self.ran.values()), sum(self.total.values())
         share = (total - ran) / total if total else 0.0
         return (
-            f"{self._cache.name} skipped {_PARTS[self._cache.method]}{total - ran:,} of {total:,} block evaluations "
-            f"({share:.0%})."
+            f"{self._cache.name} skipped {_PARTS.get(self._cache.method, '')}{total - ran:,} of {total:,} block "
+            f"evaluations ({share:.0%})."
         )
 
     @contextmanager
@@ -204,25 +214,34 @@ class CacheRun:
             self._attach()
             yield
         finally:
-            before, self._module = self._before, None
-            self._forget()
+            self._detach()
+            self._module = None
             for hook in watching:
                 hook.remove()
-            if module.is_cache_enabled:
-                module.disable_cache()
-            for child, had in before:
-                for name in _ATTACHED:
-                    vars(child).pop(name, None)
-                vars(child).update(had)
-            internals.forget_hooks_below(module)
 
-    def begin(self, index: int) -> None:
-        """Note that step ``index`` is about to be run, or run again."""
-        again, self._index, self._branch = index <= self._index, index, 0
+    def _detach(self) -> None:
+        """Take diffusers' hooks off the module, and forget what was cached."""
+        module, before = self._module, self._before
+        self._forget()
+        if module.is_cache_enabled:
+            module.disable_cache()
+        for child, had in before:
+            for name in _ATTACHED:
+                vars(child).pop(name, None)
+            vars(child).update(had)
+        internals.forget_hooks_below(module)
+
+    def begin(self, index: int, guided: bool) -> None:
+        """Note that step ``index`` is about to be run, or run again, guided or not."""
+        again, changed = index <= self._index, guided != self._guided
+        self._index, self._guided, self._branch = index, guided, 0
         self.ran[index] = self.total[index] = 0
         self._skipped.discard(index)
         if self._module is None:
             return
+        if changed:
+            # They are told whether a batch holds two halves when they are made.
+            self._detach()
         if not self._hooks:
             self._attach()
             if not self._hooks:
@@ -231,8 +250,8 @@ class CacheRun:
             for hook in self._hooks:
                 hook.reset_state(self._module)
             self._states, self._filled = [], False
-        within = self._first <= index < self._last
-        due = len(self._skipped) + 1 <= self._cache.strength * (index - self._first + 1) + 1e-9
+        within = index in self._within
+        due = len(self._skipped) + 1 <= self._cache.strength * (index - self._within.start + 1) + 1e-9
         self._skips = within and due and self._filled
         if self._cache.method == FIRST_BLOCK:
             threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
@@ -249,7 +268,7 @@ class CacheRun:
         self._before = [(child, internals.had(child, _ATTACHED)) for child in module.modules()]
         for block in module.transformer_blocks:
             # Below the hooks, so that what they skip is not counted.
-            counted = block.attn1 if _PARTS[self._cache.method] else block
+            counted = block.attn1 if self._cache.method in _PARTS else block
             counted.forward = partial(self._count, counted.forward)
         module.enable_cache(self._config())
         if self._cache.method == TAYLORSEER:
@@ -285,7 +304,7 @@ class CacheRun:
             low_frequency_weight_callback=lambda _: self._alpha(_LOW_FREQUENCIES),
             high_frequency_weight_callback=lambda _: self._alpha(_HIGH_FREQUENCIES),
             tensor_format="BFCHW",
-            is_guidance_distilled=not self._batched,
+            is_guidance_distilled=not (self._batched and self._guided),
             **skips,
         )
 
@@ -323,7 +342,7 @@ class CacheRun:
         self._filled |= not self._skips
         skipped = self.ran[self._index] - self._ran_before < len(module.transformer_blocks)
         if self._cache.method == FIRST_BLOCK:
-            if self._first <= self._index < self._last:
+            if self._index in self._within:
                 # Towards the threshold below which that share of the steps lies.
                 self._log_threshold += _GAIN * (self._due_share() - skipped)
         elif skipped:

@@ -88,6 +88,12 @@ def steer(hooks: Sequence[Any], field: str, value: Any) -> None:
         setattr(hook, field, value)
 
 
+def innermost_forward(module: nn.Module) -> Callable:
+    """Return a module's own ``forward``, below all hooks of diffusers."""
+    registry = hook_registry(module)
+    return registry._fn_refs[0].forward if registry is not None and registry._fn_refs else module.forward
+
+
 def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
     """Put ``forward`` in the place of a module's own, below all hooks of diffusers; return what undoes it."""
     registry = hook_registry(module)
@@ -129,10 +135,17 @@ def multiply_int8(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(tokens, weights)
 
 
-def multiply_fp8(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Multiply fp8 ``[tokens, in]`` by ``[in, out]``: fp32."""
+def multiply_fp8(
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Multiply fp8 ``[tokens, in]`` by ``[in, out]``, and by fp32 scales ``[tokens, 1]`` and ``[1, out]`` where they
+    are given, which CUDA's kernel takes for a result in bf16: in ``dtype``."""
     one = torch.ones((), device=tokens.device)
-    return torch._scaled_mm(tokens, weights, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
+    of_tokens, of_rows = (one, one) if scales is None else scales
+    return torch._scaled_mm(tokens, weights, scale_a=of_tokens, scale_b=of_rows, out_dtype=dtype, use_fast_accum=True)
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -96,6 +96,8 @@ class DynamicWeight(nn.Module):
         self.data = nn.Parameter(data, requires_grad=False)
         self.scale: torch.Tensor
         self.register_buffer("scale", scale.reshape(-1, 1), persistent=False)
+        # Asked here: a compiler cannot ask a card.
+        self._scales_inside = data.dtype != torch.int8 and _scales_inside()
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, token_scale: torch.Tensor | None = None
@@ -104,20 +106,33 @@ class DynamicWeight(nn.Module):
         ``token_scale`` ``[..., 1]`` before."""
         rows = x.reshape(-1, x.shape[-1])
         scales = None if token_scale is None else token_scale.reshape(-1, 1)
-        result = torch.empty(
-            len(rows), len(self.data), dtype=x.dtype if scales is None else torch.float32, device=x.device
-        )
-        row_scale, bias = self.scale.flatten(), None if bias is None else bias.float()
+        wanted = x.dtype if scales is None else torch.float32
+        wide_bias = None if bias is None else bias.float()
+        if torch.compiler.is_compiling() and wanted == torch.bfloat16 and self._scales_inside:
+            # One kernel multiplies and scales, so that no sums are kept; the compiler makes one pass of the rest.
+            tokens, scale = quantize_rows(rows, self.data.dtype)
+            product = internals.multiply_fp8(tokens, self.data.t(), (scale, self.scale.t()), wanted)
+            return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
         # In equal pieces: a last one of a few tokens would waste a kernel.
         step = -(-len(rows) // max(1, -(-len(rows) // _TOKENS)))
-        for start in range(0, len(rows), step):
-            place = slice(start, start + step)
-            tokens, scale = quantize_rows(rows[place], self.data.dtype)
-            sums = self._sums(tokens).mul(row_scale)
-            if scales is not None:
-                scale = scale * scales[place]
-            result[place] = sums.mul_(scale) if bias is None else torch.addcmul(bias, sums, scale)
+        places = [slice(start, start + step) for start in range(0, len(rows), step)]
+        if torch.compiler.is_compiling():
+            pieces = [self._piece(rows[place], wide_bias, scales, place).to(wanted) for place in places]
+            return torch.cat(pieces).view(*x.shape[:-1], -1)
+        result = torch.empty(len(rows), len(self.data), dtype=wanted, device=x.device)
+        for place in places:
+            result[place] = self._piece(rows[place], wide_bias, scales, place)
         return result.view(*x.shape[:-1], -1)
+
+    def _piece(
+        self, rows: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None, place: slice
+    ) -> torch.Tensor:
+        """Multiply the rows of ``place``: fp32 ``[rows, out]``."""
+        tokens, scale = quantize_rows(rows, self.data.dtype)
+        sums = self._sums(tokens).mul(self.scale.flatten())
+        if scales is not None:
+            scale = scale * scales[place]
+        return sums.mul_(scale) if bias is None else torch.addcmul(bias, sums, scale)
 
     def _sums(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the matrix product, int32 or fp32."""
@@ -135,6 +150,14 @@ class DynamicWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.data.dtype}"
+
+
+def _scales_inside() -> bool:
+    """Return whether the device has a product of fp8 that takes a scale for each token and row: CPUs, and of cards
+    Hopper's and Blackwell's large ones in every torch that this runs with."""
+    if not torch.cuda.is_available():
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 class PackedLinear(nn.Module):

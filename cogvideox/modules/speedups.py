@@ -3,14 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from ..dtypes import Precision
 from .attention import attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
+from .fastest import Shape
 from .joint import projection_attached
+from .teacache import Schedule, TeaRun
 
 
 class Speedups:
@@ -27,7 +31,9 @@ class Speedups:
         compiled: Compiled | None,
         device: torch.device,
         timesteps: Sequence[float],
+        shape: Shape,
         tell: Callable[[str, int], None],
+        skips: Schedule | None = None,
     ):
         """Set them up.
 
@@ -35,23 +41,33 @@ class Speedups:
             attention: one of ``choices.BACKENDS``.
             device: where the model runs.
             timesteps: of all steps of the run.
+            shape: of queries, keys and values for one half of guidance.
             tell: called with sentences for the user, and logging's level of each.
+            skips: the steps that TeaCache skips, where that is the cache.
         """
-        self._tell, self._attention = tell, attention
-        self._cache = None if cache is None else CacheRun(cache, timesteps)
+        self._device = device
+        self._tell, self._attention, self._shape = tell, attention, shape
+        self._cache: CacheRun | TeaRun | None = None
+        if skips is not None:
+            self._cache = TeaRun(skips)
+        elif cache is not None:
+            self._cache = CacheRun(cache, timesteps)
         self._compiled = None if compiled is None else CompileRun(compiled, device, tell)
         named = (("the cache", self._cache), ("compiled code", self._compiled))
         self.shortcuts = " and ".join(name for name, there in named if there is not None)
 
     @contextmanager
-    def attached(self, module: nn.Module, batched: bool) -> Iterator[None]:
+    def attached(self, module: nn.Module, batched: bool, precision: Precision) -> Iterator[None]:
         """Have ``module`` run with them for the length of a ``with`` block. Afterwards nothing of them is left on it.
 
         Args:
             batched: whether both halves of guidance run as one batch, the unconditional first.
+            precision: what the module runs in.
         """
+        shape = replace(self._shape, batch=self._shape.batch * (2 if batched else 1))
+        dtype = torch.float16 if precision.range_safe else precision.dtype
         with ExitStack() as stack:
-            stack.enter_context(attention_attached(self._attention, module))
+            stack.enter_context(attention_attached(self._attention, module, shape, dtype, self._device, self._tell))
             stack.enter_context(projection_attached(module))
             # What is compiled lies below what may skip it.
             if self._compiled is not None:
@@ -60,11 +76,12 @@ class Speedups:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
 
-    def begin(self, index: int) -> None:
-        """Note that step ``index`` is about to be run, or run again."""
-        for speedup in (self._compiled, self._cache):
-            if speedup is not None:
-                speedup.begin(index)
+    def begin(self, index: int, guided: bool) -> None:
+        """Note that step ``index`` is about to be run, or run again, guided or not."""
+        if self._compiled is not None:
+            self._compiled.begin(index)
+        if self._cache is not None:
+            self._cache.begin(index, guided)
 
     def report(self) -> None:
         """Tell at the end of the run what they did."""

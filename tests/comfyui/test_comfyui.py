@@ -449,13 +449,17 @@ def test_what_does_not_work_together_is_refused_when_queued(comfy, prompt, nodes
 def test_what_makes_it_faster_works_together(comfy, prompt):
     chain(
         prompt,
-        ("Attention", {"attention": "sdpa"}),
+        ("Attention", {"attention": "fastest"}),
         ("Quantize", {"method": "int8_weight_only"}),
-        ("Cache", CACHE | {"method": "first_block"}),
+        ("Cache", CACHE | {"method": "teacache"}),
     )
+    node_of(prompt, "CogVideoX15Sampler")["cfg_end"] = 0.8
     told = comfy.listen(prompt)
     assert told.history["status"]["status_str"] == "success", told.history["status"]
-    assert any("FirstBlockCache skipped" in text for text in told.texts[id_of(prompt, "CogVideoX15Sampler")])
+    texts = told.texts[id_of(prompt, "CogVideoX15Sampler")]
+    assert any("TeaCache skipped" in text for text in texts)
+    assert any("sdpa is the only exact kernel here" in text for text in texts)
+    assert any("At 50 steps: TeaCache will skip" in text for text in told.texts[id_of(prompt, "CogVideoX15Cache")])
 
 
 def test_an_error_of_the_run_is_the_engines_sentence(comfy, prompt):

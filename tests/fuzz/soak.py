@@ -62,7 +62,7 @@ def main(runs):
             "length": rng.choice((1, 17)),
             "steps": rng.choice((1, 2, 4)),
             "lora": rng.choice((0, 0, 1, 2)),
-            "cache": rng.choice((None, None, "first_block", "taylorseer", "pab", "faster_cache")),
+            "cache": rng.choice((None, None, "teacache", "first_block", "taylorseer", "pab", "faster_cache")),
             "quantize": rng.choice((None, None, "int8_weight_only", "fp8_weight_only", "int8_dynamic")),
             "scheduler": rng.choice(("ddim", "dpm")),
             "cfg": rng.choice((1.0, 6.0)),

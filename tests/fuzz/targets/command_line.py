@@ -52,7 +52,7 @@ VALUES = {
     "--output": OUTPUTS, "--decode": PATHS, "--check": PATHS,
     "--dtype": ["auto", "fp32", "bf16", "fp16", "fp8", ""], "--on-mismatch": ["fix", "stop", "x"], "--memory": ["auto", "cpu", "gpu", "offload_blocks", "x"],
     "--quantize": ["int8_weight_only", "fp8_dynamic", "x"], "--attention": ["auto", "sdpa", "flash3", "sage", "x"], "--scheduler": ["ddim", "dpm", "x"],
-    "--cache": ["first_block", "pab:0.5", "taylorseer:nan", "faster_cache:2", "x", "pab:", "pab:-1"], "--device": ["cpu", "cpu:3", "cuda", "cuda:9", "meta", "xpu", "mps", "foo", "", "cuda:x"],
+    "--cache": ["teacache", "first_block", "pab:0.5", "taylorseer:nan", "faster_cache:2", "x", "pab:", "pab:-1"], "--device": ["cpu", "cpu:3", "cuda", "cuda:9", "meta", "xpu", "mps", "foo", "", "cuda:x"],
     "--on-black": ["pass", "stop", "x"], "--on-nan": ["heal", "stop", "x"], "--compile": ["x"],
 }  # fmt: skip
 SWITCHES = [
