@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .checkpoint.layout import Checkpoint
 from .checkpoint.parts import Part
+from .checkpoint.shapes import infer_config
 from .choices import GPU, MODES, OFFLOAD_BLOCKS, OFFLOAD_LAYERS
 from .combinations import refuse_second_method
 from .dtypes import Precision
 from .events import Events
-from .loading import load_module
+from .loading import build_module, load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
 from .precision.quantizing import choose_method, losses_text
@@ -280,20 +282,20 @@ class SharedWeights(Weights):
     def __init__(
         self,
         kind: str,
-        build: Callable[[], nn.Module],
         tensors: Callable[[], Mapping[str, torch.Tensor]],
+        owner: str,
         precision: Precision,
         hardware: Hardware,
     ):
         """Args:
-        build: makes the part's module, without memory for its weights.
-        tensors: gives the weights by the module's names, wherever they are at the moment.
+        tensors: gives the weights by the names of diffusers' or transformers' module, wherever they are at the moment.
+        owner: whose they are, for messages.
         """
         self.kind, self.precision, self.hardware, self.memory, self.method = kind, precision, hardware, GPU, None
-        self._build, self._tensors = build, tensors
+        self._tensors, self._owner = tensors, owner
 
     def at(self, precision: Precision) -> "SharedWeights":
-        return SharedWeights(self.kind, self._build, self._tensors, precision, self.hardware)
+        return SharedWeights(self.kind, self._tensors, self._owner, precision, self.hardware)
 
     @property
     def nbytes(self) -> int:
@@ -307,10 +309,10 @@ class SharedWeights(Weights):
     def running(self, events: Events | None = None, mode: str | None = None) -> Iterator[nn.Module]:
         with _turn:
             _make_way(self)
-            module = self._build()
+            tensors = self._tensors()
+            module = build_module(self.kind, infer_config(self.kind, tensors, Path(self._owner)))
             # New parameters of the same memory: the other program's own are not touched.
-            shared = {name: tensor.detach() for name, tensor in self._tensors().items()}
-            module.load_state_dict(shared, assign=True)
+            module.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
             # Not diffusers' own, which warns of what it would keep in fp32.
             nn.Module.to(module, self.device, self.precision.dtype)
             yield module.requires_grad_(False).eval()

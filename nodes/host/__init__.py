@@ -5,6 +5,7 @@ also runs in a script and in a test.
 """
 
 from .clip import encode_with_clip
+from .core import to_core, watched
 from .folders import (
     checkpoint_path,
     checkpoints,
@@ -15,6 +16,7 @@ from .folders import (
     parts,
     tokenizer_folder,
 )
+from .given import own_text_encoder, own_vae
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import is_connected, names_in_urls, pictures, serve_files, show, show_pictures, upstream, watch_queue
 from .progress import NodeEvents, saving_latents
@@ -33,6 +35,8 @@ __all__ = [
     "loras",
     "make_room",
     "names_in_urls",
+    "own_text_encoder",
+    "own_vae",
     "part_path",
     "parts",
     "pictures",
@@ -40,7 +44,9 @@ __all__ = [
     "serve_files",
     "show",
     "show_pictures",
+    "to_core",
     "tokenizer_folder",
     "upstream",
     "watch_queue",
+    "watched",
 ]

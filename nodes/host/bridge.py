@@ -137,7 +137,7 @@ class Bridged(model_base.CogVideoX, _Diffusers):
             found["ofs"] = conds.CONDRegular(utils.repeat_to_batch_size(ofs.to(noise.device), noise.shape[0]))
         return found
 
-    def memory_required(self, input_shape, cond_shapes={}) -> int:
+    def memory_required(self, input_shape, cond_shapes=None) -> int:
         """Return the bytes of a step's activations, caches and LoRAs, as the engine counts them."""
         return self.diffusion_model.step_bytes(tuple(input_shape))
 
@@ -204,12 +204,13 @@ class Net(nn.Module):
             self._bytes[shape] = plan.activations + plan.loras + plan.cache
         return self._bytes[shape]
 
-    def forward(self, x, timestep, context, ofs=None, transformer_options={}, **given):
+    def forward(self, x, timestep, context, ofs=None, transformer_options=None, **given):
+        transformer_options = transformer_options or {}
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = WrapperExecutor.new_class_executor(self._predict, self, wrappers)
         return executor.execute(x, timestep, context, ofs, transformer_options, **given)
 
-    def _predict(self, x, timestep, context, ofs=None, transformer_options={}, control=None, **_):
+    def _predict(self, x, timestep, context, ofs, transformer_options, control=None, **_):
         """Predict v ``[B, 16, T, h, w]`` for ``x`` ``[B, C, T, h, w]``."""
         from ...cogvideox.geometry import padding_frames
 
@@ -334,7 +335,9 @@ def _check_plain(weights: "Weights", net: Net, keys: list[str]) -> None:
 def _split_patches(patcher: ModelPatcher) -> tuple[dict[str, list], dict[str, list]]:
     """Sort a patcher's patches: pairs (down, up), scaled, by layer; and the rest as core has them, by the weight's
     name."""
-    net, pairs, dense = patcher.model.diffusion_model, {}, {}
+    net = patcher.model.diffusion_model
+    pairs: dict[str, list] = {}
+    dense: dict[str, list] = {}
     for key, patches in patcher.patches.items():
         name = net.own_name(key)
         layer = net.advertised[name].shape
@@ -548,15 +551,14 @@ class _Run:
     def _prompt(self, context: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the embeddings in a dtype: for equal ones the same tensor at every step, as what depends on it alone
         is computed once."""
-        for known, cast in self._prompts:
-            if known.shape == context.shape and known.equal(context):
-                break
-        else:
-            known, cast = context, {}
-            self._prompts.append((known, cast))
-        if dtype not in cast:
-            cast[dtype] = known.to(dtype)
-        return cast[dtype]
+        equal = (casts for known, casts in self._prompts if known.shape == context.shape and known.equal(context))
+        casts = next(equal, None)
+        if casts is None:
+            casts = {}
+            self._prompts.append((context, casts))
+        if dtype not in casts:
+            casts[dtype] = context.to(dtype)
+        return casts[dtype]
 
     def _positions(self, video: torch.Tensor) -> Any:
         from ...cogvideox.geometry import rotary_embedding
@@ -591,7 +593,16 @@ def _replaced(patch, own, hidden_states, encoder_hidden_states, temb, image_rota
 
 
 def _sample_padded(
-    executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None, **shapes
+    executor,
+    noise,
+    latent_image,
+    sampler,
+    sigmas,
+    denoise_mask=None,
+    callback=None,
+    disable_pbar=False,
+    seed=None,
+    **shapes,
 ):
     """Stand around a guider's whole run: what cannot run is refused before a weight is read, and a clip whose latent
     frames are odd is padded in front, as the reference does, and cut again."""
@@ -603,9 +614,7 @@ def _sample_padded(
     _check(guider, net.handle, noise, latent_image, sigmas)
     padding = padding_frames(latent_image.shape[2], net.config)
     if not padding:
-        return executor(
-            noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **shapes
-        )
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **shapes)
     drawn = torch.zeros_like(noise)
     if noise.any():
         # Of one draw with the video's, in the reference's order: the numbers that our own sampler pads with.

@@ -86,7 +86,9 @@ class PartPatcher(ModelPatcher):
 
     def set_model_compute_dtype(self, dtype):
         """Refuse: the precision is the engine's."""
-        raise ValueError(f"The model runs in {self.weights.precision.name}. Choose dtype in CogVideoX-1.5 Model Loader.")
+        raise ValueError(
+            f"The model runs in {self.weights.precision.name}. Choose dtype in CogVideoX-1.5 Model Loader."
+        )
 
 
 class _Stage(nn.Module):
@@ -178,7 +180,7 @@ class BridgedVAE(CoreVAE):
     def model_size(self) -> int:
         return self._handle.weights.nbytes
 
-    def decode(self, samples_in, vae_options={}):
+    def decode(self, samples_in, vae_options=None):
         """Decode ``[B, 16, T, H/8, W/8]`` to ``[B, F, H, W, 3]``, as CogVideoX-1.5 VAE Decode does."""
         from ...cogvideox.vae import decode
 
