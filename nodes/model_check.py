@@ -53,6 +53,7 @@ class ModelCheck(Node):
         return cls.refusal({"action": action}, (check_choice, "action", action, _ACTIONS))
 
     def execute(self, model, action="stop"):
+        check_choice("action", action, _ACTIONS)
         watched, report, serious = host.watched(model, action == "stop")
         logger.log(logging.WARNING if serious else logging.INFO, "%s", report)
         host.show(report)

@@ -15,7 +15,7 @@ def workflow(request):
 
 def test_there_is_a_workflow_for_each_use():
     names = {path.stem for path in workflows.FILES}
-    assert names == {"text_to_video", "image_to_video", "video_to_video", "text_to_video_lora"}
+    assert names == {"text_to_video", "image_to_video", "video_to_video", "text_to_video_lora", "native_nodes"}
 
 
 def test_its_nodes_exist_with_their_sockets_in_order(workflow, pack):

@@ -75,7 +75,9 @@ def prompts(width=32, tokens=(226, 226)):
     return [random(1, count, width, seed=index) for index, count in enumerate(tokens)]
 
 
-def run(model, latents, noise, *, given=None, sampler="ddim", scheduler="simple", steps=5, cfg=6.0, extra=None, **options):
+def run(
+    model, latents, noise, *, given=None, sampler="ddim", scheduler="simple", steps=5, cfg=6.0, extra=None, **options
+):
     """What KSampler gives."""
     positive, negative = ([[prompt, dict(extra or {})]] for prompt in given or prompts())
     options = dict(disable_pbar=True, seed=7) | options
@@ -168,13 +170,20 @@ def core():
             latents = empty(length)
             noise = random(*latents.shape)
             wanted = run(theirs, latents, noise, sampler=sampler)
-            near(f"core's parameterisation, {sampler}, {length}", run(model, latents, noise, sampler=sampler), wanted, 1e-5)
+            near(
+                f"core's parameterisation, {sampler}, {length}",
+                run(model, latents, noise, sampler=sampler),
+                wanted,
+                1e-5,
+            )
     latents = empty(4)
     noise = random(*latents.shape)
     plain = build("1.5").model
     near("core's own model and the reference", run(theirs, latents, noise), ours(plain, latents, noise), 2.0, 0.5)
     (repaired,) = nodes_model_advanced.ModelSamplingDiscrete().patch(theirs, "v_prediction", True)
-    near("core's own model with ModelSamplingDiscrete", run(repaired, latents, noise), ours(plain, latents, noise), 2e-4)
+    near(
+        "core's own model with ModelSamplingDiscrete", run(repaired, latents, noise), ours(plain, latents, noise), 2e-4
+    )
 
 
 def loud():
@@ -237,7 +246,13 @@ def core_nodes():
     (rescaled,) = nodes_model_advanced.RescaleCFG().patch(model, 0.7)
     skip = of(nodes_slg.SkipLayerGuidanceDiT, model, 3.0, 0.0, 1.0, "0", "", 0.0)
     simple = of(nodes_slg.SkipLayerGuidanceDiTSimple, model, 0.0, 1.0, "1", "")
-    for name, patched in {"APG": apg, "CFGZeroStar": zero, "RescaleCFG": rescaled, "SLG": skip, "SLG simple": simple}.items():
+    for name, patched in {
+        "APG": apg,
+        "CFGZeroStar": zero,
+        "RescaleCFG": rescaled,
+        "SLG": skip,
+        "SLG simple": simple,
+    }.items():
         near(name, run(patched, latents, noise), plain, 5.0, 1e-4)
     (discrete,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)
     near("ModelSamplingDiscrete", run(discrete, latents, noise), plain, 1e-3)
@@ -258,7 +273,9 @@ def core_nodes():
     assert any("ddim_uniform is none" in text for text in told.texts), told.texts
     image = {"concat_latent_image": empty(4)}
     refused("is a text-to-video model", lambda: run(model, latents, noise, extra=image))
-    refused("no start image is connected", lambda: run(bridge.to_model(build("1.5-i2v", "1.5-i2v").model), latents, noise))
+    refused(
+        "no start image is connected", lambda: run(bridge.to_model(build("1.5-i2v", "1.5-i2v").model), latents, noise)
+    )
     refused("made by another model's text encoder", lambda: run(model, latents, noise, given=prompts(width=64)))
 
 
@@ -311,7 +328,10 @@ def loras():
     latents = empty(4)
     noise = random(*latents.shape)
     layers = [f"transformer_blocks.{block}.attn1.{name}" for block in range(2) for name in ("to_q", "to_out.0")]
-    halves = {layer: (random(4, 128, seed=index) / 30, random(128, 4, seed=index + 50) / 5) for index, layer in enumerate(layers)}
+    halves = {
+        layer: (random(4, 128, seed=index) / 30, random(128, 4, seed=index + 50) / 5)
+        for index, layer in enumerate(layers)
+    }
 
     def write(name, spell, down="lora_A.weight", up="lora_B.weight", alpha=None):
         tensors = {}
@@ -339,7 +359,9 @@ def loras():
         near(f"{dtype}: the LoRA", wanted, plain, 2.0, 1e-3)
         for name, tensors in spelled.items():
             model, _ = comfy.sd.load_lora_for_models(bridge.to_model(base), None, dict(tensors), 0.8, 0)
-            near(f"{dtype}: core's loader, {name}", run(model, latents, noise), wanted, 1e-5 if dtype == "fp32" else 1e-3)
+            near(
+                f"{dtype}: core's loader, {name}", run(model, latents, noise), wanted, 1e-5 if dtype == "fp32" else 1e-3
+            )
             near("the model without it, after", run(model.parent, latents, noise), plain, 0.0)
     packed = bridge.to_model(handles.quantized(opened.model, "int8_weight_only"))
     model, _ = comfy.sd.load_lora_for_models(packed, None, dict(diffusers), 0.8, 0)
@@ -347,15 +369,27 @@ def loras():
     whole = {f"diffusion_model.{layers[0]}.diff": random(128, 128) / 30}
     model, _ = comfy.sd.load_lora_for_models(bridge.to_model(opened.model), None, dict(whole), 1.0, 0)
     near("a whole weight's change", run(model, latents, noise), run(model.parent, latents, noise), 2.0, 1e-4)
-    theirs, _ = comfy.sd.load_lora_for_models(core_model(FOLDER / "1.5"), None, {k.replace(layers[0], naming.comfy_name(layers[0])): v for k, v in whole.items()}, 1.0, 0)
+    theirs, _ = comfy.sd.load_lora_for_models(
+        core_model(FOLDER / "1.5"),
+        None,
+        {k.replace(layers[0], naming.comfy_name(layers[0])): v for k, v in whole.items()},
+        1.0,
+        0,
+    )
     model.add_object_patch("model_sampling", theirs.model.model_sampling)
     near("and core's own patching of it", run(model, latents, noise), run(theirs, latents, noise), 1e-5)
     for name, unfit in {"packed": packed, "scaled": bridge.to_model(build("1.5", dtype="fp16").model)}.items():
         refused(f"are {name}", lambda unfit=unfit: comfy.sd.load_lora_for_models(unfit, None, dict(whole), 1.0, 0))
     mine = bridge.to_model(opened.model)
-    other = {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(4, 4), "lora_unet_down_blocks_0.lora_up.weight": torch.zeros(4, 4)}
+    other = {
+        "lora_unet_down_blocks_0.lora_down.weight": torch.zeros(4, 4),
+        "lora_unet_down_blocks_0.lora_up.weight": torch.zeros(4, 4),
+    }
     refused("named like a layer", lambda: comfy.sd.load_lora_for_models(mine, None, other, 1.0, 0))
-    wide = {f"transformer.{layers[0]}.lora_A.weight": torch.zeros(4, 64), f"transformer.{layers[0]}.lora_B.weight": torch.zeros(128, 4)}
+    wide = {
+        f"transformer.{layers[0]}.lora_A.weight": torch.zeros(4, 64),
+        f"transformer.{layers[0]}.lora_B.weight": torch.zeros(128, 4),
+    }
     refused("does not fit", lambda: comfy.sd.load_lora_for_models(mine, None, wide, 1.0, 0))
     refused("bypass LoRA", lambda: comfy.sd.load_bypass_lora_for_models(mine, None, dict(diffusers), 1.0, 0))
     from comfy import hooks
@@ -384,7 +418,9 @@ def parts():
         assert extra["pooled_output"] is None
         ((again, _),) = NODES["CogVideoX15TextEncode"]().run(text_encoder=clip, prompt=prompt)[0]
         assert again.equal(wanted)
-    refused("last layer", lambda: nodes.CLIPTextEncode().encode(nodes.CLIPSetLastLayer().set_last_layer(clip, -2)[0], "a"))
+    refused(
+        "last layer", lambda: nodes.CLIPTextEncode().encode(nodes.CLIPSetLastLayer().set_last_layer(clip, -2)[0], "a")
+    )
     for length, batch in ((4, 1), (5, 2)):
         samples = {"samples": random(batch, 16, length, 4, 6)}
         wanted = NODES["CogVideoX15VAEDecode"]().run(samples=samples, vae=opened.vae)[0]
@@ -406,9 +442,12 @@ def parts():
 
 def core_vae():
     """Our nodes run on the weights of core's CogVideoX VAE, where they are."""
-    benchmark = load("vae_decode", ROOT / "benchmarks" / "vae_decode.py")
+    from diffusers import AutoencoderKLCogVideoX
+
     torch.manual_seed(0)
-    reference = benchmark.build("cpu", torch.float32)
+    levels = dict(down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4)
+    # Of the released shapes: core's class knows no others.
+    reference = AutoencoderKLCogVideoX(block_out_channels=(128, 256, 256, 512), **levels).eval()
     file = FOLDER / "vae.safetensors"
     save_file(reference.state_dict(), file)
     theirs = comfy.sd.VAE(sd=load_file(file), dtype=torch.float32)
@@ -438,7 +477,11 @@ def core_vae():
 def tensors():
     """All tensors that are alive, each storage once."""
     gc.collect()
-    return {t.data_ptr(): t for t in gc.get_objects() if torch.is_tensor(t) and t.device.type == "cpu" and t.layout == torch.strided}.values()
+    return {
+        t.data_ptr(): t
+        for t in gc.get_objects()
+        if torch.is_tensor(t) and t.device.type == "cpu" and t.layout == torch.strided
+    }.values()
 
 
 # --- a run ---
@@ -455,7 +498,9 @@ def one_run():
     sentinel.Sentinel.__enter__ = lambda self: entered.append(1) or enter(self)
     weights.load_module = lambda *args, **kwargs: loads.append(1) or load_module(*args, **kwargs)
     seen = []
-    found = run(model, latents, noise, callback=lambda step, clean, noisy, steps: seen.append((step, clean.shape, noisy.shape)))
+    found = run(
+        model, latents, noise, callback=lambda step, clean, noisy, steps: seen.append((step, clean.shape, noisy.shape))
+    )
     assert (len(entered), len(loads)) == (1, 1)
     # What is shown has the video's frames, and not what pads them.
     assert seen == [(step, latents.shape, latents.shape) for step in range(5)]
@@ -480,6 +525,7 @@ def one_run():
     offloading = build("1.5", memory="offload_blocks").model
     assert bridge.to_model(offloading).model_size() == 0
     near("offloading blocks", run(bridge.to_model(offloading), latents, noise), found, 0.0)
+
     # A cancelled run leaves nothing behind: the next is as the first.
     def cancel(step, *_):
         management.interrupt_current_processing(step == 1)
@@ -517,8 +563,16 @@ def caches():
     noise = random(*latents.shape)
     for method in ("first_block", "taylorseer", "pab", "faster_cache"):
         cached = handles.with_cache(plain, cache.Cache(method, 0.5, 0.1, 0.95))
-        near(method, run(bridge.to_model(cached), latents, noise, steps=10), ours(cached, latents, noise, steps=10), 2e-3)
-    near("a cache makes another video", run(bridge.to_model(cached), latents, noise, steps=10), ours(plain, latents, noise, steps=10), 1.0, 1e-4)
+        near(
+            method, run(bridge.to_model(cached), latents, noise, steps=10), ours(cached, latents, noise, steps=10), 2e-3
+        )
+    near(
+        "a cache makes another video",
+        run(bridge.to_model(cached), latents, noise, steps=10),
+        ours(plain, latents, noise, steps=10),
+        1.0,
+        1e-4,
+    )
     refused("counts steps", lambda: run(bridge.to_model(cached), latents, noise, sampler="heun", steps=10))
     skip = of(nodes_slg.SkipLayerGuidanceDiT, bridge.to_model(cached), 3.0, 0.3, 1.0, "0", "", 0.0)
     refused("counts steps", lambda: run(skip, latents, noise, steps=10))
@@ -574,7 +628,14 @@ def check():
     loud_half = core_model(FOLDER / "loud", torch.float16)
     node = NODES["CogVideoX15ModelCheck"]()
     model, report = node.run(model=loud_half)
-    for words in ("held in fp16", "trained in bf16", "computes in fp16", "Mismatch", "scaled by 4519", "wrapping the first"):
+    for words in (
+        "held in fp16",
+        "trained in bf16",
+        "computes in fp16",
+        "Mismatch",
+        "scaled by 4519",
+        "wrapping the first",
+    ):
         assert words in report, (words, report)
     refused("Step 1 of 5: ComfyUI's own CogVideoX gave NaN or Inf", lambda: run(model, latents, noise))
     refused("blocks.0.ff_out", lambda: run(model, latents, noise))
