@@ -59,7 +59,8 @@ def test_the_example_runs_and_previews_in_our_colours(comfy, native):
     assert told.progress(id_of(native, "KSampler"))[-1] == (3, 3)
     assert len(told.previews) == 3
     with Image.open(io.BytesIO(told.previews[-1][1])) as picture:
-        assert max(ImageStat.Stat(picture.convert("RGB")).stddev) > 40
+        # Unstretched they are within a few shades of grey.
+        assert max(ImageStat.Stat(picture.convert("RGB")).stddev) > 25
 
 
 def test_a_second_run_takes_everything_from_the_cache_and_another_seed_only_samples(comfy, native):
