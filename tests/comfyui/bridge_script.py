@@ -676,13 +676,13 @@ def speed():
             ends.append(time.perf_counter())
 
     def ours_does():
-        ours(model, latents, noise, given, steps=8, events=Ends())
+        ours(model, latents, noise, given, steps=6, events=Ends())
 
     def core_does():
-        run(mine, latents, noise, given=given, steps=8, callback=lambda *_: ends.append(time.perf_counter()))
+        run(mine, latents, noise, given=given, steps=6, callback=lambda *_: ends.append(time.perf_counter()))
 
     rounds = {"our sampler": (ours_does, []), "KSampler": (core_does, [])}
-    for turn in range(7):
+    for turn in range(5):
         for work, times in rounds.values():
             ends.clear()
             work()
