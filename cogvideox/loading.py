@@ -144,14 +144,10 @@ def empty_module(part: Part) -> tuple[nn.Module, Mapping[str, torch.Tensor], Map
 
 
 def _build(part: Part) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    config = known_fields(part.kind, part.config)
-    try:
-        with init_empty_weights():
-            module = _text_encoder(config) if part.kind == "text_encoder" else _from_config(PARTS[part.kind][1], config)
     # Of any type: what a library finds wrong with a config is told in its own terms, and this one passed
     # ``check_config``.
+    try:
+        module = build_module(part.kind, part.config)
     except Exception as error:
         file = part.source / "config.json" if part.source.is_dir() else part.source
         raise ValueError(
@@ -163,6 +159,15 @@ def _build(part: Part) -> nn.Module:
         t5: internals.LibraryModule = module
         t5.encoder.embed_tokens.weight = t5.shared.weight
     return module
+
+
+def build_module(kind: str, config: Mapping) -> nn.Module:
+    """Build the unmodified module of a part, without memory for its weights."""
+    from accelerate import init_empty_weights
+
+    known = known_fields(kind, config)
+    with init_empty_weights():
+        return _text_encoder(known) if kind == "text_encoder" else _from_config(PARTS[kind][1], known)
 
 
 def _text_encoder(config: dict) -> nn.Module:

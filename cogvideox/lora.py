@@ -223,6 +223,25 @@ def applied(
         for name, pair in lora.pairs.items():
             down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
             changes.setdefault(name, []).append((down, _scaled(up, lora, pair)))
+    with added(changes, module, precision, device):
+        yield
+
+
+@contextmanager
+def added(
+    changes: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]],
+    module: nn.Module,
+    precision: Precision,
+    device: torch.device | None = None,
+) -> Iterator[None]:
+    """Have the transformer ``module`` run with changes of low rank for the length of a ``with`` block: what ``applied``
+    does with those that it reads.
+
+    Args:
+        changes: by the name of a layer, pairs of ``down`` ``[rank, in]`` and ``up`` ``[out, rank]`` (of a convolution
+            ``[rank, in, k, k]`` and ``[out, rank, 1, 1]``), fp32, on the host, scaled.
+        device: where it runs, if its weights are not there all the time.
+    """
     hooks = []
     try:
         for name, pairs in changes.items():

@@ -6,7 +6,7 @@ from PIL import Image
 
 #: What each of the 16 channels of a latent (scaled by 0.7, as the transformer reads it) adds to red, green and blue:
 #: the figures that ComfyUI-CogVideoXWrapper previews with.
-_RGB = torch.tensor(
+LATENT_RGB = torch.tensor(
     [
         [0.0320, 0.0409, 0.0016],
         [0.0055, 0.0052, -0.0056],
@@ -41,14 +41,34 @@ def preview_frames(latents: torch.Tensor, size: int) -> list[Image.Image]:
     Returns:
         T RGB pictures, of one size and one scale of brightness.
     """
-    video = rearrange(latents[0].float(), "c t h w -> t h w c") @ _RGB.to(latents.device)
-    video = video.nan_to_num(0, 0, 0)
-    # A share of some tens of thousands of values is as good as that of all, and the most that torch.quantile takes on
-    # any device.
-    sample = video.flatten()[:: max(1, video.numel() // 50_000)]
-    low, high = sample.quantile(torch.tensor([_CUT, 1 - _CUT], device=sample.device))
-    pixels = ((video - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
+    video = _colours(latents)
+    black, span = _range(video)
+    pixels = ((video - black) / span).clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     pictures = [Image.fromarray(frame) for frame in pixels]
     for picture in pictures:
         picture.thumbnail((size, size), Image.Resampling.BILINEAR)
     return pictures
+
+
+def stretched(latents: torch.Tensor) -> torch.Tensor:
+    """Return the first video's latents ``[1, 16, T, H/8, W/8]`` with their colours stretched: ``LATENT_RGB`` then gives
+    -1 (black) to 1 (white), for a program that draws them so itself."""
+    black, span = _range(_colours(latents))
+    # What adds the same to red, green and blue.
+    grey = torch.linalg.lstsq(LATENT_RGB.T, torch.ones(3, 1), driver="gelsd").solution.to(latents.device, torch.float32)
+    scale = 2 / span
+    return latents[:1].float().nan_to_num(0, 0, 0) * scale - (1 + black * scale) * grey.reshape(1, -1, 1, 1, 1)
+
+
+def _colours(latents: torch.Tensor) -> torch.Tensor:
+    """Return the colours ``[T, H/8, W/8, 3]`` of the first video, pale, finite."""
+    return (rearrange(latents[0].float(), "c t h w -> t h w c") @ LATENT_RGB.to(latents.device)).nan_to_num(0, 0, 0)
+
+
+def _range(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the value that is to be black, and how far above it white is."""
+    # A share of some tens of thousands of values is as good as that of all, and the most that torch.quantile takes on
+    # any device.
+    sample = video.flatten()[:: max(1, video.numel() // 50_000)]
+    low, high = sample.quantile(torch.tensor([_CUT, 1 - _CUT], device=sample.device))
+    return low, (high - low).clamp(min=1e-6)

@@ -187,7 +187,7 @@ class Sentinel:
         if is_finite(result):
             return result
         del result
-        with _probes(module, self.weights.precision) as found:
+        with probes(module, self.weights.precision) as found:
             result = work(module, self.weights.precision)
         culprit = found[0] if found else None
         name, ran = PARTS[self.weights.kind][0], self.weights.precision
@@ -253,7 +253,7 @@ def _advice(culprit: Culprit | None, ran: Precision) -> str:
 
 
 @contextmanager
-def _probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
+def probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
     """Watch the output of every module below ``module``; the list given holds the first culprit, once there is one."""
     found: list[Culprit] = []
 

@@ -3,21 +3,23 @@
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .checkpoint.layout import Checkpoint
 from .checkpoint.parts import Part
+from .checkpoint.shapes import infer_config
 from .choices import GPU, MODES, OFFLOAD_BLOCKS, OFFLOAD_LAYERS
 from .combinations import refuse_second_method
 from .dtypes import Precision
 from .events import Events
-from .loading import load_module
+from .loading import build_module, load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
 from .precision.quantizing import choose_method, losses_text
@@ -207,9 +209,7 @@ class Weights:
                 fastest that fits.
         """
         with _turn:
-            for other in list(_loaded):
-                if other is not self and other.device.type != "cpu":
-                    other.park()
+            _make_way(self)
             mode = mode or self.fitting_mode()
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
@@ -271,6 +271,66 @@ class Weights:
         """Free the weights; the next ``running`` loads them again."""
         with _turn:
             self._module = None
+
+
+class SharedWeights(Weights):
+    """The weights of a part that another program has loaded and keeps: they are used and not copied, and it is that
+    program that moves and counts them.
+
+    They run from where they are. Only what lies elsewhere than on ``hardware.device``, or is to run in another dtype,
+    is copied there for the length of a run.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        tensors: Callable[[], Mapping[str, torch.Tensor]],
+        owner: str,
+        precision: Precision,
+        hardware: Hardware,
+    ):
+        """Args:
+        tensors: gives the weights by the names of diffusers' or transformers' module, wherever they are at the moment.
+        owner: whose they are, for messages.
+        """
+        self.kind, self.precision, self.hardware, self.memory, self.method = kind, precision, hardware, GPU, None
+        self._tensors, self._owner = tensors, owner
+
+    def at(self, precision: Precision) -> "SharedWeights":
+        return SharedWeights(self.kind, self._tensors, self._owner, precision, self.hardware)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
+    def resident(self) -> int:
+        return 0
+
+    @contextmanager
+    def running(self, events: Events | None = None, mode: str | None = None) -> Iterator[nn.Module]:
+        with _turn:
+            _make_way(self)
+            tensors = self._tensors()
+            module = build_module(self.kind, infer_config(self.kind, tensors, Path(self._owner)))
+            # New parameters of the same memory: the other program's own are not touched.
+            module.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, assign=True)
+            # Not diffusers' own, which warns of what it would keep in fp32.
+            nn.Module.to(module, self.device, self.precision.dtype)
+            yield module.requires_grad_(False).eval()
+
+    def park(self) -> None:
+        """Leave them: the other program moves them."""
+
+    def release(self) -> None:
+        """Leave them: the other program frees them."""
+
+
+def _make_way(weights: Weights) -> None:
+    """Have all other parts leave their devices."""
+    for other in list(_loaded):
+        if other is not weights and other.device.type != "cpu":
+            other.park()
 
 
 def _offload(module: nn.Module, mode: str, device: torch.device) -> None:

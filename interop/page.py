@@ -144,7 +144,11 @@ class Page(Graph):
                 source = by_id.get(wire.node) if wire is not None else None
                 why = None if node or old is None else "" if source else "what was connected is left out"
                 type_ = socket_type(source.get("outputs"), wire.slot) if source and wire else None
-                if why == "" and type_ in OWN_TYPES and socket.get("type") not in (type_, "*"):
+                if (
+                    why == ""
+                    and type_ in OWN_TYPES
+                    and not {type_, "*"}.intersection(str(socket.get("type")).split(","))
+                ):
                     source, why = None, f"it takes a {short(socket.get('type'))}, and this pack has a {type_}"
                 if why:
                     changes.say(self.nodes[id_], f"{short(_name(socket))} is not connected any more: {why}.")

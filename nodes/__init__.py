@@ -9,10 +9,12 @@ from .downloader import Downloader
 from .empty_latent import EmptyLatent
 from .image_to_video import ImageToVideo
 from .lora_loader import LoraLoader
+from .model_check import ModelCheck
 from .model_loader import ModelLoader
 from .quantize import Quantize
 from .sampler import Sampler
 from .text_encode import TextEncode
+from .to_comfyui import ToComfyUI
 from .vae_decode import VAEDecode
 from .vae_encode import VAEEncode
 
@@ -31,6 +33,8 @@ _NODES = {
     "CogVideoX15Cache": Cache,
     "CogVideoX15Compile": Compile,
     "CogVideoX15Quantize": Quantize,
+    "CogVideoX15ToComfyUI": ToComfyUI,
+    "CogVideoX15ModelCheck": ModelCheck,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

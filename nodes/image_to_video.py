@@ -45,7 +45,10 @@ class ImageToVideo(Node):
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual."}),
-                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+                "vae": (
+                    "COGVIDEOX_VAE,VAE",
+                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
+                ),
                 "start_image": (
                     "IMAGE",
                     {
@@ -108,6 +111,7 @@ class ImageToVideo(Node):
         from ..cogvideox.pictures import check_images, fit_size
         from ..cogvideox.vae import image_latents
 
+        vae = host.own_vae(vae)
         samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         start = fit_size(check_images(start_image, "start_image")[:1], width, height)
         end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)

@@ -43,6 +43,11 @@ _WANTED = {
         "its own is connected.",
     ),
     "COGVIDEOX_VAE": ("a video VAE (COGVIDEOX_VAE)", f"Connect the vae of {_LOADER}."),
+    "COGVIDEOX_VAE,VAE": (
+        "a video VAE (COGVIDEOX_VAE or VAE)",
+        f"Connect the vae of {_LOADER}, or CogVideoX's VAE of Load VAE.",
+    ),
+    "MODEL": ("a MODEL", "Connect the MODEL of a loader of ComfyUI's, such as Load Diffusion Model."),
     "LATENT": (
         "a video latent (LATENT)",
         "Connect Empty CogVideoX-1.5 Latent, or another node that gives CogVideoX's latents.",
@@ -174,6 +179,19 @@ def _text_encoder(value, _):
     raise _Odd(f"is {seen(value)}")
 
 
+def _vae(value, _):
+    # Which model's it is, the node finds out.
+    if isinstance(value, VAE) or all(hasattr(value, name) for name in ("first_stage_model", "decode")):
+        return value
+    raise _Odd(f"is {seen(value)}")
+
+
+def _model(value, _):
+    if all(hasattr(value, name) for name in ("model", "model_options", "clone")):
+        return value
+    raise _Odd(f"is {seen(value)}")
+
+
 def _latent(value, _):
     remedy = _WANTED["LATENT"][1]
     if not isinstance(value, dict):
@@ -284,6 +302,8 @@ _READERS: dict[str, Callable] = {
     "COGVIDEOX_TEXT_ENCODER": _handle(TextEncoder),
     "COGVIDEOX_TEXT_ENCODER,CLIP": _text_encoder,
     "COGVIDEOX_VAE": _handle(VAE),
+    "COGVIDEOX_VAE,VAE": _vae,
+    "MODEL": _model,
     "LATENT": _latent,
     "CONDITIONING": _conditioning,
     "IMAGE": _image,

@@ -62,6 +62,7 @@ class TextEncode(Node):
         from ..cogvideox.text import encode_prompt
         from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
 
+        text_encoder = host.own_text_encoder(text_encoder)
         if not isinstance(text_encoder, TextEncoder):
             embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
             check_finite(

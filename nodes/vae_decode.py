@@ -21,7 +21,10 @@ class VAEDecode(Node):
         return {
             "required": {
                 "samples": ("LATENT", {"tooltip": "The sampler's latents."}),
-                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+                "vae": (
+                    "COGVIDEOX_VAE,VAE",
+                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
+                ),
             }
         }
 
@@ -29,6 +32,7 @@ class VAEDecode(Node):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.vae import decode
 
+        vae = host.own_vae(vae)
         host.make_room(vae.weights, WANTED_BYTES)
         with host.saving_latents(samples["samples"]):
             return (decode(vae, samples["samples"], events=host.NodeEvents()),)

@@ -39,7 +39,10 @@ class VAEEncode(Node):
                         )
                     },
                 ),
-                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+                "vae": (
+                    "COGVIDEOX_VAE,VAE",
+                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
+                ),
             }
         }
 
@@ -48,6 +51,7 @@ class VAEEncode(Node):
         from ..cogvideox.pictures import check_images, fit_grid, fit_length
         from ..cogvideox.vae import encode
 
+        vae = host.own_vae(vae)
         images, cropped = fit_grid(check_images(images, "images"))
         images, cut = fit_length(images, vae.frame_step)
         notes = [note for note in (cropped, cut) if note]

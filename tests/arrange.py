@@ -40,6 +40,12 @@ HEIGHTS = {
     "CogVideoX15VAEDecode": 100,
     "CogVideoX15BlackFrameCheck": 610,
     "CreateVideo": 102,
+    "CogVideoX15ToComfyUI": 66,
+    "KSampler": 620,
+    "VAEDecode": 46,
+    "CogVideoX15Attention": 130,
+    "CogVideoX15Cache": 210,
+    "CogVideoX15Compile": 150,
     "SaveVideo": 340,
 }
 _MODEL = ("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])
@@ -47,6 +53,9 @@ _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
 _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
 _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
+_FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
+_BRIDGE = ("To core's types", ["CogVideoX15ToComfyUI"])
+_CORE = [[("Sample", ["KSampler"])], [("Decode and check", ["VAEDecode", "CogVideoX15BlackFrameCheck"])]]
 _LAST = [
     [("Sample", ["CogVideoX15Sampler"])],
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
@@ -57,6 +66,8 @@ _FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), 
 STEPS = {
     "text_to_video": (_FIVE, [[_MODEL], [_PROMPTS, _SIZE], *_LAST]),
     "text_to_video_lora": (_LORA, [[_MODEL], [("LoRA", ["CogVideoX15LoraLoader"])], [_PROMPTS, _SIZE], *_LAST]),
+    "text_to_video_fast": (_LORA, [[_MODEL], [_FASTER], [_PROMPTS, _SIZE], *_LAST]),
+    "native_nodes": (_LORA, [[_MODEL], [_BRIDGE], [_PROMPTS, _SIZE], *_CORE, _LAST[2]]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
 }

@@ -141,6 +141,16 @@ def thumbnails() -> dict[str, Image.Image]:
             ["Prompt\nA sailing boat crosses\na lake …", "Your LoRA\nadds its style:\nink.safetensors"],
             [_ink(frame) for frame in film],
         ),
+        "text_to_video_fast": thumbnail(
+            "Text to video, faster",
+            ["Prompt\nA sailing boat crosses\na lake …", "Faster\nkernels, TeaCache,\ncompile"],
+            film,
+        ),
+        "native_nodes": thumbnail(
+            "With ComfyUI's own nodes",
+            ["Prompt\nA sailing boat crosses\na lake …", "Core nodes\nKSampler, CLIP Text\nEncode, VAE Decode"],
+            film,
+        ),
         "image_to_video": thumbnail("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
         "video_to_video": thumbnail("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
     }

@@ -10,7 +10,7 @@ from cogvideox.handles import open_handles, with_attention
 from cogvideox.memory import LiveBytes
 from cogvideox.modules import attention as attention_module
 from cogvideox.modules.attention import available, check_attention
-from cogvideox.modules.joint import join, projection_attached, rotate_, side_by_side
+from cogvideox.modules.joint import blocks_replaced, join, projection_attached, rotate_, side_by_side
 from cogvideox.sampling import sample
 from cogvideox.variants import full_config
 from tests.conftest import CPU
@@ -190,3 +190,27 @@ def test_the_joined_transformer_is_what_a_checkpoint_loads_to(handles):
     with handles.model.weights.running() as module:
         assert isinstance(module, CogVideoXTransformer3DModel)
         assert all("forward" in vars(block) for block in module.transformer_blocks)
+
+
+@torch.no_grad()
+def test_a_block_that_is_replaced_is_the_others_own_again_afterwards():
+    """Skipped it is a transformer without that block; told to run its own it is the same."""
+    module = join(build_transformer("1.5").eval())
+    given = inputs(module, torch.float32)
+    expected = module(**given)[0]
+
+    def skip(own, hidden_states, encoder_hidden_states, *_, **__):
+        return hidden_states, encoder_hidden_states
+
+    def same(own, *args, **kwargs):
+        return own(*args, **kwargs)
+
+    with blocks_replaced(module, {0: same, 7: skip}):
+        assert module(**given)[0].equal(expected)
+    with blocks_replaced(module, {1: skip}):
+        skipped = module(**given)[0]
+    shorter = join(build_transformer("1.5", num_layers=1).eval())
+    shorter.load_state_dict({k: v for k, v in module.state_dict().items() if "transformer_blocks.1." not in k})
+    assert skipped.equal(shorter(**given)[0])
+    assert not skipped.equal(expected)
+    assert module(**given)[0].equal(expected)

@@ -67,7 +67,7 @@ CONTRACT = {
     ),
     "CogVideoX15VAEDecode": (
         "CogVideoX-1.5 VAE Decode",
-        {"samples": "LATENT", "vae": "COGVIDEOX_VAE"},
+        {"samples": "LATENT", "vae": "COGVIDEOX_VAE,VAE"},
         {"images": "IMAGE"},
     ),
     "CogVideoX15BlackFrameCheck": (
@@ -87,7 +87,7 @@ CONTRACT["CogVideoX15ImageToVideo"] = (
     {
         "positive": "CONDITIONING",
         "negative": "CONDITIONING",
-        "vae": "COGVIDEOX_VAE",
+        "vae": "COGVIDEOX_VAE,VAE",
         "start_image": "IMAGE",
         "width": "INT",
         "height": "INT",
@@ -99,7 +99,7 @@ CONTRACT["CogVideoX15ImageToVideo"] = (
 )
 CONTRACT["CogVideoX15VAEEncode"] = (
     "CogVideoX-1.5 VAE Encode",
-    {"images": "IMAGE", "vae": "COGVIDEOX_VAE"},
+    {"images": "IMAGE", "vae": "COGVIDEOX_VAE,VAE"},
     {"latent": "LATENT"},
 )
 CONTRACT["CogVideoX15LoraLoader"] = (
@@ -132,6 +132,16 @@ CONTRACT["CogVideoX15Quantize"] = (
     {"model": "COGVIDEOX_MODEL", "method": "COMBO", "text_encoder": "COGVIDEOX_TEXT_ENCODER"},
     {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "report": "STRING"},
 )
+CONTRACT["CogVideoX15ToComfyUI"] = (
+    "CogVideoX-1.5 to ComfyUI",
+    {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE"},
+    {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
+)
+CONTRACT["CogVideoX15ModelCheck"] = (
+    "CogVideoX-1.5 Model Check",
+    {"model": "MODEL", "action": "COMBO"},
+    {"model": "MODEL", "report": "STRING"},
+)
 DEFAULTS = {
     "CogVideoX15Cache": {"method": "teacache", "strength": 0.6, "start": 0.1, "end": 0.95},
     "CogVideoX15Compile": {"mode": "default", "dynamic": False},
@@ -158,6 +168,7 @@ COMBOS = {
     ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
+    ("CogVideoX15ModelCheck", "action"): ["stop", "warn"],
 }
 
 
@@ -333,6 +344,51 @@ def test_comfyuis_own_text_encoder_can_be_connected(pack):
     assert clip.cond_stage_model.t5xxl.enable_attention_masks  # as it was
     with pytest.raises(ValueError, match="without a T5-XXL"):
         call(pack, "CogVideoX15TextEncode", text_encoder=Clip("clip_l"), prompt="a cat")
+
+
+def test_the_nodes_for_cores_graphs_say_outside_comfyui_that_they_need_it(pack, loaded):
+    with pytest.raises(RuntimeError, match="Run it in ComfyUI"):
+        call(pack, "CogVideoX15ToComfyUI", model=loaded[0])
+    core = SimpleNamespace(model=None, model_options={}, clone=None)
+    with pytest.raises(RuntimeError, match="Run it in ComfyUI"):
+        call(pack, "CogVideoX15ModelCheck", model=core)
+
+
+class CoreVAE:
+    """What ComfyUI's Load VAE gives, as far as it is used, around a module."""
+
+    def __init__(self, module):
+        self.first_stage_model, self.vae_dtype, self.device = module, torch.float32, "cpu"
+        self.decode = self.patcher = None
+
+
+class AutoencoderKLCogVideoX(torch.nn.Module):
+    """Core's class of that name: the same tensors under the same names, and no config."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+    def state_dict(self, *_):
+        return self._module.state_dict()
+
+
+def test_cores_vae_is_run_with_its_own_weights_and_another_models_is_refused_by_name(pack):
+    torch.manual_seed(0)
+    reference = build_vae((32, 32, 32, 32), groups=32).eval()
+    core, latent = CoreVAE(AutoencoderKLCogVideoX(reference)), torch.randn(1, 16, 3, 2, 2)
+
+    def decoded():
+        return call(pack, "CogVideoX15VAEDecode", samples={"samples": latent}, vae=core)[0]
+
+    with torch.no_grad():
+        wanted = reference.decode(latent).sample[0].mul(0.5).add(0.5).clamp(0, 1).permute(1, 2, 3, 0)
+        assert (decoded() - wanted).norm() / wanted.norm() < 1e-5
+        # The weights are those: what changes them changes the frames.
+        reference.decoder.conv_out.conv.bias += 0.5
+        assert (decoded() - wanted).abs().max() > 0.1
+    with pytest.raises(ValueError, match="another model's .*Linear"):
+        call(pack, "CogVideoX15VAEDecode", samples={"samples": latent}, vae=CoreVAE(torch.nn.Linear(1, 1)))
 
 
 def test_a_note_about_the_prompt_reaches_the_log(pack, loaded, caplog):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cogvideox.black_frames import BlackFrameReport, check_black_frames
 from cogvideox.contact_sheet import contact_sheet
-from cogvideox.preview import preview_frames
+from cogvideox.preview import LATENT_RGB, preview_frames, stretched
 
 
 def test_a_preview_has_a_frame_for_each_latent_frame_and_shows_where_and_when_it_is_bright():
@@ -26,6 +26,14 @@ def test_a_preview_has_a_frame_for_each_latent_frame_and_shows_where_and_when_it
     )
     assert means.argmax() == 7  # frame 3, right half
     assert means[3, 1] > 2 * means[3, 0]
+
+
+def test_latents_that_another_program_draws_are_stretched_as_our_pictures_are():
+    latents = torch.randn(2, 16, 5, 12, 20, generator=torch.Generator().manual_seed(0))
+    colours = rearrange(stretched(latents)[0], "c t h w -> t h w c") @ LATENT_RGB
+    drawn = (colours + 1).div(2).clamp(0, 1).mul(255).round()
+    for frame, wanted in zip(drawn, preview_frames(latents, 512), strict=True):
+        assert (frame - torch.from_numpy(numpy.array(wanted).copy())).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

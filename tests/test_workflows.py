@@ -16,7 +16,14 @@ def workflow(request):
 
 def test_there_is_a_workflow_for_each_use():
     names = {path.stem for path in workflows.FILES}
-    assert names == {"text_to_video", "image_to_video", "video_to_video", "text_to_video_lora", "text_to_video_fast"}
+    assert names == {
+        "text_to_video",
+        "image_to_video",
+        "video_to_video",
+        "text_to_video_lora",
+        "text_to_video_fast",
+        "native_nodes",
+    }
 
 
 def test_its_nodes_exist_with_their_sockets_in_order(workflow, pack):

@@ -6,19 +6,25 @@ even they cannot be told, it is an error and not a guess.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from ..variants import TRANSFORMER_CLASS
 from ..words import short
-from .headers import StoredTensor
-
-Tensors = Mapping[str, StoredTensor]
 
 
-def infer_config(kind: str, tensors: Tensors, file: Path) -> dict:
+class Shaped(Protocol):
+    """A tensor, in memory or on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def infer_config(kind: str, tensors: Mapping[str, Shaped], file: Path) -> dict:
     """The config of a part, by the names of its diffusers or transformers module.
 
     Args:
         tensors: by the module's own names.
+        file: where they come from, for messages.
 
     Raises:
         ValueError: if a tensor that tells a number is missing or has a shape that no CogVideoX has.

@@ -107,6 +107,12 @@ def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
     return partial(vars(module).pop, "forward") if own is None else partial(setattr, module, "forward", own)
 
 
+def own_forward(module: nn.Module) -> Callable:
+    """Return what ``replace_forward`` would take the place of."""
+    registry = hook_registry(module)
+    return registry._fn_refs[0].forward if registry is not None and registry._fn_refs else module.forward
+
+
 # --- torch ---
 
 

@@ -9,8 +9,9 @@ work.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -100,6 +101,26 @@ def projection_attached(module: LibraryModule) -> Iterator[None]:
             del layer.forward
         else:
             layer.forward = own
+
+
+@contextmanager
+def blocks_replaced(module: LibraryModule, replacements: Mapping[int, Callable]) -> Iterator[None]:
+    """Have something else run in the place of blocks in a ``with`` block, below what caches, offloading and LoRAs do.
+
+    Args:
+        replacements: by the number of a block, what is called with the block's own ``forward``, and with what that is
+            called with; it returns what that returns. Numbers that no block has are passed over.
+    """
+    undo = []
+    try:
+        for number, block in enumerate(module.transformer_blocks):
+            if number in replacements:
+                changed = partial(replacements[number], internals.own_forward(block))
+                undo.append(internals.replace_forward(block, changed))
+        yield
+    finally:
+        for restore in undo:
+            restore()
 
 
 def side_by_side(text: torch.Tensor, video: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ also runs in a script and in a test.
 """
 
 from .clip import encode_with_clip
+from .core import to_core, watched
 from .folders import (
     bring_example_clip,
     checkpoint_path,
@@ -16,6 +17,7 @@ from .folders import (
     parts,
     tokenizer_folder,
 )
+from .given import own_text_encoder, own_vae
 from .language import said, watch_language
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import (
@@ -47,6 +49,8 @@ __all__ = [
     "make_room",
     "names_in_urls",
     "offer",
+    "own_text_encoder",
+    "own_vae",
     "part_path",
     "parts",
     "pictures",
@@ -56,7 +60,9 @@ __all__ = [
     "serve_files",
     "show",
     "show_pictures",
+    "to_core",
     "tokenizer_folder",
     "watch_language",
     "watch_queue",
+    "watched",
 ]

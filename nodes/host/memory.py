@@ -2,7 +2,7 @@
 
 import uuid
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +55,17 @@ def make_room(weights: "Weights", room: int = 0) -> None:
         )
 
 
+def owned_by(weights: "Weights", patcher: object) -> None:
+    """Note that it is ComfyUI that keeps a part's weights, as those of a patcher of its own."""
+    _registered[weights] = patcher
+
+
+def whole_bytes(weights: "Weights") -> int:
+    """Return the bytes that a part takes on its device where it runs whole: what is offloaded by blocks or layers is
+    never there as a whole."""
+    return weights.nbytes if weights.memory in ("auto", "gpu") else 0
+
+
 class _Registered:
     """A part in ComfyUI's list of loaded models: it answers what ComfyUI asks of a ``ModelPatcher``, for as long as the
     part's weights live."""
@@ -71,8 +82,7 @@ class _Registered:
 
     def model_size(self) -> int:
         weights = self.model
-        # What is offloaded by blocks or layers is never on the device as a whole.
-        return weights.nbytes if weights is not None and weights.memory in ("auto", "gpu") else 0
+        return 0 if weights is None else whole_bytes(weights)
 
     def loaded_size(self) -> int:
         weights = self.model
@@ -95,7 +105,8 @@ class _Registered:
             self.model.park()
 
     def is_clone(self, other) -> bool:
-        return other is self
+        # In a core graph the same weights stand in the list as a patcher's.
+        return self.model is not None and other.weights is self.model if hasattr(other, "weights") else other is self
 
     def is_dynamic(self) -> bool:
         return False
@@ -113,4 +124,4 @@ class _Registered:
         return 0
 
 
-_registered: "weakref.WeakKeyDictionary[Weights, _Registered]" = weakref.WeakKeyDictionary()
+_registered: "weakref.WeakKeyDictionary[Weights, Any]" = weakref.WeakKeyDictionary()

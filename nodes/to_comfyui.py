@@ -1,0 +1,49 @@
+"""CogVideoX-1.5 to ComfyUI: the engine's parts for core's own nodes."""
+
+from . import host
+from .base import Node
+
+
+class ToComfyUI(Node):
+    DISPLAY_NAME = "CogVideoX-1.5 to ComfyUI"
+    DESCRIPTION = (
+        "Hands the transformer, the text encoder and the VAE to ComfyUI's own nodes as MODEL, CLIP and VAE: KSampler "
+        "and other samplers, guiders, Context Windows, EasyCache, LoRA loaders, CLIP Text Encode, VAE Decode. They run "
+        "in the engine as they are set up, exact and range-safe, with their LoRAs, attention and cache; a step that is "
+        "not finite is healed. In KSampler choose ddim and simple for the reference's own schedule."
+    )
+    SEARCH_ALIASES = [
+        "cogvideo model",
+        "cogvideox bridge",
+        "ksampler",
+        "convert to model",
+        "model clip vae",
+        "native nodes",
+    ]
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    RETURN_NAMES = ("MODEL", "CLIP", "VAE")
+    OUTPUT_TOOLTIPS = (
+        "The transformer, for KSampler and other nodes that take a MODEL.",
+        "The text encoder, for CLIP Text Encode.",
+        "The VAE, for VAE Decode and VAE Encode: exact and untiled, whichever of them it is.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {},
+            "optional": {
+                "model": (
+                    "COGVIDEOX_MODEL",
+                    {"tooltip": "The transformer, from the model loader or another node; LoRAs and caches go with it."},
+                ),
+                "text_encoder": (
+                    "COGVIDEOX_TEXT_ENCODER",
+                    {"tooltip": "The text encoder, from the model loader or CogVideoX-1.5 Quantize."},
+                ),
+                "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
+            },
+        }
+
+    def execute(self, model=None, text_encoder=None, vae=None):
+        return host.to_core(model, text_encoder, vae)
