@@ -328,10 +328,11 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--attention",
         choices=BACKENDS,
+        metavar="KERNEL",
         default="auto",
         help=(
-            "the kernel of the attention, if this machine has it; all but sage give the same picture up to rounding "
-            "(default: PyTorch's choice)"
+            "the kernel of the attention, if this machine has it: "
+            f"{', '.join(BACKENDS)}; all but sage give the same picture up to rounding (default: PyTorch's choice)"
         ),
     )
     how.add_argument(

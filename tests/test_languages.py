@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cogvideox.black_frames import check_black_frames, enforce
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.choices import DTYPES, TAYLORSEER, check_choice
+from cogvideox.choices import BACKENDS, DTYPES, TAYLORSEER, check_choice
 from cogvideox.geometry import check_frames
 from cogvideox.handles import open_handles, with_lora
 from cogvideox.languages import ENGLISH, places, preferred, supported, translate
@@ -313,8 +313,9 @@ def test_the_help_is_chinese_and_no_line_is_wider_than_the_terminal(capsys):
     said = capsys.readouterr().out
     usage, _, rest = said.partition("\n\n")
     assert usage.startswith("用法：")
-    # The names of caches are choices.
-    assert [left for left in english_left(rest.split("示例：")[0]) if TAYLORSEER not in left] == []
+    # The names of caches and kernels are choices.
+    choices = {TAYLORSEER, *BACKENDS}
+    assert [left for left in english_left(rest.split("示例：")[0]) if not choices & set(left.split(", "))] == []
     wide = [line for line in rest.split("示例：")[0].splitlines() if _columns(line) > 92]
     assert wide == []
 
