@@ -40,6 +40,8 @@ class Queued:
         self._outputs: dict[str, tuple] = {}
         for node in nodes:
             self.outputs(node)
+        # Handles are not kept: what the run makes of its own is then all that there is.
+        self._outputs.clear()
 
     def class_of(self, node: str) -> type[Declares] | None:
         kind = self.nodes[node].get("class_type")
