@@ -18,6 +18,8 @@ TITLES = {
     "image_to_video": "图生视频",
     "video_to_video": "视频生视频",
     "text_to_video_lora": "文生视频加 LoRA",
+    "text_to_video_fast": "文生视频（更快）",
+    "native_nodes": "ComfyUI 自带节点",
 }
 
 
@@ -76,18 +78,22 @@ def test_without_a_setting_the_page_has_the_browsers_language(comfy, prompt, hea
 
 def test_an_error_while_a_node_runs_is_told_in_both(comfy, prompt, chinese):
     since = len(comfy.log.read_text(encoding="utf-8"))
-    node_of(prompt, "CogVideoX15ModelLoader")["inputs"] |= {"dtype": "fp16", "on_mismatch": "stop"}
+    # A length that another node gives is known only then.
+    prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}
+    node_of(prompt, "CogVideoX15EmptyLatent")["inputs"]["length"] = ["80", 0]
     told = comfy.listen(prompt)
     (failed,) = [event["data"] for event in told.events if event["type"] == "execution_error"]
     assert failed["exception_type"] == "ValueError"
-    assert failed["exception_message"].startswith("数据类型不适合这个模型，而 on_mismatch 是 stop。")
-    assert "ValueError: The dtype does not suit this checkpoint, and on_mismatch is stop." in logged(comfy, since)
+    assert failed["exception_message"].startswith("片段长度是 80 帧")
+    assert "ValueError: The clip length is 80 frames, but this model makes 16N+1 frames" in logged(comfy, since)
 
 
 def test_the_report_is_shown_and_given_on_in_chinese_and_logged_in_english(comfy, prompt, chinese):
     since = len(comfy.log.read_text(encoding="utf-8"))
     loader = next(name for name, node in prompt.items() if node["class_type"] == "CogVideoX15ModelLoader")
     shown = {"show": {"class_type": "PreviewAny", "inputs": {"source": [loader, 3]}}}
+    # Not what an earlier run has left.
+    prompt[loader]["inputs"]["on_mismatch"] = "warn"
     told = comfy.listen({loader: prompt[loader], **shown})
     (given,) = told.history["outputs"]["show"]["text"]
     for text in (told.texts[loader][-1], given):

@@ -79,8 +79,8 @@ def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(pag
         texts = page.texts()
         assert {text["text"].split()[0] for text in texts} >= {"verdict:"}
         assert [text["broken"] for text in texts] == [[]] * len(texts)
-        # The loader's is written again only when it runs again.
-        assert all(text["cut"] <= 1 for text in texts), texts
+        # Of the loader's, whose reasons can be many, the verdict and the memory stand first.
+        assert all(text["cut"] <= 1 for text in texts if "memory to sample" not in text["text"]), texts
     assert page.messages() == []
 
 
