@@ -84,6 +84,7 @@ WORDS = (
     "absent",
     "black",
     "transformer",
+    "VAE",
     "checkpoint",
     "weights",
     "sizes",
