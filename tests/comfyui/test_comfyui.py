@@ -140,6 +140,19 @@ def test_the_loader_shows_its_report_on_the_node_and_scans_when_asked(comfy, pro
     assert "changed: runs in range-safe fp16 instead of fp16" in comfy.log.read_text()
 
 
+def test_the_wrappers_nodes_are_replaced_where_they_are_missing(comfy, prompt):
+    """By the page that opens such a workflow, and here by the server that is given one."""
+    offered = comfy.get("/node_replacements")
+    assert {offered[old][0]["new_node_id"] for old in ("CogVideoTextEncode", "CogVideoDecode")} == {
+        "CogVideoX15TextEncode",
+        "CogVideoX15VAEDecode",
+    }
+    decode = next(node for node in prompt.values() if node["class_type"] == "CogVideoX15VAEDecode")
+    decode["class_type"] = "CogVideoDecode"
+    decode["inputs"]["enable_vae_tiling"] = True
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
+
+
 def test_stop_refuses_fp16_for_weights_trained_in_bf16_in_the_dialog(comfy, prompt):
     node_of(prompt, "CogVideoX15ModelLoader").update(dtype="fp16", on_mismatch="stop")
     assert "was trained in bf16" in str(comfy.post("/prompt", {"prompt": prompt})["node_errors"])
