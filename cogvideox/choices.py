@@ -4,6 +4,7 @@ Each choice has a name here, so that no code relies on its place in a list. ``co
 settings that exclude each other. Imports no library, so that the nodes appear in milliseconds.
 """
 
+import math
 from collections.abc import Iterable
 
 from .words import short
@@ -95,3 +96,9 @@ def check_share(name: str, value: float, remedy: str, meaning: str = "") -> None
     if not 0.0 <= value <= 1.0:
         what = f": {meaning}" if meaning else ""
         raise ValueError(f"{name} is {value}, but it is a share between 0 and 1{what}. {remedy}")
+
+
+def steps_between(start: float, end: float, steps: int) -> range:
+    """Return the steps of a run between two shares of them."""
+    # A share of the steps that is a whole number of them must not miss it by a rounding error.
+    return range(math.ceil(start * steps - 1e-9), math.ceil(end * steps - 1e-9))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from .choices import check_share
+from .choices import check_share, steps_between
 from .finite import check_finite
 from .geometry import check_latent, pixel_frames
 from .handles import Model
@@ -125,8 +125,7 @@ def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
         ValueError: for what is no share, and for a start that is not below the end.
     """
     check_guidance_range(start, end)
-    # A share of the steps that is a whole number of them must not miss it by a rounding error.
-    found = range(math.ceil(start * steps - 1e-9), math.ceil(end * steps - 1e-9))
+    found = steps_between(start, end, steps)
     return found if cfg > 1.0 and found else range(0)
 
 

@@ -313,8 +313,9 @@ FUN_SAMPLERS = ("CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXF
 #: Nodes that are left out, and what that means.
 LEFT_OUT = {
     "CogVideoContextOptions": (
-        "Context windows are not here: the whole clip is made at once, which takes more memory, and over the length "
-        "that the model was trained for the picture may suffer."
+        "Context windows are not carried over: the whole clip is made at once, which takes more memory, and over the "
+        "length that the model was trained for the picture may suffer. ComfyUI's own Context Windows nodes work behind "
+        "CogVideoX-1.5 to ComfyUI."
     ),
     "CogVideoEnhanceAVideo": "Enhance-A-Video is not here, so the video will differ from the old one.",
     "CogVideoTransformerEdit": "Removing blocks of the transformer is not here: all of them run.",

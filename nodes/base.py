@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 _PACK = f"{__name__.rpartition('.nodes.')[0]}."
 #: The widgets of a clip's size and length, but for what differs with the model that a node is for.
 SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
+#: A widget's limits that is a share of the steps, or of the work.
+SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
 LENGTH = (
     "INT",
     {

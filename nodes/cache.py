@@ -4,12 +4,10 @@ import logging
 
 from ..cogvideox.choices import CACHES, TEACACHE, check_choice
 from . import host
-from .base import Node
+from .base import SHARE, Node
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
-
-_SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
 
 
 class Cache(Node):
@@ -67,7 +65,7 @@ class Cache(Node):
                     "FLOAT",
                     {
                         "default": 0.6,
-                        **_SHARE,
+                        **SHARE,
                         "tooltip": (
                             "The share of block evaluations between start and end that is to be skipped (with pab and "
                             "faster_cache: of attention evaluations). 0 changes nothing; higher is faster and further "
@@ -80,7 +78,7 @@ class Cache(Node):
                     {
                         "advanced": True,
                         "default": 0.1,
-                        **_SHARE,
+                        **SHARE,
                         "tooltip": (
                             "The share of the steps after which it may skip; the first steps decide what the video "
                             "shows."
@@ -92,7 +90,7 @@ class Cache(Node):
                     {
                         "advanced": True,
                         "default": 0.95,
-                        **_SHARE,
+                        **SHARE,
                         "tooltip": "The share of the steps after which everything is computed again.",
                     },
                 ),

@@ -74,6 +74,6 @@ def _samples(width, height, length, batch_size):
 
 
 def _check_length(length):
-    # CogVideoX-5b and -2b make 8N+1 frames; only the run knows which model it is.
+    # CogVideoX-5b and -2b make 8N+1 frames; the sampler knows which model it is.
     if length % 8 != 1:
         check_frames(length)

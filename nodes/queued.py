@@ -175,6 +175,7 @@ class _Answer:
         node = node if node in self._queued.nodes else None
         told = self._cls.objections(given) if node is None else self._queued.wrong.get(node, {})
         refused = "\n".join(told.values())
-        if host.said(refused) != refused:
+        said = host.said(refused)
+        if said != refused:
             logger.warning("%s", refused)
-        return host.said(refused) or True
+        return said or True

@@ -7,12 +7,10 @@ import torch
 from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from ..cogvideox.tensors import check_tensor
 from . import host
-from .base import Node
+from .base import SHARE, Node
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
-
-_SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001, "advanced": True}
 
 
 class Sampler(Node):
@@ -138,7 +136,8 @@ class Sampler(Node):
                     "FLOAT",
                     {
                         "default": 0.0,
-                        **_SHARE,
+                        **SHARE,
+                        "advanced": True,
                         "tooltip": (
                             "The share of the steps after which cfg acts. Steps before it follow the positive prompt "
                             "alone and take half the time."
@@ -149,7 +148,8 @@ class Sampler(Node):
                     "FLOAT",
                     {
                         "default": 1.0,
-                        **_SHARE,
+                        **SHARE,
+                        "advanced": True,
                         "tooltip": (
                             "The share of the steps after which cfg no longer acts, which halves their time: 0.8 saves "
                             "a tenth of the run. The model card guides every step; what this does to the video is "

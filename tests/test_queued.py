@@ -23,7 +23,7 @@ def errors(pack, monkeypatch):
     queued, host = (sys.modules[f"{pack.__name__}.nodes.{name}"] for name in ("queued", "host"))
     looks = []
     monkeypatch.setattr(
-        host.page, "_server", lambda: SimpleNamespace(add_on_prompt_handler=lambda handler: looks.append(handler))
+        host.comfyui, "server", lambda: SimpleNamespace(add_on_prompt_handler=lambda handler: looks.append(handler))
     )
     queued.watch(pack.NODE_CLASS_MAPPINGS)
 
@@ -306,7 +306,7 @@ def test_a_graph_that_is_none_is_passed_over(pack, prompt):
     seen = []
     server = SimpleNamespace(add_on_prompt_handler=seen.append)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "_server", lambda: server)
+        patch.setattr(page.comfyui, "server", lambda: server)
         queued.watch(pack.NODE_CLASS_MAPPINGS)
         for given in (data, prompt):
             assert seen[0](given) is given

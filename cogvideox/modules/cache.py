@@ -30,7 +30,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import CACHES, FASTER_CACHE, FIRST_BLOCK, PAB, TAYLORSEER, TEACACHE, check_choice, check_share
+from ..choices import (
+    CACHES,
+    FASTER_CACHE,
+    FIRST_BLOCK,
+    PAB,
+    TAYLORSEER,
+    TEACACHE,
+    check_choice,
+    check_share,
+    steps_between,
+)
 from . import internals
 from .internals import LibraryModule
 
@@ -93,8 +103,7 @@ class Cache:
 
     def within(self, steps: int) -> range:
         """Return the steps of a run between ``start`` and ``end``."""
-        # A share of the steps that is a whole number of them must not miss it by a rounding error.
-        return range(math.ceil(self.start * steps - 1e-9), math.ceil(self.end * steps - 1e-9))
+        return steps_between(self.start, self.end, steps)
 
     @property
     def name(self) -> str:

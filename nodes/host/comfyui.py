@@ -3,6 +3,7 @@
 
 import importlib.util
 from contextlib import suppress
+from typing import Any
 
 IN_COMFYUI = importlib.util.find_spec("folder_paths") is not None and importlib.util.find_spec("comfy") is not None
 
@@ -19,3 +20,8 @@ if IN_COMFYUI:
         import comfy_api.latest
 
     __all__ = ["IN_COMFYUI", "PromptServer", "comfy", "comfy_api", "comfy_execution", "folder_paths"]
+
+
+def server() -> Any:
+    """Return ComfyUI's server; None where there is no page to tell."""
+    return getattr(globals().get("PromptServer"), "instance", None) if IN_COMFYUI else None

@@ -31,7 +31,7 @@ _of_client: dict[Any, str] = {}
 def watch_language() -> None:
     """Notice the language of each graph that is queued from now on, and give the example workflows and the blocks to
     Chinese pages in Chinese."""
-    server = getattr(comfyui.PromptServer, "instance", None) if comfyui.IN_COMFYUI else None
+    server = comfyui.server()
     app = getattr(server, "app", None)
     if server is None or app is None or app.frozen:
         return
@@ -67,8 +67,7 @@ def _language() -> str:
     asked = _asked.get()
     if asked is not None:
         return asked
-    server = getattr(getattr(comfyui, "PromptServer", None), "instance", None)
-    return _of_client.get(getattr(server, "client_id", None), ENGLISH)
+    return _of_client.get(getattr(comfyui.server(), "client_id", None), ENGLISH)
 
 
 def _remember(data: dict) -> dict:

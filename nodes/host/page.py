@@ -26,7 +26,7 @@ def serve_files() -> None:
     beyond ASCII (https://github.com/aio-libs/aiohttp/issues/13433), and the page cuts the name at dots. ComfyUI's own
     routes, and other packs', come before these, as they are more specific.
     """
-    server = _server()
+    server = comfyui.server()
     if server is None:
         return
     pack = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
         )
         return data
 
-    server = _server()
+    server = comfyui.server()
     if server is not None:
         server.add_on_prompt_handler(remember)
 
@@ -82,7 +82,7 @@ def offer(replacements: Sequence[tuple[str, str, dict[str, str], list[str]]]) ->
         replacements: the missing node's id, the new one's, the old input by the new one's name, and the old one's
             widgets in their order. The first output of both is the same.
     """
-    manager: Any = getattr(_server(), "node_replace_manager", None)
+    manager: Any = getattr(comfyui.server(), "node_replace_manager", None)
     if manager is None:
         return
     for old, new, inputs, widgets in replacements:
@@ -93,8 +93,7 @@ def offer(replacements: Sequence[tuple[str, str, dict[str, str], list[str]]]) ->
 
 def running_node() -> str | None:
     """Return the id of the node that ComfyUI validates or runs; None outside of it."""
-    context = comfyui.comfy_execution.utils.get_executing_context() if comfyui.IN_COMFYUI else None
-    return None if context is None else context.node_id
+    return getattr(_context(), "node_id", None)
 
 
 def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
@@ -111,7 +110,7 @@ def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
 def show(text: str, node: str | None = None) -> None:
     """Show a text on a node, or the one that is running, in the page's language and each line printable, if ComfyUI's
     page can. The caller logs what must not be missed."""
-    server, node = _server(), node or running_node()
+    server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
 
@@ -131,8 +130,8 @@ def pictures(picture: "Image") -> dict:
 def show_pictures(pictures: dict) -> None:
     """Show what ``pictures`` gave on the node that is running, at once: for a node that is about to raise an error, and
     so returns nothing."""
-    server, context = _running()
-    if pictures and server is not None:
+    server, context = comfyui.server(), _context()
+    if pictures and server is not None and context is not None:
         told = {
             "node": context.node_id,
             "display_node": context.node_id,
@@ -142,14 +141,6 @@ def show_pictures(pictures: dict) -> None:
         server.send_sync("executed", told, server.client_id)
 
 
-def _server() -> Any:
-    """Return ComfyUI's server; None where there is no page to tell."""
-    return getattr(comfyui.PromptServer, "instance", None) if comfyui.IN_COMFYUI else None
-
-
-def _running() -> tuple[Any, Any]:
-    """Return ComfyUI's server, and the node and prompt that are being executed; None for both where there is no page to
-    tell."""
-    context = comfyui.comfy_execution.utils.get_executing_context() if comfyui.IN_COMFYUI else None
-    server = _server() if context is not None else None
-    return (server, context) if server is not None else (None, None)
+def _context() -> Any:
+    """Return what ComfyUI says of the node and prompt that it validates or runs; None outside of it."""
+    return comfyui.comfy_execution.utils.get_executing_context() if comfyui.IN_COMFYUI else None
