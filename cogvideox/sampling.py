@@ -11,7 +11,7 @@ them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,16 +147,7 @@ def sample(
     device = model.weights.device
     # What was kept of a guided step is of no use to one that is not.
     turns = {step for step in (guided.start, guided.stop) if guided}
-    skips = plan_skips(model, timesteps.tolist(), turns)
-    heads = Shape(
-        latents.shape[0],
-        positive.shape[1] + video_tokens(config, latents.shape),
-        config["num_attention_heads"],
-        config["attention_head_dim"],
-    )
-    speedups = Speedups(
-        model.attention, model.cache, model.compiled, device, timesteps.tolist(), heads, events.note, skips
-    )
+    speedups = make_speedups(model, latents.shape, positive.shape[1], timesteps.tolist(), events.note, turns)
 
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
@@ -211,6 +202,34 @@ def sample(
         samples = torch.where(noise_mask == 0, latents.to("cpu", torch.float32), samples)
     speedups.report()
     return samples
+
+
+def make_speedups(
+    model: Model,
+    shape: Sequence[int],
+    tokens: int,
+    timesteps: Sequence[float],
+    tell: Callable[[str, int], None],
+    in_full: Collection[int] = (),
+) -> Speedups:
+    """Set up what a run is made faster with, as the handle says.
+
+    Args:
+        shape: of the latents, ``[B, 16, T, H/8, W/8]``.
+        tokens: of a prompt.
+        timesteps: of all steps of the run.
+        tell: called with sentences for the user, and logging's level of each.
+        in_full: steps that TeaCache must not skip, besides the first and the last.
+    """
+    config, device = full_config(model.weights.config), model.weights.device
+    heads = Shape(
+        shape[0],
+        tokens + video_tokens(config, shape),
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+    )
+    skips = plan_skips(model, timesteps, in_full)
+    return Speedups(model.attention, model.cache, model.compiled, device, timesteps, heads, tell, skips)
 
 
 def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:

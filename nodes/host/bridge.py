@@ -416,28 +416,15 @@ class _Run:
         self._speedups: Any
 
     def __enter__(self) -> "_Run":
-        from ...cogvideox.geometry import video_tokens
         from ...cogvideox.lora import added, applied
         from ...cogvideox.memory import choose_placements
-        from ...cogvideox.modules.fastest import Shape
-        from ...cogvideox.modules.speedups import Speedups
+        from ...cogvideox.sampling import make_speedups
         from ...cogvideox.sentinel import Sentinel
-        from ...cogvideox.skips import plan_skips
 
         model, device = self._model, self._model.weights.device
         latents, guided, joinable, tokens, timesteps = self._given
         placements = choose_placements(model, latents, guided, joinable, tokens, self._events)
-        config = full_config(model.weights.config)
-        heads = Shape(
-            self.shape[0],
-            tokens + video_tokens(config, latents.shape),
-            config["num_attention_heads"],
-            config["attention_head_dim"],
-        )
-        skips = plan_skips(model, timesteps)
-        speedups = Speedups(
-            model.attention, model.cache, model.compiled, device, timesteps, heads, self._events.note, skips
-        )
+        speedups = make_speedups(model, latents.shape, tokens, timesteps, self._events.note)
         pairs, dense = self._patches
 
         @contextmanager
