@@ -271,6 +271,7 @@ def core_nodes():
     from comfy_extras import nodes_model_merging, nodes_nag
 
     refused("cannot be saved", lambda: nodes_model_merging.ModelSave().save(model, "x"))
+    refused("cannot be saved", lambda: nodes_model_merging.CheckpointSave().save(model, None, None, "x"))
     refused("Merging models", lambda: nodes_model_merging.ModelMergeSimple().merge(model, model, 0.5))
     nag = of(nodes_nag.NAGuidance, model, 5.0, 0.5, 1.5)
     refused("NAG, PAG", lambda: run(nag, latents, noise))
@@ -531,9 +532,10 @@ def one_run():
     management.unload_all_models()
     assert parked
     del part.park
-    offloading = build("1.5", memory="offload_blocks").model
-    assert bridge.to_model(offloading).model_size() == 0
-    near("offloading blocks", run(bridge.to_model(offloading), latents, noise), found, 0.0)
+    for memory in ("offload_blocks", "offload_layers"):
+        offloading = build("1.5", memory=memory).model
+        assert bridge.to_model(offloading).model_size() == 0
+        near(memory, run(bridge.to_model(offloading), latents, noise), found, 0.0)
 
     # A cancelled run leaves nothing behind: the next is as the first.
     def cancel(step, *_):
