@@ -140,8 +140,12 @@ def watch(classes: Mapping[str, type[Declares]]) -> None:
 
     def look(nodes: Mapping[str, dict]) -> None:
         global _current
-        _current = Queued({}, {})
+        before, _current = _current, Queued({}, {})
         _current = Queued(nodes, classes)
+        for node in before.wrong:
+            mended = node in nodes and node not in _current.wrong
+            if mended and before.nodes[node].get("class_type") == nodes[node].get("class_type"):
+                host.show("", node)
 
     host.watch_queue(look)
 
@@ -178,4 +182,7 @@ class _Answer:
         said = host.said(refused)
         if said != refused:
             logger.warning("%s", refused)
+        if refused and node is not None:
+            # The page's box of errors names the widget alone, and has the sentence behind a button.
+            host.show(refused, node)
         return said or True

@@ -45,7 +45,7 @@ def errors(pack, monkeypatch):
         return found
 
     yield ask
-    monkeypatch.setattr(queued, "_current", queued.Queued({}, {}))
+    queued._current = queued.Queued({}, {})
 
 
 @pytest.fixture
@@ -110,6 +110,21 @@ def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, v
     ((where, field, sentence),) = errors(nodes)
     assert (where, field) == (kind, widget)
     assert said in sentence
+
+
+def test_the_sentence_is_on_its_node_until_it_is_mended(errors, graph, pack, monkeypatch):
+    """ComfyUI's box of errors names the widget alone."""
+    host, shown = sys.modules[f"{pack.__name__}.nodes.host"], []
+    monkeypatch.setattr(host, "show", lambda text, node=None: shown.append((node, text)))
+    nodes = graph()
+    latent = next(node for node in nodes if nodes[node]["class_type"] == "CogVideoX15EmptyLatent")
+    nodes[latent]["inputs"]["length"] = 80
+    ((_, _, sentence),) = errors(nodes)
+    assert shown == [(latent, sentence)]
+    nodes[latent]["inputs"]["length"] = 81
+    for end in ([(latent, sentence), (latent, "")],) * 2:
+        assert errors(nodes) == []
+        assert [told for told in shown if told[0] == latent] == end
 
 
 def test_a_name_that_is_known_but_not_listed_is_asked_for(errors, graph, pack, monkeypatch):

@@ -21,6 +21,30 @@ function keepColours(table) {
   }
 }
 
+// The page gives a text on a node three lines, whatever it says: our nodes grow until all of it can be read.
+const EMPTY = 58
+const BESIDE = 52
+let ruler
+
+function heightOf(text, width) {
+  if (!text) return EMPTY
+  if (!ruler) {
+    ruler = document.createElement('div')
+    ruler.className = 'cogvideox15-text text-xs whitespace-pre-line'
+    ruler.style.cssText = 'position: fixed; left: -10000px; visibility: hidden'
+    ruler.append(document.createElement('span'))
+    document.body.append(ruler)
+  }
+  const asked = `${width}:${text}`
+  if (ruler.asked !== asked) {
+    ruler.asked = asked
+    ruler.style.width = `${Math.max(width - BESIDE, 50)}px`
+    ruler.firstChild.textContent = text
+    ruler.measured = Math.max(EMPTY, ruler.offsetHeight + 30)
+  }
+  return ruler.measured
+}
+
 app.registerExtension({
   name: 'CogVideoX-1.5',
 
@@ -41,7 +65,10 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith('CogVideoX15')) return
     const add = node.addCustomWidget
     node.addCustomWidget = function (widget) {
-      if (widget?.type === 'progressText') widget.props = { ...widget.props, class: 'cogvideox15-text' }
+      if (widget?.type === 'progressText') {
+        widget.props = { ...widget.props, class: 'cogvideox15-text' }
+        widget.options.getMinHeight = () => heightOf(widget.value, node.size[0])
+      }
       return add.apply(this, arguments)
     }
   }

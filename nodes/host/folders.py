@@ -175,7 +175,7 @@ def _below(roots: Iterable[Path], name: str, is_there: Callable[[Path], bool]) -
 
 
 def _places(roots: list[Path]) -> str:
-    return " or ".join(short(root, 400) for root in roots)
+    return ", ".join(short(root, 400) for root in roots)
 
 
 def _lora_roots() -> list[Path]:

@@ -142,6 +142,11 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     told = page.error_details()
     page.screenshot(path=shots / "error.png")
     assert "Set it to 65 or 81" in told.split("Stack Trace")[0]
+    (latent,) = (node for node in page.graph() if node["type"] == "CogVideoX15EmptyLatent")
+    (text,) = (widget for widget in latent["widgets"] if widget["name"] == "$$node-text-preview")
+    assert "Set it to 65 or 81" in text["value"]
+    # Three lines are what the page gives any text.
+    assert latent["size"][1] >= sum(text["place"]) > text["place"][0] + 58
 
 
 def test_the_block_is_found_added_and_run_from_the_page(page, shots):
