@@ -99,19 +99,24 @@ class Node:
     ]
 
 
-@pytest.mark.parametrize("template", [template for template in FOUND if "\n" not in template])
-def test_a_finished_text_is_found_again(template):
+def test_a_finished_text_is_found_again():
     """Whatever stands in the places: each template, filled, is said as its translation, filled."""
-    given = {name: f"q{number}x" for number, name in enumerate(places(template))}
 
-    def filled(text):
+    def filled(text, given):
         text = re.sub(r"\{(\w+)\}", lambda match: given[match[1]], text.replace("{{", "\0").replace("}}", "\1"))
         return text.replace("\0", "{").replace("\1", "}")
 
     def plain(text):
         return re.sub(r"[\s，、：:,]", "", text)
 
-    assert plain(chinese(filled(template))) == plain(filled(sentences.read("zh")[template]))
+    catalogue, lost = sentences.read("zh"), []
+    for template in FOUND:
+        given = {name: f"q{number}x" for number, name in enumerate(places(template))}
+        if "\n" not in template and plain(chinese(filled(template, given))) != plain(
+            filled(catalogue[template], given)
+        ):
+            lost.append(template)
+    assert lost == []
 
 
 def refusal(call, *arguments, **more) -> str:
