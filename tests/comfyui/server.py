@@ -111,7 +111,7 @@ class Comfy:
         self._wait_until_up()
 
     def _wait_until_up(self) -> None:
-        for _ in range(120):
+        for _ in range(300):
             if self._process.poll() is not None:
                 break
             try:

@@ -47,7 +47,7 @@ def test_a_template_opens_whole_and_large_enough_to_be_read(small_window, shots,
 
 
 @pytest.mark.usefixtures("previews")
-@pytest.mark.parametrize("name", ["text_to_video", "text_to_video_lora", "image_to_video", "video_to_video"])
+@pytest.mark.parametrize("name", [path.stem for path in workflows.FILES])
 def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(page, shots, name):
     """As opened, but for a smaller size; all of it black, so that there is a contact sheet too."""
     page.resize(width=1280, height=720)
@@ -56,7 +56,8 @@ def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(pag
     before = {node["id"]: node["box"] for node in page.graph()}
     for steps in (3, 4):
         page.set_widgets(values=SMALL | CHOICES | {"steps": steps, "action": "warn", "pixel_black_threshold": 1.0})
-        seen = page.run()
+        # One of them compiles.
+        seen = page.run(seconds=400)
         assert seen["end"] == "success"
         assert seen["previews"] >= 1
         page.video()
@@ -74,7 +75,8 @@ def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(pag
             else:
                 assert node["box"] == pytest.approx(before[node["id"]], abs=1), node["title"]
             assert all(sum(widget["place"]) <= node["size"][1] for widget in node["widgets"]), node["title"]
-        assert node_of(graph, "CogVideoX15Sampler")["pictures"], "the last preview stays"
+        samplers = [node for node in graph if node["type"] in ("CogVideoX15Sampler", "KSampler")]
+        assert all(sampler["pictures"] for sampler in samplers), "the last preview stays"
         check_sheet(node_of(graph, "CogVideoX15BlackFrameCheck"))
         texts = page.texts()
         assert {text["text"].split()[0] for text in texts} >= {"verdict:"}
