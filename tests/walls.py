@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "languages",
             "tensors",
             "combinations",
+            "windows",
         )
     ),
     "frames": tuple(
