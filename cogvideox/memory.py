@@ -123,7 +123,7 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     )
     if len(windows) > 1:
         # The loop holds the whole clip, and blends it and its preview in fp32.
-        more = 5 * (length - windows[0].stop) * weights.precision.activations.itemsize + 4 * 4 * length
+        more = 5 * (length - windows[0].stop) * weights.precision.activations.itemsize + 3 * 4 * length
         activations, halved = (held + batch * channels * prod(size) * more for held in (activations, halved))
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:

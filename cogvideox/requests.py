@@ -84,6 +84,20 @@ def check_windows(model: Model, latents: torch.Tensor, scheduler: str) -> None:
         )
 
 
+def refuse_windows(model: Model) -> None:
+    """Refuse a model with context windows where another program's sampler runs it.
+
+    Raises:
+        ValueError: naming ComfyUI's own windows.
+    """
+    if model.windows is not None:
+        raise ValueError(
+            "The model has context windows, which CogVideoX-1.5 Sampler runs and ComfyUI's own samplers do not. Take "
+            "CogVideoX-1.5 Context Windows away, and put ComfyUI's Context Windows (Manual) behind CogVideoX-1.5 to "
+            "ComfyUI, with dim at 2."
+        )
+
+
 def check_start_image(model: Model, given: bool) -> None:
     """Refuse a model that needs a start image without one, and one that cannot read it with one.
 

@@ -44,6 +44,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "image_files",
             "frame_pixels",
             "clip_files",
+            "going_on",
             "video",
         )
     ),
