@@ -72,7 +72,7 @@ class ContextWindows(Node):
                     list(BLENDS),
                     {
                         "default": LINEAR,
-                        "tooltip": "How what windows share is mixed. linear: with weights that rise and fall in a line.",
+                        "tooltip": "How what windows share is mixed. linear: with weights in a line.",
                     },
                 ),
             }

@@ -1,7 +1,5 @@
 """CogVideoX-1.5 Extend: the part of a video that follows a clip."""
 
-import torch
-
 from ..cogvideox.geometry import check_frames
 from ..cogvideox.going_on import check_known
 from . import host
