@@ -5,6 +5,7 @@ ComfyUI-CogVideoXWrapper to this pack. All of it is one file, to be started as i
 """
 
 import argparse
+import hashlib
 import io
 import json
 import logging
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from cogvideox.precision.hardware import Hardware
     from cogvideox.precision.policy import DtypePlan
     from cogvideox.variants import Variant
+    from commands.chain import Parts
     from interop.report import ConfigReport
 
 EXAMPLE = """examples:
@@ -191,6 +193,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=_whole,
         metavar="N",
         help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest)",
+    )
+    what.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=(
+            "with --image, how long the video is to be: in parts of --frames, each from the last frame of the one "
+            "before; the parts are kept beside --output, and a run that was stopped goes on from them"
+        ),
     )
     what.add_argument(
         "--fps",
@@ -361,6 +372,15 @@ def build_parser() -> argparse.ArgumentParser:
             "(default mode: default)"
         ),
     )
+    how.add_argument(
+        "--context-windows",
+        type=_windows,
+        metavar="FRAMES[:OVERLAP]",
+        help=(
+            "make a clip of more than FRAMES in windows of FRAMES that share OVERLAP latent frames (default: 4), in "
+            "the memory of one: 161 for 1.5; needs --scheduler ddim"
+        ),
+    )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
         "--on-black",
@@ -512,6 +532,12 @@ def _cache(text: str) -> tuple[str, float | None]:
         raise argparse.ArgumentTypeError(f"the strength '{short(strength)}' is not a number") from None
 
 
+def _windows(text: str) -> tuple[int, int | None]:
+    """``FRAMES`` or ``FRAMES:OVERLAP``."""
+    length, colon, overlap = text.partition(":")
+    return _whole(length), _whole(overlap) if colon else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; whatever happens ends in a sentence and a status, and in a traceback only with
     ``--debug``."""
@@ -585,9 +611,12 @@ def _parsed(
         ("keep_audio", "video"),
         ("end_image", "image"),
         ("cache_range", "cache"),
+        ("seconds", "image"),
     ):
         if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
+    if options.seconds is not None and options.end_image is not None:
+        parser.error("--seconds makes many parts and --end-image is the end of one: give one of them")
     if options.image is not None and options.video is not None:
         parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
     if options.prompt == options.negative == "-":
@@ -691,6 +720,7 @@ def generate(options: argparse.Namespace) -> int:
     _say(handles.plan.text)
     model, text_encoder = _changed(options, handles)
     source = _source(options, model.variant, output, events)
+    parts = None if options.seconds is None else _parts(options, source, output)
     latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
     # Shapes are enough to know the rest.
     image = None if source.start is None else torch.zeros_like(latent)
@@ -709,9 +739,10 @@ def generate(options: argparse.Namespace) -> int:
             _say(handle.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
     if source.start is not None:
-        start = fit_size(source.start, source.width, source.height)
+        source.start = fit_size(source.start, source.width, source.height)
+    if source.start is not None and parts is None:
         end = None if source.end is None else fit_size(source.end, source.width, source.height)
-        image = image_latents(handles.vae, start, source.frames, end, **how)
+        image = image_latents(handles.vae, source.start, source.frames, end, **how)
     if source.clip is not None:
         latent = encode(handles.vae, source.clip, **how)
         source.clip = None
@@ -721,26 +752,99 @@ def generate(options: argparse.Namespace) -> int:
         prompts[name] = encoded.embeddings
         for note in encoded.notes:
             _say(f"{name}: {note}")
-    with _latents_kept(options, output):
-        latent = sample(
-            model,
-            prompts["prompt"],
-            prompts["negative"],
-            latent,
-            image_latents=image,
-            denoise=denoise,
-            seed=options.seed,
-            steps=options.steps,
-            cfg=options.cfg,
-            scheduler=options.scheduler,
-            dynamic_cfg=options.dynamic_cfg,
-            cfg_start=options.cfg_range[0],
-            cfg_end=options.cfg_range[1],
-            **how,
+
+    def make(image: "torch.Tensor | None", seed: int) -> "torch.Tensor":
+        with _latents_kept(options, output):
+            return sample(
+                model,
+                prompts["prompt"],
+                prompts["negative"],
+                latent,
+                image_latents=image,
+                denoise=denoise,
+                seed=seed,
+                steps=options.steps,
+                cfg=options.cfg,
+                scheduler=options.scheduler,
+                dynamic_cfg=options.dynamic_cfg,
+                cfg_start=options.cfg_range[0],
+                cfg_end=options.cfg_range[1],
+                **how,
+            )
+
+    if parts is not None:
+        _chain(
+            options,
+            handles,
+            source,
+            parts,
+            texts,
+            output,
+            lambda start, seed: make(image_latents(handles.vae, start, source.frames, **how), seed),
         )
+        return 0
+    latent = make(image, options.seed)
     with _latents_kept(options, output, latent):
         _finish(options, handles.vae, latent, output, source.fps, source.sound)
     return 0
+
+
+def _parts(options: argparse.Namespace, source: "_Source", output: Path) -> "Parts":
+    """Plan the parts of a long video, and say so.
+
+    Raises:
+        ValueError: for a length that cannot be made, written or held.
+    """
+    from cogvideox.tensors import check_room as check_host_room
+    from cogvideox.video import check_room
+    from commands.chain import plan_parts
+
+    parts = plan_parts(options.seconds, source.fps, source.frames)
+    check_room(output, parts.wanted, source.width, source.height)
+    check_host_room(
+        3 * source.width * source.height * (parts.wanted + 4 * parts.frames),
+        f"A video of {parts.wanted} frames of {source.width}x{source.height}",
+        "Give fewer --seconds, or make it smaller.",
+    )
+    _say(parts.text)
+    return parts
+
+
+def _chain(
+    options: argparse.Namespace,
+    handles: "Handles",
+    source: "_Source",
+    parts: "Parts",
+    texts: dict[str, str],
+    output: Path,
+    make: "Callable[[torch.Tensor, int], torch.Tensor]",
+) -> None:
+    """Make a long video of parts, those that are kept included, and write it."""
+    from commands.chain import make_video, parts_folder
+
+    assert source.start is not None, "--seconds goes with --image"
+    # What changes no frame is not among them.
+    aside = "seconds output overwrite fps image debug device memory on_black plan prompt negative".split()
+    settings = {name: value for name, value in vars(options).items() if name not in aside} | texts
+    settings |= {"width": source.width, "height": source.height, "frames": source.frames}
+    settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
+    settings["pixels"] = hashlib.sha256(source.start.numpy().tobytes()).hexdigest()
+    folder = parts_folder(output, settings)
+    images = make_video(
+        parts,
+        folder,
+        settings,
+        source.start,
+        options.seed,
+        make,
+        lambda latent: _decoded(options, handles.vae, latent),
+        _say,
+    )
+    _write(options, images, output, source.fps)
+    _say(
+        f"The parts are kept in {folder}: with --overwrite and more --seconds they are used again. Delete them when "
+        "the video is as wanted."
+    )
 
 
 def _check_settings(options: argparse.Namespace) -> float:
@@ -759,6 +863,10 @@ def _check_settings(options: argparse.Namespace) -> float:
             f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
             "default is 0.8."
         )
+    if options.seconds is not None:
+        from commands.chain import check_seconds
+
+        check_seconds(options.seconds)
     steps_to_run(options.steps, denoise)
     check_guidance(options.cfg)
     check_guidance_range(*options.cfg_range)
@@ -792,9 +900,10 @@ def _open(options: argparse.Namespace, hardware: "Hardware") -> "Handles":
 
 def _changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, TextEncoder]":
     """Return the transformer and the text encoder with what the options change about them."""
-    from cogvideox.handles import quantized, with_attention, with_cache, with_compile, with_lora
+    from cogvideox.handles import quantized, with_attention, with_cache, with_compile, with_lora, with_windows
     from cogvideox.modules.cache import Cache
     from cogvideox.modules.compiled import Compiled
+    from cogvideox.windows import Windows
 
     model, text_encoder = handles.model, handles.text_encoder
     if options.quantize_text_encoder is not None:
@@ -820,6 +929,11 @@ def _changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, T
         compiled = Compiled(options.compile)
         model = with_compile(model, compiled)
         _say(compiled.text)
+    if options.context_windows is not None:
+        length, overlap = options.context_windows
+        windows = Windows(length) if overlap is None else Windows(length, overlap)
+        model = with_windows(model, windows)
+        _say(windows.text)
     return model, text_encoder
 
 
@@ -976,19 +1090,28 @@ def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Ite
 
 def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
     """Decode latents, look for black frames, and write the video."""
+    _write(options, _decoded(options, vae, latent), output, fps, sound)
+
+
+def _decoded(options: argparse.Namespace, vae, latent) -> "torch.Tensor":
+    """Return the frames of latents, in which black ones were looked for."""
     from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.vae import decode
-    from cogvideox.video import free_name, write_mp4
 
-    events = _events()
-    images = decode(vae, latent, on_nan=options.on_nan, events=events)
+    images = decode(vae, latent, on_nan=options.on_nan, events=_events())
     report = check_black_frames(images)
     _say(report.text)
     enforce(report, options.on_black)
+    return images
+
+
+def _write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
+    from cogvideox.video import free_name, write_mp4
+
     if options.output is None and not options.overwrite:
         # Another run may have taken the name meanwhile.
         output = free_name(DEFAULT_OUTPUT)
-    write_mp4(images, output, fps, events=events, overwrite=options.overwrite, sound=sound)
+    write_mp4(images, output, fps, events=_events(), overwrite=options.overwrite, sound=sound)
     _say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
 
 

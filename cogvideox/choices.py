@@ -39,6 +39,9 @@ ON_NAN = (HEAL, STOP)
 #: Noise schedulers, and the diffusers class of each.
 DDIM, DPM = "ddim", "dpm"
 SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
+#: How what context windows make is joined where they overlap: with weights that rise and fall in a line.
+LINEAR = "linear"
+BLENDS = (LINEAR,)
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
 #: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses, or a run times them. All but sage,

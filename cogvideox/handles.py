@@ -18,8 +18,9 @@ from .modules.cache import Cache
 from .modules.compiled import Compiled
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, plan_dtypes
-from .variants import Variant
+from .variants import Variant, full_config
 from .weights import Weights
+from .windows import Windows, check_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Model:
         cache: what is reused from step to step, if anything.
         compiled: how the blocks are compiled, if they are.
         attention: the kernel of the attention, one of ``choices.BACKENDS``.
+        windows: how clips longer than one are made in windows, if they are.
     """
 
     variant: Variant
@@ -48,6 +50,7 @@ class Model:
     cache: Cache | None = None
     compiled: Compiled | None = None
     attention: str = "auto"
+    windows: Windows | None = None
 
     def __post_init__(self):
         """Raises:
@@ -197,6 +200,16 @@ def with_compile(model: Model, compiled: Compiled) -> Model:
         ValueError: if compiling does not go with what else it has.
     """
     return replace(model, compiled=compiled)
+
+
+def with_windows(model: Model, windows: Windows) -> Model:
+    """The model with context windows, in the place of those it may have; the one given is not changed.
+
+    Raises:
+        ValueError: for an overlap that cuts apart what the model reads together.
+    """
+    check_pairs(windows, full_config(model.weights.config))
+    return replace(model, windows=windows)
 
 
 def quantized(handle: _Handle, method: str) -> _Handle:

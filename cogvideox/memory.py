@@ -23,6 +23,7 @@ from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 from .weights import Placement, placements
+from .windows import spans
 from .words import size_text
 
 if TYPE_CHECKING:
@@ -113,10 +114,17 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     total, block, layer = sum(sizes.values()), max(blocks.values()), max(sizes.values())
     config = full_config(weights.config)
     tokens = tokens or config["max_text_seq_length"]
+    batch, channels, length, *size = shape
+    windows = spans(model.windows, length, config)
+    run_at_once = (batch, channels, min(length, windows[0].stop), *size)
     activations, halved = (
-        step_bytes(config, weights.precision, tuple(shape), together, tokens, weights.method)
+        step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method)
         for together in (guided, False)
     )
+    if len(windows) > 1:
+        # The loop holds the whole clip, and blends it and its preview in fp32.
+        more = 5 * (length - windows[0].stop) * weights.precision.activations.itemsize + 3 * 4 * length
+        activations, halved = (held + batch * channels * prod(size) * more for held in (activations, halved))
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
@@ -125,9 +133,10 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     loras = sum(lora.nbytes for lora in model.loras)
     cache = 0
     if model.cache is not None:
-        batch, channels, length, *size = shape
-        padded, copies = (batch, channels, length + padding_frames(length, config), *size), batch * (2 if guided else 1)
-        cache = model.cache.nbytes(config, padded, copies, tokens, weights.precision.activations.itemsize)
+        copies, itemsize = batch * (2 if guided else 1), weights.precision.activations.itemsize
+        for window in windows:
+            padded = (batch, channels, window.stop - window.start, *size)
+            cache += model.cache.nbytes(config, padded, copies, tokens, itemsize)
     # While one block or layer runs, the next is on its way.
     held = {"gpu": total, "offload_blocks": total - sum(blocks.values()) + 2 * block, "offload_layers": 2 * layer}
     needed = {mode: held[mode] + activations + loras + cache for mode in MODES}
@@ -171,7 +180,8 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
     """
     config = full_config(model.weights.config)
     batch, _, length, height, width = shape
-    tokens = video_tokens(config, shape)
+    at_once = min(length, spans(model.windows, length, config)[0].stop)
+    tokens = video_tokens(config, (*shape[:2], at_once, height, width))
     head, itemsize = config["attention_head_dim"], model.weights.precision.activations.itemsize
     # Two tables in fp32; queries, keys, values, what they attend to, and the stream before and after.
     blocks = 6 * batch * head * config["num_attention_heads"] * itemsize if model.weights.device.type == "cpu" else 0
@@ -194,6 +204,9 @@ def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bo
         width // SPATIAL_COMPRESSION,
     )
     size = f"{shape[4] * SPATIAL_COMPRESSION}x{shape[3] * SPATIAL_COMPRESSION}, {pixel_frames(shape[2])} frames"
+    count = len(spans(model.windows, shape[2], full_config(model.weights.config)))
+    if model.windows is not None and count > 1:
+        size = f"{size} in {count} windows of {model.windows.length}"
     return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from .choices import check_share, steps_between
+from .choices import DDIM, check_share, steps_between
 from .finite import check_finite
 from .geometry import check_latent, pixel_frames
 from .handles import Model
@@ -15,6 +15,7 @@ from .memory import check_host_room
 from .schedulers import make_scheduler, schedule_timesteps
 from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+from .windows import spans, windows_text
 
 
 def plan_steps(
@@ -37,6 +38,7 @@ def plan_steps(
     """
     check_request(model, latents, image_latents)
     noise_schedule = make_scheduler(model.scheduler_config, scheduler)
+    check_windows(model, latents, scheduler)
     return noise_schedule, schedule_timesteps(noise_schedule, steps, denoise)
 
 
@@ -64,6 +66,36 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
                 f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
                 "which takes others."
             )
+
+
+def check_windows(model: Model, latents: torch.Tensor, scheduler: str) -> None:
+    """Refuse a scheduler that draws noise, or remembers the step before, for a clip of several context windows.
+
+    Raises:
+        ValueError: saying why, and what to choose.
+    """
+    count = len(spans(model.windows, latents.shape[2], full_config(model.weights.config)))
+    if model.windows is not None and count > 1 and scheduler != DDIM:
+        raise ValueError(
+            f"The clip of {pixel_frames(latents.shape[2])} frames is made in {count} context windows, and the "
+            f"scheduler {scheduler} adds noise at each step and builds on the step before, which differ from window "
+            f"to window: where they overlap the picture would blur. Set scheduler to {DDIM}, or make a clip of at "
+            f"most {model.windows.length} frames."
+        )
+
+
+def refuse_windows(model: Model) -> None:
+    """Refuse a model with context windows where another program's sampler runs it.
+
+    Raises:
+        ValueError: naming ComfyUI's own windows.
+    """
+    if model.windows is not None:
+        raise ValueError(
+            "The model has context windows, which CogVideoX-1.5 Sampler runs and ComfyUI's own samplers do not. Take "
+            "CogVideoX-1.5 Context Windows away, and put ComfyUI's Context Windows (Manual) behind CogVideoX-1.5 to "
+            "ComfyUI, with dim at 2."
+        )
 
 
 def check_start_image(model: Model, given: bool) -> None:
@@ -226,9 +258,16 @@ def check_embeddings(embeddings: torch.Tensor, name: str, config: Mapping, batch
 
 
 def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None) -> list[str]:
-    """Say in sentences what of a run the model was not trained for."""
+    """Say in sentences what of a run the model was not trained for, and in how many windows it makes a clip that is
+    longer."""
     height, width = (size * SPATIAL_COMPRESSION for size in latents.shape[3:])
-    notes = [model.variant.outside_model_card(width, height, pixel_frames(latents.shape[2]))]
+    frames = pixel_frames(latents.shape[2])
+    windows = windows_text(model.windows, latents.shape[2], full_config(model.weights.config))
+    if windows is not None and model.windows is not None:
+        # What the model sees of it. Any whole latent frames make a clip there.
+        step = model.variant.frame_step
+        frames = (model.windows.length - 1) // step * step + 1
+    notes = [windows, model.variant.outside_model_card(width, height, frames)]
     if image_latents is not None and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
         # No weight tells; those who train for it say so in the name.
         names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]

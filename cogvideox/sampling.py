@@ -11,9 +11,9 @@ them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from .skips import plan_skips
 from .tensors import check_tensor
 from .variants import OFS, full_config
 from .weights import Placement
+from .windows import Canvas, spans
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ def sample(
         prompts.insert(0, check_embeddings(negative, "negative", config, latents.shape[0]))
     for note in outside_training(model, latents, image_latents):
         events.note(note)
+    windows = spans(model.windows, latents.shape[2], config)
 
     joinable = len({prompt.shape[1] for prompt in prompts}) == 1
     placements = choose_placements(model, latents, bool(guided), joinable, positive.shape[1], events)
@@ -182,7 +184,10 @@ def sample(
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
             image=image,
             ofs=OFS if config["ofs_embed_dim"] is not None else None,
-            rotary=rotary_embedding(config, noisy.shape[1], noisy.shape[3], noisy.shape[4], device),
+            rotary={
+                length: rotary_embedding(config, length, noisy.shape[3], noisy.shape[4], device)
+                for length in {window.stop - window.start for window in windows}
+            },
             cfg=cfg,
             guided=guided,
             dynamic_cfg=dynamic_cfg,
@@ -190,6 +195,8 @@ def sample(
             speedups=speedups,
             padding=padding,
             kept=kept,
+            windows=windows,
+            overlap=0 if model.windows is None else model.windows.overlap,
         )
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
@@ -215,16 +222,18 @@ def make_speedups(
     """Set up what a run is made faster with, as the handle says.
 
     Args:
-        shape: of the latents, ``[B, 16, T, H/8, W/8]``.
+        shape: of the latents, ``[B, 16, T, H/8, W/8]``; of a clip of several windows the transformer sees one.
         tokens: of a prompt.
         timesteps: of all steps of the run.
         tell: called with sentences for the user, and logging's level of each.
         in_full: steps that TeaCache must not skip, besides the first and the last.
     """
     config, device = full_config(model.weights.config), model.weights.device
+    batch, channels, length, *size = shape
+    at_once = min(length, spans(model.windows, length, config)[0].stop)
     heads = Shape(
-        shape[0],
-        tokens + video_tokens(config, shape),
+        batch,
+        tokens + video_tokens(config, (batch, channels, at_once, *size)),
         config["num_attention_heads"],
         config["attention_head_dim"],
     )
@@ -293,6 +302,10 @@ class Kept:
     video: torch.Tensor
     noise: torch.Tensor
 
+    def within(self, window: slice) -> "Kept":
+        """Return the part of it in a context window."""
+        return replace(self, mask=self.mask[:, window], video=self.video[:, window], noise=self.noise[:, window])
+
     def enter(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Return the latents of a step with what is kept at that noise level."""
         noised = self.scheduler.add_noise(self.video, self.noise, timestep[None].to(self.video.device))
@@ -315,13 +328,15 @@ class Run:
         sentinel: the transformer, entered; its placement says whether both halves of guidance run as one batch.
         scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
         timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
-        image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
+        image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels; a window reads its part.
         ofs: what 1.5's image-to-video models are told besides the timestep.
-        rotary: cosines and sines of the positions.
+        rotary: cosines and sines of the positions, by the latent frames of a window: in each they begin anew.
         generator: source of the noise that the DPM scheduler adds.
         guided: the steps that are guided.
         padding: latent frames in front that are not the video's.
         kept: what a noise mask keeps.
+        windows: what of the padded clip the transformer reads at once: all, or one window after the other.
+        overlap: latent frames that a window shares with the next.
     """
 
     sentinel: Sentinel
@@ -330,14 +345,16 @@ class Run:
     prompts: Prompts
     image: torch.Tensor | None
     ofs: float | None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    rotary: Mapping[int, tuple[torch.Tensor, torch.Tensor] | None]
     cfg: float
     guided: range
     dynamic_cfg: bool
     generator: torch.Generator
     speedups: Speedups
     padding: int
+    windows: Sequence[slice]
     kept: Kept | None = None
+    overlap: int = 0
     _on_device: torch.Tensor = field(init=False)
 
     def denoise(self, latents: torch.Tensor, events: Events) -> torch.Tensor:
@@ -348,58 +365,95 @@ class Run:
             OutOfMemory: with the latents of the last finished step.
         """
         self._on_device = self.timesteps.to(latents.device)
-        clean, total = None, len(self.timesteps)
-        for index in range(total):
-            work = partial(self._step, index, latents, clean, self.generator.get_state())
+        clean: torch.Tensor | None = None
+        for index in range(len(self.timesteps)):
             try:
-                latents, clean = self.sentinel.run(work, f"step {index + 1} of {total}")
+                latents, clean = self._run_windows(index, latents, clean, events)
             except OutOfMemory as error:
                 error.latents = latents
                 raise
-            events.step(index + 1, total, rearrange(clean[:, self.padding :], "b t c h w -> b c t h w"))
         return latents
+
+    def _run_windows(
+        self, index: int, latents: torch.Tensor, clean: torch.Tensor | None, events: Events
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next latents of the whole clip and the predicted clean ones, made window by window."""
+        total, count, drawn = len(self.timesteps), len(self.windows), self.generator.get_state()
+
+        def show(number: int, predicted: torch.Tensor) -> None:
+            video = rearrange(predicted[:, self.padding :], "b t c h w -> b c t h w")
+            events.step(index * count + number + 1, total * count, video)
+
+        if count == 1:
+            made, clean = self.sentinel.run(
+                partial(self._step, index, 0, latents, clean, drawn), f"step {index + 1} of {total}"
+            )
+            show(0, clean)
+            return made, clean
+        stepped, predicted = Canvas(latents, self.overlap), Canvas(latents, self.overlap)
+        for number, window in enumerate(self.windows):
+            # Without what the scheduler of one window remembers: check_windows.
+            made, cleaned = self.sentinel.run(
+                partial(self._step, index, number, latents[:, window], None, drawn),
+                f"step {index + 1} of {total}, window {number + 1} of {count}",
+            )
+            stepped.add(window, made)
+            predicted.add(window, cleaned)
+            show(number, predicted.blended(clean))
+        return stepped.blended().to(made.dtype), predicted.blended()
 
     def _step(
         self,
         index: int,
+        number: int,
         latents: torch.Tensor,
         previous_clean: torch.Tensor | None,
         drawn: torch.Tensor,
         transformer: nn.Module,
         precision: Precision,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next latents and the predicted clean ones. It may be called again, otherwise, for one step."""
+        """Return the next latents and the predicted clean ones of a window. It may be called again, otherwise, for one
+        step."""
         # A step that is done again draws the same noise again.
         self.generator.set_state(drawn)
-        guided = index in self.guided
-        self.speedups.begin(index, guided)
+        guided, window = index in self.guided, self.windows[number]
+        self.speedups.begin(index, guided, number)
         current, timestep = latents.to(precision.activations), self.timesteps[index]
-        if self.kept is not None:
-            current = self.kept.enter(current, timestep)
+        kept = None if self.kept is None else self.kept.within(window)
+        if kept is not None:
+            current = kept.enter(current, timestep)
         placement = self.sentinel.placement
         prompts = self.prompts.of(guided, placement is not None and placement.batched, precision.activations)
-        prediction = torch.cat([self._predict(index, current, prompt, transformer) for prompt in prompts])
+        image = None if self.image is None else self.image[:, window].to(current.dtype)
+        prediction = torch.cat([self._predict(index, current, image, prompt, transformer) for prompt in prompts])
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
-        if self.kept is not None:
-            prediction = self.kept.hold(prediction, current, timestep)
+        if kept is not None:
+            prediction = kept.hold(prediction, current, timestep)
         earlier = self.timesteps[index - 1] if index > 0 else None
         stepped, clean = advance(self.scheduler, prediction, previous_clean, timestep, earlier, current, self.generator)
         return stepped.to(current.dtype), clean
 
-    def _predict(self, index: int, current: torch.Tensor, prompt: torch.Tensor, transformer: nn.Module) -> torch.Tensor:
+    def _predict(
+        self,
+        index: int,
+        current: torch.Tensor,
+        image: torch.Tensor | None,
+        prompt: torch.Tensor,
+        transformer: nn.Module,
+    ) -> torch.Tensor:
         """Return the transformer's prediction, float32 ``[copies * B, T, C, h, w]``, for a prompt of so many copies."""
         copies = prompt.shape[0] // current.shape[0]
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
-        if self.image is not None:
-            model_input = torch.cat([model_input, torch.cat([self.image.to(current.dtype)] * copies)], dim=2)
+        if image is not None:
+            model_input = torch.cat([model_input, torch.cat([image] * copies)], dim=2)
         return transformer(
             hidden_states=model_input,
             encoder_hidden_states=prompt,
             timestep=self._on_device[index].expand(model_input.shape[0]),
             ofs=None if self.ofs is None else current.new_full((1,), self.ofs),
-            image_rotary_emb=self.rotary,
+            image_rotary_emb=self.rotary[current.shape[1]],
             return_dict=False,
         )[0].float()
 

@@ -51,7 +51,7 @@ def write_mp4(
     """Write frames as H.264 in an mp4 that every player opens (yuv420p, BT.709), whole or not at all.
 
     Args:
-        images: float ``[F, H, W, 3]`` in 0..1, H and W even.
+        images: float ``[F, H, W, 3]`` in 0..1, or uint8 in 0..255, H and W even.
         fps: frames per second.
         events: told of each frame that is written.
         overwrite: whether a file that has the name already is replaced.
@@ -93,8 +93,8 @@ def _encode(
         if sound is not None:
             spoken, pieces = _sound_stream(container, *sound, len(images) / fps)
         for index, image in enumerate(images):
-            pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            pixels = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels.cpu().numpy(), format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709"
             )
             for packet in stream.encode(frame):

@@ -314,8 +314,8 @@ FUN_SAMPLERS = ("CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXF
 LEFT_OUT = {
     "CogVideoContextOptions": (
         "Context windows are not carried over: the whole clip is made at once, which takes more memory, and over the "
-        "length that the model was trained for the picture may suffer. ComfyUI's own Context Windows nodes work behind "
-        "CogVideoX-1.5 to ComfyUI."
+        "length that the model was trained for the picture may suffer. Put CogVideoX-1.5 Context Windows between the "
+        "loader and the sampler, and choose ddim, to have windows again."
     ),
     "CogVideoEnhanceAVideo": "Enhance-A-Video is not here, so the video will differ from the old one.",
     "CogVideoTransformerEdit": "Removing blocks of the transformer is not here: all of them run.",

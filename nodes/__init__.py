@@ -5,9 +5,12 @@ from .attention import Attention
 from .black_frame_check import BlackFrameCheck
 from .cache import Cache
 from .compile import Compile
+from .context_windows import ContextWindows
 from .downloader import Downloader
 from .empty_latent import EmptyLatent
+from .extend import Extend
 from .image_to_video import ImageToVideo
+from .join_clips import JoinClips
 from .lora_loader import LoraLoader
 from .model_check import ModelCheck
 from .model_loader import ModelLoader
@@ -35,6 +38,9 @@ _NODES = {
     "CogVideoX15Quantize": Quantize,
     "CogVideoX15ToComfyUI": ToComfyUI,
     "CogVideoX15ModelCheck": ModelCheck,
+    "CogVideoX15ContextWindows": ContextWindows,
+    "CogVideoX15Extend": Extend,
+    "CogVideoX15JoinClips": JoinClips,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

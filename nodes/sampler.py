@@ -177,8 +177,8 @@ class Sampler(Node):
         ]
 
     @classmethod
-    def foresee(cls, model, positive, negative, latent_image, unique_id=None, **_):
-        from ..cogvideox.requests import check_request, check_start_image, outside_training
+    def foresee(cls, model, positive, negative, latent_image, scheduler, unique_id=None, **_):
+        from ..cogvideox.requests import check_request, check_start_image, check_windows, outside_training
 
         if UNKNOWN in (model, positive, negative):
             return None
@@ -188,6 +188,8 @@ class Sampler(Node):
             return None
         samples = latent_image["samples"]
         check_request(model, samples, image)
+        if scheduler is not UNKNOWN:
+            check_windows(model, samples, scheduler)
         for note in outside_training(model, samples, image):
             # Again when it runs, in the log too.
             host.show(note, unique_id)

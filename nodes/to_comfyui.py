@@ -2,6 +2,7 @@
 
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 
 class ToComfyUI(Node):
@@ -45,5 +46,17 @@ class ToComfyUI(Node):
             },
         }
 
+    @classmethod
+    def foresee(cls, model=None, **_):
+        from ..cogvideox.requests import refuse_windows
+
+        if model not in (None, UNKNOWN):
+            refuse_windows(model)
+        return None
+
     def execute(self, model=None, text_encoder=None, vae=None):
+        from ..cogvideox.requests import refuse_windows
+
+        if model is not None:
+            refuse_windows(model)
         return host.to_core(model, text_encoder, vae)

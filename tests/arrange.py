@@ -46,6 +46,9 @@ HEIGHTS = {
     "CogVideoX15Attention": 130,
     "CogVideoX15Cache": 210,
     "CogVideoX15Compile": 150,
+    "CogVideoX15ContextWindows": 200,
+    "CogVideoX15Extend": 190,
+    "CogVideoX15JoinClips": 100,
     "SaveVideo": 340,
 }
 _MODEL = ("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])
@@ -54,6 +57,8 @@ _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
 _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
+_WINDOWS = ("Windows", ["CogVideoX15ContextWindows"])
+_SO_FAR = ("The clip so far", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15Extend"])
 _BRIDGE = ("To core's types", ["CogVideoX15ToComfyUI"])
 _CORE = [[("Sample", ["KSampler"])], [("Decode and check", ["VAEDecode", "CogVideoX15BlackFrameCheck"])]]
 _LAST = [
@@ -70,6 +75,11 @@ STEPS = {
     "native_nodes": (_LORA, [[_MODEL], [_BRIDGE], [_PROMPTS, _SIZE], *_CORE, _LAST[2]]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
+    "long_video": (_LORA, [[_MODEL], [_WINDOWS], [_PROMPTS, _SIZE], *_LAST]),
+    "extend": (
+        _SIX,
+        [[_MODEL], [_PROMPTS], [_SO_FAR], *_LAST[:2], [("Join and save", ["CogVideoX15JoinClips", *_LAST[2][0][1]])]],
+    ),
 }
 
 

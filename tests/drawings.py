@@ -89,7 +89,12 @@ def clip() -> torch.Tensor:
     )
 
 
-def thumbnail(title: str, inputs: list[str | Image.Image], output: list[Image.Image]) -> Image.Image:
+def thumbnail(
+    title: str,
+    inputs: list[str | Image.Image],
+    output: list[Image.Image],
+    size: str = "5 seconds, 1360 x 768",
+) -> Image.Image:
     """Draw what goes in, as texts or pictures beside one another, above the film that comes out of it."""
     width, height, edge = 720, 480, 24
     card = Image.new("RGB", (width, height), _CARD)
@@ -110,7 +115,7 @@ def thumbnail(title: str, inputs: list[str | Image.Image], output: list[Image.Im
     middle = width // 2
     draw.polygon([(middle - 26, 238), (middle + 26, 238), (middle, 262)], _ACCENT)
     _film(card, output, 274, edge)
-    draw.text((edge, height - 36), "5 seconds, 1360 x 768", _INK, ImageFont.load_default(24))
+    draw.text((edge, height - 36), size, _INK, ImageFont.load_default(24))
     drawn = "a drawing, not made by the model"
     font = ImageFont.load_default(18)
     draw.text((width - edge - draw.textlength(drawn, font), height - 31), drawn, _PALE, font)
@@ -152,6 +157,18 @@ def thumbnails() -> dict[str, Image.Image]:
             film,
         ),
         "image_to_video": thumbnail("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
+        "long_video": thumbnail(
+            "Long video",
+            ["Prompt\nA sailing boat crosses\na lake …", "Windows\n161 frames each,\nin the memory of one"],
+            [scene(time) for time in (0.0, 0.2, 0.4, 0.6, 0.8)],
+            "19.5 seconds, 1360 x 768",
+        ),
+        "extend": thumbnail(
+            "Extend a video",
+            [film[0], film[1], "Prompt\nThe boat sails on …"],
+            [scene(time) for time in (0.0, 0.4, 0.8, 1.0)],
+            "10 seconds, 1360 x 768",
+        ),
         "video_to_video": thumbnail("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
     }
 

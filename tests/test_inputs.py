@@ -59,6 +59,11 @@ def arguments(pack, node_id, good):
         found["model"] = "a checkpoint"
     if node_id == "CogVideoX15LoraLoader":
         found["lora_name"] = "a LoRA"
+    if node_id in ("CogVideoX15ContextWindows", "CogVideoX15Extend"):
+        # What is one frame elsewhere is longer here.
+        found["length"] = 81
+    if node_id == "CogVideoX15JoinClips":
+        found["first"] = found["second"] = good["images"]
     if node_id == "CogVideoX15ModelCheck":
         # As far as a node looks at core's MODEL before it knows it.
         found["model"] = SimpleNamespace(model=None, model_options={}, clone=None)

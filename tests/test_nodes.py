@@ -142,7 +142,32 @@ CONTRACT["CogVideoX15ModelCheck"] = (
     {"model": "MODEL", "action": "COMBO"},
     {"model": "MODEL", "report": "STRING"},
 )
+CONTRACT["CogVideoX15ContextWindows"] = (
+    "CogVideoX-1.5 Context Windows",
+    {"model": "COGVIDEOX_MODEL", "length": "INT", "overlap": "INT", "blend": "COMBO"},
+    {"model": "COGVIDEOX_MODEL"},
+)
+CONTRACT["CogVideoX15Extend"] = (
+    "CogVideoX-1.5 Extend",
+    {
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "vae": "COGVIDEOX_VAE,VAE",
+        "images": "IMAGE",
+        "length": "INT",
+        "overlap": "INT",
+    },
+    {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "video": "IMAGE", "mask": "MASK"},
+)
+CONTRACT["CogVideoX15JoinClips"] = (
+    "CogVideoX-1.5 Join Clips",
+    {"first": "IMAGE", "second": "IMAGE", "overlap": "INT"},
+    {"images": "IMAGE"},
+)
 DEFAULTS = {
+    "CogVideoX15ContextWindows": {"length": 161, "overlap": 4, "blend": "linear"},
+    "CogVideoX15Extend": {"length": 81, "overlap": 1},
+    "CogVideoX15JoinClips": {"overlap": 1},
     "CogVideoX15Cache": {"method": "teacache", "strength": 0.6, "start": 0.1, "end": 0.95},
     "CogVideoX15Compile": {"mode": "default", "dynamic": False},
     "CogVideoX15Downloader": {"download": False},
@@ -159,6 +184,7 @@ DEFAULTS = {
     },
 }
 COMBOS = {
+    ("CogVideoX15ContextWindows", "blend"): ["linear"],
     ("CogVideoX15Cache", "method"): ["teacache", "first_block", "taylorseer", "pab", "faster_cache"],
     ("CogVideoX15Compile", "mode"): ["default", "max-autotune-no-cudagraphs"],
     ("CogVideoX15ModelLoader", "dtype"): ["auto", "bf16", "fp16", "fp32"],

@@ -98,6 +98,12 @@ WIDGETS = [
     ("Sampler", "steps", 0, "steps"),
     ("Sampler", "denoise", 0.01, "leaves no step to run"),
     ("Sampler", "cfg", 0.5, "guidance begins at 1"),
+    ("ContextWindows", "length", 160, "Set it to 157 or 161"),
+    ("ContextWindows", "overlap", 41, "no window would get any further"),
+    ("ContextWindows", "blend", "pyramid", "Choose one of linear"),
+    ("Extend", "length", 80, "Set it to 77 or 81"),
+    ("Extend", "overlap", 4, "Set it to 1 or 5"),
+    ("Extend", "overlap", 81, "nothing new would be made"),
     ("Sampler", "scheduler", "euler", "Choose one of ddim, dpm"),
     ("BlackFrameCheck", "picture_black_ratio", 98, "it is a share between 0 and 1"),
 ]
@@ -105,7 +111,7 @@ WIDGETS = [
 
 @pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS)
 def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, value, said):
-    nodes = graph()
+    nodes = graph({"ContextWindows": "long_video", "Extend": "extend"}.get(kind, "text_to_video"))
     of(nodes, f"CogVideoX15{kind}")[widget] = value
     ((where, field, sentence),) = errors(nodes)
     assert (where, field) == (kind, widget)
@@ -261,6 +267,47 @@ class TestAsAWhole:
         *found, sentence = self.only(errors, given)
         assert tuple(found) == where
         assert said in sentence
+
+    WINDOWS = {"length": 21, "overlap": 2, "blend": "linear"}
+
+    def test_a_long_clip_in_windows_says_so_and_nothing_of_what_was_trained(self, errors, graph, pack, monkeypatch):
+        shown: list[str] = []
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", lambda text, _: shown.append(text))
+        nodes = graph()
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "ddim"
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = 313
+        assert errors(nodes) == []
+        assert "313 frames (the model card goes up to 161)" in " ".join(shown)
+        shown.clear()
+        before_the_sampler(nodes, ("ContextWindows", self.WINDOWS | {"length": 161, "overlap": 4}))
+        assert errors(nodes) == []
+        assert "The clip of 313 frames is made in 2 windows of 161 frames" in " ".join(shown)
+        assert "the model card goes up to" not in " ".join(shown)
+
+    def test_windows_that_the_sampler_cannot_run(self, errors, graph):
+        nodes = graph()
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "dpm"
+        before_the_sampler(nodes, ("ContextWindows", self.WINDOWS))
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = 33
+        assert "Set scheduler to ddim" in self.only(errors, nodes)[2]
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "ddim"
+        of(nodes, "CogVideoX15ContextWindows")["overlap"] = 3
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("ContextWindows", "overlap")
+        assert "in groups of 2" in said
+
+    def test_windows_that_core_would_not_run(self, errors, graph):
+        nodes = graph()
+        before_the_sampler(nodes, ("ContextWindows", self.WINDOWS))
+        nodes["600"] = {"class_type": "CogVideoX15ToComfyUI", "inputs": {"model": ["300", 0]}}
+        assert "put ComfyUI's Context Windows (Manual) behind" in self.only(errors, nodes)[2]
+
+    def test_a_part_of_a_length_that_the_model_does_not_make(self, errors, graph):
+        nodes = graph("extend", "1.5-i2v")
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15Extend")["length"] = 25
+        assert self.only(errors, nodes)[:2] == ("Extend", "length")
 
     def test_a_cache_that_skips_nothing_goes_with_everything(self, errors, graph):
         nodes = graph()

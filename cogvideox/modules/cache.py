@@ -23,7 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -151,6 +151,25 @@ class Cache:
         return stream * held[self.method]
 
 
+@dataclass
+class _Window:
+    """What is cached of one context window, and how far it has come.
+
+    Attributes:
+        index: the step it was at last.
+        skipped: steps that skipped something.
+        log_threshold: of ``first_block``.
+        states: one list a forward of a step, for hooks that keep one state only: they are given that of the forward.
+        filled: whether there is something to reuse.
+    """
+
+    index: int = -1
+    skipped: set[int] = field(default_factory=set)
+    log_threshold: float = field(default_factory=lambda: math.log(_FIRST_THRESHOLD))
+    states: list[list[Any]] = field(default_factory=list)
+    filled: bool = False
+
+
 class CacheRun:
     """One run's cache: ``attached`` to the transformer, told of each step as it begins, and asked for a report at the
     end.
@@ -160,8 +179,8 @@ class CacheRun:
 
     Attributes:
         ran, total: block evaluations (or with ``pab`` and ``faster_cache`` those of attention) that ran, and that there
-            would have been without a cache, by step: counted where they happen, of a step that was repeated the last
-            time.
+            would have been without a cache, by step and context window: counted where they happen, of a step that was
+            repeated the last time.
     """
 
     def __init__(self, cache: Cache, timesteps: Sequence[float]):
@@ -172,11 +191,10 @@ class CacheRun:
         """
         self._cache, self._timesteps, self._batched = cache, timesteps, False
         self._within = cache.within(len(timesteps))
-        self.ran: dict[int, int] = {}
-        self.total: dict[int, int] = {}
-        self._skipped: set[int] = set()
-        self._index, self._guided = -1, True
-        self._log_threshold = math.log(_FIRST_THRESHOLD)
+        self.ran: dict[tuple[int, int], int] = {}
+        self.total: dict[tuple[int, int], int] = {}
+        self._windows: dict[int, _Window] = {}
+        self._at, self._guided = (-1, 0), True
         self._module: LibraryModule = None
         self._ran_before = 0
         self._forget()
@@ -186,11 +204,15 @@ class CacheRun:
         # Modules, and what they had before.
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
         self._hooks: list[Any] = []
-        # One list of states a forward of a step: hooks that keep one state only are given that of the forward.
-        self._states: list[list[Any]] = []
         self._context: AbstractContextManager | None = None
         self._branch = 0
-        self._skips = self._filled = False
+        self._skips = False
+        self._empty()
+
+    def _empty(self) -> None:
+        """Have nothing that was cached reused."""
+        for window in self._windows.values():
+            window.states, window.filled = [], False
 
     @property
     def text(self) -> str:
@@ -240,12 +262,14 @@ class CacheRun:
             vars(child).update(had)
         internals.forget_hooks_below(module)
 
-    def begin(self, index: int, guided: bool) -> None:
-        """Note that step ``index`` is about to be run, or run again, guided or not."""
-        again, changed = index <= self._index, guided != self._guided
-        self._index, self._guided, self._branch = index, guided, 0
-        self.ran[index] = self.total[index] = 0
-        self._skipped.discard(index)
+    def begin(self, index: int, guided: bool, window: int = 0) -> None:
+        """Note that step ``index`` is about to be run in a window, or run again, guided or not."""
+        own = self._windows.setdefault(window, _Window())
+        again, changed = index <= own.index, guided != self._guided
+        self._at, own.index = (index, window), index
+        self._guided, self._branch = guided, 0
+        self.ran[self._at] = self.total[self._at] = 0
+        own.skipped.discard(index)
         if self._module is None:
             return
         if changed:
@@ -258,12 +282,13 @@ class CacheRun:
         elif again:
             for hook in self._hooks:
                 hook.reset_state(self._module)
-            self._states, self._filled = [], False
+            # Some hooks know of all windows, and forget those too.
+            self._empty()
         within = index in self._within
-        due = len(self._skipped) + 1 <= self._cache.strength * (index - self._within.start + 1) + 1e-9
-        self._skips = within and due and self._filled
+        due = len(own.skipped) + 1 <= self._cache.strength * (index - self._within.start + 1) + 1e-9
+        self._skips = within and due and own.filled
         if self._cache.method == FIRST_BLOCK:
-            threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(self._log_threshold)
+            threshold = -1.0 if not within else math.inf if self._due_share() == 1 else math.exp(own.log_threshold)
             internals.steer(self._hooks, "threshold", threshold)
         elif self._cache.method == TAYLORSEER:
             internals.steer(self._hooks, "disable_cache_before_step", -1 if self._skips else sys.maxsize)
@@ -319,27 +344,29 @@ class CacheRun:
 
     def _alpha(self, timesteps: tuple[int, int]) -> float:
         """Return by how much the halves' differences grow at this step, which may lie between two timesteps."""
-        return _ALPHA if timesteps[0] < self._timesteps[self._index] < timesteps[1] else 1.0
+        return _ALPHA if timesteps[0] < self._timesteps[self._at[0]] < timesteps[1] else 1.0
 
     def _count(self, forward: Callable, *args, **kwargs) -> Any:
         """Stand in for the ``forward`` that is counted."""
-        self.ran[self._index] += 1
+        self.ran[self._at] += 1
         return forward(*args, **kwargs)
 
     def _before_forward(self, module: LibraryModule, _: Any) -> None:
         count = len(module.transformer_blocks)
-        self.total[self._index] += count
-        self._ran_before = self.ran[self._index]
+        self.total[self._at] += count
+        self._ran_before = self.ran[self._at]
         if not self._hooks:
-            self.ran[self._index] += count
+            self.ran[self._at] += count
             return
-        # Prompts that run one after the other have a cache each.
-        self._context = module.cache_context(str(self._branch))
+        # Windows, and prompts that run one after the other, have a cache each.
+        _, window = self._at
+        self._context = module.cache_context(f"{window} {self._branch}")
         self._context.__enter__()
         own = [hook for hook in self._hooks if hasattr(hook, "state")]
-        if self._branch == len(self._states):
-            self._states.append([type(hook.state)() for hook in own])
-        for hook, state in zip(own, self._states[self._branch], strict=True):
+        states = self._windows[window].states
+        if self._branch == len(states):
+            states.append([type(hook.state)() for hook in own])
+        for hook, state in zip(own, states[self._branch], strict=True):
             hook.state = state
         self._branch += 1
 
@@ -348,14 +375,16 @@ class CacheRun:
             return
         self._context.__exit__(None, None, None)
         self._context = None
-        self._filled |= not self._skips
-        skipped = self.ran[self._index] - self._ran_before < len(module.transformer_blocks)
+        index, window = self._at
+        own = self._windows[window]
+        own.filled |= not self._skips
+        skipped = self.ran[self._at] - self._ran_before < len(module.transformer_blocks)
         if self._cache.method == FIRST_BLOCK:
-            if self._index in self._within:
+            if index in self._within:
                 # Towards the threshold below which that share of the steps lies.
-                self._log_threshold += _GAIN * (self._due_share() - skipped)
+                own.log_threshold += _GAIN * (self._due_share() - skipped)
         elif skipped:
-            self._skipped.add(self._index)
+            own.skipped.add(index)
 
     def _due_share(self) -> float:
         """Return the share of ``first_block``'s steps that must skip all blocks but the first, which always runs."""

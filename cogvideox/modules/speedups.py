@@ -76,12 +76,12 @@ class Speedups:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
 
-    def begin(self, index: int, guided: bool) -> None:
-        """Note that step ``index`` is about to be run, or run again, guided or not."""
+    def begin(self, index: int, guided: bool, window: int = 0) -> None:
+        """Note that step ``index`` is about to be run in a window, or run again, guided or not."""
         if self._compiled is not None:
             self._compiled.begin(index)
         if self._cache is not None:
-            self._cache.begin(index, guided)
+            self._cache.begin(index, guided, window)
 
     def report(self) -> None:
         """Tell at the end of the run what they did."""

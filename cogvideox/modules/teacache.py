@@ -174,20 +174,24 @@ class TeaRun:
     cached, and runs in full.
 
     Attributes:
-        ran, total: block evaluations that ran, and that there would have been, by step.
+        ran, total: block evaluations that ran, and that there would have been, by step and context window.
     """
 
     def __init__(self, schedule: Schedule):
         """Set up an empty cache."""
         self._schedule = schedule
-        self.ran: dict[int, int] = {}
-        self.total: dict[int, int] = {}
-        self._index, self._guided = -1, True
+        self.ran: dict[tuple[int, int], int] = {}
+        self.total: dict[tuple[int, int], int] = {}
+        self._at, self._guided = (-1, 0), True
+        # By window the step it was at last.
+        self._last: dict[int, int] = {}
         self._module: LibraryModule = None
         self._forget()
 
     def _forget(self) -> None:
-        # What the blocks added in the last full step: (video, text), one a forward of the step.
+        # What the blocks added in the last full step: (video, text), one a forward of the step. By window, and that
+        # of the one that runs.
+        self._added_in: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._added: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._entered: tuple[torch.Tensor, torch.Tensor] | None = None
         self._before: list[tuple[nn.Module, dict[str, Any]]] = []
@@ -231,18 +235,22 @@ class TeaRun:
             for restore in undo:
                 restore()
 
-    def begin(self, index: int, guided: bool) -> None:
-        """Note that step ``index`` is about to be run, or run again, guided or not."""
-        if index <= self._index or guided != self._guided:
-            self._added = []
-        self._index, self._guided, self._branch = index, guided, 0
-        self.ran[index] = self.total[index] = 0
+    def begin(self, index: int, guided: bool, window: int = 0) -> None:
+        """Note that step ``index`` is about to be run in a window, or run again, guided or not."""
+        if guided != self._guided:
+            self._added_in.clear()
+        if index <= self._last.get(window, -1):
+            self._added_in.pop(window, None)
+        self._at, self._last[window] = (index, window), index
+        self._guided, self._branch = guided, 0
+        self.ran[self._at] = self.total[self._at] = 0
         if self._module is None:
             return
         self._attach()
-        self._skips = bool(self._before and self._added) and index in self._schedule.skipped
-        if not self._skips:
-            self._added = []
+        added = self._added_in.pop(window, [])
+        self._skips = bool(self._before and added) and index in self._schedule.skipped
+        # Freed before the step makes others.
+        self._added = self._added_in[window] = added if self._skips else []
 
     def _attach(self) -> None:
         """Put what skips above all hooks, so that skipped blocks are not brought to the device; at the next step where
@@ -256,15 +264,15 @@ class TeaRun:
 
     def _before_forward(self, module: LibraryModule, _: Any) -> None:
         count = len(module.transformer_blocks)
-        self.total[self._index] += count
+        self.total[self._at] += count
         if not self._before:
-            self.ran[self._index] += count
+            self.ran[self._at] += count
         self._branch += 1
 
     def _run(self, forward, is_first: bool, *args, **kwargs) -> Any:
         """Stand in for the ``forward`` of a block."""
         if not self._skips:
-            self.ran[self._index] += 1
+            self.ran[self._at] += 1
             return forward(*args, **kwargs)
         streams = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if is_first:

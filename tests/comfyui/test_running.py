@@ -82,3 +82,27 @@ def test_free_model_and_node_cache_frees_everything(comfy, prompt):
     while comfy.get("/cogvideox15_test/alive") != {"weights": 0, "modules": 0}:
         assert time.monotonic() < end, comfy.get("/cogvideox15_test/alive")
         time.sleep(0.3)
+
+
+def test_a_long_video_counts_its_windows_and_previews_all_of_it(comfy, files):
+    prompt = example("long_video")
+    node_of(prompt, "CogVideoX15EmptyLatent")["length"] = 33
+    node_of(prompt, "CogVideoX15ContextWindows")["overlap"] = 2
+    told = comfy.listen(prompt, previews="auto")
+    assert told.history["status"]["status_str"] == "success"
+    assert told.progress(id_of(prompt, "CogVideoX15Sampler"))[-1] == (6, 6)
+    assert len(told.previews) == 6
+    with Image.open(io.BytesIO(told.previews[-1][1])) as picture:
+        assert picture.n_frames == 9
+    assert "made in 2 windows of 17 frames" in str(told.texts[id_of(prompt, "CogVideoX15Sampler")])
+
+
+def test_a_video_is_extended_by_the_new_frames(comfy, files):
+    prompt = example("extend")
+    # What is joined is asked for as a node's own output.
+    prompt["90"] = {"class_type": "PreviewImage", "inputs": {"images": [id_of(prompt, "CogVideoX15JoinClips"), 0]}}
+    prompt["91"] = {"class_type": "PreviewImage", "inputs": {"images": [id_of(prompt, "ImageScale"), 0]}}
+    history = comfy.run(prompt)
+    assert history["status"]["status_str"] == "success", history["status"]
+    joined, clip = (len(history["outputs"][node]["images"]) for node in ("90", "91"))
+    assert joined == clip + 16
