@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -79,6 +79,8 @@ MISMATCH_STATUS = 3
 DEFAULT_OUTPUT = Path("out.mp4")
 #: Bytes of a prompt's file: 226 tokens have about 1,000.
 MAX_PROMPT = 1 << 20
+#: What was printed already, where no line is to be printed twice.
+_said: set[str] | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +88,12 @@ class _Parser(argparse.ArgumentParser):
         """End with one line: what is wrong with the options, without all of them."""
         said = f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is."
         self.exit(2, f"{_in_words(said)}\n")
+
+
+class _LineParser(_Parser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse an option of one line among many."""
+        raise ValueError(short(message, 1000))
 
 
 class _Help(argparse.RawTextHelpFormatter):
@@ -126,8 +134,8 @@ def _lines(text: str, width: int) -> Iterator[str]:
     yield line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    parser = kind(
         prog="generate.py",
         description=__doc__,
         epilog=EXAMPLE,
@@ -139,6 +147,15 @@ def build_parser() -> argparse.ArgumentParser:
         help=(
             "what the video shows, in English, at most 226 tokens; @FILE reads it from a text file, - from the "
             "standard input, @@ stands for an @"
+        ),
+    )
+    what.add_argument(
+        "--prompts",
+        type=_path,
+        metavar="FILE",
+        help=(
+            "make many videos: a .txt with a prompt a line, or a .jsonl or .csv with options by name; --output is then "
+            "a folder (default: the file's name), where what is there already is not made again"
         ),
     )
     what.add_argument(
@@ -376,6 +393,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="say how much memory the video would take in each mode of --memory, and stop",
     )
     check.add_argument(
+        "--dry-run", action="store_true", help="of --prompts: check all lines, say what would be made, and stop"
+    )
+    check.add_argument(
         "--check",
         type=_path,
         metavar="PATH",
@@ -529,38 +549,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped.")
         return 130
-    except (ValueError, RuntimeError) as error:
-        _complain(f"error: {error}" if str(error) else f"error: {type(error).__name__}", debug)
-        return 1
-    except MemoryError as error:
-        _complain(
-            f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video "
-            "smaller or shorter.",
-            debug,
-        )
-        return 1
     except BrokenPipeError:
         _mute(sys.stdout)
         return 1
-    except OSError as error:
+    except Exception as error:
+        _complain(_told(error), debug)
+        return 1
+
+
+def _told(error: BaseException) -> str:
+    """Say in a sentence what ended a run."""
+    if isinstance(error, ValueError | RuntimeError):
+        return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
+    if isinstance(error, MemoryError):
+        return (
+            f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video "
+            "smaller or shorter."
+        )
+    if isinstance(error, OSError):
         what = (
             f"{short(error.filename, 400)} cannot be read or written"
             if error.filename
             else "Something cannot be read or written"
         )
-        _complain(
-            f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full.",
-            debug,
-        )
-        return 1
-    except Exception as error:
-        # Whatever nobody thought of: a person sees where it is if they want to.
-        _complain(
-            f"error: something failed in a way that this program does not know ({type(error).__name__}: "
-            f"{reason(error)}). Run it again with --debug to see where, and report that.",
-            debug,
-        )
-        return 1
+        return f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full."
+    # Whatever nobody thought of: a person sees where it is if they want to.
+    return (
+        f"error: something failed in a way that this program does not know ({type(error).__name__}: "
+        f"{reason(error)}). Run it again with --debug to see where, and report that."
+    )
 
 
 def _parsed(
@@ -568,10 +585,21 @@ def _parsed(
 ) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
     """The options and what they ask for; options that do not go together end the program with a line about it."""
     options = parser.parse_args(arguments)
+    return options, _checked(parser, options)
+
+
+def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
+    """What the options ask for.
+
+    Raises:
+        SystemExit: where they do not go together; of a line among many, ValueError.
+    """
     asked = [name for name in _WORK if getattr(options, name) is not None]
     if len(asked) > 1:
         parser.error(f"--{asked[0]} and --{asked[1]} are two things to do: give one of them")
     work = _WORK[asked[0]] if asked else generate
+    if options.dry_run and work is not make_many:
+        parser.error("--dry-run goes with --prompts FILE")
     if work is generate:
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
@@ -580,6 +608,19 @@ def _parsed(
         parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
+    if work is make_many:
+        if options.prompt is not None:
+            parser.error("--prompts and --prompt are two things to do: give one of them")
+    else:
+        _check_partners(parser, options)
+    for name in ("scan", "fix", "json"):
+        if getattr(options, name) and work is not check:
+            parser.error(f"--{name} goes with --check PATH")
+    return work
+
+
+def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where an option lacks the one that it goes with, or has one that it excludes."""
     for name, needed in (
         ("strength", "video"),
         ("keep_audio", "video"),
@@ -594,19 +635,30 @@ def _parsed(
         parser.error(
             "--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE"
         )
-    for name in ("scan", "fix", "json"):
-        if getattr(options, name) and work is not check:
-            parser.error(f"--{name} goes with --check PATH")
-    return options, work
 
 
 def _say(text: str, is_data: bool = False) -> None:
     """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``),
     the run goes on without."""
+    if _said is not None:
+        if text in _said:
+            return
+        _said.add(text)
     try:
         print(_printable(text if is_data else _in_words(text)), flush=True)
     except BrokenPipeError:
         _mute(sys.stdout)
+
+
+@contextmanager
+def _each_once(said: set[str]) -> Iterator[None]:
+    """Have lines that are in ``said``, or were printed before in a ``with`` block, not printed."""
+    global _said
+    before, _said = _said, said
+    try:
+        yield
+    finally:
+        _said = before
 
 
 def _complain(text: str, debug: bool = False) -> None:
@@ -668,26 +720,168 @@ def _prompt(given: str, name: str) -> str:
     return given
 
 
+@dataclass
+class _Job:
+    """A video that is checked, and of which nothing is made yet: no weights are read.
+
+    Attributes:
+        latent: an empty one of its size and length.
+    """
+
+    options: argparse.Namespace
+    output: Path
+    denoise: float
+    texts: dict[str, str]
+    handles: "Handles"
+    model: "Model"
+    text_encoder: "TextEncoder"
+    source: "_Source"
+    latent: "torch.Tensor"
+
+    @property
+    def size(self) -> str:
+        """Size and length, in words."""
+        return f"{self.source.width}x{self.source.height}, {self.source.frames} frames"
+
+
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
+    events = _events()
+    job = _prepared(options, events, _open)
+    if options.plan:
+        _say_plan(job)
+    _say_skips(job)
+    if options.plan:
+        return 0
+    prompts = {name: _encoded(job, name, events) for name in ("prompt", "negative")}
+    latent = _sampled(job, prompts, events)
+    with _latents_kept(options, job.output, latent):
+        _finish(options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+    return 0
+
+
+def make_many(options: argparse.Namespace) -> int:
+    """Make the videos of ``--prompts``; prints what became of each line."""
+    from commands.many import Many, options_of, read_lines, summary
+
+    lines = read_lines(options.prompts)
+    folder = _folder_of(options)
+    parser = build_parser(_LineParser)
+    common = copy(options)
+    common.prompts, common.dry_run = None, False
+
+    def parse(words: list[str], found: argparse.Namespace) -> argparse.Namespace:
+        parser.parse_args(words, found)
+        _checked(parser, found)
+        return found
+
+    found, wrong = dict[int, argparse.Namespace](), list[str]()
+    for line in lines:
+        try:
+            found[line.number] = options_of(line, common, parse, folder)
+        except ValueError as error:
+            wrong.append(f"line {line.number}: {error}")
+    if wrong:
+        shown = "\n".join(wrong[:20])
+        raise ValueError(
+            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{shown}"
+        )
+    many = Many(found, _Work(_events()))
+    if options.dry_run:
+        return many.list()
+    folder.mkdir(exist_ok=True)
+    there, made, failed = many.run()
+    _say(summary(there, made, failed))
+    return int(bool(failed))
+
+
+def _folder_of(options: argparse.Namespace) -> Path:
+    """The folder where ``--prompts`` puts its videos.
+
+    Raises:
+        ValueError: for one that is none, or in a folder that is not there.
+    """
+    folder = options.output or Path(options.prompts.stem)
+    if (folder.exists() and not folder.is_dir()) or folder.suffix.lower() == ".mp4":
+        raise ValueError(
+            f"--output is {short(folder, 400)}, and with --prompts it is the folder of all videos. Give a name of one."
+        )
+    if not folder.absolute().parent.is_dir():
+        raise ValueError(f"The folder {short(folder.absolute().parent, 400)} does not exist. Make it, or give another.")
+    return folder
+
+
+class _Work:
+    """One video after the other, with checkpoints that stay open from one to the next."""
+
+    ends_all: tuple[type[Exception], ...] = (BrokenPipeError,)
+
+    def __init__(self, events: "Events"):
+        self._events = events
+        self._open: dict[tuple, Handles] = {}
+        # Weights live as long as a handle has them.
+        self._handles: list[Any] = []
+        self._said = set[str]()
+
+    def say(self, text: str) -> None:
+        _say(text)
+
+    def told(self, error: BaseException) -> str:
+        return _told(error)
+
+    def prepared(self, options: argparse.Namespace) -> _Job:
+        # It is asked again before the video is made; what it says is said once for all lines.
+        with _each_once(self._said):
+            job = _prepared(options, self._events, self._opened)
+        self._handles += [job.model, job.text_encoder]
+        return job
+
+    def _opened(self, options: argparse.Namespace, hardware: "Hardware") -> "Handles":
+        names = ("model", "text_encoder", "vae", "tokenizer", "dtype", "on_mismatch", "memory")
+        key = tuple(getattr(options, name) for name in names)
+        if key not in self._open:
+            self._open[key] = _open(options, hardware)
+        return self._open[key]
+
+    def encoded(self, job: _Job, name: str) -> "torch.Tensor":
+        return _encoded(job, name, self._events)
+
+    def sampled(self, job: _Job, prompts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        _say_skips(job)
+        return _sampled(job, prompts, self._events)
+
+    def finished(self, job: _Job, latent: "torch.Tensor") -> None:
+        with _latents_kept(job.options, job.output, latent):
+            _finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+
+    def kept(self, job: _Job, latent: "torch.Tensor") -> str:
+        from cogvideox.video import write_latent
+
+        path = write_latent(latent, job.output.absolute().parent, job.output.stem[:100])
+        return f"{path} has the latents of {job.output}; --decode makes the video of them."
+
+    def decodes_later(self, job: _Job) -> bool:
+        return job.model.weights.is_stuck
+
+
+def _prepared(
+    options: argparse.Namespace, events: "Events", opened: "Callable[[argparse.Namespace, Hardware], Handles]"
+) -> _Job:
+    """Check all that can be wrong with a video before any weights are read, the cheapest first.
+
+    Args:
+        opened: opens the checkpoint.
+    """
     import torch
 
     from cogvideox.geometry import empty_latent
-    from cogvideox.memory import memory_text
-    from cogvideox.pictures import fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.requests import plan_steps
-    from cogvideox.sampling import sample
-    from cogvideox.skips import skips_text
-    from cogvideox.text import encode_prompt
-    from cogvideox.vae import encode, image_latents
 
-    # All that can be wrong is told before any weights are read, the cheapest first.
     denoise = _check_settings(options)
     output = _output(options)
     texts = _texts(options)
-    events = _events()
-    handles = _open(options, Hardware.detect(options.device))
+    handles = opened(options, Hardware.detect(options.device))
     _say(handles.plan.text)
     model, text_encoder = _changed(options, handles)
     source = _source(options, model.variant, output, events)
@@ -695,40 +889,64 @@ def generate(options: argparse.Namespace) -> int:
     # Shapes are enough to know the rest.
     image = None if source.start is None else torch.zeros_like(latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
+    return _Job(options, output, denoise, texts, handles, model, text_encoder, source, latent)
 
-    if options.plan:
-        _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
-    skips = skips_text(model, options.steps, options.scheduler, denoise)
+
+def _say_plan(job: _Job) -> None:
+    """Say what a video takes."""
+    from cogvideox.memory import memory_text
+
+    _say(memory_text(job.model, tuple(job.latent.shape), job.options.cfg > 1))
+
+
+def _say_skips(job: _Job) -> None:
+    """Say which steps TeaCache skips."""
+    from cogvideox.skips import skips_text
+
+    options = job.options
+    skips = skips_text(job.model, options.steps, options.scheduler, job.denoise)
     if skips is not None:
         _say(skips)
-    if options.plan:
-        return 0
 
-    for handle in (text_encoder, model):
-        if handle.weights.method is not None:
-            _say(handle.weights.quantization_text(events))
+
+def _encoded(job: _Job, name: str, events: "Events") -> "torch.Tensor":
+    """Encode the prompt, or the negative one: ``[1, tokens, width]``."""
+    from cogvideox.text import encode_prompt
+
+    weights = job.text_encoder.weights
+    if weights.method is not None and not weights.is_loaded:
+        _say(weights.quantization_text(events))
+    encoded = encode_prompt(job.text_encoder, job.texts[name], on_nan=job.options.on_nan, events=events)
+    for note in encoded.notes:
+        _say(f"{name}: {note}")
+    return encoded.embeddings
+
+
+def _sampled(job: _Job, prompts: "Mapping[str, torch.Tensor]", events: "Events") -> "torch.Tensor":
+    """Make a video's latents ``[1, 16, T, H/8, W/8]``."""
+    from cogvideox.pictures import fit_size
+    from cogvideox.sampling import sample
+    from cogvideox.vae import encode, image_latents
+
+    options, source, latent, image = job.options, job.source, job.latent, None
+    if job.model.weights.method is not None and not job.model.weights.is_loaded:
+        _say(job.model.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
     if source.start is not None:
         start = fit_size(source.start, source.width, source.height)
         end = None if source.end is None else fit_size(source.end, source.width, source.height)
-        image = image_latents(handles.vae, start, source.frames, end, **how)
+        image = image_latents(job.handles.vae, start, source.frames, end, **how)
     if source.clip is not None:
-        latent = encode(handles.vae, source.clip, **how)
+        latent = encode(job.handles.vae, source.clip, **how)
         source.clip = None
-    prompts = {}
-    for name in ("prompt", "negative"):
-        encoded = encode_prompt(text_encoder, texts[name], **how)
-        prompts[name] = encoded.embeddings
-        for note in encoded.notes:
-            _say(f"{name}: {note}")
-    with _latents_kept(options, output):
-        latent = sample(
-            model,
+    with _latents_kept(options, job.output):
+        return sample(
+            job.model,
             prompts["prompt"],
             prompts["negative"],
             latent,
             image_latents=image,
-            denoise=denoise,
+            denoise=job.denoise,
             seed=options.seed,
             steps=options.steps,
             cfg=options.cfg,
@@ -738,9 +956,6 @@ def generate(options: argparse.Namespace) -> int:
             cfg_end=options.cfg_range[1],
             **how,
         )
-    with _latents_kept(options, output, latent):
-        _finish(options, handles.vae, latent, output, source.fps, source.sound)
-    return 0
 
 
 def _check_settings(options: argparse.Namespace) -> float:
@@ -1067,7 +1282,14 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
+_WORK = {
+    "prompts": make_many,
+    "check": check,
+    "download": download,
+    "convert": convert,
+    "migrate": migrate,
+    "decode": decode_latent,
+}
 
 
 def _events() -> "Events":

@@ -23,6 +23,7 @@ from .loading import build_module, load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
 from .precision.quantizing import choose_method, losses_text
+from .tensors import host_bytes
 from .variants import PARTS
 from .words import size_text
 
@@ -192,6 +193,14 @@ class Weights:
         return (
             None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
         )
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether they could not make way for another part: they are on a device whole, and the host has no room for
+        them."""
+        if _is_host(self.device) or self._mode not in (None, GPU) or not self.is_loaded:
+            return False
+        return self.nbytes > host_bytes()
 
     @property
     def is_loaded(self) -> bool:
