@@ -12,7 +12,7 @@ them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_placements
 from .modules.fastest import Shape
+from .modules.sharded import Call, Team
 from .modules.speedups import Speedups
 from .requests import (
     check_embeddings,
@@ -68,6 +69,7 @@ def sample(
     cfg_start: float = 0.0,
     cfg_end: float = 1.0,
     events: Events | None = None,
+    team: Team | None = None,
 ) -> torch.Tensor:
     """Denoise a batch of video latents.
 
@@ -95,6 +97,8 @@ def sample(
             the positive prompt alone, at half the cost, as with ``cfg`` 1.
         events: told of the loading, of each step, of steps that were healed, and of what the model was not trained for,
             does not fit on the card, or is made faster with.
+        team: the processes that make these videos together, each of which calls this with the same arguments and gets
+            the same videos.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -142,8 +146,7 @@ def sample(
     for note in outside_training(model, latents, image_latents):
         events.note(note)
 
-    joinable = len({prompt.shape[1] for prompt in prompts}) == 1
-    placements = choose_placements(model, latents, bool(guided), joinable, positive.shape[1], events)
+    placements = _placements(model, latents, guided, prompts, events, team)
     device = model.weights.device
     # What was kept of a guided step is of no use to one that is not.
     turns = {step for step in (guided.start, guided.stop) if guided}
@@ -152,11 +155,12 @@ def sample(
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
         batched = bool(guided) and placement is not None and placement.batched
-        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision):
+        together = nullcontext() if team is None else team.attached(module)
+        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision), together:
             yield
 
     with (
-        Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts) as sentinel,
+        Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts, team) as sentinel,
         torch.no_grad(),
     ):
         dtype = model.weights.precision.activations
@@ -190,6 +194,7 @@ def sample(
             speedups=speedups,
             padding=padding,
             kept=kept,
+            evaluate=_one_by_one if team is None else team.evaluate,
         )
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
@@ -202,6 +207,20 @@ def sample(
         samples = torch.where(noise_mask == 0, latents.to("cpu", torch.float32), samples)
     speedups.report()
     return samples
+
+
+def _placements(
+    model: Model,
+    latents: torch.Tensor,
+    guided: range,
+    prompts: Sequence[torch.Tensor],
+    events: Events,
+    team: Team | None,
+) -> tuple[Placement, ...]:
+    """Choose how to run, and how to go on should memory run out."""
+    joinable = len({prompt.shape[1] for prompt in prompts}) == 1 and (team is None or team.split.guidance == 1)
+    found = choose_placements(model, latents, bool(guided), joinable, prompts[-1].shape[1], events)
+    return found if team is None else tuple(team.least(found))
 
 
 def make_speedups(
@@ -322,6 +341,7 @@ class Run:
         guided: the steps that are guided.
         padding: latent frames in front that are not the video's.
         kept: what a noise mask keeps.
+        evaluate: evaluates prompts by the transformer, and returns their predictions in order.
     """
 
     sentinel: Sentinel
@@ -338,6 +358,7 @@ class Run:
     speedups: Speedups
     padding: int
     kept: Kept | None = None
+    evaluate: Callable[[Sequence[Call], nn.Module], list[torch.Tensor]] = field(default_factory=lambda: _one_by_one)
     _on_device: torch.Tensor = field(init=False)
 
     def denoise(self, latents: torch.Tensor, events: Events) -> torch.Tensor:
@@ -378,7 +399,8 @@ class Run:
             current = self.kept.enter(current, timestep)
         placement = self.sentinel.placement
         prompts = self.prompts.of(guided, placement is not None and placement.batched, precision.activations)
-        prediction = torch.cat([self._predict(index, current, prompt, transformer) for prompt in prompts])
+        calls = [partial(self._predict, index, current, prompt) for prompt in prompts]
+        prediction = torch.cat(self.evaluate(calls, transformer))
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
@@ -407,6 +429,10 @@ class Run:
         if not self.dynamic_cfg:
             return self.cfg
         return dynamic_guidance(self.cfg, self.scheduler.num_inference_steps, int(self.timesteps[index]))
+
+
+def _one_by_one(calls: Sequence[Call], transformer: nn.Module) -> list[torch.Tensor]:
+    return [call(transformer) for call in calls]
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:

@@ -20,7 +20,10 @@ from cogvideox.files import parse_json, read_text
 from cogvideox.words import listed, reason, short
 
 #: Options of the program that no line sets for itself.
-_OF_ALL = ("prompts", "dry_run", "split", "debug", "plan", "decode", "device", "overwrite")
+_OF_ALL = (
+    *("prompts", "dry_run", "split", "debug", "plan", "decode", "device", "overwrite"),
+    *("check", "scan", "fix", "json", "download", "convert", "migrate"),
+)
 #: How a table says yes and no.
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 #: Lines that are made of one file at most: a typo in a name is a book.

@@ -127,7 +127,7 @@ class TestVideos:
 
 class TestLines:
     def test_a_table_has_options_by_name(self, lines, tmp_path):
-        text = '\ufeffprompt,seed,--cfg-range,overwrite,lora\n"a panda, ""big""",7,0 0.5,yes,\n\na cat,,,,\n'
+        text = '\ufeffprompt,seed,--cfg-range,dynamic_cfg,lora\n"a panda, ""big""",7,0 0.5,yes,\n\na cat,,,,\n'
         code, said, error = lines("x.csv", text, "--dry-run")
         assert code == 0, error
         assert 'line 2: videos/00002.mp4, 32x32, 1 frames, seed 7: a panda, "big"' in said
