@@ -17,10 +17,11 @@ import tempfile
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -44,15 +45,18 @@ from cogvideox.choices import (
 from cogvideox.files import read_bytes
 from cogvideox.languages import ENGLISH, preferred, translate
 from cogvideox.words import reason, short
+from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
 
 if TYPE_CHECKING:
     import torch
 
     from cogvideox.events import Events
     from cogvideox.handles import Handles, Model, TextEncoder
+    from cogvideox.modules.sharded import Split
     from cogvideox.precision.hardware import Hardware
     from cogvideox.precision.policy import DtypePlan
     from cogvideox.variants import Variant
+    from commands.ranks import Ranks
     from interop.report import ConfigReport
 
 EXAMPLE = """examples:
@@ -81,6 +85,8 @@ DEFAULT_OUTPUT = Path("out.mp4")
 MAX_PROMPT = 1 << 20
 #: What was printed already, where no line is to be printed twice.
 _said: set[str] | None = None
+#: Whether this is not the first of several processes: it prints errors alone.
+_quiet = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -378,6 +384,15 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
             "(default mode: default)"
         ),
     )
+    how.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=AUTO,
+        help=(
+            "under torchrun, what the processes share: the halves of guidance (2 processes), the tokens of the "
+            "sequence, both, or the prompts of --prompts; auto: prompts if there are enough, else both (default)"
+        ),
+    )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
         "--on-black",
@@ -539,6 +554,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, work = _parsed(build_parser(), arguments)
         debug = options.debug
+        if not _begun(options, work):
+            return 0
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         # Configs and workflows are text, for which no package is needed: they are read in a tenth of a second.
         if work is not migrate and not (work is check and _is_config(options.check)):
@@ -555,6 +572,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         _complain(_told(error), debug)
         return 1
+
+
+def _begun(options: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> bool:
+    """Say whether this process has something to do: of several, the first alone does what is no video, and shows what
+    it does."""
+    global _quiet
+    makes = work in (generate, make_many)
+    if not makes and options.split != AUTO:
+        raise ValueError(f"--split {options.split} shares the making of videos. Leave it away.")
+    _quiet = not place_of().is_first
+    return makes or not _quiet
 
 
 def _told(error: BaseException) -> str:
@@ -640,9 +668,9 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
 def _say(text: str, is_data: bool = False) -> None:
     """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``),
     the run goes on without."""
+    if _quiet or (_said is not None and text in _said):
+        return
     if _said is not None:
-        if text in _said:
-            return
         _said.add(text)
     try:
         print(_printable(text if is_data else _in_words(text)), flush=True)
@@ -746,24 +774,78 @@ class _Job:
 
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
-    events = _events()
-    job = _prepared(options, events, _open)
-    if options.plan:
-        _say_plan(job)
-    _say_skips(job)
-    if options.plan:
-        return 0
-    prompts = {name: _encoded(job, name, events) for name in ("prompt", "negative")}
-    latent = _sampled(job, prompts, events)
-    with _latents_kept(options, job.output, latent):
-        _finish(options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+    place = _placed(options)
+    if options.split == PROMPTS:
+        raise ValueError("--split prompts shares the lines of --prompts, and this is one video. Take another --split.")
+    with _company(options, place) as ranks:
+        events = _events()
+        job = _prepared(options, events, _open, writes=place.is_first)
+        if options.plan:
+            _say_plan(job, place)
+        _say_skips(job)
+        if options.plan:
+            return 0
+        if ranks is not None:
+            split = _check_team(job, place)
+            _say(f"{place.count} processes share {split.text}.")
+            ranks.meet()
+        prompts = {name: _same(ranks, partial(_encoded, job, name, events)) for name in ("prompt", "negative")}
+        latent = _sampled(job, prompts, events, ranks)
+        if place.is_first:
+            with _latents_kept(options, job.output, latent):
+                _finish(options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
     return 0
+
+
+def _placed(options: argparse.Namespace) -> Place:
+    """Find which process this is, and give it a card of its own."""
+    from commands.ranks import check_alone, device_of
+
+    place = place_of()
+    check_alone(options.split, place)
+    if not options.plan:
+        options.device = device_of(options.device, place)
+    return place
+
+
+@contextmanager
+def _company(options: argparse.Namespace, place: Place) -> "Iterator[Ranks | None]":
+    """Join the other processes, if there are any, and something is to be made."""
+    if place.count == 1 or options.plan or options.dry_run:
+        yield None
+        return
+    from cogvideox.precision.hardware import Hardware
+    from commands.ranks import joined
+
+    with joined(place, Hardware.detect(options.device).device) as ranks:
+        yield ranks
+
+
+def _same(ranks: "Ranks | None", work: "Callable[[], torch.Tensor]") -> "torch.Tensor":
+    """Do something where one process does it for all."""
+    return work() if ranks is None else ranks.same(work)
+
+
+def _check_team(job: _Job, place: Place) -> "Split":
+    """Choose how the processes share a video, and refuse what cannot be shared."""
+    from cogvideox.requests import check_split
+    from cogvideox.variants import full_config
+    from commands.ranks import choose_split
+
+    options, heads = job.options, full_config(job.model.weights.config)["num_attention_heads"]
+    split = choose_split(options.split, place.count, options.cfg > 1, heads)
+    check_split(job.model, split, job.latent.shape)
+    return split
 
 
 def make_many(options: argparse.Namespace) -> int:
     """Make the videos of ``--prompts``; prints what became of each line."""
     from commands.many import Many, options_of, read_lines, summary
+    from commands.ranks import shares
 
+    place = _placed(options)
+    if options.dry_run and not place.is_first:
+        return 0
     lines = read_lines(options.prompts)
     folder = _folder_of(options)
     parser = build_parser(_LineParser)
@@ -786,13 +868,37 @@ def make_many(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{shown}"
         )
-    many = Many(found, _Work(_events()))
+    work = _Work(_events(), place)
+    many = Many(found, work)
     if options.dry_run:
         return many.list()
-    folder.mkdir(exist_ok=True)
-    there, made, failed = many.run()
-    _say(summary(there, made, failed))
-    return int(bool(failed))
+    with _company(options, place) as ranks:
+        folder.mkdir(exist_ok=True)
+        if ranks is None:
+            there, made, failed = many.run()
+            _say(summary(there, made, failed))
+            return int(bool(failed))
+
+        def existing(found: Sequence[int]) -> list[int]:
+            return sorted(set().union(*ranks.gathered(list(found))))
+
+        def shared(pending: Sequence[int]) -> list[int]:
+            apart = options.split == PROMPTS or (options.split == AUTO and len(pending) >= place.count)
+            work.ranks = None if apart else ranks
+            if apart:
+                _say(f"{place.count} processes share {len(pending)} videos.")
+            return shares(pending, place) if apart else list(pending)
+
+        many.existing, many.shared = existing, shared
+        there, made, failed = many.run()
+        # Of videos that they made together, the first wrote all.
+        ended = ranks.gathered((made, failed))[: None if work.ranks is None else 1]
+        made, failed = (
+            sum(count for count, _ in ended),
+            {line: said for _, some in ended for line, said in some.items()},
+        )
+        _say(summary(there, made, failed))
+        return int(bool(failed))
 
 
 def _folder_of(options: argparse.Namespace) -> Path:
@@ -814,10 +920,12 @@ def _folder_of(options: argparse.Namespace) -> Path:
 class _Work:
     """One video after the other, with checkpoints that stay open from one to the next."""
 
-    ends_all: tuple[type[Exception], ...] = (BrokenPipeError,)
+    ends_all: tuple[type[Exception], ...] = (BrokenPipeError, FailedAlone)
 
-    def __init__(self, events: "Events"):
-        self._events = events
+    def __init__(self, events: "Events", place: Place):
+        self._events, self._place = events, place
+        #: The processes that make each video together, if any do.
+        self.ranks: Ranks | None = None
         self._open: dict[tuple, Handles] = {}
         # Weights live as long as a handle has them.
         self._handles: list[Any] = []
@@ -844,13 +952,24 @@ class _Work:
         return self._open[key]
 
     def encoded(self, job: _Job, name: str) -> "torch.Tensor":
-        return _encoded(job, name, self._events)
+        return _same(self.ranks, partial(_encoded, job, name, self._events))
 
     def sampled(self, job: _Job, prompts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         _say_skips(job)
-        return _sampled(job, prompts, self._events)
+        from cogvideox.sentinel import NonFiniteError
+
+        try:
+            return _sampled(job, prompts, self._events, self.ranks)
+        except (ValueError, NonFiniteError, FailedAlike):
+            raise
+        except Exception as error:
+            if self.ranks is None:
+                raise
+            raise FailedAlone(str(error) or type(error).__name__) from error
 
     def finished(self, job: _Job, latent: "torch.Tensor") -> None:
+        if self.ranks is not None and not self._place.is_first:
+            return
         with _latents_kept(job.options, job.output, latent):
             _finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
 
@@ -865,12 +984,16 @@ class _Work:
 
 
 def _prepared(
-    options: argparse.Namespace, events: "Events", opened: "Callable[[argparse.Namespace, Hardware], Handles]"
+    options: argparse.Namespace,
+    events: "Events",
+    opened: "Callable[[argparse.Namespace, Hardware], Handles]",
+    writes: bool = True,
 ) -> _Job:
     """Check all that can be wrong with a video before any weights are read, the cheapest first.
 
     Args:
         opened: opens the checkpoint.
+        writes: whether this process is to write the video.
     """
     import torch
 
@@ -879,12 +1002,12 @@ def _prepared(
     from cogvideox.requests import plan_steps
 
     denoise = _check_settings(options)
-    output = _output(options)
+    output = _output(options) if writes else options.output or DEFAULT_OUTPUT
     texts = _texts(options)
     handles = opened(options, Hardware.detect(options.device))
     _say(handles.plan.text)
     model, text_encoder = _changed(options, handles)
-    source = _source(options, model.variant, output, events)
+    source = _source(options, model.variant, output if writes else None, events)
     latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
     # Shapes are enough to know the rest.
     image = None if source.start is None else torch.zeros_like(latent)
@@ -892,7 +1015,7 @@ def _prepared(
     return _Job(options, output, denoise, texts, handles, model, text_encoder, source, latent)
 
 
-def _say_plan(job: _Job) -> None:
+def _say_plan(job: _Job, place: Place) -> None:
     """Say what a video takes."""
     from cogvideox.memory import memory_text
 
@@ -922,8 +1045,10 @@ def _encoded(job: _Job, name: str, events: "Events") -> "torch.Tensor":
     return encoded.embeddings
 
 
-def _sampled(job: _Job, prompts: "Mapping[str, torch.Tensor]", events: "Events") -> "torch.Tensor":
-    """Make a video's latents ``[1, 16, T, H/8, W/8]``."""
+def _sampled(
+    job: _Job, prompts: "Mapping[str, torch.Tensor]", events: "Events", ranks: "Ranks | None" = None
+) -> "torch.Tensor":
+    """Make a video's latents ``[1, 16, T, H/8, W/8]``, together with other processes if there are any."""
     from cogvideox.pictures import fit_size
     from cogvideox.sampling import sample
     from cogvideox.vae import encode, image_latents
@@ -935,11 +1060,12 @@ def _sampled(job: _Job, prompts: "Mapping[str, torch.Tensor]", events: "Events")
     if source.start is not None:
         start = fit_size(source.start, source.width, source.height)
         end = None if source.end is None else fit_size(source.end, source.width, source.height)
-        image = image_latents(job.handles.vae, start, source.frames, end, **how)
+        image = _same(ranks, lambda: image_latents(job.handles.vae, start, source.frames, end, **how))
     if source.clip is not None:
-        latent = encode(job.handles.vae, source.clip, **how)
-        source.clip = None
-    with _latents_kept(options, job.output):
+        clip, source.clip = source.clip, None
+        latent = _same(ranks, lambda: encode(job.handles.vae, clip, **how))
+    team = None if ranks is None else ranks.team(_check_team(job, ranks.place))
+    with _latents_kept(options, job.output) if ranks is None or ranks.place.is_first else nullcontext():
         return sample(
             job.model,
             prompts["prompt"],
@@ -954,6 +1080,7 @@ def _sampled(job: _Job, prompts: "Mapping[str, torch.Tensor]", events: "Events")
             dynamic_cfg=options.dynamic_cfg,
             cfg_start=options.cfg_range[0],
             cfg_end=options.cfg_range[1],
+            team=team,
             **how,
         )
 
@@ -1052,7 +1179,7 @@ class _Source:
     sound: Any = None
 
 
-def _source(options: argparse.Namespace, variant: "Variant", output: Path, events: "Events") -> _Source:
+def _source(options: argparse.Namespace, variant: "Variant", output: Path | None, events: "Events") -> _Source:
     """Read the images or the clip that a run starts from.
 
     Raises:
@@ -1092,7 +1219,8 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
         if options.keep_audio:
             source.sound = read_sound(options.video, float(source.frames / source.fps), events)
-    check_room(output, source.frames, width, height)
+    if output is not None:
+        check_room(output, source.frames, width, height)
     return source
 
 
@@ -1306,6 +1434,8 @@ def _events() -> "Events":
             _say(text)
 
         def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            if _quiet:
+                return
             try:
                 if what not in self._bars:
                     self._bars[what] = tqdm(total=total, desc=_in_words(what), unit=unit, unit_scale=unit == "B")

@@ -1,17 +1,19 @@
 """What a run refuses, and what it says about what it was asked for, before any weight is read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 
-from .choices import check_share, steps_between
+from .choices import OFFLOAD_BLOCKS, OFFLOAD_LAYERS, check_share, steps_between
+from .combinations import check_sharing
 from .finite import check_finite
-from .geometry import check_latent, pixel_frames
+from .geometry import check_latent, pixel_frames, video_tokens
 from .handles import Model
 from .memory import check_host_room
+from .modules.sharded import Split
 from .schedulers import make_scheduler, schedule_timesteps
 from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
@@ -64,6 +66,33 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
                 f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
                 "which takes others."
             )
+
+
+def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
+    """Refuse a video that processes cannot share so.
+
+    Args:
+        shape: of the latent, ``[B, 16, T, H/8, W/8]``.
+
+    Raises:
+        ValueError: saying what does not go together.
+    """
+    weights, cache, config = model.weights, model.cache, full_config(model.weights.config)
+    on_host = weights.device.type == "cpu"
+    check_sharing(
+        split.guidance > 1,
+        split.sequence > 1,
+        None if cache is None or cache.strength == 0 else cache.method,
+        model.compiled is not None,
+        weights.memory in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) and not on_host,
+        model.attention,
+    )
+    tokens = video_tokens(config, shape)
+    if tokens < split.sequence or (on_host and tokens % split.sequence):
+        raise ValueError(
+            f"The video has {tokens:,} tokens, which {split.sequence} processes on {weights.device.type} cannot share "
+            "in equal parts. Change its size or length, or start fewer processes."
+        )
 
 
 def check_start_image(model: Model, given: bool) -> None:

@@ -190,8 +190,7 @@ def options_of(
     found = parse(words, found)
     if "-" in (found.prompt, found.negative):
         raise ValueError("A prompt is -, which is the standard input, and lines hold their own. Write its words there.")
-    name = Path(f"{line.number:05}.mp4") if "output" not in line.words else found.output
-    found.output = folder / name
+    found.output = folder / (found.output if "output" in line.words else f"{line.number:05}.mp4")
     return found
 
 

@@ -5,10 +5,11 @@ the newest versions fail with the name. What is set on a hook has to be there al
 hook reads would do nothing, and nobody would notice.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.models._modeling_parallel", "ContextParallelInput"),
     ("diffusers.models._modeling_parallel", "ContextParallelOutput"),
     ("diffusers.models._modeling_parallel", "ParallelConfig.setup"),
+    ("os", "_exit"),
     ("torch", "_int_mm"),
     ("torch", "_scaled_mm"),
     ("torch", "_dynamo.config.recompile_limit"),
@@ -249,6 +251,14 @@ def compiled_versions(most: int) -> AbstractContextManager:
 def compiler_error() -> type[Exception]:
     """Return the class of what torch raises where it cannot compile."""
     return torch._dynamo.exc.TorchDynamoException
+
+
+# --- Python ---
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process at once, whatever its threads are waiting for."""
+    os._exit(status)
 
 
 # --- transformers ---
