@@ -1016,10 +1016,17 @@ def _prepared(
 
 
 def _say_plan(job: _Job, place: Place) -> None:
-    """Say what a video takes."""
+    """Say what a video takes, and how much faster several cards are."""
     from cogvideox.memory import memory_text
+    from cogvideox.sharing import expected_gain
 
-    _say(memory_text(job.model, tuple(job.latent.shape), job.options.cfg > 1))
+    shape, guided = tuple(job.latent.shape), job.options.cfg > 1
+    if place.count == 1:
+        _say(memory_text(job.model, shape, guided))
+        return
+    split = _check_team(job, place)
+    _say(f"each card: {memory_text(job.model, shape, guided and split.guidance == 1, split.sequence)}")
+    _say(expected_gain(job.model, shape, split, guided, job.model.weights.hardware.name).text)
 
 
 def _say_skips(job: _Job) -> None:

@@ -11,19 +11,28 @@ import socket
 import sys
 import traceback
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cogvideox.dtypes import Precision
 from cogvideox.events import Events
 from cogvideox.handles import open_handles, quantized, with_cache
+from cogvideox.memory import step_bytes
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.sharded import Split, Team
 from cogvideox.sampling import sample
+from cogvideox.sharing import expected_gain
+from cogvideox.variants import full_config
+from commands.ranks import Place, choose_split, device_of, place_of
 from tests.conftest import CPU
+from tests.helpers import run_generate
 from tests.reference import draw_prompts, error
+from tests.test_generate import no_weights
 from tests.tiny_checkpoint import build_checkpoint, build_transformer
 
+__all__ = ["no_weights"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 #: A process that says nothing for so long has hung.
 LIMIT = 120
@@ -169,7 +178,9 @@ def test_halves_of_guidance_in_two_processes_are_bit_equal_to_halves_one_by_one(
 
 @pytest.mark.parametrize("split", [Split(sequence=2), Split(sequence=4), Split(2, 2)], ids=lambda split: split.text)
 def test_tokens_shared_among_processes_give_the_same_within_rounding(four_heads, alone, split):
-    names = [name for name in alone if (split.sequence == 2 and split.guidance == 1) or name[0] in ("fp32", "range-safe")]
+    names = [
+        name for name in alone if (split.sequence == 2 and split.guidance == 1) or name[0] in ("fp32", "range-safe")
+    ]
     first, *others = together(split.guidance * split.sequence, _shared, four_heads, split, names)
     for (name, setting), latents in first[0].items():
         # A single evaluation first. fp16's products are rounded otherwise, as they are added up otherwise: by 1e-3 from
@@ -378,3 +389,161 @@ def test_processes_have_one_copy_of_the_weights_in_the_hosts_memory(tmp_path):
     for found, nbytes in together(2, _private_bytes, folder):
         assert nbytes > 25 << 20
         assert found < nbytes / 3, (found, nbytes)
+
+
+def full_size():
+    """A stand-in for CogVideoX1.5-5B's handle: its config, no weights."""
+    config = dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, patch_size=2, patch_size_t=2)
+    config |= dict(text_embed_dim=4096, time_embed_dim=512, use_rotary_positional_embeddings=True)
+    precision = Precision(torch.bfloat16)
+    return SimpleNamespace(weights=SimpleNamespace(config=full_config(config), precision=precision))
+
+
+class TestThePlan:
+    def test_says_more_than_was_measured_of_whole_runs_and_not_much(self):
+        """xDiT has 6.12 x on 8 L40 over PCIe at 161 frames, decoding included, which one card does."""
+        gain = expected_gain(full_size(), (1, 16, 41, 96, 170), Split(2, 4), True, "NVIDIA L40")
+        assert 6.12 < gain.faster["PCIe 4.0"] < 1.25 * 6.12
+        assert gain.faster["PCIe 4.0"] < gain.faster["NVLink"] < 8
+
+    def test_counts_what_is_exchanged(self, four_heads):
+        """The bytes of a guidance split are those that a team received, and those of Ulysses its four exchanges."""
+        model = open_handles(four_heads, "fp32", CPU).model
+        shape = (1, 16, 3, 8, 8)
+        assert expected_gain(model, shape, Split(2), True).received == 4 * 16 * 4 * 8 * 8
+        part, output = (226 + 32) / 2 * 256 * 4, 4 * 16 * 4 * 8 * 8
+        assert expected_gain(model, shape, Split(1, 2), True).received == 2 * (4 * 3 * part + output) / 2
+        assert expected_gain(model, shape, Split(1, 2), False).operations == 3 * 258 * (24 * 256**2 + 4 * 258 * 256) / 2
+
+    def test_a_part_of_the_tokens_takes_a_part_of_the_memory(self):
+        config, shape, whole = full_size().weights.config, (1, 16, 21, 96, 170), []
+        for parts in (1, 2, 4):
+            whole.append(step_bytes(config, Precision(torch.bfloat16), shape, False, 226, parts=parts))
+        assert whole[0] > whole[1] > whole[2] > whole[0] / 4
+
+    def test_is_said_where_processes_are_to_be_started(self, tiny, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        code, said, error = run_generate(capsys, "--plan", *short_video(tiny, tmp_path / "x.mp4"))
+        assert code == 0, error
+        assert "each card: memory to sample 64x64, 17 frames: gpu " in said
+        assert "4 cards share the halves of guidance and the tokens among 2: a step is" in said
+        monkeypatch.setenv("RANK", "1")
+        assert run_generate(capsys, "--plan", *short_video(tiny, tmp_path / "x.mp4"))[1:] == ("", "")
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        ("env", "place"),
+        [
+            ({}, Place()),
+            ({"WORLD_SIZE": "1", "RANK": "0"}, Place()),
+            (
+                {
+                    "WORLD_SIZE": "8",
+                    "RANK": "5",
+                    "LOCAL_RANK": "1",
+                    "MASTER_ADDR": "a",
+                    "MASTER_PORT": "1",
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                },
+                Place(5, 8, 1, "a", 1, True),
+            ),
+            # Of a job that sbatch began, and not yet a step of srun.
+            ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Place()),
+            (
+                {
+                    "SLURM_STEP_NUM_TASKS": "4",
+                    "SLURM_PROCID": "3",
+                    "SLURM_LOCALID": "1",
+                    "SLURM_STEP_NODELIST": "gpu[07-09,12],x1",
+                    "SLURM_JOB_ID": "12345",
+                },
+                Place(3, 4, 1, "gpu07", 29845),
+            ),
+            (
+                {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a1,b[2-3]"},
+                Place(1, 2, 0, "a1", 29500),
+            ),
+        ],
+    )
+    def test_are_read_from_the_environment(self, env, place):
+        assert place_of(env) == place
+
+    @pytest.mark.parametrize(
+        ("env", "said"),
+        [
+            ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+            ({"WORLD_SIZE": "2", "RANK": "2"}, "process 2 of 2"),
+            ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"),
+        ],
+    )
+    def test_that_cannot_be_are_refused(self, env, said):
+        with pytest.raises(ValueError, match=said):
+            place_of(env)
+
+    @pytest.mark.parametrize(
+        ("asked", "count", "guided", "split"),
+        [
+            ("auto", 2, True, Split(2)),
+            ("auto", 8, True, Split(2, 4)),
+            ("auto", 3, True, Split(1, 3)),
+            ("auto", 2, False, Split(1, 2)),
+            ("sequence", 4, True, Split(1, 4)),
+            ("both", 4, True, Split(2, 2)),
+            ("guidance", 4, True, "Start 2, or take --split both"),
+            ("guidance", 2, False, "at --cfg 1 there is one"),
+            ("both", 5, True, "Start 2, 4, 6, 8, 12, 16"),
+            ("sequence", 5, True, "Start 2, 3, 4, 6, 8, 12"),
+        ],
+    )
+    def test_share_a_video(self, asked, count, guided, split):
+        if isinstance(split, str):
+            with pytest.raises(ValueError, match=split):
+                choose_split(asked, count, guided, 48)
+        else:
+            assert choose_split(asked, count, guided, 48) == split
+
+    def test_have_a_card_each(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        assert [device_of(None, Place(2 + local, 4, local)) for local in (0, 1)] == ["cuda:0", "cuda:1"]
+        assert taken == [0, 1]
+        assert (device_of("cuda:1", Place()), device_of("cpu", Place(1, 2, 1))) == ("cuda:1", "cpu")
+        with pytest.raises(ValueError, match="shows 2 cards"):
+            device_of("cuda", Place(2, 4, 2))
+        with pytest.raises(ValueError, match="each takes a card of its own"):
+            device_of("cuda:1", Place(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--split", "guidance"), "this is the only one"),
+        (("--split", "prompts", 2), "this is one video"),
+        (("--cache", "first_block", 2), "decides at each step by what it measures"),
+        (("--split", "sequence", "--cache", "pab", 2), "acts inside the attention"),
+        (("--split", "sequence", "--compile", 2), "Compiled blocks and shared tokens"),
+        (("--split", "sequence", "--width", 48, "--height", 48, "--frames", 1, 2), "2 processes on cpu cannot share"),
+        (("--split", "sequence", 3), "Start 2 of them"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_weights_are_read(
+    tiny, tmp_path, capsys, monkeypatch, no_weights, more, said
+):
+    *more, count = more if isinstance(more[-1], int) else (*more, 1)
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    code, _, error = run_generate(capsys, *short_video(tiny, tmp_path / "x.mp4"), *more, "--plan")
+    assert code == 1
+    assert said in error
+
+
+def test_offloading_and_kernels_without_exchange_are_refused():
+    from cogvideox.combinations import check_sharing
+
+    check_sharing(True, False, "pab", True, True, "xformers")
+    check_sharing(True, True, "teacache", False, False, "flash")
+    for more, said in (((None, False, True, "auto"), "Offloading"), ((None, False, False, "xformers"), "xformers")):
+        with pytest.raises(ValueError, match=said):
+            check_sharing(False, True, *more)

@@ -50,7 +50,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("cogvideox/checkpoint",),
     "precision": ("cogvideox/precision",),
     "a part in memory": tuple(
-        f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel")
+        f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel", "sharing")
     ),
     "a run": tuple(f"cogvideox/{name}.py" for name in ("text", "requests", "schedulers", "skips", "sampling", "vae")),
     "interop": ("interop",),
