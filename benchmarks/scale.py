@@ -1,8 +1,8 @@
 """What several processes make of one video: whether it is the same, what they send each other, and how long a step is.
 
 Here processes talk by gloo on one machine, which shows that the video is the same and how many bytes move; they share
-its cores, so it says nothing of speed. With ``--nccl`` each has a card of its own, and steps are timed; the expected
-gain is that of ``generate.py --plan``, which counts the output that all receive, too. A model of random weights is built for it; ``--model`` takes a real one.
+its cores, so it says nothing of speed. With ``--nccl`` each has a card of its own, and steps are timed. ``--plan``
+counts the output that all receive, too. A model of random weights is built for it; ``--model`` takes a real one.
 
 Run as ``python -m benchmarks.scale``.
 """

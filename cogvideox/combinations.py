@@ -52,6 +52,28 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
         )
 
 
+def check_second(cache: str | None, compiled: bool) -> None:
+    """Refuse what a second copy of the transformer, which runs at the same time, does not go with.
+
+    Args:
+        cache: the method of a cache that skips something.
+        compiled: whether the blocks are compiled.
+
+    Raises:
+        ValueError: saying what does not go together, why, and what to do.
+    """
+    if compiled:
+        raise ValueError(
+            "Compiling and a second GPU do not work together: both copies would be compiled at the same time. Take "
+            "CogVideoX-1.5 Compile or CogVideoX-1.5 Second GPU away."
+        )
+    if cache == FIRST_BLOCK:
+        raise ValueError(
+            "The cache first_block and a second GPU do not work together: it decides at each step by what it measures "
+            "of both halves of guidance, and each GPU has one. Choose teacache, whose steps are known before."
+        )
+
+
 def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: bool, offloads: bool, kernel: str) -> None:
     """Refuse what cannot be shared among processes that make one video.
 

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from .requests import (
     plan_steps,
 )
 from .schedulers import advance
+from .second import Second
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
@@ -146,7 +147,8 @@ def sample(
     for note in outside_training(model, latents, image_latents):
         events.note(note)
 
-    placements = _placements(model, latents, guided, prompts, events, team)
+    apart = team is None and model.second is not None and len(prompts) > 1
+    placements = _placements(model, latents, guided, prompts, events, team, apart)
     device = model.weights.device
     # What was kept of a guided step is of no use to one that is not.
     turns = {step for step in (guided.start, guided.stop) if guided}
@@ -159,7 +161,9 @@ def sample(
         with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision), together:
             yield
 
+    second = _second(model, latents.shape, positive.shape[1], timesteps.tolist(), turns, events) if apart else None
     with (
+        nullcontext() if second is None else second,
         Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts, team) as sentinel,
         torch.no_grad(),
     ):
@@ -195,6 +199,7 @@ def sample(
             padding=padding,
             kept=kept,
             evaluate=_one_by_one if team is None else team.evaluate,
+            second=second,
         )
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
@@ -216,9 +221,12 @@ def _placements(
     prompts: Sequence[torch.Tensor],
     events: Events,
     team: Team | None,
+    apart: bool,
 ) -> tuple[Placement, ...]:
-    """Choose how to run, and how to go on should memory run out."""
-    joinable = len({prompt.shape[1] for prompt in prompts}) == 1 and (team is None or team.split.guidance == 1)
+    """Choose how to run, and how to go on should memory run out; ``apart`` where two devices have a half of guidance
+    each."""
+    apart = apart or (team is not None and team.split.guidance > 1)
+    joinable = len({prompt.shape[1] for prompt in prompts}) == 1 and not apart
     found = choose_placements(model, latents, bool(guided), joinable, prompts[-1].shape[1], events)
     return found if team is None else tuple(team.least(found))
 
@@ -249,6 +257,30 @@ def make_speedups(
     )
     skips = plan_skips(model, timesteps, in_full)
     return Speedups(model.attention, model.cache, model.compiled, device, timesteps, heads, tell, skips)
+
+
+def _second(
+    model: Model,
+    shape: Sequence[int],
+    tokens: int,
+    timesteps: Sequence[float],
+    turns: Collection[int],
+    events: Events,
+) -> Second:
+    """Set up the copy of a model on its second device."""
+    assert model.second is not None
+    weights = model.weights.copy_on(model.second)
+
+    @contextmanager
+    def prepared(module: nn.Module, precision: Precision, speedups: Speedups, device: torch.device) -> Iterator[None]:
+        with applied(model.loras, module, precision, device), speedups.attached(module, False, precision):
+            yield
+
+    # It tells nothing that the first does not.
+    speedups = make_speedups(
+        replace(model, weights=weights, second=None), shape, tokens, timesteps, lambda *_: None, turns
+    )
+    return Second(weights, speedups, prepared, events)
 
 
 def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
@@ -342,6 +374,7 @@ class Run:
         padding: latent frames in front that are not the video's.
         kept: what a noise mask keeps.
         evaluate: evaluates prompts by the transformer, and returns their predictions in order.
+        second: a copy of the transformer that evaluates half of them.
     """
 
     sentinel: Sentinel
@@ -359,6 +392,8 @@ class Run:
     padding: int
     kept: Kept | None = None
     evaluate: Callable[[Sequence[Call], nn.Module], list[torch.Tensor]] = field(default_factory=lambda: _one_by_one)
+    second: Second | None = None
+    _elsewhere: dict[tuple[int, torch.device], torch.Tensor] = field(init=False, default_factory=dict)
     _on_device: torch.Tensor = field(init=False)
 
     def denoise(self, latents: torch.Tensor, events: Events) -> torch.Tensor:
@@ -393,14 +428,17 @@ class Run:
         # A step that is done again draws the same noise again.
         self.generator.set_state(drawn)
         guided = index in self.guided
-        self.speedups.begin(index, guided)
+        self._begin(index, guided)
         current, timestep = latents.to(precision.activations), self.timesteps[index]
         if self.kept is not None:
             current = self.kept.enter(current, timestep)
         placement = self.sentinel.placement
         prompts = self.prompts.of(guided, placement is not None and placement.batched, precision.activations)
         calls = [partial(self._predict, index, current, prompt) for prompt in prompts]
-        prediction = torch.cat(self.evaluate(calls, transformer))
+        if self.second is None:
+            prediction = torch.cat(self.evaluate(calls, transformer))
+        else:
+            prediction = torch.cat(self.second.evaluate(calls, transformer, partial(self._begin, index, guided)))
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
@@ -410,20 +448,41 @@ class Run:
         stepped, clean = advance(self.scheduler, prediction, previous_clean, timestep, earlier, current, self.generator)
         return stepped.to(current.dtype), clean
 
-    def _predict(self, index: int, current: torch.Tensor, prompt: torch.Tensor, transformer: nn.Module) -> torch.Tensor:
-        """Return the transformer's prediction, float32 ``[copies * B, T, C, h, w]``, for a prompt of so many copies."""
+    def _begin(self, index: int, guided: bool) -> None:
+        self.speedups.begin(index, guided)
+        if self.second is not None:
+            self.second.begin(index, guided)
+
+    def _predict(
+        self,
+        index: int,
+        current: torch.Tensor,
+        prompt: torch.Tensor,
+        transformer: nn.Module,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """Return the transformer's prediction, float32 ``[copies * B, T, C, h, w]``, for a prompt of so many copies.
+
+        Args:
+            device: where the transformer is, if not where ``current`` is.
+        """
+        here, device = current.device, device or current.device
+        if device != here:
+            current = current.to(device)
+            # The same tensor at each step, as at home.
+            prompt = self._elsewhere.setdefault((id(prompt), device), prompt.to(device))
         copies = prompt.shape[0] // current.shape[0]
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
         if self.image is not None:
-            model_input = torch.cat([model_input, torch.cat([self.image.to(current.dtype)] * copies)], dim=2)
+            model_input = torch.cat([model_input, torch.cat([self.image.to(current)] * copies)], dim=2)
         return transformer(
             hidden_states=model_input,
             encoder_hidden_states=prompt,
-            timestep=self._on_device[index].expand(model_input.shape[0]),
+            timestep=self._on_device[index].to(device).expand(model_input.shape[0]),
             ofs=None if self.ofs is None else current.new_full((1,), self.ofs),
-            image_rotary_emb=self.rotary,
+            image_rotary_emb=None if self.rotary is None else tuple(table.to(device) for table in self.rotary),
             return_dict=False,
-        )[0].float()
+        )[0].to(here, torch.float32)
 
     def _guidance(self, index: int) -> float:
         if not self.dynamic_cfg:

@@ -114,6 +114,7 @@ class Weights:
         self._mode: str | None = None
         self._losses: Mapping[str, Loss] = {}
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
+        self._copies: dict[torch.device, Weights] = {}
 
     def at(self, precision: Precision) -> "Weights":
         """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there
@@ -137,6 +138,19 @@ class Weights:
             self._quantized[method] = found
             return found
         return self._quantized[method]
+
+    def copy_on(self, hardware: Hardware) -> "Weights":
+        """The same part on another device, or once more on the same: kept with this one, and not loaded before it is
+        used.
+
+        Raises:
+            ValueError: if another program keeps these weights.
+        """
+        if hardware.device not in self._copies:
+            self._copies[hardware.device] = Weights(
+                self._checkpoint, self.kind, self.precision, hardware, self.memory, self.method
+            )
+        return self._copies[hardware.device]
 
     @property
     def device(self) -> torch.device:
@@ -305,6 +319,12 @@ class SharedWeights(Weights):
         self.kind, self.precision, self.hardware, self.memory, self.method = kind, precision, hardware, GPU, None
         self._tensors, self._owner = tensors, owner
 
+    def copy_on(self, hardware: Hardware) -> Weights:
+        raise ValueError(
+            f"The weights are kept by {self._owner}, which has them on one device. Load the checkpoint with "
+            "CogVideoX-1.5 Model Loader to run it on two."
+        )
+
     def at(self, precision: Precision) -> "SharedWeights":
         return SharedWeights(self.kind, self._tensors, self._owner, precision, self.hardware)
 
@@ -336,9 +356,9 @@ class SharedWeights(Weights):
 
 
 def _make_way(weights: Weights) -> None:
-    """Have all other parts leave their devices."""
+    """Have all other parts leave its device."""
     for other in list(_loaded):
-        if other is not weights and other.device.type != "cpu":
+        if other is not weights and other.device == weights.device and other.device.type != "cpu":
             other.park()
 
 

@@ -20,8 +20,8 @@ from . import internals
 from .internals import LibraryModule
 
 Value = TypeVar("Value")
-#: One evaluation of the transformer: takes it, gives a prediction.
-Call = Callable[[nn.Module], torch.Tensor]
+#: One evaluation of the transformer: takes it, and the device that it is on where that is another, gives a prediction.
+Call = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
