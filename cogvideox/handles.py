@@ -227,6 +227,19 @@ def check_other_device(name: str, device: torch.device) -> None:
         )
 
 
+def check_one_device(model: Model) -> None:
+    """Refuse a model with a second copy, where another program decides what is evaluated when.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if model.second is not None:
+        raise ValueError(
+            f"The model has a second copy on {model.second.device}, which only CogVideoX-1.5 Sampler gives half of the "
+            "work. Use that, or take CogVideoX-1.5 Second GPU away."
+        )
+
+
 def with_second(model: Model, device: str) -> Model:
     """The model with a second copy on another device, or with none; the one given is not changed.
 

@@ -2,6 +2,7 @@
 
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 
 class ToComfyUI(Node):
@@ -45,5 +46,17 @@ class ToComfyUI(Node):
             },
         }
 
+    @classmethod
+    def foresee(cls, model=None, text_encoder=None, vae=None):
+        from ..cogvideox.handles import check_one_device
+
+        if model is not None and model is not UNKNOWN:
+            check_one_device(model)
+        return None
+
     def execute(self, model=None, text_encoder=None, vae=None):
+        from ..cogvideox.handles import check_one_device
+
+        if model is not None:
+            check_one_device(model)
         return host.to_core(model, text_encoder, vae)
