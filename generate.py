@@ -840,7 +840,7 @@ def _check_team(job: _Job, place: Place) -> "Split":
 
 def make_many(options: argparse.Namespace) -> int:
     """Make the videos of ``--prompts``; prints what became of each line."""
-    from commands.many import Many, options_of, read_lines, summary
+    from commands.many import Many, of_line, options_of, read_lines, summary
     from commands.ranks import shares
 
     place = _placed(options)
@@ -862,7 +862,7 @@ def make_many(options: argparse.Namespace) -> int:
         try:
             found[line.number] = options_of(line, common, parse, folder)
         except ValueError as error:
-            wrong.append(f"line {line.number}: {error}")
+            wrong.append(of_line(line.number, str(error)))
     if wrong:
         shown = "\n".join(wrong[:20])
         raise ValueError(

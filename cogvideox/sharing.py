@@ -19,7 +19,7 @@ _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 
 #: The share of them that products and attention reach, and of a link's bytes that an exchange does.
 _REACHED, _LINK_REACHED = 0.5, 0.5
 #: Bytes a second in one direction, of all links of a card: NVLink of the fourth generation, PCIe 4.0 with 16 lanes.
-LINKS = {"NVLink": 450e9, "PCIe 4.0": 32e9}
+LINKS = {"nvlink": 450e9, "pcie": 32e9}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,12 @@ class Gain:
 
     @property
     def text(self) -> str:
-        count = self.split.guidance * self.split.sequence
-        links = ", ".join(f"{times:.2f} x over {link}" for link, times in self.faster.items())
+        count, rate = self.split.guidance * self.split.sequence, self.rate / 1e12
         return (
             f"{count} cards share {self.split.text}: a step is {self.operations / 1e12:,.0f} TFLOP a card, which "
-            f"receives {size_text(int(self.received))}. Steps are expected to be faster {links} (counted with "
-            f"{self.rate / 1e12:.0f} TFLOP/s a card and half of a link's bytes). Encoding and decoding are done by one "
-            "card."
+            f"receives {size_text(int(self.received))}. Expected are steps {self.faster['nvlink']:.2f} x as fast over "
+            f"NVLink, {self.faster['pcie']:.2f} x over PCIe 4.0 (counted with {rate:.0f} TFLOP/s a card and "
+            "half of a link's bytes). Encoding and decoding are done by one card."
         )
 
 

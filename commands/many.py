@@ -181,10 +181,10 @@ def options_of(
     for given, value in line.words.items():
         name = given.removeprefix("--").replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, known, 1) or ["prompt"]
             raise ValueError(
-                f"{short(repr(given))} is no option of a single video"
-                f"{f'; {near[0]} is one' if near else ''}. Those of generate.py --help are, by their names."
+                f"{short(repr(given))} is no option of a single video; {near[0]} is one. Give options by the names of "
+                "generate.py --help."
             )
         words += _as_words(found, name, value)
     found = parse(words, found)
@@ -252,13 +252,15 @@ class Many:
         for number, options in self.lines.items():
             path = options.output.absolute()
             if path in taken:
-                wrong.append(f"line {number}: its output is {short(path, 400)}, as that of line {taken[path]}.")
+                wrong.append(
+                    of_line(number, f"Its output is {short(path, 400)}, as that of line {taken[path]}. Name another.")
+                )
             taken.setdefault(path, number)
         for number in pending:
             try:
                 self.work.prepared(self.lines[number])
             except (ValueError, RuntimeError, OSError) as error:
-                wrong.append(f"line {number}: {self.work.told(error)}")
+                wrong.append(of_line(number, self.work.told(error)))
         if wrong:
             shown = "\n".join(wrong[:20]) + ("\n…" if len(wrong) > 20 else "")
             raise ValueError(
@@ -271,10 +273,11 @@ class Many:
         there, pending = self.checked()
         for number, options in self.lines.items():
             if number in there:
-                self.work.say(f"line {number}: {options.output} is there already")
+                self.work.say(of_line(number, f"{options.output} is there already."))
             else:
                 size = self.work.prepared(options).size
-                self.work.say(f"line {number}: {options.output}, {size}, seed {options.seed}: {short(options.prompt)}")
+                what = f"{options.output}, {size}, seed {options.seed}: {short(options.prompt)}"
+                self.work.say(of_line(number, what))
         self.work.say(f"{len(pending)} videos to make, {len(there)} there already; nothing was made (--dry-run).")
         return 0
 
@@ -343,10 +346,15 @@ class Many:
             if isinstance(error, self.work.ends_all):
                 raise
             self._failed[number] = self.work.told(error)
-            self.work.say(f"line {number}: {self._failed[number]}")
+            self.work.say(of_line(number, self._failed[number]))
 
 
 def summary(there: int, made: int, failed: Mapping[int, str]) -> str:
     """Say what became of all lines."""
     counts = f"{made} videos made, {there} there already, {len(failed)} failed."
-    return "\n".join([counts, *(f"line {number}: {said}" for number, said in sorted(failed.items()))])
+    return "\n".join([counts, *(of_line(number, failed[number]) for number in sorted(failed))])
+
+
+def of_line(number: int, said: str) -> str:
+    """Say which line a sentence is about."""
+    return f"line {number}: {said}"

@@ -168,7 +168,7 @@ class TestLines:
             ("x.jsonl", "{", "Line 1 is no JSON"),
             ("x.jsonl", '{"prompt": "a"}\n[1]', "Line 2 holds no JSON object but a list"),
             ("x.jsonl", '{"promt": "a"}', "line 1: 'promt' is no option of a single video; prompt is one"),
-            ("x.jsonl", '{"prompt": "a", "model": {}}', "line 1: model is '{}', which is no value"),
+            ("x.jsonl", '{"prompt": "a", "model": {}}', "line 1: model is {}, which is no value"),
             ("x.jsonl", '{"prompt": "a", "seed": [1, 2]}', "line 1: seed is a list, and takes one value"),
             ("x.jsonl", '{"prompt": "a", "seed": -1}', "line 1: argument --seed: -1 is outside 0"),
             ("x.jsonl", '{"prompt": "a", "dynamic_cfg": "maybe"}', "'maybe', and it is a switch: give true or false"),
@@ -176,7 +176,7 @@ class TestLines:
             ("x.jsonl", '{"prompt": "a", "strength": 0.5}', "line 1: --strength goes with --video"),
             ("x.jsonl", '{"seed": 1}', "line 1: --prompt is required"),
             ("x.jsonl", '{"prompt": "a", "device": "cpu"}', "line 1: 'device' is no option of a single video"),
-            ("x.jsonl", '{"prompt": "a", "output": "b.mp4"}\n' * 2, "line 2: its output is .*b.mp4, as that of line 1"),
+            ("x.jsonl", '{"prompt": "a", "output": "b.mp4"}\n' * 2, "line 2: Its output is .*b.mp4, as that of line 1"),
             (
                 "x.jsonl",
                 '{"prompt": "a", "width": 100}\n{"prompt": "b", "frames": 3}',
