@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .choices import MODES
+from .choices import GPU, MODES
 from .dtypes import Precision
 from .events import Events
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding, video_tokens
@@ -138,7 +138,7 @@ def plan_memory(
 
 
 def choose_placements(
-    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events
+    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events, parts: int = 1
 ) -> tuple[Placement, ...]:
     """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the
     fastest that fits; told if that is not the fastest there is.
@@ -146,12 +146,15 @@ def choose_placements(
     Args:
         joinable: whether the prompts are of one length, so that both halves of guidance can be one batch.
         tokens: of the prompt.
+        parts: processes that share the tokens, which do so only where the whole model is on the card.
     """
     found = placements((True, False) if guided and joinable else (joinable,))
+    if parts > 1:
+        found = tuple(placement for placement in found if placement.mode == GPU)
     chosen = [placement for placement in found if placement.mode == model.weights.memory] or found
     if model.weights.free is None:
         return found[found.index(chosen[0]) :]
-    plan = plan_memory(model, latents.shape, guided, tokens)
+    plan = plan_memory(model, latents.shape, guided, tokens, parts)
     first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
     if first.mode != chosen[0].mode:
         events.note(

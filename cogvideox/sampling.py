@@ -227,7 +227,8 @@ def _placements(
     each."""
     apart = apart or (team is not None and team.split.guidance > 1)
     joinable = len({prompt.shape[1] for prompt in prompts}) == 1 and not apart
-    found = choose_placements(model, latents, bool(guided), joinable, prompts[-1].shape[1], events)
+    parts = 1 if team is None else team.split.sequence
+    found = choose_placements(model, latents, bool(guided), joinable, prompts[-1].shape[1], events, parts)
     return found if team is None else tuple(team.least(found))
 
 

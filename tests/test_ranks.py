@@ -547,3 +547,19 @@ def test_offloading_and_kernels_without_exchange_are_refused():
     for more, said in (((None, False, True, "auto"), "Offloading"), ((None, False, False, "xformers"), "xformers")):
         with pytest.raises(ValueError, match=said):
             check_sharing(False, True, *more)
+
+
+def test_shared_tokens_are_not_offloaded(four_heads, monkeypatch):
+    """Both put hooks on the blocks: where the whole model does not fit, that is said."""
+    from cogvideox.memory import choose_placements, plan_memory
+    from cogvideox.weights import Weights
+
+    model, latents = open_handles(four_heads, "fp32", CPU).model, torch.zeros(1, 16, 5, 32, 32)
+    plan = plan_memory(model, latents.shape, True, 226, 2)
+    monkeypatch.setattr(Weights, "free", plan.needed["gpu"])
+    assert [chosen.mode for chosen in choose_placements(model, latents, True, True, 226, Told(), 2)] == ["gpu", "gpu"]
+    # What all tokens take would not fit.
+    assert choose_placements(model, latents, True, True, 226, Told())[0].batched is False
+    monkeypatch.setattr(Weights, "free", plan.weights)
+    with pytest.raises(ValueError, match="This video needs"):
+        choose_placements(model, latents, True, True, 226, Told(), 2)
