@@ -871,6 +871,7 @@ def make_many(options: argparse.Namespace) -> int:
     work = _Work(_events(), place)
     many = Many(found, work)
     if options.dry_run:
+        work.writes = folder.is_dir()
         return many.list()
     with _company(options, place) as ranks:
         folder.mkdir(exist_ok=True)
@@ -926,6 +927,8 @@ class _Work:
         self._events, self._place = events, place
         #: The processes that make each video together, if any do.
         self.ranks: Ranks | None = None
+        #: Whether there is a folder for the videos: a dry run makes none.
+        self.writes = True
         self._open: dict[tuple, Handles] = {}
         # Weights live as long as a handle has them.
         self._handles: list[Any] = []
@@ -940,7 +943,7 @@ class _Work:
     def prepared(self, options: argparse.Namespace) -> _Job:
         # It is asked again before the video is made; what it says is said once for all lines.
         with _each_once(self._said):
-            job = _prepared(options, self._events, self._opened)
+            job = _prepared(options, self._events, self._opened, self.writes)
         self._handles += [job.model, job.text_encoder]
         return job
 
