@@ -17,11 +17,12 @@ import sys
 import tempfile
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -45,16 +46,19 @@ from cogvideox.choices import (
 from cogvideox.files import read_bytes
 from cogvideox.languages import ENGLISH, preferred, translate
 from cogvideox.words import reason, short
+from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
 
 if TYPE_CHECKING:
     import torch
 
     from cogvideox.events import Events
     from cogvideox.handles import Handles, Model, TextEncoder
+    from cogvideox.modules.sharded import Split
     from cogvideox.precision.hardware import Hardware
     from cogvideox.precision.policy import DtypePlan
     from cogvideox.variants import Variant
     from commands.chain import Parts
+    from commands.ranks import Ranks
     from interop.report import ConfigReport
 
 EXAMPLE = """examples:
@@ -81,6 +85,10 @@ MISMATCH_STATUS = 3
 DEFAULT_OUTPUT = Path("out.mp4")
 #: Bytes of a prompt's file: 226 tokens have about 1,000.
 MAX_PROMPT = 1 << 20
+#: What was printed already, where no line is to be printed twice.
+_said: set[str] | None = None
+#: Whether this is not the first of several processes: it prints errors alone.
+_quiet = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +96,12 @@ class _Parser(argparse.ArgumentParser):
         """End with one line: what is wrong with the options, without all of them."""
         said = f"error: {short(message, 1000)}\nSee {self.prog} --help for what there is."
         self.exit(2, f"{_in_words(said)}\n")
+
+
+class _LineParser(_Parser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse an option of one line among many."""
+        raise ValueError(short(message, 1000))
 
 
 class _Help(argparse.RawTextHelpFormatter):
@@ -128,8 +142,8 @@ def _lines(text: str, width: int) -> Iterator[str]:
     yield line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    parser = kind(
         prog="generate.py",
         description=__doc__,
         epilog=EXAMPLE,
@@ -141,6 +155,15 @@ def build_parser() -> argparse.ArgumentParser:
         help=(
             "what the video shows, in English, at most 226 tokens; @FILE reads it from a text file, - from the "
             "standard input, @@ stands for an @"
+        ),
+    )
+    what.add_argument(
+        "--prompts",
+        type=_path,
+        metavar="FILE",
+        help=(
+            "make many videos: a .txt with a prompt a line, or a .jsonl or .csv with options by name; --output is then "
+            "a folder (default: the file's name), where what is there already is not made again"
         ),
     )
     what.add_argument(
@@ -381,6 +404,15 @@ def build_parser() -> argparse.ArgumentParser:
             "the memory of one: 161 for 1.5; needs --scheduler ddim"
         ),
     )
+    how.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=AUTO,
+        help=(
+            "under torchrun, what the processes share: the halves of guidance (2 processes), the tokens of the "
+            "sequence, both, or the prompts of --prompts; auto: prompts if there are enough, else both (default)"
+        ),
+    )
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the GPU if there is one)")
     how.add_argument(
         "--on-black",
@@ -394,6 +426,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan",
         action="store_true",
         help="say how much memory the video would take in each mode of --memory, and stop",
+    )
+    check.add_argument(
+        "--dry-run", action="store_true", help="of --prompts: check all lines, say what would be made, and stop"
     )
     check.add_argument(
         "--check",
@@ -545,6 +580,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, work = _parsed(build_parser(), arguments)
         debug = options.debug
+        if not _begun(options, work):
+            return 0
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         # Configs and workflows are text, for which no package is needed: they are read in a tenth of a second.
         if work is not migrate and not (work is check and _is_config(options.check)):
@@ -555,38 +592,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped.")
         return 130
-    except (ValueError, RuntimeError) as error:
-        _complain(f"error: {error}" if str(error) else f"error: {type(error).__name__}", debug)
-        return 1
-    except MemoryError as error:
-        _complain(
-            f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video "
-            "smaller or shorter.",
-            debug,
-        )
-        return 1
     except BrokenPipeError:
         _mute(sys.stdout)
         return 1
-    except OSError as error:
+    except Exception as error:
+        _complain(_told(error), debug)
+        return 1
+
+
+def _begun(options: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> bool:
+    """Say whether this process has something to do: of several, the first alone does what is no video, and shows what
+    it does."""
+    global _quiet
+    makes = work in (generate, make_many)
+    if not makes and options.split != AUTO:
+        raise ValueError(f"--split {options.split} shares the making of videos. Leave it away.")
+    _quiet = not place_of().is_first
+    return makes or not _quiet
+
+
+def _told(error: BaseException) -> str:
+    """Say in a sentence what ended a run."""
+    if isinstance(error, ValueError | RuntimeError):
+        return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
+    if isinstance(error, MemoryError):
+        return (
+            f"error: this machine ran out of memory ({reason(error)}). Close other programs, or make the video "
+            "smaller or shorter."
+        )
+    if isinstance(error, OSError):
         what = (
             f"{short(error.filename, 400)} cannot be read or written"
             if error.filename
             else "Something cannot be read or written"
         )
-        _complain(
-            f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full.",
-            debug,
-        )
-        return 1
-    except Exception as error:
-        # Whatever nobody thought of: a person sees where it is if they want to.
-        _complain(
-            f"error: something failed in a way that this program does not know ({type(error).__name__}: "
-            f"{reason(error)}). Run it again with --debug to see where, and report that.",
-            debug,
-        )
-        return 1
+        return f"error: {what} ({reason(error)}). Check that it is there, your rights, and that the disk is not full."
+    # Whatever nobody thought of: a person sees where it is if they want to.
+    return (
+        f"error: something failed in a way that this program does not know ({type(error).__name__}: "
+        f"{reason(error)}). Run it again with --debug to see where, and report that."
+    )
 
 
 def _parsed(
@@ -594,10 +639,21 @@ def _parsed(
 ) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
     """The options and what they ask for; options that do not go together end the program with a line about it."""
     options = parser.parse_args(arguments)
+    return options, _checked(parser, options)
+
+
+def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
+    """What the options ask for.
+
+    Raises:
+        SystemExit: where they do not go together; of a line among many, ValueError.
+    """
     asked = [name for name in _WORK if getattr(options, name) is not None]
     if len(asked) > 1:
         parser.error(f"--{asked[0]} and --{asked[1]} are two things to do: give one of them")
     work = _WORK[asked[0]] if asked else generate
+    if options.dry_run and work is not make_many:
+        parser.error("--dry-run goes with --prompts FILE")
     if work is generate:
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
@@ -606,6 +662,19 @@ def _parsed(
         parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
+    if work is make_many:
+        if options.prompt is not None:
+            parser.error("--prompts and --prompt are two things to do: give one of them")
+    else:
+        _check_partners(parser, options)
+    for name in ("scan", "fix", "json"):
+        if getattr(options, name) and work is not check:
+            parser.error(f"--{name} goes with --check PATH")
+    return work
+
+
+def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where an option lacks the one that it goes with, or has one that it excludes."""
     for name, needed in (
         ("strength", "video"),
         ("keep_audio", "video"),
@@ -623,19 +692,30 @@ def _parsed(
         parser.error(
             "--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE"
         )
-    for name in ("scan", "fix", "json"):
-        if getattr(options, name) and work is not check:
-            parser.error(f"--{name} goes with --check PATH")
-    return options, work
 
 
 def _say(text: str, is_data: bool = False) -> None:
     """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``),
     the run goes on without."""
+    if _quiet or (_said is not None and text in _said):
+        return
+    if _said is not None:
+        _said.add(text)
     try:
         print(_printable(text if is_data else _in_words(text)), flush=True)
     except BrokenPipeError:
         _mute(sys.stdout)
+
+
+@contextmanager
+def _each_once(said: set[str]) -> Iterator[None]:
+    """Have lines that are in ``said``, or were printed before in a ``with`` block, not printed."""
+    global _said
+    before, _said = _said, said
+    try:
+        yield
+    finally:
+        _said = before
 
 
 def _complain(text: str, debug: bool = False) -> None:
@@ -697,110 +777,394 @@ def _prompt(given: str, name: str) -> str:
     return given
 
 
+@dataclass
+class _Job:
+    """A video that is checked, and of which nothing is made yet: no weights are read.
+
+    Attributes:
+        latent: an empty one of its size and length.
+        parts: of a video that is made in several, each as long as ``latent``.
+    """
+
+    options: argparse.Namespace
+    output: Path
+    denoise: float
+    texts: dict[str, str]
+    handles: "Handles"
+    model: "Model"
+    text_encoder: "TextEncoder"
+    source: "_Source"
+    latent: "torch.Tensor"
+    parts: "Parts | None" = None
+
+    @property
+    def size(self) -> str:
+        """Size and length, in words."""
+        return f"{self.source.width}x{self.source.height}, {self.source.frames} frames"
+
+
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
+    place = _placed(options)
+    if options.split == PROMPTS:
+        raise ValueError("--split prompts shares the lines of --prompts, and this is one video. Take another --split.")
+    with _company(options, place) as ranks:
+        events = _events()
+        job = _prepared(options, events, _open, writes=place.is_first)
+        if options.plan:
+            _say_plan(job, place)
+        _say_skips(job)
+        if options.plan:
+            return 0
+        if ranks is not None:
+            split = _check_team(job, place)
+            _say(f"{place.count} processes share {split.text}.")
+            ranks.meet()
+        prompts = {name: _same(ranks, partial(_encoded, job, name, events)) for name in ("prompt", "negative")}
+        if job.parts is not None:
+            _chain(job, job.parts, partial(_sampled, job, prompts, events))
+            return 0
+        latent = _sampled(job, prompts, events, ranks)
+        if place.is_first:
+            with _latents_kept(options, job.output, latent):
+                _finish(options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+    return 0
+
+
+def _placed(options: argparse.Namespace) -> Place:
+    """Find which process this is, and give it a card of its own."""
+    from commands.ranks import check_alone, device_of
+
+    place = place_of()
+    check_alone(options.split, place)
+    if not options.plan:
+        options.device = device_of(options.device, place)
+    return place
+
+
+@contextmanager
+def _company(options: argparse.Namespace, place: Place) -> "Iterator[Ranks | None]":
+    """Join the other processes, if there are any, and something is to be made."""
+    if place.count == 1 or options.plan or options.dry_run:
+        yield None
+        return
+    from cogvideox.precision.hardware import Hardware
+    from commands.ranks import joined
+
+    with joined(place, Hardware.detect(options.device).device) as ranks:
+        yield ranks
+
+
+def _same(ranks: "Ranks | None", work: "Callable[[], torch.Tensor]") -> "torch.Tensor":
+    """Do something where one process does it for all."""
+    return work() if ranks is None else ranks.same(work)
+
+
+def _check_team(job: _Job, place: Place) -> "Split":
+    """Choose how the processes share a video, and refuse what cannot be shared."""
+    from cogvideox.requests import check_split
+    from cogvideox.variants import full_config
+    from commands.ranks import choose_split
+
+    options, heads = job.options, full_config(job.model.weights.config)["num_attention_heads"]
+    split = choose_split(options.split, place.count, options.cfg > 1, heads)
+    check_split(job.model, split, job.latent.shape)
+    return split
+
+
+def make_many(options: argparse.Namespace) -> int:
+    """Make the videos of ``--prompts``; prints what became of each line."""
+    from commands.many import Many, of_line, options_of, read_lines, summary
+    from commands.ranks import shares
+
+    place = _placed(options)
+    if options.dry_run and not place.is_first:
+        return 0
+    lines = read_lines(options.prompts)
+    folder = _folder_of(options)
+    parser = build_parser(_LineParser)
+    common = copy(options)
+    common.prompts, common.dry_run = None, False
+
+    def parse(words: list[str], found: argparse.Namespace) -> argparse.Namespace:
+        parser.parse_args(words, found)
+        _checked(parser, found)
+        return found
+
+    found, wrong = dict[int, argparse.Namespace](), list[str]()
+    for line in lines:
+        try:
+            found[line.number] = options_of(line, common, parse, folder)
+        except ValueError as error:
+            wrong.append(of_line(line.number, str(error)))
+    if wrong:
+        shown = "\n".join(wrong[:20])
+        raise ValueError(
+            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{shown}"
+        )
+    work = _Work(_events(), place)
+    many = Many(found, work)
+    if options.dry_run:
+        work.writes = folder.is_dir()
+        return many.list()
+    with _company(options, place) as ranks:
+        folder.mkdir(exist_ok=True)
+        if ranks is None:
+            there, made, failed = many.run()
+            _say(summary(there, made, failed))
+            return int(bool(failed))
+
+        def existing(found: Sequence[int]) -> list[int]:
+            return sorted(set().union(*ranks.gathered(list(found))))
+
+        def shared(pending: Sequence[int]) -> list[int]:
+            apart = options.split == PROMPTS or (options.split == AUTO and len(pending) >= place.count)
+            work.ranks = None if apart else ranks
+            if apart:
+                _say(f"{place.count} processes share {len(pending)} videos.")
+            return shares(pending, place) if apart else list(pending)
+
+        many.existing, many.shared = existing, shared
+        there, made, failed = many.run()
+        # Of videos that they made together, the first wrote all.
+        ended = ranks.gathered((made, failed))[: None if work.ranks is None else 1]
+        made, failed = (
+            sum(count for count, _ in ended),
+            {line: said for _, some in ended for line, said in some.items()},
+        )
+        _say(summary(there, made, failed))
+        return int(bool(failed))
+
+
+def _folder_of(options: argparse.Namespace) -> Path:
+    """The folder where ``--prompts`` puts its videos.
+
+    Raises:
+        ValueError: for one that is none, or in a folder that is not there.
+    """
+    folder = options.output or Path(options.prompts.stem)
+    if (folder.exists() and not folder.is_dir()) or folder.suffix.lower() == ".mp4":
+        raise ValueError(
+            f"--output is {short(folder, 400)}, and with --prompts it is the folder of all videos. Give a name of one."
+        )
+    if not folder.absolute().parent.is_dir():
+        raise ValueError(f"The folder {short(folder.absolute().parent, 400)} does not exist. Make it, or give another.")
+    return folder
+
+
+class _Work:
+    """One video after the other, with checkpoints that stay open from one to the next."""
+
+    ends_all: tuple[type[Exception], ...] = (BrokenPipeError, FailedAlone)
+
+    def __init__(self, events: "Events", place: Place):
+        self._events, self._place = events, place
+        #: The processes that make each video together, if any do.
+        self.ranks: Ranks | None = None
+        #: Whether there is a folder for the videos: a dry run makes none.
+        self.writes = True
+        self._open: dict[tuple, Handles] = {}
+        # Weights live as long as a handle has them.
+        self._handles: list[Any] = []
+        self._said = set[str]()
+
+    def say(self, text: str) -> None:
+        _say(text)
+
+    def told(self, error: BaseException) -> str:
+        return _told(error)
+
+    def prepared(self, options: argparse.Namespace) -> _Job:
+        # It is asked again before the video is made; what it says is said once for all lines.
+        with _each_once(self._said):
+            job = _prepared(options, self._events, self._opened, self.writes)
+        if job.parts is not None:
+            raise ValueError(
+                "--seconds makes one long video in parts, and --prompts makes many videos. Leave --seconds out, or "
+                "make the long video by itself."
+            )
+        self._handles += [job.model, job.text_encoder]
+        return job
+
+    def _opened(self, options: argparse.Namespace, hardware: "Hardware") -> "Handles":
+        names = ("model", "text_encoder", "vae", "tokenizer", "dtype", "on_mismatch", "memory")
+        key = tuple(getattr(options, name) for name in names)
+        if key not in self._open:
+            self._open[key] = _open(options, hardware)
+        return self._open[key]
+
+    def encoded(self, job: _Job, name: str) -> "torch.Tensor":
+        return _same(self.ranks, partial(_encoded, job, name, self._events))
+
+    def sampled(self, job: _Job, prompts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        _say_skips(job)
+        from cogvideox.sentinel import NonFiniteError
+
+        try:
+            return _sampled(job, prompts, self._events, self.ranks)
+        except (ValueError, NonFiniteError, FailedAlike):
+            raise
+        except Exception as error:
+            if self.ranks is None:
+                raise
+            raise FailedAlone(str(error) or type(error).__name__) from error
+
+    def finished(self, job: _Job, latent: "torch.Tensor") -> None:
+        if self.ranks is not None and not self._place.is_first:
+            return
+        with _latents_kept(job.options, job.output, latent):
+            _finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+
+    def kept(self, job: _Job, latent: "torch.Tensor") -> str:
+        from cogvideox.video import write_latent
+
+        path = write_latent(latent, job.output.absolute().parent, job.output.stem[:100])
+        return f"{path} has the latents of {job.output}; --decode makes the video of them."
+
+    def decodes_later(self, job: _Job) -> bool:
+        return job.model.weights.is_stuck
+
+
+def _prepared(
+    options: argparse.Namespace,
+    events: "Events",
+    opened: "Callable[[argparse.Namespace, Hardware], Handles]",
+    writes: bool = True,
+) -> _Job:
+    """Check all that can be wrong with a video before any weights are read, the cheapest first.
+
+    Args:
+        opened: opens the checkpoint.
+        writes: whether this process is to write the video.
+    """
     import torch
 
     from cogvideox.geometry import empty_latent
-    from cogvideox.memory import memory_text
-    from cogvideox.pictures import fit_size
     from cogvideox.precision.hardware import Hardware
     from cogvideox.requests import plan_steps
-    from cogvideox.sampling import sample
-    from cogvideox.skips import skips_text
-    from cogvideox.text import encode_prompt
-    from cogvideox.vae import encode, image_latents
 
-    # All that can be wrong is told before any weights are read, the cheapest first.
     denoise = _check_settings(options)
-    output = _output(options)
+    output = _output(options) if writes else options.output or DEFAULT_OUTPUT
     texts = _texts(options)
-    events = _events()
-    handles = _open(options, Hardware.detect(options.device))
+    handles = opened(options, Hardware.detect(options.device))
     _say(handles.plan.text)
     model, text_encoder = _changed(options, handles)
-    source = _source(options, model.variant, output, events)
-    parts = None if options.seconds is None else _parts(options, source, output)
+    source = _source(options, model.variant, output if writes else None, events)
+    parts = None if options.seconds is None else _parts(options, source, output if writes else None)
     latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
     # Shapes are enough to know the rest.
     image = None if source.start is None else torch.zeros_like(latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
+    return _Job(options, output, denoise, texts, handles, model, text_encoder, source, latent, parts)
 
-    if options.plan:
-        _say(memory_text(model, tuple(latent.shape), options.cfg > 1))
-    skips = skips_text(model, options.steps, options.scheduler, denoise)
+
+def _say_plan(job: _Job, place: Place) -> None:
+    """Say what a video takes, and how much faster several cards are."""
+    from cogvideox.memory import memory_text
+    from cogvideox.sharing import expected_gain
+
+    shape, guided = tuple(job.latent.shape), job.options.cfg > 1
+    if place.count == 1:
+        _say(memory_text(job.model, shape, guided))
+        return
+    split = _check_team(job, place)
+    _say(f"each card: {memory_text(job.model, shape, guided and split.guidance == 1, split.sequence)}")
+    _say(expected_gain(job.model, shape, split, guided, job.model.weights.hardware.name).text)
+
+
+def _say_skips(job: _Job) -> None:
+    """Say which steps TeaCache skips."""
+    from cogvideox.skips import skips_text
+
+    options = job.options
+    skips = skips_text(job.model, options.steps, options.scheduler, job.denoise)
     if skips is not None:
         _say(skips)
-    if options.plan:
-        return 0
 
-    for handle in (text_encoder, model):
-        if handle.weights.method is not None:
-            _say(handle.weights.quantization_text(events))
+
+def _encoded(job: _Job, name: str, events: "Events") -> "torch.Tensor":
+    """Encode the prompt, or the negative one: ``[1, tokens, width]``."""
+    from cogvideox.text import encode_prompt
+
+    weights = job.text_encoder.weights
+    if weights.method is not None and not weights.is_loaded:
+        _say(weights.quantization_text(events))
+    encoded = encode_prompt(job.text_encoder, job.texts[name], on_nan=job.options.on_nan, events=events)
+    for note in encoded.notes:
+        _say(f"{name}: {note}")
+    return encoded.embeddings
+
+
+def _sampled(
+    job: _Job,
+    prompts: "Mapping[str, torch.Tensor]",
+    events: "Events",
+    ranks: "Ranks | None" = None,
+    start: "torch.Tensor | None" = None,
+    seed: int | None = None,
+) -> "torch.Tensor":
+    """Make a video's latents ``[1, 16, T, H/8, W/8]``, together with other processes if there are any.
+
+    Args:
+        start, seed: of a part of a longer video, in the place of the video's own.
+    """
+    from cogvideox.pictures import fit_size
+    from cogvideox.sampling import sample
+    from cogvideox.vae import encode, image_latents
+
+    options, source, latent, image = job.options, job.source, job.latent, None
+    if job.model.weights.method is not None and not job.model.weights.is_loaded:
+        _say(job.model.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
     if source.start is not None:
-        source.start = fit_size(source.start, source.width, source.height)
-    if source.start is not None and parts is None:
+        start = fit_size(source.start if start is None else start, source.width, source.height)
         end = None if source.end is None else fit_size(source.end, source.width, source.height)
-        image = image_latents(handles.vae, source.start, source.frames, end, **how)
+        image = _same(ranks, lambda: image_latents(job.handles.vae, start, source.frames, end, **how))
     if source.clip is not None:
-        latent = encode(handles.vae, source.clip, **how)
-        source.clip = None
-    prompts = {}
-    for name in ("prompt", "negative"):
-        encoded = encode_prompt(text_encoder, texts[name], **how)
-        prompts[name] = encoded.embeddings
-        for note in encoded.notes:
-            _say(f"{name}: {note}")
-
-    def make(image: "torch.Tensor | None", seed: int) -> "torch.Tensor":
-        with _latents_kept(options, output):
-            return sample(
-                model,
-                prompts["prompt"],
-                prompts["negative"],
-                latent,
-                image_latents=image,
-                denoise=denoise,
-                seed=seed,
-                steps=options.steps,
-                cfg=options.cfg,
-                scheduler=options.scheduler,
-                dynamic_cfg=options.dynamic_cfg,
-                cfg_start=options.cfg_range[0],
-                cfg_end=options.cfg_range[1],
-                **how,
-            )
-
-    if parts is not None:
-        _chain(
-            options,
-            handles,
-            source,
-            parts,
-            texts,
-            output,
-            lambda start, seed: make(image_latents(handles.vae, start, source.frames, **how), seed),
+        clip, source.clip = source.clip, None
+        latent = _same(ranks, lambda: encode(job.handles.vae, clip, **how))
+    team = None if ranks is None else ranks.team(_check_team(job, ranks.place))
+    with _latents_kept(options, job.output) if ranks is None or ranks.place.is_first else nullcontext():
+        return sample(
+            job.model,
+            prompts["prompt"],
+            prompts["negative"],
+            latent,
+            image_latents=image,
+            denoise=job.denoise,
+            seed=options.seed if seed is None else seed,
+            steps=options.steps,
+            cfg=options.cfg,
+            scheduler=options.scheduler,
+            dynamic_cfg=options.dynamic_cfg,
+            cfg_start=options.cfg_range[0],
+            cfg_end=options.cfg_range[1],
+            team=team,
+            **how,
         )
-        return 0
-    latent = make(image, options.seed)
-    with _latents_kept(options, output, latent):
-        _finish(options, handles.vae, latent, output, source.fps, source.sound)
-    return 0
 
 
-def _parts(options: argparse.Namespace, source: "_Source", output: Path) -> "Parts":
+def _parts(options: argparse.Namespace, source: "_Source", output: Path | None) -> "Parts":
     """Plan the parts of a long video, and say so.
 
+    Args:
+        output: where the video is to be written, if it is by this process.
+
     Raises:
-        ValueError: for a length that cannot be made, written or held.
+        ValueError: for a length that cannot be made, written or held, or for several processes.
     """
     from cogvideox.tensors import check_room as check_host_room
     from cogvideox.video import check_room
     from commands.chain import plan_parts
 
+    if place_of().count > 1:
+        raise ValueError(
+            "--seconds makes one part after the other, each from the frames of the one before, in one process. Start "
+            "it without torchrun, or make one clip without --seconds."
+        )
     parts = plan_parts(options.seconds, source.fps, source.frames)
-    check_room(output, parts.wanted, source.width, source.height)
+    if output is not None:
+        check_room(output, parts.wanted, source.width, source.height)
     check_host_room(
         3 * source.width * source.height * (parts.wanted + 4 * parts.frames),
         f"A video of {parts.wanted} frames of {source.width}x{source.height}",
@@ -810,37 +1174,36 @@ def _parts(options: argparse.Namespace, source: "_Source", output: Path) -> "Par
     return parts
 
 
-def _chain(
-    options: argparse.Namespace,
-    handles: "Handles",
-    source: "_Source",
-    parts: "Parts",
-    texts: dict[str, str],
-    output: Path,
-    make: "Callable[[torch.Tensor, int], torch.Tensor]",
-) -> None:
-    """Make a long video of parts, those that are kept included, and write it."""
+def _chain(job: _Job, parts: "Parts", make: "Callable[..., torch.Tensor]") -> None:
+    """Make a long video of parts, those that are kept included, and write it.
+
+    Args:
+        make: ``make(start=image, seed=seed)`` returns the latents of a part.
+    """
+    from cogvideox.pictures import fit_size
     from commands.chain import make_video, parts_folder
 
+    options, source = job.options, job.source
     assert source.start is not None, "--seconds goes with --image"
+    start = fit_size(source.start, source.width, source.height)
     # What changes no frame is not among them.
-    aside = "seconds output overwrite fps image debug device memory on_black plan prompt negative".split()
-    settings = {name: value for name, value in vars(options).items() if name not in aside} | texts
+    aside = "seconds output overwrite fps image debug device memory on_black plan prompt negative split".split()
+    settings = {name: value for name, value in vars(options).items() if name not in aside} | job.texts
     settings |= {"width": source.width, "height": source.height, "frames": source.frames}
     settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
-    settings["pixels"] = hashlib.sha256(source.start.numpy().tobytes()).hexdigest()
-    folder = parts_folder(output, settings)
+    settings["pixels"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()
+    folder = parts_folder(job.output, settings)
     images = make_video(
         parts,
         folder,
         settings,
-        source.start,
+        start,
         options.seed,
-        make,
-        lambda latent: _decoded(options, handles.vae, latent),
+        lambda image, seed: make(start=image, seed=seed),
+        lambda latent: _decoded(options, job.handles.vae, latent),
         _say,
     )
-    _write(options, images, output, source.fps)
+    _write(options, images, job.output, source.fps)
     _say(
         f"The parts are kept in {folder}: with --overwrite and more --seconds they are used again. Delete them when "
         "the video is as wanted."
@@ -951,7 +1314,7 @@ class _Source:
     sound: Any = None
 
 
-def _source(options: argparse.Namespace, variant: "Variant", output: Path, events: "Events") -> _Source:
+def _source(options: argparse.Namespace, variant: "Variant", output: Path | None, events: "Events") -> _Source:
     """Read the images or the clip that a run starts from.
 
     Raises:
@@ -991,7 +1354,8 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
         if options.keep_audio:
             source.sound = read_sound(options.video, float(source.frames / source.fps), events)
-    check_room(output, source.frames, width, height)
+    if output is not None:
+        check_room(output, source.frames, width, height)
     return source
 
 
@@ -1190,7 +1554,14 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
+_WORK = {
+    "prompts": make_many,
+    "check": check,
+    "download": download,
+    "convert": convert,
+    "migrate": migrate,
+    "decode": decode_latent,
+}
 
 
 def _events() -> "Events":
@@ -1207,6 +1578,8 @@ def _events() -> "Events":
             _say(text)
 
         def progress(self, what: str, done: int, total: int, unit: str) -> None:
+            if _quiet:
+                return
             try:
                 if what not in self._bars:
                     self._bars[what] = tqdm(total=total, desc=_in_words(what), unit=unit, unit_scale=unit == "B")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from .choices import FASTER_CACHE, PAB, TAYLORSEER
+from .choices import FASTER_CACHE, FIRST_BLOCK, PAB, SHARED_BACKENDS, TAYLORSEER, TEACACHE
 from .dependencies import is_at_least
 
 #: Caches that act within a block, by changing what its attention gives.
@@ -49,6 +49,76 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
             "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, "
             "within what would be compiled. Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile "
             "away."
+        )
+
+
+def check_second(cache: str | None, compiled: bool) -> None:
+    """Refuse what a second copy of the transformer, which runs at the same time, does not go with.
+
+    Args:
+        cache: the method of a cache that skips something.
+        compiled: whether the blocks are compiled.
+
+    Raises:
+        ValueError: saying what does not go together, why, and what to do.
+    """
+    if compiled:
+        raise ValueError(
+            "Compiling and a second GPU do not work together: both copies would be compiled at the same time. Take "
+            "CogVideoX-1.5 Compile or CogVideoX-1.5 Second GPU away."
+        )
+    if cache == FIRST_BLOCK:
+        raise ValueError(
+            "The cache first_block and a second GPU do not work together: it decides at each step by what it measures "
+            "of both halves of guidance, and each GPU has one. Choose teacache, whose steps are known before."
+        )
+
+
+def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: bool, offloads: bool, kernel: str) -> None:
+    """Refuse what cannot be shared among processes that make one video.
+
+    Args:
+        guidance: whether the halves of guidance are shared.
+        tokens: whether the tokens are.
+        cache: the method of a cache that skips something.
+        compiled: whether the blocks are compiled.
+        offloads: whether weights are brought to a card while they run.
+        kernel: of the attention, one of ``choices.BACKENDS``.
+
+    Raises:
+        ValueError: saying what does not go together, why, and what to do.
+    """
+    if cache == FIRST_BLOCK and (guidance or tokens):
+        raise ValueError(
+            "The cache first_block decides at each step by what it measures, and processes that share a video would "
+            "decide differently and wait for each other for ever. Choose teacache, whose steps are known before."
+        )
+    if not tokens:
+        return
+    if cache not in (None, TEACACHE, TAYLORSEER):
+        raise ValueError(
+            f"The cache {cache} acts inside the attention, where processes exchange the tokens that they share. Choose "
+            "teacache or taylorseer, or --split guidance."
+        )
+    if compiled:
+        raise ValueError(
+            "Compiled blocks and shared tokens do not go together: in the middle of each block processes exchange "
+            "tokens, which is not compiled. Leave --compile away, or take --split guidance."
+        )
+    if offloads:
+        raise ValueError(
+            "Offloading and shared tokens do not go together: both put hooks on the same blocks. Set --memory to gpu, "
+            "quantize with --quantize int8_weight_only, or take --split guidance."
+        )
+    if kernel not in SHARED_BACKENDS:
+        raise ValueError(
+            f"The attention {kernel} cannot exchange the tokens that processes share. Choose one of "
+            f"{', '.join(SHARED_BACKENDS)}, or --split guidance."
+        )
+    if not is_at_least("diffusers", "0.37"):
+        raise ValueError(
+            f"diffusers is {metadata.version('diffusers')}, and shares the 226 tokens of a prompt among processes from "
+            "0.37. Install that or a newer one, or take --split guidance."
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint.layout import Checkpoint, open_checkpoint
 from .choices import MEMORY, check_choice
-from .combinations import check_combination
+from .combinations import check_combination, check_second
 from .lora import Lora, open_lora, own_loras
 from .modules.attention import check_attention
 from .modules.cache import Cache
@@ -21,6 +21,7 @@ from .precision.policy import DtypePlan, plan_dtypes
 from .variants import Variant, full_config
 from .weights import Weights
 from .windows import Windows, check_pairs
+from .words import short
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Model:
         compiled: how the blocks are compiled, if they are.
         attention: the kernel of the attention, one of ``choices.BACKENDS``.
         windows: how clips longer than one are made in windows, if they are.
+        second: another device, where a copy evaluates one half of guidance.
     """
 
     variant: Variant
@@ -51,6 +53,7 @@ class Model:
     compiled: Compiled | None = None
     attention: str = "auto"
     windows: Windows | None = None
+    second: Hardware | None = None
 
     def __post_init__(self):
         """Raises:
@@ -63,6 +66,9 @@ class Model:
             self.compiled is not None,
             weights.memory == "offload_layers" and weights.device.type != "cpu",
         )
+        if self.second is not None:
+            skips = self.cache is not None and self.cache.strength > 0
+            check_second(self.cache.method if self.cache is not None and skips else None, self.compiled is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +216,61 @@ def with_windows(model: Model, windows: Windows) -> Model:
     """
     check_pairs(windows, full_config(model.weights.config))
     return replace(model, windows=windows)
+
+
+def other_devices(device: torch.device) -> tuple[str, ...]:
+    """List the devices on which a copy of a model on ``device`` can run at the same time, ``none`` last."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    own = device.index or 0
+    return (*(f"cuda:{index}" for index in range(count) if index != own), "none")
+
+
+def check_other_device(name: str, device: torch.device) -> None:
+    """Refuse a second device that is not there.
+
+    Raises:
+        ValueError: saying which there are.
+    """
+    # The same CPU once more gains nothing, and shows that the result is the same.
+    there = other_devices(device)
+    if name not in there and not name == device.type == "cpu":
+        raise ValueError(
+            f"The second device is {short(name)}, and the model runs on {device}: a second copy cannot run there. "
+            f"Beside it are here: {', '.join(there)}. Choose one of those; none runs on one device."
+        )
+
+
+def check_one_device(model: Model) -> None:
+    """Refuse a model with a second copy, where another program decides what is evaluated when.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if model.second is not None:
+        raise ValueError(
+            f"The model has a second copy on {model.second.device}, which only CogVideoX-1.5 Sampler gives half of the "
+            "work. Use that, or take CogVideoX-1.5 Second GPU away."
+        )
+
+
+def with_second(model: Model, device: str) -> Model:
+    """The model with a second copy on another device, or with none; the one given is not changed.
+
+    Raises:
+        ValueError: if there is no such device, it lacks the dtype, or a copy does not go with what else the model has.
+    """
+    check_other_device(device, model.weights.device)
+    if device == "none":
+        return replace(model, second=None)
+    hardware = Hardware.detect(device, model.weights.hardware.forced)
+    dtype = model.weights.precision.dtype
+    if dtype == torch.bfloat16 and hardware.bf16 != model.weights.hardware.bf16:
+        raise ValueError(
+            f"The model runs in bf16, which {hardware.name} ({device}) does otherwise than "
+            f"{model.weights.hardware.name}: the halves of guidance would differ. Choose fp16 in the loader, or none."
+        )
+    model.weights.copy_on(hardware)
+    return replace(model, second=hardware)
 
 
 def quantized(handle: _Handle, method: str) -> _Handle:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .choices import MODES
+from .choices import GPU, MODES
 from .dtypes import Precision
 from .events import Events
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding, video_tokens
@@ -95,13 +95,16 @@ class MemoryPlan:
         return f"{modes}, each {saved} less with the halves of guidance one by one"
 
 
-def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None) -> MemoryPlan:
+def plan_memory(
+    model: "Model", shape: tuple[int, ...], guided: bool = True, tokens: int | None = None, parts: int = 1
+) -> MemoryPlan:
     """What a run of ``model`` takes, from its headers and shapes: no weights are read and nothing is computed.
 
     Args:
         shape: of the latent, ``[B, 16, T, H/8, W/8]``.
         guided: whether ``cfg`` is above 1.
         tokens: of the prompt; by default as many as the text encoder gives.
+        parts: processes that share the tokens, of which this is one.
     """
     weights = model.weights
     tensors = weights.part.tensors
@@ -118,7 +121,7 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
     windows = spans(model.windows, length, config)
     run_at_once = (batch, channels, min(length, windows[0].stop), *size)
     activations, halved = (
-        step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method)
+        step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method, parts)
         for together in (guided, False)
     )
     if len(windows) > 1:
@@ -144,7 +147,7 @@ def plan_memory(model: "Model", shape: tuple[int, ...], guided: bool = True, tok
 
 
 def choose_placements(
-    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events
+    model: "Model", latents: torch.Tensor, guided: bool, joinable: bool, tokens: int, events: Events, parts: int = 1
 ) -> tuple[Placement, ...]:
     """Choose how to run, and how to go on should memory run out: in the memory mode that was chosen, or else the
     fastest that fits; told if that is not the fastest there is.
@@ -152,12 +155,15 @@ def choose_placements(
     Args:
         joinable: whether the prompts are of one length, so that both halves of guidance can be one batch.
         tokens: of the prompt.
+        parts: processes that share the tokens, which do so only where the whole model is on the card.
     """
     found = placements((True, False) if guided and joinable else (joinable,))
+    if parts > 1:
+        found = tuple(placement for placement in found if placement.mode == GPU)
     chosen = [placement for placement in found if placement.mode == model.weights.memory] or found
     if model.weights.free is None:
         return found[found.index(chosen[0]) :]
-    plan = plan_memory(model, latents.shape, guided, tokens)
+    plan = plan_memory(model, latents.shape, guided, tokens, parts)
     first = plan.fastest(found) if chosen is found else next(filter(plan.fits, chosen), chosen[-1])
     if first.mode != chosen[0].mode:
         events.note(
@@ -193,8 +199,9 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
     )
 
 
-def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True) -> str:
-    """What a run takes, in a sentence; by default one of the model card's size and length."""
+def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bool = True, parts: int = 1) -> str:
+    """What a run takes, in a sentence; by default one of the model card's size and length. ``parts`` as ``plan_memory``
+    has it."""
     (width, height), frames = model.variant.default_size, model.variant.default_frames
     shape = shape or (
         1,
@@ -207,7 +214,7 @@ def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bo
     count = len(spans(model.windows, shape[2], full_config(model.weights.config)))
     if model.windows is not None and count > 1:
         size = f"{size} in {count} windows of {model.windows.length}"
-    return f"memory to sample {size}: {plan_memory(model, shape, guided).text}"
+    return f"memory to sample {size}: {plan_memory(model, shape, guided, parts=parts).text}"
 
 
 def step_bytes(
@@ -217,9 +224,10 @@ def step_bytes(
     guided: bool,
     tokens: int,
     method: Method | None = None,
+    parts: int = 1,
 ) -> int:
     """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing
-    behind) on the meta device."""
+    behind) on the meta device. With the tokens in so many ``parts``, what is exchanged is there twice."""
     from diffusers import CogVideoXTransformer3DModel
 
     batch, _, length, height, width = shape
@@ -239,6 +247,12 @@ def step_bytes(
     join(module)
     if method is not None:
         quantize_empty(module, method, precision)
+    exchanged = 0
+    if parts > 1:
+        _run_a_part(module, parts)
+        # Queries, keys, values and results, as they come in.
+        channels = config["num_attention_heads"] * config["attention_head_dim"]
+        exchanged = 4 * copies * -(-(tokens + video_tokens(config, shape)) // parts) * channels * dtype.itemsize
     rotary = rotary_embedding(config, length, height, width, torch.device("cpu"))
     inputs = dict(
         hidden_states=torch.empty(copies, length, config["in_channels"], height, width, dtype=dtype, device=meta),
@@ -253,7 +267,34 @@ def step_bytes(
     loop = 5 * batch * LATENT_CHANNELS * length * height * width * dtype.itemsize
     with torch.no_grad(), LiveBytes() as mode, FusedAttention():
         module(**inputs)
-    return mode.peak + given + loop
+    return mode.peak + given + loop + exchanged
+
+
+def _run_a_part(module: internals.LibraryModule, parts: int) -> None:
+    """Have a transformer's block look at a part of the tokens, and the output be of all, as where processes share
+    them."""
+
+    def part(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor.tensor_split(parts, dim)[0]
+
+    def enter(_: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
+        rotary = given["image_rotary_emb"]
+        streams = {name: part(given[name], 1) for name in ("hidden_states", "encoder_hidden_states")}
+        positions = None if rotary is None else tuple(part(table, 0) for table in rotary)
+        return args, {**given, **streams, "image_rotary_emb": positions}
+
+    tokens: list[int] = []
+
+    def leave(_: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.new_empty(output.shape[0], tokens.pop(), output.shape[2])
+
+    def note(_: nn.Module, args: tuple, given: dict) -> None:
+        tokens.append(given["hidden_states"].shape[1])
+
+    block = module.transformer_blocks[0]
+    block.register_forward_pre_hook(note, with_kwargs=True)
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+    module.proj_out.register_forward_hook(leave)
 
 
 class LiveBytes(TorchDispatchMode):

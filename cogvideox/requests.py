@@ -1,17 +1,19 @@
 """What a run refuses, and what it says about what it was asked for, before any weight is read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 
-from .choices import DDIM, check_share, steps_between
+from .choices import DDIM, OFFLOAD_BLOCKS, OFFLOAD_LAYERS, check_share, steps_between
+from .combinations import check_sharing
 from .finite import check_finite
-from .geometry import check_latent, pixel_frames
+from .geometry import check_latent, pixel_frames, video_tokens
 from .handles import Model
 from .memory import check_host_room
+from .modules.sharded import Split
 from .schedulers import make_scheduler, schedule_timesteps
 from .tensors import check_tensor
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
@@ -95,6 +97,33 @@ def refuse_windows(model: Model) -> None:
             "The model has context windows, which CogVideoX-1.5 Sampler runs and ComfyUI's own samplers do not. Take "
             "CogVideoX-1.5 Context Windows away, and put ComfyUI's Context Windows (Manual) behind CogVideoX-1.5 to "
             "ComfyUI, with dim at 2."
+        )
+
+
+def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
+    """Refuse a video that processes cannot share so.
+
+    Args:
+        shape: of the latent, ``[B, 16, T, H/8, W/8]``.
+
+    Raises:
+        ValueError: saying what does not go together.
+    """
+    weights, cache, config = model.weights, model.cache, full_config(model.weights.config)
+    on_host = weights.device.type == "cpu"
+    check_sharing(
+        split.guidance > 1,
+        split.sequence > 1,
+        None if cache is None or cache.strength == 0 else cache.method,
+        model.compiled is not None,
+        weights.memory in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) and not on_host,
+        model.attention,
+    )
+    tokens = video_tokens(config, shape)
+    if tokens < split.sequence or (on_host and tokens % split.sequence):
+        raise ValueError(
+            f"The video has {tokens:,} tokens, which {split.sequence} processes on {weights.device.type} cannot share "
+            "in equal parts. Change its size or length, or start fewer processes."
         )
 
 

@@ -12,7 +12,7 @@ them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_placements
 from .modules.fastest import Shape
+from .modules.sharded import Call, Team
 from .modules.speedups import Speedups
 from .requests import (
     check_embeddings,
@@ -40,6 +41,7 @@ from .requests import (
     plan_steps,
 )
 from .schedulers import advance
+from .second import Second
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
@@ -69,6 +71,7 @@ def sample(
     cfg_start: float = 0.0,
     cfg_end: float = 1.0,
     events: Events | None = None,
+    team: Team | None = None,
 ) -> torch.Tensor:
     """Denoise a batch of video latents.
 
@@ -96,6 +99,8 @@ def sample(
             the positive prompt alone, at half the cost, as with ``cfg`` 1.
         events: told of the loading, of each step, of steps that were healed, and of what the model was not trained for,
             does not fit on the card, or is made faster with.
+        team: the processes that make these videos together, each of which calls this with the same arguments and gets
+            the same videos.
 
     Returns:
         float32 ``[B, 16, T, H/8, W/8]`` on the CPU, unscaled, with the ``T`` that came in, finite.
@@ -144,8 +149,8 @@ def sample(
         events.note(note)
     windows = spans(model.windows, latents.shape[2], config)
 
-    joinable = len({prompt.shape[1] for prompt in prompts}) == 1
-    placements = choose_placements(model, latents, bool(guided), joinable, positive.shape[1], events)
+    apart = team is None and model.second is not None and len(prompts) > 1
+    placements = _placements(model, latents, guided, prompts, events, team, apart)
     device = model.weights.device
     # What was kept of a guided step is of no use to one that is not.
     turns = {step for step in (guided.start, guided.stop) if guided}
@@ -154,11 +159,14 @@ def sample(
     @contextmanager
     def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
         batched = bool(guided) and placement is not None and placement.batched
-        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision):
+        together = nullcontext() if team is None else team.attached(module)
+        with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision), together:
             yield
 
+    second = _second(model, latents.shape, positive.shape[1], timesteps.tolist(), turns, events) if apart else None
     with (
-        Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts) as sentinel,
+        nullcontext() if second is None else second,
+        Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts, team) as sentinel,
         torch.no_grad(),
     ):
         dtype = model.weights.precision.activations
@@ -197,6 +205,8 @@ def sample(
             kept=kept,
             windows=windows,
             overlap=0 if model.windows is None else model.windows.overlap,
+            evaluate=_one_by_one if team is None else team.evaluate,
+            second=second,
         )
         try:
             clean = run.denoise(noisy * noise_schedule.init_noise_sigma, events)
@@ -209,6 +219,24 @@ def sample(
         samples = torch.where(noise_mask == 0, latents.to("cpu", torch.float32), samples)
     speedups.report()
     return samples
+
+
+def _placements(
+    model: Model,
+    latents: torch.Tensor,
+    guided: range,
+    prompts: Sequence[torch.Tensor],
+    events: Events,
+    team: Team | None,
+    apart: bool,
+) -> tuple[Placement, ...]:
+    """Choose how to run, and how to go on should memory run out; ``apart`` where two devices have a half of guidance
+    each."""
+    apart = apart or (team is not None and team.split.guidance > 1)
+    joinable = len({prompt.shape[1] for prompt in prompts}) == 1 and not apart
+    parts = 1 if team is None else team.split.sequence
+    found = choose_placements(model, latents, bool(guided), joinable, prompts[-1].shape[1], events, parts)
+    return found if team is None else tuple(team.least(found))
 
 
 def make_speedups(
@@ -239,6 +267,30 @@ def make_speedups(
     )
     skips = plan_skips(model, timesteps, in_full)
     return Speedups(model.attention, model.cache, model.compiled, device, timesteps, heads, tell, skips)
+
+
+def _second(
+    model: Model,
+    shape: Sequence[int],
+    tokens: int,
+    timesteps: Sequence[float],
+    turns: Collection[int],
+    events: Events,
+) -> Second:
+    """Set up the copy of a model on its second device."""
+    assert model.second is not None
+    weights = model.weights.copy_on(model.second)
+
+    @contextmanager
+    def prepared(module: nn.Module, precision: Precision, speedups: Speedups, device: torch.device) -> Iterator[None]:
+        with applied(model.loras, module, precision, device), speedups.attached(module, False, precision):
+            yield
+
+    # It tells nothing that the first does not.
+    speedups = make_speedups(
+        replace(model, weights=weights, second=None), shape, tokens, timesteps, lambda *_: None, turns
+    )
+    return Second(weights, speedups, prepared, events)
 
 
 def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
@@ -337,6 +389,8 @@ class Run:
         kept: what a noise mask keeps.
         windows: what of the padded clip the transformer reads at once: all, or one window after the other.
         overlap: latent frames that a window shares with the next.
+        evaluate: evaluates prompts by the transformer, and returns their predictions in order.
+        second: a copy of the transformer that evaluates half of them.
     """
 
     sentinel: Sentinel
@@ -355,6 +409,9 @@ class Run:
     windows: Sequence[slice]
     kept: Kept | None = None
     overlap: int = 0
+    evaluate: Callable[[Sequence[Call], nn.Module], list[torch.Tensor]] = field(default_factory=lambda: _one_by_one)
+    second: Second | None = None
+    _elsewhere: dict[tuple[int, torch.device], torch.Tensor] = field(init=False, default_factory=dict)
     _on_device: torch.Tensor = field(init=False)
 
     def denoise(self, latents: torch.Tensor, events: Events) -> torch.Tensor:
@@ -417,7 +474,7 @@ class Run:
         # A step that is done again draws the same noise again.
         self.generator.set_state(drawn)
         guided, window = index in self.guided, self.windows[number]
-        self.speedups.begin(index, guided, number)
+        self._begin(index, guided, number)
         current, timestep = latents.to(precision.activations), self.timesteps[index]
         kept = None if self.kept is None else self.kept.within(window)
         if kept is not None:
@@ -425,7 +482,12 @@ class Run:
         placement = self.sentinel.placement
         prompts = self.prompts.of(guided, placement is not None and placement.batched, precision.activations)
         image = None if self.image is None else self.image[:, window].to(current.dtype)
-        prediction = torch.cat([self._predict(index, current, image, prompt, transformer) for prompt in prompts])
+        calls = [partial(self._predict, index, current, image, prompt) for prompt in prompts]
+        if self.second is None:
+            prediction = torch.cat(self.evaluate(calls, transformer))
+        else:
+            restart = partial(self._begin, index, guided, number)
+            prediction = torch.cat(self.second.evaluate(calls, transformer, restart))
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = guide(unconditional, conditional, self._guidance(index))
@@ -435,6 +497,11 @@ class Run:
         stepped, clean = advance(self.scheduler, prediction, previous_clean, timestep, earlier, current, self.generator)
         return stepped.to(current.dtype), clean
 
+    def _begin(self, index: int, guided: bool, window: int) -> None:
+        self.speedups.begin(index, guided, window)
+        if self.second is not None:
+            self.second.begin(index, guided, window)
+
     def _predict(
         self,
         index: int,
@@ -442,25 +509,40 @@ class Run:
         image: torch.Tensor | None,
         prompt: torch.Tensor,
         transformer: nn.Module,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
-        """Return the transformer's prediction, float32 ``[copies * B, T, C, h, w]``, for a prompt of so many copies."""
+        """Return the transformer's prediction, float32 ``[copies * B, T, C, h, w]``, for a prompt of so many copies.
+
+        Args:
+            device: where the transformer is, if not where ``current`` is.
+        """
+        here, device = current.device, device or current.device
+        if device != here:
+            current = current.to(device)
+            # The same tensor at each step, as at home.
+            prompt = self._elsewhere.setdefault((id(prompt), device), prompt.to(device))
         copies = prompt.shape[0] // current.shape[0]
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
         if image is not None:
-            model_input = torch.cat([model_input, torch.cat([image] * copies)], dim=2)
+            model_input = torch.cat([model_input, torch.cat([image.to(device)] * copies)], dim=2)
+        rotary = self.rotary[current.shape[1]]
         return transformer(
             hidden_states=model_input,
             encoder_hidden_states=prompt,
-            timestep=self._on_device[index].expand(model_input.shape[0]),
+            timestep=self._on_device[index].to(device).expand(model_input.shape[0]),
             ofs=None if self.ofs is None else current.new_full((1,), self.ofs),
-            image_rotary_emb=self.rotary[current.shape[1]],
+            image_rotary_emb=None if rotary is None else tuple(table.to(device) for table in rotary),
             return_dict=False,
-        )[0].float()
+        )[0].to(here, torch.float32)
 
     def _guidance(self, index: int) -> float:
         if not self.dynamic_cfg:
             return self.cfg
         return dynamic_guidance(self.cfg, self.scheduler.num_inference_steps, int(self.timesteps[index]))
+
+
+def _one_by_one(calls: Sequence[Call], transformer: nn.Module) -> list[torch.Tensor]:
+    return [call(transformer) for call in calls]
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:

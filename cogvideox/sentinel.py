@@ -18,6 +18,7 @@ from .choices import ON_NAN, check_choice
 from .dtypes import Precision, dtype_name
 from .events import Events
 from .finite import is_finite
+from .modules.sharded import Team
 from .precision.policy import safer
 from .variants import PARTS
 from .weights import Placement, Weights
@@ -97,6 +98,7 @@ class Sentinel:
         prepare: Callable[[nn.Module, Precision, Placement | None], AbstractContextManager] | None = None,
         placements: Sequence[Placement] = (),
         shortcuts: str = "",
+        team: Team | None = None,
     ):
         """Args:
             on_nan: ``heal`` or ``stop``.
@@ -106,13 +108,15 @@ class Sentinel:
             placements: how it can run, the first to begin with. Where it runs out of memory, the next is tried.
             shortcuts: what ``prepare`` lets the module run with at first, and not when a piece of work is done again,
                 in words.
+            team: the processes that run the part together: what one of them finds is found by all, and none changes
+                how it runs alone.
 
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
         check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._events = weights, on_nan, events or Events()
-        self._prepare, self._shortcuts = prepare, shortcuts
+        self._prepare, self._shortcuts, self._team = prepare, shortcuts, team
         self.placement: Placement | None = placements[0] if placements else None
         self._smaller = list(placements[1:])
         self.module: nn.Module | None = None
@@ -165,6 +169,12 @@ class Sentinel:
     def _make_smaller(self, where: str) -> None:
         device, name, ran = self.weights.device, PARTS[self.weights.kind][0], self.placement
         assert ran is not None, "without placements, running out of memory is told by who runs"
+        if self._team is not None:
+            raise OutOfMemory(
+                f"{where}: {device} ran out of memory with the {name} in {ran.text}, and processes that make one video "
+                "together cannot change that halfway. Make the video smaller or shorter, or set --memory to "
+                "offload_blocks, which goes with --split guidance."
+            )
         if not self._smaller:
             raise OutOfMemory(
                 f"{where}: {device} ran out of memory even in the mode that takes the least ({ran.text}). "
@@ -184,18 +194,21 @@ class Sentinel:
         """``run``, where memory does not run out."""
         module = self._entered
         result = work(module, self.weights.precision)
-        if is_finite(result):
+        if self._is_finite(result):
             return result
         del result
         with probes(module, self.weights.precision) as found:
             result = work(module, self.weights.precision)
         culprit = found[0] if found else None
+        if self._team is not None:
+            culprit = self._team.first_of(culprit)
+        finite = self._is_finite(result)
         name, ran = PARTS[self.weights.kind][0], self.weights.precision
         if culprit:
             cause = culprit.text
-        elif is_finite(result) and self._shortcuts:
+        elif finite and self._shortcuts:
             cause = f"run again without {self._shortcuts} it is finite"
-        elif is_finite(result):
+        elif finite:
             cause = "run again it is finite, so it was a passing fault, as unstable memory or an overclocked card makes"
         else:
             cause = "every module's output is finite, so it is what is done with them after that overflows"
@@ -205,7 +218,7 @@ class Sentinel:
                 f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. "
                 f"{_advice(culprit, ran)}"
             )
-        if is_finite(result):
+        if finite:
             self._events.healed(f"{fact} The run goes on with the second result.")
             return result
         del result
@@ -213,12 +226,15 @@ class Sentinel:
             self._events.healed(f"{fact} Going on from here in {precision.name}; nothing that was finished is lost.")
             self._switch(precision)
             result = work(self._entered, precision)
-            if is_finite(result):
+            if self._is_finite(result):
                 return result
             fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
         raise NonFiniteError(
             f"{fact} In {ran.name}, {cause}. There is no safer precision left. {_advice(culprit, ran)}"
         )
+
+    def _is_finite(self, result: Result) -> bool:
+        return is_finite(result) if self._team is None else self._team.agree(is_finite(result))
 
     def _switch(self, precision: Precision) -> None:
         """Free the module in use and have the part's weights loaded anew to run in ``precision``."""

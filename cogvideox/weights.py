@@ -23,6 +23,7 @@ from .loading import build_module, load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
 from .precision.quantizing import choose_method, losses_text
+from .tensors import host_bytes
 from .variants import PARTS
 from .words import size_text
 
@@ -113,6 +114,7 @@ class Weights:
         self._mode: str | None = None
         self._losses: Mapping[str, Loss] = {}
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
+        self._copies: dict[torch.device, Weights] = {}
 
     def at(self, precision: Precision) -> "Weights":
         """The same part, to be run otherwise; nothing is shared and nothing loaded. Quantized weights stay so, as there
@@ -136,6 +138,19 @@ class Weights:
             self._quantized[method] = found
             return found
         return self._quantized[method]
+
+    def copy_on(self, hardware: Hardware) -> "Weights":
+        """The same part on another device, or once more on the same: kept with this one, and not loaded before it is
+        used.
+
+        Raises:
+            ValueError: if another program keeps these weights.
+        """
+        if hardware.device not in self._copies:
+            self._copies[hardware.device] = Weights(
+                self._checkpoint, self.kind, self.precision, hardware, self.memory, self.method
+            )
+        return self._copies[hardware.device]
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +207,14 @@ class Weights:
         return (
             None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
         )
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether they could not make way for another part: they are on a device whole, and the host has no room for
+        them."""
+        if _is_host(self.device) or self._mode not in (None, GPU) or not self.is_loaded:
+            return False
+        return self.nbytes > host_bytes()
 
     @property
     def is_loaded(self) -> bool:
@@ -296,6 +319,12 @@ class SharedWeights(Weights):
         self.kind, self.precision, self.hardware, self.memory, self.method = kind, precision, hardware, GPU, None
         self._tensors, self._owner = tensors, owner
 
+    def copy_on(self, hardware: Hardware) -> Weights:
+        raise ValueError(
+            f"The weights are kept by {self._owner}, which has them on one device. Load the checkpoint with "
+            "CogVideoX-1.5 Model Loader to run it on two."
+        )
+
     def at(self, precision: Precision) -> "SharedWeights":
         return SharedWeights(self.kind, self._tensors, self._owner, precision, self.hardware)
 
@@ -327,9 +356,9 @@ class SharedWeights(Weights):
 
 
 def _make_way(weights: Weights) -> None:
-    """Have all other parts leave their devices."""
+    """Have all other parts leave its device."""
     for other in list(_loaded):
-        if other is not weights and other.device.type != "cpu":
+        if other is not weights and other.device == weights.device and other.device.type != "cpu":
             other.park()
 
 

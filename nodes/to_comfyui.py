@@ -48,15 +48,20 @@ class ToComfyUI(Node):
 
     @classmethod
     def foresee(cls, model=None, **_):
-        from ..cogvideox.requests import refuse_windows
-
         if model not in (None, UNKNOWN):
-            refuse_windows(model)
+            _check(model)
         return None
 
     def execute(self, model=None, text_encoder=None, vae=None):
-        from ..cogvideox.requests import refuse_windows
-
         if model is not None:
-            refuse_windows(model)
+            _check(model)
         return host.to_core(model, text_encoder, vae)
+
+
+def _check(model):
+    """Refuse a model that only our own sampler can run."""
+    from ..cogvideox.handles import check_one_device
+    from ..cogvideox.requests import refuse_windows
+
+    refuse_windows(model)
+    check_one_device(model)

@@ -12,7 +12,10 @@ from tests.conftest import ROOT, load_pack
 
 FILE = ROOT / "interop" / "our_nodes.json"
 #: Lists that depend on the files and packages of a computer -> what is chosen in them everywhere.
-_OF_THE_COMPUTER = {"model": "", "lora_name": "", "text_encoder_name": "auto", "vae_name": "auto", "attention": "auto"}
+_OF_THE_COMPUTER = {
+    **{"model": "", "lora_name": "", "text_encoder_name": "auto", "vae_name": "auto", "attention": "auto"},
+    "device": "none",
+}
 #: Widgets by type -> the default where a class says none.
 _WIDGETS = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
 

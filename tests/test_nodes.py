@@ -137,6 +137,11 @@ CONTRACT["CogVideoX15ToComfyUI"] = (
     {"model": "COGVIDEOX_MODEL", "text_encoder": "COGVIDEOX_TEXT_ENCODER", "vae": "COGVIDEOX_VAE"},
     {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
 )
+CONTRACT["CogVideoX15SecondGPU"] = (
+    "CogVideoX-1.5 Second GPU",
+    {"model": "COGVIDEOX_MODEL", "device": "COMBO"},
+    {"model": "COGVIDEOX_MODEL"},
+)
 CONTRACT["CogVideoX15ModelCheck"] = (
     "CogVideoX-1.5 Model Check",
     {"model": "MODEL", "action": "COMBO"},

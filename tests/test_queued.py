@@ -309,6 +309,26 @@ class TestAsAWhole:
         of(nodes, "CogVideoX15Extend")["length"] = 25
         assert self.only(errors, nodes)[:2] == ("Extend", "length")
 
+    def test_a_second_card_that_is_not_there_or_that_does_not_go_with_the_rest(self, errors, graph):
+        nodes = graph()
+        before_the_sampler(nodes, ("SecondGPU", {"device": "cuda:7"}))
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("SecondGPU", "device")
+        assert "The second device is cuda:7" in said
+        nodes = graph()
+        before_the_sampler(nodes, ("SecondGPU", {"device": "none"}), ("Compile", self.COMPILE))
+        assert errors(nodes) == []
+        # A second copy on the CPU is for tests: no list has it.
+        nodes = graph()
+        before_the_sampler(nodes, ("SecondGPU", {"device": "cpu"}), ("Compile", self.COMPILE))
+        said = self.only(errors, nodes)[2]
+        assert "Compiling and a second GPU do not work together" in said
+        nodes = graph()
+        before_the_sampler(nodes, ("SecondGPU", {"device": "cpu"}))
+        model = of(nodes, "CogVideoX15Sampler")["model"]
+        nodes["400"] = {"class_type": "CogVideoX15ToComfyUI", "inputs": {"model": model}}
+        assert "which only CogVideoX-1.5 Sampler gives half of the work" in self.only(errors, nodes)[2]
+
     def test_a_cache_that_skips_nothing_goes_with_everything(self, errors, graph):
         nodes = graph()
         cache = {"method": "pab", "strength": 0, "start": 0.0, "end": 1.0}

@@ -52,9 +52,11 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("cogvideox/checkpoint",),
     "precision": ("cogvideox/precision",),
     "a part in memory": tuple(
-        f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel")
+        f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel", "sharing")
     ),
-    "a run": tuple(f"cogvideox/{name}.py" for name in ("text", "requests", "schedulers", "skips", "sampling", "vae")),
+    "a run": tuple(
+        f"cogvideox/{name}.py" for name in ("text", "requests", "schedulers", "skips", "second", "sampling", "vae")
+    ),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),
     "surface": ("nodes", "commands", "generate.py", "install.py", "__init__.py"),

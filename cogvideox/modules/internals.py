@@ -5,10 +5,11 @@ the newest versions fail with the name. What is set on a hook has to be there al
 hook reads would do nothing, and nobody would notice.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import nn
@@ -25,6 +26,10 @@ _NOTES_ORDER = "lazy_prefetch_group_offloading"
 NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.hooks.hooks", "HookRegistry.get_hook"),
     ("diffusers.hooks.hooks", "ModelHook._is_stateful"),
+    ("diffusers.models._modeling_parallel", "ContextParallelInput"),
+    ("diffusers.models._modeling_parallel", "ContextParallelOutput"),
+    ("diffusers.models._modeling_parallel", "ParallelConfig.setup"),
+    ("os", "_exit"),
     ("torch", "_int_mm"),
     ("torch", "_scaled_mm"),
     ("torch", "_dynamo.config.recompile_limit"),
@@ -113,6 +118,58 @@ def own_forward(module: nn.Module) -> Callable:
     return registry._fn_refs[0].forward if registry is not None and registry._fn_refs else module.forward
 
 
+# --- diffusers' context parallelism ---
+
+
+def context_parallel(degree: int, mesh: Any, device: torch.device, rank: int) -> tuple[Any, dict[str, Any]]:
+    """Make diffusers' config of context parallelism, and the plan of a CogVideoX transformer, which the library lacks:
+    the streams are split where the first block takes them, the positions at each block, and the output is joined.
+
+    Args:
+        mesh: of all processes, with dimensions ``ring`` and ``ulysses``.
+    """
+    from diffusers.models import _modeling_parallel as parallel
+
+    config = parallel.ParallelConfig(
+        context_parallel_config=parallel.ContextParallelConfig(ulysses_degree=degree, ulysses_anything=True)
+    )
+    config.setup(rank, mesh.size(), device, mesh=mesh)
+    stream = parallel.ContextParallelInput(split_dim=1, expected_dims=3)
+    positions = [parallel.ContextParallelInput(split_dim=0, expected_dims=2)] * 2
+    plan = {
+        "transformer_blocks.0": {"hidden_states": stream, "encoder_hidden_states": stream},
+        "transformer_blocks.*": {"image_rotary_emb": positions},
+        "proj_out": parallel.ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    return config, plan
+
+
+def apply_context_parallel(module: LibraryModule, config: Any, plan: dict[str, Any]) -> Callable[[], None]:
+    """Put diffusers' hooks of a plan on a transformer; return what takes them off, and leaves nothing."""
+    from diffusers.hooks import context_parallel
+
+    children = [*module.transformer_blocks, module.proj_out]
+    before = [(child, had(child, ("forward", HOOKS))) for child in children]
+
+    def remove() -> None:
+        context_parallel.remove_context_parallel(module, plan)
+        for child, own in before:
+            for name in ("forward", HOOKS):
+                vars(child).pop(name, None)
+            vars(child).update(own)
+        forget_hooks_below(module)
+
+    context_parallel.apply_context_parallel(module, config.context_parallel_config, plan)
+    return remove
+
+
+def splits_anything() -> bool:
+    """Return whether this diffusers shares sequences whose length its processes do not divide."""
+    from diffusers.models import _modeling_parallel as parallel
+
+    return "ulysses_anything" in parallel.ContextParallelConfig.__dataclass_fields__
+
+
 # --- torch ---
 
 
@@ -194,6 +251,14 @@ def compiled_versions(most: int) -> AbstractContextManager:
 def compiler_error() -> type[Exception]:
     """Return the class of what torch raises where it cannot compile."""
     return torch._dynamo.exc.TorchDynamoException
+
+
+# --- Python ---
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process at once, whatever its threads are waiting for."""
+    os._exit(status)
 
 
 # --- transformers ---

@@ -46,6 +46,10 @@ class JointAttention:
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
     backend: str | None = None
+    #: diffusers' config of context parallelism, where processes share the tokens.
+    parallel: object | None = None
+    #: Not asked here: takes maxima over a part of the tokens to those over all.
+    agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -60,7 +64,9 @@ class JointAttention:
         if image_rotary_emb is not None:
             for x in (query, key):
                 rotate_(x[:, text:], *image_rotary_emb)
-        mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self.backend)
+        mixed = dispatch_attention_fn(
+            query, key, value, attn_mask=attention_mask, backend=self.backend, parallel_config=self.parallel
+        )
         del query, key, value
         mixed = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
         return mixed[:, text:], mixed[:, :text]

@@ -19,6 +19,7 @@ does. Wraps the unmodified modules of diffusers (``CogVideoXTransformer3DModel``
 
 import math
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,10 @@ class RangeSafeAttention:
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
     backend: str | None = None
+    #: diffusers' config of context parallelism, where processes share the tokens.
+    parallel: object | None = None
+    #: Then: takes maxima over a part of the tokens to those over all.
+    agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -200,11 +205,20 @@ class RangeSafeAttention:
         key, key_exponent = positioned(attn.to_k, attn.norm_k)
         value = heads(attn.to_v)
         # One scale per channel, over all tokens: a convex combination of the values keeps their bound.
-        value, value_scale = _scale_to(
-            value, torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True), _TOKEN_EXPONENT
-        )
+        largest = torch.linalg.vector_norm(value, math.inf, dim=1, keepdim=True)
+        if self.agreed is not None:
+            largest = self.agreed(largest)
+        value, value_scale = _scale_to(value, largest, _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
-        mixed = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, scale=scale, backend=self.backend)
+        mixed = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=scale,
+            backend=self.backend,
+            parallel_config=self.parallel,
+        )
         mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
 

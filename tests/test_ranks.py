@@ -1,0 +1,565 @@
+"""Processes that share a video give the video of one: the halves of guidance bit for bit, the tokens within rounding.
+
+Each test forks processes that talk by gloo, and compares many runs in one go.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import sys
+import traceback
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cogvideox.dtypes import Precision
+from cogvideox.events import Events
+from cogvideox.handles import open_handles, quantized, with_cache
+from cogvideox.memory import step_bytes
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.sharded import Split, Team
+from cogvideox.sampling import sample
+from cogvideox.sharing import expected_gain
+from cogvideox.variants import full_config
+from commands.ranks import Place, choose_split, device_of, place_of
+from tests.conftest import CPU
+from tests.helpers import run_generate
+from tests.reference import draw_prompts, error
+from tests.test_generate import no_weights
+from tests.tiny_checkpoint import build_checkpoint, build_transformer
+
+__all__ = ["no_weights"]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+#: A process that says nothing for so long has hung.
+LIMIT = 120
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory):
+    """The folder of a tiny checkpoint whose heads four processes can share."""
+
+    def widen(parts):
+        parts["transformer"] = build_transformer(num_attention_heads=4, num_layers=3)
+
+    folder = tmp_path_factory.mktemp("heads") / "heads"
+    return build_checkpoint(folder, change=widen, stored={"transformer": torch.float32})
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def _child(work, rank, count, port, answers, given):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+    try:
+        dist.init_process_group("gloo")
+        answers.put((rank, work(rank, *given), None))
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))
+
+
+def together(count, work, *given, dies=None):
+    """What ``work(rank, *given)`` returns in each of ``count`` processes that can talk; nothing of one that is to die
+    (``dies``)."""
+    context = multiprocessing.get_context("fork")
+    answers, port = context.Queue(), free_port()
+    processes = [
+        context.Process(target=_child, args=(work, rank, count, port, answers, given)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = {}
+    try:
+        while len(found) < count - (dies is not None):
+            rank, result, failed = answers.get(timeout=LIMIT)
+            assert failed is None, failed
+            found[rank] = result
+    except queue.Empty:
+        pytest.fail(f"only {sorted(found)} of {count} processes answered")
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return [found[rank] for rank in range(count) if rank != dies]
+
+
+class Told(Events):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text, level=30):
+        self.notes.append(text)
+
+
+def run(model, team=None, **more):
+    """A short run of 32 tokens of video, and of 226 of text, which two processes can share equally and four cannot."""
+    latents = torch.zeros(1, 16, 3, 8, 8)
+    how = dict(seed=1, steps=4, events=Told()) | more
+    return sample(model, *draw_prompts(), latents, team=team, **how)
+
+
+@contextmanager
+def halves_apart():
+    """One process evaluates the halves of guidance one after the other, and not as a batch."""
+    import cogvideox.sampling as module
+
+    chosen = module.choose_placements
+    try:
+        module.choose_placements = lambda *given: chosen(*given[:3], False, *given[4:])
+        yield
+    finally:
+        module.choose_placements = chosen
+
+
+def one_by_one(model, **more):
+    with halves_apart():
+        return run(model, **more)
+
+
+CACHES = [Cache("teacache", 0.5, 0.0, 1.0), Cache("taylorseer", 0.5, 0.0, 1.0)]
+#: Settings of the runs that are compared with those of one process.
+OTHERWISE = {"unguided": {"steps": 1, "cfg": 1.0}, "dpm": {"cfg_start": 0.4, "scheduler": "dpm"}}
+
+
+def models(folder):
+    plain = open_handles(folder, "fp32", CPU).model
+    safe = open_handles(folder, "fp16", CPU).model
+    assert safe.weights.precision.range_safe
+    return {
+        "fp32": plain,
+        "range-safe": safe,
+        "quantized": quantized(plain, "int8_weight_only"),
+        **{cache.method: with_cache(plain, cache) for cache in CACHES},
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(four_heads):
+    """What one process makes by the name of a model, and of a setting: the halves one after the other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = models(four_heads)
+        return {(name, ""): one_by_one(model) for name, model in found.items()} | {
+            (name, setting): one_by_one(found[name], **more)
+            for setting, more in OTHERWISE.items()
+            for name in ("fp32", "range-safe")
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shared(rank, folder, split, names):
+    """What processes make together by model and setting, and the bytes that one received."""
+    team = Team(split, torch.device("cpu"))
+    found = models(folder)
+    made = {(name, setting): run(found[name], team, **OTHERWISE.get(setting, {})).numpy() for name, setting in names}
+    return made, team.sent
+
+
+def test_halves_of_guidance_in_two_processes_are_bit_equal_to_halves_one_by_one(four_heads, alone):
+    for made, sent in together(2, _shared, four_heads, Split(guidance=2), list(alone)):
+        for name, latents in alone.items():
+            assert torch.equal(torch.from_numpy(made[name]), latents), name
+        # A float32 prediction of 4 x 16 x 8 x 8 numbers each step (one latent frame is padding).
+        steps = sum(OTHERWISE.get(setting, {}).get("steps", 4) for _, setting in alone)
+        assert sent == steps * 4 * 16 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("split", [Split(sequence=2), Split(sequence=4), Split(2, 2)], ids=lambda split: split.text)
+def test_tokens_shared_among_processes_give_the_same_within_rounding(four_heads, alone, split):
+    names = [
+        name for name in alone if (split.sequence == 2 and split.guidance == 1) or name[0] in ("fp32", "range-safe")
+    ]
+    first, *others = together(split.guidance * split.sequence, _shared, four_heads, split, names)
+    for (name, setting), latents in first[0].items():
+        # A single evaluation first. fp16's products are rounded otherwise, as they are added up otherwise: by 1e-3 from
+        # fp32's. Guidance multiplies what differs at each step.
+        limits = (1e-3, 3e-3) if name == "range-safe" else (1e-6, 1e-5)
+        relative = error(torch.from_numpy(latents), alone[name, setting])
+        assert relative < limits[setting != "unguided"], (name, setting, relative)
+        for other in others:
+            assert (other[0][name, setting] == latents).all(), (name, setting)
+
+
+def _speaking(rank, arguments, change):
+    """What ``generate.py`` returns in a process, what it says, and how long it took."""
+    import contextlib
+    import io
+    import time
+
+    import torch.distributed as dist
+
+    import generate
+
+    # The command line meets by itself.
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    if change is not None:
+        change(rank)
+    said, error, begun = io.StringIO(), io.StringIO(), time.monotonic()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
+        code = generate.main([str(argument) for argument in arguments])
+    dist.is_initialized() or dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return code, said.getvalue(), error.getvalue(), time.monotonic() - begun
+
+
+def speak(*arguments, count=2, change=None):
+    return together(count, _speaking, arguments, change)
+
+
+def short_video(model, output, *more):
+    how = ("--width", 64, "--height", 64, "--frames", 17, "--steps", 2, "--device", "cpu")
+    return ("--prompt", "a panda", "--model", model, *how, "--output", output, *more)
+
+
+def test_processes_write_one_video_that_is_that_of_one(tiny, tmp_path, capsys):
+    import generate
+
+    with halves_apart():
+        assert generate.main([str(word) for word in short_video(tiny, tmp_path / "one.mp4")]) == 0
+    (code, said, error, _), other = speak(*short_video(tiny, tmp_path / "two.mp4"))
+    assert (code, other[0]) == (0, 0), error + other[2]
+    assert "2 processes share the halves of guidance." in said
+    assert other[1:3] == ("", "")
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "two.mp4"]
+
+
+def test_processes_share_the_lines_of_a_file(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(['{"prompt": "a"}', '{"prompt": "b"}', '{"prompt": "c", "on_black": "stop"}'])
+    )
+    how = ("--prompts", "x.jsonl", *short_video(tiny, "videos")[2:])
+    (code, said, error, _), other = speak(*how)
+    assert (code, other[0]) == (0, 0), error + other[2]
+    assert "2 processes share 3 videos." in said
+    assert said.splitlines()[-1] == "3 videos made, 0 there already, 0 failed."
+    made = {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
+    assert sorted(made) == ["00001.mp4", "00002.mp4", "00003.mp4"]
+    # Together, each line after the other, and one of them fails where files are written.
+    (tmp_path / "videos" / "00001.mp4").unlink()
+    (tmp_path / "videos" / "00002.mp4").unlink()
+
+    def change(rank):
+        import cogvideox.vae as module
+
+        decode, black = module.decode, [True]
+        module.decode = lambda *given, **how: decode(*given, **how) * (torch.nan if black and black.pop() else 1)
+
+    (code, said, _, _), other = speak(*how, "--split", "guidance", change=change)
+    assert (code, other[0]) == (1, 1)
+    assert "1 videos made, 1 there already, 1 failed." in said
+    assert "line 1: error:" in said
+    assert (tmp_path / "videos" / "00002.mp4").exists()
+    assert not (tmp_path / "videos" / "00001.mp4").exists()
+
+
+class TestOneThatFails:
+    def test_ends_all_with_its_sentence(self, tiny, tmp_path):
+        def change(rank):
+            import cogvideox.sampling as module
+
+            def fail(*_, **__):
+                raise ValueError("The card of this one is on fire. Put it out.")
+
+            if rank == 1:
+                module.advance = fail
+
+        found = speak(*short_video(tiny, tmp_path / "x.mp4"), change=change)
+        assert [code for code, *_ in found] == [1, 1]
+        assert found[1][2] == "error: The card of this one is on fire. Put it out.\n"
+        assert found[0][2].splitlines()[-1] == "error: Process 1 ended all of them: " + found[1][2][7:-1]
+        assert max(took for *_, took in found) < 60
+        assert list(tmp_path.iterdir()) == []
+
+    def test_is_noticed_without_a_word(self, tiny, tmp_path):
+        def change(rank):
+            import cogvideox.sampling as module
+
+            if rank == 1:
+                module.advance = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+        (code, _, error, took) = together(2, _speaking, short_video(tiny, tmp_path / "x.mp4"), change, dies=1)[0]
+        assert code == 1
+        assert error.splitlines()[-1].startswith("error: Another process of this run is gone without a word")
+        assert took < 60
+
+    def test_ends_one_that_waits_in_a_call_that_nothing_interrupts(self):
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        from commands import ranks
+
+        port = free_port()
+        ended = []
+        store = TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=20), wait_for_workers=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("cogvideox.modules.internals.end_process", ended.append)
+            patch.setattr(ranks, "_BEAT", 0.05)
+            watch = ranks._Watch(ranks.Place(0, 2), store)
+            store.set("ended", "Process 1 ended all of them: no.")
+            watch._thread.join(1)
+            assert ended[:1] == [1]
+            watch.stop()
+            # And one that was heard of, and is not any more.
+            patch.setattr(ranks, "_SILENCE", 0.3)
+            store.delete_key("ended")
+            store.add("beat1", 5)
+            watch = ranks._Watch(ranks.Place(0, 2), store)
+            watch._thread.join(2)
+            assert len(ended) > 1
+            watch.stop()
+
+
+def _healed(rank, folder):
+    team = Team(Split(guidance=2), torch.device("cpu"))
+    model = open_handles(folder, "fp32", CPU).model
+    events, calls = Told(), []
+
+    def spoil(module, given, output):
+        calls.append(1)
+        return (output[0] * torch.nan,) if rank == 0 and len(calls) == 2 else None
+
+    import cogvideox.weights as module
+
+    load = module.load_module
+
+    def loaded(*given):
+        found = load(*given)
+        found.register_forward_hook(spoil)
+        return found
+
+    module.load_module = loaded
+    try:
+        ours = run(model, team, events=events)
+    finally:
+        module.load_module = load
+    return ours.numpy(), events.notes, len(calls)
+
+
+def test_what_is_not_finite_in_one_is_healed_by_all(four_heads, alone):
+    for ours, notes, calls in together(2, _healed, four_heads):
+        assert torch.equal(torch.from_numpy(ours), alone["fp32", ""])
+        assert sum("step 2 of 4" in note and "passing fault" in note for note in notes) == 1, notes
+        assert calls == 5
+
+
+def _private_bytes(rank, folder):
+    """What a process of its own has of the memory of a loaded model, and its size."""
+    weights = open_handles(folder, "bf16", CPU, on_mismatch="warn").model.weights
+
+    def private():
+        with open("/proc/self/smaps_rollup") as table:
+            return (
+                sum(int(line.split()[1]) for line in table if line.startswith(("Private_Dirty", "Private_Clean"))) << 10
+            )
+
+    before = private()
+    with weights.running() as module:
+        for parameter in module.parameters():
+            parameter.float().sum()
+        import torch.distributed as dist
+
+        dist.barrier()
+        found = private() - before
+        dist.barrier()
+    return found, weights.nbytes
+
+
+def test_processes_have_one_copy_of_the_weights_in_the_hosts_memory(tmp_path):
+    """Their files are mapped: what all read is there once."""
+
+    def widen(parts):
+        parts["transformer"] = build_transformer(num_attention_heads=8, num_layers=5)
+
+    folder = build_checkpoint(tmp_path / "wide", change=widen)
+    for found, nbytes in together(2, _private_bytes, folder):
+        assert nbytes > 25 << 20
+        assert found < nbytes / 3, (found, nbytes)
+
+
+def full_size():
+    """A stand-in for CogVideoX1.5-5B's handle: its config, no weights."""
+    config = dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, patch_size=2, patch_size_t=2)
+    config |= dict(text_embed_dim=4096, time_embed_dim=512, use_rotary_positional_embeddings=True)
+    precision = Precision(torch.bfloat16)
+    return SimpleNamespace(weights=SimpleNamespace(config=full_config(config), precision=precision))
+
+
+class TestThePlan:
+    def test_says_more_than_was_measured_of_whole_runs_and_not_much(self):
+        """xDiT has 6.12 x on 8 L40 over PCIe at 161 frames, decoding included, which one card does."""
+        gain = expected_gain(full_size(), (1, 16, 41, 96, 170), Split(2, 4), True, "NVIDIA L40")
+        assert 6.12 < gain.faster["pcie"] < 1.25 * 6.12
+        assert gain.faster["pcie"] < gain.faster["nvlink"] < 8
+
+    def test_counts_what_is_exchanged(self, four_heads):
+        """The bytes of a guidance split are those that a team received, and those of Ulysses its four exchanges."""
+        model = open_handles(four_heads, "fp32", CPU).model
+        shape = (1, 16, 3, 8, 8)
+        assert expected_gain(model, shape, Split(2), True).received == 4 * 16 * 4 * 8 * 8
+        part, output = (226 + 32) / 2 * 256 * 4, 4 * 16 * 4 * 8 * 8
+        assert expected_gain(model, shape, Split(1, 2), True).received == 2 * (4 * 3 * part + output) / 2
+        assert expected_gain(model, shape, Split(1, 2), False).operations == 3 * 258 * (24 * 256**2 + 4 * 258 * 256) / 2
+
+    def test_a_part_of_the_tokens_takes_a_part_of_the_memory(self):
+        config, shape, whole = full_size().weights.config, (1, 16, 21, 96, 170), []
+        for parts in (1, 2, 4):
+            whole.append(step_bytes(config, Precision(torch.bfloat16), shape, False, 226, parts=parts))
+        assert whole[0] > whole[1] > whole[2] > whole[0] / 4
+
+    def test_is_said_where_processes_are_to_be_started(self, tiny, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        code, said, error = run_generate(capsys, "--plan", *short_video(tiny, tmp_path / "x.mp4"))
+        assert code == 0, error
+        assert "each card: memory to sample 64x64, 17 frames: gpu " in said
+        assert "4 cards share the halves of guidance and the tokens among 2: a step is" in said
+        monkeypatch.setenv("RANK", "1")
+        assert run_generate(capsys, "--plan", *short_video(tiny, tmp_path / "x.mp4"))[1:] == ("", "")
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        ("env", "place"),
+        [
+            ({}, Place()),
+            ({"WORLD_SIZE": "1", "RANK": "0"}, Place()),
+            (
+                {
+                    "WORLD_SIZE": "8",
+                    "RANK": "5",
+                    "LOCAL_RANK": "1",
+                    "MASTER_ADDR": "a",
+                    "MASTER_PORT": "1",
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                },
+                Place(5, 8, 1, "a", 1, True),
+            ),
+            # Of a job that sbatch began, and not yet a step of srun.
+            ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Place()),
+            (
+                {
+                    "SLURM_STEP_NUM_TASKS": "4",
+                    "SLURM_PROCID": "3",
+                    "SLURM_LOCALID": "1",
+                    "SLURM_STEP_NODELIST": "gpu[07-09,12],x1",
+                    "SLURM_JOB_ID": "12345",
+                },
+                Place(3, 4, 1, "gpu07", 29845),
+            ),
+            (
+                {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a1,b[2-3]"},
+                Place(1, 2, 0, "a1", 29500),
+            ),
+        ],
+    )
+    def test_are_read_from_the_environment(self, env, place):
+        assert place_of(env) == place
+
+    @pytest.mark.parametrize(
+        ("env", "said"),
+        [
+            ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+            ({"WORLD_SIZE": "2", "RANK": "2"}, "process 2 of 2"),
+            ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"),
+        ],
+    )
+    def test_that_cannot_be_are_refused(self, env, said):
+        with pytest.raises(ValueError, match=said):
+            place_of(env)
+
+    @pytest.mark.parametrize(
+        ("asked", "count", "guided", "split"),
+        [
+            ("auto", 2, True, Split(2)),
+            ("auto", 8, True, Split(2, 4)),
+            ("auto", 3, True, Split(1, 3)),
+            ("auto", 2, False, Split(1, 2)),
+            ("sequence", 4, True, Split(1, 4)),
+            ("both", 4, True, Split(2, 2)),
+            ("guidance", 4, True, "Start 2, or take --split both"),
+            ("guidance", 2, False, "at --cfg 1 there is one"),
+            ("both", 5, True, "Start 2, 4, 6, 8, 12, 16"),
+            ("sequence", 5, True, "Start 2, 3, 4, 6, 8, 12"),
+        ],
+    )
+    def test_share_a_video(self, asked, count, guided, split):
+        if isinstance(split, str):
+            with pytest.raises(ValueError, match=split):
+                choose_split(asked, count, guided, 48)
+        else:
+            assert choose_split(asked, count, guided, 48) == split
+
+    def test_have_a_card_each(self, monkeypatch):
+        taken = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        assert [device_of(None, Place(2 + local, 4, local)) for local in (0, 1)] == ["cuda:0", "cuda:1"]
+        assert taken == [0, 1]
+        assert (device_of("cuda:1", Place()), device_of("cpu", Place(1, 2, 1))) == ("cuda:1", "cpu")
+        with pytest.raises(ValueError, match="shows 2 cards"):
+            device_of("cuda", Place(2, 4, 2))
+        with pytest.raises(ValueError, match="each takes a card of its own"):
+            device_of("cuda:1", Place(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--split", "guidance"), "this is the only one"),
+        (("--split", "prompts", 2), "this is one video"),
+        (("--cache", "first_block", 2), "decides at each step by what it measures"),
+        (("--split", "sequence", "--cache", "pab", 2), "acts inside the attention"),
+        (("--split", "sequence", "--compile", 2), "Compiled blocks and shared tokens"),
+        (("--split", "sequence", "--width", 48, "--height", 48, "--frames", 1, 2), "2 processes on cpu cannot share"),
+        (("--split", "sequence", 3), "Start 2 of them"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_weights_are_read(
+    tiny, tmp_path, capsys, monkeypatch, no_weights, more, said
+):
+    *more, count = more if isinstance(more[-1], int) else (*more, 1)
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    code, _, error = run_generate(capsys, *short_video(tiny, tmp_path / "x.mp4"), *more, "--plan")
+    assert code == 1
+    assert said in error
+
+
+def test_offloading_and_kernels_without_exchange_are_refused():
+    from cogvideox.combinations import check_sharing
+
+    check_sharing(True, False, "pab", True, True, "xformers")
+    check_sharing(True, True, "teacache", False, False, "flash")
+    for more, said in (((None, False, True, "auto"), "Offloading"), ((None, False, False, "xformers"), "xformers")):
+        with pytest.raises(ValueError, match=said):
+            check_sharing(False, True, *more)
+
+
+def test_shared_tokens_are_not_offloaded(four_heads, monkeypatch):
+    """Both put hooks on the blocks: where the whole model does not fit, that is said."""
+    from cogvideox.memory import choose_placements, plan_memory
+    from cogvideox.weights import Weights
+
+    model, latents = open_handles(four_heads, "fp32", CPU).model, torch.zeros(1, 16, 5, 32, 32)
+    plan = plan_memory(model, latents.shape, True, 226, 2)
+    monkeypatch.setattr(Weights, "free", plan.needed["gpu"])
+    assert [chosen.mode for chosen in choose_placements(model, latents, True, True, 226, Told(), 2)] == ["gpu", "gpu"]
+    # What all tokens take would not fit.
+    assert choose_placements(model, latents, True, True, 226, Told())[0].batched is False
+    monkeypatch.setattr(Weights, "free", plan.weights)
+    with pytest.raises(ValueError, match="This video needs"):
+        choose_placements(model, latents, True, True, 226, Told(), 2)

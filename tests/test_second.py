@@ -1,0 +1,173 @@
+"""A second copy of the transformer evaluates one half of guidance: the same numbers, and where it cannot, one does."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cogvideox.weights
+from cogvideox.handles import (
+    open_handles,
+    other_devices,
+    quantized,
+    with_cache,
+    with_compile,
+    with_lora,
+    with_second,
+)
+from cogvideox.modules.cache import Cache
+from cogvideox.modules.compiled import Compiled
+from cogvideox.precision.hardware import Hardware
+from cogvideox.sampling import sample
+from tests.conftest import CPU
+from tests.reference import draw_prompts
+from tests.test_ranks import Told, halves_apart
+
+
+def run(model, **more):
+    how = dict(seed=1, steps=4, events=Told()) | more
+    return sample(model, *draw_prompts(), torch.zeros(1, 16, 3, 6, 10), **how)
+
+
+def alone(model, **more):
+    with halves_apart():
+        return run(model, **more)
+
+
+@pytest.fixture(scope="module")
+def models(deep, tmp_path_factory):
+    plain = open_handles(deep, "fp32", CPU).model
+    name = "transformer.transformer_blocks.0.attn1.to_out.0"
+    lora = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
+    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(lora, file)
+    return {
+        "plain": plain,
+        "lora": with_lora(plain, file, 2.0),
+        "quantized": quantized(plain, "int8_weight_only"),
+        "range-safe": open_handles(deep, "fp16", CPU).model,
+        "teacache": with_cache(plain, Cache("teacache", 0.5, 0.0, 1.0)),
+        "taylorseer": with_cache(plain, Cache("taylorseer", 0.5, 0.0, 1.0)),
+        "pab": with_cache(plain, Cache("pab", 0.5, 0.0, 1.0)),
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "lora", "quantized", "range-safe", "teacache", "taylorseer", "pab"])
+def test_two_devices_make_the_video_of_one(models, name):
+    calls = []
+
+    class Counted(cogvideox.weights.Weights):
+        @contextmanager
+        def running(self, *given):
+            with super().running(*given) as module:
+                hook = module.register_forward_hook(lambda *_: calls.append(id(module)))
+                yield module
+                hook.remove()
+
+    model = with_second(models[name], "cpu")
+    copy = model.weights.copy_on(model.second)
+    copy.__class__ = Counted
+    assert torch.equal(run(model), alone(models[name]))
+    # The conditional half, at each step.
+    assert len(calls) == 4
+    if name == "plain":
+        more = dict(scheduler="dpm", cfg_start=0.5)
+        assert torch.equal(run(model, **more), alone(models[name], **more))
+        assert len(calls) == 6
+
+
+class TestWhereOneHasToDo:
+    def test_a_step_that_is_not_finite_is_done_again_on_one(self, models):
+        model, events, calls = with_second(models["plain"], "cpu"), Told(), []
+
+        def spoil(module, given, output):
+            calls.append(1)
+            return (output[0] * torch.nan,) if len(calls) == 2 else None
+
+        copy = model.weights.copy_on(model.second)
+        with copy.running() as module:
+            hook = module.register_forward_hook(spoil)
+        try:
+            assert torch.equal(run(model, events=events), alone(models["plain"]))
+        finally:
+            hook.remove()
+        assert len(calls) == 4
+        assert sum("step 2 of 4" in note and "passing fault" in note for note in events.notes) == 1, events.notes
+
+    @pytest.mark.parametrize(("name", "when"), [("plain", 0), ("plain", 3), ("teacache", 2)])
+    def test_memory_that_runs_out_on_the_second_costs_nothing_but_time(self, models, monkeypatch, name, when):
+        model, events, calls = with_second(models[name], "cpu"), Told(), []
+        copy = model.weights.copy_on(model.second)
+        copy.release()
+        load = cogvideox.weights.load_module
+
+        def fail(module, given):
+            calls.append(1)
+            if len(calls) == when:
+                raise torch.OutOfMemoryError("full")
+
+        def loaded(*given):
+            if not when:
+                raise torch.OutOfMemoryError("full")
+            module = load(*given)
+            module.register_forward_pre_hook(fail)
+            return module
+
+        with monkeypatch.context() as patch:
+            with model.weights.running():
+                patch.setattr(cogvideox.weights, "load_module", loaded)
+            ours = run(model, events=events)
+        # A step that is begun anew has nothing cached.
+        assert torch.equal(ours, alone(models[name])) or (name == "teacache" and ours.isfinite().all())
+        assert [note for note in events.notes if "second copy" in note] == [
+            "cpu ran out of memory with the second copy of the transformer, so one device evaluates both halves of "
+            "guidance, which takes longer. No finished step is lost. Close other programs that use that card."
+        ]
+        assert not copy.is_loaded
+
+    def test_none_and_no_guidance_take_one(self, models):
+        assert with_second(with_second(models["plain"], "cpu"), "none").second is None
+        model = with_second(models["plain"], "cpu")
+        model.weights.copy_on(model.second).release()
+        assert torch.equal(run(model, cfg=1.0), run(models["plain"], cfg=1.0))
+        assert not model.weights.copy_on(model.second).is_loaded
+
+
+class TestWhatIsRefused:
+    def test_a_device_that_is_not_there(self, models, monkeypatch):
+        with pytest.raises(ValueError, match="second device is cuda:1, and the model runs on cpu: .*here: none"):
+            with_second(models["plain"], "cuda:1")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        assert other_devices(torch.device("cuda", 1)) == ("cuda:0", "cuda:2", "none")
+        assert other_devices(torch.device("cuda")) == ("cuda:1", "cuda:2", "none")
+        assert other_devices(torch.device("cpu")) == ("none",)
+
+    def test_what_runs_in_both_at_once(self, models):
+        with pytest.raises(ValueError, match="Compiling and a second GPU"):
+            with_compile(with_second(models["plain"], "cpu"), Compiled())
+        with pytest.raises(ValueError, match="cache first_block and a second GPU"):
+            with_second(with_cache(models["plain"], Cache("first_block")), "cpu")
+        with_second(with_cache(models["plain"], Cache("first_block", 0.0)), "cpu")
+
+    def test_a_card_with_another_bf16(self, deep, monkeypatch):
+        native = Hardware(torch.device("cpu"), "CPU", bf16="native")
+        model = open_handles(deep, "bf16", native).model
+        monkeypatch.setattr(Hardware, "detect", lambda *_: Hardware(torch.device("cpu"), "CPU", bf16="emulated"))
+        with pytest.raises(ValueError, match="the halves of guidance would differ"):
+            with_second(model, "cpu")
+
+
+def test_only_what_is_on_one_device_makes_way(handles, monkeypatch):
+    parked = []
+    first, other = (
+        cogvideox.weights.Weights(handles.checkpoint, kind, handles.model.weights.precision, CPU)
+        for kind in ("transformer", "vae")
+    )
+    second = cogvideox.weights.Weights(handles.checkpoint, "vae", handles.model.weights.precision, CPU)
+    for weights, device in ((first, "cuda:0"), (other, "cuda:1"), (second, "cuda:0")):
+        monkeypatch.setattr(weights, "hardware", Hardware(torch.device(device), "card"))
+        monkeypatch.setattr(weights, "park", lambda weights=weights: parked.append(weights))
+    monkeypatch.setattr(cogvideox.weights, "_loaded", {first, other, second})
+    cogvideox.weights._make_way(first)
+    assert parked == [second]
