@@ -39,6 +39,9 @@ ON_NAN = (HEAL, STOP)
 #: Noise schedulers, and the diffusers class of each.
 DDIM, DPM = "ddim", "dpm"
 SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
+#: One-step super-resolution: how a checkpoint was trained to do it. ``auto`` goes by its channels and its name.
+DOVE, SPARKVSR = "dove", "sparkvsr"
+SUPER_RESOLUTION = (AUTO, DOVE, SPARKVSR)
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
 #: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses, or a run times them. All but sage,
