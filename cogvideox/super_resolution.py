@@ -488,9 +488,9 @@ def _encode(
         beside = torch.zeros_like(latents)
         for place, image in shown.within(span):
             # Four frames alike, and the first latent frame of them.
-            still = rearrange(image, "1 c h w -> 1 c 1 h w")
-            four = torch.arange(TEMPORAL_COMPRESSION)
-            beside[:, :, place] = draw(four, lambda part, still=still: still.expand(-1, -1, len(part), -1, -1))[:, :, 0]
+            still = rearrange(image, "1 c h w -> 1 c 1 h w").expand(-1, -1, TEMPORAL_COMPRESSION, -1, -1)
+            numbers = torch.arange(TEMPORAL_COMPRESSION)
+            beside[:, :, place] = draw(numbers, partial(torch.index_select, still, 2))[:, :, 0]
         found.append(torch.cat([latents, beside], dim=1) if shown.images else latents)
     return found
 
@@ -653,7 +653,8 @@ class _OneStep:
             )
         prediction = torch.cat(predictions)
         if self._guided:
-            prediction = guide(*prediction.chunk(2), self._guidance)
+            without, following = prediction.chunk(2)
+            prediction = guide(without, following, self._guidance)
         timestep = torch.full((1,), TIMESTEP, dtype=torch.long, device=given.device)
         # The velocity of the prediction with the noisy latents for noise is what the prediction leads back to.
         return self._scheduler.get_velocity(prediction, video.float(), timestep)[:, padding:]

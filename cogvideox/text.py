@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import dropwhile
 from pathlib import Path
 
@@ -190,6 +191,12 @@ def _layers_told(module: LibraryModule, events: Events | None) -> Iterator[None]
 _EMBEDDING = "prompt_embedding"
 #: Bytes of such a file: 226 tokens of 4096 numbers in fp32 have 3.7 MB.
 _MAX_EMBEDDING = 64 << 20
+
+
+def empty_prompt_files(width: int) -> tuple[str, ...]:
+    """Return the names of files that hold the empty prompt's embedding of so many numbers a token: ours first, then
+    that of DOVE's authors, who name prompts by their SHA-256."""
+    return f"empty_prompt_{width}.safetensors", f"{sha256(b'').hexdigest()}.safetensors"
 
 
 def write_embeddings(embeddings: torch.Tensor, path: Path) -> None:

@@ -13,6 +13,7 @@ from .model_check import ModelCheck
 from .model_loader import ModelLoader
 from .quantize import Quantize
 from .sampler import Sampler
+from .super_resolution import SuperResolution
 from .text_encode import TextEncode
 from .to_comfyui import ToComfyUI
 from .vae_decode import VAEDecode
@@ -35,6 +36,7 @@ _NODES = {
     "CogVideoX15Quantize": Quantize,
     "CogVideoX15ToComfyUI": ToComfyUI,
     "CogVideoX15ModelCheck": ModelCheck,
+    "CogVideoX15SuperResolution": SuperResolution,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
