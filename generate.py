@@ -44,6 +44,7 @@ from cogvideox.choices import (
 from cogvideox.files import read_bytes
 from cogvideox.languages import ENGLISH, preferred, translate
 from cogvideox.words import reason, short
+from commands.upscale import add_options, check_options, files_read
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
     --prompt "The same scene in snow."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
+  python generate.py --model models/DOVE --upscale small.mp4 --scale 4 --output large.mp4
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
   python generate.py --check my_workflow.json --json
@@ -369,6 +371,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
     how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
+    add_options(parser, _path, _whole)
     check = parser.add_argument_group("only check, make nothing")
     check.add_argument(
         "--plan",
@@ -576,10 +579,11 @@ def _parsed(
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-    elif options.plan:
+    elif options.plan and work is not upscale:
         parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
+    check_options(parser, options)
     for name, needed in (
         ("strength", "video"),
         ("keep_audio", "video"),
@@ -785,7 +789,8 @@ def _open(options: argparse.Namespace, hardware: "Hardware") -> "Handles":
 
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     if not options.plan and options.decode is None:
-        for kind in ("text_encoder", "vae"):
+        stored = options.upscale is not None and options.empty_prompt is not None and options.empty_prompt.exists()
+        for kind in ("vae",) if stored else ("text_encoder", "vae"):
             checkpoint.part(kind)
     return make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
 
@@ -904,6 +909,25 @@ def decode_latent(options: argparse.Namespace) -> int:
     return 0
 
 
+def upscale(options: argparse.Namespace) -> int:
+    """Make a video larger."""
+    from cogvideox.precision.hardware import Hardware
+    from commands.upscale import describe, enlarge, read_request
+
+    output, events = _output(options), _events()
+    handles = _open(options, Hardware.detect(options.device))
+    _say(handles.plan.text)
+    model, text_encoder = _changed(options, handles)
+    request = read_request(options, model, output, events)
+    if options.plan:
+        _say(describe(options, request, model))
+        return 0
+    with _latents_kept(options, output):
+        images = enlarge(options, request, model, text_encoder, handles.vae, events)
+    _write(options, images, output, request.fps, events, request.sound)
+    return 0
+
+
 def _output(options: argparse.Namespace) -> Path:
     """Where the video goes, tried.
 
@@ -923,6 +947,7 @@ def _output(options: argparse.Namespace) -> Path:
         options.text_encoder,
         options.vae,
         options.decode,
+        *files_read(options),
     ]
     return check_output(
         output, options.overwrite, [path for path in (*read, *(path for path, _ in options.lora)) if path is not None]
@@ -976,12 +1001,20 @@ def _latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Ite
 
 def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
     """Decode latents, look for black frames, and write the video."""
-    from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.vae import decode
-    from cogvideox.video import free_name, write_mp4
 
     events = _events()
     images = decode(vae, latent, on_nan=options.on_nan, events=events)
+    _write(options, images, output, fps, events, sound)
+
+
+def _write(
+    options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, events: "Events", sound=None
+) -> None:
+    """Look for black frames, and write the video."""
+    from cogvideox.black_frames import check_black_frames, enforce
+    from cogvideox.video import free_name, write_mp4
+
     report = check_black_frames(images)
     _say(report.text)
     enforce(report, options.on_black)
@@ -1067,7 +1100,14 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
-_WORK = {"check": check, "download": download, "convert": convert, "migrate": migrate, "decode": decode_latent}
+_WORK = {
+    "check": check,
+    "download": download,
+    "convert": convert,
+    "migrate": migrate,
+    "decode": decode_latent,
+    "upscale": upscale,
+}
 
 
 def _events() -> "Events":

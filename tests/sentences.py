@@ -108,6 +108,7 @@ WORDS = (
     "sampling",
     "decoding",
     "encoding",
+    "upscaling",
     "checking",
     "writing",
     "loading",
@@ -148,7 +149,7 @@ def templates() -> dict[str, list[str]]:
         # The translating module says nothing itself.
         if file == "cogvideox/languages.py":
             continue
-        if file.startswith(("cogvideox/", "interop/", "nodes/")) or file == "generate.py":
+        if file.startswith(("cogvideox/", "interop/", "nodes/", "commands/")) or file == "generate.py":
             for template in _Reader(tree).templates():
                 found.setdefault(template, [])
                 if file not in found[template]:

@@ -5,12 +5,18 @@ the scripts themselves are run too.
 """
 
 import os
+import shutil
+import sys
 from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import cogvideox.super_resolution as module
 from cogvideox.handles import open_handles, quantized, with_cache
@@ -27,8 +33,11 @@ from cogvideox.super_resolution import (
     upscale,
 )
 from cogvideox.text import read_embeddings, write_embeddings
+from cogvideox.video import write_mp4
 from cogvideox.weights import placements
 from tests.conftest import CPU
+from tests.helpers import call
+from tests.helpers import run_generate as run
 from tests.reference import draw_prompts, error
 from tests.super_resolution_reference import CASES, RECORDED, SCRIPTS, pipeline, run_script, samples, script
 from tests.tiny_checkpoint import build_checkpoint
@@ -377,3 +386,89 @@ class TestEmbeddings:
         save_file({"prompt_embedding": EMPTY / 0}, tmp_path / "c.safetensors")
         with pytest.raises(ValueError, match="NaN or Inf"):
             read_embeddings(tmp_path / "c.safetensors", 32)
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def clip(self, tmp_path):
+        path = tmp_path / "small.mp4"
+        sound = torch.rand(2, 24_000).numpy() - 0.5
+        write_mp4(torch.rand(9, 16, 24, 3), path, Fraction(24), sound=(sound, 48_000))
+        return path
+
+    def test_a_clip_becomes_larger_at_its_own_rate_with_its_sound(self, stored, tmp_path, capsys, clip):
+        output, empty = tmp_path / "large.mp4", tmp_path / "empty.safetensors"
+        arguments = ("--upscale", clip, "--model", stored("1.5"), "--scale", 2, "--empty-prompt", empty)
+        code, said, _ = run(capsys, *arguments, "--output", output)
+        assert code == 0
+        assert said.index("empty prompt's embedding is now in") < said.index("verdict: ok")
+        with av.open(str(output)) as container:
+            video = container.streams.video[0]
+            assert (video.width, video.height, video.average_rate) == (48, 32, 24)
+            assert sum(1 for _ in container.decode(video=0)) == 9
+            assert container.streams.audio
+        second = tmp_path / "again.mp4"
+        model = tmp_path / "dove"
+        shutil.copytree(stored("1.5"), model, ignore=shutil.ignore_patterns("text_encoder", "tokenizer"))
+        assert run(capsys, "--model", model, *arguments[:2], *arguments[4:], "--output", second)[0] == 0
+        assert second.read_bytes() == output.read_bytes()
+
+    def test_references_are_files(self, stored, tmp_path, capsys, clip):
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (60, 40), "green").save(tmp_path / name)
+        output = tmp_path / "large.mp4"
+        arguments = ("--upscale", clip, "--model", stored("1.5-i2v"), "--kind", "sparkvsr", "--scale", 1)
+        shown = ("--references", tmp_path / "a.png", tmp_path / "b.png", "--reference-frames", "0,8")
+        assert run(capsys, *arguments, *shown, "--output", output)[0] == 0
+        assert output.is_file()
+        code, _, error = run(capsys, *arguments, *shown[:2], "--reference-frames", "9", "--output", tmp_path / "x.mp4")
+        assert code == 1
+        assert "its last is 8" in error
+
+    def test_a_plan_makes_nothing(self, stored, tmp_path, capsys, clip):
+        code, said, _ = run(
+            capsys, "--upscale", clip, "--model", stored("1.5"), "--plan", "--output", tmp_path / "x.mp4"
+        )
+        assert code == 0
+        assert "128x64 pixels and 9 frames are made in one piece" in said
+        assert not (tmp_path / "x.mp4").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--upscale", "x.mp4"), "--upscale needs --model"),
+            (("--upscale", "x.mp4", "--model", "x", "--prompt", "y"), "--prompt makes a new video"),
+            (("--prompt", "x", "--model", "x", "--references", "y"), "goes with --upscale"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, capsys, arguments, words):
+        with pytest.raises(SystemExit):
+            run(capsys, *arguments)
+        assert words in capsys.readouterr().err
+
+
+class TestNode:
+    NODE = "CogVideoX15SuperResolution"
+
+    def test_the_embedding_is_kept_and_then_no_text_encoder_is_needed(self, pack, stored, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        model, text_encoder, vae, _ = call(pack, "CogVideoX15ModelLoader", model=str(stored("1.5")), dtype="fp32")
+        given = dict(model=model, vae=vae, images=IMAGES, scale=1)
+        with pytest.raises(ValueError, match="Connect the text_encoder of the model loader once"):
+            call(pack, self.NODE, **given)
+        (first,) = call(pack, self.NODE, **given, text_encoder=text_encoder)
+        assert [path.name for path in (tmp_path / "models").rglob("*.safetensors")] == ["empty_prompt_32.safetensors"]
+        (second,) = call(pack, self.NODE, **given)
+        assert torch.equal(first, second)
+        assert first.shape == IMAGES.shape
+        call(pack, "CogVideoX15BlackFrameCheck", images=first, action="stop")
+
+    def test_a_core_clip_encodes_too(self, pack, stored, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        host = sys.modules[f"{pack.__name__}.nodes.host"]
+        monkeypatch.setattr(host, "encode_with_clip", lambda *_: EMPTY)
+        model, _, vae, _ = call(pack, "CogVideoX15ModelLoader", model=str(stored("1.5")), dtype="fp32")
+        clip = SimpleNamespace(cond_stage_model=None, tokenizer=None)
+        (images,) = call(pack, self.NODE, model=model, vae=vae, images=IMAGES, scale=1, seed=0, text_encoder=clip)
+        ours = open_handles(stored("1.5"), "fp32", CPU)
+        assert torch.equal(images, enlarged(ours, scale=1))

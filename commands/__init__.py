@@ -1,0 +1,1 @@
+"""What ``generate.py`` does beside one video: a file each."""
