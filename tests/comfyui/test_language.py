@@ -20,6 +20,7 @@ TITLES = {
     "text_to_video_lora": "文生视频加 LoRA",
     "text_to_video_fast": "文生视频（更快）",
     "native_nodes": "ComfyUI 自带节点",
+    "super_resolution": "超分辨率",
 }
 
 
