@@ -63,7 +63,6 @@ EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
     --prompt "The same scene in snow."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
-  python generate.py --model models/DOVE --upscale small.mp4 --scale 4 --output large.mp4
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
   python generate.py --check my_workflow.json --json

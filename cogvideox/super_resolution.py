@@ -174,11 +174,15 @@ def check_references(kind: str, given: int | None, reference_frames: str, frames
             f"reference_frames names {len(places)} frames, and no reference images are given. Connect them to "
             "references, or empty reference_frames."
         )
-    if not places or (given is not None and given != len(places)):
-        images = "some" if given is None else given
+    if not places:
         raise ValueError(
-            f"There are {images} reference images and reference_frames names {len(places)} frames: each image needs "
-            "the frame that it shows, counted from 0, such as 0, 24, 48."
+            "References are given, and reference_frames does not say which frames of the clip they are. Name them, "
+            "counted from 0, such as 0, 24, 48."
+        )
+    if given is not None and given != len(places):
+        raise ValueError(
+            f"There are {given} reference images, and reference_frames names {len(places)} frames: each image needs "
+            "the frame that it shows. Name as many."
         )
     if frames is not None and max(places) >= frames:
         raise ValueError(

@@ -340,7 +340,7 @@ class TestRefused:
             (("dove", None, "0"), "which reads none"),
             (("sparkvsr", 0, "0"), "no reference images"),
             (("sparkvsr", 2, "0"), "2 reference images"),
-            (("sparkvsr", None, ""), "some reference images"),
+            (("sparkvsr", None, ""), "does not say which frames"),
             (("sparkvsr", 1, "9", 9), "its last is 8"),
         ],
     )
