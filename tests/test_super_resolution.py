@@ -17,9 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import cogvideox.super_resolution as module
-from cogvideox.handles import open_handles, quantized, with_cache
+from cogvideox.handles import open_handles, quantized, with_cache, with_lora
 from cogvideox.memory import plan_memory
 from cogvideox.modules.cache import Cache
 from cogvideox.super_resolution import (
@@ -246,11 +247,26 @@ class TestRun:
         assert torch.equal(guided, enlarged(handles, kind="sparkvsr"))
         assert any("no effect" in note for note in told.notes)
 
-    def test_a_cache_is_left_out_in_a_sentence(self, dove):
-        told = Told()
+    def test_a_cache_is_left_out_in_a_sentence(self, dove, monkeypatch):
+        told, caches, make = Told(), [], module.make_speedups
+
+        def noted(model, *given):
+            caches.append(model.cache)
+            return make(model, *given)
+
+        monkeypatch.setattr(module, "make_speedups", noted)
         cached = replace(dove, model=with_cache(dove.model, Cache("teacache")))
         assert torch.equal(enlarged(cached, events=told), enlarged(dove))
         assert any("cache is left out" in note for note in told.notes)
+        assert caches == [None, None]
+
+    def test_a_lora_is_applied_and_gone_afterwards(self, dove, tmp_path):
+        name, before = "transformer.transformer_blocks.0.attn1.to_out.0", enlarged(dove)
+        halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
+        save_file(halves, tmp_path / "lora.safetensors")
+        changed = replace(dove, model=with_lora(dove.model, tmp_path / "lora.safetensors"))
+        assert not torch.equal(enlarged(changed), before)
+        assert torch.equal(enlarged(dove), before)
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_in_16_bits_it_is_near(self, dove, opened, dtype):
@@ -362,8 +378,6 @@ class TestRefused:
 
 class TestEmbeddings:
     def test_they_are_read_as_written_and_as_doves_authors_write_them(self, tmp_path):
-        from safetensors.torch import save_file
-
         write_embeddings(EMPTY, tmp_path / "new" / "a.safetensors")
         save_file({"prompt_embedding": EMPTY[0].clone()}, tmp_path / "b.safetensors")
         for path in (tmp_path / "new" / "a.safetensors", tmp_path / "b.safetensors"):
@@ -372,8 +386,6 @@ class TestEmbeddings:
                 read_embeddings(path, 48)
 
     def test_none_is_replaced_and_others_are_refused(self, tmp_path):
-        from safetensors.torch import save_file
-
         path = tmp_path / "a.safetensors"
         path.write_bytes(b"\x08\0\0\0\0\0\0\0{")
         with pytest.raises(ValueError, match="exists already"):
