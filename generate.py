@@ -47,6 +47,7 @@ from cogvideox.files import read_bytes
 from cogvideox.languages import ENGLISH, preferred, translate
 from cogvideox.words import reason, short
 from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
+from commands.upscale import add_options, check_options, files_read
 
 if TYPE_CHECKING:
     import torch
@@ -421,6 +422,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         help="if the video came out black: stop without writing it, warn, or only report (default: stop)",
     )
     how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
+    add_options(parser, _path, _whole)
     check = parser.add_argument_group("only check, make nothing")
     check.add_argument(
         "--plan",
@@ -658,10 +660,13 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
         for name in ("prompt", "model"):
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
-    elif options.plan:
+    elif options.plan and work is not upscale:
         parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
+    check_options(parser, options)
+    if asked and work is not make_many and place_of().count > 1:
+        parser.error(f"--{asked[0]} is for one process, and several were started: start it without torchrun")
     if work is make_many:
         if options.prompt is not None:
             parser.error("--prompts and --prompt are two things to do: give one of them")
@@ -1256,7 +1261,8 @@ def _open(options: argparse.Namespace, hardware: "Hardware") -> "Handles":
 
     checkpoint = open_checkpoint(options.model, options.text_encoder, options.vae, options.tokenizer)
     if not options.plan and options.decode is None:
-        for kind in ("text_encoder", "vae"):
+        stored = options.upscale is not None and options.empty_prompt is not None and options.empty_prompt.exists()
+        for kind in ("vae",) if stored else ("text_encoder", "vae"):
             checkpoint.part(kind)
     return make_handles(checkpoint, options.dtype, hardware, options.on_mismatch, options.memory)
 
@@ -1382,6 +1388,26 @@ def decode_latent(options: argparse.Namespace) -> int:
     return 0
 
 
+def upscale(options: argparse.Namespace) -> int:
+    """Make a video larger."""
+    from cogvideox.precision.hardware import Hardware
+    from commands.upscale import describe, enlarge, read_request
+
+    output, events = _output(options), _events()
+    handles = _open(options, Hardware.detect(options.device))
+    _say(handles.plan.text)
+    model, text_encoder = _changed(options, handles)
+    request = read_request(options, model, output, events)
+    if options.plan:
+        _say(describe(options, request, model))
+        return 0
+    with _latents_kept(options, output):
+        images = enlarge(options, request, model, text_encoder, handles.vae, events)
+    _judge(options, images)
+    _write(options, images, output, request.fps, request.sound)
+    return 0
+
+
 def _output(options: argparse.Namespace) -> Path:
     """Where the video goes, tried.
 
@@ -1401,6 +1427,7 @@ def _output(options: argparse.Namespace) -> Path:
         options.text_encoder,
         options.vae,
         options.decode,
+        *files_read(options),
     ]
     return check_output(
         output, options.overwrite, [path for path in (*read, *(path for path, _ in options.lora)) if path is not None]
@@ -1459,14 +1486,20 @@ def _finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fractio
 
 def _decoded(options: argparse.Namespace, vae, latent) -> "torch.Tensor":
     """Return the frames of latents, in which black ones were looked for."""
-    from cogvideox.black_frames import check_black_frames, enforce
     from cogvideox.vae import decode
 
     images = decode(vae, latent, on_nan=options.on_nan, events=_events())
+    _judge(options, images)
+    return images
+
+
+def _judge(options: argparse.Namespace, images: "torch.Tensor") -> None:
+    """Look for black frames, and do about them what the options say."""
+    from cogvideox.black_frames import check_black_frames, enforce
+
     report = check_black_frames(images)
     _say(report.text)
     enforce(report, options.on_black)
-    return images
 
 
 def _write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
@@ -1561,6 +1594,7 @@ _WORK = {
     "convert": convert,
     "migrate": migrate,
     "decode": decode_latent,
+    "upscale": upscale,
 }
 
 

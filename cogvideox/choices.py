@@ -42,6 +42,9 @@ SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
 #: How what context windows make is joined where they overlap: with weights that rise and fall in a line.
 LINEAR = "linear"
 BLENDS = (LINEAR,)
+#: One-step super-resolution: how a checkpoint was trained to do it. ``auto`` goes by its channels and its name.
+DOVE, SPARKVSR = "dove", "sparkvsr"
+SUPER_RESOLUTION = (AUTO, DOVE, SPARKVSR)
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
 #: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses, or a run times them. All but sage,

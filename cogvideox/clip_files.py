@@ -104,6 +104,17 @@ def read_video(
     return clip if dtype == torch.uint8 else clip.to(dtype).div_(255)
 
 
+def read_rate(path: Path | str) -> Fraction:
+    """Read how many frames a second a clip has on average, as its file says; 25 where it does not say.
+
+    Raises:
+        ValueError: if it is not there, or no video.
+    """
+    with _open_clip(Path(path)) as container:
+        rate = 1 / _Frames(container, _video_stream(container, Path(path), lambda _: None)).usual
+    return min(max(rate, Fraction(1)), Fraction(240)).limit_denominator(1001)
+
+
 def read_sound(path: Path | str, seconds: float, events: Events | None = None) -> tuple[np.ndarray, int] | None:
     """Read the sound that goes with the first ``seconds`` of a clip's picture, as stereo.
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import dropwhile
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import nn
 
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
 from .events import Events
+from .files import read_bytes, write_whole
+from .finite import check_finite
 from .handles import TextEncoder
 from .modules.internals import LibraryModule
 from .sentinel import Sentinel
 from .weights import placements
-from .words import short
+from .words import listed, reason, short
 
 #: Letters of a prompt that are looked at: what a model reads of it, 226 tokens, is never so long.
 _MAX_LETTERS = 50_000
@@ -181,6 +184,85 @@ def _layers_told(module: LibraryModule, events: Events | None) -> Iterator[None]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+#: What a prompt's embedding is called in a file: as DOVE's authors have it (https://github.com/zhengchen1999/DOVE,
+#: ``pretrained_models/prompt_embeddings``).
+_EMBEDDING = "prompt_embedding"
+#: Bytes of such a file: 226 tokens of 4096 numbers in fp32 have 3.7 MB.
+_MAX_EMBEDDING = 64 << 20
+
+
+def empty_prompt_files(width: int) -> tuple[str, ...]:
+    """Return the names of files that hold the empty prompt's embedding of so many numbers a token: ours first, then
+    that of DOVE's authors, who name prompts by their SHA-256."""
+    return f"empty_prompt_{width}.safetensors", f"{sha256(b'').hexdigest()}.safetensors"
+
+
+def write_embeddings(embeddings: torch.Tensor, path: Path) -> None:
+    """Write a prompt's embeddings ``[1, tokens, width]`` to a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: if it exists, or cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = save({_EMBEDDING: embeddings.cpu().contiguous()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise ValueError(
+            f"{short(path, 400)} cannot be written ({reason(error)}), so the prompt's embedding is not kept. Choose "
+            "another folder."
+        ) from error
+
+
+def read_embeddings(path: Path, width: int) -> torch.Tensor:
+    """Read a prompt's embeddings as ``write_embeddings`` and DOVE's authors write them.
+
+    Args:
+        width: that the model reads.
+
+    Returns:
+        ``[1, tokens, width]``, finite, as stored.
+
+    Raises:
+        ValueError: if it is not there, damaged, or of another kind or model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(read_bytes(path, _MAX_EMBEDDING))
+    except (SafetensorError, KeyError, MemoryError) as error:
+        raise ValueError(
+            f"{short(path, 400)} cannot be read as a prompt's embedding ({reason(error)}): it is cut off, or something "
+            "else. Take it away and connect a text encoder, which makes it anew."
+        ) from error
+    found = tensors.get(_EMBEDDING)
+    if found is None or not found.is_floating_point():
+        raise ValueError(
+            f"{short(path, 400)} holds no prompt's embedding ({listed(sorted(tensors)) or 'nothing'}). Take it away "
+            "and connect a text encoder, which makes one."
+        )
+    found = found[None] if found.ndim == 2 else found
+    check_width(found, width)
+    check_finite(found, f"The embedding in {short(path, 400)}", "Take the file away and connect a text encoder.")
+    return found
+
+
+def check_width(embeddings: torch.Tensor, width: int) -> None:
+    """Refuse the embeddings of a prompt that are not ``[1, tokens, width]``.
+
+    Raises:
+        ValueError: with their shape.
+    """
+    if embeddings.ndim != 3 or embeddings.shape[0] != 1 or embeddings.shape[2] != width or not embeddings.numel():
+        raise ValueError(
+            f"The prompt's embedding has the shape {list(embeddings.shape)}, and this model reads [1, tokens, "
+            f"{width}]: it was made by another model's text encoder. Connect the text encoder of this checkpoint."
+        )
 
 
 # Words that mark a language, none of them an English word: enough to notice a sentence, silent on a list of names.

@@ -107,7 +107,6 @@ def encode(
         NonFiniteError: if a chunk is not finite and is not, or cannot be, healed.
         OutOfMemory: if memory runs out even with the smallest strips.
     """
-    events = events or Events()
     if images.dtype != torch.uint8:
         images = check_images(images, "images")
     count, height, width = images.shape[:3]
@@ -118,25 +117,51 @@ def encode(
             f"The clip has {count} frames, and the VAE reads 4N+1: the first alone and the others in fours. Cut it to "
             f"{fitting}, or repeat frames."
         )
-    done, moments = 0, []
+    # The posterior's mean, which is its mode; the other half is its variance.
+    return moments(vae, images, _read_frames, on_nan, events, budget).chunk(2, dim=1)[0]
+
+
+def moments(
+    vae: VAE,
+    clip: torch.Tensor,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    on_nan: str = "heal",
+    events: Events | None = None,
+    budget: int | None = None,
+) -> torch.Tensor:
+    """Encode one clip of any length that the reference reads, eight frames at a time: the parameters of the posterior
+    that diffusers' ``vae.encode`` gives.
+
+    Args:
+        clip: ``[F, ...]``, whatever ``prepare`` makes frames of; F = 4N+1, or a multiple of 4.
+        prepare: takes a part of the clip and returns its frames, ``[1, 3, f, H, W]`` in -1..1. Called again for a part
+            that has to be done again.
+        on_nan, events, budget: as ``encode`` has them.
+
+    Returns:
+        float32 ``[1, 32, T, H/8, W/8]`` on the CPU: 16 channels of the mean, and 16 of the variance's logarithm.
+    """
+    events = events or Events()
+    count, done, parts = len(clip), 0, []
+
+    def encode_part(strips: Strips, part: torch.Tensor) -> torch.Tensor:
+        # Here and not before: what is kept to be run again are then parts of the clip, and no second one in fp32.
+        return strips.encode(prepare(part))
+
     with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
-        work = _Chunks(sentinel, _encode_frames, budget, events)
-        for index, piece in enumerate(
-            images.split(chunk_lengths(count, _frames_of(sentinel.module, "num_sample_frames_batch_size")))
+        work = _Chunks(sentinel, encode_part, budget, events)
+        for index, part in enumerate(
+            clip.split(chunk_lengths(count, _frames_of(sentinel.module, "num_sample_frames_batch_size")))
         ):
-            encoded = work.run(index, piece, f"encoding frames from {done} of {count}")
-            # The posterior's mean, which is its mode; the other half is its variance.
-            moments.append(encoded.chunk(2, dim=1)[0])
-            done += len(piece)
+            parts.append(work.run(index, part, f"encoding frames from {done} of {count}"))
+            done += len(part)
             events.progress("encoding", done, count, "frame")
-    return torch.cat(moments, dim=2)
+    return torch.cat(parts, dim=2)
 
 
-def _encode_frames(strips: Strips, frames: torch.Tensor) -> torch.Tensor:
-    # Here and not before: the pieces that are kept to be run again are then parts of the clip, and no second one in
-    # fp32.
+def _read_frames(frames: torch.Tensor) -> torch.Tensor:
     frames = frames / 255 if frames.dtype == torch.uint8 else frames
-    return strips.encode(2.0 * rearrange(frames, "f h w c -> 1 c f h w") - 1.0)
+    return 2.0 * rearrange(frames, "f h w c -> 1 c f h w") - 1.0
 
 
 class _Chunks:

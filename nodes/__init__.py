@@ -17,6 +17,7 @@ from .model_loader import ModelLoader
 from .quantize import Quantize
 from .sampler import Sampler
 from .second_gpu import SecondGPU
+from .super_resolution import SuperResolution
 from .text_encode import TextEncode
 from .to_comfyui import ToComfyUI
 from .vae_decode import VAEDecode
@@ -43,6 +44,7 @@ _NODES = {
     "CogVideoX15Extend": Extend,
     "CogVideoX15JoinClips": JoinClips,
     "CogVideoX15SecondGPU": SecondGPU,
+    "CogVideoX15SuperResolution": SuperResolution,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

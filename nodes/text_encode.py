@@ -57,22 +57,27 @@ class TextEncode(Node):
         return ([[UNKNOWN, {}]],)
 
     def execute(self, text_encoder, prompt):
-        from ..cogvideox.finite import check_finite
-        from ..cogvideox.handles import TextEncoder
-        from ..cogvideox.text import encode_prompt
-        from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
+        return ([[embeddings_of(text_encoder, prompt), {}]],)
 
-        text_encoder = host.own_text_encoder(text_encoder)
-        if not isinstance(text_encoder, TextEncoder):
-            embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
-            check_finite(
-                embeddings,
-                "What ComfyUI's T5 made of the prompt",
-                "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.",
-            )
-            return ([[embeddings, {}]],)
-        host.make_room(text_encoder.weights)
-        encoded = encode_prompt(text_encoder, prompt, events=host.NodeEvents())
-        for note in encoded.notes:
-            logger.warning("%s", note)
-        return ([[encoded.embeddings, {}]],)
+
+def embeddings_of(text_encoder, prompt):
+    """Encode a prompt with our text encoder or a CLIP of ComfyUI's: ``[1, tokens, width]``."""
+    from ..cogvideox.finite import check_finite
+    from ..cogvideox.handles import TextEncoder
+    from ..cogvideox.text import encode_prompt
+    from ..cogvideox.variants import DEFAULT_TEXT_TOKENS
+
+    text_encoder = host.own_text_encoder(text_encoder)
+    if not isinstance(text_encoder, TextEncoder):
+        embeddings = host.encode_with_clip(text_encoder, prompt, DEFAULT_TEXT_TOKENS)
+        check_finite(
+            embeddings,
+            "What ComfyUI's T5 made of the prompt",
+            "Start ComfyUI with --bf16-text-enc or --fp32-text-enc, or use ours.",
+        )
+        return embeddings
+    host.make_room(text_encoder.weights)
+    encoded = encode_prompt(text_encoder, prompt, events=host.NodeEvents())
+    for note in encoded.notes:
+        logger.warning("%s", note)
+    return encoded.embeddings

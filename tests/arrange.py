@@ -50,12 +50,15 @@ HEIGHTS = {
     "CogVideoX15Extend": 190,
     "CogVideoX15JoinClips": 100,
     "SaveVideo": 340,
+    "CogVideoX15SuperResolution": 330,
 }
 _MODEL = ("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])
 _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
 _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
 _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
+_CLIP = ("Your video", ["LoadVideo", "GetVideoComponents"])
+_LARGER = ("Make it larger", ["CogVideoX15SuperResolution"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
 _WINDOWS = ("Windows", ["CogVideoX15ContextWindows"])
 _SO_FAR = ("The clip so far", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15Extend"])
@@ -74,6 +77,10 @@ STEPS = {
     "text_to_video_fast": (_LORA, [[_MODEL], [_FASTER], [_PROMPTS, _SIZE], *_LAST]),
     "native_nodes": (_LORA, [[_MODEL], [_BRIDGE], [_PROMPTS, _SIZE], *_CORE, _LAST[2]]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
+    "super_resolution": (
+        _FIVE,
+        [[_MODEL], [_CLIP], [_LARGER], [("Check", ["CogVideoX15BlackFrameCheck"])], _LAST[2]],
+    ),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
     "long_video": (_LORA, [[_MODEL], [_WINDOWS], [_PROMPTS, _SIZE], *_LAST]),
     "extend": (

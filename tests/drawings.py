@@ -156,6 +156,11 @@ def thumbnails() -> dict[str, Image.Image]:
             ["Prompt\nA sailing boat crosses\na lake …", "Core nodes\nKSampler, CLIP Text\nEncode, VAE Decode"],
             film,
         ),
+        "super_resolution": thumbnail(
+            "Super-resolution",
+            [film[0].resize((60, 34)), "DOVE, SparkVSR\none step, no prompt,\nany size and length"],
+            film,
+        ),
         "image_to_video": thumbnail("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
         "long_video": thumbnail(
             "Long video",

@@ -108,6 +108,7 @@ WORDS = (
     "sampling",
     "decoding",
     "encoding",
+    "upscaling",
     "checking",
     "writing",
     "loading",

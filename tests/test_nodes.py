@@ -147,6 +147,22 @@ CONTRACT["CogVideoX15ModelCheck"] = (
     {"model": "MODEL", "action": "COMBO"},
     {"model": "MODEL", "report": "STRING"},
 )
+CONTRACT["CogVideoX15SuperResolution"] = (
+    "CogVideoX-1.5 Super-Resolution",
+    {
+        "model": "COGVIDEOX_MODEL",
+        "vae": "COGVIDEOX_VAE,VAE",
+        "images": "IMAGE",
+        "scale": "INT",
+        "seed": "INT",
+        "text_encoder": "COGVIDEOX_TEXT_ENCODER,CLIP",
+        "references": "IMAGE",
+        "reference_frames": "STRING",
+        "kind": "COMBO",
+        "reference_guidance": "FLOAT",
+    },
+    {"images": "IMAGE"},
+)
 CONTRACT["CogVideoX15ContextWindows"] = (
     "CogVideoX-1.5 Context Windows",
     {"model": "COGVIDEOX_MODEL", "length": "INT", "overlap": "INT", "blend": "COMBO"},
@@ -173,6 +189,7 @@ DEFAULTS = {
     "CogVideoX15ContextWindows": {"length": 161, "overlap": 4, "blend": "linear"},
     "CogVideoX15Extend": {"length": 81, "overlap": 1},
     "CogVideoX15JoinClips": {"overlap": 1},
+    "CogVideoX15SuperResolution": {"scale": 4, "reference_frames": "", "kind": "auto", "reference_guidance": 1.0},
     "CogVideoX15Cache": {"method": "teacache", "strength": 0.6, "start": 0.1, "end": 0.95},
     "CogVideoX15Compile": {"mode": "default", "dynamic": False},
     "CogVideoX15Downloader": {"download": False},
@@ -200,6 +217,7 @@ COMBOS = {
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
     ("CogVideoX15ModelCheck", "action"): ["stop", "warn"],
+    ("CogVideoX15SuperResolution", "kind"): ["auto", "dove", "sparkvsr"],
 }
 
 

@@ -342,6 +342,37 @@ class TestAsAWhole:
         assert self.only(errors, nodes)[2].count("no start image is connected") == 1
 
 
+@pytest.mark.parametrize(
+    ("variant", "change", "said"),
+    [
+        ("1.5", {}, None),
+        ("1.5", {"scale": 9}, ("scale", "1 to 8 times")),
+        ("1.5", {"reference_frames": "0, 2"}, ("reference_frames", "4 or more apart")),
+        ("1.5", {"kind": "sparkvsr"}, ("kind", "kind is sparkvsr")),
+        ("1.5", {"references": ["13", 0], "reference_frames": "0"}, ("kind", "which reads none")),
+        ("1.5-i2v", {}, ("kind", "set kind to sparkvsr")),
+        ("1.5-i2v", {"kind": "sparkvsr", "references": ["13", 0]}, ("kind", "does not say which frames")),
+        ("1.5-i2v", {"kind": "sparkvsr", "references": ["13", 0], "reference_frames": "0"}, None),
+        ("5b-i2v", {}, ("kind", "not of a kind")),
+        ("1.5", {"text_encoder": None}, ("kind", "Connect the text_encoder of the model loader once")),
+    ],
+)
+def test_super_resolution_that_cannot_run(errors, graph, variant, change, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nodes = graph("super_resolution", variant)
+    inputs = of(nodes, "CogVideoX15SuperResolution")
+    inputs.update(change)
+    if inputs["text_encoder"] is None:
+        del inputs["text_encoder"]
+    found = errors(nodes)
+    if said is None:
+        assert found == []
+    else:
+        ((kind, field, sentence),) = found
+        assert (kind, field) == ("SuperResolution", said[0])
+        assert said[1] in sentence
+
+
 def test_an_end_image_that_the_model_was_not_trained_for_is_said_on_the_sampler(errors, graph, pack, monkeypatch):
     shown = []
     host = sys.modules[f"{pack.__name__}.nodes.host"]

@@ -25,6 +25,7 @@ def test_there_is_a_workflow_for_each_use():
         "native_nodes",
         "long_video",
         "extend",
+        "super_resolution",
     }
 
 

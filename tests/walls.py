@@ -55,7 +55,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel", "sharing")
     ),
     "a run": tuple(
-        f"cogvideox/{name}.py" for name in ("text", "requests", "schedulers", "skips", "second", "sampling", "vae")
+        f"cogvideox/{name}.py"
+        for name in ("text", "requests", "schedulers", "skips", "second", "sampling", "vae", "super_resolution")
     ),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),

@@ -199,6 +199,14 @@ def download_folder() -> Path:
     return _roots("CogVideo")[0] if comfyui.IN_COMFYUI else Path("models")
 
 
+def embedding_file(name: str) -> Path:
+    """Return where a prompt's embedding of a name is kept, or would be: in the folder ``prompt_embeddings`` of the
+    first of ComfyUI's CogVideo folders that has it, or of ``models`` in the working directory."""
+    roots = _roots("CogVideo") if comfyui.IN_COMFYUI else [Path("models")]
+    places = [root / "prompt_embeddings" / name for root in roots]
+    return next((place for place in places if place.is_file()), places[0])
+
+
 def tokenizer_folder() -> Path | None:
     """Find the T5 tokenizer that ComfyUI ships, for text encoders in files of their own."""
     if not comfyui.IN_COMFYUI:

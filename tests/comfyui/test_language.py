@@ -22,6 +22,7 @@ TITLES = {
     "native_nodes": "ComfyUI 自带节点",
     "long_video": "长视频",
     "extend": "续写视频",
+    "super_resolution": "超分辨率",
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import workflows
+from tests import arrange, workflows
 from tests.comfyui.test_page import CHOICES, PACK, SMALL, check_apart, node_of
 
 WINDOWS = ((1280, 720), (1600, 900))
@@ -37,7 +37,7 @@ def test_a_template_opens_whole_and_large_enough_to_be_read(small_window, shots,
     seen = page.view()
     assert seen["readable"], f"at a scale of {seen['scale']} the page leaves out texts"
     assert seen["scale"] > 0.57
-    assert len(seen["groups"]) >= 6
+    assert len(seen["groups"]) == sum(map(len, arrange.STEPS[path.stem][1]))
     for box in seen["nodes"] + seen["groups"]:
         assert box[0] >= 0
         assert box[1] >= 0

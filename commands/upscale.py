@@ -1,0 +1,203 @@
+"""Make a clip larger with DOVE or SparkVSR: ``generate.py --upscale VIDEO``."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.choices import AUTO, SUPER_RESOLUTION
+from cogvideox.words import short
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogvideox.events import Events
+    from cogvideox.handles import VAE, Model, TextEncoder
+
+#: Options that say what a new video is to be, where here the clip does.
+_OF_NEW_VIDEOS = ("prompt", "image", "video", "width", "height", "frames")
+
+
+def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], whole: Callable[[str], int]) -> None:
+    """Add the options of ``--upscale``, read by the program's own ``path`` and ``whole``."""
+    group = parser.add_argument_group("make a video larger")
+    group.add_argument(
+        "--upscale",
+        type=path,
+        metavar="VIDEO",
+        help=(
+            "the video, of any size and length, made larger and clearer in one step; --model is DOVE or SparkVSR; it "
+            "keeps its rate and its sound"
+        ),
+    )
+    group.add_argument(
+        "--scale",
+        type=whole,
+        metavar="N",
+        default=4,
+        help="how many times as wide and high it becomes, 1 to 8 (default: 4, as the models were trained)",
+    )
+    group.add_argument(
+        "--kind",
+        choices=SUPER_RESOLUTION,
+        default=AUTO,
+        help="what --model is (default: by its input channels and its name)",
+    )
+    group.add_argument(
+        "--references",
+        type=path,
+        nargs="+",
+        metavar="FILE",
+        help="SparkVSR only: images of some frames as they should be, of any size",
+    )
+    group.add_argument(
+        "--reference-frames",
+        default="",
+        metavar="N,N",
+        help="which frames they are, counted from 0, each 4 or more after the one before: 0,24,48",
+    )
+    group.add_argument(
+        "--reference-guidance",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="how strictly they are followed (default: 1, as trained; others take twice the time)",
+    )
+    group.add_argument(
+        "--empty-prompt",
+        type=path,
+        metavar="FILE",
+        help=(
+            "a safetensors file of the empty prompt's embedding: read if it is there, so that no text encoder is "
+            "needed, and else written"
+        ),
+    )
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where options of ``--upscale`` do not go with others."""
+    if options.upscale is None:
+        for name in ("references", "empty_prompt"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} goes with --upscale VIDEO")
+        return
+    if options.model is None:
+        parser.error("--upscale needs --model, which is DOVE or SparkVSR")
+    for name in _OF_NEW_VIDEOS:
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} makes a new video, and --upscale takes all from the one it is given")
+
+
+def files_read(options: argparse.Namespace) -> list[Path | None]:
+    """List the files that ``--upscale`` reads."""
+    return [options.upscale, options.empty_prompt, *(options.references or ())]
+
+
+@dataclass
+class Request:
+    """A clip to be made larger, checked and read, and nothing computed.
+
+    Attributes:
+        images: ``[F, H, W, 3]``, uint8.
+        references: ``[n, h, w, 3]`` in 0..1.
+        sound: of the clip, as ``write_mp4`` takes it.
+    """
+
+    images: "torch.Tensor"
+    kind: str
+    references: "torch.Tensor | None"
+    fps: Fraction
+    sound: Any
+
+
+def read_request(options: argparse.Namespace, model: "Model", output: Path, events: "Events") -> Request:
+    """Check what can be checked without weights, and read the clip.
+
+    Raises:
+        ValueError: for what cannot be made larger, or not by this checkpoint.
+    """
+    import torch
+
+    from cogvideox.clip_files import read_rate
+    from cogvideox.pictures import check_images, fit_size
+    from cogvideox.super_resolution import check_reference_guidance, check_references, check_scale, find_kind
+    from cogvideox.video import check_room, read_image, read_sound, read_video
+
+    kind = find_kind(model, options.kind)
+    check_scale(options.scale)
+    check_reference_guidance(options.reference_guidance)
+    paths = options.references or []
+    check_references(kind, len(paths), options.reference_frames)
+    fps = options.fps or read_rate(options.upscale)
+    images = read_video(options.upscale, fps=fps, dtype=torch.uint8, events=events)
+    frames, height, width = images.shape[:3]
+    check_references(kind, len(paths), options.reference_frames, frames)
+    check_room(output, frames, options.scale * width, options.scale * height)
+    shown = [check_images(read_image(path, events), short(path)) for path in paths]
+    size = (options.scale * width, options.scale * height)
+    references = torch.cat([fit_size(image, *size) for image in shown]) if shown else None
+    return Request(images, kind, references, fps, read_sound(options.upscale, float(frames / fps), events))
+
+
+def enlarge(
+    options: argparse.Namespace,
+    request: Request,
+    model: "Model",
+    text_encoder: "TextEncoder",
+    vae: "VAE",
+    events: "Events",
+) -> "torch.Tensor":
+    """Return the larger frames, ``[F, H, W, 3]`` in 0..1, H and W even as a video needs them."""
+    from cogvideox.super_resolution import upscale
+
+    images = upscale(
+        model,
+        vae,
+        request.images,
+        _empty_prompt(options, model, text_encoder, events),
+        scale=options.scale,
+        seed=options.seed,
+        kind=request.kind,
+        references=request.references,
+        reference_frames=options.reference_frames,
+        reference_guidance=options.reference_guidance,
+        on_nan=options.on_nan,
+        events=events,
+    )
+    height, width = images.shape[1:3]
+    if height % 2 or width % 2:
+        events.note(
+            f"{width}x{height} pixels are odd, and a video's sides are even: a row or column at the end is cut."
+        )
+    return images[:, : height - height % 2, : width - width % 2]
+
+
+def describe(options: argparse.Namespace, request: Request, model: "Model") -> str:
+    """Say in what pieces, and in what memory, the clip would be made larger."""
+    from cogvideox.super_resolution import describe_plan
+
+    frames, height, width = request.images.shape[:3]
+    return describe_plan(model, frames, height, width, options.scale, request.kind)
+
+
+def _empty_prompt(
+    options: argparse.Namespace, model: "Model", text_encoder: "TextEncoder", events: "Events"
+) -> "torch.Tensor":
+    """Read the empty prompt's embedding from its file, or make and keep it.
+
+    Raises:
+        ValueError: if there is neither the file nor a text encoder, or either is another model's.
+    """
+    from cogvideox.text import encode_prompt, read_embeddings, write_embeddings
+    from cogvideox.variants import full_config
+
+    path = options.empty_prompt
+    if path is not None and path.exists():
+        return read_embeddings(path, full_config(model.weights.config)["text_embed_dim"])
+    embeddings = encode_prompt(text_encoder, "", options.on_nan, events).embeddings
+    if path is not None:
+        write_embeddings(embeddings, path)
+        events.note(f"The empty prompt's embedding is now in {short(path, 400)}: with it no text encoder is needed.")
+    return embeddings
