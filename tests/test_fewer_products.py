@@ -45,11 +45,11 @@ def test_the_sums_of_weights_are_less_than_twice_as_large():
 
 
 def test_they_are_for_fp32_on_a_cpu_and_more_than_a_few_pixels():
-    cpu, size = torch.device("cpu"), torch.Size((1, 8, 4, 16, 16))
+    cpu, size = torch.device("cpu"), 4 * 16 * 16
     assert fewer_products.pay(cpu, torch.float32, size)
     assert not fewer_products.pay(torch.device("cuda"), torch.float32, size)
     assert not fewer_products.pay(cpu, torch.bfloat16, size)
-    assert not fewer_products.pay(cpu, torch.float32, torch.Size((1, 8, 2, 12, 12)))
+    assert not fewer_products.pay(cpu, torch.float32, 2 * 12 * 12)
 
 
 def test_a_decode_at_the_released_size_takes_two_thirds_of_diffusers_products():

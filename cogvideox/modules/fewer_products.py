@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-#: Frames x rows x columns from which on the weights' sums cost less than they save: on an AMD EPYC the two break even
-#: at some 400.
+#: Frames x rows x columns of a strip from which on the weights' sums cost less than they save: on an AMD EPYC the two
+#: break even at some 400.
 _LEAST_SIZE = 1000
 #: Which of a row of three weights are added for either of two doubled pixels, and either of the two that it meets; and
 #: the same of a kernel: 4 doubled pixels, 9 weights, 4 pixels.
@@ -22,11 +22,10 @@ _ROW = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 _DOUBLED = torch.einsum("aiy,bjx->abyxij", _ROW, _ROW).reshape(4, 9, 4)
 
 
-def pay(device: torch.device, dtype: torch.dtype, size: torch.Size) -> bool:
-    """Return whether activations ``[1, C, T, H, W]`` are to be convolved so. Meta stands for a CPU; in 16 bits sums
-    would be rounded that convolutions keep in fp32."""
-    _, _, frames, height, width = size
-    return device.type in ("cpu", "meta") and dtype == torch.float32 and frames * height * width >= _LEAST_SIZE
+def pay(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Return whether a strip of ``size`` frames x rows x columns is to be convolved so. Meta stands for a CPU; in 16
+    bits sums would be rounded that convolutions keep in fp32."""
+    return device.type in ("cpu", "meta") and dtype == torch.float32 and size >= _LEAST_SIZE
 
 
 def weights_over_time(weight: torch.Tensor) -> torch.Tensor:
