@@ -4,7 +4,7 @@ and ComfyUI's own model, from 0.4k to 12k tokens, as a table and as a picture (`
 On a CPU in fp32, 3 layers x 8 heads of random weights, each step a run's second one, the least of several rounds that
 take turns; there it takes one thread, and what is counted is the processor's time, which other programs disturb less.
 *own* is what the sampler does beside the transformer's forward. ComfyUI's model runs in a process of its own where
-``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given, and is timed by the clock.
+``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given.
 
 Run as ``python -m benchmarks.length``.
 """
@@ -93,7 +93,7 @@ def _measure(checkpoint: Path, model, device: torch.device, shape: tuple[int, ..
             side(on_step=lambda: None)
         peaks[name] = live.peak
     seconds = {name: min(times) for name, times in taken.items()}
-    core = comfyui(checkpoint, device, shape, prompts, 2, 1)[1]
+    core = comfyui(checkpoint, device, shape, prompts, 2, 1, of_processor=device.type == "cpu")[1]
     if core is not None:
         seconds["ComfyUI core"] = core
     return {"tokens": size[2] + video_tokens(config, shape), "seconds": seconds, "peaks": peaks, "own": min(own)}

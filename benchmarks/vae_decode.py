@@ -5,11 +5,21 @@ tiled one.
 The released VAE's shapes with random weights. On CUDA at full size, with the peak from the allocator. Elsewhere a small
 picture is measured, its memory counted from the tensors that live at once; and the peaks at full size are counted the
 same way on the meta device, where a test holds what shapes say against real runs.
+
+Before that, on a CPU, small clips with memory enough, one thread and then two, beside ComfyUI's own VAE where
+``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given; limit: 0.9 x the faster of the two others. All sides take turns in
+one process, which is then ComfyUI's. Of each the least is told: seconds of the processor, which other programs disturb
+less, and by the clock.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +28,9 @@ from cogvideox.vae import chunk_lengths
 from tests.memory import LiveBytes, count_strips
 
 FULL, SMALL = (21, 96, 170), (3, 16, 24)
+#: Small clips of 5, 9 and 17 frames, and their latents' sizes.
+CASES = {"96x96, 5 frames": (2, 12, 12), "256x160, 9 frames": (3, 20, 32), "320x192, 17 frames": (5, 24, 40)}
+ROOT = Path(__file__).parent.parent
 BUDGETS = {"no limit": None, "8 GB": 8 * 10**9, "6 GB": 6 * 10**9, "4 GB": 4 * 10**9, "2 GB": 2 * 10**9}
 SMALL_BUDGETS = {"no limit": None, "1/2 of untiled": 0.5, "1/4 of untiled": 0.25, "1/8 of untiled": 0.125}
 
@@ -117,6 +130,53 @@ def measure(device: str, dtype: torch.dtype, shape: tuple[int, int, int], tile: 
         )
 
 
+def print_cases(cases: Sequence[int], rounds: int, core_class: Callable[[], torch.nn.Module] | None) -> None:
+    """Time the clips of those numbers in ``CASES`` by the processor and the clock, and print a line each."""
+    vae = build("cpu", torch.float32)
+    works = {"ours": lambda latent: ours(vae, latent, None), "diffusers": lambda latent: theirs(vae, latent, False)}
+    if core_class is not None:
+        core = core_class().eval()
+        core.load_state_dict(vae.state_dict())
+        works["ComfyUI core"] = core.decode
+    print(f"measured: fp32 on a CPU, torch {torch.__version__}, seconds of the processor (by the clock)", flush=True)
+    for name in (name for index, name in enumerate(CASES) if index in cases):
+        latent = torch.randn(1, 16, *CASES[name])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            taken: dict[str, list[tuple[float, float]]] = {side: [] for side in works}
+            for _ in range(rounds):
+                for side, work in works.items():
+                    start = time.process_time(), time.perf_counter()
+                    with torch.no_grad():
+                        work(latent)
+                    taken[side].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+            least = {side: [min(times) for times in zip(*pairs, strict=True)] for side, pairs in taken.items()}
+            ratios = [
+                least["ours"][way] / min(times[way] for side, times in least.items() if side != "ours")
+                for way in (0, 1)
+            ]
+            times = "  ".join(f"{side} {processor:.2f} ({clock:.2f})" for side, (processor, clock) in least.items())
+            print(
+                f"{name}, {threads} thread(s): {times}  ours / the faster {ratios[0]:.2f} ({ratios[1]:.2f})", flush=True
+            )
+
+
+def compare_small(cases: Sequence[int], rounds: int) -> None:
+    """Run ``print_cases``, in ComfyUI's interpreter where there is one."""
+    if "COMFYUI_PATH" not in os.environ:
+        print_cases(cases, rounds, None)
+        return
+    script = str(ROOT / "tests" / "comfyui" / "decode_script.py")
+    command = [
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        script,
+        str(ROOT),
+        *map(str, (rounds, *cases)),
+        "--cpu",
+    ]
+    subprocess.run(command, cwd=os.environ["COMFYUI_PATH"], check=True)
+
+
 def print_counted() -> None:
     # A chunk of three latent frames and two of two: nothing larger comes after.
     shape = (7, *FULL[1:])
@@ -133,11 +193,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--cases",
+        type=int,
+        nargs="*",
+        default=range(len(CASES)),
+        help="which of the small clips, from 0; none for none",
+    )
     options = parser.parse_args()
     with torch.no_grad():
         if options.device.startswith("cuda"):
             measure(options.device, torch.bfloat16, FULL, None, options.rounds)
         else:
+            if options.cases:
+                compare_small(options.cases, options.rounds)
             # Tiles of half the picture, as large as diffusers' are at 720x480.
             measure(options.device, torch.float32, SMALL, SMALL[1] * 8 // 2, options.rounds)
         print_counted()

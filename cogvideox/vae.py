@@ -35,7 +35,7 @@ def decode(
     """Decode video latents, one video and two latent frames at a time, in as little memory as there is.
 
     Equal to diffusers' untiled ``vae.decode`` (its chunks and caches; batches one video at a time, its ``use_slicing``)
-    followed by ``VideoProcessor.postprocess_video``, but for the order of sums: relative L2 under 1e-5 in fp32. Frames
+    followed by ``VideoProcessor.postprocess_video``, but for rounding: relative L2 under 1e-5 in fp32. Frames
     leave the device as they are made.
 
     Args:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import cogvideox.modules.strips as strips_module
 from benchmarks.vae_decode import build as build_released
 from cogvideox.handles import open_handles
+from cogvideox.modules import fewer_products
 from cogvideox.modules.strips import Strips
 from cogvideox.vae import chunk_lengths, decode, encode
 from tests.conftest import CPU
@@ -71,9 +72,12 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
     width=st.integers(1, 5),
     strip=st.sampled_from([1, 10_000, 100_000, 1 << 30]),
     budget=st.sampled_from([None, 0, 300_000, 3_000_000]),
+    least=st.sampled_from([0, 1000, 1 << 60]),
     seed=st.integers(0, 9),
 )
-def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length, height, width, strip, budget, seed):
+def test_any_size_in_any_strips_and_any_budget_is_the_reference(
+    pipeline, length, height, width, strip, budget, least, seed
+):
     generator = torch.Generator().manual_seed(seed)
     vae = pipeline.vae
     latent = torch.randn(1, 16, length, 2 * height, 2 * width, generator=generator)
@@ -82,6 +86,7 @@ def test_any_size_in_any_strips_and_any_budget_is_the_reference(pipeline, length
         patch.setattr(strips_module, "_STRIP_BYTES", {"cpu": strip})
         patch.setattr(strips_module, "_MIN_STRIP_BYTES", 1)
         patch.setattr(strips_module, "_ONEDNN_SIZE", 0)
+        patch.setattr(fewer_products, "_LEAST_SIZE", least)
         for step, given_, expected, chunk in (
             (Strips.decode, latent, vae.decode(latent).sample, vae.num_latent_frames_batch_size),
             (Strips.encode, frames, vae.encode(frames).latent_dist.parameters, vae.num_sample_frames_batch_size),
