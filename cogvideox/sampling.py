@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 
 from .dtypes import Precision
 from .events import Events
@@ -43,7 +44,7 @@ from .schedulers import advance
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
-from .variants import OFS, full_config
+from .variants import CONDITIONING_CHANNELS, INPAINT, OFS, full_config
 from .weights import Placement
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ def sample(
             be None. Those of unequal length (prompts joined by Conditioning Concat) run one after the other.
         latents: ``[B, 16, T, H/8, W/8]``, unscaled. All zeros means "start from noise"; anything else is the video that
             ``denoise`` < 1 starts from.
-        image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled:
-            ``vae.image_latents``.
+        image_latents: what the model reads beside the noise, ``[1 or B, C, T, H/8, W/8]``, unscaled:
+            ``vae.image_latents`` for image to video, what ``conditioning`` makes for CogVideoX-Fun and VOID. Without it
+            CogVideoX-Fun reads zeros, which is text to video.
         noise: standard normal, ``[B, 16, T, H/8, W/8]``, in the place of what ``seed`` draws for the video; what pads
             it is drawn all the same.
         noise_mask: 1 where the video is made anew and 0 where ``latents`` are kept, as ``requests.fit_mask`` has it. At
@@ -160,7 +162,8 @@ def sample(
         torch.no_grad(),
     ):
         dtype = model.weights.precision.activations
-        padding = padding_frames(latents.shape[2], config)
+        # In front, but for models that read a single frame with zeros behind it.
+        padding = 0 if model.variant.in_pairs else padding_frames(latents.shape[2], config)
         generator = torch.Generator("cpu").manual_seed(seed)
         start = model.latent_scale * _padded(latents.to(device, dtype), padding)
         drawn = _draw_noise(start, generator)
@@ -172,6 +175,8 @@ def sample(
             mask = _padded(noise_mask.to(device), padding)
             kept = Kept(noise_schedule, mask, start.float(), drawn.float())
         image = None
+        if image_latents is None and model.variant.reads == INPAINT:
+            image_latents = latents.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *latents.shape[2:])
         if image_latents is not None:
             image = image_latents.expand(latents.shape[0], -1, -1, -1, -1).to(device, dtype)
             image = model.image_latent_scale * _padded(image, padding, zeros=True)
@@ -189,6 +194,7 @@ def sample(
             generator=generator,
             speedups=speedups,
             padding=padding,
+            behind=padding_frames(noisy.shape[1], config),
             kept=kept,
         )
         try:
@@ -313,14 +319,15 @@ class Run:
 
     Attributes:
         sentinel: the transformer, entered; its placement says whether both halves of guidance run as one batch.
-        scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
+        scheduler: one of diffusers' (``choices.SCHEDULERS``) whose ``set_timesteps`` was called.
         timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
-        image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels.
+        image: ``[B, T, C, h, w]`` of any number of channels, scaled and padded, put beside the latents' channels.
         ofs: what 1.5's image-to-video models are told besides the timestep.
         rotary: cosines and sines of the positions.
         generator: source of the noise that the DPM scheduler adds.
         guided: the steps that are guided.
         padding: latent frames in front that are not the video's.
+        behind: frames of zeros that the transformer reads behind them.
         kept: what a noise mask keeps.
     """
 
@@ -337,6 +344,7 @@ class Run:
     generator: torch.Generator
     speedups: Speedups
     padding: int
+    behind: int = 0
     kept: Kept | None = None
     _on_device: torch.Tensor = field(init=False)
 
@@ -394,14 +402,18 @@ class Run:
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
         if self.image is not None:
             model_input = torch.cat([model_input, torch.cat([self.image.to(current.dtype)] * copies)], dim=2)
-        return transformer(
+        frames = model_input.shape[1]
+        if self.behind:
+            model_input = functional.pad(model_input, (0, 0, 0, 0, 0, 0, 0, self.behind))
+        prediction = transformer(
             hidden_states=model_input,
             encoder_hidden_states=prompt,
             timestep=self._on_device[index].expand(model_input.shape[0]),
             ofs=None if self.ofs is None else current.new_full((1,), self.ofs),
             image_rotary_emb=self.rotary,
             return_dict=False,
-        )[0].float()
+        )[0]
+        return prediction[:, :frames].float()
 
     def _guidance(self, index: int) -> float:
         if not self.dynamic_cfg:
