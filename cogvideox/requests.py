@@ -118,12 +118,12 @@ def _strange(model: Model, channels: int) -> str:
     if channels == CONDITIONING_CHANNELS[INPAINT]:
         return (
             f"{name} is connected to CogVideoX-1.5 Inpaint, whose mask and masked video it cannot read: only "
-            "CogVideoX-Fun-V1.5-InP checkpoints do. Load one, such as CogVideoX-Fun-V1.5-5b-InP, or take the node away."
+            "CogVideoX-Fun-V1.5-InP checkpoints do. Load CogVideoX-Fun-V1.5-5b-InP, or take the node away."
         )
     if channels == CONDITIONING_CHANNELS[VOID]:
         return (
-            f"{name} is connected to CogVideoX-1.5 Object Removal (VOID), whose quadmask and video it cannot read: only "
-            "VOID's checkpoints do. Load one, such as void_pass1.safetensors, or take the node away."
+            f"{name} is connected to CogVideoX-1.5 Object Removal (VOID), whose quadmask and video it cannot read: "
+            "only VOID's checkpoints do. Load one, such as void_pass1.safetensors, or take the node away."
         )
     if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == INPAINT:
         return (
@@ -142,8 +142,8 @@ def _strange(model: Model, channels: int) -> str:
             "denoise below 1 to start from a video."
         )
     return (
-        f"The conditioning holds latents of {channels} channels, and {name} reads {CONDITIONING_CHANNELS[reads]} beside "
-        "the noise: another model's node made them. Connect the node of this pack that is for the checkpoint."
+        f"The conditioning holds latents of {channels} channels, and {name} reads {CONDITIONING_CHANNELS[reads]} "
+        "beside the noise: another model's node made them. Connect the node of this pack that is for the checkpoint."
     )
 
 

@@ -174,18 +174,12 @@ def sample(
         if noise_mask is not None:
             mask = _padded(noise_mask.to(device), padding)
             kept = Kept(noise_schedule, mask, start.float(), drawn.float())
-        image = None
-        if image_latents is None and model.variant.reads == INPAINT:
-            image_latents = latents.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *latents.shape[2:])
-        if image_latents is not None:
-            image = image_latents.expand(latents.shape[0], -1, -1, -1, -1).to(device, dtype)
-            image = model.image_latent_scale * _padded(image, padding, zeros=True)
         run = Run(
             sentinel,
             noise_schedule,
             timesteps,
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
-            image=image,
+            image=_beside(model, image_latents, latents, padding),
             ofs=OFS if config["ofs_embed_dim"] is not None else None,
             rotary=rotary_embedding(config, noisy.shape[1], noisy.shape[3], noisy.shape[4], device),
             cfg=cfg,
@@ -250,6 +244,17 @@ def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.T
     if zeros:
         return torch.cat([first, video.new_zeros(video.shape[0], padding, *video.shape[2:]), video[:, 1:]], dim=1)
     return torch.cat([first.expand(-1, padding, -1, -1, -1), video], dim=1)
+
+
+def _beside(model: Model, given: torch.Tensor | None, latents: torch.Tensor, padding: int) -> torch.Tensor | None:
+    """Return what the model reads beside the noise, ``[B, padding + T, C, h, w]``, scaled; None if there is nothing."""
+    if given is None and model.variant.reads == INPAINT:
+        given = latents.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *latents.shape[2:])
+    if given is None:
+        return None
+    weights = model.weights
+    image = given.expand(latents.shape[0], -1, -1, -1, -1).to(weights.device, weights.precision.activations)
+    return model.image_latent_scale * _padded(image, padding, zeros=True)
 
 
 def _unscaled(latents: torch.Tensor, padding: int, scale: float) -> torch.Tensor:

@@ -52,7 +52,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "a part in memory": tuple(
         f"cogvideox/{name}.py" for name in ("loading", "weights", "lora", "handles", "memory", "sentinel")
     ),
-    "a run": tuple(f"cogvideox/{name}.py" for name in ("text", "requests", "schedulers", "skips", "sampling", "vae")),
+    "a run": tuple(
+        f"cogvideox/{name}.py"
+        for name in ("text", "requests", "schedulers", "skips", "sampling", "vae", "conditioning")
+    ),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),
     "surface": ("nodes", "generate.py", "install.py", "__init__.py"),
