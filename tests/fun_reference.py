@@ -100,8 +100,7 @@ def run(pipeline, prompts, video, mask, *, steps=3, cfg=6.0, seed=1, batch=1, **
         guidance_scale=cfg,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type="latent",
-        return_dict=False,
+        return_dict=True,
         **more,
-    )
-    latents = latents if torch.is_tensor(latents) else latents.videos
+    ).videos
     return rearrange(1 / pipeline.vae.config.scaling_factor * latents, "b t c h w -> b c t h w")
