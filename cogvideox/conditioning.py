@@ -60,22 +60,36 @@ def inpaint_canvas(
         start, end: ``[1, H, W, 3]``: the first and the last frame, which are kept.
 
     Raises:
-        ValueError: for an end image of a clip of a single frame beside a start image.
+        ValueError: as ``check_parts``.
     """
     check_size(width, height)
-    if start is not None and end is not None and frames == 1:
-        raise ValueError(
-            "A start image and an end image are connected, but the clip has 1 frame, so it would end where it starts. "
-            "Make it longer."
-        )
+    check_parts(frames, video is not None, mask is not None, start is not None and end is not None)
     canvas = torch.zeros(frames, height, width, 3) if video is None else video.clone()
     anew = torch.ones(frames, height, width, dtype=torch.bool)
-    if mask is not None and video is not None:
+    if mask is not None:
         anew = (mask >= _MARKED).expand(frames, -1, -1).clone()
     for place, image in ((0, start), (-1, end)):
         if image is not None:
             canvas[place], anew[place] = image[0], False
     return Canvas(canvas, anew)
+
+
+def check_parts(frames: int, video: bool, mask: bool, both_images: bool) -> None:
+    """Refuse a clip of ``frames`` frames of which what is connected says two things, or nothing.
+
+    Raises:
+        ValueError: for a mask without a video, and for a start and an end image of a single frame.
+    """
+    if mask and not video:
+        raise ValueError(
+            "A mask is connected and no video, so there is nothing that it could keep. Connect the video to video, or "
+            "take the mask away."
+        )
+    if both_images and frames == 1:
+        raise ValueError(
+            "A start image and an end image are connected, but the clip has 1 frame, so it would end where it starts. "
+            "Make it longer."
+        )
 
 
 def inpaint_latents(

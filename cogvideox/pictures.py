@@ -67,6 +67,29 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
     return torch.clamp(images, 0, 1) if images.dtype == torch.float32 else images.float().clamp_(0, 1)
 
 
+def check_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse what is not a mask in 0..1: a MASK ``[H, W]`` or ``[F, H, W]``, or an IMAGE ``[F, H, W, C]`` of grey, of
+    which the first colour counts.
+
+    Args:
+        name: what it is, for messages: ``quadmask``.
+
+    Returns:
+        float32 ``[F, H, W]``.
+
+    Raises:
+        ValueError: for another shape, NaN, Inf, or values outside 0..1.
+    """
+    shape = list(mask.shape)
+    if mask.ndim not in (2, 3, 4) or 0 in shape:
+        raise ValueError(
+            f"The {name} has the shape {shape}, but a mask is [frames, height, width]. Connect a MASK, or the IMAGE of "
+            "a mask's video."
+        )
+    flat = mask[..., 0] if mask.ndim == 4 else mask[None] if mask.ndim == 2 else mask
+    return check_images(flat[..., None].expand(*flat.shape, 3), name)[..., 0]
+
+
 def _pieces(images: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the images in bands of rows of at most ``_BLOCK`` values, or of one row."""
     rows = max(1, _BLOCK // (images.shape[2] * images.shape[3]))

@@ -64,7 +64,12 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
     check_latent(latents, config["patch_size"])
     check_host_room(model, latents.shape)
     if model.variant.in_pairs:
-        check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
+        try:
+            check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} CogVideoX-1.5 Inpaint and CogVideoX-1.5 Object Removal (VOID) give latents of such lengths."
+            ) from None
     check_conditioning(model, image_latents)
     if image_latents is not None:
         _check_image(latents, image_latents)

@@ -8,6 +8,7 @@ from .compile import Compile
 from .downloader import Downloader
 from .empty_latent import EmptyLatent
 from .image_to_video import ImageToVideo
+from .inpaint import Inpaint
 from .lora_loader import LoraLoader
 from .model_check import ModelCheck
 from .model_loader import ModelLoader
@@ -17,6 +18,7 @@ from .text_encode import TextEncode
 from .to_comfyui import ToComfyUI
 from .vae_decode import VAEDecode
 from .vae_encode import VAEEncode
+from .void import Void
 
 _NODES = {
     "CogVideoX15ModelLoader": ModelLoader,
@@ -35,6 +37,8 @@ _NODES = {
     "CogVideoX15Quantize": Quantize,
     "CogVideoX15ToComfyUI": ToComfyUI,
     "CogVideoX15ModelCheck": ModelCheck,
+    "CogVideoX15Inpaint": Inpaint,
+    "CogVideoX15Void": Void,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

@@ -25,6 +25,8 @@ RECORDED = Path(__file__).parent / "family_recorded.json"
 PATHS = {"fun-inp": "VIDEOX_FUN_PATH", "void": "VOID_MODEL_PATH"}
 #: Numbers of each result that are kept, evenly spread.
 KEPT = 12
+#: Seeds the noise that is added to a clip.
+SEED = 5
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def build(folder, variant):
 def given_noise(case):
     """Draw what is added to a clip as the engine does, ``[1, 3, F, H, W]``."""
     shape = (3, case.frames, case.height, case.width)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))[None]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))[None]
 
 
 def start_of(case, encode):
@@ -137,9 +139,7 @@ def reference(case, root, checkpoint):
     more = {"steps": case.steps, "cfg": case.cfg, "batch": case.batch, "noise_aug_strength": case.noise_aug}
     if case.stage:
         greys = case.quadmask()
-        levels = torch.where(
-            greys <= 31, 0.0, torch.where(greys <= 95, 63.0, torch.where(greys <= 191, 127.0, 255.0))
-        )
+        levels = torch.where(greys <= 31, 0.0, torch.where(greys <= 95, 63.0, torch.where(greys <= 191, 127.0, 255.0)))
         video, mask = case.clip(), (255.0 - levels) / 255.0
         more |= {"use_trimask": case.stage == "first", "use_vae_mask": True}
         if case.stage == "second":
@@ -163,7 +163,7 @@ def reference(case, root, checkpoint):
 
 def ours(case, handles, start=None, **how):
     """The engine's latents of a run."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(SEED)
     how |= {"noise_aug": case.noise_aug, "generator": generator}
     more = {}
     if case.stage:
