@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	# The nodes reach the engine as ComfyUI has them, from inside of one package, whatever the folder is called.
 	mkdir -p .mypy_cache && ln -sfn "$(CURDIR)" .mypy_cache/pack
-	MYPYPATH=.mypy_cache:. $(VENV)/bin/mypy -p pack.nodes -p cogvideox -p interop -m generate
+	MYPYPATH=.mypy_cache:. $(VENV)/bin/mypy -p pack.nodes -p cogvideox -p interop -p commands -m generate
 
 # The same tests with the lowest versions that requirements.txt allows. Needs Python 3.10 to 3.12: sentencepiece 0.2.0 has no wheel for 3.13.
 test-lowest: $(VENV)-lowest/installed

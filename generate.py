@@ -149,15 +149,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--image",
+        "--start-image",
         type=_path,
         metavar="FILE",
-        help="the image the video starts from, for image-to-video checkpoints; scaled and cropped",
+        help="the image the video starts from, for image-to-video and CogVideoX-Fun checkpoints; scaled and cropped",
     )
     what.add_argument(
         "--end-image",
         type=_path,
         metavar="FILE",
-        help="the image it ends with, for checkpoints fine-tuned for interpolation",
+        help="the image it ends with, for CogVideoX-Fun and checkpoints fine-tuned for interpolation",
     )
     what.add_argument(
         "--video",
@@ -166,13 +167,34 @@ def build_parser() -> argparse.ArgumentParser:
         help="the video to start from, for text-to-video checkpoints; scaled and cropped",
     )
     what.add_argument(
+        "--mask",
+        type=_path,
+        metavar="FILE",
+        help="of --video: a picture or a clip, white where it is made anew, for CogVideoX-Fun checkpoints",
+    )
+    what.add_argument(
+        "--void",
+        type=_path,
+        metavar="QUADMASK",
+        help=(
+            "of --video: a clip of what to take out of it, for VOID's checkpoints: 0 the object, 127 what it affects, "
+            "63 where it covers that, 255 the rest; with --cfg 1 --steps 30 --scheduler ddim_origin"
+        ),
+    )
+    what.add_argument(
+        "--noise",
+        type=_path,
+        metavar="FILE.latent",
+        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void the second pass",
+    )
+    what.add_argument(
         "--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is"
     )
     what.add_argument(
         "--strength",
         type=float,
         metavar="SHARE",
-        help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)",
+        help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference; 1 with --mask, --void)",
     )
     what.add_argument(
         "--width",
@@ -190,7 +212,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--frames",
         type=_whole,
         metavar="N",
-        help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest)",
+        help=(
+            "16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest); "
+            "8N+5 for CogVideoX-Fun and VOID (default: 85)"
+        ),
     )
     what.add_argument(
         "--fps",
@@ -584,12 +609,16 @@ def _parsed(
         ("strength", "video"),
         ("keep_audio", "video"),
         ("end_image", "image"),
+        ("mask", "video"),
+        ("void", "video"),
         ("cache_range", "cache"),
     ):
         if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.image is not None and options.video is not None:
         parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
+    if options.mask is not None and options.void is not None:
+        parser.error("--mask is for CogVideoX-Fun checkpoints and --void for VOID's: give one of them")
     if options.prompt == options.negative == "-":
         parser.error(
             "--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE"
@@ -670,17 +699,17 @@ def _prompt(given: str, name: str) -> str:
 
 def generate(options: argparse.Namespace) -> int:
     """Run one generation; prints the dtype report before, progress bars, and the black-frame verdict after."""
-    import torch
 
     from cogvideox.geometry import empty_latent
     from cogvideox.memory import memory_text
     from cogvideox.pictures import fit_size
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.requests import plan_steps
+    from cogvideox.requests import check_noise, plan_steps
     from cogvideox.sampling import sample
     from cogvideox.skips import skips_text
     from cogvideox.text import encode_prompt
     from cogvideox.vae import encode, image_latents
+    from commands.inpaint import foresee_conditioning, make_conditioning, read_noise
 
     # All that can be wrong is told before any weights are read, the cheapest first.
     denoise = _check_settings(options)
@@ -691,9 +720,12 @@ def generate(options: argparse.Namespace) -> int:
     _say(handles.plan.text)
     model, text_encoder = _changed(options, handles)
     source = _source(options, model.variant, output, events)
-    latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
+    lengths = model.variant.frame_step, model.variant.in_pairs
+    latent = empty_latent(source.width, source.height, source.frames, 1, *lengths)
     # Shapes are enough to know the rest.
-    image = None if source.start is None else torch.zeros_like(latent)
+    image, noise = foresee_conditioning(options, model.variant, latent), read_noise(options)
+    if noise is not None:
+        check_noise(noise, latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
 
     if options.plan:
@@ -708,13 +740,20 @@ def generate(options: argparse.Namespace) -> int:
         if handle.weights.method is not None:
             _say(handle.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
-    if source.start is not None:
-        start = fit_size(source.start, source.width, source.height)
-        end = None if source.end is None else fit_size(source.end, source.width, source.height)
+    start, end = (
+        None if picture is None else fit_size(picture, source.width, source.height)
+        for picture in (source.start, source.end)
+    )
+    if start is not None and model.variant.image_to_video:
         image = image_latents(handles.vae, start, source.frames, end, **how)
-    if source.clip is not None:
+    elif image is not None:
+        size = source.width, source.height
+        image = make_conditioning(
+            options, handles.vae, source.clip, source.frames, size, (start, end), source.mask, **how
+        )
+    if source.clip is not None and denoise < 1:
         latent = encode(handles.vae, source.clip, **how)
-        source.clip = None
+    source.clip = None
     prompts = {}
     for name in ("prompt", "negative"):
         encoded = encode_prompt(text_encoder, texts[name], **how)
@@ -728,6 +767,7 @@ def generate(options: argparse.Namespace) -> int:
             prompts["negative"],
             latent,
             image_latents=image,
+            noise=noise,
             denoise=denoise,
             seed=options.seed,
             steps=options.steps,
@@ -753,7 +793,9 @@ def _check_settings(options: argparse.Namespace) -> float:
     from cogvideox.requests import check_guidance, check_guidance_range
     from cogvideox.schedulers import steps_to_run
 
-    denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
+    in_parts = options.mask is not None or options.void is not None
+    usual = 1.0 if options.video is None or in_parts else 0.8
+    denoise = usual if options.strength is None else options.strength
     if not 0 < denoise <= 1:
         raise ValueError(
             f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
@@ -834,6 +876,7 @@ class _Source:
     start: "torch.Tensor | None" = None
     end: "torch.Tensor | None" = None
     clip: "torch.Tensor | None" = None
+    mask: "torch.Tensor | None" = None
     sound: Any = None
 
 
@@ -846,11 +889,12 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
     import torch
 
     from cogvideox.geometry import check_frames, check_video_room
-    from cogvideox.pictures import check_images
+    from cogvideox.pictures import check_images, nearest_length
     from cogvideox.video import check_room, read_image, read_sound, read_video
+    from commands.inpaint import fit_parts, read_mask
 
     if options.frames is not None:
-        check_frames(options.frames, variant.frame_step)
+        check_frames(options.frames, variant.frame_step, variant.in_pairs)
     start, end = (
         None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
@@ -862,16 +906,24 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path, event
     frames = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
     source = _Source(width, height, frames, _fps(options, variant), start, end)
     check_video_room(width, height, frames)
+    in_parts = options.mask or options.void
     if options.video is not None:
         source.clip = read_video(
             options.video,
             frames,
             fps=source.fps,
             size=(width, height),
-            step=variant.frame_step,
+            step=None if in_parts is not None else variant.frame_step,
+            in_pairs=variant.in_pairs,
             dtype=torch.uint8,
             events=events,
         )
+        if in_parts is not None:
+            count = len(source.clip)
+            source.frames = options.frames or nearest_length(count, variant.frame_step, variant.in_pairs)[0]
+            source.frames = frames if options.void is not None else source.frames
+            mask = read_mask(in_parts, count, min(count, source.frames), (width, height), source.fps, events)
+            source.clip, source.mask = fit_parts(options, source.clip, mask, source.frames)
         source.frames = len(source.clip)
         if options.frames is not None and source.frames < options.frames:
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
@@ -919,6 +971,9 @@ def _output(options: argparse.Namespace) -> Path:
         options.image,
         options.end_image,
         options.video,
+        options.mask,
+        options.void,
+        options.noise,
         options.model,
         options.text_encoder,
         options.vae,

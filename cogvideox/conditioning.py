@@ -24,8 +24,9 @@ from .variants import CONDITIONING_CHANNELS, INPAINT, SPATIAL_COMPRESSION
 NOISE_AUGMENTATION = 0.0563
 #: The passes of VOID: the second starts from noise that moves as the first's video does.
 STAGES = ("first", "second")
-#: Where a mask's value counts as marked: half of one of 255 greys, as the pipeline binarises.
-_MARKED = 0.5 / 255
+#: From where on a mask's value counts as marked. The pipeline counts any grey, which a codec leaves everywhere, and its
+#: scripts cut at 240 of 255 before: of a mask of black and white all make the same.
+_MARKED = 0.5
 #: Levels of a quadmask, and the greatest grey of 255 that counts as each.
 _QUADMASK = ((0, 31), (63, 95), (127, 191), (255, 255))
 
@@ -56,7 +57,7 @@ def inpaint_canvas(
 
     Args:
         video: ``[frames, H, W, 3]`` in 0..1; without it nothing is there to be kept but the images.
-        mask: ``[1 or frames, H, W]``, where it is over half a grey of 255 the video is made anew; without it all is.
+        mask: ``[1 or frames, H, W]``, where it is a half or more the video is made anew; without it all is.
         start, end: ``[1, H, W, 3]``: the first and the last frame, which are kept.
 
     Raises:

@@ -82,8 +82,8 @@ class Inpaint(Node):
                     "MASK",
                     {
                         "tooltip": (
-                            "Where the video is made anew: 1 anew, 0 kept; any grey counts as 1, as in the reference. "
-                            "One frame for all, or as many as the video. Without it all is made anew."
+                            "Where the video is made anew: 1 anew, 0 kept, cut at a half. One frame for all, or as "
+                            "many as the video. Without it all is made anew."
                         )
                     },
                 ),

@@ -49,9 +49,7 @@ class Void(Node):
             "required": {
                 "positive": (
                     "CONDITIONING",
-                    {
                     {"tooltip": "What is seen without the object: the background. From CogVideoX-1.5 Text Encode."},
-                    },
                 ),
                 "negative": (
                     "CONDITIONING",

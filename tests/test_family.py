@@ -13,18 +13,20 @@ from unittest.mock import patch
 import pytest
 import torch
 from einops import rearrange
+from PIL import Image
 
-from cogvideox import conditioning
+from cogvideox import conditioning, sampling
 from cogvideox.conditioning import fit_area, mirror, taken_away
 from cogvideox.geometry import check_frames
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.schedulers import make_scheduler
 from cogvideox.vae import decode, encode, pair_lengths
+from cogvideox.video import read_video, write_latent, write_mp4
 from tests import family
 from tests.conftest import CPU
 from tests.fun_reference import import_pipeline
-from tests.helpers import call
+from tests.helpers import call, run_generate
 from tests.reference import draw_prompts, error
 
 RUNS = [(variant, name) for variant, cases in family.CASES.items() for name in cases]
@@ -281,3 +283,85 @@ def test_a_clip_of_another_shape_is_cropped_and_one_of_the_same_is_the_reference
 
 def test_chunks_begin_with_one_frame_and_end_with_the_rest():
     assert [pair_lengths(length, 2) for length in (1, 2, 3, 4)] == [[1], [1, 1], [1, 2], [1, 2, 1]]
+
+
+class TestTheCommandLine:
+    SMALL = ("--prompt", "a panda", "--width", 80, "--height", 48, "--frames", 13, "--steps", 2, "--dtype", "fp32")
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        """A clip, and a mask of it, as files."""
+        write_mp4(torch.rand(9, 48, 80, 3, generator=torch.Generator().manual_seed(1)), tmp_path / "clip.mp4", 8)
+        write_mp4(family.Case().box()[:9, ..., None].expand(-1, -1, -1, 3), tmp_path / "mask.mp4", 8)
+        Image.fromarray((255 * family.Case().box()[0]).byte().numpy()).save(tmp_path / "mask.png")
+        Image.new("RGB", (80, 48), "teal").save(tmp_path / "start.png")
+        return tmp_path
+
+    @pytest.fixture
+    def given(self, monkeypatch):
+        """What the sampler was given to read beside the noise."""
+        seen, real = {}, sampling.sample
+        monkeypatch.setattr(sampling, "sample", lambda *a, **more: real(*a, **(seen.update(more) or more)))
+        return seen
+
+    def test_a_mask_and_images(self, built, files, capsys, given):
+        model, output = built("fun-inp")[0], files / "out.mp4"
+        for number, more in enumerate(
+            (
+                ("--video", files / "clip.mp4", "--mask", files / "mask.mp4"),
+                ("--video", files / "clip.mp4", "--mask", files / "mask.png", "--scheduler", "ddim_origin"),
+                ("--start-image", files / "start.png", "--end-image", files / "start.png"),
+            )
+        ):
+            code, _, errors = run_generate(
+                capsys, "--model", model, *self.SMALL, "--fps", 8, *more, "--output", output, "--overwrite"
+            )
+            assert (code, errors.count("error")) == (0, 0), errors
+            assert len(read_video(output)) == 13
+            assert given["image_latents"].shape == (1, 17, 4, 6, 10)
+            # The box is not kept, and a picture of it is the mask of every frame.
+            kept = given["image_latents"][0, 0]
+            assert kept.min() == 0
+            assert (kept.max() == 1) == (number < 2)
+            assert given["denoise"] == 1
+
+    def test_a_quadmask_and_noise(self, built, files, capsys, given):
+        write_latent(family.Case().noise(), files, "noise")
+        (noise,) = files.glob("noise*.latent")
+        clip = ("--video", files / "clip.mp4", "--void", files / "mask.mp4", "--fps", 12)
+        for more in ((), ("--noise", noise)):
+            code, _, errors = run_generate(
+                capsys,
+                "--model",
+                built("void")[0],
+                *self.SMALL,
+                *clip,
+                *more,
+                "--output",
+                files / "x.mp4",
+                "--overwrite",
+            )
+            assert code == 0, errors
+            assert given["image_latents"].shape == (1, 32, 4, 6, 10)
+        assert torch.equal(given["noise"], family.Case().noise())
+
+    @pytest.mark.parametrize(
+        ("variant", "option", "said"),
+        [
+            ("void", "--mask", "only CogVideoX-Fun-V1.5-InP checkpoints do"),
+            ("fun-inp", "--void", "only VOID's checkpoints do"),
+            ("void", None, "no video with a quadmask is connected"),
+        ],
+    )
+    def test_wrong_combinations_are_refused_before_the_first_step(self, built, files, capsys, variant, option, said):
+        more = (option, files / "mask.mp4") if option else ()
+        video = ("--video", files / "clip.mp4", *more)
+        code, _, errors = run_generate(capsys, "--model", built(variant)[0], *self.SMALL, *video, "--plan")
+        assert code == 1
+        assert said in errors
+
+    def test_other_lengths_are_refused(self, built, capsys):
+        code, _, errors = run_generate(capsys, "--model", built("fun-inp")[0], *self.SMALL, "--frames", 81)
+        assert code == 1
+        assert "8N+5" in errors
+        assert "Set it to 77 or 85" in errors

@@ -58,7 +58,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),
-    "surface": ("nodes", "generate.py", "install.py", "__init__.py"),
+    "surface": ("nodes", "commands", "generate.py", "install.py", "__init__.py"),
 }
 #: Where ComfyUI may be imported, and its modules.
 HOST = "nodes/host/"
@@ -86,7 +86,7 @@ def sources() -> dict[str, ast.Module]:
     """Every shipped Python file by its path in the tree, parsed."""
     found = [
         *ROOT.glob("*.py"),
-        *(path for top in ("cogvideox", "interop", "nodes") for path in (ROOT / top).rglob("*.py")),
+        *(path for top in ("cogvideox", "interop", "nodes", "commands") for path in (ROOT / top).rglob("*.py")),
     ]
     return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(found)}
 

@@ -1,0 +1,1 @@
+"""What ``generate.py`` does beside making one video: a file a task."""
