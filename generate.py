@@ -61,6 +61,10 @@ EXAMPLE = """examples:
     --lora style.safetensors:0.8
   python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
     --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX-Fun-V1.5-5b-InP --video clip.mp4 --mask mask.png \\
+    --scheduler ddim_origin --prompt "A panda in a red coat."
+  python generate.py --model void_pass1.safetensors --video clip.mp4 --void quadmask.mp4 --cfg 1 --steps 30 \\
+    --scheduler ddim_origin --prompt "An empty bamboo forest."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -418,10 +422,10 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--download",
         nargs="+",
-        metavar=("t2v|i2v", "DIR"),
+        metavar=("t2v|i2v|fun-inp", "DIR"),
         help=(
-            "download CogVideoX1.5-5B (t2v) or its image-to-video model (i2v), 31 GB, into DIR (default: models); "
-            "goes on where it stopped"
+            "download CogVideoX1.5-5B (t2v), its image-to-video model (i2v) or CogVideoX-Fun-V1.5-5b-InP (fun-inp), 31 "
+            "GB, into DIR (default: models); goes on where it stopped"
         ),
     )
     files.add_argument(

@@ -63,6 +63,7 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
     config = full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
     check_host_room(model, latents.shape)
+    check_conditioning(model, image_latents)
     if model.variant.in_pairs:
         try:
             check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
@@ -70,7 +71,6 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
             raise ValueError(
                 f"{error} CogVideoX-1.5 Inpaint and CogVideoX-1.5 Object Removal (VOID) give latents of such lengths."
             ) from None
-    check_conditioning(model, image_latents)
     if image_latents is not None:
         _check_image(latents, image_latents)
     if config["use_learned_positional_embeddings"]:

@@ -100,7 +100,7 @@ class ImageToVideo(Node):
     def foresee(cls, positive, negative, vae, width, height, length, batch_size, end_image=None, **_):
         if UNKNOWN in (positive, negative, vae, width, height, length, batch_size):
             return None
-        samples = empty_latent(width, height, length, batch_size, vae.frame_step, vae.in_pairs)
+        samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         # What the sampler asks of them: their size, and whether there is an end image.
         image = torch.zeros_like(samples[:1])
         image[:, :, -1] = float(end_image is not None)
@@ -112,7 +112,7 @@ class ImageToVideo(Node):
         from ..cogvideox.vae import image_latents
 
         vae = host.own_vae(vae)
-        samples = empty_latent(width, height, length, batch_size, vae.frame_step, vae.in_pairs)
+        samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         start = fit_size(check_images(start_image, "start_image")[:1], width, height)
         end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)

@@ -31,9 +31,15 @@ HEIGHTS = {
     "Negative prompt": 150,
     "CogVideoX15EmptyLatent": 130,
     "CogVideoX15ImageToVideo": 240,
+    "CogVideoX15Inpaint": 340,
+    "CogVideoX15Void": 300,
     "LoadImage": 330,
+    "Your video": 284,
     "LoadVideo": 284,
+    "Quadmask": 284,
+    "Mask": 330,
     "GetVideoComponents": 106,
+    "Frames of the quadmask": 106,
     "ImageScale": 130,
     "CogVideoX15VAEEncode": 110,
     "CogVideoX15Sampler": 770,
@@ -53,6 +59,10 @@ _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
 _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
 _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
+_PARTS = ("Your video and mask", ["LoadVideo", "GetVideoComponents", "Mask"])
+_INPAINT = ("What is made anew", ["CogVideoX15Inpaint"])
+_QUADMASK = ("Your video and quadmask", ["Your video", "GetVideoComponents", "Quadmask"])
+_VOID = ("What is taken away", ["Frames of the quadmask", "CogVideoX15Void"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
 _BRIDGE = ("To core's types", ["CogVideoX15ToComfyUI"])
 _CORE = [[("Sample", ["KSampler"])], [("Decode and check", ["VAEDecode", "CogVideoX15BlackFrameCheck"])]]
@@ -70,6 +80,8 @@ STEPS = {
     "native_nodes": (_LORA, [[_MODEL], [_BRIDGE], [_PROMPTS, _SIZE], *_CORE, _LAST[2]]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
+    "inpaint": (_SIX, [[_MODEL], [_PARTS], [_PROMPTS, _INPAINT], *_LAST]),
+    "object_removal": (_SIX, [[_MODEL], [_QUADMASK], [("Prompt", ["Prompt"]), _VOID], *_LAST]),
 }
 
 

@@ -306,12 +306,10 @@ class TestTheCommandLine:
 
     def test_a_mask_and_images(self, built, files, capsys, given):
         model, output = built("fun-inp")[0], files / "out.mp4"
-        for number, more in enumerate(
-            (
-                ("--video", files / "clip.mp4", "--mask", files / "mask.mp4"),
-                ("--video", files / "clip.mp4", "--mask", files / "mask.png", "--scheduler", "ddim_origin"),
-                ("--start-image", files / "start.png", "--end-image", files / "start.png"),
-            )
+        for more in (
+            ("--video", files / "clip.mp4", "--mask", files / "mask.mp4"),
+            ("--video", files / "clip.mp4", "--mask", files / "mask.png", "--scheduler", "ddim_origin"),
+            ("--start-image", files / "start.png", "--end-image", files / "start.png"),
         ):
             code, _, errors = run_generate(
                 capsys, "--model", model, *self.SMALL, "--fps", 8, *more, "--output", output, "--overwrite"
@@ -319,28 +317,19 @@ class TestTheCommandLine:
             assert (code, errors.count("error")) == (0, 0), errors
             assert len(read_video(output)) == 13
             assert given["image_latents"].shape == (1, 17, 4, 6, 10)
-            # The box is not kept, and a picture of it is the mask of every frame.
+            # What is kept of the first frame: all but the box, or all; and nothing between two images.
             kept = given["image_latents"][0, 0]
-            assert kept.min() == 0
-            assert (kept.max() == 1) == (number < 2)
+            assert (kept[0].min() == 1) == ("--start-image" in more)
+            assert (kept.max(), kept[-1].min()) == (1, 0)
             assert given["denoise"] == 1
 
     def test_a_quadmask_and_noise(self, built, files, capsys, given):
         write_latent(family.Case().noise(), files, "noise")
         (noise,) = files.glob("noise*.latent")
         clip = ("--video", files / "clip.mp4", "--void", files / "mask.mp4", "--fps", 12)
+        output = ("--output", files / "x.mp4", "--overwrite")
         for more in ((), ("--noise", noise)):
-            code, _, errors = run_generate(
-                capsys,
-                "--model",
-                built("void")[0],
-                *self.SMALL,
-                *clip,
-                *more,
-                "--output",
-                files / "x.mp4",
-                "--overwrite",
-            )
+            code, _, errors = run_generate(capsys, "--model", built("void")[0], *self.SMALL, *clip, *more, *output)
             assert code == 0, errors
             assert given["image_latents"].shape == (1, 32, 4, 6, 10)
         assert torch.equal(given["noise"], family.Case().noise())

@@ -156,7 +156,7 @@ class TestAsAWhole:
         own = {
             "Inpaint": {"batch_size": 1, "length": 13},
             "Void": {"video": ["300", 0], "quadmask": ["300", 1], "stage": "first", "length": 13},
-            "ImageToVideo": {"start_image": ["300", 0], "batch_size": 1, "length": 5},
+            "ImageToVideo": {"start_image": ["300", 0], "batch_size": 1},
         }[node]
         nodes |= picture | {"301": {"class_type": f"CogVideoX15{node}", "inputs": given | own}}
         sampler |= {"positive": ["301", 0], "negative": ["301", 1], "latent_image": ["301", 2]}

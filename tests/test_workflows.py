@@ -23,6 +23,8 @@ def test_there_is_a_workflow_for_each_use():
         "text_to_video_lora",
         "text_to_video_fast",
         "native_nodes",
+        "inpaint",
+        "object_removal",
     }
 
 

@@ -20,6 +20,8 @@ TITLES = {
     "text_to_video_lora": "文生视频加 LoRA",
     "text_to_video_fast": "文生视频（更快）",
     "native_nodes": "ComfyUI 自带节点",
+    "inpaint": "局部重绘",
+    "object_removal": "移除物体",
 }
 
 
