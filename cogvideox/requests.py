@@ -92,10 +92,10 @@ def check_conditioning(model: Model, given: torch.Tensor | None) -> None:
     Raises:
         ValueError: saying what to connect, or which checkpoint to load.
     """
-    channels, name, reads = full_config(model.weights.config)["in_channels"], model.variant.name, model.variant.reads
+    channels, reads = full_config(model.weights.config)["in_channels"], model.variant.reads
     if channels != LATENT_CHANNELS + CONDITIONING_CHANNELS[reads]:
         raise ValueError(
-            f"{name} has {channels} input channels; text-to-video models have {LATENT_CHANNELS} and "
+            f"{model.variant.name} has {channels} input channels; text-to-video models have {LATENT_CHANNELS} and "
             f"image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not known here. Load an "
             "official checkpoint or a fine-tune of one."
         )
@@ -107,11 +107,11 @@ def check_conditioning(model: Model, given: torch.Tensor | None) -> None:
         raise ValueError(_strange(model, more))
     if reads == VOID:
         raise ValueError(
-            f"{name} takes objects out of a video ({channels} input channels) and no video with a quadmask is "
-            "connected. Put CogVideoX-1.5 Object Removal (VOID) before the sampler."
+            f"{model.variant.name} takes objects out of a video ({channels} input channels) and no video with a "
+            "quadmask is connected. Put CogVideoX-1.5 Object Removal (VOID) before the sampler."
         )
     raise ValueError(
-        f"{name} is an image-to-video model ({channels} input channels) and no start image is "
+        f"{model.variant.name} is an image-to-video model ({channels} input channels) and no start image is "
         "connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load "
         "a text-to-video checkpoint such as CogVideoX1.5-5B."
     )
@@ -142,7 +142,7 @@ def _strange(model: Model, channels: int) -> str:
         )
     if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == NOTHING:
         return (
-            f"{name} is a text-to-video model and a start image is connected, which it cannot read. "
+            f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
             "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
             "denoise below 1 to start from a video."
         )

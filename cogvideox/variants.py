@@ -39,7 +39,7 @@ TEACACHE_SECONDS: Mapping[float, int] = {0: 465, 0.1: 322, 0.2: 260, 0.3: 204}
 TEACACHE_SECONDS_I2V: Mapping[float, int] = {0: 475, 0.1: 316, 0.2: 239, 0.3: 204}
 #: What a transformer reads beside the noise: nothing; the latent of a start image; a mask and the latent of a masked
 #: video; the latents of a mask and of a video.
-NOTHING, START_IMAGE, INPAINT, VOID = "nothing", "start image", "inpaint", "void"
+NOTHING, START_IMAGE, INPAINT, VOID = "nothing", "start_image", "inpaint", "void"
 #: The channels of each, which follow the noise's own.
 CONDITIONING_CHANNELS = {
     NOTHING: 0,
@@ -190,7 +190,6 @@ def identify(config: Mapping) -> Variant:
     reads = next((kind for kind, channels in CONDITIONING_CHANNELS.items() if channels == more), NOTHING)
     image = reads == START_IMAGE
     shape = (config.get("num_layers", 30), config.get("num_attention_heads", 30))
-    custom = f"(custom size: {short(shape[0], 12)} layers x {short(shape[1], 12)} heads)"
     suffix = "-I2V" if image else ""
     if config.get("patch_size_t"):
         line, full, dtype = "CogVideoX1.5", ("-5B", (42, 48)), "bf16"
@@ -199,14 +198,15 @@ def identify(config: Mapping) -> Variant:
     else:
         line, full, dtype = "CogVideoX", ("-2b", (30, 30)), "fp16"
     size, full_shape = full
-    if line == "CogVideoX1.5" and reads in _DESCENDANTS:
-        known = _DESCENDANTS[reads]
-        return known if shape == full_shape else replace(known, name=f"{known.name} {custom}")
+    known = _DESCENDANTS.get(reads) if line == "CogVideoX1.5" else None
     if shape == full_shape:
-        name = f"{line}{size}{suffix}"
+        name = f"{line}{size}{suffix}" if known is None else known.name
     else:
         line = line if line.endswith("1.5") else f"{line}{size}"
-        name = f"{line}{suffix} {custom}"
+        line = line if known is None else known.name
+        name = f"{line}{suffix} (custom size: {short(shape[0], 12)} layers x {short(shape[1], 12)} heads)"
+    if known is not None:
+        return replace(known, name=name)
     if line == "CogVideoX1.5":
         return Variant(name, dtype, reads, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
     return Variant(name, dtype, reads, 8, 49, 49, (720, 480), "720x480", 8)
@@ -216,16 +216,16 @@ def foreign_inputs(config: Mapping) -> str | None:
     """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what
     to do; else None."""
     channels, out = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
-    is_15, known = bool(config.get("patch_size_t")), set(CONDITIONING_CHANNELS.values())
+    is_15, sizes = bool(config.get("patch_size_t")), set(CONDITIONING_CHANNELS.values())
     if channels == 2 * LATENT_CHANNELS and not (is_15 or config.get("use_learned_positional_embeddings")):
         what = (
             f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a "
             "CogVideoX-Fun Control or Pose model, whose input is noise and a control video"
         )
-    elif channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS) and not (is_15 and channels - LATENT_CHANNELS in known):
+    elif channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS) and not (is_15 and channels - LATENT_CHANNELS in sizes):
         named = _FOREIGN_INPUTS.get(channels) if isinstance(channels, int) else None
-        told = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
-        what = f"takes {short(channels)} input channels: {told}"
+        known = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
+        what = f"takes {short(channels)} input channels: {known}"
     elif out != LATENT_CHANNELS:
         what = (
             f"gives {short(out)} channels, and CogVideoX's video VAE reads {LATENT_CHANNELS}: it is another model's "

@@ -2,6 +2,7 @@
 
 from . import host
 from .base import Node
+from .queued import UNKNOWN
 
 
 class ToComfyUI(Node):
@@ -45,5 +46,26 @@ class ToComfyUI(Node):
             },
         }
 
+    @classmethod
+    def foresee(cls, model=None, **_):
+        if model is not None and model is not UNKNOWN:
+            _check(model)
+        return None
+
     def execute(self, model=None, text_encoder=None, vae=None):
+        if model is not None:
+            _check(model)
         return host.to_core(model, text_encoder, vae)
+
+
+def _check(model):
+    """Refuse a model whose conditioning core's samplers would not bring to it.
+
+    Raises:
+        ValueError: for CogVideoX-Fun and VOID.
+    """
+    if model.variant.in_pairs:
+        raise ValueError(
+            f"{model.variant.name} reads a mask and a video beside the noise, which ComfyUI's own samplers do not give "
+            "it. Connect it to CogVideoX-1.5 Sampler; text encoder and VAE can go through this node."
+        )
