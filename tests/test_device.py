@@ -27,7 +27,7 @@ from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
 from cogvideox.weights import free_bytes, placements
 from tests import layouts
-from tests.reference import draw_beside, error, reference_latents
+from tests.reference import error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
 from tests.told import Told
 
@@ -122,9 +122,9 @@ class TestSampling:
         print(f"{dtype} {scheduler}: equal {torch.equal(ours, expected)}, relative L2 {error(ours, expected):.1e}")
         assert error(ours, expected) < ROUNDING[dtype]
 
-    @pytest.mark.parametrize("variant", ["1.5-i2v", "fun-inp", "void", "5b", "2b"])
+    @pytest.mark.parametrize("variant", ["1.5-i2v", "5b", "2b"])
     def test_every_variant_gives_what_it_gives_on_the_host(self, checkpoints, prompts, hardware, variant):
-        image = draw_beside(variant, SHAPE, torch.Generator().manual_seed(3))
+        image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) if "i2v" in variant else None
         ours, host = (
             run(open_handles(checkpoints(variant), "fp32", where).model, prompts, image_latents=image)
             for where in (hardware, Hardware.detect("cpu"))
