@@ -21,8 +21,8 @@ class Void(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Object Removal (VOID)"
     DESCRIPTION = (
         "Takes an object out of a video, and what it does there: shadows, reflections, things that it moves. For "
-        "VOID's checkpoints (void_pass1, void_pass2), prepared as Netflix's own code does. Without a second pass the "
-        "first is the result; the second starts from noise that moves as the first's video does."
+        "VOID's checkpoints (void_pass1, void_pass2), prepared as Netflix's own code does. What void_pass1 makes is "
+        "a result by itself; void_pass2 goes on from it and starts from noise that moves as the first's video does."
     )
     SEARCH_ALIASES = [
         "void",

@@ -7,6 +7,7 @@ import ast
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cogvideox import conditioning, sampling
 from cogvideox.conditioning import fit_area, mirror, taken_away
 from cogvideox.geometry import check_frames
-from cogvideox.handles import open_handles
+from cogvideox.handles import open_handles, quantized, with_lora
 from cogvideox.sampling import sample
 from cogvideox.schedulers import make_scheduler
 from cogvideox.vae import decode, encode, pair_lengths
@@ -27,7 +29,7 @@ from tests import family
 from tests.conftest import CPU
 from tests.fun_reference import import_pipeline
 from tests.helpers import call, run_generate
-from tests.reference import draw_prompts, error
+from tests.reference import draw_beside, draw_prompts, error
 
 RUNS = [(variant, name) for variant, cases in family.CASES.items() for name in cases]
 
@@ -354,3 +356,42 @@ class TestTheCommandLine:
         assert code == 1
         assert "8N+5" in errors
         assert "Set it to 77 or 85" in errors
+
+
+@pytest.mark.parametrize("variant", ["fun-inp", "void"])
+class TestWhatElseAModelRunsWith:
+    SHAPE = (1, 16, 4, 6, 10)
+
+    def sampled(self, model, variant, **settings):
+        beside = draw_beside(variant, self.SHAPE, torch.Generator().manual_seed(2))
+        return sample(
+            model, *draw_prompts(), torch.zeros(self.SHAPE), image_latents=beside, seed=1, steps=3, **settings
+        )
+
+    def test_a_reward_lora_is_as_if_its_weights_were_merged(self, built, tmp_path, variant):
+        """CogVideoX-Fun's own keys: kohya's, with two lines and no dots."""
+        folder, handles = built(variant)
+        layer, generator = "transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(4)
+        down, up = torch.randn(2, 128, generator=generator), torch.randn(128, 2, generator=generator)
+        key = f"lora_unet__{layer.replace('.', '_')}"
+        stored = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+        save_file(stored, tmp_path / "HPS2.1.safetensors")
+        merged = shutil.copytree(folder, tmp_path / "merged")
+        for file in (merged / "transformer").glob("*.safetensors"):
+            tensors = load_file(file)
+            if f"{layer}.weight" in tensors:
+                tensors[f"{layer}.weight"] += 0.7 * (1 / 2) * up @ down
+                save_file(tensors, file)
+        ours = self.sampled(with_lora(handles.model, tmp_path / "HPS2.1.safetensors", 0.7), variant)
+        expected = self.sampled(open_handles(merged, "fp32", CPU).model, variant)
+        assert error(ours, expected) < 1e-5
+        assert error(self.sampled(handles.model, variant), expected) > 1e-4
+
+    def test_quantized_and_range_safe_it_is_near(self, built, variant):
+        folder, handles = built(variant)
+        plain = self.sampled(handles.model, variant)
+        for model, most in (
+            (quantized(handles.model, "int8_weight_only"), 0.05),
+            (open_handles(folder, "fp16", CPU).model, 0.05),
+        ):
+            assert 0 < error(self.sampled(model, variant), plain) < most
