@@ -59,9 +59,9 @@ _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
 _SIZE = ("Size and length", ["CogVideoX15EmptyLatent"])
 _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
-_PARTS = ("Your video and mask", ["LoadVideo", "GetVideoComponents", "Mask"])
+_PARTS = ("Video and mask", ["LoadVideo", "GetVideoComponents", "Mask"])
 _INPAINT = ("What is made anew", ["CogVideoX15Inpaint"])
-_QUADMASK = ("Your video and quadmask", ["Your video", "GetVideoComponents", "Quadmask"])
+_QUADMASK = ("Video and quadmask", ["Your video", "GetVideoComponents", "Quadmask"])
 _VOID = ("What is taken away", ["Frames of the quadmask", "CogVideoX15Void"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
 _BRIDGE = ("To core's types", ["CogVideoX15ToComfyUI"])
@@ -71,6 +71,7 @@ _LAST = [
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
     [("Save", ["CreateVideo", "SaveVideo"])],
 ]
+_PAIR = (268, 240, 296, 246, 276, 218)
 _FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), (278, 252, 234, 260, 298, 222)
 #: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
@@ -80,8 +81,8 @@ STEPS = {
     "native_nodes": (_LORA, [[_MODEL], [_BRIDGE], [_PROMPTS, _SIZE], *_CORE, _LAST[2]]),
     "image_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_IMAGE], *_LAST]),
     "video_to_video": (_SIX, [[_MODEL], [_PROMPTS], [_VIDEO], *_LAST]),
-    "inpaint": (_SIX, [[_MODEL], [_PARTS], [_PROMPTS, _INPAINT], *_LAST]),
-    "object_removal": (_SIX, [[_MODEL], [_QUADMASK], [("Prompt", ["Prompt"]), _VOID], *_LAST]),
+    "inpaint": (_PAIR, [[_MODEL], [_PARTS], [_PROMPTS, _INPAINT], *_LAST]),
+    "object_removal": (_PAIR, [[_MODEL], [_QUADMASK], [("Prompt", ["Prompt"]), _VOID], *_LAST]),
 }
 
 
