@@ -68,6 +68,10 @@ EXAMPLE = """examples:
     --lora style.safetensors:0.8
   python generate.py --model models/CogVideoX1.5-5B --video clip.mp4 --strength 0.7 --keep-audio \\
     --prompt "The same scene in snow."
+  python generate.py --model models/CogVideoX-Fun-V1.5-5b-InP --video clip.mp4 --mask mask.png \\
+    --scheduler ddim_origin --prompt "A panda in a red coat."
+  python generate.py --model void_pass1.safetensors --video clip.mp4 --void quadmask.mp4 --cfg 1 --steps 30 \\
+    --scheduler ddim_origin --prompt "An empty bamboo forest."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -175,15 +179,16 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     )
     what.add_argument(
         "--image",
+        "--start-image",
         type=_path,
         metavar="FILE",
-        help="the image the video starts from, for image-to-video checkpoints; scaled and cropped",
+        help="the image the video starts from, for image-to-video and CogVideoX-Fun checkpoints; scaled and cropped",
     )
     what.add_argument(
         "--end-image",
         type=_path,
         metavar="FILE",
-        help="the image it ends with, for checkpoints fine-tuned for interpolation",
+        help="the image it ends with, for CogVideoX-Fun and checkpoints fine-tuned for interpolation",
     )
     what.add_argument(
         "--video",
@@ -192,13 +197,34 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         help="the video to start from, for text-to-video checkpoints; scaled and cropped",
     )
     what.add_argument(
+        "--mask",
+        type=_path,
+        metavar="FILE",
+        help="of --video: a picture or a clip, white where it is made anew, for CogVideoX-Fun checkpoints",
+    )
+    what.add_argument(
+        "--void",
+        type=_path,
+        metavar="QUADMASK",
+        help=(
+            "of --video: a clip of what to take out of it, for VOID's checkpoints: 0 the object, 127 what it affects, "
+            "63 where it covers that, 255 the rest; with --cfg 1 --steps 30 --scheduler ddim_origin"
+        ),
+    )
+    what.add_argument(
+        "--noise",
+        type=_path,
+        metavar="FILE.latent",
+        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void the second pass",
+    )
+    what.add_argument(
         "--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is"
     )
     what.add_argument(
         "--strength",
         type=float,
         metavar="SHARE",
-        help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference)",
+        help="of --video: how much is made anew, over 0 to 1 (default: 0.8, as the reference; 1 with --mask, --void)",
     )
     what.add_argument(
         "--width",
@@ -216,7 +242,10 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--frames",
         type=_whole,
         metavar="N",
-        help="16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest)",
+        help=(
+            "16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest); "
+            "8N+5 for CogVideoX-Fun and VOID (default: 85)"
+        ),
     )
     what.add_argument(
         "--seconds",
@@ -450,10 +479,10 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     files.add_argument(
         "--download",
         nargs="+",
-        metavar=("t2v|i2v", "DIR"),
+        metavar=("t2v|i2v|fun-inp", "DIR"),
         help=(
-            "download CogVideoX1.5-5B (t2v) or its image-to-video model (i2v), 31 GB, into DIR (default: models); "
-            "goes on where it stopped"
+            "download CogVideoX1.5-5B (t2v), its image-to-video model (i2v) or CogVideoX-Fun-V1.5-5b-InP (fun-inp), 31 "
+            "GB, into DIR (default: models); goes on where it stopped"
         ),
     )
     files.add_argument(
@@ -684,6 +713,8 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
         ("strength", "video"),
         ("keep_audio", "video"),
         ("end_image", "image"),
+        ("mask", "video"),
+        ("void", "video"),
         ("cache_range", "cache"),
         ("seconds", "image"),
     ):
@@ -693,6 +724,8 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--seconds makes many parts and --end-image is the end of one: give one of them")
     if options.image is not None and options.video is not None:
         parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
+    if options.mask is not None and options.void is not None:
+        parser.error("--mask is for CogVideoX-Fun checkpoints and --void for VOID's: give one of them")
     if options.prompt == options.negative == "-":
         parser.error(
             "--prompt and --negative cannot both be read from the standard input: give one of them as a file, @FILE"
@@ -789,6 +822,8 @@ class _Job:
     Attributes:
         latent: an empty one of its size and length.
         parts: of a video that is made in several, each as long as ``latent``.
+        noise: what it starts from, if it is given.
+        is_conditioned: whether the model reads more than the noise.
     """
 
     options: argparse.Namespace
@@ -801,6 +836,8 @@ class _Job:
     source: "_Source"
     latent: "torch.Tensor"
     parts: "Parts | None" = None
+    noise: "torch.Tensor | None" = None
+    is_conditioned: bool = False
 
     @property
     def size(self) -> str:
@@ -1042,11 +1079,11 @@ def _prepared(
         opened: opens the checkpoint.
         writes: whether this process is to write the video.
     """
-    import torch
 
     from cogvideox.geometry import empty_latent
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.requests import plan_steps
+    from cogvideox.requests import check_noise, plan_steps
+    from commands.inpaint import foresee_conditioning, read_noise
 
     denoise = _check_settings(options)
     output = _output(options) if writes else options.output or DEFAULT_OUTPUT
@@ -1056,11 +1093,17 @@ def _prepared(
     model, text_encoder = _changed(options, handles)
     source = _source(options, model.variant, output if writes else None, events)
     parts = None if options.seconds is None else _parts(options, source, output if writes else None)
-    latent = empty_latent(source.width, source.height, source.frames, frame_step=model.variant.frame_step)
+    lengths = model.variant.frame_step, model.variant.in_pairs
+    latent = empty_latent(source.width, source.height, source.frames, 1, *lengths)
     # Shapes are enough to know the rest.
-    image = None if source.start is None else torch.zeros_like(latent)
+    image, noise = foresee_conditioning(options, model.variant, latent), read_noise(options)
+    if noise is not None:
+        check_noise(noise, latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
-    return _Job(options, output, denoise, texts, handles, model, text_encoder, source, latent, parts)
+    is_conditioned = image is not None
+    return _Job(
+        options, output, denoise, texts, handles, model, text_encoder, source, latent, parts, noise, is_conditioned
+    )
 
 
 def _say_plan(job: _Job, place: Place) -> None:
@@ -1116,17 +1159,29 @@ def _sampled(
     from cogvideox.pictures import fit_size
     from cogvideox.sampling import sample
     from cogvideox.vae import encode, image_latents
+    from commands.inpaint import make_conditioning
 
     options, source, latent, image = job.options, job.source, job.latent, None
     if job.model.weights.method is not None and not job.model.weights.is_loaded:
         _say(job.model.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
-    if source.start is not None:
-        start = fit_size(source.start if start is None else start, source.width, source.height)
-        end = None if source.end is None else fit_size(source.end, source.width, source.height)
-        image = _same(ranks, lambda: image_latents(job.handles.vae, start, source.frames, end, **how))
-    if source.clip is not None:
-        clip, source.clip = source.clip, None
+    pictures = [
+        None if picture is None else fit_size(picture, source.width, source.height)
+        for picture in (source.start if start is None else start, source.end)
+    ]
+    clip, source.clip = source.clip, None
+    if pictures[0] is not None and job.model.variant.image_to_video:
+        first, last = pictures[0], pictures[1]
+        image = _same(ranks, lambda: image_latents(job.handles.vae, first, source.frames, last, **how))
+    elif job.is_conditioned:
+        size = source.width, source.height
+        image = _same(
+            ranks,
+            lambda: make_conditioning(
+                options, job.handles.vae, clip, source.frames, size, (pictures[0], pictures[1]), source.mask, **how
+            ),
+        )
+    if clip is not None and job.denoise < 1:
         latent = _same(ranks, lambda: encode(job.handles.vae, clip, **how))
     team = None if ranks is None else ranks.team(_check_team(job, ranks.place))
     with _latents_kept(options, job.output) if ranks is None or ranks.place.is_first else nullcontext():
@@ -1136,6 +1191,7 @@ def _sampled(
             prompts["negative"],
             latent,
             image_latents=image,
+            noise=job.noise,
             denoise=job.denoise,
             seed=options.seed if seed is None else seed,
             steps=options.steps,
@@ -1225,7 +1281,9 @@ def _check_settings(options: argparse.Namespace) -> float:
     from cogvideox.requests import check_guidance, check_guidance_range
     from cogvideox.schedulers import steps_to_run
 
-    denoise = 1.0 if options.video is None else 0.8 if options.strength is None else options.strength
+    in_parts = options.mask is not None or options.void is not None
+    usual = 1.0 if options.video is None or in_parts else 0.8
+    denoise = usual if options.strength is None else options.strength
     if not 0 < denoise <= 1:
         raise ValueError(
             f"--strength is {denoise}, but it is a share over 0 and up to 1: how much of the video is made anew. The "
@@ -1317,6 +1375,7 @@ class _Source:
     start: "torch.Tensor | None" = None
     end: "torch.Tensor | None" = None
     clip: "torch.Tensor | None" = None
+    mask: "torch.Tensor | None" = None
     sound: Any = None
 
 
@@ -1329,11 +1388,12 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path | None
     import torch
 
     from cogvideox.geometry import check_frames, check_video_room
-    from cogvideox.pictures import check_images
+    from cogvideox.pictures import check_images, nearest_length
     from cogvideox.video import check_room, read_image, read_sound, read_video
+    from commands.inpaint import fit_parts, read_mask
 
     if options.frames is not None:
-        check_frames(options.frames, variant.frame_step)
+        check_frames(options.frames, variant.frame_step, variant.in_pairs)
     start, end = (
         None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
@@ -1345,16 +1405,24 @@ def _source(options: argparse.Namespace, variant: "Variant", output: Path | None
     frames = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
     source = _Source(width, height, frames, _fps(options, variant), start, end)
     check_video_room(width, height, frames)
+    in_parts = options.mask or options.void
     if options.video is not None:
         source.clip = read_video(
             options.video,
             frames,
             fps=source.fps,
             size=(width, height),
-            step=variant.frame_step,
+            step=None if in_parts is not None else variant.frame_step,
+            in_pairs=variant.in_pairs,
             dtype=torch.uint8,
             events=events,
         )
+        if in_parts is not None:
+            count = len(source.clip)
+            source.frames = options.frames or nearest_length(count, variant.frame_step, variant.in_pairs)[0]
+            source.frames = frames if options.void is not None else source.frames
+            mask = read_mask(in_parts, count, min(count, source.frames), (width, height), source.fps, events)
+            source.clip, source.mask = fit_parts(options, source.clip, mask, source.frames)
         source.frames = len(source.clip)
         if options.frames is not None and source.frames < options.frames:
             _say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
@@ -1423,6 +1491,9 @@ def _output(options: argparse.Namespace) -> Path:
         options.image,
         options.end_image,
         options.video,
+        options.mask,
+        options.void,
+        options.noise,
         options.model,
         options.text_encoder,
         options.vae,

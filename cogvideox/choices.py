@@ -37,8 +37,8 @@ QUANTIZE = (INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY, INT8_DYNAMIC, FP8_DYNAMIC)
 HEAL = "heal"
 ON_NAN = (HEAL, STOP)
 #: Noise schedulers, and the diffusers class of each.
-DDIM, DPM = "ddim", "dpm"
-SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler"}
+DDIM, DPM, DDIM_ORIGIN = "ddim", "dpm", "ddim_origin"
+SCHEDULERS = {DDIM: "CogVideoXDDIMScheduler", DPM: "CogVideoXDPMScheduler", DDIM_ORIGIN: "DDIMScheduler"}
 #: How what context windows make is joined where they overlap: with weights that rise and fall in a line.
 LINEAR = "linear"
 BLENDS = (LINEAR,)

@@ -32,6 +32,7 @@ def read_video(
     fps: Fraction | float | None = None,
     size: tuple[int, int] | None = None,
     step: int | None = None,
+    in_pairs: bool = False,
     dtype: torch.dtype = torch.float32,
     events: Events | None = None,
 ) -> torch.Tensor:
@@ -46,7 +47,8 @@ def read_video(
         fps: frames per second to give. Each is the nearest by its time, so that a second stays a second. None gives
             all, as they come.
         size: width and height to scale and centre-crop them to, with Lanczos' filter in 8 bits.
-        step: cut the clip, or repeat its last frame, to the nearest ``step * N + 1`` frames.
+        step, in_pairs: cut the clip, or repeat its last frame, to the nearest length that ``check_frames`` takes with
+            them.
         dtype: float32 gives 0..1; uint8 gives 0..255, in a quarter of the memory.
         events: told what was changed, cut or guessed.
 
@@ -96,7 +98,7 @@ def read_video(
         seconds = f" ({count / rate:.1f} s)" if rate else ""
         whole = f"{seconds} of {duration:.1f} s" if duration else seconds
         tell(f"Only the first {count} frames{whole} of {short(path)} are used.")
-    length, change = (count, None) if step is None else nearest_length(count, step)
+    length, change = (count, None) if step is None else nearest_length(count, step, in_pairs)
     if change:
         tell(change)
     clip = _with_room(clip, length, length, clip[0])[:length]

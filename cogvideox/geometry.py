@@ -19,16 +19,26 @@ def pixel_frames(latent_frame_count: int) -> int:
     return (latent_frame_count - 1) * TEMPORAL_COMPRESSION + 1
 
 
-def check_frames(frames: int, step: int = 16) -> None:
+def check_frames(frames: int, step: int = 16, in_pairs: bool = False) -> None:
     """Refuse a clip length that is not ``step * N + 1`` frames (16 for CogVideoX-1.5, 8 for CogVideoX 1.0).
+
+    Args:
+        in_pairs: latent frames have to be an even number, or one: ``step * N + 5`` frames (CogVideoX-Fun-V1.5, VOID).
 
     Raises:
         ValueError: with the two nearest lengths that work.
     """
-    if frames >= 1 and frames % step == 1:
+    rest = 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+    if frames == 1 or (frames > 1 and frames % step == rest % step):
         return
-    below = max(1, (frames - 1) // step * step + 1)
-    near = f"{below} or {below + step}" if frames > 0 else f"1 or {step + 1}"
+    below = (frames - rest) // step * step + rest
+    near = f"{below} or {below + step}" if below >= rest and frames > 0 else f"1 or {step + 1 if rest == 1 else rest}"
+    if in_pairs:
+        raise ValueError(
+            f"The clip length is {frames} frames, but this model makes {step}N+{rest}, or a single one: it reads "
+            f"latent frames in pairs, the first of which is one frame and the others {TEMPORAL_COMPRESSION} each. Set "
+            f"it to {near}."
+        )
     raise ValueError(
         f"The clip length is {frames} frames, but this model makes {step}N+1 frames: the first frame stands alone and "
         f"the others are compressed in groups, so any other length would be cut or stretched. Set it to {near}."
@@ -85,20 +95,22 @@ def check_video_room(width: int, height: int, frames: int, batch_size: int = 1) 
     check_room(4 * values, what, "Make it smaller or shorter, or fewer at once.")
 
 
-def empty_latent(width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16) -> torch.Tensor:
+def empty_latent(
+    width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16, in_pairs: bool = False
+) -> torch.Tensor:
     """Make the latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with
     ``T = (frames - 1) // 4 + 1``.
 
     Args:
         width, height: pixels, multiples of 16.
-        frames: pixel frames, ``frame_step * N + 1``.
+        frames: pixel frames, as ``check_frames`` takes them with ``frame_step`` and ``in_pairs``.
         batch_size: videos, at least 1.
 
     Raises:
         ValueError: for sizes, lengths or batches that the model cannot make.
     """
     check_size(width, height)
-    check_frames(frames, frame_step)
+    check_frames(frames, frame_step, in_pairs)
     check_batch_size(batch_size)
     check_video_room(width, height, frames, batch_size)
     shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)

@@ -33,8 +33,9 @@ class Model:
 
     Attributes:
         latent_scale: what a VAE latent is multiplied by.
-        image_latent_scale: what the latent of a start image is multiplied by: the inverse for CogVideoX1.5-5B-I2V,
-            which was trained so (``invert_scale_latents`` of the VAE's config).
+        image_latent_scale: what the model reads beside the noise is multiplied by, the latent of a start image or what
+            CogVideoX-Fun and VOID take: the inverse for CogVideoX1.5-5B-I2V, which was trained so
+            (``invert_scale_latents`` of the VAE's config).
         loras: applied in this order whenever the transformer runs; the weights are never changed.
         cache: what is reused from step to step, if anything.
         compiled: how the blocks are compiled, if they are.
@@ -88,11 +89,12 @@ class VAE:
     """COGVIDEOX_VAE: the checkpoint's own autoencoder.
 
     Attributes:
-        frame_step: the clips its transformer makes have ``frame_step * N + 1`` frames.
+        frame_step, in_pairs: of the clips that its transformer makes, as ``Variant`` has them.
     """
 
     weights: Weights
     frame_step: int = 16
+    in_pairs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +165,7 @@ def make_handles(
             checkpoint.variant, checkpoint.scheduler_config, *_latent_scales(checkpoint), weights("transformer"), loras
         ),
         TextEncoder(checkpoint.tokenizer, checkpoint.text_tokens, weights("text_encoder")),
-        VAE(weights("vae"), checkpoint.variant.frame_step),
+        VAE(weights("vae"), checkpoint.variant.frame_step, checkpoint.variant.in_pairs),
         plan,
     )
 
@@ -293,4 +295,6 @@ def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:
     whole = checkpoint.parts["transformer"].source == checkpoint.path / "transformer" and "vae" in checkpoint.parts
     own = whole and checkpoint.parts["vae"].source == checkpoint.path / "vae"
     inverted = config.get("invert_scale_latents", False) if own else checkpoint.variant.inverts_image_latents
+    # The pipelines of CogVideoX-Fun and VOID never read that flag.
+    inverted = inverted and checkpoint.variant.image_to_video
     return scale, 1 / scale if inverted else scale

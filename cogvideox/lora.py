@@ -27,7 +27,7 @@ from .checkpoint.parts import Part
 from .dtypes import Precision
 from .finite import check_finite
 from .modules.range_safe import RangeSafeLinear
-from .variants import identify
+from .variants import NOTHING, identify
 from .words import listed, short
 
 
@@ -195,7 +195,7 @@ def _trained_elsewhere(found: LoraFile, part: Part) -> list[str]:
         return []
     variant = identify(part.config)
     is_15, is_i2v = bool(re.search(r"1[._-]?5", base)), bool(re.search(r"i2v|inp", base))
-    if (is_15, is_i2v) == (variant.frame_step == 16, variant.image_to_video):
+    if (is_15, is_i2v) == (bool(part.config.get("patch_size_t")), variant.reads != NOTHING):
         return []
     return [
         f"It was trained on {short(found.base)}, and this is {variant.name}: its layers fit, but it may do less or "

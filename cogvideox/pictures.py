@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 
 from .geometry import SIZE_STEP
+from .variants import TEMPORAL_COMPRESSION
 
 #: How far bicubic and lanczos resampling, which sharpen edges, go beyond 0..1 in practice: such images are clamped.
 _OVERSHOOT = 0.1
@@ -65,6 +66,29 @@ def check_images(images: torch.Tensor, name: str) -> torch.Tensor:
     if low >= 0 and high <= 1:
         return images.float()
     return torch.clamp(images, 0, 1) if images.dtype == torch.float32 else images.float().clamp_(0, 1)
+
+
+def check_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """Refuse what is not a mask in 0..1: a MASK ``[H, W]`` or ``[F, H, W]``, or an IMAGE ``[F, H, W, C]`` of grey, of
+    which the first colour counts.
+
+    Args:
+        name: what it is, for messages: ``quadmask``.
+
+    Returns:
+        float32 ``[F, H, W]``.
+
+    Raises:
+        ValueError: for another shape, NaN, Inf, or values outside 0..1.
+    """
+    shape = list(mask.shape)
+    if mask.ndim not in (2, 3, 4) or 0 in shape:
+        raise ValueError(
+            f"The {name} has the shape {shape}, but a mask is [frames, height, width]. Connect a MASK, or the IMAGE of "
+            "a mask's video."
+        )
+    flat = mask[..., 0] if mask.ndim == 4 else mask[None] if mask.ndim == 2 else mask
+    return check_images(flat[..., None].expand(*flat.shape, 3), name)[..., 0]
 
 
 def _pieces(images: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -133,25 +157,28 @@ def fit_grid(images: torch.Tensor) -> tuple[torch.Tensor, str | None]:
     return images[:, top : top + new_height, left : left + new_width], note
 
 
-def fit_length(images: torch.Tensor, step: int) -> tuple[torch.Tensor, str | None]:
-    """Cut a clip, or repeat its last frame, to the nearest ``step * N + 1`` frames; with a sentence if that changed it.
+def fit_length(images: torch.Tensor, step: int, in_pairs: bool = False) -> tuple[torch.Tensor, str | None]:
+    """Cut a clip, or repeat its last frame, to the nearest length that ``check_frames`` takes; with a sentence if that
+    changed it.
 
     A clip never becomes a single frame: up to ``step`` frames are filled up.
     """
     count = len(images)
-    wanted, note = nearest_length(count, step)
+    wanted, note = nearest_length(count, step, in_pairs)
     if wanted <= count:
         return images[:wanted], note
     return torch.cat([images, images[-1:].expand(wanted - count, -1, -1, -1)]), note
 
 
-def nearest_length(count: int, step: int) -> tuple[int, str | None]:
-    """Return the ``step * N + 1`` frames nearest to ``count``, and a sentence about what that cuts or repeats."""
-    blocks = max(1, (count - 1 + step // 2 - 1) // step) if count > 1 else 0
-    wanted = blocks * step + 1
+def nearest_length(count: int, step: int, in_pairs: bool = False) -> tuple[int, str | None]:
+    """Return the frames nearest to ``count`` that ``geometry.check_frames`` takes, ``step * N + 1`` or, ``in_pairs``,
+    ``step * N + 5``, and a sentence about what that cuts or repeats."""
+    rest = 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+    blocks = max(0 if in_pairs else 1, (count - rest + step // 2 - 1) // step)
+    wanted = blocks * step + rest if count > 1 else 1
     if wanted == count:
         return count, None
-    rule = f"The clip has {count} frames and this model makes {step}N+1, so"
+    rule = f"The clip has {count} frames and this model makes {step}N+{rest}, so"
     if wanted < count:
         return wanted, f"{rule} the last {count - wanted} were cut: {wanted} are left."
     return wanted, f"{rule} the last was repeated {wanted - count} times."

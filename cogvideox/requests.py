@@ -7,16 +7,25 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from .choices import DDIM, OFFLOAD_BLOCKS, OFFLOAD_LAYERS, check_share, steps_between
+from .choices import DDIM, DPM, OFFLOAD_BLOCKS, OFFLOAD_LAYERS, check_share, steps_between
 from .combinations import check_sharing
 from .finite import check_finite
-from .geometry import check_latent, pixel_frames, video_tokens
+from .geometry import check_frames, check_latent, pixel_frames, video_tokens
 from .handles import Model
 from .memory import check_host_room
 from .modules.sharded import Split
 from .schedulers import make_scheduler, schedule_timesteps
 from .tensors import check_tensor
-from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
+from .variants import (
+    CONDITIONING_CHANNELS,
+    INPAINT,
+    LATENT_CHANNELS,
+    NOTHING,
+    SPATIAL_COMPRESSION,
+    START_IMAGE,
+    VOID,
+    full_config,
+)
 from .windows import spans, windows_text
 
 
@@ -45,11 +54,12 @@ def plan_steps(
 
 
 def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tensor | None) -> None:
-    """Refuse latents that the model does not read, and those of a start image where it wants none, or others.
+    """Refuse latents that the model does not read, and those of a start image, or of what else is read beside the
+    noise, where it wants none, or others.
 
     Args:
         latents: ``[B, 16, T, H/8, W/8]``.
-        image_latents: those of a start image, ``[1 or B, 16, T, H/8, W/8]``, if there is one.
+        image_latents: what is read beside the noise, ``[1 or B, C, T, H/8, W/8]``, if there is something.
 
     Raises:
         ValueError: saying what does not fit what.
@@ -57,7 +67,14 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
     config = full_config(model.weights.config)
     check_latent(latents, config["patch_size"])
     check_host_room(model, latents.shape)
-    check_start_image(model, image_latents is not None)
+    check_conditioning(model, image_latents)
+    if model.variant.in_pairs:
+        try:
+            check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} CogVideoX-1.5 Inpaint and CogVideoX-1.5 Object Removal (VOID) give latents of such lengths."
+            ) from None
     if image_latents is not None:
         _check_image(latents, image_latents)
     if config["use_learned_positional_embeddings"]:
@@ -77,7 +94,7 @@ def check_windows(model: Model, latents: torch.Tensor, scheduler: str) -> None:
         ValueError: saying why, and what to choose.
     """
     count = len(spans(model.windows, latents.shape[2], full_config(model.weights.config)))
-    if model.windows is not None and count > 1 and scheduler != DDIM:
+    if model.windows is not None and count > 1 and scheduler == DPM:
         raise ValueError(
             f"The clip of {pixel_frames(latents.shape[2])} frames is made in {count} context windows, and the "
             f"scheduler {scheduler} adds noise at each step and builds on the step before, which differ from window "
@@ -127,32 +144,73 @@ def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
         )
 
 
-def check_start_image(model: Model, given: bool) -> None:
-    """Refuse a model that needs a start image without one, and one that cannot read it with one.
+def check_conditioning(model: Model, given: torch.Tensor | None) -> None:
+    """Refuse a model without what it has to read beside the noise, and one with what it cannot read.
+
+    Args:
+        given: ``[1 or B, C, T, H/8, W/8]``: its channels say which node made it.
 
     Raises:
         ValueError: saying what to connect, or which checkpoint to load.
     """
-    channels = full_config(model.weights.config)["in_channels"]
-    takes_image = channels == 2 * LATENT_CHANNELS
-    if channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+    channels, reads = full_config(model.weights.config)["in_channels"], model.variant.reads
+    if channels != LATENT_CHANNELS + CONDITIONING_CHANNELS[reads]:
         raise ValueError(
             f"{model.variant.name} has {channels} input channels; text-to-video models have {LATENT_CHANNELS} and "
             f"image-to-video ones {2 * LATENT_CHANNELS}, so it is an extension that is not known here. Load an "
             "official checkpoint or a fine-tune of one."
         )
-    if takes_image and not given:
+    more = given.shape[1] if given is not None and given.ndim > 1 else 0
+    # Without anything CogVideoX-Fun makes a video of the text alone.
+    if more == CONDITIONING_CHANNELS[reads] or (given is None and reads == INPAINT):
+        return
+    if given is not None:
+        raise ValueError(_strange(model, more))
+    if reads == VOID:
         raise ValueError(
-            f"{model.variant.name} is an image-to-video model ({channels} input channels) and no start image is "
-            "connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load "
-            "a text-to-video checkpoint such as CogVideoX1.5-5B."
+            f"{model.variant.name} takes objects out of a video ({channels} input channels) and no video with a "
+            "quadmask is connected. Put CogVideoX-1.5 Object Removal (VOID) before the sampler."
         )
-    if given and not takes_image:
-        raise ValueError(
+    raise ValueError(
+        f"{model.variant.name} is an image-to-video model ({channels} input channels) and no start image is "
+        "connected: with text alone it makes noise. Put CogVideoX-1.5 Image to Video before the sampler, or load "
+        "a text-to-video checkpoint such as CogVideoX1.5-5B."
+    )
+
+
+def _strange(model: Model, channels: int) -> str:
+    """Say what a conditioning of so many channels is, which the model does not read, and what to do."""
+    name, reads = model.variant.name, model.variant.reads
+    if channels == CONDITIONING_CHANNELS[INPAINT]:
+        return (
+            f"{name} is connected to CogVideoX-1.5 Inpaint, whose mask and masked video it cannot read: only "
+            "CogVideoX-Fun-V1.5-InP checkpoints do. Load CogVideoX-Fun-V1.5-5b-InP, or take the node away."
+        )
+    if channels == CONDITIONING_CHANNELS[VOID]:
+        return (
+            f"{name} is connected to CogVideoX-1.5 Object Removal (VOID), whose quadmask and video it cannot read: "
+            "only VOID's checkpoints do. Load one, such as void_pass1.safetensors, or take the node away."
+        )
+    if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == INPAINT:
+        return (
+            f"{name} is connected to CogVideoX-1.5 Image to Video, whose start image it cannot read: it takes images "
+            "with a mask. Put CogVideoX-1.5 Inpaint in its place, which has start_image and end_image too."
+        )
+    if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == VOID:
+        return (
+            f"{name} is connected to CogVideoX-1.5 Image to Video, whose start image it cannot read: it takes a video "
+            "and a quadmask. Put CogVideoX-1.5 Object Removal (VOID) in its place."
+        )
+    if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == NOTHING:
+        return (
             f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
             "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
             "denoise below 1 to start from a video."
         )
+    return (
+        f"The conditioning holds latents of {channels} channels, and {name} reads {CONDITIONING_CHANNELS[reads]} "
+        "beside the noise: another model's node made them. Connect the node of this pack that is for the checkpoint."
+    )
 
 
 def check_guidance(cfg: float, negative: torch.Tensor | str | None = "") -> None:
@@ -297,7 +355,8 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
         step = model.variant.frame_step
         frames = (model.windows.length - 1) // step * step + 1
     notes = [windows, model.variant.outside_model_card(width, height, frames)]
-    if image_latents is not None and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
+    wants_image = model.variant.reads == START_IMAGE
+    if image_latents is not None and wants_image and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
         # No weight tells; those who train for it say so in the name.
         names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
         if not any("interp" in name.lower() for name in names):
@@ -309,7 +368,8 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
 
 
 def _check_image(latents: torch.Tensor, image_latents: torch.Tensor) -> None:
-    check_latent(image_latents)
+    # Whatever is before them, the last channels are a video's latents.
+    check_latent(image_latents[:, -LATENT_CHANNELS:])
     check_finite(image_latents, "The start image's latent", "Encode it again with CogVideoX-1.5 Image to Video.")
     if image_latents.shape[2:] != latents.shape[2:] or image_latents.shape[0] not in (1, latents.shape[0]):
         image, video = (

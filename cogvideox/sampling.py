@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 
 from .dtypes import Precision
 from .events import Events
@@ -45,7 +46,7 @@ from .second import Second
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
-from .variants import OFS, full_config
+from .variants import CONDITIONING_CHANNELS, INPAINT, OFS, full_config
 from .weights import Placement
 from .windows import Canvas, spans
 
@@ -80,8 +81,9 @@ def sample(
             be None. Those of unequal length (prompts joined by Conditioning Concat) run one after the other.
         latents: ``[B, 16, T, H/8, W/8]``, unscaled. All zeros means "start from noise"; anything else is the video that
             ``denoise`` < 1 starts from.
-        image_latents: what an image-to-video model starts from, ``[1 or B, 16, T, H/8, W/8]``, unscaled:
-            ``vae.image_latents``.
+        image_latents: what the model reads beside the noise, ``[1 or B, C, T, H/8, W/8]``, unscaled:
+            ``vae.image_latents`` for image to video, what ``conditioning`` makes for CogVideoX-Fun and VOID. Without it
+            CogVideoX-Fun reads zeros, which is text to video.
         noise: standard normal, ``[B, 16, T, H/8, W/8]``, in the place of what ``seed`` draws for the video; what pads
             it is drawn all the same.
         noise_mask: 1 where the video is made anew and 0 where ``latents`` are kept, as ``requests.fit_mask`` has it. At
@@ -170,7 +172,8 @@ def sample(
         torch.no_grad(),
     ):
         dtype = model.weights.precision.activations
-        padding = padding_frames(latents.shape[2], config)
+        # In front, but for models that read a single frame with zeros behind it.
+        padding = 0 if model.variant.in_pairs else padding_frames(latents.shape[2], config)
         generator = torch.Generator("cpu").manual_seed(seed)
         start = model.latent_scale * _padded(latents.to(device, dtype), padding)
         drawn = _draw_noise(start, generator)
@@ -181,16 +184,12 @@ def sample(
         if noise_mask is not None:
             mask = _padded(noise_mask.to(device), padding)
             kept = Kept(noise_schedule, mask, start.float(), drawn.float())
-        image = None
-        if image_latents is not None:
-            image = image_latents.expand(latents.shape[0], -1, -1, -1, -1).to(device, dtype)
-            image = model.image_latent_scale * _padded(image, padding, zeros=True)
         run = Run(
             sentinel,
             noise_schedule,
             timesteps,
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
-            image=image,
+            image=_beside(model, image_latents, latents, padding),
             ofs=OFS if config["ofs_embed_dim"] is not None else None,
             rotary={
                 length: rotary_embedding(config, length, noisy.shape[3], noisy.shape[4], device)
@@ -202,6 +201,7 @@ def sample(
             generator=generator,
             speedups=speedups,
             padding=padding,
+            behind=padding_frames(noisy.shape[1], config),
             kept=kept,
             windows=windows,
             overlap=0 if model.windows is None else model.windows.overlap,
@@ -307,6 +307,17 @@ def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.T
     return torch.cat([first.expand(-1, padding, -1, -1, -1), video], dim=1)
 
 
+def _beside(model: Model, given: torch.Tensor | None, latents: torch.Tensor, padding: int) -> torch.Tensor | None:
+    """Return what the model reads beside the noise, ``[B, padding + T, C, h, w]``, scaled; None if there is nothing."""
+    if given is None and model.variant.reads == INPAINT:
+        given = latents.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *latents.shape[2:])
+    if given is None:
+        return None
+    weights = model.weights
+    image = given.expand(latents.shape[0], -1, -1, -1, -1).to(weights.device, weights.precision.activations)
+    return model.image_latent_scale * _padded(image, padding, zeros=True)
+
+
 def _unscaled(latents: torch.Tensor, padding: int, scale: float) -> torch.Tensor:
     """Return the latents of a run as ``sample`` gives them. The reference unscales in the model's own dtype, just
     before the VAE."""
@@ -378,14 +389,16 @@ class Run:
 
     Attributes:
         sentinel: the transformer, entered; its placement says whether both halves of guidance run as one batch.
-        scheduler: a ``CogVideoXDDIMScheduler`` or ``CogVideoXDPMScheduler`` whose ``set_timesteps`` was called.
+        scheduler: one of diffusers' (``choices.SCHEDULERS``) whose ``set_timesteps`` was called.
         timesteps: on the host: the scheduler's own tables are there, and asking the device for one would wait for it.
-        image: ``[B, T, C, h, w]``, scaled and padded, put beside the latents' channels; a window reads its part.
+        image: ``[B, T, C, h, w]`` of any number of channels, scaled and padded, put beside the latents' channels; a
+            window reads its part.
         ofs: what 1.5's image-to-video models are told besides the timestep.
         rotary: cosines and sines of the positions, by the latent frames of a window: in each they begin anew.
         generator: source of the noise that the DPM scheduler adds.
         guided: the steps that are guided.
         padding: latent frames in front that are not the video's.
+        behind: frames of zeros that the transformer reads behind them.
         kept: what a noise mask keeps.
         windows: what of the padded clip the transformer reads at once: all, or one window after the other.
         overlap: latent frames that a window shares with the next.
@@ -407,6 +420,7 @@ class Run:
     speedups: Speedups
     padding: int
     windows: Sequence[slice]
+    behind: int = 0
     kept: Kept | None = None
     overlap: int = 0
     evaluate: Callable[[Sequence[Call], nn.Module], list[torch.Tensor]] = field(default_factory=lambda: _one_by_one)
@@ -525,15 +539,18 @@ class Run:
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
         if image is not None:
             model_input = torch.cat([model_input, torch.cat([image.to(device)] * copies)], dim=2)
-        rotary = self.rotary[current.shape[1]]
-        return transformer(
+        frames, rotary = model_input.shape[1], self.rotary[current.shape[1] + self.behind]
+        if self.behind:
+            model_input = functional.pad(model_input, (0, 0, 0, 0, 0, 0, 0, self.behind))
+        prediction = transformer(
             hidden_states=model_input,
             encoder_hidden_states=prompt,
             timestep=self._on_device[index].to(device).expand(model_input.shape[0]),
             ofs=None if self.ofs is None else current.new_full((1,), self.ofs),
             image_rotary_emb=None if rotary is None else tuple(table.to(device) for table in rotary),
             return_dict=False,
-        )[0].to(here, torch.float32)
+        )[0]
+        return prediction[:, :frames].to(here, torch.float32)
 
     def _guidance(self, index: int) -> float:
         if not self.dynamic_cfg:

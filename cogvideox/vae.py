@@ -31,12 +31,14 @@ def decode(
     on_nan: str = "heal",
     events: Events | None = None,
     budget: int | None = None,
+    in_pairs: bool | None = None,
 ) -> torch.Tensor:
     """Decode video latents, one video and two latent frames at a time, in as little memory as there is.
 
     Equal to diffusers' untiled ``vae.decode`` (its chunks and caches; batches one video at a time, its ``use_slicing``)
     followed by ``VideoProcessor.postprocess_video``, but for rounding: relative L2 under 1e-5 in fp32. Frames
-    leave the device as they are made.
+    leave the device as they are made. ``in_pairs`` it is as equal to the decode of VideoX-Fun (aigc-apps/VideoX-Fun,
+    ``AutoencoderKLCogVideoX``), which CogVideoX-Fun-V1.5 and VOID come with.
 
     Args:
         samples: ``[B, 16, T, H/8, W/8]``, unscaled.
@@ -46,10 +48,12 @@ def decode(
             in less memory; asked many times a chunk whether to stop.
         budget: bytes that may be taken on the device beside the weights; by default what is free there. Less is slower
             and gives the same.
+        in_pairs: whether the first latent frame is decoded alone and the others in pairs; by default as the checkpoint
+            says that the VAE came with. What made the latents knows better.
 
     Returns:
-        float32 ``[B * F, H, W, 3]`` in 0..1 on the CPU; ``F = 4 (T - 1) + 1`` for an odd ``T``, ``4 T`` for an even
-        one.
+        float32 ``[B * F, H, W, 3]`` in 0..1 on the CPU; ``F = 4 (T - 1) + 1`` for an odd ``T`` and in pairs, ``4 T``
+        for an even one otherwise.
 
     Raises:
         ValueError: for a latent that is not a CogVideoX one, or not finite, or whose frames this computer cannot hold.
@@ -59,7 +63,9 @@ def decode(
     events = events or Events()
     check_latent(samples)
     batch, _, length, height, width = samples.shape
-    frames, height, width = _decoded_frames(length), height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
+    in_pairs = vae.in_pairs if in_pairs is None else in_pairs
+    frames = pixel_frames(length) if in_pairs else _decoded_frames(length)
+    height, width = height * SPATIAL_COMPRESSION, width * SPATIAL_COMPRESSION
     check_room(
         4 * 3 * batch * frames * height * width,
         f"The frames of {batch} video(s) of {width}x{height} pixels and {frames} frames",
@@ -70,7 +76,8 @@ def decode(
     )
     images = torch.empty(batch, frames, height, width, 3)
     with Sentinel(vae.weights, on_nan, events) as sentinel, torch.no_grad():
-        chunks = chunk_lengths(length, _frames_of(sentinel.module, "num_latent_frames_batch_size"))
+        size = _frames_of(sentinel.module, "num_latent_frames_batch_size")
+        chunks = pair_lengths(length, size) if in_pairs else chunk_lengths(length, size)
         work = _Chunks(sentinel, Strips.decode, budget, events)
         for video, latent in enumerate(samples.split(1)):
             start, first = 0, 0
@@ -109,6 +116,29 @@ def encode(
     """
     if images.dtype != torch.uint8:
         images = check_images(images, "images")
+    return _encode(vae, images, _read_frames, on_nan, events, budget)
+
+
+def encode_values(
+    vae: VAE,
+    values: torch.Tensor,
+    on_nan: str = "heal",
+    events: Events | None = None,
+    budget: int | None = None,
+) -> torch.Tensor:
+    """Encode a clip that is no picture, as it is: float32 ``[F, H, W, 3]`` of any values, where those of a picture go
+    from -1 to 1. Otherwise as ``encode``."""
+    return _encode(vae, values, _as_they_are, on_nan, events, budget)
+
+
+def _encode(
+    vae: VAE,
+    images: torch.Tensor,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    on_nan: str,
+    events: Events | None,
+    budget: int | None,
+) -> torch.Tensor:
     count, height, width = images.shape[:3]
     check_size(width, height)
     if count % TEMPORAL_COMPRESSION != 1:
@@ -118,7 +148,7 @@ def encode(
             f"{fitting}, or repeat frames."
         )
     # The posterior's mean, which is its mode; the other half is its variance.
-    return moments(vae, images, _read_frames, on_nan, events, budget).chunk(2, dim=1)[0]
+    return moments(vae, images, prepare, on_nan, events, budget).chunk(2, dim=1)[0]
 
 
 def moments(
@@ -162,6 +192,10 @@ def moments(
 def _read_frames(frames: torch.Tensor) -> torch.Tensor:
     frames = frames / 255 if frames.dtype == torch.uint8 else frames
     return 2.0 * rearrange(frames, "f h w c -> 1 c f h w") - 1.0
+
+
+def _as_they_are(values: torch.Tensor) -> torch.Tensor:
+    return rearrange(values, "f h w c -> 1 c f h w")
 
 
 class _Chunks:
@@ -266,6 +300,11 @@ def chunk_lengths(length: int, size: int) -> list[int]:
     """Latent frames per chunk, as the reference cuts them: a remainder joins the first chunk."""
     count = max(length // size, 1)
     return [length - size * (count - 1)] + [size] * (count - 1)
+
+
+def pair_lengths(length: int, size: int) -> list[int]:
+    """Latent frames per chunk, as VideoX-Fun cuts them: the first alone, and a remainder at the end."""
+    return [1, *(min(size, length - start) for start in range(1, length, size))]
 
 
 def _decoded_frames(length: int) -> int:

@@ -1,11 +1,12 @@
 """Describe the CogVideoX family: what each variant was trained in and which frames and sizes it was trained for.
 
 Figures: the model cards of CogVideoX1.5-5B, CogVideoX1.5-5B-I2V, CogVideoX-5b, CogVideoX-5b-I2V and CogVideoX-2b, and
-the official repository zai-org/CogVideo (Apache-2.0).
+the official repository zai-org/CogVideo (Apache-2.0); of CogVideoX-Fun-V1.5-5b-InP aigc-apps/VideoX-Fun (Apache-2.0),
+of VOID Netflix/void-model (Apache-2.0).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,10 +37,20 @@ DEFAULT_TEXT_TOKENS = 226
 #: of 81 frames of 1360x768 on one H100, by threshold; 0 is without it. Of text to video, and of image to video.
 TEACACHE_SECONDS: Mapping[float, int] = {0: 465, 0.1: 322, 0.2: 260, 0.3: 204}
 TEACACHE_SECONDS_I2V: Mapping[float, int] = {0: 475, 0.1: 316, 0.2: 239, 0.3: 204}
-#: Descendants whose inputs this pack does not make yet, by input channels: what they are.
+#: What a transformer reads beside the noise: nothing; the latent of a start image; a mask and the latent of a masked
+#: video; the latents of a mask and of a video.
+NOTHING, START_IMAGE, INPAINT, VOID = "nothing", "start_image", "inpaint", "void"
+#: The channels of each, which follow the noise's own.
+CONDITIONING_CHANNELS = {
+    NOTHING: 0,
+    START_IMAGE: LATENT_CHANNELS,
+    INPAINT: 1 + LATENT_CHANNELS,
+    VOID: 2 * LATENT_CHANNELS,
+}
+#: Descendants whose inputs this pack does not make, by input channels: what they are.
 _FOREIGN_INPUTS = {
-    33: "a CogVideoX-Fun InP model, whose input is noise, a mask and a masked video",
-    48: "VOID or another video-editing model, whose input is noise and two more latent videos",
+    33: "a CogVideoX-Fun InP model of CogVideoX 1.0, whose input is noise, a mask and a masked video",
+    48: "a video-editing model of CogVideoX 1.0, whose input is noise and two more latent videos",
     64: "a model whose input is noise and three more latent videos",
 }
 
@@ -52,8 +63,8 @@ class Variant:
         name: the released model it has the shape of, or the family and "custom size".
         trained: the dtype its weights were trained in, ``bf16`` or ``fp16``: the one in which its activations are known
             to be finite.
-        image_to_video: it takes the latent of a start image beside the noise (32 input channels).
-        frame_step: a clip has ``frame_step * N + 1`` frames.
+        reads: what it takes beside the noise, a key of ``CONDITIONING_CHANNELS``.
+        frame_step: a clip has ``frame_step * N + 1`` frames, or ``frame_step * N + 5`` where ``in_pairs``.
         max_frames: the longest clip of the model card, in frames.
         sizes: a text saying which sizes (pixels) the model card gives.
         fps: frames per second of the training clips.
@@ -61,13 +72,25 @@ class Variant:
 
     name: str
     trained: str
-    image_to_video: bool
+    reads: str
     frame_step: int
     max_frames: int
     default_frames: int
     default_size: tuple[int, int]
     sizes: str
     fps: int
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether it takes the latent of a start image beside the noise (32 input channels)."""
+        return self.reads == START_IMAGE
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether latent frames come in pairs, as in CogVideoX-Fun-V1.5 and VOID: their number is even, or 1, and none
+        is put in front to make it so; the VAE decodes the first alone and then pair by pair, ``4 T - 3`` frames for any
+        ``T``."""
+        return self.reads in (INPAINT, VOID)
 
     @property
     def is_released(self) -> bool:
@@ -113,8 +136,9 @@ class Variant:
         """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or
         None."""
         said = []
-        if frames % self.frame_step != 1:
-            said.append(f"{frames} frames (the model card gives {self.frame_step}N+1)")
+        rest = 5 if self.in_pairs else 1
+        if frames % self.frame_step != rest and frames != 1:
+            said.append(f"{frames} frames (the model card gives {self.frame_step}N+{rest})")
         if frames > self.max_frames:
             said.append(f"{frames} frames (the model card goes up to {self.max_frames})")
         if not self._trained_size(width, height):
@@ -125,7 +149,11 @@ class Variant:
 
     def size_for(self, width: int, height: int) -> tuple[int, int]:
         """Return the trained size nearest in shape to a picture of ``width`` x ``height``: 1.5's image-to-video model
-        was trained in several shapes."""
+        and CogVideoX-Fun were trained in several shapes."""
+        if self.reads == INPAINT:
+            area = self.default_size[0] * self.default_size[1]
+            ratio = min(4.0, max(0.25, width / height))
+            return round((area * ratio) ** 0.5 / 16) * 16, round((area / ratio) ** 0.5 / 16) * 16
         if not self.inverts_image_latents:
             return self.default_size
         long = min(1360, max(768, round(768 * max(width, height) / min(width, height) / 16) * 16))
@@ -135,9 +163,20 @@ class Variant:
         if self.frame_step == 16 and self.image_to_video:
             short, long = sorted((width, height))
             return short == 768 and long <= 1360 and long % 16 == 0
+        if self.reads == INPAINT:
+            # Its buckets of 512 and 1024 have areas a little beside these: 672x384, 1344x768.
+            return 0.97 * 512**2 <= width * height <= 1.03 * 1024**2
         return (width, height) == self.default_size
 
 
+#: Descendants of CogVideoX-1.5, by what they read: Fun's default is that of VideoX-Fun's node, VOID's figures are those
+#: of its ``quadmask_cogvideox.py``.
+_DESCENDANTS = {
+    INPAINT: Variant(
+        "CogVideoX-Fun-V1.5-5b-InP", "bf16", INPAINT, 8, 85, 85, (1008, 576), "areas of 512x512 to 1024x1024", 8
+    ),
+    VOID: Variant("VOID", "bf16", VOID, 8, 85, 85, (672, 384), "672x384", 12),
+}
 _SIZES_1_5 = {False: "1360x768", True: "a short side of 768 and a long side of 768 to 1360, a multiple of 16"}
 
 
@@ -147,7 +186,9 @@ def identify(config: Mapping) -> Variant:
     ``patch_size_t`` marks the 1.5 family at any size; without it, rotary positions mark the bf16-trained 5b line and
     sin-cos positions the fp16-trained 2b line.
     """
-    image = config.get("in_channels", LATENT_CHANNELS) == 2 * LATENT_CHANNELS
+    more = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
+    reads = next((kind for kind, channels in CONDITIONING_CHANNELS.items() if channels == more), NOTHING)
+    image = reads == START_IMAGE
     shape = (config.get("num_layers", 30), config.get("num_attention_heads", 30))
     suffix = "-I2V" if image else ""
     if config.get("patch_size_t"):
@@ -157,28 +198,31 @@ def identify(config: Mapping) -> Variant:
     else:
         line, full, dtype = "CogVideoX", ("-2b", (30, 30)), "fp16"
     size, full_shape = full
+    known = _DESCENDANTS.get(reads) if line == "CogVideoX1.5" else None
     if shape == full_shape:
-        name = f"{line}{size}{suffix}"
+        name = f"{line}{size}{suffix}" if known is None else known.name
     else:
         line = line if line.endswith("1.5") else f"{line}{size}"
+        line = line if known is None else known.name
         name = f"{line}{suffix} (custom size: {short(shape[0], 12)} layers x {short(shape[1], 12)} heads)"
+    if known is not None:
+        return replace(known, name=name)
     if line == "CogVideoX1.5":
-        return Variant(name, dtype, image, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
-    return Variant(name, dtype, image, 8, 49, 49, (720, 480), "720x480", 8)
+        return Variant(name, dtype, reads, 16, 161, 81, (1360, 768), _SIZES_1_5[image], 16)
+    return Variant(name, dtype, reads, 8, 49, 49, (720, 480), "720x480", 8)
 
 
 def foreign_inputs(config: Mapping) -> str | None:
     """Say what a transformer is whose inputs are neither those of text to video nor those of image to video, and what
     to do; else None."""
     channels, out = config.get("in_channels", LATENT_CHANNELS), config.get("out_channels", LATENT_CHANNELS)
-    plain = channels == LATENT_CHANNELS or channels == 2 * LATENT_CHANNELS
-    learned = config.get("use_learned_positional_embeddings")
-    if channels == 2 * LATENT_CHANNELS and not (config.get("patch_size_t") or learned):
+    is_15, sizes = bool(config.get("patch_size_t")), set(CONDITIONING_CHANNELS.values())
+    if channels == 2 * LATENT_CHANNELS and not (is_15 or config.get("use_learned_positional_embeddings")):
         what = (
             f"takes {channels} input channels without the learned positions that CogVideoX-5b-I2V has: it is a "
             "CogVideoX-Fun Control or Pose model, whose input is noise and a control video"
         )
-    elif not plain:
+    elif channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS) and not (is_15 and channels - LATENT_CHANNELS in sizes):
         named = _FOREIGN_INPUTS.get(channels) if isinstance(channels, int) else None
         known = f"it is {named}" if named else "it is another model's descendant, whose input is not known here"
         what = f"takes {short(channels)} input channels: {known}"
@@ -191,7 +235,9 @@ def foreign_inputs(config: Mapping) -> str | None:
         return None
     return (
         f"{what}. This pack runs text to video ({LATENT_CHANNELS} channels) and image to video "
-        f"({2 * LATENT_CHANNELS}) only. Choose one of those."
+        f"({2 * LATENT_CHANNELS}), and of the descendants of CogVideoX-1.5 CogVideoX-Fun-V1.5-InP "
+        f"({LATENT_CHANNELS + CONDITIONING_CHANNELS[INPAINT]}) and VOID "
+        f"({LATENT_CHANNELS + CONDITIONING_CHANNELS[VOID]}). Choose one of those."
     )
 
 

@@ -190,9 +190,10 @@ class _Migration(Samplers):
         if running or (fun and not self.samplers):
             node = (running or fun)[0]
             raise ValueError(
-                f"{node.where} in {file} is a sampler of CogVideoX-Fun, and this pack does not run CogVideoX-Fun yet: "
-                "its models take other inputs than the CogVideoX they were made of, so nothing was written. Keep "
-                f"that workflow with {PACK}, or build it anew with CogVideoX1.5-5B-I2V from one in example_workflows."
+                f"{node.where} in {file} is a sampler of CogVideoX-Fun, whose workflows are not carried over, so "
+                "nothing was written. Build it anew from inpaint in example_workflows: CogVideoX-1.5 Inpaint has its "
+                "start and end images, video and mask, for CogVideoX-Fun-V1.5-5b-InP. Older models stay with "
+                f"{PACK}."
             )
         if not self.samplers:
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())

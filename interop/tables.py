@@ -325,9 +325,9 @@ LEFT_OUT = {
     "CogVideoXFunResizeToClosestBucket": (
         "CogVideoX-Fun's buckets are not here: CogVideoX-1.5 Image to Video scales and crops the image itself."
     ),
-    "CogVideoXFunSampler": "CogVideoX-Fun is not run here yet.",
-    "CogVideoXFunVid2VidSampler": "CogVideoX-Fun is not run here yet.",
-    "CogVideoXFunControlSampler": "CogVideoX-Fun is not run here yet.",
+    "CogVideoXFunSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
+    "CogVideoXFunVid2VidSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
+    "CogVideoXFunControlSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
 }
 #: Its other nodes, which are refused where they are used.
 REST = {

@@ -10,6 +10,7 @@ from .downloader import Downloader
 from .empty_latent import EmptyLatent
 from .extend import Extend
 from .image_to_video import ImageToVideo
+from .inpaint import Inpaint
 from .join_clips import JoinClips
 from .lora_loader import LoraLoader
 from .model_check import ModelCheck
@@ -22,6 +23,7 @@ from .text_encode import TextEncode
 from .to_comfyui import ToComfyUI
 from .vae_decode import VAEDecode
 from .vae_encode import VAEEncode
+from .void import Void
 
 _NODES = {
     "CogVideoX15ModelLoader": ModelLoader,
@@ -45,6 +47,8 @@ _NODES = {
     "CogVideoX15JoinClips": JoinClips,
     "CogVideoX15SecondGPU": SecondGPU,
     "CogVideoX15SuperResolution": SuperResolution,
+    "CogVideoX15Inpaint": Inpaint,
+    "CogVideoX15Void": Void,
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 #: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
 _PACK = f"{__name__.rpartition('.nodes.')[0]}."
+#: What a LATENT of this pack's nodes says of how it is to be decoded (``in_pairs`` of ``vae.decode``): a VAE that was
+#: loaded apart from the transformer cannot know.
+IN_PAIRS = "cogvideox_in_pairs"
 #: The widgets of a clip's size and length, but for what differs with the model that a node is for.
 SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
 #: A widget's limits that is a share of the steps, or of the work.
@@ -31,6 +34,17 @@ LENGTH = (
         "tooltip": (
             "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained."
         ),
+    },
+)
+#: The length of what CogVideoX-Fun-V1.5 and VOID make.
+LENGTH_IN_PAIRS = (
+    "INT",
+    {
+        "default": 85,
+        "min": 1,
+        "max": 16001,
+        "step": 4,
+        "tooltip": "Frames to make, 8N+5 (77, 85 …) or 1. Longer than 85 was not trained.",
     },
 )
 
@@ -112,3 +126,11 @@ class Node:
             return look()
         except (ValueError, OSError) as error:
             return str(error)
+
+
+def with_latents(positive, negative, latents):
+    """Return both conditionings with what the model reads beside the noise, as core's nodes put it there."""
+    return (
+        [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
+        for given in (positive, negative)
+    )

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = {
     "CogVideoX1.5-5B (text to video, 31 GB)": "t2v",
     "CogVideoX1.5-5B-I2V (image to video, 31 GB)": "i2v",
+    "CogVideoX-Fun-V1.5-5b-InP (inpainting, about 31 GB)": "fun-inp",
 }
 
 
@@ -40,8 +41,8 @@ class Downloader(Node):
                     list(CHECKPOINTS),
                     {
                         "tooltip": (
-                            "What to download: the model that makes videos from a prompt, or the one that starts from "
-                            "an image."
+                            "What to download: the model that makes videos from a prompt, the one that starts from an "
+                            "image, or the one that makes parts of a video anew."
                         )
                     },
                 ),

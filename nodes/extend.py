@@ -3,8 +3,7 @@
 from ..cogvideox.geometry import check_frames
 from ..cogvideox.going_on import check_known
 from . import host
-from .base import Node
-from .image_to_video import with_image
+from .base import Node, with_latents
 from .queued import UNKNOWN
 
 
@@ -115,4 +114,4 @@ class Extend(Node):
         video, mask = known_frames(images, length, overlap)
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, video[:1], length, events=host.NodeEvents())
-        return *with_image(positive, negative, latents), {"samples": samples}, video, mask
+        return *with_latents(positive, negative, latents), {"samples": samples}, video, mask

@@ -4,7 +4,7 @@ import torch
 
 from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from . import host
-from .base import LENGTH, SIZE, Node
+from .base import LENGTH, SIZE, Node, with_latents
 from .queued import UNKNOWN
 
 
@@ -104,7 +104,7 @@ class ImageToVideo(Node):
         # What the sampler asks of them: their size, and whether there is an end image.
         image = torch.zeros_like(samples[:1])
         image[:, :, -1] = float(end_image is not None)
-        return *with_image(positive, negative, image), {"samples": samples}
+        return *with_latents(positive, negative, image), {"samples": samples}
 
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.memory import WANTED_BYTES
@@ -117,12 +117,4 @@ class ImageToVideo(Node):
         end = None if end_image is None else fit_size(check_images(end_image, "end_image")[:1], width, height)
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, start, length, end, events=host.NodeEvents())
-        return *with_image(positive, negative, latents), {"samples": samples}
-
-
-def with_image(positive, negative, latents):
-    """Return both conditionings with the latents ``[1, 16, T, H/8, W/8]`` of what a video starts from."""
-    return (
-        [[embeddings, {**extra, "concat_latent_image": latents}] for embeddings, extra in given]
-        for given in (positive, negative)
-    )
+        return *with_latents(positive, negative, latents), {"samples": samples}

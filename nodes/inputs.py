@@ -54,6 +54,8 @@ _WANTED = {
     ),
     "CONDITIONING": ("a CONDITIONING", "Connect CogVideoX-1.5 Text Encode."),
     "IMAGE": ("an IMAGE", "Connect an IMAGE, such as of Load Image or CogVideoX-1.5 VAE Decode."),
+    "MASK": ("a MASK", "Connect a MASK, such as of Load Image or Convert Image to Mask."),
+    "IMAGE,MASK": ("an IMAGE or a MASK", "Connect the frames of a mask's video, such as of Get Video Components."),
     "INT": ("a whole number", "Type one in, or connect one."),
     "FLOAT": ("a number", "Type one in, or connect one."),
     "STRING": ("a text", "Type it in, or connect one."),
@@ -229,6 +231,12 @@ def _image(value, _):
     return check_tensor(value, "what comes in", remedy)
 
 
+def _mask(value, _):
+    if not isinstance(value, torch.Tensor):
+        raise _Odd(f"is {seen(value)}")
+    return check_tensor(value, "what comes in", _WANTED["MASK"][1])
+
+
 def _number(value, options) -> float:
     try:
         number = math.nan if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real) else float(value)
@@ -307,6 +315,8 @@ _READERS: dict[str, Callable] = {
     "LATENT": _latent,
     "CONDITIONING": _conditioning,
     "IMAGE": _image,
+    "MASK": _mask,
+    "IMAGE,MASK": _mask,
     "INT": _int,
     "FLOAT": _float,
     "STRING": _string,

@@ -7,7 +7,7 @@ import torch
 from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from ..cogvideox.tensors import check_tensor
 from . import host
-from .base import SHARE, Node
+from .base import IN_PAIRS, SHARE, Node
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ class Sampler(Node):
                     list(SCHEDULERS),
                     {
                         "tooltip": "ddim: deterministic steps, as the checkpoint is set up. "
-                        "dpm: DPM-Solver++ with added noise, which the reference's own script uses for the 5B models."
+                        "dpm: DPM-Solver++ with added noise, which the reference's own script uses for the 5B models. "
+                        "ddim_origin: diffusers' plain DDIM, which CogVideoX-Fun and VOID are used with; the same as "
+                        "ddim up to rounding."
                     },
                 ),
                 "denoise": (
@@ -178,13 +180,16 @@ class Sampler(Node):
 
     @classmethod
     def foresee(cls, model, positive, negative, latent_image, scheduler, unique_id=None, **_):
-        from ..cogvideox.requests import check_request, check_start_image, check_windows, outside_training
+        from ..cogvideox.requests import check_conditioning, check_request, check_windows, outside_training
+        from ..cogvideox.schedulers import make_scheduler
 
+        if model is not UNKNOWN and scheduler is not UNKNOWN:
+            make_scheduler(model.scheduler_config, scheduler)
         if UNKNOWN in (model, positive, negative):
             return None
         image = _image_latents(positive, negative)
         if latent_image is UNKNOWN:
-            check_start_image(model, image is not None)
+            check_conditioning(model, image)
             return None
         samples = latent_image["samples"]
         check_request(model, samples, image)
@@ -237,11 +242,11 @@ class Sampler(Node):
                 cfg_end=cfg_end,
                 events=host.NodeEvents(model.variant.fps),
             )
-        return ({"samples": samples},)
+        return ({"samples": samples, IN_PAIRS: model.variant.in_pairs},)
 
 
 def _image_latents(positive, negative):
-    """Return the start image's latents that CogVideoX-1.5 Image to Video put into both conditionings; None without it.
+    """Return what CogVideoX-1.5 Image to Video, Inpaint or Object Removal put into both conditionings; None without.
 
     Raises:
         ValueError: if they are no such latents, or differ.

@@ -59,9 +59,18 @@ class ToComfyUI(Node):
 
 
 def _check(model):
-    """Refuse a model that only our own sampler can run."""
+    """Refuse a model that only our own sampler can run.
+
+    Raises:
+        ValueError: saying why, and what to do.
+    """
     from ..cogvideox.handles import check_one_device
     from ..cogvideox.requests import refuse_windows
 
     refuse_windows(model)
     check_one_device(model)
+    if model.variant.in_pairs:
+        raise ValueError(
+            f"{model.variant.name} reads a mask and a video beside the noise, which ComfyUI's own samplers do not give "
+            "it. Connect it to CogVideoX-1.5 Sampler; text encoder and VAE can go through this node."
+        )

@@ -1,7 +1,7 @@
 """CogVideoX-1.5 VAE Decode: latents to frames."""
 
 from . import host
-from .base import Node
+from .base import IN_PAIRS, Node
 
 
 class VAEDecode(Node):
@@ -35,4 +35,5 @@ class VAEDecode(Node):
         vae = host.own_vae(vae)
         host.make_room(vae.weights, WANTED_BYTES)
         with host.saving_latents(samples["samples"]):
-            return (decode(vae, samples["samples"], events=host.NodeEvents()),)
+            in_pairs = samples.get(IN_PAIRS)
+            return (decode(vae, samples["samples"], events=host.NodeEvents(), in_pairs=in_pairs),)

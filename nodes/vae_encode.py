@@ -53,7 +53,7 @@ class VAEEncode(Node):
 
         vae = host.own_vae(vae)
         images, cropped = fit_grid(check_images(images, "images"))
-        images, cut = fit_length(images, vae.frame_step)
+        images, cut = fit_length(images, vae.frame_step, vae.in_pairs)
         notes = [note for note in (cropped, cut) if note]
         for note in notes:
             logger.warning("%s", note)

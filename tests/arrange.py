@@ -31,9 +31,15 @@ HEIGHTS = {
     "Negative prompt": 150,
     "CogVideoX15EmptyLatent": 130,
     "CogVideoX15ImageToVideo": 240,
+    "CogVideoX15Inpaint": 340,
+    "CogVideoX15Void": 300,
     "LoadImage": 330,
+    "Your video": 284,
     "LoadVideo": 284,
+    "Quadmask": 284,
+    "Mask": 330,
     "GetVideoComponents": 106,
+    "Frames of the quadmask": 106,
     "ImageScale": 130,
     "CogVideoX15VAEEncode": 110,
     "CogVideoX15Sampler": 770,
@@ -59,6 +65,10 @@ _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
 _CLIP = ("Your video", ["LoadVideo", "GetVideoComponents"])
 _LARGER = ("Make it larger", ["CogVideoX15SuperResolution"])
+_PARTS = ("Video and mask", ["LoadVideo", "GetVideoComponents", "Mask"])
+_INPAINT = ("What is made anew", ["CogVideoX15Inpaint"])
+_QUADMASK = ("Video and quadmask", ["Your video", "GetVideoComponents", "Quadmask"])
+_VOID = ("What is taken away", ["Frames of the quadmask", "CogVideoX15Void"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
 _WINDOWS = ("Windows", ["CogVideoX15ContextWindows"])
 _SO_FAR = ("The clip so far", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15Extend"])
@@ -69,6 +79,7 @@ _LAST = [
     [("Decode and check", ["CogVideoX15VAEDecode", "CogVideoX15BlackFrameCheck"])],
     [("Save", ["CreateVideo", "SaveVideo"])],
 ]
+_PAIR = (268, 240, 296, 246, 276, 218)
 _FIVE, _SIX, _LORA = (310, 310, 300, 330, 310), (278, 214, 268, 260, 298, 226), (278, 252, 234, 260, 298, 222)
 #: By workflow: how wide its columns are, and the steps in each, with their titles and nodes.
 STEPS = {
@@ -87,6 +98,8 @@ STEPS = {
         _SIX,
         [[_MODEL], [_PROMPTS], [_SO_FAR], *_LAST[:2], [("Join and save", ["CogVideoX15JoinClips", *_LAST[2][0][1]])]],
     ),
+    "inpaint": (_PAIR, [[_MODEL], [_PARTS], [_PROMPTS, _INPAINT], *_LAST]),
+    "object_removal": (_PAIR, [[_MODEL], [_QUADMASK], [("Prompt", ["Prompt"]), _VOID], *_LAST]),
 }
 
 

@@ -22,8 +22,8 @@ _WINTER = {"sky": ((150, 165, 182), (226, 230, 236)), "hills": ((176, 188, 198),
 _CARD, _INK, _PALE, _ACCENT = (30, 33, 40), (240, 240, 240), (160, 166, 176), (143, 111, 232)
 
 
-def scene(time: float, size: tuple[int, int] = SIZE, winter: bool = False) -> Image.Image:
-    """Draw a boat that crosses a lake, at a share of its way: ``time`` in 0..1."""
+def scene(time: float, size: tuple[int, int] = SIZE, winter: bool = False, boat: bool = True) -> Image.Image:
+    """Draw a boat that crosses a lake, at a share of its way: ``time`` in 0..1; or the lake alone."""
     width, height = (_FINE * side for side in size)
     look = _WINTER if winter else _SUMMER
     picture = Image.new("RGB", (width, height))
@@ -50,7 +50,8 @@ def scene(time: float, size: tuple[int, int] = SIZE, winter: bool = False) -> Im
         y = shore + (height - shore) * (line + 1) / 15
         start = width * ((0.37 * line + time * (0.1 + 0.03 * line)) % 1.2 - 0.2)
         draw.line([start, y, start + width * (0.05 + 0.01 * line), y], tuple(min(255, s + 30) for s in near), _FINE)
-    _boat(draw, width * (0.2 + 0.5 * time), height * (0.76 + 0.006 * math.sin(20 * time)), height)
+    if boat:
+        _boat(draw, width * (0.2 + 0.5 * time), height * (0.76 + 0.006 * math.sin(20 * time)), height)
     if winter:
         for flake in range(90):
             # Martin Roberts' R2 sequence: evenly spread, without a pattern.
@@ -174,8 +175,31 @@ def thumbnails() -> dict[str, Image.Image]:
             [scene(time) for time in (0.0, 0.4, 0.8, 1.0)],
             "10 seconds, 1360 x 768",
         ),
+        "inpaint": thumbnail(
+            "Inpaint",
+            [film[1], _marked(film[1], times[1], "black", "white"), "Prompt\nA boat drawn\nin ink …"],
+            [Image.composite(_ink(frame), frame, _mask(time)) for frame, time in zip(film, times, strict=True)],
+        ),
+        "object_removal": thumbnail(
+            "Object removal (VOID)",
+            [film[1], _marked(film[1], times[1], "white", "black")],
+            [scene(time, boat=False) for time in times],
+        ),
         "video_to_video": thumbnail("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
     }
+
+
+def _mask(time: float) -> Image.Image:
+    """Draw where the boat is, white on black."""
+    mask, (width, height) = Image.new("L", SIZE), SIZE
+    x, y = width * (0.2 + 0.5 * time), height * 0.68
+    ImageDraw.Draw(mask).ellipse([x - 0.16 * height, y - 0.2 * height, x + 0.18 * height, y + 0.2 * height], 255)
+    return mask
+
+
+def _marked(picture: Image.Image, time: float, rest: str, boat: str) -> Image.Image:
+    """Draw the mask of a frame in the colours of two parts."""
+    return Image.composite(*(Image.new("RGB", picture.size, colour) for colour in (boat, rest)), _mask(time))
 
 
 def _ink(picture: Image.Image) -> Image.Image:

@@ -20,6 +20,12 @@ def draw_prompts(tokens=226):
     )
 
 
+def draw_beside(variant, shape, generator=None):
+    """What a variant reads beside the noise of a LATENT shape, random; None for text to video."""
+    channels = {"1.5-i2v": 16, "5b-i2v": 16, "fun-inp": 17, "void": 32}.get(variant)
+    return None if channels is None else torch.randn(shape[0], channels, *shape[2:], generator=generator)
+
+
 def run_module(module, inputs, dtype=torch.float32):
     """A transformer's output for inputs of ``dtype``."""
     with torch.no_grad():

@@ -72,6 +72,7 @@ _NAMES = {
     "easy int",
     "CogVideoX1.5-5B (text to video, 31 GB)",
     "CogVideoX1.5-5B-I2V (image to video, 31 GB)",
+    "CogVideoX-Fun-V1.5-5b-InP (inpainting, about 31 GB)",
 }
 #: Functions of which nobody is shown what their strings say: the page's own words, and what a debugger shows.
 _UNSHOWN = {"INPUT_TYPES", "extra_repr", "__repr__"}

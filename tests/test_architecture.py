@@ -237,8 +237,7 @@ def test_a_config_of_more_layers_than_there_are_is_told_as_such(copy):
 @pytest.mark.parametrize(
     ("channels", "changes", "said"),
     [
-        (33, {}, "CogVideoX-Fun InP"),
-        (48, {}, "VOID"),
+        (48, {"patch_size_t": None}, "a video-editing model of CogVideoX 1.0"),
         (64, {}, "three more latent videos"),
         (17, {}, "another model's descendant"),
         (33, {"patch_size_t": None}, "CogVideoX-Fun InP"),

@@ -26,7 +26,7 @@ from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
 from tests.helpers import inside
-from tests.reference import draw_prompts, reference_latents
+from tests.reference import draw_beside, draw_prompts, reference_latents
 from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
 from tests.told import Told
 
@@ -252,11 +252,11 @@ class TestTogether:
         assert 0 < (ours - plain).norm() < 0.2 * plain.norm()
 
     @pytest.mark.parametrize("method", CACHES)
-    @pytest.mark.parametrize("variant", ["1.5-i2v", "2b"])
+    @pytest.mark.parametrize("variant", ["1.5-i2v", "fun-inp", "void", "2b"])
     def test_the_other_models(self, checkpoints, method, variant):
         model = open_handles(checkpoints(variant), "fp32", CPU).model
         prompts = [torch.randn(1, 226, TEXT_WIDTH) for _ in range(2)]
-        image = torch.randn(SHAPE) if "i2v" in variant else None
+        image = draw_beside(variant, SHAPE)
         plain, _ = run(model, prompts, image_latents=image)
         ours, (skipped, _) = run(model, prompts, Cache(method), image_latents=image)
         assert skipped > 0

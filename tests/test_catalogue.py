@@ -133,7 +133,7 @@ def test_what_cannot_run_is_not_offered(models, source):
     layouts.write_file(models / "text_encoders" / "model-00001-of-00002.safetensors", build_text_encoder().state_dict())
     vae = type(source[1]["vae"]).from_config(dict(source[1]["vae"].config) | {"latent_channels": 4})
     layouts.write_file(models / "vae" / "other_latents.safetensors", vae.state_dict())
-    fun = build_transformer(in_channels=33)
+    fun = build_transformer(in_channels=64)
     layouts.write_file(models / "diffusion_models" / "fun.safetensors", fun.state_dict())
     packed = dict(source[1]["transformer"].state_dict())
     packed["transformer_blocks.0.attn1.to_q.weight.absmax"] = torch.ones(3)

@@ -193,6 +193,11 @@ OFFICIAL = {
         ),
         torch.bfloat16,
     ),
+    "CogVideoX-Fun-V1.5-5b-InP": (
+        dict(num_layers=42, num_attention_heads=48, in_channels=33, patch_size_t=2),
+        torch.bfloat16,
+    ),
+    "VOID": (dict(num_layers=42, num_attention_heads=48, in_channels=48, patch_size_t=2), torch.bfloat16),
     "CogVideoX-5b": (
         dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True),
         torch.bfloat16,

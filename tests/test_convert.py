@@ -119,7 +119,7 @@ def test_every_layout_becomes_one_file_of_the_transformer(tmp_path, source, name
     assert json.loads(metadata["config"]) == dict(checkpoint.part("transformer").config)
 
 
-@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "fun-inp", "void", "5b", "2b"])
 def test_diffusers_pipeline_opens_the_folder_of_every_variant(tmp_path, checkpoints, variant):
     import diffusers
 

@@ -43,7 +43,8 @@ def good(pack, loaded):
         download=False,
         attention="auto",
     )
-    pictures = dict.fromkeys(("images", "start_image"), torch.full((1, 16, 16, 3), 0.5))
+    pictures = dict.fromkeys(("images", "start_image", "video"), torch.full((1, 16, 16, 3), 0.5))
+    pictures["quadmask"] = torch.full((1, 16, 16), 0.5)
     latents = {name: {"samples": torch.full((1, 16, 1, 2, 2), 0.3)} for name in ("samples", "latent_image")}
     return {**loaded, **sizes, **settings, **pictures, **latents, "positive": [entry], "negative": [entry]}
 
@@ -104,6 +105,8 @@ SOCKETS = (
     "LATENT",
     "CONDITIONING",
     "IMAGE",
+    "MASK",
+    "IMAGE,MASK",
 )
 #: By type of a widget, values that are none of it.
 WRONG = {
@@ -311,10 +314,13 @@ class TestTensors:
             "CogVideoX15VAEDecode": dict(samples=latent),
             "CogVideoX15VAEEncode": dict(images=images),
             "CogVideoX15ImageToVideo": dict(start_image=images, positive=[entry], negative=[entry]),
+            "CogVideoX15Inpaint": dict(video=images, mask=images[..., 0], start_image=images, positive=[entry]),
+            "CogVideoX15Void": dict(video=images, quadmask=images[..., 0], negative=[entry]),
             "CogVideoX15BlackFrameCheck": dict(images=images),
         }.items():
             given = arguments(pack, node_id, good)
-            ours, theirs = (call(pack, node_id, **{**given, **changed}) for changed in (values, {}))
+            usual = {name: good["images"][..., 0] if name == "mask" else good.get(name) for name in values}
+            ours, theirs = (call(pack, node_id, **{**given, **changed}) for changed in (values, usual))
             for one, other in zip(tensors(ours), tensors(theirs), strict=True):
                 assert not one.requires_grad
                 assert torch.allclose(one.double(), other.double(), atol=tolerance or 1e-6), node_id

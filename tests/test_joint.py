@@ -35,7 +35,7 @@ def inputs(module, dtype, batch=2, length=4, height=6, width=10):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "fun-inp", "void", "5b", "2b"])
 @torch.no_grad()
 def test_a_joined_transformer_gives_the_unmodified_ones_numbers_bit_for_bit(variant, dtype):
     plain, joined = build_transformer(variant).to(dtype).eval(), build_transformer(variant)

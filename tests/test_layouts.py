@@ -57,7 +57,7 @@ def test_sats_fused_tensors_are_cast_piece_by_piece_to_the_same(tmp_path, source
     assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
-@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "fun-inp", "void", "5b", "2b"])
 @pytest.mark.parametrize("names", [lambda state: state, layouts.comfy_names, None], ids=["diffusers", "ComfyUI", "SAT"])
 def test_the_config_is_that_of_the_release_for_every_variant(tmp_path, variant, names):
     """From shapes alone; 2b, whose positions leave no trace, by its 30 heads."""

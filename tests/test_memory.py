@@ -28,6 +28,7 @@ from cogvideox.weights import Placement, placements
 from tests import layouts
 from tests.conftest import CPU
 from tests.memory import left_behind
+from tests.reference import draw_beside
 from tests.tiny_checkpoint import TEXT_WIDTH
 from tests.told import Told
 
@@ -39,11 +40,22 @@ class TestPlan:
     @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])
     @pytest.mark.parametrize(
         ("variant", "dtype"),
-        [("1.5", "fp32"), ("1.5", "bf16"), ("1.5", "fp16"), ("1.5-i2v", "bf16"), ("5b", "fp32"), ("2b", "fp16")],
+        [
+            ("1.5", "fp32"),
+            ("1.5", "bf16"),
+            ("1.5", "fp16"),
+            ("1.5-i2v", "bf16"),
+            ("fun-inp", "bf16"),
+            ("void", "fp32"),
+            ("5b", "fp32"),
+            ("2b", "fp16"),
+        ],
     )
     def test_it_is_within_15_percent_of_what_a_run_takes(self, checkpoints, prompts, variant, dtype, shape, cfg):
         model = open_handles(checkpoints(variant), dtype, CPU).model
-        image = torch.randn(shape) if "i2v" in variant else None
+        if variant in ("fun-inp", "void"):
+            shape = (*shape[:2], shape[2] + shape[2] % 2, *shape[3:])
+        image = draw_beside(variant, shape)
         latent = torch.zeros(shape)
         how = dict(image_latents=image, seed=1, steps=1, cfg=cfg)
         sample(model, *prompts, latent, **how)

@@ -185,11 +185,46 @@ CONTRACT["CogVideoX15JoinClips"] = (
     {"first": "IMAGE", "second": "IMAGE", "overlap": "INT"},
     {"images": "IMAGE"},
 )
+CONTRACT["CogVideoX15Inpaint"] = (
+    "CogVideoX-1.5 Inpaint",
+    {
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "vae": "COGVIDEOX_VAE,VAE",
+        "width": "INT",
+        "height": "INT",
+        "length": "INT",
+        "batch_size": "INT",
+        "video": "IMAGE",
+        "mask": "MASK",
+        "start_image": "IMAGE",
+        "end_image": "IMAGE",
+        "noise_aug": "FLOAT",
+    },
+    {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+)
+CONTRACT["CogVideoX15Void"] = (
+    "CogVideoX-1.5 Object Removal (VOID)",
+    {
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "vae": "COGVIDEOX_VAE,VAE",
+        "video": "IMAGE",
+        "quadmask": "IMAGE,MASK",
+        "width": "INT",
+        "height": "INT",
+        "length": "INT",
+        "stage": "COMBO",
+    },
+    {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+)
 DEFAULTS = {
     "CogVideoX15ContextWindows": {"length": 161, "overlap": 4, "blend": "linear"},
     "CogVideoX15Extend": {"length": 81, "overlap": 1},
     "CogVideoX15JoinClips": {"overlap": 1},
     "CogVideoX15SuperResolution": {"scale": 4, "reference_frames": "", "kind": "auto", "reference_guidance": 1.0},
+    "CogVideoX15Inpaint": {"width": 1008, "height": 576, "length": 85, "batch_size": 1, "noise_aug": 0.0563},
+    "CogVideoX15Void": {"width": 672, "height": 384, "length": 85},
     "CogVideoX15Cache": {"method": "teacache", "strength": 0.6, "start": 0.1, "end": 0.95},
     "CogVideoX15Compile": {"mode": "default", "dynamic": False},
     "CogVideoX15Downloader": {"download": False},
@@ -213,7 +248,8 @@ COMBOS = {
     ("CogVideoX15ModelLoader", "on_mismatch"): ["fix", "warn", "stop"],
     ("CogVideoX15ModelLoader", "memory"): ["auto", "gpu", "offload_blocks", "offload_layers", "cpu"],
     ("CogVideoX15Quantize", "method"): ["int8_weight_only", "fp8_weight_only", "int8_dynamic", "fp8_dynamic"],
-    ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm"],
+    ("CogVideoX15Sampler", "scheduler"): ["ddim", "dpm", "ddim_origin"],
+    ("CogVideoX15Void", "stage"): ["first", "second"],
     ("CogVideoX15Sampler", "on_nan"): ["heal", "stop"],
     ("CogVideoX15BlackFrameCheck", "action"): ["stop", "warn", "pass"],
     ("CogVideoX15ModelCheck", "action"): ["stop", "warn"],
@@ -621,9 +657,9 @@ def load_transformer(checkpoint):
             model="cog.safetensors", text_encoder_name="umt5_xxl.safetensors · T5 encoder · fp32 · single file"
         )
         layouts.write_file(
-            parts / "diffusion_models" / "fun.safetensors", build_transformer(in_channels=33).state_dict()
+            parts / "diffusion_models" / "fun.safetensors", build_transformer(in_channels=64).state_dict()
         )
-        assert "CogVideoX-Fun InP" in loader.VALIDATE_INPUTS(model="fun.safetensors")
+        assert "three more latent videos" in loader.VALIDATE_INPUTS(model="fun.safetensors")
         assert "text_encoder for" not in loader.VALIDATE_INPUTS(
             model="cog.safetensors", text_encoder_name="gone.safetensors"
         )

@@ -36,7 +36,7 @@ def runs(plan):
 
 
 @pytest.mark.parametrize("hardware", [RTX_3090, V100, T4, GTX_1660, OLD_CPU], ids=lambda hardware: hardware.name)
-@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "fun-inp", "void", "5b", "2b"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_fixed_plan_never_runs_what_could_turn_black(checkpoints, choice, variant, hardware):
     made = plan(checkpoints(variant), choice, hardware)

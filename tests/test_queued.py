@@ -104,7 +104,7 @@ WIDGETS = [
     ("Extend", "length", 80, "Set it to 77 or 81"),
     ("Extend", "overlap", 4, "Set it to 1 or 5"),
     ("Extend", "overlap", 81, "nothing new would be made"),
-    ("Sampler", "scheduler", "euler", "Choose one of ddim, dpm"),
+    ("Sampler", "scheduler", "euler", "Choose one of ddim, dpm, ddim_origin"),
     ("BlackFrameCheck", "picture_black_ratio", 98, "it is a share between 0 and 1"),
 ]
 
@@ -155,6 +155,51 @@ class TestAsAWhole:
     def only(self, errors, nodes):
         (error,) = errors(nodes)
         return error
+
+    @pytest.mark.parametrize(
+        ("variant", "node", "said"),
+        [
+            ("fun-inp", "Inpaint", None),
+            ("void", "Void", None),
+            ("void", "Inpaint", "only CogVideoX-Fun-V1.5-InP checkpoints do"),
+            ("1.5", "Inpaint", "only CogVideoX-Fun-V1.5-InP checkpoints do"),
+            ("fun-inp", "Void", "only VOID's checkpoints do"),
+            ("1.5", "Void", "only VOID's checkpoints do"),
+            ("fun-inp", "ImageToVideo", "Put CogVideoX-1.5 Inpaint in its place"),
+        ],
+    )
+    def test_a_node_of_another_model(self, errors, graph, variant, node, said):
+        nodes = graph("text_to_video", variant)
+        picture = {"300": {"class_type": "LoadImage", "inputs": {"image": "x.png"}}}
+        sampler = of(nodes, "CogVideoX15Sampler")
+        given = {name: sampler[name] for name in ("positive", "negative")} | SIZE
+        given["vae"] = of(nodes, "CogVideoX15VAEDecode")["vae"]
+        own = {
+            "Inpaint": {"batch_size": 1, "length": 13},
+            "Void": {"video": ["300", 0], "quadmask": ["300", 1], "stage": "first", "length": 13},
+            "ImageToVideo": {"start_image": ["300", 0], "batch_size": 1},
+        }[node]
+        nodes |= picture | {"301": {"class_type": f"CogVideoX15{node}", "inputs": given | own}}
+        sampler |= {"positive": ["301", 0], "negative": ["301", 1], "latent_image": ["301", 2]}
+        if said is None:
+            assert errors(nodes) == []
+        else:
+            assert said in self.only(errors, nodes)[2]
+
+    def test_a_length_that_is_not_in_pairs(self, errors, graph):
+        nodes = graph("text_to_video", "fun-inp")
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = 33
+        assert "8N+5" in self.only(errors, nodes)[2]
+
+    def test_a_mask_without_a_video(self, errors, graph):
+        nodes = graph("text_to_video", "fun-inp")
+        sampler = of(nodes, "CogVideoX15Sampler")
+        given = {name: sampler[name] for name in ("positive", "negative")} | SIZE | {"length": 13, "batch_size": 1}
+        given |= {"vae": of(nodes, "CogVideoX15VAEDecode")["vae"], "mask": ["300", 1]}
+        nodes["300"] = {"class_type": "LoadImage", "inputs": {"image": "x.png"}}
+        nodes["301"] = {"class_type": "CogVideoX15Inpaint", "inputs": given}
+        sampler |= {"positive": ["301", 0], "negative": ["301", 1], "latent_image": ["301", 2]}
+        assert "no video, so there is nothing" in self.only(errors, nodes)[2]
 
     def test_an_image_to_video_checkpoint_without_an_image(self, errors, graph):
         kind, field, said = self.only(errors, graph("text_to_video", "1.5-i2v"))

@@ -94,7 +94,7 @@ def test_where_plain_fp16_gives_nan_it_is_finite_and_closer_to_fp32_than_bf16(na
     assert ours < error(run(copy.deepcopy(model).bfloat16(), torch.bfloat16), truth)
 
 
-@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "fun-inp", "void", "5b", "2b"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_ordinary_models_of_every_variant_and_storage(variant, stored):
     model = transformer(variant).to(stored)

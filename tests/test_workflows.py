@@ -26,6 +26,8 @@ def test_there_is_a_workflow_for_each_use():
         "long_video",
         "extend",
         "super_resolution",
+        "inpaint",
+        "object_removal",
     }
 
 
@@ -115,11 +117,12 @@ def test_a_note_says_what_to_change_and_what_to_do_if(path):
     (note,) = (node for node in workflows.read(path)["nodes"] if node["type"] == "MarkdownNote")
     assert note["title"].startswith("Read me")
     text = note["widgets_values"][0]
+    of_fun = path.stem in ("inpaint", "object_removal")
     for word in (
-        "huggingface.co/zai-org/CogVideoX1.5-5B",
-        "models/CogVideo",
+        "CogVideoX-Fun-V1.5-5b-InP" if of_fun else "huggingface.co/zai-org/CogVideoX1.5-5B",
+        "models/diffusion_models" if path.stem == "object_removal" else "models/CogVideo",
         "Prompt",
-        "16N+1",
+        "8N+5" if of_fun else "16N+1",
         "memory",
         "dtype",
         "black",

@@ -16,6 +16,8 @@ VARIANTS = {
     "1.5-i2v": dict(
         in_channels=32, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False, ofs_embed_dim=64
     ),
+    "fun-inp": dict(in_channels=33, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False),
+    "void": dict(in_channels=48, patch_size_t=2, use_rotary_positional_embeddings=True, patch_bias=False),
     "5b": dict(in_channels=16, use_rotary_positional_embeddings=True),
     "5b-i2v": dict(in_channels=32, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True),
     "2b": dict(in_channels=16, use_rotary_positional_embeddings=False),
@@ -99,7 +101,7 @@ def build_transformer(variant: str = "1.5", **changes) -> torch.nn.Module:
         sample_frames=81,
         max_text_seq_length=226,
     )
-    if "1.5" not in variant:
+    if VARIANTS[variant].get("patch_size_t") is None:
         config |= dict(sample_width=90, sample_height=60, sample_frames=49)
     return CogVideoXTransformer3DModel(**config | VARIANTS[variant] | changes)
 

@@ -56,7 +56,17 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "a run": tuple(
         f"cogvideox/{name}.py"
-        for name in ("text", "requests", "schedulers", "skips", "second", "sampling", "vae", "super_resolution")
+        for name in (
+            "text",
+            "requests",
+            "schedulers",
+            "skips",
+            "conditioning",
+            "second",
+            "sampling",
+            "vae",
+            "super_resolution",
+        )
     ),
     "interop": ("interop",),
     "nodes/host": ("nodes/host",),

@@ -27,7 +27,11 @@ from .transfer import Hub, client_errors, read_answer, receive
 logger = logging.getLogger(__name__)
 
 #: what to call it -> the repository that holds it. Each is about 31 GB.
-REPOSITORIES = {"t2v": "zai-org/CogVideoX1.5-5B", "i2v": "zai-org/CogVideoX1.5-5B-I2V"}
+REPOSITORIES = {
+    "t2v": "zai-org/CogVideoX1.5-5B",
+    "i2v": "zai-org/CogVideoX1.5-5B-I2V",
+    "fun-inp": "alibaba-pai/CogVideoX-Fun-V1.5-5b-InP",
+}
 _FOLDERS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 #: What is not a plain name directly in one of the five folders is not fetched, so that no listing can write elsewhere,
 #: or to one of the devices that Windows has in every folder.

@@ -96,10 +96,11 @@ class Strips:
         self._strip_bytes = most if budget is None else max(_MIN_STRIP_BYTES, min(most, budget // 8))
         self._past: dict[str, torch.Tensor] = {}
         self._latent: torch.Tensor | None = None
+        self._begun = False
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Decode the next frames of a video: ``[1, 16, t, h, w]`` -> ``[1, 3, T, 8h, 8w]`` in about -1..1, fp32, on the
-        host."""
+        host. Of a first chunk with an odd number the first frame is not stretched in time."""
         decoder = self.module.decoder
         latent = latent.to(self._device, self._dtype)
         if self.module.post_quant_conv is not None:
@@ -111,7 +112,7 @@ class Strips:
             x = self._block(f"up.{level}", block, x)
         result = self._last("conv_out", decoder.conv_out, decoder.norm_out, x)
         internals.call_forward_hooks(decoder, latent, result)
-        self._latent = None
+        self._latent, self._begun = None, True
         return result
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
@@ -181,7 +182,7 @@ class Strips:
         """Double rows and columns, and where time was compressed the frames but for a first one; then convolve each
         frame."""
         _, _, frames, height, width = x.shape
-        repeated = _repeats(frames) if upsampler.compress_time else torch.arange(frames)
+        repeated = _repeats(frames, not self._begun) if upsampler.compress_time else torch.arange(frames)
         out = self._new(upsampler.conv.out_channels, (len(repeated), 2 * height, 2 * width))
         write, index = self._writer(out), repeated.to(self._device)
         # The piece three times stretched, and what comes out of it.
@@ -372,11 +373,13 @@ class Strips:
             self._check_cancelled()
 
 
-def _repeats(frames: int) -> torch.Tensor:
-    """Return which frame each of twice as many comes from; a chunk with an odd number begins with one that is not
-    repeated."""
+def _repeats(frames: int, first: bool) -> torch.Tensor:
+    """Return which frame each of twice as many comes from; a video's first chunk, if it has an odd number, begins with
+    one that is not repeated."""
     index = torch.arange(frames)
-    return index.repeat_interleave(2) if frames % 2 == 0 else torch.cat([index[:1], index[1:].repeat_interleave(2)])
+    if first and frames % 2:
+        return torch.cat([index[:1], index[1:].repeat_interleave(2)])
+    return index.repeat_interleave(2)
 
 
 def _stretched(frames: int, wanted: int) -> torch.Tensor:

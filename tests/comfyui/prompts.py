@@ -11,6 +11,8 @@ _SMALL = {
     "file": "input.mp4",
     "lora_name": "my_cogvideox_lora.safetensors",
 }
+#: What CogVideoX-Fun and VOID make, and the checkpoint of VOID, which an example has as a single file.
+_IN_PAIRS, _VOID = {"length": 13}, "VOID · bf16 · diffusers"
 
 
 def example(name: str) -> dict:
@@ -23,6 +25,10 @@ def small(prompt: dict) -> dict:
     """The same prompt at that size, with those files."""
     for node in prompt.values():
         node["inputs"] |= {key: value for key, value in _SMALL.items() if key in node["inputs"]}
+        if node["class_type"] in ("CogVideoX15Inpaint", "CogVideoX15Void"):
+            node["inputs"] |= _IN_PAIRS
+        if str(node["inputs"].get("model")).startswith("void_pass1"):
+            node["inputs"]["model"] = _VOID
     return prompt
 
 

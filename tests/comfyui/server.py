@@ -213,6 +213,9 @@ def add_example_files(base: Path) -> None:
     if (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
         return
     build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
+    for folder, variant in (("CogVideoX-Fun-V1.5-5b-InP", "fun-inp"), ("VOID", "void")):
+        if not (models / "CogVideo" / folder).exists():
+            build_checkpoint(models / "CogVideo" / folder, variant)
     Image.new("RGB", (200, 100), (200, 120, 40)).save(base / "input" / "example.png")
     write_mp4(torch.rand(20, 64, 96, 3), base / "input" / "input.mp4", 16, overwrite=True)
     (models / "loras").mkdir(exist_ok=True)

@@ -23,6 +23,8 @@ TITLES = {
     "long_video": "长视频",
     "extend": "续写视频",
     "super_resolution": "超分辨率",
+    "inpaint": "局部重绘",
+    "object_removal": "移除物体",
 }
 
 

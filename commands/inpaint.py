@@ -1,0 +1,112 @@
+"""``--mask``, ``--start-image`` and ``--void``: what CogVideoX-Fun-V1.5-InP and VOID read beside the noise."""
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideox.conditioning import (
+    NOISE_AUGMENTATION,
+    fit_area,
+    fit_mask_frames,
+    hold_last,
+    inpaint_canvas,
+    inpaint_latents,
+    mirror,
+    void_latents,
+)
+from cogvideox.events import Events
+from cogvideox.handles import VAE
+from cogvideox.pictures import check_images, check_mask
+from cogvideox.variants import CONDITIONING_CHANNELS, INPAINT, START_IMAGE, VOID, Variant
+from cogvideox.video import read_image, read_latent, read_video
+from cogvideox.words import short
+
+#: Files that hold one picture; any other is read as a clip.
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: torch.Tensor) -> torch.Tensor | None:
+    """Make zeros of the shape of what the options give a model to read beside the noise ``[1, C, T, H/8, W/8]``, from
+    which ``requests`` says whether it can; None if that is nothing."""
+    if options.void is not None:
+        kind = VOID
+    elif options.mask is not None or (options.image is not None and variant.reads == INPAINT):
+        kind = INPAINT
+    elif options.image is not None:
+        kind = START_IMAGE
+    else:
+        return None
+    return latent.new_zeros(1, CONDITIONING_CHANNELS[kind], *latent.shape[2:])
+
+
+def read_mask(
+    path: Path, count: int, frames: int, size: tuple[int, int], fps: Fraction, events: Events
+) -> torch.Tensor:
+    """Read a mask, a picture for all frames or a clip, of a video.
+
+    Args:
+        count: frames of the video as it is.
+        frames: frames that are made of it.
+        size: width and height to scale and centre-crop it to.
+
+    Returns:
+        float32 ``[1 or frames, H, W]`` in 0..1.
+
+    Raises:
+        ValueError: if it cannot be read, or has another number of frames than the video.
+    """
+    if path.suffix.lower() in _PICTURES:
+        pictures = check_images(read_image(path, events), short(path))
+    else:
+        pictures = read_video(path, frames, fps=fps, dtype=torch.uint8, events=events)[..., :1].float() / 255
+    mask = fit_mask_frames(check_mask(pictures, short(path)), count, frames)
+    return fit_area(mask[..., None], *size)[..., 0]
+
+
+def make_conditioning(
+    options: argparse.Namespace,
+    vae: VAE,
+    clip: torch.Tensor | None,
+    frames: int,
+    size: tuple[int, int],
+    images: tuple[torch.Tensor | None, torch.Tensor | None],
+    mask: torch.Tensor | None,
+    **how: Any,
+) -> torch.Tensor:
+    """Make what CogVideoX-Fun or VOID reads beside the noise, ``[1, C, T, H/8, W/8]``, unscaled.
+
+    Args:
+        clip: uint8 ``[frames, H, W, 3]``.
+        size: width and height in pixels.
+        images: the first and the last frame, ``[1, H, W, 3]``, where they are given.
+        mask: of ``read_mask``.
+        how: ``on_nan`` and ``events``, as ``vae.encode`` has them.
+    """
+    # One that is not the run's: as in the nodes, the seed does not change what is kept.
+    generator = torch.Generator("cpu").manual_seed(0)
+    video = None if clip is None else clip / 255
+    if options.void is not None and video is not None and mask is not None:
+        stage = "first" if options.noise is None else "second"
+        return void_latents(vae, video, mask.expand(frames, -1, -1), stage, generator=generator, **how)
+    canvas = inpaint_canvas(*size, frames, video, mask, *images)
+    return inpaint_latents(vae, canvas, NOISE_AUGMENTATION, generator, **how)
+
+
+def fit_parts(
+    options: argparse.Namespace, clip: torch.Tensor, mask: torch.Tensor, frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring a clip and its mask to ``frames`` frames: VOID's run back and forth, of others the last is repeated."""
+    fit = hold_last if options.void is None else mirror
+    return fit(clip, frames), mask if len(mask) == 1 else fit(mask, frames)
+
+
+def read_noise(options: argparse.Namespace) -> torch.Tensor | None:
+    """Read ``--noise``, ``[1, 16, T, H/8, W/8]``.
+
+    Raises:
+        ValueError: if it is no latent.
+    """
+    return None if options.noise is None else read_latent(options.noise)
