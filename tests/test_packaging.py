@@ -167,6 +167,7 @@ def test_the_archive_holds_all_that_runs_and_nothing_for_developers(tmp_path):
     assert tops >= {
         "__init__.py",
         "cogvideox",
+        "commands",
         "docs",
         "example_workflows",
         "generate.py",

@@ -399,9 +399,8 @@ def test_a_canvas_weighs_what_windows_share_in_a_line():
 
 
 class TestPlan:
-    @pytest.mark.parametrize("batch", [1, 2])
-    def test_it_is_within_15_percent_of_what_a_run_takes(self, tiny, prompts, batch):
-        model, shape = with_windows(open_handles(tiny, "bf16", CPU).model, Windows(21, 2)), (batch, 16, 16, 20, 24)
+    def test_it_is_within_15_percent_of_what_a_run_takes(self, tiny):
+        model, shape = with_windows(open_handles(tiny, "bf16", CPU).model, Windows(21, 2)), (1, 16, 12, 16, 16)
         latent = torch.zeros(shape)
         sample(model, *draw_prompts(), latent, seed=1, steps=2)
         gc.collect()

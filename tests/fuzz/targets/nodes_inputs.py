@@ -49,7 +49,7 @@ def prepare(base):
     (good["latent_image"],) = call(state, "EmptyLatent", width=16, height=16, length=1)
     good["samples"] = {"samples": torch.full((1, 16, 1, 2, 2), 0.3)}
     good["images"] = torch.full((1, 16, 16, 3), 0.5)
-    good["start_image"] = good["images"]
+    good["start_image"] = good["first"] = good["second"] = good["images"]
     values = {
         "prompt": "a panda",
         "width": 16,
@@ -95,6 +95,8 @@ def _default(state, node, name, spec):
         ("Cache", "method"): "first_block",
         ("Quantize", "method"): "int8_weight_only",
         ("Downloader", "download"): False,
+        ("ContextWindows", "length"): 81,
+        ("Extend", "length"): 81,
     }
     if (node, name) in special:
         return special[node, name]
@@ -370,6 +372,8 @@ SOCKETS = {
         ("negative", _conditioning),
     ),
     "BlackFrameCheck": (("images", _images),),
+    "Extend": (("images", _images), ("positive", _conditioning), ("negative", _conditioning)),
+    "JoinClips": (("first", _images), ("second", _images)),
 }
 #: A handle's socket given something else.
 WRONG = (None, 3, "x", {}, [])
