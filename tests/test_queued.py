@@ -259,7 +259,7 @@ class TestAsAWhole:
         # A second copy on the CPU is for tests: no list has it.
         nodes = graph()
         before_the_sampler(nodes, ("SecondGPU", {"device": "cpu"}), ("Compile", self.COMPILE))
-        *where, said = self.only(errors, nodes)
+        *_, said = self.only(errors, nodes)
         assert "Compiling and a second GPU do not work together" in said
         nodes = graph()
         before_the_sampler(nodes, ("SecondGPU", {"device": "cpu"}))
