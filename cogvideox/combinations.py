@@ -115,11 +115,6 @@ def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: boo
             f"The attention {kernel} cannot exchange the tokens that processes share. Choose one of "
             f"{', '.join(SHARED_BACKENDS)}, or --split guidance."
         )
-    if not is_at_least("diffusers", "0.37"):
-        raise ValueError(
-            f"diffusers is {metadata.version('diffusers')}, and shares the 226 tokens of a prompt among processes from "
-            "0.37. Install that or a newer one, or take --split guidance."
-        )
 
 
 def refuse_second_method(part: str, method: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .finite import check_finite
 from .geometry import check_frames, check_latent, pixel_frames, video_tokens
 from .handles import Model
 from .memory import check_host_room
+from .modules.internals import splits_anything
 from .modules.sharded import Split
 from .schedulers import make_scheduler, schedule_timesteps
 from .tensors import check_tensor
@@ -141,6 +143,11 @@ def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
         raise ValueError(
             f"The video has {tokens:,} tokens, which {split.sequence} processes on {weights.device.type} cannot share "
             "in equal parts. Change its size or length, or start fewer processes."
+        )
+    if split.sequence > 1 and not splits_anything():
+        raise ValueError(
+            f"diffusers is {metadata.version('diffusers')}, which cannot share the 226 tokens of a prompt among "
+            "processes. Install a newer one (0.42 can), or take --split guidance."
         )
 
 

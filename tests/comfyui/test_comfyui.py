@@ -450,6 +450,7 @@ TOGETHER = [
     ),
     ([("Cache", CACHE | {"method": "taylorseer"})] * 2, "The model has a cache already (taylorseer)"),
     ([("Quantize", {"method": "int8_weight_only"})] * 2, "The transformer is quantized already (int8_weight_only)"),
+    ([("SecondGPU", {"device": "cuda:7"})], "The second device is cuda:7"),
 ]
 
 
@@ -467,6 +468,7 @@ def test_what_makes_it_faster_works_together(comfy, prompt):
         ("Attention", {"attention": "fastest"}),
         ("Quantize", {"method": "int8_weight_only"}),
         ("Cache", CACHE | {"method": "teacache"}),
+        ("SecondGPU", {"device": "none"}),
     )
     node_of(prompt, "CogVideoX15Sampler")["cfg_end"] = 0.8
     told = comfy.listen(prompt)
