@@ -53,7 +53,7 @@ class Void(Node):
                 ),
                 "negative": (
                     "CONDITIONING",
-                    {"tooltip": "What it should not show. Not used at cfg 1, with which the first pass is made."},
+                    {"tooltip": "What it should not show. Not used at cfg 1."},
                 ),
                 "vae": (
                     "COGVIDEOX_VAE,VAE",
