@@ -9,6 +9,7 @@ import pytest
 from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.prompts import example
 from tests.comfyui.server import add_example_files, from_environment
+from tests.tiny_checkpoint import build_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +44,13 @@ def browser(comfy):
     # Whatever the tests of other files left.
     comfy.replace_checkpoint()
     add_example_files(comfy.base)
+    models = comfy.base / "models" / "CogVideo"
+    build_checkpoint(models / "DOVE")
     page = Page(comfy)
     yield page
     page.close()
-    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
+    for name in ("CogVideoX1.5-5B-I2V", "DOVE"):
+        shutil.rmtree(models / name)
 
 
 @pytest.fixture

@@ -242,23 +242,30 @@ const commands = {
   async templates({ module, count }) {
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates'))
     await page.locator('[role="dialog"]').getByText(module, { exact: true }).first().click()
-    await page.waitForFunction((count) => {
-      const pictures = [...document.querySelectorAll('[data-testid^="template-workflow-"] img')]
-      return pictures.length === count && pictures.every((picture) => picture.complete && picture.naturalWidth)
-    }, count)
-    return page.evaluate(() =>
-      Object.fromEntries(
-        [...document.querySelectorAll('[data-testid^="template-workflow-"]')].map((card) => [
-          card.dataset.testid.replace('template-workflow-', ''),
-          card.querySelector('img')?.naturalWidth
-        ])
-      )
+    const cards = page.locator('[data-testid^="template-workflow-"]')
+    await page.waitForFunction(
+      (count) => document.querySelectorAll('[data-testid^="template-workflow-"]').length === count,
+      count
     )
+    const found = {}
+    // A card has its picture only while it is within the window.
+    for (const card of await cards.all()) {
+      await card.scrollIntoViewIfNeeded()
+      const picture = await card.locator('img').elementHandle()
+      await page.waitForFunction((picture) => picture.complete && picture.naturalWidth, picture)
+      const name = (await card.getAttribute('data-testid')).replace('template-workflow-', '')
+      found[name] = await picture.evaluate((picture) => picture.naturalWidth)
+    }
+    return found
   },
 
   async open_template({ name }) {
     const before = await workflowName()
-    await page.getByTestId(`template-workflow-${name}`).click()
+    const card = page.getByTestId(`template-workflow-${name}`)
+    // Scrolled to, it gets its picture, which moves what is below.
+    await card.scrollIntoViewIfNeeded()
+    await card.locator('img').waitFor()
+    await card.click()
     await anotherThan(before)
     await page.waitForFunction(() => !document.querySelector('[data-testid^="template-workflow-"]'))
   },
