@@ -1,7 +1,8 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
-Or only check what a checkpoint or config would do, download or convert one, or migrate a workflow of
-ComfyUI-CogVideoXWrapper to this pack. All of it is one file, to be started as it lies in the pack's folder.
+Or make many, inpaint one, take objects out of it or make it larger; check what a checkpoint or config would do,
+download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper to this pack. It is started as it lies in the
+pack's folder.
 """
 
 import argparse
@@ -694,8 +695,6 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
     check_options(parser, options)
-    if asked and work is not make_many and place_of().count > 1:
-        parser.error(f"--{asked[0]} is for one process, and several were started: start it without torchrun")
     if work is make_many:
         if options.prompt is not None:
             parser.error("--prompts and --prompt are two things to do: give one of them")

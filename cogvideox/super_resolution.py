@@ -513,7 +513,7 @@ def _decode(
     for index, span in enumerate(spans):
         share = _Share(events, sum(lengths[:index]), sum(lengths))
         try:
-            decoded = decode(vae, clean[index], on_nan=on_nan, events=share)
+            decoded = decode(vae, clean[index], on_nan=on_nan, events=share, in_pairs=False)
         except OutOfMemory as error:
             error.latents = clean[0] if images is None else None
             raise
