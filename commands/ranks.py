@@ -32,6 +32,8 @@ _MEETING = timedelta(minutes=10)
 _WAIT = timedelta(days=7)
 #: Seconds between two looks at the others, and for which one may be silent.
 _BEAT, _SILENCE = 1.0, 120.0
+#: Longer than a look takes, unless process 0 is gone.
+_CALL = timedelta(seconds=10)
 _ENDED, _LEFT = "ended", "left"
 
 
@@ -268,6 +270,7 @@ def joined(place: Place, device: "torch.device") -> Iterator[Ranks]:
             f"The processes cannot meet at {short(place.address)}:{place.port} ({reason(error)}). See whether "
             "process 0 runs, and whether MASTER_ADDR and MASTER_PORT are a machine and a free port that all reach."
         ) from error
+    watched.set_timeout(_CALL)
     watch = _Watch(place, watched)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -322,10 +325,16 @@ class _Watch:
         return said if broken else None
 
     def leave(self) -> None:
-        """Tell the others that this process is done."""
+        """Tell the others that this process is done; the first, where they meet, waits until all are."""
         self.stop()
-        with suppress(Exception), self._lock:
-            self._store.set(f"{_LEFT}{self._place.rank}", "1")
+        self._thread.join(3 * _BEAT)
+        with suppress(Exception):
+            if self._lock.acquire(timeout=3 * _BEAT):
+                self._store.set(f"{_LEFT}{self._place.rank}", "1")
+                until = time.monotonic() + _CALL.total_seconds()
+                others = [f"{_LEFT}{other}" for other in self._seen]
+                while self._place.is_first and time.monotonic() < until and not self._store.check(others):
+                    time.sleep(0.05)
 
     def stop(self) -> None:
         self._stopped.set()
