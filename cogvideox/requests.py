@@ -359,8 +359,8 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
     windows = windows_text(model.windows, latents.shape[2], full_config(model.weights.config))
     if windows is not None and model.windows is not None:
         # What the model sees of it. Any whole latent frames make a clip there.
-        step = model.variant.frame_step
-        frames = (model.windows.length - 1) // step * step + 1
+        step, rest = model.variant.frame_step, model.variant.rest
+        frames = (model.windows.length - rest) // step * step + rest
     notes = [windows, model.variant.outside_model_card(width, height, frames)]
     wants_image = model.variant.reads == START_IMAGE
     if image_latents is not None and wants_image and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():

@@ -93,6 +93,11 @@ class Variant:
         return self.reads in (INPAINT, VOID)
 
     @property
+    def rest(self) -> int:
+        """Frames that a clip has besides whole ``frame_step``s."""
+        return 5 if self.in_pairs else 1
+
+    @property
     def is_released(self) -> bool:
         """Whether it has the shape of a released model, at full size."""
         return "custom size" not in self.name
@@ -136,9 +141,8 @@ class Variant:
         """Say what of a clip of ``frames`` frames of ``width`` x ``height`` pixels the model was not trained for, or
         None."""
         said = []
-        rest = 5 if self.in_pairs else 1
-        if frames % self.frame_step != rest and frames != 1:
-            said.append(f"{frames} frames (the model card gives {self.frame_step}N+{rest})")
+        if frames % self.frame_step != self.rest and frames != 1:
+            said.append(f"{frames} frames (the model card gives {self.frame_step}N+{self.rest})")
         if frames > self.max_frames:
             said.append(f"{frames} frames (the model card goes up to {self.max_frames})")
         if not self._trained_size(width, height):
@@ -186,8 +190,8 @@ def identify(config: Mapping) -> Variant:
     ``patch_size_t`` marks the 1.5 family at any size; without it, rotary positions mark the bf16-trained 5b line and
     sin-cos positions the fp16-trained 2b line.
     """
-    more = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
-    reads = next((kind for kind, channels in CONDITIONING_CHANNELS.items() if channels == more), NOTHING)
+    given = config.get("in_channels", LATENT_CHANNELS)
+    reads = next((kind for kind, more in CONDITIONING_CHANNELS.items() if given == LATENT_CHANNELS + more), NOTHING)
     image = reads == START_IMAGE
     shape = (config.get("num_layers", 30), config.get("num_attention_heads", 30))
     suffix = "-I2V" if image else ""

@@ -23,6 +23,7 @@ from cogvideox.words import listed, reason, short
 _OF_ALL = (
     *("prompts", "dry_run", "split", "debug", "plan", "decode", "device", "overwrite"),
     *("check", "scan", "fix", "json", "download", "convert", "migrate"),
+    *("upscale", "scale", "kind", "references", "reference_frames", "reference_guidance", "empty_prompt"),
 )
 #: How a table says yes and no.
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")

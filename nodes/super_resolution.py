@@ -160,9 +160,12 @@ class SuperResolution(Node):
         reference_guidance=1.0,
     ):
         from ..cogvideox.memory import WANTED_BYTES
+        from ..cogvideox.pictures import check_images
         from ..cogvideox.super_resolution import check_references, find_kind, upscale
 
         # Before T5 is loaded.
+        images = check_images(images, "images")
+        references = None if references is None else check_images(references, "references")
         found = find_kind(model, kind)
         check_references(found, 0 if references is None else len(references), reference_frames, len(images))
         vae = host.own_vae(vae)

@@ -1,6 +1,6 @@
 """What CogVideoX-Fun-V1.5-InP and VOID are compared with: clips, masks, and the latents of their own pipelines.
 
-``VIDEOX_FUN_PATH=checkout VOID_MODEL_PATH=checkout python -m tests.family`` runs those pipelines and writes some of
+``VIDEOX_FUN_PATH=checkout VOID_PATH=checkout python -m tests.family`` runs those pipelines and writes some of
 their numbers into ``tests/family_recorded.json``, for where there is no checkout.
 """
 
@@ -22,7 +22,7 @@ from tests.reference import draw_prompts
 from tests.tiny_checkpoint import build_checkpoint
 
 RECORDED = Path(__file__).parent / "family_recorded.json"
-PATHS = {"fun-inp": "VIDEOX_FUN_PATH", "void": "VOID_MODEL_PATH"}
+PATHS = {"fun-inp": "VIDEOX_FUN_PATH", "void": "VOID_PATH"}
 #: Numbers of each result that are kept, evenly spread.
 KEPT = 12
 #: Seeds the noise that is added to a clip.

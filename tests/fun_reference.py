@@ -1,7 +1,7 @@
 """The pipelines of CogVideoX-Fun-V1.5-InP and VOID, unmodified, around a tiny checkpoint.
 
 With the environment variable VIDEOX_FUN_PATH at a checkout of https://github.com/aigc-apps/VideoX-Fun, and
-VOID_MODEL_PATH at one of https://github.com/Netflix/void-model. Of both only the files of the pipeline, the
+VOID_PATH at one of https://github.com/Netflix/void-model. Of both only the files of the pipeline, the
 transformer and the VAE are imported: the rest needs cards and packages that the pipeline does not.
 """
 

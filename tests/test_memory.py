@@ -36,8 +36,7 @@ GB = 10**9
 
 
 class TestPlan:
-    @pytest.mark.parametrize("cfg", [1.0, 6.0])
-    @pytest.mark.parametrize("shape", [(1, 16, 4, 24, 40), (2, 16, 5, 20, 24)])
+    @pytest.mark.parametrize(("shape", "cfg"), [((1, 16, 4, 24, 40), 6.0), ((2, 16, 5, 20, 24), 1.0)])
     @pytest.mark.parametrize(
         ("variant", "dtype"),
         [

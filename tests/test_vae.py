@@ -185,7 +185,7 @@ class TestMemory:
         monkeypatch.setattr(strips_module, "_STRIP_BYTES", {"cpu": 2 << 20, "other": 2 << 20})
         monkeypatch.setattr(strips_module, "_MIN_STRIP_BYTES", 1 << 20)
         monkeypatch.setattr(strips_module, "_ONEDNN_SIZE", 0)
-        given_ = torch.randn(1, 16, 5, 8, 8) if step is Strips.decode else torch.rand(1, 3, 17, 64, 64)
+        given_ = torch.randn(1, 16, 5, 6, 4) if step is Strips.decode else torch.rand(1, 3, 17, 48, 32)
         chunks = [3, 2] if step is Strips.decode else [9, 8]
         real = count_strips(vae, given_, budget, chunks, step)
         said = count_strips(build_vae((32, 64, 64, 128), 32).to("meta"), given_.to("meta"), budget, chunks, step)
