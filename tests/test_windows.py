@@ -7,7 +7,7 @@ too. ``RECORDED`` came from ``VOID_PATH=… python -m tests.test_windows``.
 import gc
 import os
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from cogvideox.modules.cache import Cache
 from cogvideox.requests import outside_training
 from cogvideox.sampling import Prompts, Run, sample
 from cogvideox.schedulers import make_scheduler, schedule_timesteps
-from cogvideox.variants import full_config
+from cogvideox.variants import CONDITIONING_CHANNELS, full_config
 from cogvideox.weights import Placement
 from cogvideox.windows import Canvas, Windows, spans
 from tests.conftest import CPU
@@ -164,8 +164,11 @@ def load(folder):
 
 
 class TestReference:
-    @pytest.mark.parametrize("length", [12, 9])
-    @pytest.mark.parametrize("variant", ["1.5", "1.5-i2v", "5b", "2b"])
+    @pytest.mark.parametrize(
+        ("variant", "length"),
+        # Of the descendants' latent frames there is an even number.
+        [*product(["1.5", "1.5-i2v", "5b", "2b"], [12, 9]), ("fun-inp", 12), ("void", 12)],
+    )
     def test_it_is_the_scheme_written_down_plainly_bit_for_bit(self, checkpoints, variant, length):
         # 2b has positions for so many tokens.
         prompts = draw_prompts(226 if variant == "2b" else 8)
@@ -177,6 +180,10 @@ class TestReference:
             # The image once, in front of all: the second window reads zeros.
             beside = model.image_latent_scale * rearrange(image, "b c t h w -> b t c h w")
             beside = torch.cat([beside[:, :1], torch.zeros_like(beside[:, :padding]), beside[:, 1:]], dim=1)
+        if model.variant.in_pairs:
+            # A mask and a video stand for the whole clip: each window reads its part.
+            image = torch.randn(1, CONDITIONING_CHANNELS[model.variant.reads], length, 4, 6)
+            beside = model.image_latent_scale * rearrange(image, "b c t h w -> b t c h w")
         noise = torch.randn(1, length + padding, 16, 4, 6, generator=torch.Generator().manual_seed(1))
         expected = plain(
             load(checkpoints(variant) / "transformer"), build_scheduler(variant), prompts, noise, 6, 2, beside
