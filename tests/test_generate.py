@@ -664,12 +664,12 @@ class TestTheCommandLine:
 
     def test_paths_are_taken_as_people_give_them(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(tmp_path))
-        assert generate._path("~/x.mp4") == tmp_path / "x.mp4"
-        assert generate._path("'a b.png'") == Path("a b.png")
-        assert generate._path('"a b.png"') == Path("a b.png")
+        assert generate.path_of("~/x.mp4") == tmp_path / "x.mp4"
+        assert generate.path_of("'a b.png'") == Path("a b.png")
+        assert generate.path_of('"a b.png"') == Path("a b.png")
         monkeypatch.chdir(tmp_path)
         (tmp_path / "'x'").touch()
-        assert generate._path("'x'") == Path("'x'")
+        assert generate.path_of("'x'") == Path("'x'")
 
     def test_frame_rates_are_exact(self):
         assert generate._rate("30000/1001") == generate._rate("29.97003") == Fraction(30000, 1001)

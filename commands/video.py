@@ -1,0 +1,257 @@
+"""Making the video that ``generate.py`` is asked for, by one process or by several together."""
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.words import reason, short
+from commands.job import DEFAULT_OUTPUT, Job
+from commands.ranks import Place
+from commands.terminal import say, terminal_events
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogvideox.events import Events
+    from cogvideox.modules.sharded import Split
+    from commands.chain import Parts
+    from commands.ranks import Ranks
+
+
+@contextmanager
+def company(options: argparse.Namespace, place: Place) -> "Iterator[Ranks | None]":
+    """Join the other processes, if there are any, and something is to be made."""
+    if place.count == 1 or options.plan or options.dry_run:
+        yield None
+        return
+    from cogvideox.precision.hardware import Hardware
+    from commands.ranks import joined
+
+    with joined(place, Hardware.detect(options.device).device) as ranks:
+        yield ranks
+
+
+def once_for_all(ranks: "Ranks | None", work: "Callable[[], torch.Tensor]") -> "torch.Tensor":
+    """Do something where one process does it for all."""
+    return work() if ranks is None else ranks.same(work)
+
+
+def check_team(job: Job, place: Place) -> "Split":
+    """Choose how the processes share a video, and refuse what cannot be shared."""
+    from cogvideox.requests import check_split
+    from cogvideox.variants import full_config
+    from commands.ranks import choose_split
+
+    options, heads = job.options, full_config(job.model.weights.config)["num_attention_heads"]
+    split = choose_split(options.split, place.count, options.cfg > 1, heads)
+    check_split(job.model, split, job.latent.shape)
+    return split
+
+
+def say_plan(job: Job, place: Place) -> None:
+    """Say what a video takes, and how much faster several cards are."""
+    from cogvideox.memory import memory_text
+    from cogvideox.sharing import expected_gain
+
+    shape, guided = tuple(job.latent.shape), job.options.cfg > 1
+    if place.count == 1:
+        say(memory_text(job.model, shape, guided))
+        return
+    split = check_team(job, place)
+    say(f"each card: {memory_text(job.model, shape, guided and split.guidance == 1, split.sequence)}")
+    say(expected_gain(job.model, shape, split, guided, job.model.weights.hardware.name).text)
+
+
+def say_skips(job: Job) -> None:
+    """Say which steps TeaCache skips."""
+    from cogvideox.skips import skips_text
+
+    options = job.options
+    skips = skips_text(job.model, options.steps, options.scheduler, job.denoise)
+    if skips is not None:
+        say(skips)
+
+
+def encoded(job: Job, name: str, events: "Events") -> "torch.Tensor":
+    """Encode the prompt, or the negative one: ``[1, tokens, width]``."""
+    from cogvideox.text import encode_prompt
+
+    weights = job.text_encoder.weights
+    if weights.method is not None and not weights.is_loaded:
+        say(weights.quantization_text(events))
+    encoded = encode_prompt(job.text_encoder, job.texts[name], on_nan=job.options.on_nan, events=events)
+    for note in encoded.notes:
+        say(f"{name}: {note}")
+    return encoded.embeddings
+
+
+def sampled(
+    job: Job,
+    prompts: "Mapping[str, torch.Tensor]",
+    events: "Events",
+    ranks: "Ranks | None" = None,
+    start: "torch.Tensor | None" = None,
+    seed: int | None = None,
+) -> "torch.Tensor":
+    """Make a video's latents ``[1, 16, T, H/8, W/8]``, together with other processes if there are any.
+
+    Args:
+        start, seed: of a part of a longer video, in the place of the video's own.
+    """
+    from cogvideox.pictures import fit_size
+    from cogvideox.sampling import sample
+    from cogvideox.vae import encode, image_latents
+    from commands.inpaint import make_conditioning
+
+    options, source, latent, image = job.options, job.source, job.latent, None
+    if job.model.weights.method is not None and not job.model.weights.is_loaded:
+        say(job.model.weights.quantization_text(events))
+    how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
+    pictures = [
+        None if picture is None else fit_size(picture, source.width, source.height)
+        for picture in (source.start if start is None else start, source.end)
+    ]
+    clip, source.clip = source.clip, None
+    if pictures[0] is not None and job.model.variant.image_to_video:
+        first, last = pictures[0], pictures[1]
+        image = once_for_all(ranks, lambda: image_latents(job.handles.vae, first, source.frames, last, **how))
+    elif job.is_conditioned:
+        size = source.width, source.height
+        image = once_for_all(
+            ranks,
+            lambda: make_conditioning(
+                options, job.handles.vae, clip, source.frames, size, (pictures[0], pictures[1]), source.mask, **how
+            ),
+        )
+    if clip is not None and job.denoise < 1:
+        latent = once_for_all(ranks, lambda: encode(job.handles.vae, clip, **how))
+    team = None if ranks is None else ranks.team(check_team(job, ranks.place))
+    with latents_kept(options, job.output) if ranks is None or ranks.place.is_first else nullcontext():
+        return sample(
+            job.model,
+            prompts["prompt"],
+            prompts["negative"],
+            latent,
+            image_latents=image,
+            noise=job.noise,
+            denoise=job.denoise,
+            seed=options.seed if seed is None else seed,
+            steps=options.steps,
+            cfg=options.cfg,
+            scheduler=options.scheduler,
+            dynamic_cfg=options.dynamic_cfg,
+            cfg_start=options.cfg_range[0],
+            cfg_end=options.cfg_range[1],
+            team=team,
+            **how,
+        )
+
+
+def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") -> None:
+    """Make a long video of parts, those that are kept included, and write it.
+
+    Args:
+        make: ``make(start=image, seed=seed)`` returns the latents of a part.
+    """
+    from cogvideox.pictures import fit_size
+    from commands.chain import make_video, parts_folder
+
+    options, source = job.options, job.source
+    assert source.start is not None, "--seconds goes with --image"
+    start = fit_size(source.start, source.width, source.height)
+    # What changes no frame is not among them.
+    aside = "seconds output overwrite fps image debug device memory on_black plan prompt negative split".split()
+    settings = {name: value for name, value in vars(options).items() if name not in aside} | job.texts
+    settings |= {"width": source.width, "height": source.height, "frames": source.frames}
+    settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
+    settings["pixels"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()
+    folder = parts_folder(job.output, settings)
+    images = make_video(
+        parts,
+        folder,
+        settings,
+        start,
+        options.seed,
+        lambda image, seed: make(start=image, seed=seed),
+        lambda latent: decoded(options, job.handles.vae, latent),
+        say,
+    )
+    write(options, images, job.output, source.fps)
+    say(
+        f"The parts are kept in {folder}: with --overwrite and more --seconds they are used again. Delete them when "
+        "the video is as wanted."
+    )
+
+
+@contextmanager
+def latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Iterator[None]:
+    """Where something fails that follows the sampling, or memory runs out within it, keep the latents in a file, and
+    say where.
+
+    Raises:
+        RuntimeError: with what failed, and how to go on from there.
+    """
+    from cogvideox.video import write_latent
+
+    try:
+        yield
+    except Exception as error:
+        # Whatever it was: what took minutes to make is not to be lost with it.
+        latent = getattr(error, "latents", latent)
+        if latent is None:
+            raise
+        known = isinstance(error, ValueError | RuntimeError)
+        said = (
+            str(error) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
+        )
+        failed = []
+        for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
+            try:
+                path = write_latent(latent, folder, output.stem[:100])
+            except ValueError as why:
+                failed.append(str(why))
+                continue
+            raise RuntimeError(
+                f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
+                "same --model makes the video of them."
+            ) from error
+        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
+
+
+def finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
+    """Decode latents, look for black frames, and write the video."""
+    write(options, decoded(options, vae, latent), output, fps, sound)
+
+
+def decoded(options: argparse.Namespace, vae, latent) -> "torch.Tensor":
+    """Return the frames of latents, in which black ones were looked for."""
+    from cogvideox.vae import decode
+
+    images = decode(vae, latent, on_nan=options.on_nan, events=terminal_events())
+    judge(options, images)
+    return images
+
+
+def judge(options: argparse.Namespace, images: "torch.Tensor") -> None:
+    """Look for black frames, and do about them what the options say."""
+    from cogvideox.black_frames import check_black_frames, enforce
+
+    report = check_black_frames(images)
+    say(report.text)
+    enforce(report, options.on_black)
+
+
+def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
+    from cogvideox.video import free_name, write_mp4
+
+    if options.output is None and not options.overwrite:
+        # Another run may have taken the name meanwhile.
+        output = free_name(DEFAULT_OUTPUT)
+    write_mp4(images, output, fps, events=terminal_events(), overwrite=options.overwrite, sound=sound)
+    say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
