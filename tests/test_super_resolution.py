@@ -24,9 +24,8 @@ import cogvideox.super_resolution as module
 from cogvideox.handles import open_handles, quantized, with_cache, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
 from cogvideox.modules.cache import Cache
+from cogvideox.pieces import Pieces, axis_spans
 from cogvideox.super_resolution import (
-    Pieces,
-    axis_spans,
     check_references,
     check_scale,
     describe_plan,

@@ -45,6 +45,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "frame_pixels",
             "clip_files",
             "going_on",
+            "pieces",
             "video",
         )
     ),
