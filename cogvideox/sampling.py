@@ -7,6 +7,8 @@ pipelines draw a sample of it.
 
 Inside, latents are ``[B, T, 16, H/8, W/8]`` in the transformer's dtype, scaled and padded, as the transformer reads
 them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
+
+One file, as a run is read from top to bottom: what it is given, the loop, a step, one evaluation.
 """
 
 import logging
