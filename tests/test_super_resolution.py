@@ -204,9 +204,7 @@ class TestPieces:
         assert "smaller pieces" in "".join(told.heals)
         assert lengths == [8, 4, 6]
 
-    @pytest.mark.parametrize(
-        ("variant", "dtype", "guidance"), [("1.5", "fp32", 1.0), ("1.5-i2v", "bf16", 1.0), ("1.5-i2v", "bf16", 2.0)]
-    )
+    @pytest.mark.parametrize(("variant", "dtype", "guidance"), [("1.5", "fp32", 1.0), ("1.5-i2v", "bf16", 2.0)])
     def test_the_plan_is_within_15_percent_of_what_the_step_takes(self, tmp_path, variant, dtype, guidance):
         """Of a transformer that is wider than others here: beside it, latents count as little as in real ones."""
 
