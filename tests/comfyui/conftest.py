@@ -1,15 +1,13 @@
 """One ComfyUI for all tests of this folder."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.comfyui.page import HOW, Page, available
 from tests.comfyui.prompts import example
-from tests.comfyui.server import add_example_files, from_environment
-from tests.tiny_checkpoint import build_checkpoint
+from tests.comfyui.server import add_example_files, from_environment, remove_example_checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +32,7 @@ def files(comfy):
     """What the other examples need: an image-to-video checkpoint, a picture, a clip and a LoRA."""
     add_example_files(comfy.base)
     yield
-    shutil.rmtree(comfy.base / "models" / "CogVideo" / "CogVideoX1.5-5B-I2V")
+    remove_example_checkpoints(comfy.base)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +42,10 @@ def browser(comfy):
     # Whatever the tests of other files left.
     comfy.replace_checkpoint()
     add_example_files(comfy.base)
-    models = comfy.base / "models" / "CogVideo"
-    build_checkpoint(models / "DOVE")
     page = Page(comfy)
     yield page
     page.close()
-    for name in ("CogVideoX1.5-5B-I2V", "DOVE"):
-        shutil.rmtree(models / name)
+    remove_example_checkpoints(comfy.base)
 
 
 @pytest.fixture

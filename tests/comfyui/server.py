@@ -53,6 +53,15 @@ async def alive(_):
 """
 
 
+#: Checkpoints of the examples, by folder: their variant.
+_CHECKPOINTS = {
+    "CogVideoX1.5-5B-I2V": "1.5-i2v",
+    "CogVideoX-Fun-V1.5-5b-InP": "fun-inp",
+    "VOID": "void",
+    "DOVE": "1.5",
+}
+
+
 @dataclass
 class Told:
     """What the page was told while a prompt ran.
@@ -207,15 +216,14 @@ class Comfy:
 
 
 def add_example_files(base: Path) -> None:
-    """What the examples need beside the text-to-video checkpoint: an image-to-video one, a picture, a clip and LoRAs,
-    one of another model."""
+    """What the examples need beside the text-to-video checkpoint: others, a picture, a clip and LoRAs, one of another
+    model."""
     models, name = base / "models", "transformer.transformer_blocks.0.attn1.to_out.0"
-    if (models / "CogVideo" / "CogVideoX1.5-5B-I2V").exists():
-        return
-    build_checkpoint(models / "CogVideo" / "CogVideoX1.5-5B-I2V", "1.5-i2v")
-    for folder, variant in (("CogVideoX-Fun-V1.5-5b-InP", "fun-inp"), ("VOID", "void")):
-        if not (models / "CogVideo" / folder).exists():
-            build_checkpoint(models / "CogVideo" / folder, variant)
+    for folder, variant in _CHECKPOINTS.items():
+        built = base.with_name(f"{base.name}-examples") / folder
+        if not built.exists():
+            build_checkpoint(built, variant)
+        shutil.copytree(built, models / "CogVideo" / folder, dirs_exist_ok=True)
     Image.new("RGB", (200, 100), (200, 120, 40)).save(base / "input" / "example.png")
     write_mp4(torch.rand(20, 64, 96, 3), base / "input" / "input.mp4", 16, overwrite=True)
     (models / "loras").mkdir(exist_ok=True)
@@ -223,6 +231,12 @@ def add_example_files(base: Path) -> None:
         halves = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)}
         save_file(halves, models / "loras" / f"{file}.safetensors")
     save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, models / "loras" / "sd15.safetensors")
+
+
+def remove_example_checkpoints(base: Path) -> None:
+    """Take away the checkpoints of ``add_example_files``, so that there is the text-to-video one alone."""
+    for folder in _CHECKPOINTS:
+        shutil.rmtree(base / "models" / "CogVideo" / folder)
 
 
 def from_environment(base: Path, **options) -> Comfy | None:
