@@ -251,7 +251,7 @@ class _Migration(Samplers):
             mask = None if node is None else self.graph.trace(node.wires.get("mask"))
             if node is not None and mask is not None and node.kind in tables.ENCODERS:
                 yield "an inpainting mask", mask, "Delete or mute it"
-        known = (*tables.ENCODERS, "CogVideoSampler", *tables.EMPTY_LATENTS)
+        known = (*tables.ENCODERS, tables.FUN_ENCODER, "CogVideoSampler", *tables.EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:
             yield (
                 "noise that another node makes",

@@ -341,8 +341,8 @@ class Samplers(Loaders):
         if is_inpaint(model) and valid > frames > 1:
             self.say(
                 sampler,
-                f"{tables.PACK} made as many latent frames for num_frames {short(frames)} too, and cut the first off. "
-                "Here all of them are shown, so the video will differ.",
+                f"for num_frames {short(frames)} as many latent frames were made in {tables.PACK} too, and the first "
+                "was cut off. Here all of them are shown, so the video will differ.",
             )
         return {"length": valid}, {}
 
