@@ -12,6 +12,7 @@ from .kinds import KINDS
 
 #: Larger numbers than that are of no widget, and cannot be added to others.
 _LARGEST = 1e15
+_INPAINT_SIZE = tuple(KINDS["CogVideoX15Inpaint"].input(side).default for side in ("width", "height"))
 
 
 class Conversion:
@@ -170,5 +171,16 @@ def is_1_5(name: str) -> bool:
     return re.search(r"1[._]5", name) is not None or re.search("[25]b|interpolation", name, re.IGNORECASE) is None
 
 
+def is_inpaint(model: str) -> bool:
+    """Whether a model is CogVideoX-Fun-V1.5-InP, going by its name."""
+    return (
+        re.search(tables.FUN, model, re.IGNORECASE) is not None
+        and re.search(r"1[._]5", model) is not None
+        and re.search(tables.FUN_CONTROL, model, re.IGNORECASE) is None
+    )
+
+
 def usual_size(model: str) -> tuple[int, int]:
+    if is_inpaint(model):
+        return _INPAINT_SIZE
     return (1360, 768) if is_1_5(model) else (720, 480)

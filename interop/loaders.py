@@ -14,7 +14,7 @@ from cogvideox.variants import TEACACHE_SECONDS
 from cogvideox.words import short
 
 from . import tables
-from .conversion import Conversion
+from .conversion import Conversion, is_inpaint
 from .graph import PASSING, Node, Wire
 from .kinds import KINDS
 from .workflow import OURS, is_2b
@@ -81,6 +81,8 @@ class Loaders(Conversion):
                 f"model {short(asked)} became {short(name)}, its folder in models/CogVideo. If the loader does not "
                 "find it, download a model (CogVideoX-1.5 Downloader has the official 1.5 ones) and choose that.",
             )
+            if is_inpaint(asked):
+                self.say(node, "if the model lies in models/CogVideoX_Fun, move its folder into models/CogVideo.")
         elif node.kind == "DownloadAndLoadCogVideoGGUFModel":
             name = f"GGUF/{name}"
             self.say(

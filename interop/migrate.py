@@ -18,7 +18,7 @@ from cogvideox.words import listed, reason, short
 
 from . import tables
 from .api import Api
-from .conversion import is_old
+from .conversion import is_inpaint, is_old
 from .graph import Changes, Node
 from .kinds import KINDS
 from .page import Page
@@ -190,12 +190,19 @@ class _Migration(Samplers):
         if running or (fun and not self.samplers):
             node = (running or fun)[0]
             raise ValueError(
-                f"{node.where} in {file} is a sampler of CogVideoX-Fun, whose workflows are not carried over, so "
-                "nothing was written. Build it anew from inpaint in example_workflows: CogVideoX-1.5 Inpaint has its "
-                "start and end images, video and mask, for CogVideoX-Fun-V1.5-5b-InP. Older models stay with "
+                f"{node.where} in {file} is a sampler of CogVideoX-Fun 1.0 and V1.1, whose workflows are not carried "
+                "over, so nothing was written. Build it anew from inpaint in example_workflows: CogVideoX-1.5 Inpaint "
+                "has its start and end images, video and mask, for CogVideoX-Fun-V1.5-5b-InP. Older models stay with "
                 f"{PACK}."
             )
         if not self.samplers:
+            for node in self.nodes.values():
+                if node.kind in tables.VIDEOX_FUN_SAMPLERS:
+                    raise ValueError(
+                        f"{node.where} in {file} is a sampler of VideoX-Fun's own nodes, which are not migrated: only "
+                        f"workflows of {PACK} are. Build it anew from inpaint in example_workflows: CogVideoX-1.5 "
+                        "Inpaint makes its videos with CogVideoX-Fun-V1.5-5b-InP."
+                    )
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())
             have = "It is a workflow of this pack already." if ours else "Choose one that makes a video with that pack."
             raise ValueError(
@@ -229,25 +236,22 @@ class _Migration(Samplers):
                 "Put one of that pack's loaders in its place",
             )
         for pattern, what in tables.OTHER_MODELS.items():
-            if model is not None and re.search(pattern, name := self.asked(model), re.IGNORECASE):
+            if model is None or (pattern == tables.FUN and is_inpaint(self.asked(model))):
+                continue
+            if re.search(pattern, name := self.asked(model), re.IGNORECASE):
                 yield f"{what}, {short(name)}", model, "Choose another model there"
         for name, what in tables.OTHER_VIDEO.items():
             node = self.graph.trace(sampler.wires.get(name))
             if node is not None:
                 yield what, node, "Delete or mute it"
         image = self.graph.trace(sampler.wires.get("image_cond_latents"))
-        if image is not None and image.kind not in tables.ENCODERS:
-            yield (
-                "image latents of another kind than CogVideoImageEncode's",
-                image,
-                "Put CogVideoImageEncode in its place",
-            )
         start = self.graph.trace(sampler.wires.get("samples"))
+        yield from self.other_images(sampler, image, start)
         for node in (image, start):
             mask = None if node is None else self.graph.trace(node.wires.get("mask"))
             if node is not None and mask is not None and node.kind in tables.ENCODERS:
                 yield "an inpainting mask", mask, "Delete or mute it"
-        known = (*tables.ENCODERS, "CogVideoSampler", *tables.EMPTY_LATENTS)
+        known = (*tables.ENCODERS, tables.FUN_ENCODER, "CogVideoSampler", *tables.EMPTY_LATENTS)
         if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:
             yield (
                 "noise that another node makes",
@@ -258,6 +262,24 @@ class _Migration(Samplers):
             text = self.graph.trace(sampler.wires.get(name))
             if text is not None and text.kind == "CogVideoDualTextEncode_311":
                 yield "a prompt that two text encoders read", text, "Put CogVideoTextEncode in its place"
+
+    def other_images(self, sampler: Node, image: Node | None, start: Node | None) -> Iterator[tuple[str, Node, str]]:
+        """As ``not_here``: of what a sampler is given as images and as a clip."""
+        if image is not None and image.kind not in self.encoders(sampler):
+            if is_inpaint(self.model_of(sampler)):
+                yield "image latents without a mask", image, "Put CogVideoImageEncodeFunInP in its place"
+            else:
+                yield (
+                    "image latents of another kind than CogVideoImageEncode's",
+                    image,
+                    "Put CogVideoImageEncode in its place",
+                )
+        if start is None:
+            return
+        if start.kind == tables.FUN_ENCODER:
+            yield "latents of images as the clip to start from", start, "Connect it to image_cond_latents"
+        elif image is not None and image.kind == tables.FUN_ENCODER and start.kind not in tables.EMPTY_LATENTS:
+            yield "a clip to start from beside start and end images", start, "Delete or mute it"
 
     def refuse_unknown(self, sampler: Node, looked_at: set) -> None:
         """Refuse what is connected to a sampler, or to what of that pack stands before it, and is not known.

@@ -11,7 +11,7 @@ from cogvideox.variants import SIZE_STEP
 from cogvideox.words import short
 
 from . import tables
-from .conversion import frame_step, is_piped, usual_size
+from .conversion import frame_step, is_inpaint, is_piped, usual_size
 from .graph import Node, Wire
 from .kinds import KINDS
 from .loaders import Loaders
@@ -126,13 +126,17 @@ class Samplers(Loaders):
             )
         self.temporal_tiles(node)
         latent = (
-            self.image_to_video(node, image, wires) if image is not None and image.kind in tables.ENCODERS else None
+            self.image_to_video(node, image, wires) if image is not None and image.kind in self.encoders(node) else None
         )
         if start is not None and start.kind not in tables.EMPTY_LATENTS:
             latent = self.given_latent(node, start)
         elif latent is None:
-            latent = self.empty_latent(node, start)
+            latent = self.empty_latent(node, start, wires)
         self.make("CogVideoX15Sampler", node, values, wires | {"latent_image": latent})
+
+    def encoders(self, sampler: Node) -> tuple[str, ...]:
+        """The encoders whose images a sampler's model reads."""
+        return (tables.FUN_ENCODER,) if is_inpaint(self.model_of(sampler)) else tables.ENCODERS
 
     def denoise(self, node: Node, start: Node | None, wires: dict, values: dict) -> None:
         denoise = min(max(self.setting(node, "denoise_strength", (int, float), 1.0), 0.0), 1.0)
@@ -147,6 +151,8 @@ class Samplers(Loaders):
     def scheduler(self, node: Node) -> str:
         name = self.setting(node, "scheduler", str, "CogVideoXDDIM")
         first = "t_tile_length" in node.values or "fps" in node.values
+        if name == "DDIM" and is_inpaint(self.model_of(node)):
+            return "ddim_origin"
         if name in ("DDIM", "DDIM_tiled") and (first or name == "DDIM_tiled" or not is_2b(self.model_of(node))):
             # Until October 2024 this was CogVideoXDDIM's name. What that adds to diffusers' DDIM, a shift of the
             # noise's strength, is none in the config of all models but 2b.
@@ -218,14 +224,52 @@ class Samplers(Loaders):
                 self.say(
                     node, f"{name} {value} is not here ({meaning}): the image is used as the model was trained with it."
                 )
+        self.encode_tiling(node)
+
+    def encode_tiling(self, node: Node) -> None:
         if node.values.get("enable_tiling") is True:
             self.not_needed.append(f"{node.where}: tiling")
+
+    def fun_settings(self, sampler: Node, encode: Node, values: dict, wires: dict) -> None:
+        """Carry over what CogVideoImageEncodeFunInP adds to its images, and say what differs of the end image and of
+        the noise (``encode`` there, and ``pipeline_cogvideox.py``, which sets the mask)."""
+        low, high = KINDS["CogVideoX15Inpaint"].limits("noise_aug")
+        given = self.setting(encode, "noise_aug_strength", (int, float), 0.0)
+        noise = min(max(given, low), high)
+        if noise != given:
+            self.say(encode, f"noise_aug_strength {short(given)} became {noise}.")
+        self.keep(encode, "noise_aug_strength", noise, wires, values, "noise_aug")
+        if noise:
+            self.say(encode, "the noise in the images was another one in every run there; here it is always the same.")
+        else:
+            self.say(
+                encode,
+                "noise_aug_strength 0 was kept as noise_aug; the model was trained with noise, and VideoX-Fun adds "
+                "0.0563.",
+            )
+        if wires.get("end_image") is not None:
+            self.say(
+                encode,
+                "the end image was shown to the model there and not marked as kept; here it is the last frame, as the "
+                "model was trained with it, so the end of the video will differ.",
+            )
+        self.settled.add((encode.id, "num_frames"))
+        wire = encode.wires.get("num_frames")
+        own = self.setting(encode, "num_frames", int, 49) if wire is None else self.constant(wire)
+        frames = self.frames(sampler)
+        if own is not None and frames is not None and own != frames:
+            self.say(
+                encode,
+                f"num_frames {short(own)} is not a setting here: the length follows num_frames {short(frames)} of the "
+                "sampler.",
+            )
+        self.encode_tiling(encode)
 
     def image_to_video(self, sampler: Node, encode: Node, wires: dict) -> Wire | None:
         """Lead the sampler's conditionings through a node that puts the start image into them: one for all samplers
         that ask the same of it."""
         name = self.model_of(sampler)
-        values, new = self.length(sampler, frame_step(name))
+        values, new = self.length(sampler, name)
         if is_piped(sampler):
             sizes, links = self.own_size(sampler)
             values, new = values | sizes, new | links
@@ -239,8 +283,13 @@ class Samplers(Loaders):
             }
             if not is_piped(sampler):
                 self.picture_size(encode, name, values, new)
-            self.image_nodes[key] = self.make("CogVideoX15ImageToVideo", encode, values, new)
-            self.encode_settings(encode)
+            kind = "CogVideoX15ImageToVideo"
+            if encode.kind == tables.FUN_ENCODER:
+                kind = "CogVideoX15Inpaint"
+                self.fun_settings(sampler, encode, values, new)
+            else:
+                self.encode_settings(encode)
+            self.image_nodes[key] = self.make(kind, encode, values, new)
         node = self.image_nodes[key]
         wires["positive"], wires["negative"] = Wire(node.id, 0), Wire(node.id, 1)
         return self.through(sampler.wires["image_cond_latents"], encode, Wire(node.id, 2))
@@ -274,25 +323,27 @@ class Samplers(Loaders):
         known = self.constant(wire)
         return known if type(known) is int else None
 
-    def length(self, sampler: Node, step: int) -> tuple[dict, dict]:
-        """``length`` as a value and, where it came over a link, as a wire: num_frames of the sampler, made ``step`` N +
-        1."""
+    def length(self, sampler: Node, model: str) -> tuple[dict, dict]:
+        """``length`` as a value and, where it came over a link, as a wire: num_frames of the sampler, made one that
+        the model has."""
         wire, known = sampler.wires.get("num_frames"), self.frames(sampler)
         frames = self.setting(sampler, "num_frames", int, 49) if known is None else known
-        # One frame is a picture, and stays one; what was a video stays that.
-        least = 1 if frames <= 1 else step + 1
-        valid = min(_MAX_FRAMES, max(least, (frames - 1 + step // 2) // step * step + 1))
+        valid, rule = _clip_length(frames, model)
         if valid == frames or known is None:
             if known is None:
-                self.say(
-                    sampler, f"num_frames came over a link and is length now: what arrives there must be {step}N+1."
-                )
+                self.say(sampler, f"num_frames came over a link and is length now: what arrives there must be {rule}.")
             return {"length": valid}, {"length": self.resolve(wire)}
         self.say(
             sampler,
-            f"num_frames {short(frames)} became length {valid}: the model makes {step}N+1 frames."
+            f"num_frames {short(frames)} became length {valid}: the model makes {rule} frames."
             + (" It came over a link, which was cut." if wire else ""),
         )
+        if is_inpaint(model) and valid > frames > 1:
+            self.say(
+                sampler,
+                f"for num_frames {short(frames)} as many latent frames were made in {tables.PACK} too, and the first "
+                "was cut off. Here all of them are shown, so the video will differ.",
+            )
         return {"length": valid}, {}
 
     def own_size(self, sampler: Node) -> tuple[dict, dict]:
@@ -325,10 +376,11 @@ class Samplers(Loaders):
         )
         return "pab_config" not in names and ("compile_args" in names or "attention_mode" in loader.values)
 
-    def empty_latent(self, sampler: Node, source: Node | None) -> Wire | None:
-        """The node with the size and length of a video that starts from noise."""
+    def empty_latent(self, sampler: Node, source: Node | None, sampler_wires: dict) -> Wire | None:
+        """The node with the size and length of a video that starts from noise. Where the model inpaints, the sampler's
+        conditionings, of ``sampler_wires``, are led through it."""
         name = self.model_of(sampler)
-        values, wires = self.length(sampler, frame_step(name))
+        values, wires = self.length(sampler, name)
         if source is None or is_piped(sampler):
             if is_piped(sampler):
                 sizes, links = self.own_size(sampler)
@@ -336,7 +388,7 @@ class Samplers(Loaders):
             else:
                 values["width"], values["height"] = usual_size(name)
                 self.say(sampler, f"nothing gave it a size: {values['width']}x{values['height']} was taken.")
-            return Wire(self.make("CogVideoX15EmptyLatent", sampler, values, wires, own_id=False).id, 0)
+            return self.size_node(sampler, sampler, values, wires, sampler_wires, own_id=False)
         given = self.graph.widgets(source, tables.EMPTY_LATENTS[source.kind])
         for side, usual in zip(("width", "height"), usual_size(name), strict=True):
             wire = source.wires.get(side)
@@ -352,8 +404,19 @@ class Samplers(Loaders):
                 "batch_size to make more.",
             )
         own = source.id not in self.shared
-        new = self.make("CogVideoX15EmptyLatent", source, values, wires, own_id=own)
-        return self.through(sampler.wires["samples"], source, Wire(new.id, 0)) if own else Wire(new.id, 0)
+        new = self.size_node(sampler, source, values, wires, sampler_wires, own_id=own)
+        return self.through(sampler.wires["samples"], source, new) if own else new
+
+    def size_node(
+        self, sampler: Node, place: Node, values: dict, wires: dict, sampler_wires: dict, own_id: bool
+    ) -> Wire:
+        loader = self.loader_of(sampler)
+        if loader is None or not is_inpaint(self.asked(loader)):
+            return Wire(self.make("CogVideoX15EmptyLatent", place, values, wires, own_id=own_id).id, 0)
+        wires |= {side: sampler_wires[side] for side in ("positive", "negative")} | {"vae": Wire(loader.id, 2)}
+        node = self.make("CogVideoX15Inpaint", place, values, wires, own_id=own_id)
+        sampler_wires["positive"], sampler_wires["negative"] = Wire(node.id, 0), Wire(node.id, 1)
+        return Wire(node.id, 2)
 
     def side(self, node: Node, side: str, given, usual: int) -> tuple[int, bool]:
         """A width or height that the model can make, and whether it is the one given."""
@@ -410,6 +473,20 @@ class Samplers(Loaders):
         )
         size = width - width % step, height - height % step
         return size if min(size) > 0 else None
+
+
+def _clip_length(frames: int, model: str) -> tuple[int, str]:
+    """Return the length that a model has in place of ``frames``, and the rule of its lengths.
+
+    One frame is a picture, and stays one; what was a video stays that. Of CogVideoX-Fun-V1.5 it is the length with as
+    many latent frames as that pack made, an even number.
+    """
+    if is_inpaint(model):
+        latent = (min(max(frames, 2), _MAX_FRAMES - 8) - 1) // 4 + 1
+        return (1 if frames <= 1 else 4 * (latent + latent % 2) - 3), "8N+5"
+    step = frame_step(model)
+    least = 1 if frames <= 1 else step + 1
+    return min(_MAX_FRAMES, max(least, (frames - 1 + step // 2) // step * step + 1)), f"{step}N+1"
 
 
 def start_image(node: Node) -> Wire | None:

@@ -28,6 +28,7 @@ SOCKETS = {
     "CogVideoTextEncodeCombine": ("conditioning_1", "conditioning_2"),
     "CogVideoImageEncode": ("vae", "start_image", "end_image", "pipeline", "image", "mask", "vae_override"),
     "CogVideoImageInterpolationEncode": ("pipeline", "start_image", "end_image", "mask", "vae_override"),
+    "CogVideoImageEncodeFunInP": ("vae", "start_image", "end_image"),
     "CogVideoSampler": (
         *(
             "model",
@@ -111,6 +112,7 @@ ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("chunk_size", "enable_vae_slicing"),
     ),
     "CogVideoImageInterpolationEncode": (("enable_tiling",),),
+    "CogVideoImageEncodeFunInP": (("num_frames", "enable_tiling", "noise_aug_strength"),),
     # The page itself adds what becomes of the seed. Width and height changed places from 14 to 19 November 2024.
     "CogVideoSampler": (
         ("num_frames", "steps", "cfg", "seed", AFTER_SEED, "scheduler", "denoise_strength"),
@@ -255,6 +257,8 @@ MODEL_LOADERS = {
 }
 LORAS = ("CogVideoLoraSelect", "CogVideoLoraSelectComfy")
 ENCODERS = ("CogVideoImageEncode", "CogVideoImageInterpolationEncode")
+#: The encoder for CogVideoX-Fun InP models, which makes a mask too.
+FUN_ENCODER = "CogVideoImageEncodeFunInP"
 SPEED = ("CogVideoXFasterCache", "CogVideoXTeaCache", "CogVideoPABConfig", "CogVideoXTorchCompileSettings")
 #: Its schedulers that are ours, and of the others the one to begin with. Those named DPM and DDIM_tiled are of 2024's
 #: summer.
@@ -293,9 +297,11 @@ OTHER_VIDEO = {
     "tora_trajectory": "Tora's trajectories",
     "controlnet": "a ControlNet",
 }
+#: CogVideoX-Fun's models by their names, and those of them that read no mask.
+FUN, FUN_CONTROL = r"fun(?![a-z])", "pose|control"
 #: Models that it is the same with: a pattern of their names -> what they are.
 OTHER_MODELS = {
-    r"fun(?![a-z])": "a CogVideoX-Fun model",
+    FUN: "a CogVideoX-Fun model other than V1.5-5b-InP",
     r"(?<![a-z])tora(?![a-z])": "a Tora model",
     "img2vid": "a model that is told its image in a way of its own",
 }
@@ -309,6 +315,8 @@ EXPECTED = {
     "compile_args": "CogVideoXTorchCompileSettings",
     "pab_config": "CogVideoPABConfig",
 }
+#: Samplers of VideoX-Fun's own nodes (aigc-apps/VideoX-Fun, comfyui/cogvideox_fun/nodes.py).
+VIDEOX_FUN_SAMPLERS = ("CogVideoXFunT2VSampler", "CogVideoXFunInpaintSampler", "CogVideoXFunV2VSampler")
 FUN_SAMPLERS = ("CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXFunControlSampler")
 #: Nodes that are left out, and what that means.
 LEFT_OUT = {
@@ -323,8 +331,9 @@ LEFT_OUT = {
         "The preview of latents is not here: decode them with CogVideoX-1.5 VAE Decode to see them."
     ),
     "CogVideoXFunResizeToClosestBucket": (
-        "CogVideoX-Fun's buckets are not here: CogVideoX-1.5 Image to Video scales and crops the image itself."
+        "CogVideoX-Fun's buckets are not here: the node that takes the image scales and crops it itself."
     ),
+    FUN_ENCODER: "No sampler that is switched on uses it.",
     "CogVideoXFunSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
     "CogVideoXFunVid2VidSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
     "CogVideoXFunControlSampler": "CogVideoX-1.5 Inpaint and CogVideoX-1.5 Sampler make its videos.",
@@ -338,7 +347,7 @@ REST = {
         "ToraEncodeTrajectory",
         "ToraEncodeOpticalFlow",
     ),
-    *("CogVideoImageEncodeFunInP", "CogVideoControlImageEncode", "CogVideoDualTextEncode_311"),
+    *("CogVideoControlImageEncode", "CogVideoDualTextEncode_311"),
 }
 #: Nodes of others that make an empty image latent or scale a picture: their widgets in order, and whether their outputs
 #: 1 and 2 are width and height.

@@ -24,9 +24,14 @@ from interop.migrate import migrate_workflow
 from interop.workflow import WIDGETS
 from tests import nodes_table, workflows
 from tests.conftest import ROOT
-from tests.wrapper_workflows import NODES, PIPED, image_to_video, piped, text_to_video, video_to_video
+from tests.wrapper_workflows import NODES, PIPED, image_to_video, inpaint, piped, text_to_video, video_to_video
 
-USES = {"text to video": text_to_video, "image to video": image_to_video, "video to video": video_to_video}
+USES = {
+    "text to video": text_to_video,
+    "image to video": image_to_video,
+    "video to video": video_to_video,
+    "inpaint": inpaint,
+}
 AGES = ("old", "new", "named")
 #: Widgets whose choices are files, or kernels, which are not there in a test.
 FILES = ("vae_name", "attention")
@@ -182,6 +187,120 @@ def test_video_to_video_starts_from_the_encoded_clip(migrate):
     assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15VAEEncode", "latent")
     assert source_of(page, node_of(page, "CogVideoX15VAEEncode"), "images") == ("VHS_LoadVideo", "IMAGE")
     assert said(report, "num_frames 49", "as long as the clip")
+
+
+def test_start_and_end_images_of_fun_go_to_inpaint(migrate):
+    w = inpaint()
+    w.change("encode", noise_aug_strength=0.0563)
+    page, report = migrate(w)
+    sampler, node = node_of(page, "CogVideoX15Sampler"), node_of(page, "CogVideoX15Inpaint")
+    for name, output in (("positive", "positive"), ("negative", "negative"), ("latent_image", "latent")):
+        assert source_of(page, sampler, name) == ("CogVideoX15Inpaint", output)
+    assert source_of(page, node, "start_image") == ("ImageResizeKJ", "IMAGE")
+    assert source_of(page, node, "end_image") == ("LoadImage", "IMAGE")
+    assert source_of(page, node, "vae") == ("CogVideoX15ModelLoader", "vae")
+    assert source_of(page, node, "video") is source_of(page, node, "mask") is None
+    values = values_of(page, "CogVideoX15Inpaint")
+    assert values == {"width": 1360, "height": 768, "length": 53, "batch_size": 1, "noise_aug": 0.0563}
+    assert node["id"] == w.names["encode"]
+    assert values_of(page, "CogVideoX15ModelLoader")["model"] == "CogVideoX-Fun-V1.5-5b-InP"
+    for words in (
+        ("num_frames 49 became length 53", "8N+5"),
+        ("the first was cut off",),
+        ("end image", "not marked as kept"),
+        ("always the same",),
+        ("models/CogVideoX_Fun",),
+    ):
+        assert len(said(report, *words)) == 1, words
+    assert any("tiling" in line for line in report.not_needed)
+
+
+@pytest.mark.parametrize(("frames", "length"), [(1, 1), (2, 5), (13, 13), (49, 53), (81, 85), (85, 85), (1024, 1021)])
+def test_a_clip_of_fun_has_as_many_latent_frames_as_it_had_there(migrate, frames, length):
+    """``pipeline_cogvideox.py`` there: (frames - 1) // 4 + 1, one more if odd. Ours has (length + 3) / 4."""
+    w = inpaint()
+    w.change("sampler", num_frames=frames)
+    w.change("encode", num_frames=max(2, frames))
+    page, report = migrate(w)
+    assert values_of(page, "CogVideoX15Inpaint")["length"] == length
+    there = (frames - 1) // 4 + 1
+    assert frames == 1 or (length + 3) // 4 == there + there % 2
+    assert bool(said(report, f"became length {length}")) == (frames != length)
+    # A longest length that the widget takes.
+    w.change("sampler", num_frames=10**6)
+    assert values_of(migrate(w)[0], "CogVideoX15Inpaint")["length"] == 15997
+
+
+def test_a_length_of_fun_that_comes_over_a_link_still_does(migrate, pack):
+    w = inpaint()
+    w.add("INTConstant", "frames", value=85)
+    w.change("sampler", num_frames=("frames", 0))
+    w.change("encode", num_frames=("frames", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Inpaint"), "length") == ("INTConstant", "value")
+    assert not said(report, "num_frames")
+    w.change("encode", num_frames=None)
+    assert said(migrate(w)[1], "num_frames 49 is not a setting here", "num_frames 85 of the sampler")
+
+
+def test_fun_without_an_image_gets_its_size_from_inpaint(migrate, pack):
+    w = text_to_video()
+    w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
+    w.change("sampler", num_frames=85)
+    w.change("size", width=1008, height=576)
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    values = values_of(page, "CogVideoX15Inpaint")
+    assert (values["width"], values["height"], values["length"]) == (1008, 576, 85)
+    sampler = node_of(page, "CogVideoX15Sampler")
+    for name, output in (("positive", "positive"), ("negative", "negative"), ("latent_image", "latent")):
+        assert source_of(page, sampler, name) == ("CogVideoX15Inpaint", output)
+    assert not nodes_of(page, "CogVideoX15EmptyLatent")
+    w.change("sampler", samples=None)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "nothing gave it a size: 1008x576")
+    # Each sampler's prompts go through a node of its own.
+    w.change("sampler", samples=("size", 0))
+    w.add("CogVideoSampler", "second", model=("loader", 0), positive=("negative", 0), negative=("positive", 0))
+    w.change("second", samples=("size", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert len(nodes_of(page, "CogVideoX15Inpaint")) == 2
+    assert len({link[1] for link in page["links"] if link[5] == "LATENT" and link[2] == 2}) == 2
+
+
+def test_a_clip_of_fun_starts_from_the_encoded_video(migrate, pack):
+    w = video_to_video()
+    w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15VAEEncode", "latent")
+    assert values_of(page, "CogVideoX15Sampler")["denoise"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("DDIM", "ddim_origin"), ("CogVideoXDDIM", "ddim"), ("CogVideoXDPMScheduler", "dpm")]
+)
+def test_the_schedulers_of_fun(migrate, theirs, ours):
+    w = inpaint()
+    w.change("sampler", scheduler=theirs)
+    page, report = migrate(w)
+    assert values_of(page, "CogVideoX15Sampler")["scheduler"] == ours
+    assert not said(report, "scheduler")
+
+
+def test_noise_and_encoders_of_fun_that_are_left_are_said(migrate, pack):
+    w = inpaint()
+    w.add("CogVideoImageEncodeFunInP", "spare", vae=("loader", 1), start_image=("picture", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert values_of(page, "CogVideoX15Inpaint")["noise_aug"] == 0.0
+    assert said(report, "noise_aug_strength 0 was kept")
+    assert said(report, f"node {w.names['spare']} ", "No sampler that is switched on uses it")
+    w.change("encode", noise_aug_strength=3.0)
+    assert said(migrate(w)[1], "noise_aug_strength 3.0 became 1.0")
 
 
 def test_the_text_encoder_that_the_user_has_stays(migrate):
@@ -1216,12 +1335,35 @@ def with_fun_encode():
     return w
 
 
+def with_a_plain_encode_for_fun():
+    w = image_to_video()
+    w.change("loader", model="CogVideoX-Fun-V1.5-5b-InP")
+    return w
+
+
+def with_fun_images_as_a_clip():
+    w = inpaint()
+    w.change("sampler", image_cond_latents=None, samples=("encode", 0))
+    return w
+
+
+def with_a_clip_beside_fun_images():
+    w = inpaint()
+    w.add("VHS_LoadVideo", "clip")
+    w.add("CogVideoImageEncode", "clip encode", vae=("loader", 1), start_image=("clip", 0))
+    w.change("sampler", samples=("clip encode", 0), denoise_strength=0.7)
+    return w
+
+
 REFUSED = {
     "Tora": (with_tora, "ToraEncodeTrajectory"),
     "a ControlNet": (with_controlnet, "CogVideoControlNet"),
     "noise that another node makes": (with_noise, "GetWarpedNoiseFromVideo"),
-    "a CogVideoX-Fun model": (with_fun, "alibaba-pai/CogVideoX-Fun-V1.1-5b-InP"),
+    "a CogVideoX-Fun model other than V1.5": (with_fun, "alibaba-pai/CogVideoX-Fun-V1.1-5b-InP"),
     "image latents of another kind": (with_fun_encode, "CogVideoImageEncodeFunInP"),
+    "image latents without a mask": (with_a_plain_encode_for_fun, "CogVideoImageEncode"),
+    "latents of images as the clip to start from": (with_fun_images_as_a_clip, "CogVideoImageEncodeFunInP"),
+    "a clip to start from beside start and end images": (with_a_clip_beside_fun_images, "CogVideoImageEncode"),
 }
 
 
@@ -1312,9 +1454,27 @@ def test_the_samplers_of_fun_are_named_as_what_they_are(migrate, kind):
     }
     with pytest.raises(
         ValueError,
-        match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun.*not carried over, so nothing was written',
+        match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun 1.0 and V1.1.*not carried over, so nothing was written',
     ):
         migrate(prompt)
+
+
+@pytest.mark.parametrize("kind", ["CogVideoXFunT2VSampler", "CogVideoXFunInpaintSampler", "CogVideoXFunV2VSampler"])
+def test_the_nodes_of_videox_fun_are_refused_with_the_example_to_take(migrate, kind):
+    prompt = {
+        "1": {"class_type": "LoadCogVideoXFunModel", "inputs": {}},
+        "2": {"class_type": kind, "inputs": {"cogvideoxfun_model": ["1", 0]}},
+    }
+    with pytest.raises(ValueError, match=f'node 2 "{kind}".*VideoX-Fun.*not migrated.*inpaint in example_workflows'):
+        migrate(prompt)
+
+
+@pytest.mark.parametrize("name", ["CogVideoX-Fun-V1.5-5b-Control", "cogvideox_fun_1_5_5b_pose.safetensors"])
+def test_models_of_fun_that_read_no_mask_are_refused(migrate, name):
+    w = text_to_video()
+    w.change("loader", model=name)
+    with pytest.raises(ValueError, match="a CogVideoX-Fun model other than V1.5-5b-InP"):
+        migrate(w)
 
 
 def test_a_model_of_another_kind_is_told_by_a_word_and_not_by_letters(migrate):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from interop.migrate import migrate_workflow
+from tests import wrapper_workflows
 from tests.conftest import ROOT
 from tests.layouts import write_file
 from tests.tiny_checkpoint import build_transformer
@@ -189,6 +191,21 @@ class TestAsAWhole:
     def test_a_length_that_is_not_in_pairs(self, errors, graph):
         nodes = graph("text_to_video", "fun-inp")
         of(nodes, "CogVideoX15EmptyLatent")["length"] = 33
+        assert "8N+5" in self.only(errors, nodes)[2]
+
+    @pytest.mark.parametrize("use", ["images", "text"])
+    def test_a_migrated_graph_of_fun_can_run(self, errors, graph, checkpoints, tmp_path, use):
+        graph()
+        w = wrapper_workflows.inpaint() if use == "images" else wrapper_workflows.text_to_video()
+        w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
+        w.change("sampler", num_frames=9)
+        w.change("resize" if use == "images" else "size", width=160, height=96)
+        (tmp_path / "old.json").write_text(json.dumps(w.api()))
+        migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
+        nodes = json.loads((tmp_path / "new.json").read_text())
+        of(nodes, "CogVideoX15ModelLoader")["model"] = str(checkpoints("fun-inp"))
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15Inpaint")["length"] = 17
         assert "8N+5" in self.only(errors, nodes)[2]
 
     def test_a_mask_without_a_video(self, errors, graph):

@@ -142,8 +142,8 @@ NODES = {
         {"cogvideo_controlnet": "COGVIDECONTROLNET"},
     ),
     "CogVideoImageEncodeFunInP": (
-        {"vae": "VAE", "start_image": "IMAGE"},
-        {"num_frames": 49},
+        {"vae": "VAE", "start_image": "IMAGE", "end_image": "IMAGE"},
+        {"num_frames": 49, "enable_tiling": True, "noise_aug_strength": 0.0},
         {"image_cond_latents": "LATENT"},
     ),
     "CogVideoXFunSampler": (
@@ -456,6 +456,16 @@ def image_to_video():
     w.add("LoadImage", "picture")
     w.add("ImageResizeKJ", "resize", image=("picture", 0))
     w.add("CogVideoImageEncode", "encode", vae=("loader", 1), start_image=("resize", 0))
+    return _finish(w, image_cond_latents=("encode", 0))
+
+
+def inpaint():
+    """Start and end images of a CogVideoX-Fun-V1.5-InP, joined as in that pack's cogvideox_Fun_I2V_02.json."""
+    w = _start("alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
+    w.add("LoadImage", "picture")
+    w.add("ImageResizeKJ", "resize", image=("picture", 0))
+    w.add("LoadImage", "last")
+    w.add("CogVideoImageEncodeFunInP", "encode", vae=("loader", 1), start_image=("resize", 0), end_image=("last", 0))
     return _finish(w, image_cond_latents=("encode", 0))
 
 

@@ -245,22 +245,25 @@ def test_the_block_runs_through_the_api_as_the_page_takes_it_apart(comfy):
         assert sum(1 for _ in container.decode(video=0)) == 17
 
 
-@pytest.mark.parametrize("use", ["text to video", "image to video"])
-def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use):
+@pytest.mark.parametrize(
+    ("use", "model", "made"),
+    [
+        ("text_to_video", "zai-org/CogVideoX1.5-5B", 17),
+        ("image_to_video", "zai-org/CogVideoX1.5-5B-I2V", 17),
+        ("inpaint", "alibaba-pai/CogVideoX-Fun-V1.5-5b-InP", 21),
+    ],
+)
+def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use, model, made):
     """Small, with what plain ComfyUI has around it, and with the checkpoint's own text encoder, as ComfyUI's loader
     knows no tiny T5."""
-    w = wrapper_workflows.text_to_video() if use == "text to video" else wrapper_workflows.image_to_video()
-    w.change(
-        "loader",
-        model="zai-org/CogVideoX1.5-5B" if use == "text to video" else "zai-org/CogVideoX1.5-5B-I2V",
-        precision="fp16",
-    )
+    w = getattr(wrapper_workflows, use)()
+    w.change("loader", model=model, precision="fp16")
     w.change("sampler", num_frames=18, steps=3)
     w.nodes.pop(w.names["save"])
     w.add("SaveWEBM", "saved", images=("decode", 0))
     w.add("CogVideoLoraSelect", "lora", lora="another.safetensors", strength=0.5)
     w.change("loader", lora=("lora", 0))
-    if use == "text to video":
+    if use == "text_to_video":
         w.change("size", width=160, height=96)
     else:
         w.add("ImageScale", "scale", image=("picture", 0), width=160, height=96)
@@ -278,7 +281,7 @@ def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use):
     assert history["status"]["status_str"] == "success", history["status"]
     saved = history["outputs"][str(w.names["saved"])]["images"][0]
     with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 17
+        assert sum(1 for _ in container.decode(video=0)) == made
     assert any("LoRA another.safetensors: strength 0.5" in text for told in shown.values() for text in told)
 
 

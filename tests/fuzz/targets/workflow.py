@@ -14,7 +14,7 @@ def prepare(base):
 
     from tests import wrapper_workflows as w
 
-    drawn = {name: getattr(w, name)() for name in ("text_to_video", "image_to_video", "video_to_video")}
+    drawn = {name: getattr(w, name)() for name in ("text_to_video", "image_to_video", "video_to_video", "inpaint")}
     drawn |= {f"{use}-{day}": w.piped(use, day) for use in ("text", "image", "video") for day in w.PIPED}
     seeds = {}
     for name, workflow in drawn.items():
