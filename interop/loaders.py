@@ -79,7 +79,7 @@ class Loaders(Conversion):
             self.say(
                 node,
                 f"model {short(asked)} became {short(name)}, its folder in models/CogVideo. If the loader does not "
-                "find it, download a model (CogVideoX-1.5 Downloader has the official 1.5 ones) and choose that.",
+                "find it, download a model (CogVideoX-1.5 Downloader has some) and choose that.",
             )
             if is_inpaint(asked):
                 self.say(node, "if the model lies in models/CogVideoX_Fun, move its folder into models/CogVideo.")
