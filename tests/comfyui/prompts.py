@@ -12,7 +12,7 @@ _SMALL = {
     "lora_name": "my_cogvideox_lora.safetensors",
 }
 #: What CogVideoX-Fun and VOID make, and the checkpoint of VOID, which an example has as a single file.
-_IN_PAIRS, _VOID = {"length": 13}, "VOID · bf16 · diffusers"
+_IN_PAIRS, _VOID = {"length": 13}, "void_pass1.safetensors · bf16 · diffusers"
 
 
 def example(name: str) -> dict:

@@ -57,7 +57,8 @@ async def alive(_):
 _CHECKPOINTS = {
     "CogVideoX1.5-5B-I2V": "1.5-i2v",
     "CogVideoX-Fun-V1.5-5b-InP": "fun-inp",
-    "VOID": "void",
+    # Called as the released file is.
+    "void_pass1.safetensors": "void",
     "DOVE": "1.5",
 }
 

@@ -89,7 +89,8 @@ def test_an_example_dropped_on_the_page_opens_without_a_complaint(page, shots, p
     assert complaints(page) == []
     note = next(node for node in graph if node["type"] in NOTES)
     text = note["widgets"][0]
-    assert "CogVideoX1.5-5B" in text["text"]
+    (model,) = (widget["value"] for node in graph for widget in node["widgets"] if widget["name"] == "model")
+    assert model.split(" · ")[0] in text["text"]
     assert text["cut"] <= 1, "the note is longer than its box"
 
 
