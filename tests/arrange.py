@@ -34,7 +34,7 @@ HEIGHTS = {
     "CogVideoX15Inpaint": 340,
     "CogVideoX15Void": 300,
     "LoadImage": 330,
-    "Your video": 284,
+    "Your video": 206,
     "LoadVideo": 284,
     "Quadmask": 284,
     "Mask": 330,
@@ -53,7 +53,7 @@ HEIGHTS = {
     "CogVideoX15Cache": 210,
     "CogVideoX15Compile": 150,
     "CogVideoX15ContextWindows": 200,
-    "CogVideoX15Extend": 190,
+    "CogVideoX15Extend": 184,
     "CogVideoX15JoinClips": 100,
     "SaveVideo": 340,
     "CogVideoX15SuperResolution": 330,
@@ -71,7 +71,7 @@ _QUADMASK = ("Video and quadmask", ["Your video", "GetVideoComponents", "Quadmas
 _VOID = ("What is taken away", ["Frames of the quadmask", "CogVideoX15Void"])
 _FASTER = ("Faster", ["CogVideoX15Attention", "CogVideoX15Cache", "CogVideoX15Compile"])
 _WINDOWS = ("Windows", ["CogVideoX15ContextWindows"])
-_SO_FAR = ("The clip so far", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15Extend"])
+_SO_FAR = ("The clip so far", ["Your video", "GetVideoComponents", "ImageScale", "CogVideoX15Extend"])
 _BRIDGE = ("To core's types", ["CogVideoX15ToComfyUI"])
 _CORE = [[("Sample", ["KSampler"])], [("Decode and check", ["VAEDecode", "CogVideoX15BlackFrameCheck"])]]
 _LAST = [
