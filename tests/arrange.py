@@ -31,7 +31,7 @@ HEIGHTS = {
     "Negative prompt": 150,
     "CogVideoX15EmptyLatent": 130,
     "CogVideoX15ImageToVideo": 240,
-    "CogVideoX15Inpaint": 340,
+    "CogVideoX15Inpaint": 300,
     "CogVideoX15Void": 300,
     "LoadImage": 330,
     "Your video": 206,
@@ -65,7 +65,7 @@ _IMAGE = ("Start image", ["LoadImage", "CogVideoX15ImageToVideo"])
 _VIDEO = ("Your video", ["LoadVideo", "GetVideoComponents", "ImageScale", "CogVideoX15VAEEncode"])
 _CLIP = ("Your video", ["LoadVideo", "GetVideoComponents"])
 _LARGER = ("Make it larger", ["CogVideoX15SuperResolution"])
-_PARTS = ("Video and mask", ["LoadVideo", "GetVideoComponents", "Mask"])
+_PARTS = ("Video and mask", ["Your video", "GetVideoComponents", "Mask"])
 _INPAINT = ("What is made anew", ["CogVideoX15Inpaint"])
 _QUADMASK = ("Video and quadmask", ["Your video", "GetVideoComponents", "Quadmask"])
 _VOID = ("What is taken away", ["Frames of the quadmask", "CogVideoX15Void"])

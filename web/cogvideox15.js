@@ -22,12 +22,13 @@ function keepColours(table) {
 }
 
 // The page gives a text on a node three lines, whatever it says: our nodes grow until all of it can be read.
-const EMPTY = 58
+const THREE_LINES = 58
 const BESIDE = 52
 let ruler
 
 function heightOf(text, width) {
-  if (!text) return EMPTY
+  // What was wrong and is mended leaves an empty text.
+  if (!text) return 0
   if (!ruler) {
     ruler = document.createElement('div')
     ruler.className = 'cogvideox15-text text-xs whitespace-pre-line'
@@ -40,7 +41,7 @@ function heightOf(text, width) {
     ruler.asked = asked
     ruler.style.width = `${Math.max(width - BESIDE, 50)}px`
     ruler.firstChild.textContent = text
-    ruler.measured = Math.max(EMPTY, ruler.offsetHeight + 30)
+    ruler.measured = Math.max(THREE_LINES, ruler.offsetHeight + 30)
   }
   return ruler.measured
 }
