@@ -34,7 +34,7 @@ HEIGHTS = {
     "CogVideoX15Inpaint": 300,
     "CogVideoX15Void": 300,
     "LoadImage": 330,
-    "Your video": 206,
+    "Your video": 222,
     "LoadVideo": 284,
     "Quadmask": 284,
     "Mask": 330,

@@ -21,8 +21,10 @@ function keepColours(table) {
   }
 }
 
-// The page gives a text on a node three lines, whatever it says: our nodes grow until all of it can be read.
+// The page gives a text on a node three lines, whatever it says: our nodes grow until it can be read.
 const THREE_LINES = 58
+// What is longer scrolls: so much room the templates have for a report.
+const LONGEST = 220
 const BESIDE = 52
 let ruler
 
@@ -41,7 +43,7 @@ function heightOf(text, width) {
     ruler.asked = asked
     ruler.style.width = `${Math.max(width - BESIDE, 50)}px`
     ruler.firstChild.textContent = text
-    ruler.measured = Math.max(THREE_LINES, ruler.offsetHeight + 30)
+    ruler.measured = Math.min(Math.max(THREE_LINES, ruler.offsetHeight + 30), LONGEST)
   }
   return ruler.measured
 }
