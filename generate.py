@@ -423,7 +423,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         metavar="FRAMES[:OVERLAP]",
         help=(
             "make a clip of more than FRAMES in windows of FRAMES that share OVERLAP latent frames (default: 4), in "
-            "the memory of one: 161 for 1.5; needs --scheduler ddim"
+            "the memory of one: 161 for 1.5; needs --scheduler ddim or ddim_origin"
         ),
     )
     how.add_argument(

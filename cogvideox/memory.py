@@ -23,7 +23,7 @@ from .modules.range_safe import make_range_safe
 from .tensors import check_room
 from .variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, full_config
 from .weights import Placement, placements
-from .windows import spans
+from .windows import latents_at_once, spans
 from .words import size_text
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def plan_memory(
     tokens = tokens or config["max_text_seq_length"]
     batch, channels, length, *size = shape
     windows = spans(model.windows, length, config)
-    run_at_once = (batch, channels, min(length, windows[0].stop), *size)
+    run_at_once = (batch, channels, latents_at_once(model.windows, length, config), *size)
     activations, halved = (
         step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method, parts)
         for together in (guided, False)
@@ -186,7 +186,7 @@ def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
     """
     config = full_config(model.weights.config)
     batch, _, length, height, width = shape
-    at_once = min(length, spans(model.windows, length, config)[0].stop)
+    at_once = latents_at_once(model.windows, length, config)
     tokens = video_tokens(config, (*shape[:2], at_once, height, width))
     head, itemsize = config["attention_head_dim"], model.weights.precision.activations.itemsize
     # Two tables in fp32; queries, keys, values, what they attend to, and the stream before and after.

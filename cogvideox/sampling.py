@@ -50,7 +50,7 @@ from .skips import plan_skips
 from .tensors import check_tensor
 from .variants import CONDITIONING_CHANNELS, INPAINT, OFS, full_config
 from .weights import Placement
-from .windows import Canvas, spans
+from .windows import Canvas, latents_at_once, spans
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def make_speedups(
     """
     config, device = full_config(model.weights.config), model.weights.device
     batch, channels, length, *size = shape
-    at_once = min(length, spans(model.windows, length, config)[0].stop)
+    at_once = latents_at_once(model.windows, length, config)
     heads = Shape(
         batch,
         tokens + video_tokens(config, (batch, channels, at_once, *size)),

@@ -90,8 +90,8 @@ def advance(
     latents: torch.Tensor,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step: return the next latents and the predicted clean ones. The two schedulers differ only in what they
-    are told, and in that one draws noise.
+    """Take one step: return the next latents and the predicted clean ones. The schedulers differ only in what they are
+    told, and in that dpm draws noise.
 
     Args:
         previous_clean: the clean latents predicted one step earlier, None at the first step.

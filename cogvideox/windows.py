@@ -112,6 +112,11 @@ def check_pairs(windows: Windows, config: Mapping) -> None:
         )
 
 
+def latents_at_once(windows: Windows | None, length: int, config: Mapping) -> int:
+    """Return how many latent frames of a clip of ``length`` the transformer reads at once, padding left out."""
+    return min(length, spans(windows, length, config)[0].stop)
+
+
 def spans(windows: Windows | None, length: int, config: Mapping) -> list[slice]:
     """Return the windows of a clip as slices of its latent frames, padding included: all of them in one, where there
     are no windows or the clip is no longer than one.

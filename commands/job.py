@@ -123,7 +123,6 @@ def prepared(
         opened: opens the checkpoint.
         writes: whether this process is to write the video.
     """
-
     from cogvideox.geometry import empty_latent
     from cogvideox.precision.hardware import Hardware
     from cogvideox.requests import check_noise, plan_steps

@@ -24,6 +24,11 @@ IN_PAIRS = "cogvideox_in_pairs"
 SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
 #: A widget's limits that is a share of the steps, or of the work.
 SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
+#: A VAE's socket.
+VAE = (
+    "COGVIDEOX_VAE,VAE",
+    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
+)
 LENGTH = (
     "INT",
     {

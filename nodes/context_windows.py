@@ -17,7 +17,7 @@ class ContextWindows(Node):
         "Makes a clip that is longer than the model was trained for in windows that overlap: each step of the sampler "
         "runs window by window, in the memory of one, and blends what they share. A clip no longer than a window is "
         "made as without this node. Works with LoRAs, caches, masks, start videos and every memory mode; the "
-        "scheduler has to be ddim. A start image is read by the first window alone."
+        "scheduler has to be ddim or ddim_origin. A start image is read by the first window alone."
     )
     SEARCH_ALIASES = [
         "cogvideo context options",

@@ -3,7 +3,7 @@
 from ..cogvideox.geometry import check_frames
 from ..cogvideox.going_on import check_known
 from . import host
-from .base import Node, with_latents
+from .base import VAE, Node, with_latents
 from .queued import UNKNOWN
 
 
@@ -41,10 +41,7 @@ class Extend(Node):
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the next part shows, from CogVideoX-1.5 Text Encode."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual."}),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
                 "images": (
                     "IMAGE",
                     {

@@ -4,7 +4,7 @@ import torch
 
 from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from . import host
-from .base import LENGTH, SIZE, Node, with_latents
+from .base import LENGTH, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
 
 
@@ -45,10 +45,7 @@ class ImageToVideo(Node):
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it should not show; an empty prompt is usual."}),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
                 "start_image": (
                     "IMAGE",
                     {

@@ -8,7 +8,7 @@ from ..cogvideox.conditioning import NOISE_AUGMENTATION, check_parts
 from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
 from ..cogvideox.variants import CONDITIONING_CHANNELS, INPAINT
 from . import host
-from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, Node, with_latents
+from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,7 @@ class Inpaint(Node):
             "required": {
                 "positive": ("CONDITIONING", {"tooltip": "What the video shows, from CogVideoX-1.5 Text Encode."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it should not show."}),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
                 "width": ("INT", {"default": 1008, **SIZE, "tooltip": f"Width in pixels, {trained}"}),
                 "height": ("INT", {"default": 576, **SIZE, "tooltip": f"Height in pixels, {trained}"}),
                 "length": LENGTH_IN_PAIRS,

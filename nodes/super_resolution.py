@@ -5,7 +5,7 @@ import logging
 from ..cogvideox.choices import AUTO, SUPER_RESOLUTION, check_choice
 from ..cogvideox.words import short
 from . import host
-from .base import Node
+from .base import VAE, Node
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,7 @@ class SuperResolution(Node):
         return {
             "required": {
                 "model": ("COGVIDEOX_MODEL", {"tooltip": "DOVE's or SparkVSR's transformer, from the model loader."}),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
                 "images": ("IMAGE", {"tooltip": "The frames of one clip, of any size and length."}),
                 "scale": (
                     "INT",

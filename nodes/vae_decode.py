@@ -1,7 +1,7 @@
 """CogVideoX-1.5 VAE Decode: latents to frames."""
 
 from . import host
-from .base import IN_PAIRS, Node
+from .base import IN_PAIRS, VAE, Node
 
 
 class VAEDecode(Node):
@@ -21,10 +21,7 @@ class VAEDecode(Node):
         return {
             "required": {
                 "samples": ("LATENT", {"tooltip": "The sampler's latents."}),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
             }
         }
 

@@ -3,7 +3,7 @@
 import logging
 
 from . import host
-from .base import Node
+from .base import VAE, Node
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,7 @@ class VAEEncode(Node):
                         )
                     },
                 ),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
             }
         }
 

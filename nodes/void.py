@@ -9,7 +9,7 @@ from ..cogvideox.conditioning import STAGES
 from ..cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
 from ..cogvideox.variants import CONDITIONING_CHANNELS, VOID
 from . import host
-from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, Node, with_latents
+from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,7 @@ class Void(Node):
                     "CONDITIONING",
                     {"tooltip": "What it should not show. Not used at cfg 1."},
                 ),
-                "vae": (
-                    "COGVIDEOX_VAE,VAE",
-                    {"tooltip": "The video VAE of the model loader, or CogVideoX's VAE loaded by ComfyUI's Load VAE."},
-                ),
+                "vae": VAE,
                 "video": (
                     "IMAGE",
                     {

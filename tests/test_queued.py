@@ -353,6 +353,8 @@ class TestAsAWhole:
         assert errors(nodes) == []
         of(nodes, "CogVideoX15EmptyLatent")["length"] = 33
         assert "Set scheduler to ddim" in self.only(errors, nodes)[2]
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "ddim_origin"
+        assert errors(nodes) == []
         of(nodes, "CogVideoX15Sampler")["scheduler"] = "ddim"
         of(nodes, "CogVideoX15ContextWindows")["overlap"] = 3
         kind, field, said = self.only(errors, nodes)
