@@ -138,11 +138,13 @@ def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
         weights.memory in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) and not on_host,
         model.attention,
     )
-    tokens = video_tokens(config, shape)
-    if tokens < split.sequence or (on_host and tokens % split.sequence):
+    lengths = {window.stop - window.start for window in spans(model.windows, shape[2], config)}
+    for tokens in (video_tokens(config, (*shape[:2], length, *shape[3:])) for length in sorted(lengths)):
+        if tokens >= split.sequence and not (on_host and tokens % split.sequence):
+            continue
         raise ValueError(
-            f"The video has {tokens:,} tokens, which {split.sequence} processes on {weights.device.type} cannot share "
-            "in equal parts. Change its size or length, or start fewer processes."
+            f"The video, or a window of it, has {tokens:,} tokens, which {split.sequence} processes on "
+            f"{weights.device.type} cannot share in equal parts. Change its size or length, or start fewer processes."
         )
     if split.sequence > 1 and not splits_anything():
         raise ValueError(

@@ -18,14 +18,16 @@ import torch
 
 from cogvideox.dtypes import Precision
 from cogvideox.events import Events
-from cogvideox.handles import open_handles, quantized, with_cache
+from cogvideox.handles import open_handles, quantized, with_cache, with_windows
 from cogvideox.memory import step_bytes
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.internals import splits_anything
 from cogvideox.modules.sharded import Split, Team
+from cogvideox.requests import check_split
 from cogvideox.sampling import sample
 from cogvideox.sharing import expected_gain
 from cogvideox.variants import full_config
+from cogvideox.windows import Windows
 from commands.ranks import Place, choose_split, device_of, place_of
 from tests.conftest import CPU
 from tests.helpers import run_generate
@@ -168,6 +170,15 @@ def _shared(rank, folder, split, names):
     found = models(folder)
     made = {(name, setting): run(found[name], team, **OTHERWISE.get(setting, {})).numpy() for name, setting in names}
     return made, team.sent
+
+
+@SHARES_TOKENS
+def test_every_context_window_has_to_be_shared_in_equal_parts(four_heads):
+    """A clip of 36 tokens could be, by four; its windows have 18 and 12."""
+    model, split, shape = open_handles(four_heads, "fp32", CPU).model, Split(sequence=4), (1, 16, 12, 4, 6)
+    check_split(model, split, shape)
+    with pytest.raises(ValueError, match="18 tokens, which 4 processes on cpu cannot share"):
+        check_split(with_windows(model, Windows(21, 2)), split, shape)
 
 
 def test_halves_of_guidance_in_two_processes_are_bit_equal_to_halves_one_by_one(four_heads, alone):
