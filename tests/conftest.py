@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import sys
@@ -17,10 +18,23 @@ ROOT = Path(__file__).parent.parent
 CPU = Hardware(torch.device("cpu"), "CPU")
 
 
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
+
+if SIDE_BY_SIDE:
+    # For what the tests start: two processes that wait for each other's threads take many times as long.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    # Some million objects of torch, transformers and the tests live to the end: a collection need not look at them.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _repeatable():
     torch.manual_seed(0)
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(1 if SIDE_BY_SIDE else 2)
 
 
 @pytest.fixture(scope="session")
