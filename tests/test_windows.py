@@ -409,10 +409,10 @@ class TestPlan:
     def test_it_is_within_15_percent_of_what_a_run_takes(self, tiny):
         model, shape = with_windows(open_handles(tiny, "bf16", CPU).model, Windows(21, 2)), (1, 16, 12, 16, 16)
         latent = torch.zeros(shape)
-        sample(model, *draw_prompts(), latent, seed=1, steps=2)
-        gc.collect()
+        with model.weights.running():
+            gc.collect()
         with LiveBytes() as measured:
-            sample(model, *draw_prompts(), latent, seed=1, steps=2)
+            sample(model, *draw_prompts(), latent, seed=1, steps=1)
         assert plan_memory(model, shape).activations == pytest.approx(measured.peak, rel=0.15)
 
     def test_a_clip_takes_what_a_window_takes_and_a_cache_for_each(self, model):
