@@ -237,7 +237,7 @@ def add_example_files(base: Path) -> None:
 def remove_example_checkpoints(base: Path) -> None:
     """Take away the checkpoints of ``add_example_files``, so that there is the text-to-video one alone."""
     for folder in _CHECKPOINTS:
-        shutil.rmtree(base / "models" / "CogVideo" / folder)
+        shutil.rmtree(base / "models" / "CogVideo" / folder, ignore_errors=True)
 
 
 def from_environment(base: Path, **options) -> Comfy | None:

@@ -17,6 +17,8 @@ KIND = "CogVideoX15SuperResolution"
 def models(comfy, files):
     """Checkpoints that are called DOVE and SparkVSR, beside the others."""
     folder = comfy.base / "models" / "CogVideo"
+    # The page's tests may have left the embedding that is kept.
+    shutil.rmtree(folder / "prompt_embeddings", ignore_errors=True)
     for name, variant in (("DOVE", "1.5"), ("SparkVSR", "1.5-i2v")):
         build_checkpoint(folder / name, variant)
     listed = comfy.get("/object_info/CogVideoX15ModelLoader")["CogVideoX15ModelLoader"]["input"]["required"]["model"][0]
