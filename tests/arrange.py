@@ -56,7 +56,7 @@ HEIGHTS = {
     "CogVideoX15Extend": 152,
     "CogVideoX15JoinClips": 100,
     "SaveVideo": 340,
-    "CogVideoX15SuperResolution": 330,
+    "CogVideoX15SuperResolution": 420,
 }
 _MODEL = ("Model", ["MarkdownNote", "CogVideoX15ModelLoader"])
 _PROMPTS = ("Prompt", ["Prompt", "Negative prompt"])
