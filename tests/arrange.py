@@ -44,7 +44,7 @@ HEIGHTS = {
     "CogVideoX15VAEEncode": 110,
     "CogVideoX15Sampler": 770,
     "CogVideoX15VAEDecode": 100,
-    "CogVideoX15BlackFrameCheck": 610,
+    "CogVideoX15BlackFrameCheck": 620,
     "CreateVideo": 102,
     "CogVideoX15ToComfyUI": 66,
     "KSampler": 620,
