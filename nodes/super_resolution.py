@@ -221,10 +221,14 @@ def _kept(text_encoder, model):
     path = host.embedding_file(empty_prompt_files(embeddings.shape[2])[0])
     if not path.exists():
         write_embeddings(embeddings, path)
-        report = (
-            f"The empty prompt's embedding is now in {short(path, 400)}: text_encoder can be left unconnected, and T5 "
-            "is not loaded then."
-        )
-        logger.info("%s", report)
-        host.show(report)
+        logger.info("%s", _where_kept(short(path, 400)))
+        # On the node the folder as people call it: a whole path would be cut within its words.
+        host.show(_where_kept("/".join(path.parts[-3:-1])))
     return embeddings
+
+
+def _where_kept(path: str) -> str:
+    return (
+        f"The empty prompt's embedding is now in {path}: text_encoder can be left unconnected, and T5 is not loaded "
+        "then."
+    )
