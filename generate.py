@@ -687,7 +687,7 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
         if options.seconds is not None and getattr(options, name) is not None:
             parser.error(f"--seconds goes on from --video and --{name} changes what is there: give one of them")
     if options.image is not None and options.video is not None:
-        parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
+        parser.error("--image and --video are two things that a video starts from: give one of them")
     if options.mask is not None and options.void is not None:
         parser.error("--mask is for CogVideoX-Fun checkpoints and --void for VOID's: give one of them")
     if options.prompt == options.negative == "-":
