@@ -325,7 +325,8 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
         None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
     )
-    shape, clip = None if start is None else start.shape[2:0:-1], None if options.seconds is not None else options.video
+    shape = None if start is None else (start.shape[2], start.shape[1])
+    clip = None if options.seconds is not None else options.video
     if options.seconds is not None and options.video is not None:
         shape = read_shape(options.video)
     usual = variant.default_size if shape is None else variant.size_for(*shape)

@@ -107,8 +107,9 @@ class Told(Events):
 
 
 def run(model, team=None, **more):
-    """A short run of 32 tokens of video, and of 226 of text, which two processes can share equally and four cannot."""
-    latents = torch.zeros(1, 16, 3, 8, 8)
+    """A short run of 32 tokens of video, and of 226 of text, which two processes can share equally and four cannot; in
+    context windows, of 48 and 32 tokens of video."""
+    latents = torch.zeros(1, 16, 3 if model.windows is None else 8, 8, 8)
     how = dict(seed=1, steps=4, events=Told()) | more
     return sample(model, *draw_prompts(), latents, team=team, **how)
 
@@ -145,6 +146,8 @@ def models(folder):
         "range-safe": safe,
         "quantized": quantized(plain, "int8_weight_only"),
         **{cache.method: with_cache(plain, cache) for cache in CACHES},
+        "windows": with_windows(plain, Windows(21, 2)),
+        "windows, cached": with_windows(with_cache(plain, CACHES[1]), Windows(21, 2)),
     }
 
 
@@ -185,9 +188,12 @@ def test_halves_of_guidance_in_two_processes_are_bit_equal_to_halves_one_by_one(
     for made, sent in together(2, _shared, four_heads, Split(guidance=2), list(alone)):
         for name, latents in alone.items():
             assert torch.equal(torch.from_numpy(made[name]), latents), name
-        # A float32 prediction of 4 x 16 x 8 x 8 numbers each step (one latent frame is padding).
-        steps = sum(OTHERWISE.get(setting, {}).get("steps", 4) for _, setting in alone)
-        assert sent == steps * 4 * 16 * 8 * 8 * 4
+        # A float32 prediction of 16 x 8 x 8 numbers each step and latent frame: three and one of padding, or those of
+        # two windows.
+        frames = sum(
+            OTHERWISE.get(setting, {}).get("steps", 4) * (6 + 4 if "windows" in name else 4) for name, setting in alone
+        )
+        assert sent == frames * 16 * 8 * 8 * 4
 
 
 @SHARES_TOKENS
