@@ -2,10 +2,14 @@
 
 The halves are two groups that evaluate a prompt each, at every step, and give each other what came of it: the same
 numbers as one process that evaluates them one after the other. The tokens are shared as DeepSpeed-Ulysses does
-(https://huggingface.co/papers/2309.14509), by diffusers' context parallelism with a plan of ours, as its CogVideoX has
-none: each process has a part of the text and of the video, and for the attention all tokens of a part of the heads.
-226 tokens of text divide by 2 only, so parts may be unequal (``ulysses_anything``). Its ring attention is not used: it
-needs kernels that give their log-sum-exp, and CogVideoX-1.5 has heads enough.
+(https://huggingface.co/papers/2309.14509): each process has a part of the text and of the video, and for the attention
+all tokens of a part of the heads. diffusers' context parallelism splits and joins the streams, with a plan of ours, as
+its CogVideoX has none; 226 tokens of text divide by 2 only, so parts may be unequal (``ulysses_anything``). The
+exchange within the attention is ours: that of diffusers leaves the tokens in the order of the processes, and an
+attention whose keys are in another order rounds otherwise. A video then differed from one process's by 1.5e-6 after
+four guided steps in fp32, and by 2e-3 in fp16; in the order of one process not at all, where products do not depend on
+how many rows they have (measured on a CPU: AMD EPYC, torch 2.11). Ring attention is not used: it needs kernels that
+give their log-sum-exp, and CogVideoX-1.5 has heads enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from . import internals
@@ -126,9 +131,49 @@ class Team:
         with ExitStack() as stack:
             stack.callback(internals.apply_context_parallel(module, config, plan))
             for processor in processors:
-                processor.parallel, processor.agreed = config, self._largest
+                processor.shared, processor.agreed = self.attend, self._largest
                 stack.callback(_forget, processor)
             yield
+
+    def attend(
+        self,
+        attend: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        text: int,
+    ) -> torch.Tensor:
+        """Attend to the tokens of all processes, for a part of the heads, in the order of one process: all of the text
+        before all of the video. An attention adds up in the order of its keys, so that another would round otherwise.
+
+        Args:
+            attend: the kernel, ``[B, tokens, heads, C]`` of each of the three to the same.
+            query, key, value: of this process's tokens, those of the text first, ``[B, tokens, heads, C]``.
+            text: tokens of the text among them.
+        """
+        import torch.distributed as dist
+
+        group, count = self._mesh.get_group("ulysses"), self.split.sequence
+        # On the host, so that the device need not be waited for.
+        own = torch.tensor([text, query.shape[1] - text])
+        found = [torch.empty_like(own) for _ in range(count)]
+        dist.all_gather(found, own, group=group)
+        texts, videos = torch.stack(found).T.tolist()
+        totals = [one + other for one, other in zip(texts, videos, strict=True)]
+
+        def gathered(x: torch.Tensor) -> torch.Tensor:
+            sent = rearrange(x, "b s (p h) c -> (p s) b h c", p=count).contiguous()
+            received = sent.new_empty(sum(totals), *sent.shape[1:])
+            dist.all_to_all_single(received, sent, totals, [x.shape[1]] * count, group=group)
+            parts = received.split([size for pair in zip(texts, videos, strict=True) for size in pair])
+            return rearrange(torch.cat([*parts[::2], *parts[1::2]]), "s b h c -> b s h c")
+
+        mixed = rearrange(attend(gathered(query), gathered(key), gathered(value)), "b s h c -> s b h c")
+        texts_of, videos_of = mixed[: sum(texts)].split(texts), mixed[sum(texts) :].split(videos)
+        sent = torch.cat([part for pair in zip(texts_of, videos_of, strict=True) for part in pair])
+        received = sent.new_empty(count * query.shape[1], *sent.shape[1:])
+        dist.all_to_all_single(received, sent, [query.shape[1]] * count, totals, group=group)
+        return rearrange(received, "(p s) b h c -> b s (p h) c", p=count)
 
     def _largest(self, maxima: torch.Tensor) -> torch.Tensor:
         """Return maxima over the tokens of all parts."""
@@ -139,4 +184,4 @@ class Team:
 
 
 def _forget(processor: Any) -> None:
-    processor.parallel = processor.agreed = None
+    processor.shared = processor.agreed = None
