@@ -236,7 +236,8 @@ def _attended(rank, tensors, text):
     parts = [
         torch.cat([x[:, :text].tensor_split(2, 1)[rank], x[:, text:].tensor_split(2, 1)[rank]], 1) for x in tensors
     ]
-    return team.attend(attend, *parts, (text + 1 - rank) // 2).numpy()
+    team.tokens = text, tensors.shape[2] - text
+    return team.attend(attend, *parts).numpy()
 
 
 def attend(*tensors):

@@ -65,7 +65,7 @@ class JointAttention:
             for x in (query, key):
                 rotate_(x[:, text:], *image_rotary_emb)
         attend = partial(dispatch_attention_fn, attn_mask=attention_mask, backend=self.backend)
-        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value, text)
+        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
         del query, key, value
         mixed = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
         return mixed[:, text:], mixed[:, :text]

@@ -212,7 +212,7 @@ class RangeSafeAttention:
         value, value_scale = _scale_to(value, largest, _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
         attend = partial(dispatch_attention_fn, attn_mask=attention_mask, scale=scale, backend=self.backend)
-        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value, text)
+        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
         mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
 

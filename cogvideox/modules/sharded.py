@@ -57,6 +57,7 @@ class Team:
     Attributes:
         split: what they share.
         sent: bytes of the predictions that this process received of the other half.
+        tokens: of the text and of the video, of all processes, in the evaluation that runs.
     """
 
     def __init__(self, split: Split, device: torch.device):
@@ -69,6 +70,7 @@ class Team:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.split, self.sent, self._device = split, 0, device
+        self.tokens = (0, 0)
         count = dist.get_world_size()
         if split.guidance * split.sequence != count:
             raise ValueError(
@@ -130,35 +132,35 @@ class Team:
         processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
         with ExitStack() as stack:
             stack.callback(internals.apply_context_parallel(module, config, plan))
+            stack.callback(module.transformer_blocks[0].register_forward_pre_hook(self._count, with_kwargs=True).remove)
             for processor in processors:
                 processor.shared, processor.agreed = self.attend, self._largest
                 stack.callback(_forget, processor)
             yield
 
+    def _count(self, block: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        """Note the tokens that the first block is given, which are not split yet."""
+        self.tokens = named["encoder_hidden_states"].shape[1], named["hidden_states"].shape[1]
+
     def attend(
         self,
-        attend: Callable[..., torch.Tensor],
+        kernel: Callable[..., torch.Tensor],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        text: int,
     ) -> torch.Tensor:
         """Attend to the tokens of all processes, for a part of the heads, in the order of one process: all of the text
         before all of the video. An attention adds up in the order of its keys, so that another would round otherwise.
 
         Args:
-            attend: the kernel, ``[B, tokens, heads, C]`` of each of the three to the same.
+            kernel: attends, from ``[B, tokens, heads, C]`` of each of the three to the same.
             query, key, value: of this process's tokens, those of the text first, ``[B, tokens, heads, C]``.
-            text: tokens of the text among them.
         """
         import torch.distributed as dist
 
         group, count = self._mesh.get_group("ulysses"), self.split.sequence
-        # On the host, so that the device need not be waited for.
-        own = torch.tensor([text, query.shape[1] - text])
-        found = [torch.empty_like(own) for _ in range(count)]
-        dist.all_gather(found, own, group=group)
-        texts, videos = torch.stack(found).T.tolist()
+        # As diffusers splits them: nobody has to be asked.
+        texts, videos = ([total // count + (n < total % count) for n in range(count)] for total in self.tokens)
         totals = [one + other for one, other in zip(texts, videos, strict=True)]
 
         def gathered(x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +170,7 @@ class Team:
             parts = received.split([size for pair in zip(texts, videos, strict=True) for size in pair])
             return rearrange(torch.cat([*parts[::2], *parts[1::2]]), "s b h c -> b s h c")
 
-        mixed = rearrange(attend(gathered(query), gathered(key), gathered(value)), "b s h c -> s b h c")
+        mixed = rearrange(kernel(gathered(query), gathered(key), gathered(value)), "b s h c -> s b h c")
         texts_of, videos_of = mixed[: sum(texts)].split(texts), mixed[sum(texts) :].split(videos)
         sent = torch.cat([part for pair in zip(texts_of, videos_of, strict=True) for part in pair])
         received = sent.new_empty(count * query.shape[1], *sent.shape[1:])
