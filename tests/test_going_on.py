@@ -31,6 +31,15 @@ def clip(frames=9, height=32, width=48, seed=1):
     return torch.rand(frames, height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture
+def image(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "start.png"
+    Image.fromarray((clip(1)[0] * 255).round().to(torch.uint8).numpy()).save(path)
+    return path
+
+
 class TestJoin:
     @pytest.mark.parametrize("overlap", [1, 4, 9])
     def test_it_is_the_cross_fade_of_videox_funs_script(self, overlap):
@@ -108,14 +117,6 @@ class TestExtend:
 
 class TestChain:
     """``--seconds``: 2 s at 16 frames a second are 33 frames, two parts of 17."""
-
-    @pytest.fixture
-    def image(self, tmp_path):
-        from PIL import Image
-
-        path = tmp_path / "start.png"
-        Image.fromarray((clip(1)[0] * 255).round().to(torch.uint8).numpy()).save(path)
-        return path
 
     def arguments(self, checkpoints, tmp_path, image, *more):
         return (
@@ -285,15 +286,15 @@ class TestKnownFrames:
         monkeypatch.setattr(cogvideox.video, "write_mp4", lambda images, *_, **__: written.append(images))
         return written
 
-    def by_nodes(self, pack, folder, frames, overlap, count=2):
-        """Go on from a clip, or from none, as the nodes do: the clip of all parts, and the latents of each."""
+    def by_nodes(self, pack, folder, frames, overlap, start=None, count=2):
+        """Go on from a clip, or begin with an image, as the nodes do: all parts as a clip, and the latents of each."""
         model, encoder, vae, *_ = call(pack, "CogVideoX15ModelLoader", model=str(folder), dtype="fp32", memory="cpu")
         prompts = [
             call(pack, "CogVideoX15TextEncode", text_encoder=encoder, prompt=text)[0] for text in ("a panda", "")
         ]
         latents = []
         for number in range(count):
-            given = {}
+            given = {} if start is None or number else {"start_image": start}
             if frames is not None:
                 *_, given["video"], given["mask"] = call(
                     pack,
@@ -374,10 +375,13 @@ class TestKnownFrames:
             assert code == 0, error
         assert torch.equal(*made)
 
-    def test_it_begins_with_the_text_alone(self, pack, checkpoints, tmp_path, capsys, written):
-        assert run(capsys, *self.arguments(checkpoints, tmp_path))[0] == 0
-        expected, _ = self.by_nodes(pack, checkpoints("fun-inp"), None, 5)
+    def test_it_begins_with_an_image_or_the_text_alone(self, pack, checkpoints, tmp_path, capsys, written, image):
+        assert run(capsys, *self.arguments(checkpoints, tmp_path, "--image", image))[0] == 0
+        expected, _ = self.by_nodes(pack, checkpoints("fun-inp"), None, 5, read_image(image))
         assert torch.equal(written[0], (expected * 255).round().to(torch.uint8))
+        code, said, _ = run(capsys, *self.arguments(checkpoints, tmp_path, "--plan"))
+        assert code == 0
+        assert "2 parts of 13 frames make the video of 21 frames." in said
 
     def test_a_clip_gives_the_size_and_its_sound(self, checkpoints, tmp_path, capsys, monkeypatch):
         import cogvideox.video
