@@ -186,7 +186,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--video",
         type=path_of,
         metavar="FILE",
-        help="the video to start from, for text-to-video checkpoints; scaled and cropped",
+        help="the video to start from, for text-to-video checkpoints; with --seconds to go on from; scaled and cropped",
     )
     what.add_argument(
         "--mask",
@@ -235,8 +235,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         type=_whole,
         metavar="N",
         help=(
-            "16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; with --video, all of it up to the model's longest); "
-            "8N+5 for CogVideoX-Fun and VOID (default: 85)"
+            "16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; of --video without --seconds, all of it up to the "
+            "model's longest); 8N+5 for CogVideoX-Fun and VOID (default: 85)"
         ),
     )
     what.add_argument(
@@ -244,8 +244,19 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         type=float,
         metavar="N",
         help=(
-            "with --image, how long the video is to be: in parts of --frames, each from the last frame of the one "
-            "before; the parts are kept beside --output, and a run that was stopped goes on from them"
+            "how long the video is to be, for image-to-video and CogVideoX-Fun checkpoints: in parts of --frames, each "
+            "from the end of the one before, the first from --image or the end of --video; the parts are kept beside "
+            "--output, and a run that was stopped goes on from them"
+        ),
+    )
+    what.add_argument(
+        "--overlap",
+        type=_whole,
+        metavar="FRAMES",
+        help=(
+            "of --seconds: frames at the end of what is there with which the next part begins, 4N+1; 1 for "
+            "image-to-video checkpoints, which read one image, 5 or 9 for CogVideoX-Fun, which then goes on in the "
+            "same movement (default: 1, of CogVideoX-Fun 5)"
         ),
     )
     what.add_argument(
@@ -666,14 +677,17 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
         ("mask", "video"),
         ("void", "video"),
         ("cache_range", "cache"),
-        ("seconds", "image"),
+        ("overlap", "seconds"),
     ):
         if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.seconds is not None and options.end_image is not None:
         parser.error("--seconds makes many parts and --end-image is the end of one: give one of them")
+    for name in ("mask", "void", "strength"):
+        if options.seconds is not None and getattr(options, name) is not None:
+            parser.error(f"--seconds goes on from --video and --{name} changes what is there: give one of them")
     if options.image is not None and options.video is not None:
-        parser.error("--image is for image-to-video checkpoints and --video for text-to-video ones: give one of them")
+        parser.error("--image and --video are two things that a video starts from: give one of them")
     if options.mask is not None and options.void is not None:
         parser.error("--mask is for CogVideoX-Fun checkpoints and --void for VOID's: give one of them")
     if options.prompt == options.negative == "-":

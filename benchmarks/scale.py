@@ -61,7 +61,6 @@ def run(folder, device, shape, steps, team=None):
 def child(rank, split, port, nccl, arguments, answers):
     """One of the processes that share a video."""
     import torch.distributed as dist
-    import torch.distributed._functional_collectives as collectives
 
     torch.set_num_threads(1)
     count = split.guidance * split.sequence
@@ -70,17 +69,14 @@ def child(rank, split, port, nccl, arguments, answers):
     if nccl:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    received, all_to_all = [0], collectives.all_to_all_single
+    received, all_to_all = [0], dist.all_to_all_single
 
-    def counted(tensor, output_sizes, input_sizes, group):
+    def counted(output, tensor, output_sizes, input_sizes, group):
         """Count what comes from others: of each, as much as goes to it of what this one has."""
-        found = all_to_all(tensor, output_sizes, input_sizes, group)
-        own = output_sizes[dist.get_rank(group)] if output_sizes else tensor.shape[0] // dist.get_world_size(group)
-        rows = sum(output_sizes) if output_sizes else tensor.shape[0]
-        received[0] += (rows - own) * tensor[0].numel() * tensor.itemsize
-        return found
+        all_to_all(output, tensor, output_sizes, input_sizes, group=group)
+        received[0] += (sum(output_sizes) - output_sizes[dist.get_rank(group)]) * output[0].nbytes
 
-    collectives.all_to_all_single = counted
+    dist.all_to_all_single = counted
     team = Team(split, device)
     latents, seconds, gain = run(*arguments[:1], device, *arguments[1:], team)
     answers.put((rank, latents, seconds, (received[0] + team.sent) / arguments[2], gain))

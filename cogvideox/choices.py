@@ -65,8 +65,6 @@ BACKENDS = {
     SAGE_HUB: "sage_hub",
     FASTEST: None,
 }
-#: Those that diffusers can run on tokens that processes share.
-SHARED_BACKENDS = (AUTO, SDPA, CUDNN, FLASH, SAGE, FLASH_HUB, FLASH3_HUB, SAGE_HUB)
 #: Methods that reuse what changes little from step to step.
 TEACACHE, FIRST_BLOCK, TAYLORSEER = "teacache", "first_block", "taylorseer"
 PAB, FASTER_CACHE = "pab", "faster_cache"

@@ -81,10 +81,7 @@ def read_video(
                     break
         duration = _duration(container, stream)
     if clip is None:
-        raise ValueError(
-            f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or "
-            "convert it to mp4."
-        )
+        raise _undecoded(path, frames)
     for note in (*picture.notes, *frames.notes(path, duration, more)):
         tell(note)
     rate = float(fps or stream.average_rate or 0)
@@ -115,6 +112,23 @@ def read_rate(path: Path | str) -> Fraction:
     with _open_clip(Path(path)) as container:
         rate = 1 / _Frames(container, _video_stream(container, Path(path), lambda _: None)).usual
     return min(max(rate, Fraction(1)), Fraction(240)).limit_denominator(1001)
+
+
+def read_shape(path: Path | str) -> tuple[int, int]:
+    """Read the width and height in pixels of a clip's frames as ``read_video`` gives them.
+
+    Raises:
+        ValueError: if it is not there, no video, or holds no frame that can be decoded.
+    """
+    path = Path(path)
+    with _open_clip(path) as container, from_library(path, "as a video", _CLIP_ADVICE):
+        stream = _video_stream(container, path, lambda _: None)
+        frames, picture = _Frames(container, stream), FramePixels(stream, path, None)
+        for _, frame in frames:
+            picture.check(frame)
+            height, width, _ = picture.pixels(frame).shape
+            return width, height
+    raise _undecoded(path, frames)
 
 
 def read_sound(path: Path | str, seconds: float, events: Events | None = None) -> tuple[np.ndarray, int] | None:
@@ -161,6 +175,14 @@ def read_sound(path: Path | str, seconds: float, events: Events | None = None) -
             tell(f"The sound of {short(path)} cannot be decoded{frames.trouble}, so the video will have none.")
             return None
     return np.nan_to_num(sound).clip(-1, 1), rate
+
+
+def _undecoded(path: Path, frames: "_Frames") -> ValueError:
+    """Say that a clip has no frame that can be decoded."""
+    return ValueError(
+        f"{short(path, 400)} holds no frames that can be decoded{frames.trouble}. Choose another video, or convert it "
+        "to mp4."
+    )
 
 
 def _with_room(clip: torch.Tensor | None, frames: int, limit: int | None, like: torch.Tensor) -> torch.Tensor:

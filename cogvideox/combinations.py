@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from .choices import FASTER_CACHE, FIRST_BLOCK, PAB, SHARED_BACKENDS, TAYLORSEER, TEACACHE
+from .choices import FASTER_CACHE, FIRST_BLOCK, PAB, TAYLORSEER, TEACACHE
 from .dependencies import is_at_least
 
 #: Caches that act within a block, by changing what its attention gives.
@@ -74,7 +74,7 @@ def check_second(cache: str | None, compiled: bool) -> None:
         )
 
 
-def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: bool, offloads: bool, kernel: str) -> None:
+def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: bool, offloads: bool) -> None:
     """Refuse what cannot be shared among processes that make one video.
 
     Args:
@@ -83,7 +83,6 @@ def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: boo
         cache: the method of a cache that skips something.
         compiled: whether the blocks are compiled.
         offloads: whether weights are brought to a card while they run.
-        kernel: of the attention, one of ``choices.BACKENDS``.
 
     Raises:
         ValueError: saying what does not go together, why, and what to do.
@@ -109,11 +108,6 @@ def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: boo
         raise ValueError(
             "Offloading and shared tokens do not go together: both put hooks on the same blocks. Set --memory to gpu, "
             "quantize with --quantize int8_weight_only, or take --split guidance."
-        )
-    if kernel not in SHARED_BACKENDS:
-        raise ValueError(
-            f"The attention {kernel} cannot exchange the tokens that processes share. Choose one of "
-            f"{', '.join(SHARED_BACKENDS)}, or --split guidance."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch.nn.functional import interpolate
 
+from .choices import check_choice
 from .geometry import check_size, latent_frames
 from .handles import VAE
 from .pictures import crop_box
@@ -153,7 +154,12 @@ def void_latents(
 
 def taken_away(quadmask: torch.Tensor, stage: str) -> torch.Tensor:
     """Return how much is taken away at each pixel of a quadmask ``[F, H, W]`` in 0..1, as the pass of VOID reads it:
-    0, 127/255 or 1 in the first, 0 or 1 in the second."""
+    0, 127/255 or 1 in the first, 0 or 1 in the second.
+
+    Raises:
+        ValueError: for a pass that is not one of ``STAGES``.
+    """
+    check_choice("stage", stage, STAGES)
     greys, levels = 255.0 * quadmask.float(), torch.full_like(quadmask, 255.0, dtype=torch.float32)
     for level, most in reversed(_QUADMASK[:-1]):
         levels[greys <= most] = level

@@ -98,8 +98,14 @@ def check_video_room(width: int, height: int, frames: int, batch_size: int = 1) 
 def empty_latent(
     width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16, in_pairs: bool = False
 ) -> torch.Tensor:
-    """Make the latent that means "start from noise": zeros, float32 ``[B, 16, T, H/8, W/8]`` with
-    ``T = (frames - 1) // 4 + 1``.
+    """Make the latent that means "start from noise": float32 zeros of ``latent_shape``."""
+    return torch.zeros(latent_shape(width, height, frames, batch_size, frame_step, in_pairs))
+
+
+def latent_shape(
+    width: int, height: int, frames: int, batch_size: int = 1, frame_step: int = 16, in_pairs: bool = False
+) -> tuple[int, int, int, int, int]:
+    """Return the shape of a latent, ``[B, 16, T, H/8, W/8]`` with ``T = (frames - 1) // 4 + 1``.
 
     Args:
         width, height: pixels, multiples of 16.
@@ -113,8 +119,8 @@ def empty_latent(
     check_frames(frames, frame_step, in_pairs)
     check_batch_size(batch_size)
     check_video_room(width, height, frames, batch_size)
-    shape = (latent_frames(frames), height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
-    return torch.zeros(batch_size, LATENT_CHANNELS, *shape)
+    size = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+    return batch_size, LATENT_CHANNELS, latent_frames(frames), *size
 
 
 def check_latent(samples: torch.Tensor, patch_size: int = 1) -> None:

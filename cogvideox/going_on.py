@@ -6,14 +6,17 @@ from .geometry import check_frames
 from .tensors import check_room
 
 
-def part_step(length: int, frame_step: int) -> int:
-    """Return the step that the length of a part has to follow: 8N+5 frames are whole pairs of latent frames, as
-    CogVideoX-Fun InP makes them, and all others are what the checkpoint makes.
+def part_lengths(length: int, frame_step: int, in_pairs: bool) -> tuple[int, bool]:
+    """Return the lengths that a part can have, as ``check_frames`` takes them: those of the VAE's checkpoint; but 8N+5
+    frames go with any, as CogVideoX-Fun InP, which makes such, has the VAE of all others.
 
     Args:
-        frame_step: of the checkpoint's VAE handle.
+        frame_step, in_pairs: of the VAE's handle.
+
+    Returns:
+        The step, and whether latent frames come in pairs.
     """
-    return 4 if length % 8 == 5 else frame_step
+    return (8, True) if length % 8 == 5 else (frame_step, in_pairs)
 
 
 def check_known(overlap: int, length: int) -> None:

@@ -136,7 +136,6 @@ def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
         None if cache is None or cache.strength == 0 else cache.method,
         model.compiled is not None,
         weights.memory in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) and not on_host,
-        model.attention,
     )
     lengths = {window.stop - window.start for window in spans(model.windows, shape[2], config)}
     for tokens in (video_tokens(config, (*shape[:2], length, *shape[3:])) for length in sorted(lengths)):

@@ -10,15 +10,17 @@ from .checkpoint.configs import known_fields
 from .choices import DDIM_ORIGIN, SCHEDULERS, check_choice, check_share
 from .variants import TRAINED_STEPS
 
+#: ``snr_shift_scale`` of diffusers' ``CogVideoXDDIMScheduler`` where a config has none.
+_SHIFT = 3.0
+
 
 def make_scheduler(config: Mapping, name: str):
     """A fresh diffusers scheduler with the checkpoint's noise schedule.
 
     Raises:
-        ValueError: for a name that is not one of ``SCHEDULERS``, and for ``ddim_origin`` where the noise schedule is
-            shifted, which ``DDIMScheduler`` would ignore: the video would be another (relative L2 0.16 at 2b's shift).
+        ValueError: as ``check_scheduler``.
     """
-    check_choice("scheduler", name, SCHEDULERS)
+    check_scheduler(config, name)
     import diffusers
 
     # Checked when the checkpoint was opened (``check_config``): what no table names is not used.
@@ -27,14 +29,25 @@ def make_scheduler(config: Mapping, name: str):
         return getattr(diffusers, SCHEDULERS[name]).from_config(known)
     # What a config leaves out has CogVideoX's default, not that of the other class.
     known = known_fields("scheduler", diffusers.CogVideoXDDIMScheduler.from_config(known).config)
-    shift = known.pop("snr_shift_scale")
-    if shift != 1:
+    known.pop("snr_shift_scale")
+    # CogVideoX's own schedulers have that flag and never clip.
+    return diffusers.DDIMScheduler.from_config(known | {"clip_sample": config.get("clip_sample") is True})
+
+
+def check_scheduler(config: Mapping, name: str) -> None:
+    """Refuse a scheduler that the checkpoint's noise schedule cannot be run with.
+
+    Raises:
+        ValueError: for a name that is not one of ``SCHEDULERS``, and for ``ddim_origin`` where the noise schedule is
+            shifted, which ``DDIMScheduler`` would ignore: the video would be another (relative L2 0.16 at 2b's shift).
+    """
+    check_choice("scheduler", name, SCHEDULERS)
+    shift = known_fields("scheduler", config).get("snr_shift_scale", _SHIFT)
+    if name == DDIM_ORIGIN and shift != 1:
         raise ValueError(
             f"The scheduler ddim_origin is diffusers' DDIMScheduler, which knows no snr_shift_scale, and this "
             f"checkpoint was trained with one of {shift}: the video would come out wrong. Choose ddim."
         )
-    # CogVideoX's own schedulers have that flag and never clip.
-    return diffusers.DDIMScheduler.from_config(known | {"clip_sample": config.get("clip_sample") is True})
 
 
 def schedule_timesteps(scheduler, steps: int, denoise: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .clip_files import read_sound, read_video
+from .clip_files import read_shape, read_sound, read_video
 from .events import Events
 from .files import exists, open_regular, written_whole
 from .image_files import read_image
@@ -28,6 +28,7 @@ __all__ = [
     "free_name",
     "read_image",
     "read_latent",
+    "read_shape",
     "read_sound",
     "read_video",
     "write_latent",

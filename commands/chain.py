@@ -1,4 +1,4 @@
-"""``generate.py --seconds``: a video of any length, in parts that each start from the last frame of the one before.
+"""``generate.py --seconds``: a video of any length, in parts that each go on from the last frames of the one before.
 
 A part's latents are kept as soon as they are made, so that a run that was stopped goes on where it was. The folder they
 are in has a name of its own for each set of settings.
@@ -13,6 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.going_on import check_known, join_clips
+from cogvideox.variants import INPAINT, START_IMAGE, Variant
 from cogvideox.words import reason, short
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 _SEEDS = 2**64
 #: Hours that nobody waits for.
 _LONGEST = 3600
+#: Frames that CogVideoX-Fun InP goes on from: the two latent frames that it reads first, as a pair. VideoX-Fun's script
+#: has clips overlap by 4, which cut such a pair.
+_FUN_OVERLAP = 5
 
 
 def check_seconds(seconds: float) -> None:
@@ -44,38 +49,95 @@ class Parts:
     Attributes:
         frames: of a part.
         wanted: frames of the video.
-        count: parts, of which each but the first begins with a frame that is there already.
+        count: parts to be made.
+        overlap: frames with which a part begins that are there already.
+        begun: frames of the clip that the first goes on from; 0 without one.
     """
 
     frames: int
     wanted: int
     count: int
+    overlap: int = 1
+    begun: int = 0
 
     @property
-    def text(self) -> str:
-        """What is made, a sentence."""
-        return (
-            f"{self.count} parts of {self.frames} frames make the video of {self.wanted} frames. Each part starts from "
-            "the last frame of the one before, so colours and shapes drift a little from part to part."
+    def total(self) -> int:
+        """Frames of all parts and of the clip before them."""
+        before = self.begun or self.overlap
+        return before + self.count * (self.frames - self.overlap)
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What is made, and how the parts are tied, a sentence or two each."""
+        made = (
+            f"The clip's {self.begun} frames and {self.count} parts of {self.frames} frames make the video of "
+            f"{self.wanted} frames."
+            if self.begun
+            else f"{self.count} parts of {self.frames} frames make the video of {self.wanted} frames."
         )
+        tied = (
+            "Each part starts from the last frame of what is there, so colours and shapes drift a little from part to "
+            "part."
+            if self.overlap == 1
+            else f"Each part begins with the last {self.overlap} frames of what is there, over which one fades into "
+            "the other. Colours and shapes drift a little from part to part."
+        )
+        return made, tied
 
 
-def plan_parts(seconds: float, fps: Fraction, frames: int) -> Parts:
-    """Count the parts of a video: 5 seconds at 16 frames a second are 81 frames, as in the model card.
-
-    Args:
-        frames: of a part.
+def overlap_of(given: int | None, variant: Variant) -> int:
+    """Return the frames with which a part begins that are there already: 1 for image-to-video models, which read one,
+    and for CogVideoX-Fun InP as many as are given.
 
     Raises:
-        ValueError: for parts of one frame, which never get any further.
+        ValueError: for a model that cannot go on, and for more frames than it reads.
     """
-    wanted = round(seconds * fps) + 1
+    if variant.reads not in (START_IMAGE, INPAINT):
+        raise ValueError(
+            f"--seconds goes on from the frames of the part before, and {variant.name} reads none. Give an "
+            "image-to-video or a CogVideoX-Fun InP checkpoint, or make one clip with --frames and --context-windows."
+        )
+    if variant.reads == INPAINT:
+        return _FUN_OVERLAP if given is None else given
+    if given not in (None, 1):
+        raise ValueError(
+            f"--overlap is {given}, but {variant.name} goes on from one image. Leave it out, or give a CogVideoX-Fun "
+            "InP checkpoint, which reads several frames."
+        )
+    return 1
+
+
+def frames_of(seconds: float, fps: Fraction) -> int:
+    """Count the frames of a video: 5 seconds at 16 frames a second are 81 frames, as in the model card."""
+    return round(seconds * fps) + 1
+
+
+def plan_parts(wanted: int, frames: int, overlap: int = 1, begun: int = 0) -> Parts:
+    """Count the parts of a video.
+
+    Args:
+        wanted, frames, overlap, begun: as ``Parts`` has them.
+
+    Raises:
+        ValueError: for parts that never get any further, and for a clip that is too short to go on from, or as long as
+            the video already.
+    """
     if frames < 2:
         raise ValueError(
             f"--frames is {frames}, and --seconds makes parts of that length, each from the last frame of the one "
             "before: none would get any further. Give --frames 81, or leave it out."
         )
-    return Parts(frames, wanted, max(1, math.ceil((wanted - 1) / (frames - 1))))
+    check_known(overlap, frames)
+    if begun >= wanted:
+        raise ValueError(
+            f"The clip has {begun} frames, and with --seconds the video is to have {wanted}, so nothing would be made. "
+            "Give more --seconds: it is the length of the whole video."
+        )
+    if 0 < begun < overlap:
+        raise ValueError(
+            f"--overlap is {overlap} frames, but the clip has {begun}. Give a longer clip, or a lower --overlap."
+        )
+    return Parts(frames, wanted, max(1, math.ceil((wanted - (begun or overlap)) / (frames - overlap))), overlap, begun)
 
 
 def parts_folder(output: Path, settings: Mapping[str, Any]) -> Path:
@@ -92,9 +154,10 @@ def make_video(
     parts: Parts,
     folder: Path,
     settings: Mapping[str, Any],
-    start: "torch.Tensor",
+    size: tuple[int, int],
+    before: "torch.Tensor | None",
     seed: int,
-    make: "Callable[[torch.Tensor, int], torch.Tensor]",
+    make: "Callable[[torch.Tensor | None, int], torch.Tensor]",
     decode: "Callable[[torch.Tensor], torch.Tensor]",
     say: Callable[[str], None],
 ) -> "torch.Tensor":
@@ -103,9 +166,11 @@ def make_video(
     Args:
         folder: where parts are kept and looked for.
         settings: written beside them, for people.
-        start: the image of the first part, ``[1, H, W, 3]`` in 0..1.
+        size: width and height in pixels.
+        before: the clip that the first part goes on from, uint8 ``[parts.begun, H, W, 3]``; None without one.
         seed: of the first part; the next has the next seed.
-        make: takes the image that a part starts from and its seed, and returns its latents.
+        make: takes the frames ``[parts.overlap, H, W, 3]`` in 0..1 that a part begins with, None for a first part
+            without a clip, and its seed; returns its latents.
         decode: returns the frames ``[F, H, W, 3]`` in 0..1 of latents, or raises if they are not to be gone on with.
 
     Returns:
@@ -118,8 +183,12 @@ def make_video(
 
     from cogvideox.video import read_latent, write_latent
 
-    # A frame for all, filled as they are made: bytes, as the frames of half a minute in float take four times as much.
-    shown = torch.empty(parts.count * (parts.frames - 1) + 1, *start.shape[1:], dtype=torch.uint8)
+    # Filled as they are made: bytes, as the frames of half a minute in float take four times as much.
+    shown = torch.empty(parts.total, *size[::-1], 3, dtype=torch.uint8)
+    known, end = None, parts.begun
+    if before is not None:
+        shown[:end] = before
+        known = before[-parts.overlap :] / 255
     for number in range(parts.count):
         kept = folder / f"part_{number + 1:05}.latent"
         if kept.exists():
@@ -127,15 +196,18 @@ def make_video(
             latents = read_latent(kept)
         else:
             say(f"Part {number + 1} of {parts.count}:")
-            latents = make(start, (seed + number) % _SEEDS)
+            latents = make(known, (seed + number) % _SEEDS)
             # The next free number is this one, as those before are there.
             write_latent(latents, folder, "part")
             _describe(folder, settings)
         frames = decode(latents)
-        # What a part makes of the frame it starts from is there already.
-        new, begin = (frames, 0) if number == 0 else (frames[1:], number * (parts.frames - 1) + 1)
-        shown[begin : begin + len(new)] = (new * 255).round().to(torch.uint8)
-        start = frames[-1:]
+        if known is not None:
+            # In place: all of a part joined would be there twice.
+            frames[: len(known)] = join_clips(known, frames[: len(known)], len(known))
+            end -= len(known)
+        shown[end : end + len(frames)] = (frames * 255).round().to(torch.uint8)
+        end += len(frames)
+        known = frames[-parts.overlap :].clone()
     return shown[: parts.wanted]
 
 

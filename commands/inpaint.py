@@ -31,11 +31,12 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: torch.Tensor) -> torch.Tensor | None:
     """Make zeros of the shape of what the options give a model to read beside the noise ``[1, C, T, H/8, W/8]``, from
     which ``requests`` says whether it can; None if that is nothing."""
+    given = options.image is not None or (options.seconds is not None and options.video is not None)
     if options.void is not None:
         kind = VOID
-    elif options.mask is not None or (options.image is not None and variant.reads == INPAINT):
+    elif options.mask is not None or (given and variant.reads == INPAINT):
         kind = INPAINT
-    elif options.image is not None:
+    elif given:
         kind = START_IMAGE
     else:
         return None
@@ -79,7 +80,7 @@ def make_conditioning(
     """Make what CogVideoX-Fun or VOID reads beside the noise, ``[1, C, T, H/8, W/8]``, unscaled.
 
     Args:
-        clip: uint8 ``[frames, H, W, 3]``.
+        clip: ``[frames, H, W, 3]``, uint8 or float in 0..1.
         size: width and height in pixels.
         images: the first and the last frame, ``[1, H, W, 3]``, where they are given.
         mask: of ``read_mask``.
@@ -87,7 +88,7 @@ def make_conditioning(
     """
     # One that is not the run's: as in the nodes, the seed does not change what is kept.
     generator = torch.Generator("cpu").manual_seed(0)
-    video = None if clip is None else clip / 255
+    video = clip / 255 if clip is not None and clip.dtype == torch.uint8 else clip
     if options.void is not None and video is not None and mask is not None:
         stage = "first" if options.noise is None else "second"
         return void_latents(vae, video, mask.expand(frames, -1, -1), stage, generator=generator, **how)

@@ -78,6 +78,7 @@ class Job:
         latent: an empty one of its size and length.
         parts: of a video that is made in several, each as long as ``latent``.
         noise: what it starts from, if it is given.
+        before: the clip that the first of the parts goes on from, uint8 ``[F, H, W, 3]``, if there is one.
         is_conditioned: whether the model reads more than the noise.
     """
 
@@ -91,6 +92,7 @@ class Job:
     source: "Source"
     latent: "torch.Tensor"
     parts: "Parts | None" = None
+    before: "torch.Tensor | None" = None
     noise: "torch.Tensor | None" = None
     is_conditioned: bool = False
 
@@ -135,7 +137,9 @@ def prepared(
     say(handles.plan.text)
     model, text_encoder = changed(options, handles)
     source = read_source(options, model.variant, output if writes else None, events)
-    parts = None if options.seconds is None else plan_chain(options, source, output if writes else None)
+    parts, before = None, None
+    if options.seconds is not None:
+        parts, before = plan_chain(options, source, model.variant, output if writes else None, events)
     lengths = model.variant.frame_step, model.variant.in_pairs
     latent = empty_latent(source.width, source.height, source.frames, 1, *lengths)
     # Shapes are enough to know the rest.
@@ -144,39 +148,52 @@ def prepared(
         check_noise(noise, latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
     is_conditioned = image is not None
-    return Job(
-        options, output, denoise, texts, handles, model, text_encoder, source, latent, parts, noise, is_conditioned
-    )
+    found = handles, model, text_encoder, source, latent, parts, before, noise, is_conditioned
+    return Job(options, output, denoise, texts, *found)
 
 
-def plan_chain(options: argparse.Namespace, source: "Source", output: Path | None) -> "Parts":
-    """Plan the parts of a long video, and say so.
+def plan_chain(
+    options: argparse.Namespace, source: "Source", variant: "Variant", output: Path | None, events: "Events"
+) -> "tuple[Parts, torch.Tensor | None]":
+    """Plan the parts of a long video, and say so; read the clip that it goes on from, uint8 ``[F, H, W, 3]``, if there
+    is one.
 
     Args:
         output: where the video is to be written, if it is by this process.
 
     Raises:
-        ValueError: for a length that cannot be made, written or held, or for several processes.
+        ValueError: for a model that cannot go on, for a length that cannot be made, written or held, or for several
+            processes.
     """
+    import torch
+
     from cogvideox.tensors import check_room as check_host_room
-    from cogvideox.video import check_room
-    from commands.chain import plan_parts
+    from cogvideox.video import check_room, read_sound, read_video
+    from commands.chain import frames_of, overlap_of, plan_parts
 
     if place_of().count > 1:
         raise ValueError(
             "--seconds makes one part after the other, each from the frames of the one before, in one process. Start "
             "it without torchrun, or make one clip without --seconds."
         )
-    parts = plan_parts(options.seconds, source.fps, source.frames)
+    overlap, wanted = overlap_of(options.overlap, variant), frames_of(options.seconds, source.fps)
+    parts, before = plan_parts(wanted, source.frames, overlap), None
     if output is not None:
-        check_room(output, parts.wanted, source.width, source.height)
+        check_room(output, wanted, source.width, source.height)
     check_host_room(
-        3 * source.width * source.height * (parts.wanted + 4 * parts.frames),
-        f"A video of {parts.wanted} frames of {source.width}x{source.height}",
+        3 * source.width * source.height * (wanted + 4 * parts.frames),
+        f"A video of {wanted} frames of {source.width}x{source.height}",
         "Give fewer --seconds, or make it smaller.",
     )
-    say(parts.text)
-    return parts
+    if options.video is not None:
+        size = source.width, source.height
+        before = read_video(options.video, wanted, fps=source.fps, size=size, dtype=torch.uint8, events=events)
+        parts = plan_parts(wanted, source.frames, overlap, len(before))
+        if options.keep_audio:
+            source.sound = read_sound(options.video, float(len(before) / source.fps), events)
+    for text in parts.texts:
+        say(text)
+    return parts, before
 
 
 def check_settings(options: argparse.Namespace) -> float:
@@ -189,7 +206,7 @@ def check_settings(options: argparse.Namespace) -> float:
     from cogvideox.requests import check_guidance, check_guidance_range
     from cogvideox.schedulers import steps_to_run
 
-    in_parts = options.mask is not None or options.void is not None
+    in_parts = options.mask is not None or options.void is not None or options.seconds is not None
     usual = 1.0 if options.video is None or in_parts else 0.8
     denoise = usual if options.strength is None else options.strength
     if not 0 < denoise <= 1:
@@ -290,7 +307,7 @@ class Source:
 
 
 def read_source(options: argparse.Namespace, variant: "Variant", output: Path | None, events: "Events") -> Source:
-    """Read the images or the clip that a run starts from.
+    """Read the images or the clip that a run starts from; of the clip that ``--seconds`` goes on from, its size alone.
 
     Raises:
         ValueError: for what cannot be read, and for a size or length that cannot be made.
@@ -299,7 +316,7 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
 
     from cogvideox.geometry import check_frames, check_video_room
     from cogvideox.pictures import check_images, nearest_length
-    from cogvideox.video import check_room, read_image, read_sound, read_video
+    from cogvideox.video import check_room, read_image, read_shape, read_sound, read_video
     from commands.inpaint import fit_parts, read_mask
 
     if options.frames is not None:
@@ -308,17 +325,21 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
         None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
     )
-    usual = variant.default_size if start is None else variant.size_for(start.shape[2], start.shape[1])
+    shape = None if start is None else (start.shape[2], start.shape[1])
+    clip = None if options.seconds is not None else options.video
+    if options.seconds is not None and options.video is not None:
+        shape = read_shape(options.video)
+    usual = variant.default_size if shape is None else variant.size_for(*shape)
     width, height = (
         given if given is not None else side for given, side in zip((options.width, options.height), usual, strict=True)
     )
-    frames = options.frames or (variant.default_frames if options.video is None else variant.max_frames)
+    frames = options.frames or (variant.default_frames if clip is None else variant.max_frames)
     source = Source(width, height, frames, rate_of(options, variant), start, end)
     check_video_room(width, height, frames)
     in_parts = options.mask or options.void
-    if options.video is not None:
+    if clip is not None:
         source.clip = read_video(
-            options.video,
+            clip,
             frames,
             fps=source.fps,
             size=(width, height),
@@ -337,7 +358,7 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
         if options.frames is not None and source.frames < options.frames:
             say(f"--frames is {options.frames}, and the clip has not so many: the video has {source.frames}.")
         if options.keep_audio:
-            source.sound = read_sound(options.video, float(source.frames / source.fps), events)
+            source.sound = read_sound(clip, float(source.frames / source.fps), events)
     if output is not None:
         check_room(output, source.frames, width, height)
     return source

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from commands.chain import Parts
     from commands.ranks import Ranks
 
+#: Options that change no part of a long video, or in whose place is what they lead to.
+_NOT_OF_PARTS = (
+    *("seconds", "output", "overwrite", "fps", "image", "video", "keep_audio", "prompt", "negative"),
+    *("debug", "device", "memory", "on_black", "plan", "split"),
+)
+
 
 @contextmanager
 def company(options: argparse.Namespace, place: Place) -> "Iterator[Ranks | None]":
@@ -96,39 +102,26 @@ def sampled(
     prompts: "Mapping[str, torch.Tensor]",
     events: "Events",
     ranks: "Ranks | None" = None,
-    start: "torch.Tensor | None" = None,
+    known: "torch.Tensor | None" = None,
     seed: int | None = None,
 ) -> "torch.Tensor":
     """Make a video's latents ``[1, 16, T, H/8, W/8]``, together with other processes if there are any.
 
     Args:
-        start, seed: of a part of a longer video, in the place of the video's own.
+        known: the frames ``[overlap, H, W, 3]`` in 0..1 that a part of a longer video begins with.
+        seed: of such a part, in the place of the video's own.
     """
-    from cogvideox.pictures import fit_size
     from cogvideox.sampling import sample
-    from cogvideox.vae import encode, image_latents
-    from commands.inpaint import make_conditioning
+    from cogvideox.vae import encode
 
-    options, source, latent, image = job.options, job.source, job.latent, None
+    options, source, latent = job.options, job.source, job.latent
     if job.model.weights.method is not None and not job.model.weights.is_loaded:
         say(job.model.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
-    pictures = [
-        None if picture is None else fit_size(picture, source.width, source.height)
-        for picture in (source.start if start is None else start, source.end)
-    ]
     clip, source.clip = source.clip, None
-    if pictures[0] is not None and job.model.variant.image_to_video:
-        first, last = pictures[0], pictures[1]
-        image = once_for_all(ranks, lambda: image_latents(job.handles.vae, first, source.frames, last, **how))
-    elif job.is_conditioned:
-        size = source.width, source.height
-        image = once_for_all(
-            ranks,
-            lambda: make_conditioning(
-                options, job.handles.vae, clip, source.frames, size, (pictures[0], pictures[1]), source.mask, **how
-            ),
-        )
+    image = None
+    if known is not None or job.is_conditioned:
+        image = once_for_all(ranks, lambda: _beside(job, clip, known, **how))
     if clip is not None and job.denoise < 1:
         latent = once_for_all(ranks, lambda: encode(job.handles.vae, clip, **how))
     team = None if ranks is None else ranks.team(check_team(job, ranks.place))
@@ -153,36 +146,61 @@ def sampled(
         )
 
 
+def _beside(job: Job, clip: "torch.Tensor | None", known: "torch.Tensor | None", **how: Any) -> "torch.Tensor":
+    """Make what a model reads beside the noise, ``[1, C, T, H/8, W/8]``, unscaled.
+
+    Args:
+        clip: of ``--video``, uint8 ``[frames, H, W, 3]``.
+        known: frames in the place of it and of the images, as ``sampled`` has them.
+        how: ``on_nan`` and ``events``, as ``vae.encode`` has them.
+    """
+    from cogvideox.going_on import known_frames
+    from cogvideox.pictures import fit_size
+    from cogvideox.vae import image_latents
+    from commands.inpaint import make_conditioning
+
+    source, vae, size = job.source, job.handles.vae, (job.source.width, job.source.height)
+    mask = source.mask
+    start, end = (
+        None if picture is None else fit_size(picture, *size)
+        for picture in (source.start if known is None else known[-1:], source.end)
+    )
+    if start is not None and job.model.variant.image_to_video:
+        return image_latents(vae, start, source.frames, end, **how)
+    if known is not None:
+        (clip, mask), start = known_frames(known, source.frames, len(known)), None
+    return make_conditioning(job.options, vae, clip, source.frames, size, (start, end), mask, **how)
+
+
 def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") -> None:
     """Make a long video of parts, those that are kept included, and write it.
 
     Args:
-        make: ``make(start=image, seed=seed)`` returns the latents of a part.
+        make: ``make(known=frames, seed=seed)`` returns the latents of a part.
     """
     from cogvideox.pictures import fit_size
     from commands.chain import make_video, parts_folder
 
     options, source = job.options, job.source
-    assert source.start is not None, "--seconds goes with --image"
-    start = fit_size(source.start, source.width, source.height)
-    # What changes no frame is not among them.
-    aside = "seconds output overwrite fps image debug device memory on_black plan prompt negative split".split()
-    settings = {name: value for name, value in vars(options).items() if name not in aside} | job.texts
-    settings |= {"width": source.width, "height": source.height, "frames": source.frames}
+    start = None if source.start is None else fit_size(source.start, source.width, source.height)
+    start = start if job.before is None else job.before[-parts.overlap :]
+    settings = {name: value for name, value in vars(options).items() if name not in _NOT_OF_PARTS} | job.texts
+    settings |= {"width": source.width, "height": source.height, "frames": source.frames, "overlap": parts.overlap}
     settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
-    settings["pixels"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()
+    settings["pixels"] = hashlib.sha256(b"" if start is None else start.numpy().tobytes()).hexdigest()
     folder = parts_folder(job.output, settings)
     images = make_video(
         parts,
         folder,
         settings,
-        start,
+        (source.width, source.height),
+        job.before,
         options.seed,
-        lambda image, seed: make(start=image, seed=seed),
+        lambda known, seed: make(known=known, seed=seed),
         lambda latent: decoded(options, job.handles.vae, latent),
         say,
     )
-    write(options, images, job.output, source.fps)
+    write(options, images, job.output, source.fps, source.sound)
     say(
         f"The parts are kept in {folder}: with --overwrite and more --seconds they are used again. Delete them when "
         "the video is as wanted."

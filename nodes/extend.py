@@ -90,15 +90,15 @@ class Extend(Node):
 
     @classmethod
     def foresee(cls, positive, negative, vae, images, length, overlap):
-        from ..cogvideox.going_on import part_step
+        from ..cogvideox.going_on import part_lengths
 
         if UNKNOWN not in (vae, length):
-            check_frames(length, part_step(length, vae.frame_step))
+            check_frames(length, *part_lengths(length, vae.frame_step, vae.in_pairs))
         return None
 
     def execute(self, positive, negative, vae, images, length, overlap):
         from ..cogvideox.geometry import check_size, empty_latent
-        from ..cogvideox.going_on import known_frames, part_step
+        from ..cogvideox.going_on import known_frames, part_lengths
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.pictures import check_images
         from ..cogvideox.vae import image_latents
@@ -107,7 +107,7 @@ class Extend(Node):
         images = check_images(images, "images")
         height, width = images.shape[1:3]
         check_size(width, height)
-        samples = empty_latent(width, height, length, 1, part_step(length, vae.frame_step))
+        samples = empty_latent(width, height, length, 1, *part_lengths(length, vae.frame_step, vae.in_pairs))
         video, mask = known_frames(images, length, overlap)
         host.make_room(vae.weights, WANTED_BYTES)
         latents = image_latents(vae, video[:1], length, events=host.NodeEvents())

@@ -2,7 +2,14 @@
 
 import torch
 
-from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
+from ..cogvideox.geometry import (
+    check_batch_size,
+    check_frames,
+    check_side,
+    check_video_room,
+    empty_latent,
+    latent_shape,
+)
 from . import host
 from .base import LENGTH, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
@@ -97,11 +104,12 @@ class ImageToVideo(Node):
     def foresee(cls, positive, negative, vae, width, height, length, batch_size, end_image=None, **_):
         if UNKNOWN in (positive, negative, vae, width, height, length, batch_size):
             return None
-        samples = empty_latent(width, height, length, batch_size, vae.frame_step)
         # What the sampler asks of them: their size, and whether there is an end image.
-        image = torch.zeros_like(samples[:1])
-        image[:, :, -1] = float(end_image is not None)
-        return *with_latents(positive, negative, image), {"samples": samples}
+        shape = latent_shape(width, height, length, batch_size, vae.frame_step)
+        image = torch.zeros(shape[2], 1, 1)
+        image[-1] = float(end_image is not None)
+        image = image.expand(1, *shape[1:])
+        return *with_latents(positive, negative, image), {"samples": torch.zeros(()).expand(shape)}
 
     def execute(self, positive, negative, vae, start_image, width, height, length, batch_size=1, end_image=None):
         from ..cogvideox.memory import WANTED_BYTES

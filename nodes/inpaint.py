@@ -5,7 +5,14 @@ import logging
 import torch
 
 from ..cogvideox.conditioning import NOISE_AUGMENTATION, check_parts
-from ..cogvideox.geometry import check_batch_size, check_frames, check_side, check_video_room, empty_latent
+from ..cogvideox.geometry import (
+    check_batch_size,
+    check_frames,
+    check_side,
+    check_video_room,
+    empty_latent,
+    latent_shape,
+)
 from ..cogvideox.variants import CONDITIONING_CHANNELS, INPAINT
 from . import host
 from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
@@ -140,8 +147,10 @@ class Inpaint(Node):
             _check_parts(length, video, mask, start_image, end_image)
         if UNKNOWN in (positive, negative, width, height, length, batch_size):
             return None
-        samples = empty_latent(width, height, length, batch_size, _STEP, in_pairs=True)
-        latents = samples.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *samples.shape[2:])
+        # Of both the sampler asks the shape alone.
+        shape = latent_shape(width, height, length, batch_size, _STEP, in_pairs=True)
+        samples = torch.zeros(()).expand(shape)
+        latents = samples[:1, :1].expand(1, CONDITIONING_CHANNELS[INPAINT], *shape[2:])
         return *with_latents(positive, negative, latents), {"samples": samples, IN_PAIRS: True}
 
     def execute(

@@ -181,10 +181,10 @@ class Sampler(Node):
     @classmethod
     def foresee(cls, model, positive, negative, latent_image, scheduler, unique_id=None, **_):
         from ..cogvideox.requests import check_conditioning, check_request, check_windows, outside_training
-        from ..cogvideox.schedulers import make_scheduler
+        from ..cogvideox.schedulers import check_scheduler
 
         if model is not UNKNOWN and scheduler is not UNKNOWN:
-            make_scheduler(model.scheduler_config, scheduler)
+            check_scheduler(model.scheduler_config, scheduler)
         if UNKNOWN in (model, positive, negative):
             return None
         image = _image_latents(positive, negative)

@@ -6,7 +6,7 @@ import torch
 
 from ..cogvideox.choices import check_choice
 from ..cogvideox.conditioning import STAGES
-from ..cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent
+from ..cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent, latent_shape
 from ..cogvideox.variants import CONDITIONING_CHANNELS, VOID
 from . import host
 from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
@@ -118,8 +118,10 @@ class Void(Node):
     def foresee(cls, positive, negative, width, height, length, **_):
         if UNKNOWN in (positive, negative, width, height, length):
             return None
-        samples = empty_latent(width, height, length, 1, _STEP, in_pairs=True)
-        latents = samples.new_zeros(1, CONDITIONING_CHANNELS[VOID], *samples.shape[2:])
+        # Of both the sampler asks the shape alone.
+        shape = latent_shape(width, height, length, 1, _STEP, in_pairs=True)
+        samples = torch.zeros(()).expand(shape)
+        latents = samples[:1, :1].expand(1, CONDITIONING_CHANNELS[VOID], *shape[2:])
         return *with_latents(positive, negative, latents), {"samples": samples, IN_PAIRS: True}
 
     def execute(self, positive, negative, vae, video, quadmask, width, height, length, stage):
@@ -127,7 +129,6 @@ class Void(Node):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.pictures import check_images, check_mask
 
-        check_choice("stage", stage, STAGES)
         vae = host.own_vae(vae)
         samples = empty_latent(width, height, length, 1, _STEP, in_pairs=True)
         clip, greys = check_images(video, "video"), check_mask(quadmask, "quadmask")

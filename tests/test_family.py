@@ -245,9 +245,12 @@ class TestRefusals:
             sample(built("fun-inp")[1].model, *draw_prompts(), torch.zeros(1, 16, 3, 4, 6), seed=1, steps=1)
 
     def test_diffusers_ddim_where_the_schedule_is_shifted(self, checkpoints):
-        model = open_handles(checkpoints("2b"), "fp32", CPU).model
-        with pytest.raises(ValueError, match="trained with one of 3.0: .* Choose ddim"):
-            make_scheduler(model.scheduler_config, "ddim_origin")
+        config = open_handles(checkpoints("2b"), "fp32", CPU).model.scheduler_config
+        # diffusers' own where a config does not say.
+        for given in (config, {name: value for name, value in config.items() if name != "snr_shift_scale"}):
+            with pytest.raises(ValueError, match="trained with one of 3.0: .* Choose ddim"):
+                make_scheduler(given, "ddim_origin")
+        assert make_scheduler({}, "ddim").config.snr_shift_scale == 3.0
 
 
 def test_the_two_ddims_are_one_up_to_rounding(built):
@@ -263,6 +266,8 @@ def test_a_quadmask_of_any_greys_is_the_nearest_levels():
     half = 127 / 255
     assert taken_away(greys, "first").flatten().tolist() == pytest.approx([1, 1, 1, 1, 1, half, half, half, 0, 0])
     assert taken_away(greys, "second").flatten().tolist() == [1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="stage is 'third', which is not known here"):
+        taken_away(greys, "third")
 
 
 def test_a_clip_is_mirrored_as_voids_padding_does():

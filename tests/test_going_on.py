@@ -2,28 +2,42 @@
 
 import argparse
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
+import cogvideox.sampling
 import generate
 from cogvideox.going_on import join_clips, known_frames
 from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, image_latents
-from cogvideox.video import read_image, read_video
-from commands.chain import parts_folder, plan_parts
+from cogvideox.video import read_image, read_latent, read_video
+from commands.chain import frames_of, parts_folder, plan_parts
 from tests.conftest import CPU
 from tests.helpers import call
 from tests.helpers import run_generate as run
 from tests.reference import draw_prompts
+from tests.test_generate import no_weights
+
+__all__ = ["no_weights"]
 
 
 def clip(frames=9, height=32, width=48, seed=1):
     return torch.rand(frames, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def image(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "start.png"
+    Image.fromarray((clip(1)[0] * 255).round().to(torch.uint8).numpy()).save(path)
+    return path
 
 
 class TestJoin:
@@ -104,14 +118,6 @@ class TestExtend:
 class TestChain:
     """``--seconds``: 2 s at 16 frames a second are 33 frames, two parts of 17."""
 
-    @pytest.fixture
-    def image(self, tmp_path):
-        from PIL import Image
-
-        path = tmp_path / "start.png"
-        Image.fromarray((clip(1)[0] * 255).round().to(torch.uint8).numpy()).save(path)
-        return path
-
     def arguments(self, checkpoints, tmp_path, image, *more):
         return (
             *("--model", checkpoints("1.5-i2v"), "--prompt", "a panda", "--image", image, "--seconds", "2"),
@@ -141,7 +147,6 @@ class TestChain:
     def test_parts_start_from_the_last_frame_and_a_stopped_run_goes_on(
         self, checkpoints, tmp_path, capsys, monkeypatch, image
     ):
-        import cogvideox.sampling
         import cogvideox.video
 
         written, calls, real = [], [], cogvideox.sampling.sample
@@ -205,8 +210,9 @@ class TestChain:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            ((), "--seconds goes with --image"),
             (("--image", "x.png", "--end-image", "y.png"), "--seconds makes many parts and --end-image"),
+            (("--video", "x.mp4", "--strength", "0.5"), "goes on from --video and --strength changes what is there"),
+            (("--video", "x.mp4", "--mask", "y.png"), "goes on from --video and --mask changes what is there"),
         ],
     )
     def test_what_does_not_go_with_it_is_told(self, capsys, arguments, said):
@@ -214,21 +220,210 @@ class TestChain:
             run(capsys, "--prompt", "x", "--model", "y", "--seconds", "20", *arguments)
         assert said in capsys.readouterr().err
 
-    def test_a_text_to_video_checkpoint_cannot_go_on(self, tiny, tmp_path, capsys, image):
-        arguments = ["--model", tiny, *self.arguments(lambda _: tiny, tmp_path, image)[2:]]
-        code, _, error = run(capsys, *arguments)
+    @pytest.mark.parametrize("variant", ["1.5", "void"])
+    def test_a_checkpoint_that_reads_no_frames_cannot_go_on(self, checkpoints, tmp_path, capsys, image, variant):
+        more = () if variant == "1.5" else ("--frames", "13")
+        code, _, error = run(capsys, *self.arguments(lambda _: checkpoints(variant), tmp_path, image, *more))
         assert code == 1
-        assert "is a text-to-video model and a start image is connected" in error
+        assert "--seconds goes on from the frames of the part before" in error
+        assert "reads none" in error
+
+    def test_an_image_to_video_checkpoint_needs_an_image_or_a_clip(self, checkpoints, tmp_path, capsys):
+        arguments = self.arguments(checkpoints, tmp_path, None)
+        code, _, error = run(capsys, *arguments[:4], *arguments[6:])
+        assert code == 1
+        assert "no start image is connected" in error
 
     def test_thirty_seconds_are_six_parts_of_the_model_cards_length(self):
-        parts = plan_parts(30, Fraction(16), 81)
-        assert (parts.wanted, parts.count) == (481, 6)
-        assert (plan_parts(5, Fraction(16), 81).count, plan_parts(5.1, Fraction(16), 81).count) == (1, 2)
+        parts = plan_parts(frames_of(30, Fraction(16)), 81)
+        assert (parts.wanted, parts.count, parts.total) == (481, 6, 481)
+        assert [plan_parts(frames_of(seconds, Fraction(16)), 81).count for seconds in (5, 5.1)] == [1, 2]
+        # CogVideoX-Fun's at 8 frames a second, and after a clip of 2 s.
+        parts = plan_parts(frames_of(30, Fraction(8)), 85, 5)
+        assert (parts.wanted, parts.count, parts.total) == (241, 3, 245)
+        parts = plan_parts(frames_of(30, Fraction(8)), 85, 5, 17)
+        assert (parts.wanted, parts.count, parts.total) == (241, 3, 257)
 
     def test_a_folder_belongs_to_its_settings(self):
         first, second = (parts_folder(Path("a.mp4"), {"seed": seed}) for seed in (1, 2))
         assert first != second
         assert first == parts_folder(Path("a.mp4"), {"seed": 1})
+
+
+def write_lossless(path, frames, fps=8):
+    """Write a clip of which every value is read again: uint8 ``[F, H, W, 3]``."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps, options={"slices": "4"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "bgr0"
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+class TestKnownFrames:
+    """``--seconds`` with CogVideoX-Fun InP: parts of 13 frames, of which 5 are there. 2.5 s at 8 frames a second are 21
+    frames: two parts after a clip of 9, and two without it."""
+
+    def arguments(self, checkpoints, tmp_path, *more, seconds=2.5, variant="fun-inp"):
+        return (
+            *("--model", checkpoints(variant), "--prompt", "a panda", "--frames", "13", "--width", "48"),
+            *("--height", "32", "--steps", "2", "--dtype", "fp32", "--seed", "7", "--on-black", "pass", "--overwrite"),
+            *(() if seconds is None else ("--seconds", seconds)),
+            *("--output", tmp_path / "long.mp4", *more),
+        )
+
+    @pytest.fixture
+    def written(self, monkeypatch):
+        import cogvideox.video
+
+        written = []
+        monkeypatch.setattr(cogvideox.video, "write_mp4", lambda images, *_, **__: written.append(images))
+        return written
+
+    def by_nodes(self, pack, folder, frames, overlap, start=None, count=2):
+        """Go on from a clip, or begin with an image, as the nodes do: all parts as a clip, and the latents of each."""
+        model, encoder, vae, *_ = call(pack, "CogVideoX15ModelLoader", model=str(folder), dtype="fp32", memory="cpu")
+        prompts = [
+            call(pack, "CogVideoX15TextEncode", text_encoder=encoder, prompt=text)[0] for text in ("a panda", "")
+        ]
+        latents = []
+        for number in range(count):
+            given = {} if start is None or number else {"start_image": start}
+            if frames is not None:
+                *_, given["video"], given["mask"] = call(
+                    pack,
+                    "CogVideoX15Extend",
+                    **dict(zip(("positive", "negative"), prompts, strict=True)),
+                    **dict(vae=vae, images=frames, length=13, overlap=overlap),
+                )
+            positive, negative, latent = call(
+                pack,
+                "CogVideoX15Inpaint",
+                **dict(zip(("positive", "negative"), prompts, strict=True)),
+                **dict(vae=vae, width=48, height=32, length=13, **given),
+            )
+            how = dict(positive=positive, negative=negative, latent_image=latent, seed=7 + number, steps=2)
+            (made,) = call(pack, "CogVideoX15Sampler", model=model, cfg=6.0, scheduler="ddim", denoise=1.0, **how)
+            latents.append(made["samples"])
+            (part,) = call(pack, "CogVideoX15VAEDecode", vae=vae, samples=made)
+            if frames is not None:
+                (part,) = call(pack, "CogVideoX15JoinClips", first=frames, second=part, overlap=overlap)
+            frames = part
+        return frames, latents
+
+    def test_parts_begin_with_known_frames_as_the_nodes_have_them_and_a_stopped_run_goes_on(
+        self, pack, checkpoints, tmp_path, capsys, monkeypatch, written
+    ):
+        # What is faded in at the end of a part of 13 frames is faded over again.
+        overlap, seconds = 9, 2
+        before = (clip(9) * 255).round().to(torch.uint8)
+        video = write_lossless(tmp_path / "before.mkv", before)
+        arguments = self.arguments(checkpoints, tmp_path, "--video", video, "--overlap", overlap, seconds=seconds)
+        calls, real = [], cogvideox.sampling.sample
+
+        def stopping(*given, **how):
+            calls.append(how["seed"])
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return real(*given, **how)
+
+        monkeypatch.setattr(cogvideox.sampling, "sample", stopping)
+        assert run(capsys, *arguments)[0] == 130
+        code, said, error = run(capsys, *arguments)
+        assert (code, calls) == (0, [7, 8, 8]), error
+        wanted = round(seconds * 8) + 1
+        assert f"The clip's 9 frames and 2 parts of 13 frames make the video of {wanted} frames." in said
+        assert f"with the last {overlap} frames of what is there" in said
+        expected, latents = self.by_nodes(pack, checkpoints("fun-inp"), before / 255, overlap)
+        assert torch.equal(written[0], (expected[:wanted] * 255).round().to(torch.uint8))
+        (folder,) = tmp_path.glob("long_parts_*")
+        for number, made in enumerate(latents, 1):
+            assert torch.equal(read_latent(folder / f"part_{number:05}.latent"), made)
+        # Another clip with the same end is another beginning of the same parts.
+        calls.clear()
+        write_lossless(video, torch.cat([before.flip(0)[: 9 - overlap], before[-overlap:]]))
+        assert run(capsys, *arguments)[0] == 0
+        assert calls == []
+        assert torch.equal(written[1][9:], written[0][9:])
+
+    def test_a_part_is_that_which_mask_makes(self, checkpoints, tmp_path, capsys, monkeypatch, written):
+        before = (clip(9) * 255).round().to(torch.uint8)
+        known, mask = known_frames(before, 13, 5)
+        video, start, marked = (
+            write_lossless(tmp_path / f"{name}.mkv", frames)
+            for name, frames in (
+                ("before", before),
+                ("start", known),
+                ("mask", (mask[..., None] * 255).to(torch.uint8).expand(-1, -1, -1, 3).contiguous()),
+            )
+        )
+        made, real = [], cogvideox.sampling.sample
+
+        def kept(*given, **how):
+            made.append(real(*given, **how))
+            return made[-1]
+
+        monkeypatch.setattr(cogvideox.sampling, "sample", kept)
+        for more, seconds in ((("--video", video), 1.5), (("--video", start, "--mask", marked), None)):
+            code, _, error = run(capsys, *self.arguments(checkpoints, tmp_path, *more, seconds=seconds))
+            assert code == 0, error
+        assert torch.equal(*made)
+
+    def test_it_begins_with_an_image_or_the_text_alone(self, pack, checkpoints, tmp_path, capsys, written, image):
+        assert run(capsys, *self.arguments(checkpoints, tmp_path, "--image", image))[0] == 0
+        expected, _ = self.by_nodes(pack, checkpoints("fun-inp"), None, 5, read_image(image))
+        assert torch.equal(written[0], (expected * 255).round().to(torch.uint8))
+        code, said, _ = run(capsys, *self.arguments(checkpoints, tmp_path, "--plan"))
+        assert code == 0
+        assert "2 parts of 13 frames make the video of 21 frames." in said
+
+    def test_a_clip_gives_the_size_and_its_sound(self, checkpoints, tmp_path, capsys, monkeypatch):
+        import cogvideox.video
+
+        video, sounds = write_lossless(tmp_path / "x.mkv", torch.zeros(9, 48, 24, 3, dtype=torch.uint8)), []
+        monkeypatch.setattr(cogvideox.video, "read_sound", lambda path, seconds, _: (path, seconds))
+        monkeypatch.setattr(cogvideox.video, "write_mp4", lambda *_, **how: sounds.append(how["sound"]))
+        assert run(capsys, *self.arguments(checkpoints, tmp_path, "--video", video, "--keep-audio"))[0] == 0
+        assert sounds == [(video, 9 / 8)]
+        arguments = self.arguments(checkpoints, tmp_path, "--video", video, "--plan")
+        code, said, _ = run(capsys, *arguments[:6], *arguments[10:])
+        assert code == 0
+        assert "memory to sample 544x1072, 13 frames" in said
+
+    def test_an_image_to_video_checkpoint_goes_on_from_a_clips_last_frame(self, checkpoints, tmp_path, capsys, written):
+        from PIL import Image
+
+        before = (clip(9) * 255).round().to(torch.uint8)
+        video, image = write_lossless(tmp_path / "before.mkv", before, 16), tmp_path / "last.png"
+        Image.fromarray(before[-1].numpy()).save(image)
+        for more, seconds in ((("--video", video), 1.5), (("--image", image), 1)):
+            arguments = self.arguments(checkpoints, tmp_path, *more, "--frames", 17, seconds=seconds, variant="1.5-i2v")
+            assert run(capsys, *arguments)[0] == 0
+        assert torch.equal(written[0], torch.cat([before, written[1][1:]]))
+
+    @pytest.mark.parametrize(
+        ("more", "variant", "said"),
+        [
+            (("--seconds", "1"), "fun-inp", "The clip has 9 frames, and with --seconds the video is to have 9"),
+            (("--overlap", "4"), "fun-inp", "The overlap is 4 frames, .* Set it to 1 or 5"),
+            (("--overlap", "13"), "fun-inp", "The overlap is 13 frames and the next part has 13"),
+            (("--overlap", "13", "--frames", "21"), "fun-inp", "--overlap is 13 frames, but the clip has 9"),
+            (("--overlap", "5", "--frames", "17"), "1.5-i2v", "--overlap is 5, but .* goes on from one image"),
+        ],
+    )
+    def test_what_does_not_go_is_told_before_weights_are_read(
+        self, checkpoints, tmp_path, capsys, no_weights, more, variant, said
+    ):
+        video = write_lossless(tmp_path / "before.mkv", torch.zeros(9, 32, 48, 3, dtype=torch.uint8))
+        code, _, error = run(capsys, *self.arguments(checkpoints, tmp_path, "--video", video, *more, variant=variant))
+        assert code == 1
+        assert re.search(said, error), error
 
 
 class TestContextWindowsOption:

@@ -372,6 +372,12 @@ class TestAsAWhole:
         assert errors(nodes) == []
         of(nodes, "CogVideoX15Extend")["length"] = 25
         assert self.only(errors, nodes)[:2] == ("Extend", "length")
+        # With the VAE of CogVideoX-Fun, whose latent frames come in pairs.
+        nodes = graph("extend", "fun-inp")
+        of(nodes, "CogVideoX15Extend")["length"] = 81
+        assert ("Extend", "length") in [error[:2] for error in errors(nodes)]
+        of(nodes, "CogVideoX15Extend")["length"] = 85
+        assert "Extend" not in [error[0] for error in errors(nodes)]
 
     def test_a_second_card_that_is_not_there_or_that_does_not_go_with_the_rest(self, errors, graph):
         nodes = graph()

@@ -15,19 +15,22 @@ from cogvideox.handles import (
     with_compile,
     with_lora,
     with_second,
+    with_windows,
 )
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
+from cogvideox.windows import Windows
 from tests.conftest import CPU
 from tests.reference import draw_prompts
 from tests.test_ranks import Told, halves_apart
 
 
 def run(model, **more):
+    """Four steps; in context windows, in one of six latent frames and one of four."""
     how = dict(seed=1, steps=4, events=Told()) | more
-    return sample(model, *draw_prompts(), torch.zeros(1, 16, 3, 6, 10), **how)
+    return sample(model, *draw_prompts(), torch.zeros(1, 16, 3 if model.windows is None else 8, 6, 10), **how)
 
 
 def alone(model, **more):
@@ -50,10 +53,15 @@ def models(deep, tmp_path_factory):
         "teacache": with_cache(plain, Cache("teacache", 0.5, 0.0, 1.0)),
         "taylorseer": with_cache(plain, Cache("taylorseer", 0.5, 0.0, 1.0)),
         "pab": with_cache(plain, Cache("pab", 0.5, 0.0, 1.0)),
+        "windows": with_windows(plain, Windows(21, 2)),
+        "windows, cached": with_windows(with_cache(plain, Cache("taylorseer", 0.5, 0.0, 1.0)), Windows(21, 2)),
     }
 
 
-@pytest.mark.parametrize("name", ["plain", "lora", "quantized", "range-safe", "teacache", "taylorseer", "pab"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "lora", "quantized", "range-safe", "teacache", "taylorseer", "pab", "windows", "windows, cached"],
+)
 def test_two_devices_make_the_video_of_one(models, name):
     calls = []
 
@@ -69,8 +77,8 @@ def test_two_devices_make_the_video_of_one(models, name):
     copy = model.weights.copy_on(model.second)
     copy.__class__ = Counted
     assert torch.equal(run(model), alone(models[name]))
-    # The conditional half, at each step.
-    assert len(calls) == 4
+    # The conditional half, at each step of each window.
+    assert len(calls) == (8 if "windows" in name else 4)
     if name == "plain":
         more = dict(scheduler="dpm", cfg_start=0.5)
         assert torch.equal(run(model, **more), alone(models[name], **more))
@@ -78,8 +86,9 @@ def test_two_devices_make_the_video_of_one(models, name):
 
 
 class TestWhereOneHasToDo:
-    def test_a_step_that_is_not_finite_is_done_again_on_one(self, models):
-        model, events, calls = with_second(models["plain"], "cpu"), Told(), []
+    @pytest.mark.parametrize(("name", "when"), [("plain", "step 2 of 4"), ("windows", "step 1 of 4, window 2 of 2")])
+    def test_a_step_that_is_not_finite_is_done_again_on_one(self, models, name, when):
+        model, events, calls = with_second(models[name], "cpu"), Told(), []
 
         def spoil(module, given, output):
             calls.append(1)
@@ -89,11 +98,11 @@ class TestWhereOneHasToDo:
         with copy.running() as module:
             hook = module.register_forward_hook(spoil)
         try:
-            assert torch.equal(run(model, events=events), alone(models["plain"]))
+            assert torch.equal(run(model, events=events), alone(models[name]))
         finally:
             hook.remove()
-        assert len(calls) == 4
-        assert sum("step 2 of 4" in note and "passing fault" in note for note in events.notes) == 1, events.notes
+        assert len(calls) == (8 if name == "windows" else 4)
+        assert sum(when in note and "passing fault" in note for note in events.notes) == 1, events.notes
 
     @pytest.mark.parametrize(("name", "when"), [("plain", 0), ("plain", 3), ("teacache", 2)])
     def test_memory_that_runs_out_on_the_second_costs_nothing_but_time(self, models, monkeypatch, name, when):

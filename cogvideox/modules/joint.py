@@ -46,8 +46,8 @@ class JointAttention:
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
     backend: str | None = None
-    #: diffusers' config of context parallelism, where processes share the tokens.
-    parallel: object | None = None
+    #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
+    shared: Callable[..., torch.Tensor] | None = None
     #: Not asked here: takes maxima over a part of the tokens to those over all.
     agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -64,9 +64,8 @@ class JointAttention:
         if image_rotary_emb is not None:
             for x in (query, key):
                 rotate_(x[:, text:], *image_rotary_emb)
-        mixed = dispatch_attention_fn(
-            query, key, value, attn_mask=attention_mask, backend=self.backend, parallel_config=self.parallel
-        )
+        attend = partial(dispatch_attention_fn, attn_mask=attention_mask, backend=self.backend)
+        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
         del query, key, value
         mixed = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
         return mixed[:, text:], mixed[:, :text]

@@ -20,6 +20,7 @@ does. Wraps the unmodified modules of diffusers (``CogVideoXTransformer3DModel``
 import math
 import types
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -176,8 +177,8 @@ class RangeSafeAttention:
 
     #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
     backend: str | None = None
-    #: diffusers' config of context parallelism, where processes share the tokens.
-    parallel: object | None = None
+    #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
+    shared: Callable[..., torch.Tensor] | None = None
     #: Then: takes maxima over a part of the tokens to those over all.
     agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -210,15 +211,8 @@ class RangeSafeAttention:
             largest = self.agreed(largest)
         value, value_scale = _scale_to(value, largest, _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
-        mixed = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            scale=scale,
-            backend=self.backend,
-            parallel_config=self.parallel,
-        )
+        attend = partial(dispatch_attention_fn, attn_mask=attention_mask, scale=scale, backend=self.backend)
+        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
         mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
 
