@@ -23,7 +23,7 @@ SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 if SIDE_BY_SIDE:
     # For what the tests start: two processes that wait for each other's threads take many times as long.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Inductor compiles a kernel or two: neither processes to do it in, nor headers compiled before, are worth their start.
+    # For the few kernels that inductor compiles here, processes to do it in take longer to start.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
