@@ -1459,16 +1459,6 @@ def test_the_samplers_of_fun_are_named_as_what_they_are(migrate, kind):
         migrate(prompt)
 
 
-@pytest.mark.parametrize("kind", ["CogVideoXFunT2VSampler", "CogVideoXFunInpaintSampler", "CogVideoXFunV2VSampler"])
-def test_the_nodes_of_videox_fun_are_refused_with_the_example_to_take(migrate, kind):
-    prompt = {
-        "1": {"class_type": "LoadCogVideoXFunModel", "inputs": {}},
-        "2": {"class_type": kind, "inputs": {"cogvideoxfun_model": ["1", 0]}},
-    }
-    with pytest.raises(ValueError, match=f'node 2 "{kind}".*VideoX-Fun.*not migrated.*inpaint in example_workflows'):
-        migrate(prompt)
-
-
 @pytest.mark.parametrize("name", ["CogVideoX-Fun-V1.5-5b-Control", "cogvideox_fun_1_5_5b_pose.safetensors"])
 def test_models_of_fun_that_read_no_mask_are_refused(migrate, name):
     w = text_to_video()
