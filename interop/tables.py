@@ -1,4 +1,4 @@
-"""Facts of ComfyUI-CogVideoXWrapper, of VideoX-Fun and of the packs around them: nodes, their sockets and widgets by age.
+"""Facts of ComfyUI-CogVideoXWrapper, VideoX-Fun and the packs around them: nodes, their sockets and widgets by age.
 
 Sources: kijai/ComfyUI-CogVideoXWrapper, nodes.py, model_loading.py and pipeline_cogvideox.py in all 341 commits;
 MinusZoneAI/ComfyUI-CogVideoX-MZ; aigc-apps/VideoX-Fun (CogVideoX-Fun until 2025), comfyui/comfyui_nodes.py and

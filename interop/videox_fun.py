@@ -258,7 +258,7 @@ class VideoXFun(Samplers):
             else:
                 self.say(node, f"{name} comes from {box.where}: see that what it gives is a text.")
                 wires["prompt"] = self.resolve(wire)
-            self.look_at_prompt(node, values.get("prompt", ""))
+            self.look_at_prompt(node, values.get("prompt") or "")
             in_place = box is not None and box.id in self.old
             place = box if in_place and box is not None else node
             new = self.make("CogVideoX15TextEncode", place, values, wires, own_id=in_place)

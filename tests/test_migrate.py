@@ -22,7 +22,7 @@ from interop.check import check_config
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
 from interop.workflow import WIDGETS
-from tests import nodes_table, workflows
+from tests import fun_workflows, nodes_table, workflows
 from tests.conftest import ROOT
 from tests.wrapper_workflows import NODES, PIPED, image_to_video, inpaint, piped, text_to_video, video_to_video
 
@@ -533,7 +533,7 @@ def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
     folder = tmp_path_factory.mktemp("migrate")
     place = st.tuples(st.integers(-5000, 5000), st.floats(-5000, 5000, allow_nan=False))
     places = data.draw(st.lists(place, min_size=30, max_size=30))
-    w = data.draw(st.sampled_from(list(USES.values())))()
+    w = data.draw(st.sampled_from([*USES.values(), *fun_workflows.USES.values()]))()
     for index in range(data.draw(st.integers(0, 4))):
         w.add(
             data.draw(st.sampled_from(["SaveWEBM", "PreviewImage", "VHS_VideoCombine"])),
