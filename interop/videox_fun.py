@@ -33,6 +33,15 @@ _BUCKETS = {
 #: The least and the largest base_resolution whose area Scale Image to Total Pixels makes.
 _BASES = 128, 4096
 _STEP = 16
+#: Nodes that give the model that they are given, changed: theirs and ours.
+_CHANGES_MODEL = {
+    *(*tables.FUN_LORAS, "FunCompile", "FunAttention"),
+    *(
+        name
+        for name, kind in KINDS.items()
+        if kind.outputs[0][1] == "COGVIDEOX_MODEL" and any(entry.type == "COGVIDEOX_MODEL" for entry in kind.inputs)
+    ),
+}
 _OUR_MODEL = "CogVideoX-Fun-V1.5-5b-InP"
 #: Ways to keep the weights in GPU_memory_mode, and what low_gpu_memory_mode said before there was that.
 _SEQUENTIAL, _OFFLOAD, _FULL, _QUANTIZED = "sequential_cpu_offload", "model_cpu_offload", "model_full_load", "_qfloat8"
@@ -96,12 +105,12 @@ class VideoXFun(Samplers):
     # --- The model ---
 
     def fun_model_wire(self, node: Node) -> Wire | None:
-        return node.wires.get("cogvideoxfun_model") or node.wires.get("funmodels")
+        return node.wires.get("cogvideoxfun_model") or node.wires.get("funmodels") or node.wires.get("model")
 
     def fun_loader_of(self, sampler: Node) -> Node | None:
         """What the model of a sampler begins at: a loader, or a node that is not known."""
         node, seen = self.graph.trace(self.fun_model_wire(sampler)), set()
-        while node is not None and node.kind in (*tables.FUN_LORAS, "FunCompile", "FunAttention"):
+        while node is not None and node.kind in _CHANGES_MODEL:
             if node.id in seen:
                 return None
             seen.add(node.id)
@@ -111,7 +120,8 @@ class VideoXFun(Samplers):
     def fun_not_here(self, sampler: Node) -> Iterator[tuple[str, Node, str]]:
         """As ``not_here``, of a sampler of VideoX-Fun."""
         loader = self.fun_loader_of(sampler)
-        if loader is None:
+        # Ours the page may have put in the place of theirs.
+        if loader is None or loader.kind == OURS:
             return
         if loader.kind not in tables.FUN_LOADERS:
             yield (
@@ -137,11 +147,12 @@ class VideoXFun(Samplers):
     def fun_loader(self, node: Node) -> None:
         asked = self.asked(node)
         self.setting(node, "model", str, "")
-        values = {"model": asked.replace("\\", "/"), "dtype": self.dtype(node, asked)}
+        folder = asked.replace("\\", "/")
+        values = {"model": folder, "dtype": self.dtype(node, asked)}
         if asked:
             self.say(
                 node,
-                f"the model is looked for as models/CogVideo/{short(values['model'])}. Move its folder there from "
+                f"the model is looked for as models/CogVideo/{short(folder)}. Move its folder there from "
                 "models/Fun_Models, models/CogVideoX_Fun or models/VideoX_Fun.",
             )
         else:
@@ -178,11 +189,12 @@ class VideoXFun(Samplers):
     def fun_lora(self, node: Node) -> None:
         wires = {"model": self.resolve(self.fun_model_wire(node))}
         values = {"lora_name": self.setting(node, "lora_name", str, "").replace("\\", "/")}
-        strength = self.setting(node, "strength_model", (int, float), 1.0)
+        given = self.setting(node, "strength_model", (int, float), 1.0)
         low, high = KINDS["CogVideoX15LoraLoader"].limits("strength")
-        self.keep(node, "strength_model", min(max(strength, low), high), wires, values, "strength")
-        if not low <= strength <= high:
-            self.say(node, f"strength {short(strength)} became {values['strength']}.")
+        strength = min(max(given, low), high)
+        if strength != given:
+            self.say(node, f"strength {short(given)} became {strength}.")
+        self.keep(node, "strength_model", strength, wires, values, "strength")
         self.make("CogVideoX15LoraLoader", node, values, wires)
 
     def fun_faster(self, node: Node) -> None:
