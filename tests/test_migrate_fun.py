@@ -414,6 +414,23 @@ def test_loras_compiling_and_attention_stand_where_they_stood(migrate, pack):
     assert any("attention_type flash" in line for line in report.not_needed)
 
 
+def test_nodes_that_the_page_replaced_already_are_gone_on_from(migrate, pack):
+    w = with_chain(("LoadCogVideoXFunLora", {}))
+    prompt = w.api()
+    for node in prompt.values():
+        if node["class_type"] == "LoadCogVideoXFunModel":
+            node |= {"class_type": "CogVideoX15ModelLoader", "inputs": {"model": "x", "dtype": "auto"}}
+            loader = copy.deepcopy(node)
+        elif node["class_type"] == "LoadCogVideoXFunLora":
+            model = node["inputs"].pop("cogvideoxfun_model")
+            node |= {"class_type": "CogVideoX15LoraLoader", "inputs": {"model": model, "lora_name": "y"}}
+    new, report = migrate(prompt)
+    ours = {node["class_type"]: node["inputs"] for node in new.values()}
+    assert loader in new.values()
+    assert ours["CogVideoX15LoraLoader"]["model"] == [*ours["CogVideoX15VAEDecode"]["vae"][:1], 0]
+    assert not said(report, "nothing is connected")
+
+
 def test_compiling_that_was_left_out_there_is_left_out_here(migrate, pack):
     w = with_chain(("FunCompile", {}), ("LoadCogVideoXFunLora", {}))
     w.change("loader", GPU_memory_mode="sequential_cpu_offload")
