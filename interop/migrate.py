@@ -23,7 +23,7 @@ from .graph import Changes, Node
 from .kinds import KINDS
 from .page import Page
 from .tables import FUN_PACK, PACK
-from .videox_fun import VideoXFun, fun_kinds
+from .videox_fun import VideoXFun
 from .workflow import is_page, read_workflow
 
 
@@ -188,7 +188,7 @@ class _Migration(VideoXFun):
         file = short(self.source, 400)
         hidden = next((kind for kind in self.graph.hidden() if kind in tables.OLD), None)
         if hidden is not None:
-            pack = FUN_PACK if hidden in fun_kinds() else PACK
+            pack = FUN_PACK if hidden in tables.FUN_KINDS else PACK
             raise ValueError(
                 f"{file} has nodes of {pack} in a subgraph or group node, which are not migrated. Open it in ComfyUI, "
                 "unpack those (right click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."

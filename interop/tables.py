@@ -23,6 +23,7 @@ FUN_FROM_TEXT = ("CogVideoXFunT2VSampler", "CogVideoX_Fun_T2VSampler", "CogVideo
 FUN_FROM_IMAGES = ("CogVideoXFunInpaintSampler", "CogVideoX_Fun_I2VSampler", "CogVideoX_FUN_I2VSampler")
 FUN_FROM_VIDEO = ("CogVideoXFunV2VSampler", "CogVideoX_Fun_V2VSampler", "CogVideoX_FUN_V2VSampler")
 VIDEOX_FUN_SAMPLERS = (*FUN_FROM_TEXT, *FUN_FROM_IMAGES, *FUN_FROM_VIDEO)
+FUN_KINDS = (*FUN_LOADERS, *FUN_LORAS, *VIDEOX_FUN_SAMPLERS)
 #: Its nodes that serve its other models too, which are migrated where they serve CogVideoX alone, and their widgets.
 FUN_TEXT = ("FunTextBox", "CogVideoX_FUN_TextBox", "TextBox")
 FUN_SHARED = {

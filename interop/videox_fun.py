@@ -6,7 +6,7 @@ guidance in a part of the steps.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from cogvideox.choices import COMPILE_DEFAULT
 from cogvideox.words import short
@@ -44,7 +44,12 @@ _CHANGES_MODEL = {
 }
 _OUR_MODEL = "CogVideoX-Fun-V1.5-5b-InP"
 #: Ways to keep the weights in GPU_memory_mode, and what low_gpu_memory_mode said before there was that.
-_SEQUENTIAL, _OFFLOAD, _FULL, _QUANTIZED = "sequential_cpu_offload", "model_cpu_offload", "model_full_load", "_qfloat8"
+_SEQUENTIAL, _OFFLOAD, _FULL, _QUANTIZED = (
+    "sequential_cpu_offload",
+    "model_cpu_offload",
+    "model_full_load",
+    "_and_qfloat8",
+)
 
 
 class VideoXFun(Samplers):
@@ -167,7 +172,7 @@ class VideoXFun(Samplers):
             )
         new = self.make(OURS, node, values, {})
         model = Wire(new.id, 0)
-        if mode.endswith(_QUANTIZED):
+        if mode == _OFFLOAD + _QUANTIZED:
             method = {"method": "fp8_weight_only"}
             model = Wire(self.make("CogVideoX15Quantize", node, method, {"model": model}, own_id=False).id, 0)
             self.say(
@@ -175,11 +180,19 @@ class VideoXFun(Samplers):
                 f"{mode} became the node CogVideoX-1.5 Quantize with fp8_weight_only, whose weights are nearer to the "
                 "original: each row has a scale.",
             )
+        elif mode == _FULL + _QUANTIZED:
+            # Of CogVideoX that mode only wraps the layers, whose weights are in the chosen dtype by then.
+            self.say(
+                node,
+                f"{mode} left CogVideoX's weights as they are, and so it is here. CogVideoX-1.5 Quantize makes them "
+                "smaller.",
+            )
         self.outputs[node.id, 0] = model
 
     def _memory_mode(self, node: Node) -> str:
+        """How a loader keeps the weights, once it is said."""
         mode = _asked_mode(node)
-        if mode.removesuffix("_and" + _QUANTIZED) not in (_SEQUENTIAL, _OFFLOAD, _FULL):
+        if mode.removesuffix(_QUANTIZED) not in (_SEQUENTIAL, _OFFLOAD, _FULL):
             self.say(node, f"GPU_memory_mode {short(mode)} is not known here: memory auto was taken.")
             return _OFFLOAD
         if mode != _SEQUENTIAL:
@@ -416,8 +429,3 @@ def _asked_mode(loader: Node) -> str:
         return _SEQUENTIAL if loader.values["low_gpu_memory_mode"] is True else _OFFLOAD
     mode = loader.values.get("GPU_memory_mode", _OFFLOAD)
     return mode if isinstance(mode, str) else repr(mode)
-
-
-def fun_kinds() -> Iterable[str]:
-    """The nodes of VideoX-Fun that are migrated wherever they are."""
-    return (*tables.FUN_LOADERS, *tables.FUN_LORAS, *tables.VIDEOX_FUN_SAMPLERS)

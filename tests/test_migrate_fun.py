@@ -361,7 +361,7 @@ def test_schedulers(migrate, theirs, ours):
     [
         ("model_full_load", "auto", False),
         ("model_cpu_offload", "auto", False),
-        ("model_full_load_and_qfloat8", "auto", True),
+        ("model_full_load_and_qfloat8", "auto", False),
         ("model_cpu_offload_and_qfloat8", "auto", True),
         ("sequential_cpu_offload", "offload_layers", False),
         ("something new", "auto", False),
