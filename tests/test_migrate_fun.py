@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,19 @@ def test_a_clip_has_as_many_frames_as_came_out_there(migrate):
     assert said(report, "video_length 49 became length 45")
     w.change("sampler", is_image=True)
     assert values_of(migrate(w)[0], "CogVideoX15Inpaint")["length"] == 1
+
+
+@there
+@pytest.mark.parametrize("frames", [9, 13, 25])
+def test_its_pipeline_makes_that_many_frames(checkpoints, frames):
+    """Of a text alone, as its sampler calls the pipeline: a black clip, all of it masked."""
+    from tests.family import draw_prompts
+    from tests.fun_reference import build_pipeline, run
+
+    pipeline, _ = build_pipeline(CHECKOUT, checkpoints("fun-inp"))
+    clip = torch.zeros(frames, 16, 16, 3)
+    latents = run(pipeline, draw_prompts(), clip, torch.full(clip.shape[:3], 255.0), steps=1)
+    assert 4 * latents.shape[2] - 3 == fun_length(frames)
 
 
 # --- Links and widgets ---
