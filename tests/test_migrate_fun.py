@@ -188,6 +188,15 @@ def test_a_clip_is_what_a_run_with_denoise_starts_from(migrate):
     assert said(report, "its last frame is repeated")
 
 
+def test_nodes_that_are_added_begin_where_the_taller_sampler_ends(migrate):
+    """ComfyUI 0.33 draws our sampler 354 pixels tall below its title, however low its place was."""
+    page, _ = migrate(image_to_video().page("new"))
+    sampler = node_of(page, "CogVideoX15Sampler")
+    added = [node for node in page["nodes"] if node["pos"][0] == sampler["pos"][0] and node is not sampler]
+    assert len(added) == 4
+    assert min(node["pos"][1] for node in added) >= sampler["pos"][1] + 354 + 30
+
+
 # --- Sizes and lengths ---
 
 #: ``get_closest_ratio`` of videox_fun/data/bucket_sampler.py, as its nodes call it, for the pictures of ``pictures()``.
