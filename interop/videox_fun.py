@@ -63,6 +63,8 @@ class VideoXFun(Samplers):
         super().__init__(*given)
         self.fun_samplers = [node for node in self.old.values() if node.kind in tables.VIDEOX_FUN_SAMPLERS]
         self.old |= {node.id: node for node in self._serving()}
+        #: A node that changes the model -> where that begins.
+        self.begins_at: dict[object, Node | None] = {}
         #: (Text box, text encoder) -> the encoded prompt.
         self.encoded: dict[tuple, Wire] = {}
         #: Sampler -> the id of the VAE Decode that is made for it.
@@ -89,23 +91,25 @@ class VideoXFun(Samplers):
 
     def _serving(self) -> list[Node]:
         """The nodes of VideoX-Fun's that serve all its models, and here serve CogVideoX alone."""
-        users: dict[object, set] = {}
+        shared = {id_ for id_, node in self.nodes.items() if node.kind in tables.FUN_SHARED}
+        #: What each node takes of them, also of one that is switched off, and how many others than ours take them.
+        taken: dict[object, set] = {}
+        outside = dict.fromkeys(shared, 0)
         for node in self.nodes.values():
             if node.kind not in PASSING:
-                for wire in node.wires.values():
-                    origin = self.graph.origin(wire)
-                    for source in {wire.node, *([] if origin is None else [origin.node])}:
-                        users.setdefault(source, set()).add(node.id)
-        found: dict[object, Node] = {}
-        candidates = [node for node in self.nodes.values() if node.kind in tables.FUN_SHARED]
-        ours = self.old.keys()
-        # Each may serve one that comes later in the file.
-        for _ in candidates:
-            for node in candidates:
-                after = {id_ for id_ in users.get(node.id, ()) if self.nodes[id_].kind not in PASSING}
-                if after and after <= ours | found.keys():
-                    found[node.id] = node
-        return list(found.values())
+                wires = [each for wire in node.wires.values() for each in (wire, self.graph.origin(wire))]
+                taken[node.id] = {wire.node for wire in wires if wire is not None} & shared
+                for id_ in taken[node.id] if node.id not in self.old else ():
+                    outside[id_] += 1
+        used = {id_ for ids in taken.values() for id_ in ids}
+        found, todo = [], [id_ for id_ in self.nodes if id_ in used and not outside[id_]]
+        while todo:
+            found.append(self.nodes[todo.pop()])
+            for id_ in taken[found[-1].id]:
+                outside[id_] -= 1
+                if not outside[id_]:
+                    todo.append(id_)
+        return found
 
     # --- The model ---
 
@@ -114,12 +118,15 @@ class VideoXFun(Samplers):
 
     def fun_loader_of(self, sampler: Node) -> Node | None:
         """What the model of a sampler begins at: a loader, or a node that is not known."""
-        node, seen = self.graph.trace(self.fun_model_wire(sampler)), set()
+        node = self.graph.trace(self.fun_model_wire(sampler))
+        way: dict[object, None] = {}
         while node is not None and node.kind in _CHANGES_MODEL:
-            if node.id in seen:
-                return None
-            seen.add(node.id)
+            if node.id in way or node.id in self.begins_at:
+                node = self.begins_at.get(node.id)
+                break
+            way[node.id] = None
             node = self.graph.trace(self.fun_model_wire(node))
+        self.begins_at |= dict.fromkeys(way, node)
         return node
 
     def fun_not_here(self, sampler: Node) -> Iterator[tuple[str, Node, str]]:
@@ -311,10 +318,8 @@ class VideoXFun(Samplers):
         for ours, theirs in (("start_image", "start_img"), ("end_image", "end_img"), ("video", "validation_video")):
             wire = node.wires.get(theirs)
             source = self.graph.trace(wire)
-            if source is None:
-                continue
             found[ours] = self.resolve(wire)
-            if ours != "video" and source.kind not in ("LoadImage", *tables.RESIZERS):
+            if source is not None and ours != "video" and source.kind not in ("LoadImage", *tables.RESIZERS):
                 self.say(
                     node, f"if {theirs} brings several pictures: all of them were kept there, and here the first is."
                 )

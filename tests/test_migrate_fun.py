@@ -579,6 +579,13 @@ def test_what_is_not_connected_is_said(migrate):
         assert said(report, "nothing is connected to vae" if name == "cogvideoxfun_model" else words), name
 
 
+def test_a_picture_that_is_switched_off_stays_connected(migrate):
+    w = image_to_video()
+    w.change("last", mode=2)
+    page, _ = migrate(w)
+    assert source_of(page, node_of(page, "CogVideoX15Inpaint"), "end_image") == ("LoadImage", "IMAGE")
+
+
 def test_a_bypassed_sampler_passes_no_picture_on(migrate):
     w = image_to_video()
     w.change("sampler", mode=4)
