@@ -35,6 +35,7 @@ class Page(Graph):
 
     def _read(self) -> Iterator[Node]:
         self.links = dict(_page_links(self.data.get("links")))
+        self.numbered = {_id(raw["id"]) for raw in dicts(self.data["nodes"]) if type(raw.get("id")) in (int, str)}
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
                 wires = {_name(socket): self._wire(socket.get("link")) for socket in dicts(raw.get("inputs"))}
@@ -48,6 +49,10 @@ class Page(Graph):
 
     def widgets(self, node: Node, order: Iterable[str]) -> dict:
         return widget_values(node.raw, tuple(order))
+
+    def new_id(self):
+        # What is no node by its type is kept with its number too.
+        return next(id_ for _ in itertools.count() if (id_ := super(Page, self).new_id()) not in self.numbered)
 
     def write(self, changes: Changes) -> dict:
         data = copy.deepcopy(self.data)

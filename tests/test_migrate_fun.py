@@ -668,6 +668,15 @@ def test_the_check_reads_the_loaders_list_of_values_whatever_its_age(tmp_path):
         assert check_config(file).verdict == "ok"
 
 
+def test_what_is_no_node_keeps_its_number(migrate):
+    page = video_to_video().page()
+    last = page["nodes"][-1]
+    del last["type"]
+    new, _ = migrate(page)
+    assert len({node["id"] for node in new["nodes"]}) == len(new["nodes"])
+    assert last["id"] in {node["id"] for node in new["nodes"] if "type" not in node}
+
+
 _ODD = st.sampled_from([None, True, -1, 2**70, 1.5, float("1e300"), "", "x", [], {}, ["1", 0]])
 
 
