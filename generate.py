@@ -1,8 +1,8 @@
 """Make a video from a prompt, an image or a video with CogVideoX-1.5, without ComfyUI: the same engine as the nodes.
 
 Or make many, inpaint one, take objects out of it or make it larger; check what a checkpoint or config would do,
-download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper to this pack. It is started as it lies in the
-pack's folder.
+download or convert one, or migrate a workflow of ComfyUI-CogVideoXWrapper or VideoX-Fun to this pack. It is started as
+it lies in the pack's folder.
 """
 
 # One file, as every option stands beside what it is told to do and which others it goes with; the work is in commands/.
@@ -505,9 +505,9 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         type=path_of,
         metavar=("OLD.json", "NEW.json"),
         help=(
-            "write a workflow of ComfyUI-CogVideoXWrapper (text, image or video to video; saved or exported for the "
-            "API) with this pack's nodes, by any version of it, and say what could not be carried over; OLD.json "
-            "stays as it is"
+            "write a workflow of ComfyUI-CogVideoXWrapper or of VideoX-Fun's nodes for CogVideoX (text, image or video "
+            "to video; saved or exported for the API) with this pack's nodes, by any version of it, and say what could "
+            "not be carried over; OLD.json stays as it is"
         ),
     )
     return parser

@@ -64,10 +64,18 @@ class Conversion:
         self.differs.append(f"{node.where}: {text}")
 
     def make(
-        self, kind: str, place: Node, values: Mapping, wires: Mapping[str, Wire | None], own_id: bool = True
+        self,
+        kind: str,
+        place: Node,
+        values: Mapping,
+        wires: Mapping[str, Wire | None],
+        own_id: bool = True,
+        id_: object = None,
     ) -> Node:
-        """A new node in the place of ``place``, under its id or, if that is taken, under one of its own."""
-        id_ = place.id if own_id and place.id not in self.made else self.graph.new_id()
+        """A new node in the place of ``place``, under its id or, if that is taken, under one of its own: ``id_`` if it
+        has one already."""
+        if id_ is None:
+            id_ = place.id if own_id and place.id not in self.made else self.graph.new_id()
         defaults = {entry.name: entry.default for entry in KINDS[kind].inputs if entry.default is not None}
         self.made[id_] = node = Node(
             id_,

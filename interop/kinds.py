@@ -1,5 +1,5 @@
 """The nodes that a migrated workflow has, as its file describes them: ours as ``our_nodes.json`` has them, which
-``python -m tests.nodes_table`` writes from the node classes, and two of ComfyUI's."""
+``python -m tests.nodes_table`` writes from the node classes, and some of ComfyUI's."""
 
 import json
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def _ours() -> dict[str, Kind]:
     }
 
 
-#: The nodes that are written: ours, in their own order, and two of ComfyUI's.
+#: The nodes that are written: ours, in their own order, and some of ComfyUI's.
 KINDS: dict[str, Kind] = _ours() | {
     "ConditioningAverage": Kind(
         (
@@ -80,4 +80,22 @@ KINDS: dict[str, Kind] = _ours() | {
         (Input("conditioning_to", "CONDITIONING"), Input("conditioning_from", "CONDITIONING")),
         (("CONDITIONING", "CONDITIONING"),),
     ),
+    "ImageFromBatch": Kind(
+        (
+            Input("image", "IMAGE"),
+            Input("batch_index", "INT", 0, low=0, high=16384),
+            Input("length", "INT", 1, low=1, high=4096),
+        ),
+        (("IMAGE", "IMAGE"),),
+    ),
+    "ImageScaleToTotalPixels": Kind(
+        (
+            Input("image", "IMAGE"),
+            Input("upscale_method", "COMBO", "nearest-exact"),
+            Input("megapixels", "FLOAT", 1.0, low=0.01, high=16.0),
+            Input("resolution_steps", "INT", 1, low=1, high=256),
+        ),
+        (("IMAGE", "IMAGE"),),
+    ),
+    "GetImageSize": Kind((Input("image", "IMAGE"),), (("width", "INT"), ("height", "INT"), ("batch_size", "INT"))),
 }

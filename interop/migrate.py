@@ -1,8 +1,8 @@
-"""Workflows of ComfyUI-CogVideoXWrapper, of all its ages, made into workflows of this pack.
+"""Workflows of ComfyUI-CogVideoXWrapper and of VideoX-Fun, of all their ages, made into workflows of this pack.
 
-Every node of that pack becomes the one of ours that does the same, under its id and in its place, or is left out and
+Every node of those packs becomes the one of ours that does the same, under its id and in its place, or is left out and
 named in the report; all other nodes stay as they are. What would make another video if it were left out is refused.
-``tables`` has the facts, ``loaders`` and ``samplers`` the steps.
+``tables`` has the facts, ``loaders`` and ``samplers`` the steps, and ``videox_fun`` those of VideoX-Fun.
 """
 
 import json
@@ -22,8 +22,8 @@ from .conversion import is_inpaint, is_old
 from .graph import Changes, Node
 from .kinds import KINDS
 from .page import Page
-from .samplers import Samplers
-from .tables import PACK
+from .tables import FUN_PACK, PACK
+from .videox_fun import VideoXFun
 from .workflow import is_page, read_workflow
 
 
@@ -64,8 +64,8 @@ class MigrationReport:
 
 
 def migrate_workflow(source: Path | str, target: Path | str, language: str = ENGLISH) -> MigrationReport:
-    """Read a workflow of ComfyUI-CogVideoXWrapper and write it with the nodes of this pack, in the format it came in:
-    the page's or the API's.
+    """Read a workflow of ComfyUI-CogVideoXWrapper or VideoX-Fun and write it with the nodes of this pack, in the format
+    it came in: the page's or the API's.
 
     ``source`` is only read. ``target`` appears whole or not at all.
 
@@ -91,7 +91,8 @@ def migrate_workflow(source: Path | str, target: Path | str, language: str = ENG
     report = MigrationReport(
         source, target, len(graph.nodes.keys() & migration.made.keys()), len(migration.others), differs, not_needed
     )
-    graph.add_note(data, translate(f"Migrated from {PACK}", language), translate(report.notes, language))
+    pack = PACK if migration.samplers else FUN_PACK
+    graph.add_note(data, translate(f"Migrated from {pack}", language), translate(report.notes, language))
     # A lone surrogate, as JavaScript leaves where it cuts a text, becomes the JSON escape that it came as.
     _write(target, json.dumps(data, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace"))
     return report
@@ -124,13 +125,13 @@ def _write(target: Path, content: bytes) -> None:
         ) from error
 
 
-class _Migration(Samplers):
+class _Migration(VideoXFun):
     """The conversion of one graph, in order."""
 
     def convert(self) -> None:
         self.refuse()
         for kinds, convert in (
-            (tables.MODEL_LOADERS, self.loader),
+            (tables.MODEL_LOADERS.keys() - tables.FUN_LOADERS, self.loader),
             (("CogVideoXVAELoader",), self.vae_loader),
             (("CogVideoTextEncode",), self.text_encode),
             (("CogVideoEncodePrompt",), self.encode_prompt),
@@ -138,10 +139,15 @@ class _Migration(Samplers):
             (("CogVideoSampler",), self.sampler),
             (tables.ENCODERS, self.spare_encode),
             (("CogVideoDecode",), self.decode),
+            (tables.FUN_LOADERS, self.fun_loader),
+            (tables.FUN_LORAS, self.fun_lora),
+            (("FunCompile", "FunAttention"), self.fun_faster),
+            (tables.VIDEOX_FUN_SAMPLERS, self.fun_sampler),
         ):
             for node in self.old.values():
                 if node.kind in kinds:
                     convert(node)
+        self.say_kept()
         for node in self.old.values():
             self.account_for(node)
         for node in self.made.values():
@@ -169,7 +175,7 @@ class _Migration(Samplers):
             self.say(node, "left out: it is switched off.")
         elif node.kind in tables.LORAS:
             self.say(node, "left out: it was connected to no loader.")
-        elif node.kind in tables.SPEED:
+        elif node.kind in (*tables.SPEED, *tables.FUN_SHARED):
             if node.id not in self.told:
                 self.say(node, "left out: nothing that is switched on ran with it.")
         elif node.kind != "CogVideoXVAELoader":
@@ -180,14 +186,17 @@ class _Migration(Samplers):
     def refuse(self) -> None:
         """Stop where the new workflow would not make the video that the old one made."""
         file = short(self.source, 400)
-        if any(kind in tables.OLD for kind in self.graph.hidden()):
+        hidden = next((kind for kind in self.graph.hidden() if kind in tables.OLD), None)
+        if hidden is not None:
+            pack = FUN_PACK if hidden in tables.FUN_KINDS else PACK
             raise ValueError(
-                f"{file} has nodes of {PACK} in a subgraph or group node, which are not migrated. Open it in ComfyUI, "
+                f"{file} has nodes of {pack} in a subgraph or group node, which are not migrated. Open it in ComfyUI, "
                 "unpack those (right click: Unpack Subgraph, or Convert to Nodes), save it and migrate that."
             )
         fun = [node for node in self.old.values() if node.kind in tables.FUN_SAMPLERS]
         running = [node for node in fun if not node.is_off]
-        if running or (fun and not self.samplers):
+        samplers = [*self.samplers, *self.fun_samplers]
+        if running or (fun and not samplers):
             node = (running or fun)[0]
             raise ValueError(
                 f"{node.where} in {file} is a sampler of CogVideoX-Fun 1.0 and V1.1, whose workflows are not carried "
@@ -195,23 +204,21 @@ class _Migration(Samplers):
                 "has its start and end images, video and mask, for CogVideoX-Fun-V1.5-5b-InP. Older models stay with "
                 f"{PACK}."
             )
-        if not self.samplers:
-            for node in self.nodes.values():
-                if node.kind in tables.VIDEOX_FUN_SAMPLERS:
-                    raise ValueError(
-                        f"{node.where} in {file} is a sampler of VideoX-Fun's own nodes, which are not migrated: only "
-                        f"workflows of {PACK} are. Build it anew from inpaint in example_workflows: CogVideoX-1.5 "
-                        "Inpaint makes its videos with CogVideoX-Fun-V1.5-5b-InP."
-                    )
+        if not samplers:
             ours = any(node.kind.startswith("CogVideoX15") for node in self.nodes.values())
-            have = "It is a workflow of this pack already." if ours else "Choose one that makes a video with that pack."
+            have = (
+                "It is a workflow of this pack already."
+                if ours
+                else "Choose one that makes a video with one of those packs."
+            )
             raise ValueError(
-                f"{file} holds no CogVideoSampler of {PACK}, the node that makes the video there, so there is nothing "
-                f"to migrate. {have}"
+                f"{file} holds no CogVideoSampler of {PACK} and no CogVideoX-Fun sampler of {FUN_PACK}, the nodes that "
+                f"make the video there, so there is nothing to migrate. {have}"
             )
         looked_at: set = set()
-        for sampler in self.samplers:
-            for what, node, remedy in self.not_here(sampler):
+        for sampler in samplers:
+            missing = self.not_here if sampler.kind == "CogVideoSampler" else self.fun_not_here
+            for what, node, remedy in missing(sampler):
                 if not sampler.is_off:
                     raise ValueError(
                         f"{sampler.where} in {file} uses {what} ({node.where}), which is not carried over: "

@@ -35,6 +35,7 @@ class Page(Graph):
 
     def _read(self) -> Iterator[Node]:
         self.links = dict(_page_links(self.data.get("links")))
+        self.numbered = {_id(raw["id"]) for raw in dicts(self.data["nodes"]) if type(raw.get("id")) in (int, str)}
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
                 wires = {_name(socket): self._wire(socket.get("link")) for socket in dicts(raw.get("inputs"))}
@@ -49,9 +50,14 @@ class Page(Graph):
     def widgets(self, node: Node, order: Iterable[str]) -> dict:
         return widget_values(node.raw, tuple(order))
 
+    def new_id(self):
+        # What is no node by its type is kept with its number too.
+        return next(id_ for _ in itertools.count() if (id_ := super(Page, self).new_id()) not in self.numbered)
+
     def write(self, changes: Changes) -> dict:
         data = copy.deepcopy(self.data)
-        nodes, places = [], _Places(self.data)
+        nodes = []
+        places = _Places(self.data, {id_: _height(node) for id_, node in changes.made.items()})
         for raw in data["nodes"]:
             id_ = _id(raw["id"]) if _is_page_node(raw) else None
             if id_ in changes.made:
@@ -60,7 +66,7 @@ class Page(Graph):
                 nodes.append(raw)
         for node in changes.made.values():
             if node.id not in self.nodes:
-                nodes.append(self._draw(node) | {"pos": places.beside(node.raw)})
+                nodes.append(self._draw(node) | {"pos": places.beside(node.raw, _height(node))})
         self._retype(nodes, changes)
         links = self._connect(nodes, changes)
         data["nodes"] = nodes
@@ -181,7 +187,7 @@ class Page(Graph):
         note = {
             "id": id_,
             "type": "Note",
-            "pos": _Places(data).above(size),
+            "pos": _Places(data, {}).above(size),
             "size": size,
             "flags": {},
             "order": 0,
@@ -197,14 +203,20 @@ class Page(Graph):
 
 
 class _Places:
-    """Where there is room on the page."""
+    """Where there is room on the page.
 
-    def __init__(self, graph: Mapping):
-        boxes = [
-            (*_pair(raw.get("pos")), *_pair(raw.get("size"), 200))
-            for raw in dicts(graph["nodes"])
-            if raw.get("pos") is not None
-        ]
+    Args:
+        heights: what nodes by their ids will need at least, in pixels: those in the place of others are drawn as tall
+            as these were, and the page makes them taller.
+    """
+
+    def __init__(self, graph: Mapping, heights: Mapping):
+        boxes = []
+        for raw in dicts(graph["nodes"]):
+            if raw.get("pos") is not None:
+                width, height = _pair(raw.get("size"), 200)
+                least = heights.get(_id(raw["id"]), 0) if _is_page_node(raw) else 0
+                boxes.append((*_pair(raw["pos"]), width, max(height, least)))
         self.taken = sorted((box for box in boxes if max(map(abs, box)) < _FAR), key=_top)
         self.tallest = max((box[3] for box in self.taken), default=0)
         self.ends: dict[tuple, float] = {}
@@ -214,10 +226,10 @@ class _Places:
         ]
         self.groups = [box for box in boxes if max(map(abs, box)) < _FAR]
 
-    def beside(self, raw: Mapping) -> list[float]:
-        """A free place for another node as large as ``raw``, under it."""
+    def beside(self, raw: Mapping, least: float) -> list[float]:
+        """A free place for another node as large as ``raw``, and ``least`` pixels tall or more, under it."""
         (x, y), (width, height) = _pair(raw.get("pos")), _pair(raw.get("size"), 200)
-        width, height = min(width, 2000), min(height, 2000)
+        width, height = min(width, 2000), min(max(height, least), 2000)
         if max(abs(x), abs(y)) >= _FAR:
             x, y = 0, 0
         # Where many begin, the next one goes on where the last one ended.
@@ -242,6 +254,13 @@ class _Places:
             min((box[0] for box in everything), default=0),
             min((box[1] for box in everything), default=0) - size[1] - 100,
         ]
+
+
+def _height(node: Node) -> float:
+    """How tall the page draws a new node at least, in pixels: a row a socket and a row a widget."""
+    kind = KINDS[node.kind]
+    sockets = max(len(kind.inputs) - len(kind.widgets), len(kind.outputs))
+    return 20 * sockets + 24 * (len(kind.widgets) + (AFTER_SEED in node.values)) + 20
 
 
 def _top(box: tuple) -> float:

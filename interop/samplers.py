@@ -19,7 +19,7 @@ from .tables import AFTER_SEED
 from .workflow import is_2b
 
 #: The largest length and side that our nodes' widgets take.
-_MAX_FRAMES, _MAX_SIDE = (KINDS["CogVideoX15EmptyLatent"].limits(name)[1] for name in ("length", "width"))
+MAX_FRAMES, _MAX_SIDE = (KINDS["CogVideoX15EmptyLatent"].limits(name)[1] for name in ("length", "width"))
 
 
 class Samplers(Loaders):
@@ -106,20 +106,10 @@ class Samplers(Loaders):
             wires |= {
                 name: both and self.outputs.get((both.node, slot)) for slot, name in enumerate(("positive", "negative"))
             }
-        values: dict[str, Any] = {}
-        ours = KINDS["CogVideoX15Sampler"]
-        for name in ("seed", "steps", "cfg"):
-            low, high = ours.limits(name)
-            given = self.setting(node, name, int if name != "cfg" else (int, float), ours.input(name).default)
-            value = min(max(given, low), high)
-            # A cfg below 1 switched the guidance off as 1 does.
-            if value != given and name != "cfg":
-                self.say(node, f"{name} {short(given)} became {value}.")
-            self.keep(node, name, value, wires, values)
+        values, links = self.numbers(node)
+        wires |= links
         self.denoise(node, start, wires, values)
         values["scheduler"] = self.scheduler(node)
-        then = node.values.get(AFTER_SEED)
-        values[AFTER_SEED] = then if isinstance(then, str) and then in tables.AFTERWARDS else "fixed"
         if "cfg" in node.wires:
             self.say(
                 node, "cfg comes over a link: see that it is one number, for a list with one a step is not taken here."
@@ -133,6 +123,24 @@ class Samplers(Loaders):
         elif latent is None:
             latent = self.empty_latent(node, start, wires)
         self.make("CogVideoX15Sampler", node, values, wires | {"latent_image": latent})
+
+    def numbers(self, node: Node) -> tuple[dict[str, Any], dict[str, Wire | None]]:
+        """The seed with what becomes of it, the steps and the guidance, as values and, where they came over links, as
+        wires."""
+        values: dict[str, Any] = {}
+        wires: dict[str, Wire | None] = {}
+        ours = KINDS["CogVideoX15Sampler"]
+        for name in ("seed", "steps", "cfg"):
+            low, high = ours.limits(name)
+            given = self.setting(node, name, int if name != "cfg" else (int, float), ours.input(name).default)
+            value = min(max(given, low), high)
+            # A cfg below 1 switched the guidance off as 1 does.
+            if value != given and name != "cfg":
+                self.say(node, f"{name} {short(given)} became {value}.")
+            self.keep(node, name, value, wires, values)
+        then = node.values.get(AFTER_SEED)
+        values[AFTER_SEED] = then if isinstance(then, str) and then in tables.AFTERWARDS else "fixed"
+        return values, wires
 
     def encoders(self, sampler: Node) -> tuple[str, ...]:
         """The encoders whose images a sampler's model reads."""
@@ -482,11 +490,11 @@ def _clip_length(frames: int, model: str) -> tuple[int, str]:
     many latent frames as that pack made, an even number.
     """
     if is_inpaint(model):
-        latent = (min(max(frames, 2), _MAX_FRAMES - 8) - 1) // 4 + 1
+        latent = (min(max(frames, 2), MAX_FRAMES - 8) - 1) // 4 + 1
         return (1 if frames <= 1 else 4 * (latent + latent % 2) - 3), "8N+5"
     step = frame_step(model)
     least = 1 if frames <= 1 else step + 1
-    return min(_MAX_FRAMES, max(least, (frames - 1 + step // 2) // step * step + 1)), f"{step}N+1"
+    return min(MAX_FRAMES, max(least, (frames - 1 + step // 2) // step * step + 1)), f"{step}N+1"
 
 
 def start_image(node: Node) -> Wire | None:

@@ -1,7 +1,8 @@
-"""Facts of ComfyUI-CogVideoXWrapper and of the packs around it: nodes, and their sockets and widgets by age.
+"""Facts of ComfyUI-CogVideoXWrapper, VideoX-Fun and the packs around them: nodes, their sockets and widgets by age.
 
 Sources: kijai/ComfyUI-CogVideoXWrapper, nodes.py, model_loading.py and pipeline_cogvideox.py in all 341 commits;
-MinusZoneAI/ComfyUI-CogVideoX-MZ.
+MinusZoneAI/ComfyUI-CogVideoX-MZ; aigc-apps/VideoX-Fun (CogVideoX-Fun until 2025), comfyui/comfyui_nodes.py and
+comfyui/cogvideox_fun/nodes.py in all commits to 804a425.
 
 Until 19 November 2024 one socket, ``pipeline``, brought model, VAE and text encoder to every node, and gave the
 sampler's size too. Ages are told from each other by their sockets' names and, where a file only lists values, by which
@@ -11,11 +12,38 @@ widgets these would fit.
 from collections.abc import Mapping, Sequence
 
 PACK = "ComfyUI-CogVideoXWrapper"
+FUN_PACK = "VideoX-Fun"
 AFTER_SEED = "control_after_generate"
 AFTERWARDS = ("fixed", "increment", "decrement", "randomize")
 
+#: VideoX-Fun's nodes for CogVideoX, under the names of all ages.
+FUN_LOADERS = ("LoadCogVideoXFunModel", "LoadCogVideoX_Fun_Model", "LoadCogVideoX_FUN_Model")
+FUN_LORAS = ("LoadCogVideoXFunLora", "LoadCogVideoX_Fun_Lora", "LoadCogVideoX_FUN_Lora")
+FUN_FROM_TEXT = ("CogVideoXFunT2VSampler", "CogVideoX_Fun_T2VSampler", "CogVideoX_FUN_T2VSampler")
+FUN_FROM_IMAGES = ("CogVideoXFunInpaintSampler", "CogVideoX_Fun_I2VSampler", "CogVideoX_FUN_I2VSampler")
+FUN_FROM_VIDEO = ("CogVideoXFunV2VSampler", "CogVideoX_Fun_V2VSampler", "CogVideoX_FUN_V2VSampler")
+VIDEOX_FUN_SAMPLERS = (*FUN_FROM_TEXT, *FUN_FROM_IMAGES, *FUN_FROM_VIDEO)
+FUN_KINDS = (*FUN_LOADERS, *FUN_LORAS, *VIDEOX_FUN_SAMPLERS)
+#: Its nodes that serve its other models too, which are migrated where they serve CogVideoX alone, and their widgets.
+FUN_TEXT = ("FunTextBox", "CogVideoX_FUN_TextBox", "TextBox")
+FUN_SHARED = {
+    **dict.fromkeys(FUN_TEXT, ("prompt",)),
+    "FunCompile": ("cache_size_limit",),
+    "FunAttention": ("attention_type",),
+}
+#: Its nodes for pictures, which stay.
+FUN_PICTURES = (
+    *("ImageMaximumNode", "ImageCollectNode", "CreateTrajectoryBasedOnKJNodes"),
+    *("ImageToCanny", "ImageToDepth", "ImageToPose", "VideoToCanny", "VideoToDepth", "VideoToPose"),
+)
+_FUN_INPUTS = ("cogvideoxfun_model", "prompt", "negative_prompt")
 #: Node -> its sockets, of all ages. What else is connected is not known.
 SOCKETS = {
+    **dict.fromkeys(FUN_LOADERS, ()),
+    **dict.fromkeys(FUN_LORAS, ("cogvideoxfun_model",)),
+    **dict.fromkeys(FUN_FROM_TEXT, _FUN_INPUTS),
+    **dict.fromkeys(FUN_FROM_IMAGES, (*_FUN_INPUTS, "start_img", "end_img")),
+    **dict.fromkeys(FUN_FROM_VIDEO, (*_FUN_INPUTS, "validation_video", "control_video")),
     "DownloadAndLoadCogVideoModel": ("pab_config", "block_edit", "lora", "compile_args"),
     "CogVideoXModelLoader": ("block_edit", "lora", "compile_args"),
     "DownloadAndLoadCogVideoGGUFModel": ("pab_config", "block_edit", "compile_args"),
@@ -48,6 +76,7 @@ SOCKETS = {
 _TILES = ("tile_sample_min_height", "tile_sample_min_width", "tile_overlap_factor_height", "tile_overlap_factor_width")
 _OLD_SAMPLER = ("height", "width", "num_frames", "steps", "cfg", "seed", AFTER_SEED, "scheduler")
 _TEMPORAL_TILES = ("t_tile_length", "t_tile_overlap")
+_FUN_STEPS = ("seed", AFTER_SEED, "steps", "cfg")
 #: Node -> the orders of its list of values, the newest first. Orders that only go on where an older one ends are left
 #: out.
 ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
@@ -145,6 +174,20 @@ ORDERS: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("spatial_broadcast", "spatial_threshold_start", "spatial_threshold_end", "spatial_range"),
         ("spatial_broadcast", "pab_threshold_start", "pab_threshold_end", "pab_range", "steps"),
     ),
+    **dict.fromkeys(
+        FUN_LOADERS,
+        (
+            ("model", "model_type", "GPU_memory_mode", "precision"),
+            ("model", "model_type", "low_gpu_memory_mode", "precision"),
+            ("model", "low_gpu_memory_mode", "precision"),
+        ),
+    ),
+    **dict.fromkeys(FUN_LORAS, (("lora_name", "strength_model", "lora_cache"),)),
+    **dict.fromkeys(FUN_FROM_TEXT, (("video_length", "width", "height", "is_image", *_FUN_STEPS, "scheduler"),)),
+    **dict.fromkeys(FUN_FROM_IMAGES, (("video_length", "base_resolution", *_FUN_STEPS, "scheduler"),)),
+    **dict.fromkeys(
+        FUN_FROM_VIDEO, (("video_length", "base_resolution", *_FUN_STEPS, "denoise_strength", "scheduler"),)
+    ),
 }
 _SWITCHES = {
     *(
@@ -166,6 +209,7 @@ _SWITCHES = {
         "fullgraph",
         "dynamic",
     ),
+    *("low_gpu_memory_mode", "is_image", "lora_cache"),
 }
 _WHOLE = {
     *(
@@ -189,6 +233,7 @@ _WHOLE = {
         "pab_range",
     ),
     *("start_step", "hf_step", "lf_step", "num_blocks_to_cache", "dynamo_cache_size_limit"),
+    *("video_length", "base_resolution"),
 }
 _NUMBERS = {
     *(
@@ -200,6 +245,7 @@ _NUMBERS = {
         "end_percent",
         "weighted_average_ratio",
         "rel_l1_thresh",
+        "strength_model",
     ),
     *_TILES[2:],
 }
@@ -210,6 +256,7 @@ _CHOICES = {
     "vae_precision": PRECISIONS,
     "compile": ("disabled", "onediff", "torch"),
     "load_device": ("main_device", "offload_device"),
+    "model_type": ("Inpaint", "Control"),
     AFTER_SEED: AFTERWARDS,
 }
 
@@ -254,6 +301,7 @@ MODEL_LOADERS = {
     "CogVideoXModelLoader": ("model", "base_precision"),
     "DownloadAndLoadCogVideoGGUFModel": ("model", "vae_precision"),
     "MZ_CogVideoXLoader": ("unet_name", "weight_dtype"),
+    **dict.fromkeys(FUN_LOADERS, ("model", "precision")),
 }
 LORAS = ("CogVideoLoraSelect", "CogVideoLoraSelectComfy")
 ENCODERS = ("CogVideoImageEncode", "CogVideoImageInterpolationEncode")
@@ -264,6 +312,8 @@ SPEED = ("CogVideoXFasterCache", "CogVideoXTeaCache", "CogVideoPABConfig", "CogV
 #: summer.
 SAME_SCHEDULER = {"CogVideoXDDIM": "ddim", "CogVideoXDPMScheduler": "dpm", "DPM": "dpm"}
 NEAR_SCHEDULER = {"DPM++": "dpm", "SASolverScheduler": "dpm"}
+#: The same of VideoX-Fun (``all_cheduler_dict`` in videox_fun/ui/controller.py).
+FUN_SCHEDULERS = {"DDIM": "ddim_origin", "DDIM_Origin": "ddim_origin", "DDIM_Cog": "ddim"}
 #: The folder that DownloadAndLoadCogVideoModel makes in models/CogVideo, where it is not the repository's name.
 FOLDERS = {
     "THUDM/CogVideoX-2b": "CogVideo2B",
@@ -315,8 +365,7 @@ EXPECTED = {
     "compile_args": "CogVideoXTorchCompileSettings",
     "pab_config": "CogVideoPABConfig",
 }
-#: Samplers of VideoX-Fun's own nodes (aigc-apps/VideoX-Fun, comfyui/cogvideox_fun/nodes.py).
-VIDEOX_FUN_SAMPLERS = ("CogVideoXFunT2VSampler", "CogVideoXFunInpaintSampler", "CogVideoXFunV2VSampler")
+#: That pack's own samplers for them, of autumn 2024.
 FUN_SAMPLERS = ("CogVideoXFunSampler", "CogVideoXFunVid2VidSampler", "CogVideoXFunControlSampler")
 #: Nodes that are left out, and what that means.
 LEFT_OUT = {
@@ -385,4 +434,5 @@ WITHOUT_EFFECT = {
         "fps",
     ),
     *("enable_vae_encode_tiling", "dyn_offload_cpu_layer", "auto_tile_size", *_TILES),
+    "lora_cache",
 }

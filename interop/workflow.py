@@ -12,7 +12,7 @@ from cogvideox.words import listed, reason, short
 
 from .kinds import KINDS
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport
-from .tables import ORDERS, order_of
+from .tables import FUN_LOADERS, ORDERS, order_of
 
 OURS = "CogVideoX15ModelLoader"
 #: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values.
@@ -76,14 +76,7 @@ _LOADERS = {
     "MZ_CogVideoXLoader": _Loader(
         "unet_name", "weight_dtype", runs={"fp8_e4m3fn": "fp16", "fp8_e5m2": "bf16", "default": "bf16", "GGUF": "bf16"}
     ),
-    # aigc-apps/VideoX-Fun, comfyui/cogvideox_fun/nodes.py, under its three names.
-    "LoadCogVideoXFunModel": _Loader(
-        "model", "precision", "fp16", ("model", "model_type", "GPU_memory_mode", "precision")
-    ),
-    "LoadCogVideoX_Fun_Model": _Loader(
-        "model", "precision", "fp16", ("model", "model_type", "low_gpu_memory_mode", "precision")
-    ),
-    "LoadCogVideoX_FUN_Model": _Loader("model", "precision", "fp16", ("model", "low_gpu_memory_mode", "precision")),
+    **dict.fromkeys(FUN_LOADERS, _Loader("model", "precision", "fp16")),
     # ComfyUI's own nodes, and others' that load what they do.
     "UNETLoader": _Loader("unet_name", "weight_dtype", "default", ("unet_name", "weight_dtype"), _STORED, True),
     "CheckpointLoaderSimple": _Loader("ckpt_name", order=("ckpt_name",), any_model=True),
@@ -408,8 +401,4 @@ def _order(node: Mapping, values: Sequence, order: Sequence[str]) -> Sequence[st
     if kind in WIDGETS:
         return WIDGETS[kind]
     loader = _LOADERS.get(kind)
-    if loader is None:
-        return order
-    # VideoX-Fun's first loaders had no model_type.
-    without = tuple(name for name in loader.order if name != "model_type")
-    return without if len(values) == len(without) else loader.order
+    return order if loader is None else loader.order

@@ -52,7 +52,7 @@ _NODES = {
 }
 NODE_CLASS_MAPPINGS = dict(_NODES)
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in _NODES.items()}
-#: Nodes of ComfyUI-CogVideoXWrapper that one of ours stands in for: its inputs by ours, and its widgets.
+#: Nodes of ComfyUI-CogVideoXWrapper and VideoX-Fun that one of ours stands in for: its inputs by ours, and its widgets.
 _REPLACED = [
     (
         "CogVideoTextEncode",
@@ -72,6 +72,18 @@ _REPLACED = [
             "tile_overlap_factor_width",
             "auto_tile_size",
         ],
+    ),
+    (
+        "LoadCogVideoXFunModel",
+        "CogVideoX15ModelLoader",
+        {"model": "model", "dtype": "precision"},
+        ["model", "model_type", "GPU_memory_mode", "precision"],
+    ),
+    (
+        "LoadCogVideoXFunLora",
+        "CogVideoX15LoraLoader",
+        {"model": "cogvideoxfun_model", "lora_name": "lora_name", "strength": "strength_model"},
+        ["lora_name", "strength_model", "lora_cache"],
     ),
 ]
 host.serve_files()

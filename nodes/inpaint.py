@@ -32,6 +32,7 @@ class Inpaint(Node):
     )
     SEARCH_ALIASES = [
         "CogVideo ImageEncodeFunInP",
+        "CogVideoX-Fun Sampler",
         "cogvideox fun",
         "fun inp",
         "inpaint video",

@@ -20,6 +20,7 @@ class LoraLoader(Node):
     )
     SEARCH_ALIASES = [
         "CogVideo LoraSelect",
+        "Load CogVideoX-Fun Lora",
         "LoraLoaderModelOnly",
         "lora stack",
         "cogvideo lora",

@@ -26,6 +26,7 @@ class ModelLoader(Node):
         "CogVideoX Model Loader",
         "(Down)load CogVideo Model",
         "DownloadAndLoadCogVideoModel",
+        "Load CogVideoX-Fun Model",
         "cogvideo",
         "cogvideox",
         "load cogvideox",

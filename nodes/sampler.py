@@ -23,6 +23,7 @@ class Sampler(Node):
     )
     SEARCH_ALIASES = [
         "CogVideo Sampler",
+        "CogVideoX-Fun Sampler",
         "cogvideo sampler",
         "cogvideox sampler",
         "ksampler",

@@ -18,6 +18,7 @@ class TextEncode(Node):
     )
     SEARCH_ALIASES = [
         "CogVideo TextEncode",
+        "FunTextBox",
         "cogvideo prompt",
         "cogvideox prompt",
         "t5 encode",

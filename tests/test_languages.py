@@ -23,7 +23,7 @@ from cogvideox.modules.cache import Cache
 from cogvideox.precision.policy import plan_dtypes
 from interop.check import check_config
 from interop.migrate import migrate_workflow
-from tests import sentences, workflows, wrapper_workflows
+from tests import fun_workflows, sentences, workflows, wrapper_workflows
 from tests.conftest import CPU, ROOT
 from tests.helpers import run_generate
 from tests.walls import sources
@@ -366,13 +366,20 @@ def test_a_check_is_told_in_chinese_and_its_json_is_for_programs(tiny, capsys):
 
 
 @pytest.mark.usefixtures("chinese_terminal")
-def test_a_migrated_workflow_has_its_note_in_chinese(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("pack", "draw"),
+    [
+        ("ComfyUI-CogVideoXWrapper", wrapper_workflows.text_to_video),
+        *(("VideoX-Fun", draw) for draw in fun_workflows.USES.values()),
+    ],
+)
+def test_a_migrated_workflow_has_its_note_in_chinese(tmp_path, capsys, pack, draw):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(json.dumps(wrapper_workflows.text_to_video().page()), encoding="utf-8")
+    old.write_text(json.dumps(draw().page()), encoding="utf-8")
     code, said, _ = run_generate(capsys, "--migrate", old, new)
     assert code == 0
     assert "个节点" in said
     nodes = json.loads(new.read_text(encoding="utf-8"))["nodes"]
-    note = next(node for node in nodes if node.get("title") == "迁移自 ComfyUI-CogVideoXWrapper")
+    note = next(node for node in nodes if node.get("title") == f"迁移自 {pack}")
     assert CHINESE.search(note["widgets_values"][0])
     assert english_left(note["widgets_values"][0]) == []

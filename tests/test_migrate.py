@@ -22,7 +22,7 @@ from interop.check import check_config
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
 from interop.workflow import WIDGETS
-from tests import nodes_table, workflows
+from tests import fun_workflows, nodes_table, workflows
 from tests.conftest import ROOT
 from tests.wrapper_workflows import NODES, PIPED, image_to_video, inpaint, piped, text_to_video, video_to_video
 
@@ -533,7 +533,7 @@ def test_layout_and_everything_of_others_is_kept(tmp_path_factory, pack, data):
     folder = tmp_path_factory.mktemp("migrate")
     place = st.tuples(st.integers(-5000, 5000), st.floats(-5000, 5000, allow_nan=False))
     places = data.draw(st.lists(place, min_size=30, max_size=30))
-    w = data.draw(st.sampled_from(list(USES.values())))()
+    w = data.draw(st.sampled_from([*USES.values(), *fun_workflows.USES.values()]))()
     for index in range(data.draw(st.integers(0, 4))):
         w.add(
             data.draw(st.sampled_from(["SaveWEBM", "PreviewImage", "VHS_VideoCombine"])),
@@ -1456,16 +1456,6 @@ def test_the_samplers_of_fun_are_named_as_what_they_are(migrate, kind):
         ValueError,
         match=f'node 2 "{kind}".*is a sampler of CogVideoX-Fun 1.0 and V1.1.*not carried over, so nothing was written',
     ):
-        migrate(prompt)
-
-
-@pytest.mark.parametrize("kind", ["CogVideoXFunT2VSampler", "CogVideoXFunInpaintSampler", "CogVideoXFunV2VSampler"])
-def test_the_nodes_of_videox_fun_are_refused_with_the_example_to_take(migrate, kind):
-    prompt = {
-        "1": {"class_type": "LoadCogVideoXFunModel", "inputs": {}},
-        "2": {"class_type": kind, "inputs": {"cogvideoxfun_model": ["1", 0]}},
-    }
-    with pytest.raises(ValueError, match=f'node 2 "{kind}".*VideoX-Fun.*not migrated.*inpaint in example_workflows'):
         migrate(prompt)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from interop.migrate import migrate_workflow
-from tests import wrapper_workflows
+from tests import fun_workflows, wrapper_workflows
 from tests.conftest import ROOT
 from tests.layouts import write_file
 from tests.tiny_checkpoint import build_transformer
@@ -200,6 +200,19 @@ class TestAsAWhole:
         w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
         w.change("sampler", num_frames=9)
         w.change("resize" if use == "images" else "size", width=160, height=96)
+        (tmp_path / "old.json").write_text(json.dumps(w.api()))
+        migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
+        nodes = json.loads((tmp_path / "new.json").read_text())
+        of(nodes, "CogVideoX15ModelLoader")["model"] = str(checkpoints("fun-inp"))
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15Inpaint")["length"] = 17
+        assert "8N+5" in self.only(errors, nodes)[2]
+
+    def test_a_migrated_graph_of_videox_fun_can_run(self, errors, graph, checkpoints, tmp_path):
+        graph()
+        w = fun_workflows.image_to_video()
+        w.add("ImageScale", "scale", image=("picture", 0), width=160, height=96)
+        w.change("sampler", start_img=("scale", 0), base_resolution=128, video_length=9)
         (tmp_path / "old.json").write_text(json.dumps(w.api()))
         migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
         nodes = json.loads((tmp_path / "new.json").read_text())

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
-from tests import layouts, locales, workflows, wrapper_workflows
+from tests import fun_workflows, layouts, locales, workflows, wrapper_workflows
 from tests.comfyui.prompts import error_of, example, id_of, node_of, small
 from tests.conftest import ROOT
 from tests.loud_models import loud_stream
@@ -143,9 +143,11 @@ def test_the_loader_shows_its_report_on_the_node_and_scans_when_asked(comfy, pro
 def test_the_wrappers_nodes_are_replaced_where_they_are_missing(comfy, prompt):
     """By the page that opens such a workflow, and here by the server that is given one."""
     offered = comfy.get("/node_replacements")
-    assert {offered[old][0]["new_node_id"] for old in ("CogVideoTextEncode", "CogVideoDecode")} == {
-        "CogVideoX15TextEncode",
-        "CogVideoX15VAEDecode",
+    assert {old: offered[old][0]["new_node_id"] for old in offered if "Cog" in old} == {
+        "CogVideoTextEncode": "CogVideoX15TextEncode",
+        "CogVideoDecode": "CogVideoX15VAEDecode",
+        "LoadCogVideoXFunModel": "CogVideoX15ModelLoader",
+        "LoadCogVideoXFunLora": "CogVideoX15LoraLoader",
     }
     decode = next(node for node in prompt.values() if node["class_type"] == "CogVideoX15VAEDecode")
     decode["class_type"] = "CogVideoDecode"
@@ -285,8 +287,34 @@ def test_a_workflow_migrated_from_the_wrapper_runs(comfy, files, tmp_path, use, 
     assert any("LoRA another.safetensors: strength 0.5" in text for told in shown.values() for text in told)
 
 
+@pytest.mark.parametrize(("use", "made"), [("text", 13), ("images", 13), ("video", 5)])
+def test_a_workflow_migrated_from_videox_fun_runs(comfy, files, tmp_path, use, made):
+    """Small, with what plain ComfyUI has around it: a clip of one frame, which is held."""
+    w = fun_workflows.USES[use]()
+    w.change("sampler", video_length=made + 4 if use == "text" else made, steps=3, cfg=2.0)
+    w.change("sampler", **({"width": 160, "height": 96} if use == "text" else {"base_resolution": 128}))
+    if use == "video":
+        w.nodes[w.names["clip"]] = {"kind": "LoadImage", "mode": 0, "values": {"image": "example.png"}, "links": {}}
+    w.nodes.pop(w.names["save"])
+    w.add("SaveWEBM", "saved", images=("sampler", 0))
+    w.add("LoadCogVideoXFunLora", "lora", lora_name="another.safetensors", cogvideoxfun_model=("loader", 0))
+    w.change("sampler", cogvideoxfun_model=("lora", 0))
+    (tmp_path / "old.json").write_text(json.dumps(w.api()))
+    migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
+    history, shown = comfy.run_listening(json.loads((tmp_path / "new.json").read_text()))
+    assert history["status"]["status_str"] == "success", history["status"]
+    saved = history["outputs"][str(w.names["saved"])]["images"][0]
+    with av.open(str(comfy.base / "output" / saved["subfolder"] / saved["filename"])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == made
+    # As many pixels as base_resolution squared, in the shape of the picture.
+    height, width = frames[0].shape[:2]
+    assert (width, height) == (160, 96) if use == "text" else abs(width * height / 128**2 - 1) < 0.15
+    assert any("LoRA another.safetensors: strength 0.7" in text for told in shown.values() for text in told)
+
+
 def test_the_nodes_of_comfyui_that_a_migration_writes_are_as_its_table_says(comfy):
-    for kind in ("ConditioningAverage", "ConditioningConcat"):
+    for kind in (kind for kind in KINDS if not kind.startswith("CogVideoX15")):
         info = comfy.get(f"/object_info/{kind}")[kind]
         assert [(entry.name, entry.type) for entry in KINDS[kind].inputs] == [
             (name, spec[0]) for name, spec in info["input"]["required"].items()

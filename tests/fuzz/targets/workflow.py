@@ -12,10 +12,12 @@ NAME = "workflow"
 def prepare(base):
     from core import PROJECT
 
+    from tests import fun_workflows
     from tests import wrapper_workflows as w
 
     drawn = {name: getattr(w, name)() for name in ("text_to_video", "image_to_video", "video_to_video", "inpaint")}
     drawn |= {f"{use}-{day}": w.piped(use, day) for use in ("text", "image", "video") for day in w.PIPED}
+    drawn |= {f"videox-fun-{use}": draw() for use, draw in fun_workflows.USES.items()}
     seeds = {}
     for name, workflow in drawn.items():
         for age in ("old", "named", "new"):
