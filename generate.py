@@ -41,6 +41,7 @@ from cogvideox.choices import (
 from cogvideox.languages import ENGLISH, preferred
 from cogvideox.words import short
 from commands.job import Job, changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
+from commands.passes import make_both
 from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
 from commands.terminal import (
     complain,
@@ -69,6 +70,9 @@ from commands.video import (
     say_skips,
     write,
 )
+from commands.void import BOTH
+from commands.void import add_options as add_passes
+from commands.void import check_options as check_passes
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +94,8 @@ EXAMPLE = """examples:
     --scheduler ddim_origin --prompt "A panda in a red coat."
   python generate.py --model void_pass1.safetensors --video clip.mp4 --void quadmask.mp4 --cfg 1 --steps 30 \\
     --scheduler ddim_origin --prompt "An empty bamboo forest."
+  python generate.py --model void_pass1.safetensors --second-model void_pass2.safetensors --stage both \\
+    --video clip.mp4 --void quadmask.mp4 --flow-model download --prompt "An empty bamboo forest."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -207,7 +213,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--noise",
         type=path_of,
         metavar="FILE.latent",
-        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void the second pass",
+        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void for the second pass",
     )
     what.add_argument(
         "--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is"
@@ -444,6 +450,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     )
     how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
     add_options(parser, path_of, _whole)
+    add_passes(parser, path_of)
     check = parser.add_argument_group("only check, make nothing")
     check.add_argument(
         "--plan",
@@ -651,6 +658,7 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
             parser.error("--prompts and --prompt are two things to do: give one of them")
     else:
         _check_partners(parser, options)
+        check_passes(parser, options)
     for name in ("scan", "fix", "json"):
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
@@ -687,6 +695,8 @@ def generate(options: argparse.Namespace) -> int:
     place = placed(options)
     if options.split == PROMPTS:
         raise ValueError("--split prompts shares the lines of --prompts, and this is one video. Take another --split.")
+    if options.stage == BOTH:
+        return make_both(options, place)
     with company(options, place) as ranks:
         events = terminal_events()
         job = prepared(options, events, open_handles_of, writes=place.is_first)
@@ -820,6 +830,11 @@ class _Work:
             raise ValueError(
                 "--seconds makes one long video in parts, and --prompts makes many videos. Leave --seconds out, or "
                 "make the long video by itself."
+            )
+        if options.stage == BOTH:
+            raise ValueError(
+                "--stage both makes two videos, and --prompts one of each line. Give --stage first, and then --stage "
+                "second with a first_pass in each line."
             )
         self._handles += [job.model, job.text_encoder]
         return job

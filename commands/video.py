@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,9 @@ def sampled(
         None if picture is None else fit_size(picture, source.width, source.height)
         for picture in (source.start if start is None else start, source.end)
     ]
+    noise, device = job.noise, job.model.weights.device
+    if job.warp is not None:
+        noise = once_for_all(ranks, partial(job.warp.noise, latent, options.seed, device, events))
     clip, source.clip = source.clip, None
     if pictures[0] is not None and job.model.variant.image_to_video:
         first, last = pictures[0], pictures[1]
@@ -139,7 +143,7 @@ def sampled(
             prompts["negative"],
             latent,
             image_latents=image,
-            noise=job.noise,
+            noise=noise,
             denoise=job.denoise,
             seed=options.seed if seed is None else seed,
             steps=options.steps,
