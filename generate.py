@@ -94,8 +94,6 @@ EXAMPLE = """examples:
     --scheduler ddim_origin --prompt "A panda in a red coat."
   python generate.py --model void_pass1.safetensors --video clip.mp4 --void quadmask.mp4 --cfg 1 --steps 30 \\
     --scheduler ddim_origin --prompt "An empty bamboo forest."
-  python generate.py --model void_pass1.safetensors --second-model void_pass2.safetensors --stage both \\
-    --video clip.mp4 --void quadmask.mp4 --flow-model download --prompt "An empty bamboo forest."
   python generate.py --model models/CogVideoX1.5-5B --prompt @panda.txt --output panda.mp4 --overwrite
   python generate.py --check models/CogVideoX1.5-5B --dtype fp16 --scan
   python generate.py --check sat/configs/inference.yaml --fix
@@ -213,7 +211,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--noise",
         type=path_of,
         metavar="FILE.latent",
-        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void for the second pass",
+        help="start from this noise in the place of --seed's, as Save Latent wrote it; with --void the second pass",
     )
     what.add_argument(
         "--keep-audio", action="store_true", help="of --video: put its sound into the new video, as long as that is"

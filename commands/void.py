@@ -1,4 +1,4 @@
-"""``--stage``, ``--first-pass``: VOID's passes, of which the second starts from noise that moves as the first's does."""
+"""``--stage``, ``--first-pass``: VOID's passes: the second starts from noise that moves as the first's video."""
 
 import argparse
 from collections.abc import Callable
@@ -103,8 +103,8 @@ class Warp:
 
         from cogvideox.warped_noise import warped_noise
 
-        assert self.flow is not None, "a plan makes no noise"
-        assert self.video is not None, "the first pass is made before"
+        assert self.flow is not None
+        assert self.video is not None
         # RAFT is wrong on Apple's cards, as CommonSource's raft.py says.
         device = device if device.type == "cuda" else torch.device("cpu")
         video, self.video = self.video, None
@@ -141,7 +141,7 @@ def read_first_pass(path: Path, frames: int, size: tuple[int, int], events: "Eve
 
     video = read_video(path, frames + 1, size=size, dtype=torch.uint8, events=events)
     if len(video) != frames:
-        found = len(video) if len(video) < frames else f"more than {frames}"
+        found = f"{len(video)}+" if len(video) > frames else len(video)
         raise ValueError(
             f"{short(path, 400)} has {found} frames and the second pass makes {frames}, so the noise would move at "
             "another time than the video. Give the video that the first pass made of this clip, and the same --frames."
