@@ -11,6 +11,7 @@ deviation: 0.66 at 672x384.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -112,41 +113,67 @@ class MovingNoise:
         old_height, old_width = flow.shape[1:]
         flow = interpolate(flow[None].float(), (height, width), mode="bilinear", align_corners=False)[0]
         flow = torch.stack([flow[0] * (height / old_height), flow[1] * (width / old_width)])
-        source, source_is_there = _sources(flow)
-        target, stays = _targets(flow)
-        # What leaves the picture is replaced, where it was, by a cell of no noise.
-        gathered = torch.where(stays, self._weights, 1.0)
-        filled = _summed(torch.ones_like(gathered), target)[: height * width].view(height, width) > 0
-        spread_is_seen = source_is_there & ~filled
+        source, target = _sources(flow), _targets(flow)
+        # What leaves the picture is replaced, where it was, by a cell of nothing.
+        filled = _gathered(torch.ones_like(self._weights), target) > 0
+        # What gathers and, right of it, what spreads: that is of use where nothing gathers.
+        useful = torch.cat([torch.ones_like(filled), ~filled], dim=1)
+        cells, row = useful.flatten().nonzero()[:, 0], torch.arange(height, device=flow.device)[:, None]
+        spreads = source.is_inside & ~filled
+        origin = source.place[spreads]
+        spread = (row * 2 * width + width + torch.arange(width, device=flow.device))[spreads]
 
-        def branches(channel: torch.Tensor) -> torch.Tensor:
-            gathering = torch.where(stays, channel, 0.0)
-            spreading = torch.where(spread_is_seen, channel.flatten()[source], 0.0)
-            return torch.cat([gathering, spreading], dim=1)
+        def lay_out(channel: torch.Tensor, both: torch.Tensor, nothing: float) -> torch.Tensor:
+            both[:, :width] = torch.where(target.is_inside, channel, nothing)
+            both.view(-1)[spread] = channel.view(-1)[origin]
+            return both.view(-1)
 
-        # Cells of one value are of one source, and those of nothing are alike too.
-        _, groups, counts = branches(self._noise[0]).flatten().unique(return_inverse=True, return_counts=True)
-        groups = groups.view(height, 2 * width)
-        count = counts[groups]
-        spread = torch.where(spread_is_seen, self._weights.flatten()[source], 1.0)
-        weights = torch.cat([gathered, spread], dim=1) / count
-        gathered, spread = weights.chunk(2, dim=1)
-        sums = [_summed(values, target)[: height * width].view(height, width) for values in (gathered, gathered**2)]
+        both = self._noise.new_zeros(height, 2 * width)
+        # Cells of one value are of one source; those of nothing are alike too, what is of no use among them.
+        kinds, groups, counts = lay_out(self._noise[0], both, 0.0)[cells].unique(
+            return_inverse=True, return_counts=True
+        )
+        counts = counts + (kinds == 0) * filled.sum()
+        count, of_nothing = counts[groups], (kinds == 0)[groups]
+        weights = torch.ones_like(both)
+        lay_out(self._weights, weights, 1.0)[cells] /= count
+        gathering, spreading = weights.chunk(2, dim=1)
+        squares = _gathered(gathering**2, target).sqrt()
+        together = (count > 1) & ~of_nothing
+        shared, bare, root = cells[together], cells[of_nothing], count[together] ** 0.5
+        empty = useful.flatten().logical_not_().index_fill_(0, bare, True)
+        several = (counts > 1) & (kinds != 0)
+        groups, counts, most = (several.cumsum(0) - 1)[groups[together]], counts[several], counts[kinds == 0]
+        one_place = torch.zeros_like(empty, dtype=torch.long)
         for channel in self._noise:
-            fresh = self._draw(height, 2 * width)
-            means = _summed(fresh, groups, len(counts), crowded=True) / counts
-            values = branches(channel) / count**0.5 + (fresh - means[groups])
-            gathering, spreading = values.chunk(2, dim=1)
-            summed = _summed(gathering * gathered, target)[: height * width].view(height, width)
-            channel.copy_(torch.where(filled, summed / sums[1].sqrt(), spreading))
-        weights = torch.where(filled, sums[0], spread)
+            values, fresh = lay_out(channel, both, 0.0), self._draw(height, 2 * width).view(-1)
+            own = fresh[shared]
+            means = _summed(own, groups, len(counts)) / counts
+            values[shared] = values[shared] / root + (own - means[groups])
+            if len(bare):
+                values[bare] = fresh[bare] - _total(torch.where(empty, fresh, 0.0), one_place) / most
+            summed = _gathered(both[:, :width] * gathering, target)
+            channel.copy_(torch.where(filled, summed / squares, both[:, width:]))
+        weights = torch.where(filled, _gathered(gathering, target), spreading)
         # Neither too large nor too small, and in time towards 1.
         self._weights = (weights / weights.mean() + 1e-5) ** 0.9999
 
 
-def _sources(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each cell of a flow ``[2, H, W]`` the nearest that it comes from, as a place in ``H * W``, and whether
-    that is in the picture."""
+@dataclass(frozen=True)
+class _Places:
+    """Where cells come from, or go.
+
+    Attributes:
+        place: in ``H * W``, ``[H, W]``.
+        is_inside: whether that is in the picture, ``[H, W]``.
+    """
+
+    place: torch.Tensor
+    is_inside: torch.Tensor
+
+
+def _sources(flow: torch.Tensor) -> _Places:
+    """Return for each cell of a flow ``[2, H, W]`` the nearest that it comes from."""
     height, width = flow.shape[1:]
     across = (torch.arange(width, device=flow.device) - flow[0]) / (width - 1) * 2 - 1
     down = (torch.arange(height, device=flow.device)[:, None] - flow[1]) / (height - 1) * 2 - 1
@@ -154,12 +181,12 @@ def _sources(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     places = torch.arange(1.0, height * width + 1, device=flow.device).view(1, 1, height, width)
     grid = torch.stack([across, down], dim=-1)[None]
     found = grid_sample(places, grid, mode="nearest", padding_mode="zeros", align_corners=True)[0, 0].long()
-    return (found - 1).clamp(min=0), found > 0
+    return _Places((found - 1).clamp(min=0), found > 0)
 
 
-def _targets(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each cell of a flow ``[2, H, W]`` where it goes, as a place in ``H * W``, or ``H * W`` for none; and
-    whether it stays in the picture. One that does not is left where it was."""
+def _targets(flow: torch.Tensor) -> _Places:
+    """Return for each cell of a flow ``[2, H, W]`` where it goes, ``H * W`` for nowhere; one that leaves the picture is
+    where it was."""
     height, width = flow.shape[1:]
     x, y = torch.arange(width, device=flow.device), torch.arange(height, device=flow.device)[:, None]
     across, down = (x + flow[0]).round(), (y + flow[1]).round()
@@ -168,27 +195,27 @@ def _targets(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     across, down = x + shift[0], y + shift[1]
     # Halves are rounded to even, of a place and of a shift: the two can be a cell apart.
     inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
-    return torch.where(inside, down * width + across, height * width), stays
+    return _Places(torch.where(inside, down * width + across, height * width), stays)
 
 
-def _summed(
-    values: torch.Tensor, places: torch.Tensor, count: int | None = None, crowded: bool = False
-) -> torch.Tensor:
-    """Sum values by their places, the same to the last bit each time.
+def _gathered(values: torch.Tensor, target: _Places) -> torch.Tensor:
+    """Sum values ``[H, W]`` where they go."""
+    return _summed(values.flatten(), target.place.flatten(), values.numel() + 1)[:-1].view_as(values)
 
-    Args:
-        count: of places; by default as many as values, and one more.
-        crowded: whether one place can have most of the values, which are noise.
-    """
-    values, places = values.flatten(), places.flatten()
-    count = len(values) + 1 if count is None else count
+
+def _summed(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum values ``[N]`` by their places, ``[count]``, in the order in which they are, so that each run gives the same:
+    a card would add them as they come."""
+    sums = values.new_zeros(count)
     if values.device.type == "cpu":
-        return values.new_zeros(count).index_add_(0, places, values)
-    # A card adds in another order each time: integers do not mind it, and where few meet the other way sorts them.
-    if crowded:
-        fixed = torch.zeros(count, dtype=torch.long, device=values.device)
-        return (fixed.index_add_(0, places, (values.double() * 2.0**32).long()).double() / 2.0**32).float()
-    return values.new_zeros(count).index_put_((places,), values, accumulate=True)
+        return sums.index_add_(0, places, values)
+    return sums.index_put_((places,), values, accumulate=True)
+
+
+def _total(values: torch.Tensor, one_place: torch.Tensor) -> torch.Tensor:
+    """Sum many values ``[N]``, all of them in one place, ``[1]``; on the CPU one after the other, as the reference
+    does."""
+    return _summed(values, one_place, 1) if values.device.type == "cpu" else values.sum()[None]
 
 
 def _seen(frame: torch.Tensor) -> torch.Tensor:
