@@ -4,7 +4,7 @@ import argparse
 from copy import copy
 from functools import partial
 
-from commands.job import Job, open_handles_of, prepared
+from commands.job import DEFAULT_OUTPUT, Job, open_handles_of, output_of, prepared
 from commands.ranks import Place
 from commands.terminal import say, terminal_events
 from commands.video import (
@@ -28,11 +28,10 @@ def make_both(options: argparse.Namespace, place: Place) -> int:
     """Make both passes, all that can be wrong with either checked before the first; the first's video is kept."""
     events = terminal_events()
     with company(options, place) as ranks:
-        second = _prepared("Second pass:", copy(options), place, model=options.second_model)
-        output = second.output.with_stem(f"{second.output.stem[:100]}_first_pass")
-        first = _prepared(
-            "First pass:", copy(options), place, stage=FIRST, second_model=None, output=output, **_SETTINGS
-        )
+        output = output_of(options) if place.is_first else options.output or DEFAULT_OUTPUT
+        kept = output.with_stem(f"{output.stem[:100]}_first_pass")
+        first = _prepared("First pass:", copy(options), place, stage=FIRST, second_model=None, output=kept, **_SETTINGS)
+        second = _prepared("Second pass:", copy(options), place, model=options.second_model, output=output)
         if options.plan:
             return 0
         if ranks is not None:
