@@ -165,11 +165,8 @@ class FakeRaft(nn.Module):
 @pytest.fixture
 def raft(monkeypatch, tmp_path):
     """A file of weights of a network that stands in the place of torchvision's."""
-    module = types.ModuleType("torchvision.models.optical_flow")
-    module.raft_large = lambda weights, progress: FakeRaft()
-    for name in ("torchvision", "torchvision.models"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module = types.SimpleNamespace(raft_large=lambda weights, progress: FakeRaft())
+    monkeypatch.setattr(engine, "require_raft", lambda: module)
     torch.save({"speed": torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(2))}, tmp_path / "raft.pth")
     return tmp_path / "raft.pth"
 
