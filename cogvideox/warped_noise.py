@@ -3,7 +3,8 @@
 Sources: ``make_warped_noise.py`` and ``load_and_resize_warped_noise`` of Netflix/void-model (66e9c0e, Apache-2.0), and
 ``noise_warp.py`` and ``raft.py`` of RyannDaGreat/CommonSource (28f1b68), which they call: Go-with-the-Flow
 (https://arxiv.org/abs/2501.08331). There numbers come from torch's global generator on the card; here from one on the
-CPU, so that a seed gives the same noise everywhere. On the CPU all the rest is the same bit for bit.
+CPU, so that a seed gives the same noise everywhere. A flow then moves it the same bit for bit on the CPU. Frames are
+scaled within a grey level of OpenCV's at 672x384, and within eight where they are larger than 720x480.
 
 ComfyUI's VOID Warped Noise warps at the video's own size and length, and keeps a deviation of 1. Netflix's code, and
 this, stretch the video to 72 frames, crop it to 720x480, and scale the noise bilinearly afterwards, which lowers the
