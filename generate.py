@@ -41,6 +41,7 @@ from cogvideox.choices import (
 from cogvideox.languages import ENGLISH, preferred
 from cogvideox.words import short
 from commands.job import Job, changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
+from commands.passes import make_both
 from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
 from commands.terminal import (
     complain,
@@ -69,6 +70,9 @@ from commands.video import (
     say_skips,
     write,
 )
+from commands.void import BOTH
+from commands.void import add_options as add_passes
+from commands.void import check_options as check_passes
 
 if TYPE_CHECKING:
     import torch
@@ -455,6 +459,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     )
     how.add_argument("--debug", action="store_true", help="show the traceback of an error too")
     add_options(parser, path_of, _whole)
+    add_passes(parser, path_of)
     check = parser.add_argument_group("only check, make nothing")
     check.add_argument(
         "--plan",
@@ -662,6 +667,7 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
             parser.error("--prompts and --prompt are two things to do: give one of them")
     else:
         _check_partners(parser, options)
+        check_passes(parser, options)
     for name in ("scan", "fix", "json"):
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
@@ -701,6 +707,8 @@ def generate(options: argparse.Namespace) -> int:
     place = placed(options)
     if options.split == PROMPTS:
         raise ValueError("--split prompts shares the lines of --prompts, and this is one video. Take another --split.")
+    if options.stage == BOTH:
+        return make_both(options, place)
     with company(options, place) as ranks:
         events = terminal_events()
         job = prepared(options, events, open_handles_of, writes=place.is_first)
@@ -834,6 +842,11 @@ class _Work:
             raise ValueError(
                 "--seconds makes one long video in parts, and --prompts makes many videos. Leave --seconds out, or "
                 "make the long video by itself."
+            )
+        if options.stage == BOTH:
+            raise ValueError(
+                "--stage both makes two videos, and --prompts one of each line. Give --stage first, and then --stage "
+                "second with a first_pass in each line."
             )
         self._handles += [job.model, job.text_encoder]
         return job

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Bytes beside the weights with which 1360x768x81 is sampled, and decoded at nearly full speed; less works too.
 WANTED_BYTES = 8 * 10**9
+#: Latents of the whole clip that the loop of a run has, in the model's dtype.
+_LATENTS_HELD = 5
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,13 @@ def plan_memory(
     )
     if len(windows) > 1:
         # The loop holds the whole clip, and blends it and its preview in fp32.
-        more = 5 * (length - windows[0].stop) * weights.precision.activations.itemsize + 3 * 4 * length
-        activations, halved = (held + batch * channels * prod(size) * more for held in (activations, halved))
+        outside = (length - windows[0].stop) * weights.precision.activations.itemsize
+        more = (
+            _LATENTS_HELD * channels * outside
+            + (config["in_channels"] - channels) * outside
+            + 3 * 4 * channels * length
+        )
+        activations, halved = (held + batch * prod(size) * more for held in (activations, halved))
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
         # One layer's weight at a time is widened, range-safe by way of fp32.
@@ -263,8 +270,9 @@ def step_bytes(
         return_dict=False,
     )
     given = sum(tensor.nbytes for tensor in tree_leaves(inputs) if torch.is_tensor(tensor))
-    # Beside them the loop has the noise, what it began with, and the latents of now and next.
-    loop = 5 * batch * LATENT_CHANNELS * length * height * width * dtype.itemsize
+    # Beside them the loop has the noise, what it began with, the latents of now and next, and what is read beside them.
+    held = _LATENTS_HELD * LATENT_CHANNELS + config["in_channels"] - LATENT_CHANNELS
+    loop = batch * held * length * height * width * dtype.itemsize
     with torch.no_grad(), LiveBytes() as mode, FusedAttention():
         module(**inputs)
     return mode.peak + given + loop + exchanged

@@ -232,7 +232,7 @@ class Weights:
                 fastest that fits.
         """
         with _turn:
-            _make_way(self)
+            make_room(self.device, self)
             mode = mode or self.fitting_mode()
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
@@ -339,7 +339,7 @@ class SharedWeights(Weights):
     @contextmanager
     def running(self, events: Events | None = None, mode: str | None = None) -> Iterator[nn.Module]:
         with _turn:
-            _make_way(self)
+            make_room(self.device, self)
             tensors = self._tensors()
             module = build_module(self.kind, infer_config(self.kind, tensors, Path(self._owner)))
             # New parameters of the same memory: the other program's own are not touched.
@@ -355,10 +355,10 @@ class SharedWeights(Weights):
         """Leave them: the other program frees them."""
 
 
-def _make_way(weights: Weights) -> None:
-    """Have all other parts leave its device."""
+def make_room(device: torch.device, but: Weights | None = None) -> None:
+    """Have all parts leave a device that is not the host, but for one."""
     for other in list(_loaded):
-        if other is not weights and other.device == weights.device and other.device.type != "cpu":
+        if other is not but and other.device == device and device.type != "cpu":
             other.park()
 
 

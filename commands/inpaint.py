@@ -23,6 +23,7 @@ from cogvideox.pictures import check_images, check_mask
 from cogvideox.variants import CONDITIONING_CHANNELS, INPAINT, START_IMAGE, VOID, Variant
 from cogvideox.video import read_image, read_latent, read_video
 from cogvideox.words import short
+from commands.void import stage_of
 
 #: Files that hold one picture; any other is read as a clip.
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -90,8 +91,7 @@ def make_conditioning(
     generator = torch.Generator("cpu").manual_seed(0)
     video = clip / 255 if clip is not None and clip.dtype == torch.uint8 else clip
     if options.void is not None and video is not None and mask is not None:
-        stage = "first" if options.noise is None else "second"
-        return void_latents(vae, video, mask.expand(frames, -1, -1), stage, generator=generator, **how)
+        return void_latents(vae, video, mask.expand(frames, -1, -1), stage_of(options), generator=generator, **how)
     canvas = inpaint_canvas(*size, frames, video, mask, *images)
     return inpaint_latents(vae, canvas, NOISE_AUGMENTATION, generator, **how)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cogvideox.precision.hardware import Hardware
     from cogvideox.variants import Variant
     from commands.chain import Parts
+    from commands.void import Warp
 
 #: Where a video goes that is given no name; the next free number is added where it is taken.
 DEFAULT_OUTPUT = Path("out.mp4")
@@ -77,8 +78,9 @@ class Job:
     Attributes:
         latent: an empty one of its size and length.
         parts: of a video that is made in several, each as long as ``latent``.
-        noise: what it starts from, if it is given.
         before: the clip that the first of the parts goes on from, uint8 ``[F, H, W, 3]``, if there is one.
+        noise: what it starts from, if it is given.
+        warp: what the noise is made of, if it is made of a video.
         is_conditioned: whether the model reads more than the noise.
     """
 
@@ -95,6 +97,7 @@ class Job:
     before: "torch.Tensor | None" = None
     noise: "torch.Tensor | None" = None
     is_conditioned: bool = False
+    warp: "Warp | None" = None
 
     @property
     def size(self) -> str:
@@ -129,6 +132,7 @@ def prepared(
     from cogvideox.precision.hardware import Hardware
     from cogvideox.requests import check_noise, plan_steps
     from commands.inpaint import foresee_conditioning, read_noise
+    from commands.void import plan_warp
 
     denoise = check_settings(options)
     output = output_of(options) if writes else options.output or DEFAULT_OUTPUT
@@ -147,8 +151,8 @@ def prepared(
     if noise is not None:
         check_noise(noise, latent)
     plan_steps(model, latent, image, steps=options.steps, scheduler=options.scheduler, denoise=denoise)
-    is_conditioned = image is not None
-    found = handles, model, text_encoder, source, latent, parts, before, noise, is_conditioned
+    warp = plan_warp(options, source.frames, (source.width, source.height), events)
+    found = handles, model, text_encoder, source, latent, parts, before, noise, image is not None, warp
     return Job(options, output, denoise, texts, *found)
 
 
@@ -388,6 +392,7 @@ def output_of(options: argparse.Namespace) -> Path:
         options.mask,
         options.void,
         options.noise,
+        options.first_pass,
         options.model,
         options.text_encoder,
         options.vae,

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,9 @@ def sampled(
     if job.model.weights.method is not None and not job.model.weights.is_loaded:
         say(job.model.weights.quantization_text(events))
     how: dict[str, Any] = dict(on_nan=options.on_nan, events=events)
+    noise, device = job.noise, job.model.weights.device
+    if job.warp is not None:
+        noise = once_for_all(ranks, partial(job.warp.noise, latent, options.seed, device, events))
     clip, source.clip = source.clip, None
     image = None
     if known is not None or job.is_conditioned:
@@ -132,7 +136,7 @@ def sampled(
             prompts["negative"],
             latent,
             image_latents=image,
-            noise=job.noise,
+            noise=noise,
             denoise=job.denoise,
             seed=options.seed if seed is None else seed,
             steps=options.steps,

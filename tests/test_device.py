@@ -25,9 +25,10 @@ from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, encode
+from cogvideox.warped_noise import MovingNoise
 from cogvideox.weights import free_bytes, placements
 from tests import layouts
-from tests.reference import error, reference_latents
+from tests.reference import draw_beside, error, reference_latents
 from tests.tiny_checkpoint import build_checkpoint, build_transformer, build_vae
 from tests.told import Told
 
@@ -122,11 +123,12 @@ class TestSampling:
         print(f"{dtype} {scheduler}: equal {torch.equal(ours, expected)}, relative L2 {error(ours, expected):.1e}")
         assert error(ours, expected) < ROUNDING[dtype]
 
-    @pytest.mark.parametrize("variant", ["1.5-i2v", "5b", "2b"])
+    @pytest.mark.parametrize("variant", ["1.5-i2v", "fun-inp", "void", "5b", "2b"])
     def test_every_variant_gives_what_it_gives_on_the_host(self, checkpoints, prompts, hardware, variant):
-        image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) if "i2v" in variant else None
+        shape = (*SHAPE[:2], 6 if variant in ("fun-inp", "void") else SHAPE[2], *SHAPE[3:])
+        image = draw_beside(variant, shape, torch.Generator().manual_seed(3))
         ours, host = (
-            run(open_handles(checkpoints(variant), "fp32", where).model, prompts, image_latents=image)
+            run(open_handles(checkpoints(variant), "fp32", where).model, prompts, shape, image_latents=image)
             for where in (hardware, Hardware.detect("cpu"))
         )
         assert error(ours, host) < 1e-3
@@ -365,6 +367,19 @@ class TestLayouts:
             results[memory] = run(with_lora(model, lora), prompts)
         assert torch.equal(results[mode], results["gpu"])
         assert error(results[mode], run(model, prompts)) > 1e-3
+
+
+def test_noise_is_moved_as_on_the_host_and_the_same_each_time():
+    found = []
+    for device in ("cpu", DEVICE, DEVICE):
+        generator = torch.Generator().manual_seed(1)
+        moving = MovingNoise(4, 256, 384, lambda *shape, g=generator, d=device: torch.randn(shape, generator=g).to(d))
+        for seed in range(4):
+            flow = 3 * torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(seed))
+            moving.move(flow.to(device))
+        found.append(moving.shrunk())
+    assert torch.equal(found[1], found[2])
+    assert error(found[1], found[0]) < 0.1
 
 
 class TestVAE:

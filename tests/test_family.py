@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
+import gguf
 import pytest
 import torch
 from einops import rearrange
@@ -25,7 +26,7 @@ from cogvideox.sampling import sample
 from cogvideox.schedulers import make_scheduler
 from cogvideox.vae import decode, encode, pair_lengths
 from cogvideox.video import read_video, write_latent, write_mp4
-from tests import family
+from tests import family, layouts
 from tests.conftest import CPU
 from tests.fun_reference import import_pipeline
 from tests.helpers import call, run_generate
@@ -400,3 +401,33 @@ class TestWhatElseAModelRunsWith:
             (open_handles(folder, "fp16", CPU).model, 0.05),
         ):
             assert 0 < error(self.sampled(model, variant), plain) < most
+
+    @pytest.mark.parametrize("kind", ["fp8", "GGUF"])
+    def test_a_packed_file_runs_as_its_weights_widened(self, built, tmp_path, variant, kind):
+        folder, _ = built(variant)
+        rounded = shutil.copytree(folder, tmp_path / "rounded")
+        state = {}
+        for file in (rounded / "transformer").glob("*.safetensors"):
+            state |= load_file(file)
+        if kind == "fp8":
+            state = {
+                name: value.to(torch.float8_e4m3fn) if value.ndim == 2 and "blocks" in name else value
+                for name, value in state.items()
+            }
+            packed = layouts.write_file(tmp_path / "model.safetensors", state)
+        else:
+            packed = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0")
+            for name, value in state.items():
+                if value.ndim == 2 and "block" in name:
+                    blocks = gguf.quants.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0)
+                    state[name] = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+                elif value.ndim > 1:
+                    state[name] = value.half()
+        for file in (rounded / "transformer").glob("*.safetensors"):
+            save_file({name: state[name].float() for name in load_file(file)}, file)
+        parts = {part: folder / part for part in ("text_encoder", "vae")}
+        model = open_handles(packed, "fp32", CPU, tokenizer=folder / "tokenizer", **parts).model
+        assert model.variant.reads == {"fun-inp": "inpaint", "void": "void"}[variant]
+        expected = self.sampled(open_handles(rounded, "fp32", CPU).model, variant)
+        # GGUF's blocks are widened in fp16.
+        assert error(self.sampled(model, variant), expected) < (1e-5 if kind == "fp8" else 1e-3)

@@ -67,20 +67,22 @@ class TestPlan:
             sum(tensor.nbytes for tensor in model.weights._module.parameters()), rel=0.15
         )
 
-    @pytest.mark.parametrize(("variant", "dtype"), [("1.5", "bf16"), ("1.5-i2v", "fp16")])
+    @pytest.mark.parametrize(("variant", "dtype"), [("1.5", "bf16"), ("1.5-i2v", "fp16"), ("void", "bf16")])
     def test_with_the_halves_of_guidance_one_after_the_other_too(
         self, checkpoints, prompts, monkeypatch, variant, dtype
     ):
         monkeypatch.setattr(memory_module, "placements", lambda batched: placements([False]))
-        shape, model = (1, 16, 5, 20, 24), open_handles(checkpoints(variant), dtype, CPU).model
-        how = dict(image_latents=torch.randn(shape) if "i2v" in variant else None, seed=1, steps=1)
+        shape = (1, 16, 6 if variant == "void" else 5, 20, 24)
+        model = open_handles(checkpoints(variant), dtype, CPU).model
+        how = dict(image_latents=draw_beside(variant, shape), seed=1, steps=1)
         with model.weights.running():
             gc.collect()
         with LiveBytes() as measured:
             sample(model, *prompts, torch.zeros(shape), **how)
         plan = plan_memory(model, shape)
         assert plan.halved == pytest.approx(measured.peak, rel=0.15)
-        assert plan.halved < 0.6 * plan.activations
+        # What VOID reads beside the noise is there once in any case.
+        assert plan.halved < (0.65 if variant == "void" else 0.6) * plan.activations
         assert (
             plan.bytes_of(Placement("gpu")) - plan.bytes_of(Placement("gpu", False)) == plan.activations - plan.halved
         )

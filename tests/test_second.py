@@ -178,5 +178,5 @@ def test_only_what_is_on_one_device_makes_way(handles, monkeypatch):
         monkeypatch.setattr(weights, "hardware", Hardware(torch.device(device), "card"))
         monkeypatch.setattr(weights, "park", lambda weights=weights: parked.append(weights))
     monkeypatch.setattr(cogvideox.weights, "_loaded", {first, other, second})
-    cogvideox.weights._make_way(first)
+    cogvideox.weights.make_room(first.device, first)
     assert parked == [second]

@@ -16,6 +16,7 @@ from cogvideox.sentinel import NonFiniteError, Sentinel
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from tests.conftest import CPU
+from tests.reference import draw_beside
 from tests.tiny_checkpoint import build_checkpoint
 from tests.told import Told
 
@@ -53,9 +54,14 @@ def fault(monkeypatch):
     return inject
 
 
-def run(opened, prompts, **settings):
+def run(opened, prompts, variant="1.5", **settings):
+    latent = empty_latent(80, 48, 17)
+    if variant in ("fun-inp", "void"):
+        latent = empty_latent(80, 48, 13, 1, 8, in_pairs=True)
+        beside = draw_beside(variant, latent.shape, torch.Generator().manual_seed(2))
+        settings = {"image_latents": beside, "scheduler": "ddim_origin"} | settings
     settings = {"seed": 1, "steps": STEPS, "cfg": 6.0} | settings
-    return sample(opened.model, *prompts, empty_latent(80, 48, 17), **settings)
+    return sample(opened.model, *prompts, latent, **settings)
 
 
 def hooks_of(weights):
@@ -63,15 +69,16 @@ def hooks_of(weights):
         return sum(len(child._forward_hooks) for child in module.modules())
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
-def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, scheduler):
-    expected = run(open_handles(tiny, "bf16", CPU), prompts, scheduler=scheduler)
+@pytest.mark.parametrize(
+    ("variant", "scheduler"), [("1.5", "ddim"), ("1.5", "dpm"), ("fun-inp", "ddim_origin"), ("void", "ddim")]
+)
+def test_a_passing_fault_leaves_no_trace_in_the_result(checkpoints, prompts, fault, variant, scheduler):
+    how = {"variant": variant, "scheduler": scheduler}
+    expected = run(open_handles(checkpoints(variant), "bf16", CPU), prompts, **how)
     calls = fault("transformer", "transformer_blocks.1", lambda call, _: call == 3)
     said, steps = [], []
-    healed = open_handles(tiny, "bf16", CPU)
-    result = run(
-        healed, prompts, scheduler=scheduler, events=Told(heals=said, step=lambda done, *_: steps.append(done))
-    )
+    healed = open_handles(checkpoints(variant), "bf16", CPU)
+    result = run(healed, prompts, **how, events=Told(heals=said, step=lambda done, *_: steps.append(done)))
     assert torch.equal(result, expected)
     assert calls == ["bf16"] * (STEPS + 1)
     assert steps == list(range(1, STEPS + 1))
@@ -81,16 +88,18 @@ def test_a_passing_fault_leaves_no_trace_in_the_result(tiny, prompts, fault, sch
     assert hooks_of(healed.model.weights) == 1  # the fault's own
 
 
-def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tiny, prompts, fault, caplog):
+@pytest.mark.parametrize("variant", ["1.5", "fun-inp", "void"])
+def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(
+    checkpoints, prompts, fault, caplog, variant
+):
     bf16 = Precision(torch.bfloat16)
     calls = fault(
         "transformer", "transformer_blocks.1.ff.net.2", lambda call, precision: call >= 3 and precision == bf16
     )
     said, clean = [], []
-    opened = open_handles(tiny, "bf16", CPU)
-    result = run(
-        opened, prompts, events=Told(heals=said, step=lambda done, total, predicted: clean.append(predicted.dtype))
-    )
+    opened = open_handles(checkpoints(variant), "bf16", CPU)
+    events = Told(heals=said, step=lambda done, total, predicted: clean.append(predicted.dtype))
+    result = run(opened, prompts, variant, events=events)
     assert result.isfinite().all()
     # Two steps, the third and its probe, and the third again and the rest: no finished step is done twice.
     assert calls == ["bf16"] * 4 + ["fp32"] * 3
@@ -100,7 +109,7 @@ def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(tin
     assert "transformer_blocks.1.ff.net.2 (Linear) in bf16" in told
     assert "Going on from here in fp32" in told
     assert told in caplog.text
-    truth = run(open_handles(tiny, "fp32", CPU), prompts)
+    truth = run(open_handles(checkpoints(variant), "fp32", CPU), prompts, variant)
     assert (result - truth).norm() / truth.norm() < 0.05
     # The handle is as it was: it can be used again, in any order.
     assert opened.model.weights.precision == bf16

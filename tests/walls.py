@@ -67,6 +67,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "sampling",
             "vae",
             "super_resolution",
+            "warped_noise",
         )
     ),
     "interop": ("interop",),
