@@ -15,10 +15,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: test test-lowest fuzz demo lint clean
 
-# Collecting compiles what the tests import, beside lint, so that the processes that run them need not each.
+# Lint runs beside the tests, and what it says comes after them.
 test: $(VENV)/installed
-	$(RUN) -m pytest --collect-only --quiet >/dev/null 2>&1 & collected=$$!; $(MAKE) lint; status=$$?; wait $$collected; exit $$status
-	$(RUN) -m pytest $(SIDE_BY_SIDE)
+	@$(MAKE) --no-print-directory lint >$(VENV)/lint.txt 2>&1 & linted=$$!; \
+		$(RUN) -m pytest $(SIDE_BY_SIDE); tested=$$?; \
+		wait $$linted; clean=$$?; cat $(VENV)/lint.txt; exit $$((tested + clean))
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

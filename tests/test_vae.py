@@ -192,17 +192,17 @@ class TestMemory:
         assert said == pytest.approx(real, rel=0.03)
 
     def test_a_budget_is_kept(self, vae):
-        latent = torch.empty(1, 16, 5, 30, 45, device="meta")
+        latent = torch.empty(1, 16, 5, 20, 30, device="meta")
         meta = build_vae((32, 64, 64, 128), 32).to("meta")
         free = count_strips(meta, latent, None, [3, 2])
-        for budget in (free // 2, free // 6):
-            assert count_strips(meta, latent, budget, [3, 2]) <= budget
+        for budget, chunks in ((free // 2, [3, 2]), (free // 6, [3])):
+            assert count_strips(meta, latent[:, :, : sum(chunks)], budget, chunks) <= budget
 
     def test_81_frames_of_1360_x_768_fit_into_6_gb(self):
         """The released VAE's shapes, in bf16: without a limit it takes many times that."""
         vae = build_released("meta", torch.bfloat16)
         latent = torch.empty(1, 16, 5, 96, 170, dtype=torch.bfloat16, device="meta")
-        assert count_strips(vae, latent, None, [3, 2]) > 12e9
+        assert count_strips(vae, latent[:, :, :3], None, [3]) > 12e9
         assert count_strips(vae, latent, 6_000_000_000, [3, 2]) < 6e9
 
 

@@ -48,10 +48,11 @@ def links(text: str) -> list[str]:
 
 
 def leads_to(page: str, target: str) -> str:
-    """Return where a link of a page leads: an address as it is, a file from the root."""
+    """Return where a link leads: an address as it is, a file from the root, a chapter to its own page."""
     if target.startswith("https://"):
         return target
-    return posixpath.normpath(posixpath.join(posixpath.dirname(page), target.partition("#")[0]))
+    file = target.partition("#")[0]
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), file)) if file else page
 
 
 def test_the_english_words_are_those_that_the_nodes_declare(pack):
