@@ -29,6 +29,7 @@ _UNUSED = {
 
 def import_pipeline(root: Path) -> types.ModuleType:
     """Import ``pipeline_cogvideox_fun_inpaint`` of a checkout; ``transformer`` and ``vae`` on it are its classes."""
+    _forget()
     for name in _PACKAGES:
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")))]
@@ -46,9 +47,13 @@ def import_pipeline(root: Path) -> types.ModuleType:
         pipeline.transformer, pipeline.vae = transformer, vae
         return pipeline
     finally:
-        # Both checkouts have packages of these names.
-        for name in [name for name in sys.modules if name.split(".")[0] == "videox_fun"]:
-            del sys.modules[name]
+        _forget()
+
+
+def _forget():
+    """Both checkouts have packages of these names."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "videox_fun"]:
+        del sys.modules[name]
 
 
 def build_pipeline(root: Path, checkpoint: Path, scheduler: str = "DDIMScheduler", **config):
