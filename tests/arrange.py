@@ -51,7 +51,7 @@ HEIGHTS = {
     "VAEDecode": 46,
     "CogVideoX15Attention": 130,
     "CogVideoX15Cache": 372,
-    "CogVideoX15Compile": 198,
+    "CogVideoX15Compile": 182,
     "CogVideoX15ContextWindows": 200,
     "CogVideoX15Extend": 152,
     "CogVideoX15JoinClips": 100,

@@ -55,10 +55,7 @@ class Compiled:
     def text(self) -> str:
         """How the blocks are compiled, in words."""
         sizes = "once for all sizes" if self.dynamic else "anew for each size and length"
-        return (
-            f"torch.compile ({self.mode}), {sizes}; the first step waits for it, often a minute or two, and the "
-            "sampler says how long"
-        )
+        return f"torch.compile ({self.mode}), {sizes}; the first step waits for it, often a minute or two"
 
 
 def missing_compiler(device: torch.device) -> str | None:
