@@ -318,6 +318,11 @@ const commands = {
     })
   },
 
+  // Waits for the pictures on a node, which come after what ran has ended.
+  async pictures({ type }) {
+    await page.waitForFunction((type) => window.app.graph.nodes.find((node) => node.type === type).imgs?.length, type)
+  },
+
   // The error as the side panel has it, opened from the box of errors, with what its (i) buttons tell.
   async error_details() {
     await page.getByTestId('error-overlay-see-errors').click()

@@ -66,6 +66,7 @@ def test_what_nodes_show_lies_inside_them_after_the_first_run_and_the_second(pag
         samples = any(node["type"] in SAMPLERS for node in page.graph())
         assert (seen["previews"] >= 1) == samples
         page.video()
+        page.pictures(type="CogVideoX15BlackFrameCheck")
         page.screenshot(path=shots / f"{name}_run_{steps}.png")
         graph = page.graph()
         check_apart(graph)
