@@ -49,7 +49,7 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
     assert ours.weights.precision.dtype == half
     # Over many clips: a single one's error is that of a few hundred roundings, and varies by a fifth either way.
     errors = {"decode": [0.0, 0.0], "encode": [0.0, 0.0]}
-    for seed in range(12):
+    for seed in range(9):
         generator = torch.Generator().manual_seed(seed)
         latents, clip = torch.randn(1, 16, 3, 2, 4, generator=generator), torch.rand(9, 16, 32, 3, generator=generator)
         pixels = 2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0
