@@ -60,8 +60,8 @@ endif
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)"
-	# torch is compiled by importing it while the rest is installed.
 	$(RUN) -m tests.requirements >$(VENV)/requirements.txt
+	# torch is compiled by importing it while the rest is installed.
 	$(RUN) -W ignore -c "import torch" & \
 		$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r $(VENV)/requirements.txt && wait
 	touch $@

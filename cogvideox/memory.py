@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 #: Bytes beside the weights with which 1360x768x81 is sampled, and decoded at nearly full speed; less works too.
 WANTED_BYTES = 8 * 10**9
-#: Latents of the whole clip that the loop of a run has, in the model's dtype.
-_LATENTS_HELD = 5
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,7 @@ def plan_memory(
     if len(windows) > 1:
         # The loop holds the whole clip, and blends it and its preview in fp32.
         outside = (length - windows[0].stop) * weights.precision.activations.itemsize
-        more = (
-            _LATENTS_HELD * channels * outside
-            + (config["in_channels"] - channels) * outside
-            + 3 * 4 * channels * length
-        )
+        more = _held_channels(config) * outside + 3 * 4 * channels * length
         activations, halved = (held + batch * prod(size) * more for held in (activations, halved))
     packed = [torch.Size(stored.shape).numel() for stored in tensors.values() if stored.is_packed]
     if packed:
@@ -224,6 +218,12 @@ def memory_text(model: "Model", shape: tuple[int, ...] | None = None, guided: bo
     return f"memory to sample {size}: {plan_memory(model, shape, guided, parts=parts).text}"
 
 
+def _held_channels(config: Mapping) -> int:
+    """Count the channels of the whole clip that the loop of a run has, in the model's dtype, beside what it evaluates:
+    the noise, what it began with, the latents of now and next, and what the model reads."""
+    return 4 * LATENT_CHANNELS + config["in_channels"]
+
+
 def step_bytes(
     config: Mapping,
     precision: Precision,
@@ -270,9 +270,7 @@ def step_bytes(
         return_dict=False,
     )
     given = sum(tensor.nbytes for tensor in tree_leaves(inputs) if torch.is_tensor(tensor))
-    # Beside them the loop has the noise, what it began with, the latents of now and next, and what is read beside them.
-    held = _LATENTS_HELD * LATENT_CHANNELS + config["in_channels"] - LATENT_CHANNELS
-    loop = batch * held * length * height * width * dtype.itemsize
+    loop = batch * _held_channels(config) * length * height * width * dtype.itemsize
     with torch.no_grad(), LiveBytes() as mode, FusedAttention():
         module(**inputs)
     return mode.peak + given + loop + exchanged

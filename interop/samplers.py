@@ -356,14 +356,18 @@ class Samplers(Loaders):
 
     def own_size(self, sampler: Node) -> tuple[dict, dict]:
         """The width and height that an old sampler had itself, as values and, where they came over links, as wires."""
+        names = ("height", "width") if self.is_flipped(sampler) else ("width", "height")
+        return self.sides(sampler, names, (720, 480))
+
+    def sides(self, node: Node, names: tuple[str, str], usual: tuple[int, int]) -> tuple[dict, dict]:
+        """The width and height that a node has under these names, or else the usual ones, as values and, where they
+        came over links, as wires."""
         values, wires = {}, {}
-        flipped = self.is_flipped(sampler)
-        for side, usual in zip(("width", "height"), (720, 480), strict=True):
-            name = {"width": "height", "height": "width"}[side] if flipped else side
-            wire = sampler.wires.get(side)
-            self.settled.add((sampler.id, side))
-            known = sampler.values.get(name, usual) if wire is None else self.constant(wire)
-            values[side], fits = self.side(sampler, side, known, usual)
+        for side, name, default in zip(("width", "height"), names, usual, strict=True):
+            wire = node.wires.get(side)
+            self.settled.add((node.id, side))
+            known = node.values.get(name, default) if wire is None else self.constant(wire)
+            values[side], fits = self.side(node, side, known, default)
             if wire is not None and fits:
                 wires[side] = self.resolve(wire)
         return values, wires

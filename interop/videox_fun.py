@@ -391,15 +391,8 @@ class VideoXFun(Samplers):
         return {"width": width, "height": height}, {"width": Wire(size.id, 0), "height": Wire(size.id, 1)}
 
     def _given_size(self, node: Node) -> tuple[dict, dict]:
-        values, wires = {}, {}
-        for side in ("width", "height"):
-            usual, wire = KINDS["CogVideoX15Inpaint"].input(side).default, node.wires.get(side)
-            self.settled.add((node.id, side))
-            known = node.values.get(side, usual) if wire is None else self.constant(wire)
-            values[side], fits = self.side(node, side, known, usual)
-            if wire is not None and fits:
-                wires[side] = self.resolve(wire)
-        return values, wires
+        kind = KINDS["CogVideoX15Inpaint"]
+        return self.sides(node, ("width", "height"), (kind.input("width").default, kind.input("height").default))
 
     def _base(self, node: Node) -> int:
         base = self.constant(node.wires.get("base_resolution"))

@@ -193,6 +193,16 @@ class TestAsAWhole:
         of(nodes, "CogVideoX15EmptyLatent")["length"] = 33
         assert "8N+5" in self.only(errors, nodes)[2]
 
+    def runs_in_pairs(self, errors, old, checkpoint, folder):
+        """A workflow, migrated, has no error with that checkpoint, and one with a length that is not whole pairs."""
+        (folder / "old.json").write_text(json.dumps(old.api()))
+        migrate_workflow(folder / "old.json", folder / "new.json")
+        nodes = json.loads((folder / "new.json").read_text())
+        of(nodes, "CogVideoX15ModelLoader")["model"] = str(checkpoint)
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15Inpaint")["length"] = 17
+        assert "8N+5" in self.only(errors, nodes)[2]
+
     @pytest.mark.parametrize("use", ["images", "text"])
     def test_a_migrated_graph_of_fun_can_run(self, errors, graph, checkpoints, tmp_path, use):
         graph()
@@ -200,26 +210,14 @@ class TestAsAWhole:
         w.change("loader", model="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP")
         w.change("sampler", num_frames=9)
         w.change("resize" if use == "images" else "size", width=160, height=96)
-        (tmp_path / "old.json").write_text(json.dumps(w.api()))
-        migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
-        nodes = json.loads((tmp_path / "new.json").read_text())
-        of(nodes, "CogVideoX15ModelLoader")["model"] = str(checkpoints("fun-inp"))
-        assert errors(nodes) == []
-        of(nodes, "CogVideoX15Inpaint")["length"] = 17
-        assert "8N+5" in self.only(errors, nodes)[2]
+        self.runs_in_pairs(errors, w, checkpoints("fun-inp"), tmp_path)
 
     def test_a_migrated_graph_of_videox_fun_can_run(self, errors, graph, checkpoints, tmp_path):
         graph()
         w = fun_workflows.image_to_video()
         w.add("ImageScale", "scale", image=("picture", 0), width=160, height=96)
         w.change("sampler", start_img=("scale", 0), base_resolution=128, video_length=9)
-        (tmp_path / "old.json").write_text(json.dumps(w.api()))
-        migrate_workflow(tmp_path / "old.json", tmp_path / "new.json")
-        nodes = json.loads((tmp_path / "new.json").read_text())
-        of(nodes, "CogVideoX15ModelLoader")["model"] = str(checkpoints("fun-inp"))
-        assert errors(nodes) == []
-        of(nodes, "CogVideoX15Inpaint")["length"] = 17
-        assert "8N+5" in self.only(errors, nodes)[2]
+        self.runs_in_pairs(errors, w, checkpoints("fun-inp"), tmp_path)
 
     def test_a_mask_without_a_video(self, errors, graph):
         nodes = graph("text_to_video", "fun-inp")
