@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from cogvideox.languages import places, read_catalogue
@@ -143,6 +144,7 @@ LIBRARIES = (
 )
 
 
+@cache
 def templates() -> dict[str, list[str]]:
     """Read every template, and the files that say it."""
     found: dict[str, list[str]] = {}
