@@ -31,6 +31,7 @@ def pytest_collection_finish():
     # Some million objects of torch, transformers and the tests live to the end: a collection need not look at them.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
