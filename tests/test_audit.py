@@ -5,8 +5,6 @@ import gc
 import json
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 from bisect import bisect_left
@@ -24,7 +22,7 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint import audit
 from cogvideox.checkpoint.audit import WeightAudit, scan_weights
 from cogvideox.checkpoint.headers import StoredTensor, read_header
-from tests.conftest import ROOT
+from tests.helpers import run_apart
 
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 TARGETS = (torch.float16, torch.bfloat16, torch.float32)
@@ -467,9 +465,7 @@ before = peak_kilobytes()
 audited = scan_weights({"w": StoredTensor(file, torch.float32, (size // 4,), 0, size)}, torch.bfloat16)
 print(audited.values, peak_kilobytes() - before)
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "weights"), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    values, grown = map(int, done.stdout.split())
+    values, grown = map(int, run_apart(script, tmp_path / "weights", size).split())
     assert values == size // 4
     assert grown * 1024 < 60e6
 

@@ -1,20 +1,17 @@
 """Mutated inputs, the same ones each time: each works, or gets a sentence of the project's own. ``make fuzz`` tries
 many more."""
 
-import faulthandler
 import json
 import os
 import runpy
 import subprocess
 import sys
-import traceback
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers import forked
 
 FUZZ = ROOT / "tests" / "fuzz"
 pytestmark = pytest.mark.skipif(
@@ -70,33 +67,13 @@ core.reproduce("planted", 1, 3)
 
 
 def run(act, *arguments, work):
-    """Call ``act`` as a script with arguments, in a fork of this process, which has imported torch and diffusers
-    already."""
-    work.mkdir(exist_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        with suppress(BaseException), ExitStack() as stack:
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                file = stack.enter_context(open(work / name, "w", encoding="utf-8", errors="replace"))
-                os.dup2(file.fileno(), number)
-                setattr(sys, name, file)
-            faulthandler.disable()
-            os.chdir(ROOT)
-            os.environ["FUZZ_WORK"] = str(work)
-            sys.argv, code = list(map(str, arguments)), 0
-            try:
-                act()
-            except SystemExit as ended:
-                code = ended.code
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            stack.close()
-            os._exit(code)
-        os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    stdout, stderr = ((work / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
-    return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+    """Call ``act`` as a script with arguments, in a fork of this process."""
+
+    def working():
+        os.environ["FUZZ_WORK"] = str(work)
+        act()
+
+    return forked(working, *arguments)
 
 
 def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
