@@ -1,6 +1,24 @@
 """What several test modules call."""
 
+import ctypes
+import faulthandler
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import torch
+
 import generate
+
+ROOT = Path(__file__).parent.parent
+_C = None if sys.platform == "win32" else ctypes.CDLL(None)
+#: Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 CLASSES = {
     "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
@@ -33,3 +51,59 @@ def inside(module):
                 list(value) if key.startswith("_") and "hook" in key and hasattr(value, "__iter__") else id(value)
             )
     return kept
+
+
+def forked(act: Callable[[], object], *arguments) -> subprocess.CompletedProcess:
+    """Call ``act`` as the program of a process of its own: a fork of this one, which has imported torch, diffusers and
+    more already. What is freed and kept for later is given back first: the fork would take from it unseen."""
+    if hasattr(_C, "malloc_trim"):
+        _C.malloc_trim(0)
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place) / name for name in ("stdout", "stderr")]
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                _become(act, list(map(str, arguments)), files)
+            os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text("utf-8", "replace") for file in files))
+
+
+def _become(act: Callable[[], object], arguments: list[str], files: list[Path]) -> None:
+    """Do in a fork what ``forked`` is asked for, to its end."""
+    with ExitStack() as stack:
+        for number, (name, path) in enumerate(zip(("stdout", "stderr"), files, strict=True), 1):
+            file = stack.enter_context(open(path, "w", encoding="utf-8", errors="replace"))
+            os.dup2(file.fileno(), number)
+            setattr(sys, name, file)
+        # pytest's own would tell of a crash that is meant.
+        faulthandler.disable()
+        # Threads of OpenMP do not come with a fork.
+        torch.set_num_threads(1)
+        if hasattr(_C, "mallopt"):
+            # What is freed goes back at once, as in a process that has freed nothing large before.
+            _C.mallopt(_M_MMAP_THRESHOLD, 1 << 17)
+            _C.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
+        sys.argv, code = arguments, 0
+        os.chdir(ROOT)
+        try:
+            act()
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    os._exit(code)
+
+
+def run_apart(script: str, *arguments) -> str:
+    """What a script prints that measures the memory of its process: on Linux a fork of this one, elsewhere a new
+    one."""
+    if sys.platform == "linux":
+        done = forked(lambda: exec(script, {}), "-c", *arguments)
+    else:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    print("APART", done.stdout)
+    return done.stdout

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvideox.black_frames import BlackFrameReport, BlackVideoError, check_black_frames, enforce, frame_ranges
-from tests.conftest import ROOT
+from tests.helpers import run_apart
 from tests.told import Told
 
 WIDTH, HEIGHT = 32, 24
@@ -208,8 +207,7 @@ before = peak_kilobytes()
 check_black_frames(images.expand(60, -1, -1, -1))
 print(peak_kilobytes() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(done.stdout) * 1024 < 16e6
+    assert int(run_apart(script)) * 1024 < 16e6
 
 
 @pytest.mark.parametrize("action", ["stop", "warn", "pass"])

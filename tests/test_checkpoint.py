@@ -4,8 +4,6 @@ dtype."""
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,8 +20,8 @@ from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
 from tests import layouts
-from tests.conftest import CPU, ROOT
-from tests.helpers import CLASSES
+from tests.conftest import CPU
+from tests.helpers import CLASSES, run_apart
 from tests.tiny_checkpoint import build_checkpoint, build_text_encoder
 from tests.told import Told
 
@@ -134,9 +132,7 @@ print(json.dumps([peak, sum(weights.values())]))
         layouts.write_sparse(big / file, {name: state[name] for name in names})
     where = {name: file for file, names in shards.items() for name in names}
     (big / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    command = [sys.executable, "-c", script, tmp_path / "big", tmp_path / "small"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    peak, weights = json.loads(done.stdout)
+    peak, weights = json.loads(run_apart(script, tmp_path / "big", tmp_path / "small"))
     assert weights > 250e6
     assert peak < 1.15 * weights
 

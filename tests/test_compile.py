@@ -50,6 +50,16 @@ def graphs(use_backend):
     return captured
 
 
+@pytest.fixture
+def inductor():
+    """Inductor itself. Which vector instructions there are is not tried out: that takes longer than the kernels, which
+    are plain C++ without them."""
+    if missing_compiler(CPU.device) is not None:
+        pytest.skip("no C++ compiler")
+    with torch._inductor.config.patch("cpp.vec_isa_ok", False):
+        yield
+
+
 def run(model, prompts, compiled=None, said=None, shape=SHAPE, healed=None, **settings):
     settings = dict(seed=1, steps=3) | settings
     said = [] if said is None else said
@@ -168,10 +178,8 @@ class TestTogether:
             assert sum("_scaled_mm" in target for target in targets) == 6
 
     @pytest.mark.parametrize("method", ["int8_dynamic", "fp8_dynamic"])
-    def test_a_real_compiler_takes_it_too(self, method):
+    def test_a_real_compiler_takes_it_too(self, inductor, method):
         dtype = torch.int8 if method == "int8_dynamic" else torch.float8_e4m3fn
-        if missing_compiler(CPU.device) is not None:
-            pytest.skip("no compiler")
         weight, bias = DynamicWeight(*quantize_rows(torch.randn(64, 32), dtype)), torch.randn(64).bfloat16()
         x = torch.randn(1, 40, 32).bfloat16()
         ours = torch.compile(weight.__call__, fullgraph=True)(x, bias)
@@ -299,8 +307,7 @@ class TestHealing:
         assert "run again without compiled code it is finite" in healed[0]
 
 
-@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="no C++ compiler")
-def test_what_inductor_makes_is_within_the_dtypes_rounding(model, prompts):
+def test_what_inductor_makes_is_within_the_dtypes_rounding(model, prompts, inductor):
     plain, said = run(model, prompts), []
     ours = run(model, prompts, Compiled(), said)
     assert any(text.startswith("Compiled in") for text in said)

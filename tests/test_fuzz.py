@@ -3,6 +3,7 @@ many more."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers import forked
 
 FUZZ = ROOT / "tests" / "fuzz"
 pytestmark = pytest.mark.skipif(
@@ -64,20 +66,23 @@ core.reproduce("planted", 1, 3)
 """
 
 
-def run(*arguments, work, **environment):
-    environment = {**os.environ, "FUZZ_WORK": str(work), **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+def run(act, *arguments, work):
+    """Call ``act`` as a script with arguments, in a fork of this process."""
+
+    def working():
+        os.environ["FUZZ_WORK"] = str(work)
+        act()
+
+    return forked(working, *arguments)
 
 
 def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
-    done = run(FUZZ / "run.py", "fuzz", "--count", 5, "--seed", 7, "--within", 45, work=tmp_path)
+    script = FUZZ / "run.py"
+    done = run(
+        lambda: runpy.run_path(str(script), run_name="__main__"),
+        *(script, "fuzz", "--count", 5, "--seed", 7, "--within", 45),
+        work=tmp_path,
+    )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     targets = {file.stem for file in (FUZZ / "targets").glob("*.py") if "def case(" in file.read_text(encoding="utf-8")}
     results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*.json")]
@@ -91,7 +96,7 @@ def test_no_mutated_input_gets_past_the_projects_own_sentences(tmp_path):
 
 def test_the_harness_finds_what_is_planted(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
-    done = run("-c", HARNESS, FUZZ, tmp_path, work=tmp_path / "work")
+    done = run(lambda: exec(HARNESS, {}), "-c", FUZZ, tmp_path, work=tmp_path / "work")
     found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
     wanted = [
         "works",
@@ -112,5 +117,11 @@ def test_the_harness_finds_what_is_planted(tmp_path):
     assert found == [[index, {kind: 1}] for index, kind in enumerate(wanted)], done.stderr[-2000:]
     assert "KeyError: 'a'" in done.stderr
     assert done.stdout.splitlines()[-1] == "raw"
-    table = run(FUZZ / "run.py", "table", work=tmp_path / "work").stdout.splitlines()
+    table = subprocess.run(
+        [sys.executable, str(FUZZ / "run.py"), "table"],
+        cwd=ROOT,
+        env={**os.environ, "FUZZ_WORK": str(tmp_path / "work")},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
     assert table[1].startswith("planted.1 | 1 | ")

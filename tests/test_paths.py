@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from cogvideox.text import encode_prompt
 from interop.check import fix_config
 from tests import layouts
 from tests.conftest import CPU, ROOT
+from tests.helpers import forked
 
 #: Signs of many alphabets, one outside the 16-bit ones, spaces, and what shells, URLs, globs and ffmpeg's own names
 #: give a meaning to.
@@ -117,10 +119,20 @@ class TestAFolderOfAnyName:
 class TestAConsoleOfFewSigns:
     @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
     def test_shows_what_it_can(self, source, encoding):
+        """The check, which needs torch, in a fork with the streams of such a console, where there are forks."""
         environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+
+        def check():
+            sys.stdout.reconfigure(encoding=encoding, errors="strict")
+            sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+            runpy.run_path("generate.py", run_name="__main__")
+
         for arguments in (["--help"], ["--check", str(source[0]), "--dtype", "fp16"]):
-            command = [sys.executable, "generate.py", *arguments]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding=encoding)
+            if os.name == "posix" and arguments[0] == "--check":
+                done = forked(check, "generate.py", *arguments)
+            else:
+                command = [sys.executable, "generate.py", *arguments]
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding=encoding)
             assert "Traceback" not in done.stderr
             assert done.returncode in (0, 1, generate.MISMATCH_STATUS)
             assert len(done.stdout + done.stderr) > 100

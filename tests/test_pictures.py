@@ -1,8 +1,5 @@
 """Images and clips that come in are fitted as core's nodes fit them, and what was changed is said."""
 
-import subprocess
-import sys
-
 import numpy
 import pytest
 import torch
@@ -12,7 +9,7 @@ from PIL import Image
 
 from cogvideox import pictures
 from cogvideox.pictures import check_images, fit_grid, fit_length, fit_size
-from tests.conftest import ROOT
+from tests.helpers import run_apart
 
 
 @pytest.mark.parametrize(
@@ -129,9 +126,8 @@ check_images(images.repeat(1, 1, 1, 1), "images")
 check_images(images[:1].expand(100, -1, -1, -1), "images")
 print(peak_kilobytes() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     # One copy of two frames, made above, and little else: the second clip is of 1.25 GB.
-    assert int(done.stdout) * 1024 < 64e6
+    assert int(run_apart(script)) * 1024 < 64e6
 
 
 def test_sizes_that_no_machine_has_are_refused_in_time():

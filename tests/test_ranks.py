@@ -110,11 +110,11 @@ class Told(Events):
 
 
 def run(model, team=None, **more):
-    """A short run of 32 tokens of video, and of 226 of text, which two processes can share equally and four cannot; in
+    """A short run of 32 tokens of video, and of 10 of text, which two processes can share equally and four cannot; in
     context windows, of 48 and 32 tokens of video."""
     latents = torch.zeros(1, 16, 3 if model.windows is None else 8, 8, 8)
     how = dict(seed=1, steps=4, events=Told()) | more
-    return sample(model, *draw_prompts(), latents, team=team, **how)
+    return sample(model, *draw_prompts(10), latents, team=team, **how)
 
 
 @contextmanager
@@ -220,9 +220,9 @@ def rows_are_alike():
     torch.set_num_threads(1)
     try:
         for dtype, (wide, narrow) in product((torch.float32, torch.float16), ((256, 1024), (1024, 256), (256, 256))):
-            tokens, weights = torch.randn(1, 258, wide).to(dtype), torch.randn(narrow, wide).to(dtype)
+            tokens, weights = torch.randn(1, 58, wide).to(dtype), torch.randn(narrow, wide).to(dtype)
             whole = functional.linear(tokens, weights)
-            for rows in (129, 65, 16, 8):
+            for rows in (42, 29, 21, 16, 11, 10, 8, 5, 3):
                 if not torch.equal(functional.linear(tokens[:, :rows].contiguous(), weights), whole[:, :rows]):
                     return False
         return True

@@ -236,7 +236,7 @@ def _alarm(*_):
     wall, cpu = time.monotonic() - _case_start[0], time.process_time() - _case_start[1]
     if cpu >= HANG or cpu < 0.02 * wall or wall > 8 * HANG:
         raise Hang(f"{wall:.0f} s, of the processor {cpu:.1f} s")
-    signal.alarm(HANG // 2)
+    signal.alarm(max(HANG // 2, 1))
 
 
 def _child(target, state, seed, indices, pipe) -> None:
