@@ -82,6 +82,12 @@ def use_backend(monkeypatch):
 
 @pytest.fixture(scope="session")
 def prompts():
+    """Short ones, which all variants but 2b and 5b-i2v run with."""
+    return draw_prompts(8)
+
+
+@pytest.fixture(scope="session")
+def long_prompts():
     return draw_prompts()
 
 

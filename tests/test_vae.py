@@ -68,10 +68,10 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
 @settings(max_examples=8, deadline=None)
 @given(
     length=st.integers(1, 5),
-    height=st.integers(1, 7),
-    width=st.integers(1, 5),
-    strip=st.sampled_from([1, 10_000, 100_000, 1 << 30]),
-    budget=st.sampled_from([None, 0, 300_000, 3_000_000]),
+    height=st.integers(1, 4),
+    width=st.integers(1, 3),
+    strip=st.sampled_from([1, 10_000, 50_000, 1 << 30]),
+    budget=st.sampled_from([None, 0, 100_000, 1_000_000]),
     least=st.sampled_from([0, 1000, 1 << 60]),
     seed=st.integers(0, 9),
 )
