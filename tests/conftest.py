@@ -103,7 +103,7 @@ def inputs():
     generator = torch.Generator().manual_seed(6)
     return dict(
         hidden_states=torch.randn(1, 2, 16, 6, 10, generator=generator),
-        encoder_hidden_states=torch.randn(1, 226, TEXT_WIDTH, generator=generator),
+        encoder_hidden_states=torch.randn(1, 8, TEXT_WIDTH, generator=generator),
         timestep=torch.tensor([500]),
         image_rotary_emb=None,
         return_dict=False,
