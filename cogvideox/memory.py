@@ -1,7 +1,7 @@
 """What a run will take on a device, known from shapes alone, and what of it fits."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .choices import GPU, MODES
 from .dtypes import Precision
@@ -269,7 +268,7 @@ def step_bytes(
         image_rotary_emb=None if rotary is None else tuple(table.to(meta) for table in rotary),
         return_dict=False,
     )
-    given = sum(tensor.nbytes for tensor in tree_leaves(inputs) if torch.is_tensor(tensor))
+    given = sum(tensor.nbytes for tensor in _tensors(inputs.values()))
     loop = batch * _held_channels(config) * length * height * width * dtype.itemsize
     with torch.no_grad(), LiveBytes() as mode, FusedAttention():
         module(**inputs)
@@ -303,6 +302,15 @@ def _run_a_part(module: internals.LibraryModule, parts: int) -> None:
     module.proj_out.register_forward_hook(leave)
 
 
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among what an operation takes or gives, those in lists too: it knows no other nests."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make under it while they live, on any device, the meta device
     too.
@@ -320,9 +328,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not self.paused:
-            given = {internals.storage_id(tensor) for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
-            for tensor in tree_leaves(result):
-                if torch.is_tensor(tensor) and internals.storage_id(tensor) not in given:
+            given = {internals.storage_id(tensor) for tensor in _tensors((*args, *(kwargs or {}).values()))}
+            for tensor in _tensors((result,)):
+                if internals.storage_id(tensor) not in given:
                     storage = tensor.untyped_storage()
                     given.add(internals.storage_id(tensor))
                     self.live += storage.nbytes()

@@ -5,9 +5,10 @@ the official repository zai-org/CogVideo (Apache-2.0); of CogVideoX-Fun-V1.5-5b-
 of VOID Netflix/void-model (Apache-2.0).
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -247,10 +248,15 @@ def foreign_inputs(config: Mapping) -> str | None:
 
 def full_config(config: Mapping) -> Mapping:
     """Fill a transformer's config with the defaults of its class, as old releases leave fields out."""
+    return {name: config.get(name, default) for name, default in _defaults().items()}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of the transformer's class; a run asks for them a dozen times."""
     import inspect
 
     from diffusers import CogVideoXTransformer3DModel
 
     parameters = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {name: config.get(name, default) for name, default in defaults.items()}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}

@@ -227,5 +227,5 @@ LAYOUTS = {
 def latents(opened):
     """Sample two steps of one video with whatever layout was opened."""
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randn(1, 226, TEXT_WIDTH, generator=generator) for _ in range(2)]
+    prompts = [torch.randn(1, 8, TEXT_WIDTH, generator=generator) for _ in range(2)]
     return sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=1, steps=2)

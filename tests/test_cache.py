@@ -27,7 +27,7 @@ from tests import layouts
 from tests.conftest import CPU
 from tests.helpers import inside
 from tests.reference import draw_beside, draw_prompts, reference_latents
-from tests.tiny_checkpoint import LAYERS, TEXT_WIDTH
+from tests.tiny_checkpoint import LAYERS
 from tests.told import Told
 
 STEPS, SHAPE = 8, (1, 16, 4, 4, 6)
@@ -54,6 +54,18 @@ def run(model, prompts, cache=None, said=None, healed=None, step=None, **setting
     )
     found = re.search(r"skipped (?:the attention of )?(\d+) of (\d+) block evaluations", said[-1])
     return result, found and tuple(map(int, found.groups()))
+
+
+@pytest.fixture(scope="module")
+def plain(model, prompts):
+    """The latents without a cache."""
+    return run(model, prompts)[0]
+
+
+@pytest.fixture(scope="module")
+def cached(model, prompts):
+    """``cached(method)``: latents and counts with a cache in the most of a run."""
+    return functools.cache(lambda method: run(model, prompts, Cache(method, 0.5, 0.2, 1.0)))
 
 
 class TestReference:
@@ -130,22 +142,27 @@ class TestStrength:
 
     @pytest.mark.parametrize("method", CACHES)
     @pytest.mark.parametrize("unchanged", [Cache(strength=0.0), Cache(strength=1.0, start=0.5, end=0.5)])
-    def test_at_0_or_in_no_range_nothing_is_skipped_and_nothing_changes(self, model, prompts, method, unchanged):
-        plain, _ = run(model, prompts)
+    def test_at_0_or_in_no_range_nothing_is_skipped_and_nothing_changes(self, model, prompts, plain, method, unchanged):
         cache, said = Cache(method, unchanged.strength, unchanged.start, unchanged.end), []
         ours, counted = run(model, prompts, cache, said)
         assert torch.equal(ours, plain)
         assert counted == (0, STEPS * LAYERS) if cache.strength else "nothing is skipped" in said[-1]
 
-    @pytest.mark.parametrize("method", CACHES)
-    def test_outside_start_and_end_every_step_is_evaluated_in_full(self, model, prompts, method):
-        seen = {}
-        for cache in (None, Cache(method, 1.0, 0.5, 1.0)):
+    @pytest.fixture(scope="class")
+    def steps(self, model, prompts):
+        """``steps(cache)``: the predicted clean latents of each step."""
+
+        @functools.cache
+        def steps(cache):
             latents = []
-            run(model, prompts, cache, step=lambda done, total, clean, latents=latents: latents.append(clean))
-            seen[cache] = latents
-        plain, cached = seen.values()
-        equal = [torch.equal(*pair) for pair in zip(plain, cached, strict=True)]
+            run(model, prompts, cache, step=lambda done, total, clean: latents.append(clean))
+            return latents
+
+        return steps
+
+    @pytest.mark.parametrize("method", CACHES)
+    def test_outside_start_and_end_every_step_is_evaluated_in_full(self, steps, method):
+        equal = [torch.equal(*pair) for pair in zip(steps(None), steps(Cache(method, 1.0, 0.5, 1.0)), strict=True)]
         # first_block may take a step or two until it skips.
         assert equal[:4] == [True] * 4
         assert not equal[-1]
@@ -184,8 +201,7 @@ class TestStrength:
 
 class TestTraces:
     @pytest.mark.parametrize("method", CACHES)
-    def test_afterwards_the_module_is_as_it_was_and_a_second_run_equals_the_first(self, model, prompts, method):
-        plain, _ = run(model, prompts)
+    def test_afterwards_the_module_is_as_it_was_and_a_second_run_equals_the_first(self, model, prompts, plain, method):
         module = model.weights._module
         before, weights = inside(module), {name: value.clone() for name, value in module.state_dict().items()}
         first, counted = run(model, prompts, Cache(method))
@@ -200,8 +216,7 @@ class TestTraces:
         assert torch.equal(run(model, prompts)[0], plain)
 
     @pytest.mark.parametrize("method", CACHES)
-    def test_an_interrupted_run_leaves_nothing_either(self, model, prompts, method):
-        plain, _ = run(model, prompts)
+    def test_an_interrupted_run_leaves_nothing_either(self, model, prompts, plain, method):
         before = inside(model.weights._module)
 
         def stop(done, *_):
@@ -224,65 +239,93 @@ class TestTraces:
 class TestTogether:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     @pytest.mark.parametrize("method", CACHES)
-    def test_every_dtype(self, deep, model, prompts, method, dtype):
+    def test_every_dtype(self, deep, prompts, cached, method, dtype):
         """fp16 is range-safe here."""
-        expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
+        expected, counted = cached(method)
         ours, ours_counted = run(open_handles(deep, dtype, CPU).model, prompts, Cache(method, 0.5, 0.2, 1.0))
         assert ours_counted == counted
         assert (ours - expected).norm() < 0.02 * expected.norm()
 
+    @pytest.fixture(scope="class")
+    def packed(self, model, prompts, tmp_path_factory):
+        """``packed(kind)``: the model with packed weights, and its latents without a cache."""
+
+        @functools.cache
+        def packed(kind):
+            folder = tmp_path_factory.mktemp("packed")
+            with model.weights.running() as module:
+                tensors = module.state_dict()
+            if kind == "fp8":
+                small = {
+                    name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+                    for name, value in tensors.items()
+                }
+                path = layouts.write_file(folder / "model.safetensors", small)
+            else:
+                path = layouts.write_gguf(folder / "model.gguf", tensors, "Q8_0")
+            own = open_handles(path, "fp32", CPU).model
+            return own, run(own, prompts)[0]
+
+        return packed
+
     @pytest.mark.parametrize("method", CACHES)
-    @pytest.mark.parametrize("packed", ["fp8", "gguf"])
-    def test_packed_weights(self, deep, prompts, tmp_path, method, packed):
-        state = open_handles(deep, "fp32", CPU).model.weights
-        with state.running() as module:
-            tensors = {name: value.clone() for name, value in module.state_dict().items()}
-        if packed == "fp8":
-            small = {
-                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-                for name, value in tensors.items()
-            }
-            path = layouts.write_file(tmp_path / "model.safetensors", small)
-        else:
-            path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
-        model = open_handles(path, "fp32", CPU).model
-        plain, _ = run(model, prompts)
+    @pytest.mark.parametrize("kind", ["fp8", "gguf"])
+    def test_packed_weights(self, packed, prompts, method, kind):
+        model, plain = packed(kind)
         ours, (skipped, _) = run(model, prompts, Cache(method))
         assert skipped > 0
         assert 0 < (ours - plain).norm() < 0.2 * plain.norm()
 
+    @pytest.fixture(scope="class")
+    def other(self, checkpoints):
+        """``other(variant)``: what that model is run with, and its latents without a cache."""
+
+        @functools.cache
+        def other(variant):
+            model = open_handles(checkpoints(variant), "fp32", CPU).model
+            prompts, image = draw_prompts(226 if variant == "2b" else 8), draw_beside(variant, SHAPE)
+            return model, prompts, image, run(model, prompts, image_latents=image)[0]
+
+        return other
+
     @pytest.mark.parametrize("method", CACHES)
     @pytest.mark.parametrize("variant", ["1.5-i2v", "fun-inp", "void", "2b"])
-    def test_the_other_models(self, checkpoints, method, variant):
-        model = open_handles(checkpoints(variant), "fp32", CPU).model
-        prompts = [torch.randn(1, 226, TEXT_WIDTH) for _ in range(2)]
-        image = draw_beside(variant, SHAPE)
-        plain, _ = run(model, prompts, image_latents=image)
+    def test_the_other_models(self, other, method, variant):
+        model, prompts, image, plain = other(variant)
         ours, (skipped, _) = run(model, prompts, Cache(method), image_latents=image)
         assert skipped > 0
         assert 0 < (ours - plain).norm() < 0.2 * plain.norm()
 
-    @pytest.mark.parametrize("method", CACHES)
-    def test_a_lora_of_every_layer(self, model, prompts, tmp_path, method):
-        """It is part of what is cached: where nothing is skipped, nothing changes."""
-        tensors = {}
+    @pytest.fixture(scope="class")
+    def changed(self, model, prompts, tmp_path_factory):
+        """The model with a LoRA of every layer, and its latents without a cache."""
+        path, tensors = tmp_path_factory.mktemp("lora") / "lora.safetensors", {}
         for name, stored in model.weights.part.tensors.items():
             if name.endswith(".weight") and len(stored.shape) == 2:
                 layer = f"transformer.{name.removesuffix('.weight')}"
                 tensors[f"{layer}.lora_A.weight"] = torch.randn(2, stored.shape[1]) * stored.shape[1] ** -0.5
                 tensors[f"{layer}.lora_B.weight"] = torch.randn(stored.shape[0], 2) * 0.2
-        save_file(tensors, tmp_path / "lora.safetensors")
-        changed = with_lora(model, tmp_path / "lora.safetensors")
-        plain, _ = run(changed, prompts)
-        assert not torch.equal(plain, run(model, prompts)[0])
-        assert torch.equal(run(changed, prompts, Cache(method, 1.0, 0.5, 0.5))[0], plain)
-        ours, (skipped, _) = run(changed, prompts, Cache(method))
-        assert skipped > 0
-        assert (ours - plain).norm() < 0.2 * plain.norm()
+        save_file(tensors, path)
+        changed = with_lora(model, path)
+        return changed, run(changed, prompts)[0]
 
     @pytest.mark.parametrize("method", CACHES)
-    def test_without_guidance(self, model, prompts, method):
-        plain, _ = run(model, prompts, cfg=1.0)
+    def test_a_lora_of_every_layer(self, changed, prompts, plain, method):
+        """It is part of what is cached: where nothing is skipped, nothing changes."""
+        model, expected = changed
+        assert not torch.equal(expected, plain)
+        assert torch.equal(run(model, prompts, Cache(method, 1.0, 0.5, 0.5))[0], expected)
+        ours, (skipped, _) = run(model, prompts, Cache(method))
+        assert skipped > 0
+        assert (ours - expected).norm() < 0.2 * expected.norm()
+
+    @pytest.fixture(scope="class")
+    def unguided(self, model, prompts):
+        return run(model, prompts, cfg=1.0)[0]
+
+    @pytest.mark.parametrize("method", CACHES)
+    def test_without_guidance(self, model, prompts, unguided, method):
+        plain = unguided
         ours, (skipped, total) = run(model, prompts, Cache(method), cfg=1.0)
         assert total == STEPS * LAYERS
         assert skipped > 0
@@ -306,10 +349,10 @@ class TestTogether:
     @pytest.mark.parametrize(
         ("mode", "notes_order"), [("offload_blocks", False), ("offload_blocks", True), ("offload_layers", False)]
     )
-    def test_offloading(self, offloads, model, prompts, deep, method, mode, notes_order):
+    def test_offloading(self, offloads, cached, prompts, deep, method, mode, notes_order):
         """From the host to the host. With streams, diffusers notes the layers' order in the first forward and takes
         hooks off then."""
-        expected, counted = run(model, prompts, Cache(method, 0.5, 0.2, 1.0))
+        expected, counted = cached(method)
         notes = offloads(mode, notes_order)
         offloaded = open_handles(deep, "fp32", CPU).model
         left = []
@@ -405,20 +448,28 @@ class TestHealing:
 
 
 class TestMemory:
-    @pytest.mark.parametrize(("method", "cfg"), [*((method, 6.0) for method in CACHES), ("faster_cache", 1.0)])
-    def test_the_plan_knows_what_a_cache_holds(self, model, prompts, method, cfg):
-        peaks, cache = [], Cache(method, 0.5, 0.0, 1.0)
-        with model.weights.running():
-            gc.collect()
-        # Without a cache the second step is like all that follow.
-        for chosen, steps in ((None, 2), (cache, 4)):
+    @pytest.fixture(scope="class")
+    def taken(self, model, prompts):
+        """``taken(cfg, cache)``: bytes at most in a run, and the plan of it."""
+
+        @functools.cache
+        def taken(cfg, cache=None):
+            with model.weights.running():
+                gc.collect()
+            # Without a cache the second step is like all that follow.
             with LiveBytes() as measured:
-                run(model, prompts, chosen, cfg=cfg, steps=steps)
-            peaks.append(measured.peak)
-        plan = plan_memory(with_cache(model, cache), SHAPE, cfg > 1, tokens=8)
-        assert plan.needed["gpu"] - plan_memory(model, SHAPE, cfg > 1, tokens=8).needed["gpu"] == plan.cache
+                run(model, prompts, cache, cfg=cfg, steps=2 if cache is None else 4)
+            planned = model if cache is None else with_cache(model, cache)
+            return measured.peak, plan_memory(planned, SHAPE, cfg > 1, tokens=8)
+
+        return taken
+
+    @pytest.mark.parametrize(("method", "cfg"), [*((method, 6.0) for method in CACHES), ("faster_cache", 1.0)])
+    def test_the_plan_knows_what_a_cache_holds(self, taken, method, cfg):
+        (peak, plan), (plain_peak, plain) = taken(cfg, Cache(method, 0.5, 0.0, 1.0)), taken(cfg)
+        assert plan.needed["gpu"] - plain.needed["gpu"] == plan.cache
         # A few percent of what tiny models take is beside it.
-        assert 0.45 * plan.cache <= peaks[1] - peaks[0] <= 1.1 * plan.cache
+        assert 0.45 * plan.cache <= peak - plain_peak <= 1.1 * plan.cache
 
     def test_what_it_holds_is_said(self, model):
         assert ", cache " in plan_memory(with_cache(model, Cache("pab")), SHAPE).text

@@ -47,6 +47,11 @@ LARGE = (1, 16, 9, 60, 90)
 
 
 @pytest.fixture(scope="module")
+def prompts(long_prompts):
+    return long_prompts
+
+
+@pytest.fixture(scope="module")
 def hardware():
     return Hardware.detect(DEVICE)
 

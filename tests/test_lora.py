@@ -230,7 +230,7 @@ def test_it_works_on_weights_that_stay_packed(tmp_path, tiny, part, inputs, layo
     assert torch.equal(run(module, inputs, precision.activations), base)
 
 
-def test_a_convolution_can_have_one(tmp_path, checkpoints, inputs):
+def test_a_convolution_can_have_one(tmp_path, checkpoints, inputs, long_prompts):
     part = open_part(checkpoints("2b") / "transformer", "transformer")
     halves = draw(part, layers=(), others=("patch_embed.proj",))
     lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["CogVideoX-Fun"]), part)
@@ -239,7 +239,8 @@ def test_a_convolution_can_have_one(tmp_path, checkpoints, inputs):
     down, up = halves["patch_embed.proj"]
     merged.patch_embed.proj.weight.data = merged.patch_embed.proj.weight + torch.einsum("orkl,rihw->oihw", up, down)
     with applied([lora], module, FP32):
-        assert error(run(module, inputs), run(merged, inputs).double()) < 1e-5
+        given = inputs | {"encoder_hidden_states": long_prompts[0]}
+        assert error(run(module, given), run(merged, given).double()) < 1e-5
 
 
 def test_two_branches_of_a_graph_use_their_own_and_the_base_stays_bit_for_bit(tmp_path, tiny, prompts, part):

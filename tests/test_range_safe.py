@@ -19,9 +19,11 @@ from tests.tiny_checkpoint import TEXT_WIDTH, build_text_encoder, build_transfor
 def inputs(model, frames=4, height=6, width=10):
     torch.manual_seed(1)
     config = model.config
+    # 2b has a position for each of 226 tokens.
+    tokens = 64 if config.use_rotary_positional_embeddings else 226
     return dict(
         hidden_states=torch.randn(2, frames, config.in_channels, height, width),
-        encoder_hidden_states=torch.randn(2, 226, TEXT_WIDTH),
+        encoder_hidden_states=torch.randn(2, tokens, TEXT_WIDTH),
         timestep=torch.tensor([500, 500]),
         ofs=torch.tensor([2.0]) if config.ofs_embed_dim else None,
         image_rotary_emb=rotary_embedding(config, frames, height, width, torch.device("cpu")),

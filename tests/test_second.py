@@ -30,7 +30,7 @@ from tests.test_ranks import Told, halves_apart
 def run(model, **more):
     """Four steps; in context windows, in one of six latent frames and one of four."""
     how = dict(seed=1, steps=4, events=Told()) | more
-    return sample(model, *draw_prompts(), torch.zeros(1, 16, 3 if model.windows is None else 8, 6, 10), **how)
+    return sample(model, *draw_prompts(8), torch.zeros(1, 16, 3 if model.windows is None else 8, 6, 10), **how)
 
 
 def alone(model, **more):

@@ -249,11 +249,12 @@ class TestFromPromptToFramesWithWeightsThatOverflowFp16:
     """The promise, end to end: a model whose residual streams pass 1e5, in fp16."""
 
     def video(self, opened, **settings):
+        # Of the padding behind a prompt's end a few tokens are enough.
         prompts = [
-            encode_prompt(opened.text_encoder, prompt, **settings).embeddings
+            encode_prompt(opened.text_encoder, prompt, **settings).embeddings[:, :32]
             for prompt in ("a panda plays the guitar", "")
         ]
-        latents = sample(opened.model, *prompts, empty_latent(80, 48, 17), seed=3, steps=3, **settings)
+        latents = sample(opened.model, *prompts, empty_latent(48, 32, 17), seed=3, steps=3, **settings)
         return decode(opened.vae, latents, **settings)
 
     def test_fp16_passes_the_black_frame_check_and_is_the_fp32_video(self, loud):

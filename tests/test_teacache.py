@@ -172,7 +172,7 @@ class TestReference:
             for step, timestep in enumerate(timesteps_of(model)):
                 given = dict(
                     hidden_states=torch.randn(2, 4, config.in_channels, *size),
-                    encoder_hidden_states=torch.randn(2, 226, TEXT_WIDTH),
+                    encoder_hidden_states=torch.randn(2, 226 if variant == "2b" else 8, TEXT_WIDTH),
                     timestep=torch.tensor([int(timestep)] * 2),
                     ofs=torch.tensor([2.0]) if config.ofs_embed_dim else None,
                     image_rotary_emb=rotary,

@@ -51,7 +51,7 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
     errors = {"decode": [0.0, 0.0], "encode": [0.0, 0.0]}
     for seed in range(9):
         generator = torch.Generator().manual_seed(seed)
-        latents, clip = torch.randn(1, 16, 3, 2, 4, generator=generator), torch.rand(9, 16, 32, 3, generator=generator)
+        latents, clip = torch.randn(1, 16, 3, 2, 2, generator=generator), torch.rand(9, 16, 32, 3, generator=generator)
         pixels = 2.0 * rearrange(clip, "f h w c -> 1 c f h w") - 1.0
         with torch.no_grad():
             truth, coarse = (vae.encode(pixels.to(vae.dtype)).latent_dist.mode() for vae in (pipeline.vae, theirs.vae))
@@ -68,10 +68,10 @@ def test_in_16_bits_they_are_no_farther_from_fp32_than_the_references(tiny, pipe
 @settings(max_examples=8, deadline=None)
 @given(
     length=st.integers(1, 5),
-    height=st.integers(1, 7),
-    width=st.integers(1, 5),
-    strip=st.sampled_from([1, 10_000, 100_000, 1 << 30]),
-    budget=st.sampled_from([None, 0, 300_000, 3_000_000]),
+    height=st.integers(1, 4),
+    width=st.integers(1, 3),
+    strip=st.sampled_from([1, 10_000, 50_000, 1 << 30]),
+    budget=st.sampled_from([None, 0, 100_000, 1_000_000]),
     least=st.sampled_from([0, 1000, 1 << 60]),
     seed=st.integers(0, 9),
 )
@@ -182,8 +182,8 @@ class TestMemory:
     @pytest.mark.parametrize("budget", [None, 8_000_000, 0])
     @pytest.mark.parametrize("step", [Strips.decode, Strips.encode])
     def test_what_shapes_alone_say_is_what_a_real_run_takes(self, vae, monkeypatch, step, budget):
-        monkeypatch.setattr(strips_module, "_STRIP_BYTES", {"cpu": 2 << 20, "other": 2 << 20})
-        monkeypatch.setattr(strips_module, "_MIN_STRIP_BYTES", 1 << 20)
+        monkeypatch.setattr(strips_module, "_STRIP_BYTES", {"cpu": 4 << 20, "other": 4 << 20})
+        monkeypatch.setattr(strips_module, "_MIN_STRIP_BYTES", 2 << 20)
         monkeypatch.setattr(strips_module, "_ONEDNN_SIZE", 0)
         given_ = torch.randn(1, 16, 5, 6, 4) if step is Strips.decode else torch.rand(1, 3, 17, 48, 32)
         chunks = [3, 2] if step is Strips.decode else [9, 8]

@@ -38,7 +38,6 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("torch._inductor.cpp_builder", "get_cpp_compiler"),
     ("torch.utils._triton", "has_triton"),
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
-    ("torch.utils._pytree", "tree_leaves"),
     ("torch", "ops.aten._scaled_dot_product_efficient_attention"),
     ("torch", "UntypedStorage._cdata"),
 )

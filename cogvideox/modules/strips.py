@@ -300,14 +300,15 @@ class Strips:
         scale, shift = (tensor[None, :, None, None, None] for tensor in (scale, shift))
         if latent is not None:
             factor = x.shape[3] // latent.shape[3]
+            rows = torch.arange(latent.shape[3], device=self._device).repeat_interleave(factor)
             frames = _stretched(latent.shape[2], x.shape[2]).to(self._device)
             times, plus = (F.conv3d(latent, c.conv.weight, c.conv.bias) for c in (norm.conv_y, norm.conv_b))
 
         def fill(target: torch.Tensor, first: int, last: int) -> None:
             torch.addcmul(shift, x.data[..., first:last, :].to(self._device), scale, out=target)
             if latent is not None:
-                rows = torch.arange(first, last, device=self._device) // factor
-                y, b = (table.index_select(3, rows).index_select(2, frames)[..., None] for table in (times, plus))
+                here = rows[first:last]
+                y, b = (table.index_select(3, here).index_select(2, frames)[..., None] for table in (times, plus))
                 # Columns are stretched by broadcasting.
                 target.unflatten(-1, (-1, factor)).mul_(y).add_(b)
             F.silu(target, inplace=True)
