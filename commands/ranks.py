@@ -272,7 +272,8 @@ def joined(place: Place, device: "torch.device") -> Iterator[Ranks]:
         ) from error
     watched.set_timeout(_CALL)
     watch = _Watch(place, watched)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # By its name diffusers tells where sizes are gathered: of a bare "gloo" it takes the card that torch is built for.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     try:
         dist.init_process_group(
             backend, store=dist.PrefixStore("run", store), rank=place.rank, world_size=place.count, timeout=_WAIT

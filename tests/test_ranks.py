@@ -69,7 +69,7 @@ def _child(work, rank, count, port, answers, given):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo")
         answers.put((rank, work(rank, *given), None))
         dist.destroy_process_group()
     except BaseException:
@@ -291,7 +291,7 @@ def _speaking(rank, arguments, change):
     said, error, begun = io.StringIO(), io.StringIO(), time.monotonic()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
         code = generate.main([str(argument) for argument in arguments])
-    dist.is_initialized() or dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.is_initialized() or dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
     return code, said.getvalue(), error.getvalue(), time.monotonic() - begun
 
 
