@@ -4,20 +4,22 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+UV := $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 # Two processes of one thread each: most tests are too small to gain from more threads. Who is done first takes over tests of the other.
 SIDE_BY_SIDE := -n 2 --dist worksteal
 DEMO := demo
 FUZZ := fuzz-work
 MODEL ?= $(DEMO)/tiny-checkpoint
 
-# Packages are installed without bytecode, which takes long; what is imported is compiled once, and not in every process anew.
+# Packages are installed without bytecode, which takes long; what is imported is compiled, once.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: test test-lowest fuzz demo lint clean
 
-# Lint runs beside the tests, and what it says comes after them.
+# Lint runs beside the tests, and what it says comes after them. The first time, one process imports all, so that not both compile it.
 test: $(VENV)/installed
 	@$(MAKE) --no-print-directory lint >$(VENV)/lint.txt 2>&1 & linted=$$!; \
+		test -e $(VENV)/compiled || $(RUN) -m pytest --collect-only -q >/dev/null 2>&1; touch $(VENV)/compiled; \
 		$(RUN) -m pytest $(SIDE_BY_SIDE); tested=$$?; \
 		wait $$linted; clean=$$?; cat $(VENV)/lint.txt; exit $$((tested + clean))
 
@@ -59,12 +61,13 @@ endif
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)" uv
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check uv
 	$(RUN) -m tests.requirements >$(VENV)/requirements.txt
-	# uv takes a third of pip's time, and knows no index but its own: where it fails, pip does it. torch is compiled by importing it meanwhile.
-	$(RUN) -W ignore -c "import torch" & \
-		{ $(VENV)/bin/uv pip install --quiet --python $(RUN) -r $(VENV)/requirements.txt || \
-		$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r $(VENV)/requirements.txt; } && wait
+	$(RUN) -m tests.requirements --without-torch >$(VENV)/without-torch.txt
+	# pip, which may know of a CPU build, takes torch while uv, which takes a third of pip's time, takes the rest. uv knows no index but its own: where it fails, pip does that too.
+	$(RUN) -m pip install --quiet --no-compile --no-deps --disable-pip-version-check "$(TORCH)" & torch=$$!; \
+		$(UV) -r $(VENV)/without-torch.txt; wait $$torch
+	$(UV) -r $(VENV)/requirements.txt || $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r $(VENV)/requirements.txt
 	touch $@
 
 clean:
