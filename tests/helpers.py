@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import generate
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 _C = None if sys.platform == "win32" else ctypes.CDLL(None)
 #: Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -105,5 +105,4 @@ def run_apart(script: str, *arguments) -> str:
         command = [sys.executable, "-c", script, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    print("APART", done.stdout)
     return done.stdout

@@ -224,6 +224,17 @@ LAYOUTS = {
 }
 
 
+def write_packed(folder, tensors, kind):
+    """A transformer's tensors in one file whose weights stay packed: ``"fp8"`` in its blocks, or ``"gguf"`` in Q8_0."""
+    if kind == "gguf":
+        return write_gguf(folder / "model.gguf", tensors, "Q8_0")
+    small = {
+        name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
+        for name, value in tensors.items()
+    }
+    return write_file(folder / "model.safetensors", small)
+
+
 def latents(opened):
     """Sample two steps of one video with whatever layout was opened."""
     generator = torch.Generator().manual_seed(5)

@@ -252,17 +252,8 @@ class TestTogether:
 
         @functools.cache
         def packed(kind):
-            folder = tmp_path_factory.mktemp("packed")
             with model.weights.running() as module:
-                tensors = module.state_dict()
-            if kind == "fp8":
-                small = {
-                    name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-                    for name, value in tensors.items()
-                }
-                path = layouts.write_file(folder / "model.safetensors", small)
-            else:
-                path = layouts.write_gguf(folder / "model.gguf", tensors, "Q8_0")
+                path = layouts.write_packed(tmp_path_factory.mktemp("packed"), module.state_dict(), kind)
             own = open_handles(path, "fp32", CPU).model
             return own, run(own, prompts)[0]
 

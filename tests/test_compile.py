@@ -137,15 +137,7 @@ class TestTogether:
     @pytest.mark.parametrize(("packed", "dtype"), [("fp8", "fp16"), ("gguf", "fp32")])
     def test_packed_weights(self, model, prompts, tmp_path, graphs, packed, dtype):
         with model.weights.running() as module:
-            tensors = {name: value.clone() for name, value in module.state_dict().items()}
-        if packed == "fp8":
-            small = {
-                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-                for name, value in tensors.items()
-            }
-            path = layouts.write_file(tmp_path / "model.safetensors", small)
-        else:
-            path = layouts.write_gguf(tmp_path / "model.gguf", tensors, "Q8_0")
+            path = layouts.write_packed(tmp_path, module.state_dict(), packed)
         packed_model, said = open_handles(path, dtype, CPU).model, []
         assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
         assert graphs, said

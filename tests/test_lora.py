@@ -203,15 +203,7 @@ def test_a_loud_lora_does_not_overflow_in_range_safe_fp16(tmp_path, part, inputs
 def test_it_works_on_weights_that_stay_packed(tmp_path, tiny, part, inputs, layout, precision):
     """What the LoRA adds to packed weights is what it adds to the same weights widened."""
     state = load_module(part, FP32, torch.device("cpu")).state_dict()
-    if layout == "gguf":
-        file = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0")
-    else:
-        small = {
-            name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-            for name, value in state.items()
-        }
-        file = layouts.write_file(tmp_path / "model.safetensors", small)
-    packed = open_part(file, "transformer")
+    packed = open_part(layouts.write_packed(tmp_path, state, layout), "transformer")
     halves = draw(part)
     lora = open_lora(write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"]), packed)
     module = load_module(packed, precision, torch.device("cpu"))

@@ -268,11 +268,7 @@ class TestModes:
         part = open_part(tiny / "transformer", "transformer")
         if stored == "fp8":
             state = load_module(part, FP32, torch.device("cpu")).state_dict()
-            small = {
-                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-                for name, value in state.items()
-            }
-            part = open_part(layouts.write_file(tmp_path / "model.safetensors", small), "transformer")
+            part = open_part(layouts.write_packed(tmp_path, state, stored), "transformer")
         name = "transformer.transformer_blocks.0.attn1.to_q"
         save_file(
             {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.randn(128, 2)},

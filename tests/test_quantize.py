@@ -499,14 +499,7 @@ class TestRefusals:
     @pytest.mark.parametrize("layout", ["fp8", "gguf"])
     def test_a_quantized_copy(self, tmp_path, tiny, part, layout):
         state = load_module(part, FP32, HOST).state_dict()
-        if layout == "gguf":
-            file, what = layouts.write_gguf(tmp_path / "model.gguf", state, "Q8_0"), "GGUF Q8_0"
-        else:
-            small = {
-                name: value.to(torch.float8_e4m3fn if value.ndim == 2 and "block" in name else torch.float32)
-                for name, value in state.items()
-            }
-            file, what = layouts.write_file(tmp_path / "model.safetensors", small), "fp8 (e4m3fn)"
+        file, what = layouts.write_packed(tmp_path, state, layout), {"gguf": "GGUF Q8_0", "fp8": "fp8 (e4m3fn)"}[layout]
         with pytest.raises(ValueError, match=re.escape(f"is a quantized copy already ({what})")):
             quantized(open_handles(file, "bf16", CPU).model, "int8_weight_only")
 
