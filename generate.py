@@ -778,8 +778,10 @@ def make_many(options: argparse.Namespace) -> int:
             return sorted(set().union(*ranks.gathered(list(found))))
 
         def shared(pending: Sequence[int]) -> list[int]:
+            ranks.meet()
             apart = options.split == PROMPTS or (options.split == AUTO and len(pending) >= place.count)
             work.ranks = None if apart else ranks
+            work.writes = apart or place.is_first
             if apart:
                 say(f"{place.count} processes share {len(pending)} videos.")
             return shares(pending, place) if apart else list(pending)
@@ -821,8 +823,9 @@ class _Work:
         self._events, self._place = events, place
         #: The processes that make each video together, if any do.
         self.ranks: Ranks | None = None
-        #: Whether there is a folder for the videos: a dry run makes none.
-        self.writes = True
+        #: Whether this process tries whether videos can be written: not where another does, nor in a dry run that has
+        #: no folder for them.
+        self.writes = place.is_first
         self._open: dict[tuple, Handles] = {}
         # Weights live as long as a handle has them.
         self._handles: list[Any] = []
@@ -849,6 +852,21 @@ class _Work:
                 "second with a first_pass in each line."
             )
         self._handles += [job.model, job.text_encoder]
+        return job
+
+    def agreed(self, options: argparse.Namespace) -> Job:
+        if self.ranks is None:
+            return self.prepared(options)
+        job: Job | None = None
+        failed: Exception | None = None
+        try:
+            job = self.prepared(options)
+        except Exception as error:
+            failed = error
+        # What one alone fails of, all leave: they would wait for it.
+        said = next(filter(None, self.ranks.gathered("" if failed is None else told(failed))), "")
+        if job is None or said:
+            raise FailedAlike(said.removeprefix("error: ")) from failed
         return job
 
     def _opened(self, options: argparse.Namespace, hardware: "Hardware") -> "Handles":

@@ -52,6 +52,9 @@ class Work(Protocol):
     def prepared(self, options: argparse.Namespace) -> Any:
         """Check all of a video; no weights are read."""
 
+    def agreed(self, options: argparse.Namespace) -> Any:
+        """Check it once more, before it is made, and fail where another process that makes it, too, does."""
+
     def encoded(self, job: Any, name: str) -> Any:
         """Encode the prompt, or the negative one."""
 
@@ -298,7 +301,7 @@ class Many:
                     continue
                 self.work.say(f"line {number} ({count} of {len(mine)}): {self.lines[number].output}")
                 with self._failures(number):
-                    job = self.work.prepared(self.lines[number])
+                    job = self.work.agreed(self.lines[number])
                     latent = self.work.sampled(job, prompts[number])
                     if self.work.decodes_later(job):
                         waiting.append((number, job, latent))
@@ -325,7 +328,7 @@ class Many:
         encoders: dict[int, Any] = {}
         for number in numbers:
             with self._failures(number):
-                job = self.work.prepared(self.lines[number])
+                job = self.work.agreed(self.lines[number])
                 weights = job.text_encoder.weights
                 encoders[id(weights)] = weights
                 for name in ("prompt", "negative"):

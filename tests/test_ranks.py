@@ -63,26 +63,28 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def _child(work, rank, count, port, answers, given):
+def _child(work, rank, count, port, answers, given, meets):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     try:
-        dist.init_process_group("cpu:gloo")
+        if meets:
+            dist.init_process_group("cpu:gloo")
         answers.put((rank, work(rank, *given), None))
-        dist.destroy_process_group()
+        if meets:
+            dist.destroy_process_group()
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
 
 
-def together(count, work, *given, dies=None):
-    """What ``work(rank, *given)`` returns in each of ``count`` processes that can talk; nothing of one that is to die
-    (``dies``)."""
+def together(count, work, *given, dies=None, meets=True):
+    """What ``work(rank, *given)`` returns in each of ``count`` processes that can talk, or are told where to meet
+    (``meets``); nothing of one that is to die (``dies``)."""
     context = multiprocessing.get_context("fork")
     answers, port = context.Queue(), free_port()
     processes = [
-        context.Process(target=_child, args=(work, rank, count, port, answers, given)) for rank in range(count)
+        context.Process(target=_child, args=(work, rank, count, port, answers, given, meets)) for rank in range(count)
     ]
     for process in processes:
         process.start()
@@ -279,24 +281,19 @@ def _speaking(rank, arguments, change):
     import io
     import time
 
-    import torch.distributed as dist
-
     import generate
 
-    # The command line meets by itself.
-    dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if change is not None:
         change(rank)
     said, error, begun = io.StringIO(), io.StringIO(), time.monotonic()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
         code = generate.main([str(argument) for argument in arguments])
-    dist.is_initialized() or dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
     return code, said.getvalue(), error.getvalue(), time.monotonic() - begun
 
 
-def speak(*arguments, count=2, change=None):
-    return together(count, _speaking, arguments, change)
+def speak(*arguments, count=2, change=None, dies=None):
+    """What ``generate.py`` returns and says in processes, which meet by themselves."""
+    return together(count, _speaking, arguments, change, dies=dies, meets=False)
 
 
 def short_video(model, output, *more):
@@ -347,6 +344,83 @@ def test_processes_share_the_lines_of_a_file(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "videos" / "00001.mp4").exists()
 
 
+class TestAnswersOfOneAlone:
+    """Of several processes that make the lines of a file."""
+
+    @pytest.fixture
+    def lines(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "x.txt").write_text("a\nb\nc")
+        return "--prompts", "x.txt", *short_video(tiny, "videos")[2:]
+
+    @pytest.mark.parametrize(("split", "tried"), [("guidance", []), ("prompts", ["00002.mp4"])])
+    def test_a_name_is_tried_by_the_one_that_writes_it(self, lines, tmp_path, split, tried):
+        """What one has there to try it, another would take for a video."""
+
+        def change(rank):
+            import cogvideox.video as module
+
+            check = module.check_output
+
+            def own(path, *given, **how):
+                if rank == 1 and path.name not in tried:
+                    raise ValueError(f"{path} exists already.")
+                return check(path, *given, **how)
+
+            module.check_output = own
+
+        for code, said, error, _ in speak(*lines, "--split", split, change=change):
+            assert code == 0, said + error
+        assert len(list((tmp_path / "videos").iterdir())) == 3
+
+    def test_nothing_is_begun_before_all_have_checked(self, lines, tmp_path):
+        def change(rank):
+            import time
+
+            import generate
+
+            prepared = generate.prepared
+
+            def slow(options, *given):
+                if rank == 1 and options.prompt == "c":
+                    time.sleep(1.5)
+                    raise ValueError("Not this one.")
+                return prepared(options, *given)
+
+            generate.prepared = slow
+
+        for code, said, error, _ in speak(*lines, change=change):
+            assert code == 1
+            assert "line 1 (" not in said
+            assert "nothing was begun" in error
+        assert list((tmp_path / "videos").iterdir()) == []
+
+    def test_what_one_refuses_is_left_by_all(self, lines, tmp_path):
+        """What is there is checked again before each video, and can be gone for one of them."""
+
+        def change(rank):
+            import generate
+
+            prepared, calls = generate.prepared, []
+
+            def gone(options, *given):
+                calls.append(options.prompt)
+                # Of each line the first time all are checked, the second prompts are encoded.
+                if rank == 1 and calls.count(options.prompt) == {"a": 2, "b": 3}.get(options.prompt):
+                    raise ValueError(f"The picture of {options.prompt} is gone.")
+                return prepared(options, *given)
+
+            generate.prepared = gone
+
+        (code, said, error, took), other = speak(*lines, "--split", "guidance", change=change)
+        assert (code, other[0]) == (1, 1), error + other[2]
+        assert took < 60
+        assert "1 videos made, 0 there already, 2 failed." in said
+        for number, name in ((1, "a"), (2, "b")):
+            assert f"line {number}: error: The picture of {name} is gone.\n" in said
+        assert [path.name for path in (tmp_path / "videos").iterdir()] == ["00003.mp4"]
+
+
 class TestOneThatFails:
     def test_ends_all_with_its_sentence(self, tiny, tmp_path):
         def change(rank):
@@ -372,7 +446,7 @@ class TestOneThatFails:
             if rank == 1:
                 module.advance = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
-        (code, _, error, took) = together(2, _speaking, short_video(tiny, tmp_path / "x.mp4"), change, dies=1)[0]
+        (code, _, error, took) = speak(*short_video(tiny, tmp_path / "x.mp4"), change=change, dies=1)[0]
         assert code == 1
         assert error.splitlines()[-1].startswith("error: Another process of this run is gone without a word")
         assert took < 60
