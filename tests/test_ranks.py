@@ -369,8 +369,8 @@ class TestAnswersOfOneAlone:
 
             module.check_output = own
 
-        for code, said, error, _ in speak(*lines, "--split", split, change=change):
-            assert code == 0, said + error
+        for code, said, wrong, _ in speak(*lines, "--split", split, change=change):
+            assert code == 0, said + wrong
         assert len(list((tmp_path / "videos").iterdir())) == 3
 
     def test_nothing_is_begun_before_all_have_checked(self, lines, tmp_path):
@@ -389,10 +389,10 @@ class TestAnswersOfOneAlone:
 
             generate.prepared = slow
 
-        for code, said, error, _ in speak(*lines, change=change):
+        for code, said, wrong, _ in speak(*lines, change=change):
             assert code == 1
             assert "line 1 (" not in said
-            assert "nothing was begun" in error
+            assert "nothing was begun" in wrong
         assert list((tmp_path / "videos").iterdir()) == []
 
     def test_what_one_refuses_is_left_by_all(self, lines, tmp_path):
