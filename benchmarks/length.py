@@ -1,16 +1,18 @@
 """How the cost of a step grows with the length of a clip: seconds and peak bytes of a guided step of diffusers, ours
 and ComfyUI's own model, from 0.4k to 12k tokens, as a table and as a picture (``--plot FILE.svg``).
 
-On a CPU in fp32, 3 layers x 8 heads of random weights, each step a run's second one, the least of several rounds that
-take turns; there it takes one thread, and what is counted is the processor's time, which other programs disturb less.
-*own* is what the sampler does beside the transformer's forward. ComfyUI's model runs in a process of its own where
-``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given.
+On a CPU in fp32, 3 layers x 8 heads of random weights, each step a run's second one; there it takes one thread, and
+what is counted is the processor's time, which other programs disturb less. Sides take turns, and all figures are
+medians: of the rounds' seconds, and of their ratios, as a processor's pace changes from minute to minute, and one lucky
+round would decide what is least. *own* is what the sampler does beside the transformer's forward. ComfyUI's model runs
+in a process of its own where ``COMFYUI_PATH`` (and ``COMFYUI_PYTHON``) is given.
 
 Run as ``python -m benchmarks.length``.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -41,7 +43,8 @@ COLOURS = {"diffusers": "#888888", "ours": "#1f77b4", "ComfyUI core": "#d62728"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="up to 3k tokens only")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=16, help="at most, of each length")
+    parser.add_argument("--minutes", type=float, default=4, help="for a length, after three rounds")
     parser.add_argument("--plot", type=Path, help="an SVG file to draw the seconds into")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
@@ -53,11 +56,11 @@ def main() -> None:
         checkpoint = build(Path(folder) / "random", SIZE, device)
         model = open_handles(checkpoint, "fp32", Hardware.detect(device)).model
         print(f"{machine(device)}; {SIZE['num_layers']} layers x {SIZE['num_attention_heads']} heads, fp32, guided\n")
-        print("| tokens | diffusers | ours | ratio | own | peak, diffusers | peak, ours | ComfyUI core |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| tokens | rounds | diffusers | ours | ratio | own | peak, diffusers | peak, ours | ComfyUI core |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for width, height, frames in CLIPS["short" if options.short else "all"]:
             shape = (1, 16, latent_frames(frames), height // 8, width // 8)
-            found.append(_measure(checkpoint, model, device, shape, options.rounds))
+            found.append(_measure(checkpoint, model, device, shape, options.rounds, options.minutes))
             print(_line(found[-1]), flush=True)
     if options.plot:
         options.plot.write_text(draw(found), encoding="utf-8")
@@ -65,8 +68,10 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def _measure(checkpoint: Path, model, device: torch.device, shape: tuple[int, ...], rounds: int) -> dict:
-    """Time one length: seconds of each side, the share of our own work, and peak bytes."""
+def _measure(
+    checkpoint: Path, model, device: torch.device, shape: tuple[int, ...], rounds: int, minutes: float
+) -> dict:
+    """Time one length: seconds of each side, their ratio, the share of our own work, and peak bytes."""
     config = full_config(model.weights.config)
     size = 2, 1, config["max_text_seq_length"], config["text_embed_dim"]
     prompts = torch.randn(size, generator=torch.Generator().manual_seed(2))
@@ -77,7 +82,10 @@ def _measure(checkpoint: Path, model, device: torch.device, shape: tuple[int, ..
     }
     taken: dict[str, list[float]] = {name: [] for name in sides}
     own: list[float] = []
+    begun = time.monotonic()
     for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - begun > 60 * minutes:
+            break
         for name in sides if turn % 2 else reversed(sides):
             ends: list[tuple[float, float]] = []
             inside: list[tuple[float, float]] = []
@@ -92,11 +100,19 @@ def _measure(checkpoint: Path, model, device: torch.device, shape: tuple[int, ..
         with LiveBytes() as live:
             side(on_step=lambda: None)
         peaks[name] = live.peak
-    seconds = {name: min(times) for name, times in taken.items()}
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    ratios = [ours / theirs for theirs, ours in zip(taken["diffusers"], taken["ours"], strict=True)]
     core = comfyui(checkpoint, device, shape, prompts, 2, 1, of_processor=device.type == "cpu")[1]
     if core is not None:
         seconds["ComfyUI core"] = core
-    return {"tokens": size[2] + video_tokens(config, shape), "seconds": seconds, "peaks": peaks, "own": min(own)}
+    return {
+        "tokens": size[2] + video_tokens(config, shape),
+        "rounds": len(ratios),
+        "seconds": seconds,
+        "ratio": statistics.median(ratios),
+        "peaks": peaks,
+        "own": statistics.median(own),
+    }
 
 
 def _line(found: dict) -> str:
@@ -104,9 +120,10 @@ def _line(found: dict) -> str:
     core = seconds.get("ComfyUI core")
     parts = [
         f"{found['tokens']:,}",
+        f"{found['rounds']}",
         f"{seconds['diffusers']:.3f} s",
         f"{seconds['ours']:.3f} s",
-        f"{seconds['ours'] / seconds['diffusers']:.2f}",
+        f"{found['ratio']:.2f}",
         f"{found['own']:.2%}",
         *(f"{peaks[name] / 1e6:.0f} MB" for name in ("diffusers", "ours")),
         "-" if core is None else f"{core:.3f} s",
