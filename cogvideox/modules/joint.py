@@ -18,7 +18,6 @@ import torch
 from . import internals
 from .internals import LibraryModule
 
-
 #: Tokens from which on a CPU has queries, keys and values head by head in memory: a step takes 8 % less at 12k tokens
 #: and 2 % at 2k; at 1k the copies cost 2 %.
 _LONG = 1536
