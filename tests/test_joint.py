@@ -1,10 +1,13 @@
 """The joined stream is the unmodified transformer, bit for bit; the attention is the one that was chosen."""
 
+from contextlib import nullcontext
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideox import choices
 from cogvideox.geometry import rotary_embedding
@@ -13,12 +16,20 @@ from cogvideox.memory import LiveBytes
 from cogvideox.modules import attention as attention_module
 from cogvideox.modules import joint as joint_module
 from cogvideox.modules.attention import available, check_attention
-from cogvideox.modules.joint import blocks_replaced, join, projection_attached, rotate_, side_by_side
+from cogvideox.modules.joint import (
+    blocks_replaced,
+    join,
+    projection_attached,
+    room_attached,
+    rotate_,
+    side_by_side,
+)
 from cogvideox.sampling import sample
 from cogvideox.variants import full_config
 from tests.conftest import CPU
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
 
+LAYERS = "to_q", "to_k", "to_v"
 HOST = torch.device("cpu")
 
 
@@ -80,6 +91,105 @@ def test_what_a_block_makes_is_worked_on_in_place():
     # The stream as the block was given it and as attention left it, its norm, the feed-forward's inner activations
     # (four streams, once), its result.
     assert joined.peak < 8.5 * stream < 12 * stream < plain.peak
+
+
+class TestRoom:
+    """The largest products of all blocks, in the same memory."""
+
+    class Asked(TorchDispatchMode):
+        """Counts all bytes that operations ask for, and products that are told where to go."""
+
+        def __init__(self):
+            super().__init__()
+            self.nbytes = self.placed = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            with LiveBytes() as made:
+                result = function(*args, **(kwargs or {}))
+            self.nbytes += made.peak
+            self.placed += function is torch.ops.aten.addmm.out
+            return result
+
+    @staticmethod
+    def layers(module):
+        attention = [getattr(block.attn1, name) for block in module.transformer_blocks for name in LAYERS]
+        return attention + [block.ff.net[0].proj for block in module.transformer_blocks]
+
+    @pytest.mark.parametrize("variant", ["1.5", "5b", "2b"])
+    @pytest.mark.parametrize("long", [0, 10**6])
+    @torch.no_grad()
+    def test_the_numbers_are_the_same_at_one_length_after_the_other(self, monkeypatch, variant, long):
+        monkeypatch.setattr(joint_module, "_LONG", long)
+        size = {} if variant == "1.5" else dict(sample_height=6, sample_width=10)
+        module = join(build_transformer(variant, **size).eval())
+        some = [inputs(module, torch.float32), inputs(module, torch.float32, batch=1)]
+        if variant == "1.5":
+            some.append(inputs(module, torch.float32, length=6, height=10))
+        expected = [module(**given)[0] for given in some]
+        with room_attached(module):
+            for number in (0, 1, -1, 0):
+                with self.Asked() as asked:
+                    assert module(**some[number])[0].equal(expected[number])
+                assert asked.placed == 8
+        assert not any("forward" in vars(layer) for layer in self.layers(module))
+        with self.Asked() as asked:
+            assert module(**some[0])[0].equal(expected[0])
+        assert not asked.placed
+
+    @pytest.mark.parametrize(("long", "streams"), [(0, 8), (10**6, 7)])
+    @torch.no_grad()
+    def test_a_block_asks_for_half_the_memory_and_at_most_as_much_is_there_at_once(self, monkeypatch, long, streams):
+        """For two norms, those of queries and keys, values by heads, what attention mixed, and two results; the angles
+        of tables are another half of the stream at this width."""
+        monkeypatch.setattr(joint_module, "_LONG", long)
+
+        def asked(layers, shared):
+            module = join(build_transformer("1.5", num_layers=layers).eval())
+            given = inputs(module, torch.float32, height=48, width=80)
+            stream = 2 * (module.config.max_text_seq_length + 2 * 24 * 40) * 128 * 4
+            with room_attached(module) if shared else nullcontext():
+                with LiveBytes() as live:
+                    module(**given)
+                with self.Asked() as all_:
+                    module(**given)
+            return all_.nbytes / stream, live.peak / stream
+
+        (one, _), (two, plain_peak) = asked(1, False), asked(2, False)
+        assert two - one > 14.4
+        (one, _), (two, peak) = asked(1, True), asked(2, True)
+        assert two - one == pytest.approx(streams + 0.5, abs=0.2)
+        # Of a short clip the normed queries and keys have a place of their own.
+        assert peak < plain_peak + (0.1 if long == 0 else 1.1)
+
+    @torch.no_grad()
+    def test_layers_that_are_not_plain_are_left_as_they_are(self):
+        module = join(build_transformer("1.5", num_layers=2).eval())
+        first, last = module.transformer_blocks
+        given = inputs(module, torch.float32)
+        kept = []
+        first.attn1.to_k.register_forward_hook(lambda layer, given, output: kept.append((output, output.clone())))
+        own = first.ff.net[0].proj.forward = partial(type(first.ff.net[0].proj).forward, first.ff.net[0].proj)
+        last.attn1.to_v = torch.nn.utils.parametrizations.weight_norm(last.attn1.to_v)
+        expected = module(**given)[0]
+        kept.clear()
+        with room_attached(module):
+            with self.Asked() as asked:
+                assert module(**given)[0].equal(expected)
+            assert asked.placed == 5
+            assert first.ff.net[0].proj.forward is own
+        assert first.ff.net[0].proj.forward is own
+        # In 16 bits there is nothing to gain.
+        module.to(torch.bfloat16)
+        with room_attached(module), self.Asked() as asked:
+            module(**inputs(module, torch.bfloat16))
+        assert not asked.placed
+
+    def test_a_run_on_a_cpu_has_it_and_leaves_nothing_behind(self, handles):
+        with self.Asked() as asked:
+            sample(handles.model, *torch.randn(2, 1, 8, TEXT_WIDTH), torch.zeros(1, 16, 3, 6, 10), seed=1, steps=2)
+        assert asked.placed == 2 * 8
+        with handles.model.weights.running() as module:
+            assert not any("forward" in vars(layer) for layer in self.layers(module))
 
 
 def test_neighbours_are_joined_without_a_copy_and_strangers_with_one():

@@ -13,7 +13,7 @@ from .attention import attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
 from .fastest import Shape
-from .joint import projection_attached
+from .joint import projection_attached, room_attached
 from .teacache import Schedule, TeaRun
 
 
@@ -72,6 +72,8 @@ class Speedups:
             # What is compiled lies below what may skip it.
             if self._compiled is not None:
                 stack.enter_context(self._compiled.attached(module))
+            elif self._device.type == "cpu":
+                stack.enter_context(room_attached(module))
             if self._cache is not None:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
