@@ -178,7 +178,7 @@ class TestRoom:
             assert asked.placed == 5
             assert first.ff.net[0].proj.forward is own
         assert first.ff.net[0].proj.forward is own
-        # In 16 bits there is nothing to gain.
+        # In 16 bits there is next to nothing to gain.
         module.to(torch.bfloat16)
         with room_attached(module), self.Asked() as asked:
             module(**inputs(module, torch.bfloat16))

@@ -136,8 +136,8 @@ def room_attached(module: LibraryModule) -> Iterator[None]:
 
     For a CPU, which gives large tensors back to the system when they are freed, and has their pages made anew in the
     next block: in fp32, at a width of 512, the first product of a feed-forward takes 1.3 times as long in new memory.
-    In 16 bits, which take half the pages and longer products, nothing was gained. Layers that are not plain ones
-    (quantized, hooked, with LoRAs beside them) are left as they are.
+    In bf16 it takes 1.01 times as long. Layers that are not plain ones (quantized, hooked, with LoRAs beside them) are
+    left as they are.
     """
     room: list[torch.Tensor] = []
 
@@ -159,13 +159,12 @@ def room_attached(module: LibraryModule) -> Iterator[None]:
         layers.append((getattr(block.ff.net[0], "proj", block.ff), 0))
     layers = [(layer, behind) for layer, behind in layers if _is_plain(layer)]
     widest = max((behind + layer.out_features for layer, behind in layers), default=0)
-    for layer, behind in layers:
-        layer.forward = partial(product, layer, behind)
+    undo = [internals.replace_forward(layer, partial(product, layer, behind)) for layer, behind in layers]
     try:
         yield
     finally:
-        for layer, _ in layers:
-            del layer.forward
+        for restore in undo:
+            restore()
 
 
 def _is_plain(layer: nn.Module) -> bool:
