@@ -2,9 +2,12 @@
 with a stranger error."""
 
 import re
+import sys
 from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
+
+from .words import reason
 
 _ROOT = Path(__file__).parent.parent
 REQUIREMENTS = _ROOT / "requirements.txt"
@@ -53,6 +56,40 @@ def require_dependencies() -> None:
             ) from error
 
 
+def import_failure(error: BaseException) -> DependencyError | None:
+    """Say what to do about a library that could not be imported; None where ``error`` is about something else.
+
+    diffusers and transformers import packages that they can do without (xformers, bitsandbytes, torchvision) wherever
+    they are installed. One that was built for another PyTorch then takes the whole library away.
+    """
+    if not isinstance(error, ImportError) and not str(error).startswith("Failed to import "):
+        return None
+    root = error
+    while (deeper := root.__cause__ or root.__context__) is not None:
+        root = deeper
+    blamed = _raised_in(root)
+    if blamed is None or blamed in {_MODULES.get(name, name).partition(".")[0] for name in requirements()}:
+        return _error(f"A library that CogVideoX-1.5 needs cannot be imported ({reason(root)}).")
+    found = f"{blamed} {installed(blamed) or ''}".rstrip()
+    return DependencyError(
+        f"The package {found} does not work here ({reason(root)}), and diffusers or transformers, which import it "
+        f"because it is installed, cannot be imported for it. Install its build for PyTorch {installed('torch')}"
+        f', or uninstall it, as CogVideoX-1.5 runs without: "{sys.executable}" -m pip uninstall {blamed}. Then restart '
+        "the program."
+    )
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """Return the package in whose code an error arose; Python's own and torch's are passed over."""
+    blamed, traceback = None, error.__traceback__
+    while traceback is not None:
+        package = traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in {"torch", "importlib", *sys.stdlib_module_names}:
+            blamed = package
+        traceback = traceback.tb_next
+    return blamed
+
+
 def unfit() -> list[str]:
     """List the required packages that are missing, too old, or whose own needs the others that are installed do not
     meet."""
@@ -89,8 +126,17 @@ def installed(name: str) -> str | None:
     """Return the version of a package that is installed, or None."""
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, KeyError):
         return None
+
+
+def importable(name: str) -> bool:
+    """Return whether there is a module of that name. What other programs put in the place of a module, without what
+    finds it, is none."""
+    try:
+        return util.find_spec(name) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
 
 
 def is_older(version: str, lowest: str) -> bool:

@@ -13,6 +13,7 @@ from .checkpoint.architecture import check_tensors
 from .checkpoint.configs import known_fields
 from .checkpoint.headers import StoredTensor, read_tensor
 from .checkpoint.parts import Part
+from .dependencies import import_failure
 from .dtypes import Precision
 from .modules import internals
 from .modules.joint import join
@@ -149,6 +150,8 @@ def _build(part: Part) -> nn.Module:
     try:
         module = build_module(part.kind, part.config)
     except Exception as error:
+        if import_failure(error):
+            raise
         file = part.source / "config.json" if part.source.is_dir() else part.source
         raise ValueError(
             f"The {PARTS[part.kind][0]} that {short(file, 400)} describes cannot be built ({reason(error)}), so its "

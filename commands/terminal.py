@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.dependencies import import_failure
 from cogvideox.languages import preferred, translate
 from cogvideox.words import reason, short
 
@@ -50,6 +51,7 @@ def lines_of(text: str, width: int) -> Iterator[str]:
 
 def told(error: BaseException) -> str:
     """Say in a sentence what ended a run."""
+    error = import_failure(error) or error
     if isinstance(error, ValueError | RuntimeError):
         return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
     if isinstance(error, MemoryError):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..cogvideox.dependencies import require_dependencies
+from ..cogvideox.dependencies import import_failure, require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from . import host
 from .inputs import checked, objections
@@ -76,15 +76,16 @@ class Node:
 
         Raises:
             ValueError: if an input is not what the node declares.
-            RuntimeError: if a package that is needed is missing or too old.
+            RuntimeError: if a package that is needed is missing or too old, or cannot be imported for another one.
         """
         try:
             require_dependencies()
             return self._in_words(self.execute(**checked(type(self), inputs)))
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ImportError) as error:
+            told = import_failure(error) or error
             # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
-            plain, said = ValueError if isinstance(error, ValueError) else RuntimeError, host.said(str(error))
-            if type(error).__module__.startswith(_PACK) or said != str(error):
+            plain, said = ValueError if isinstance(told, ValueError) else RuntimeError, host.said(str(told))
+            if type(told).__module__.startswith(_PACK) or said != str(error):
                 # The log has both, as one is the other's cause: the English sentence and the page's.
                 raise plain(said) from error
             raise

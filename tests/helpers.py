@@ -3,6 +3,7 @@
 import ctypes
 import faulthandler
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,3 +107,17 @@ def run_apart(script: str, *arguments) -> str:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def write_package(folder: Path, name: str, version: str | None = None, does: str = "") -> None:
+    """Write a package of a name and a version, or one of which no installer knows, and what it does when it is
+    imported."""
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "__init__.py").write_text(does, encoding="utf-8")
+    for old in folder.glob(f"{name}-*.dist-info"):
+        shutil.rmtree(old)
+    if version is not None:
+        (folder / f"{name}-{version}.dist-info").mkdir()
+        (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
+        )

@@ -3,7 +3,11 @@
 Stand-ins take the place of kernels that only a card has.
 """
 
+import os
+import sys
 import time
+import types
+from importlib import invalidate_caches
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from cogvideox.modules.attention import available, check_attention
 from cogvideox.modules.fastest import Fastest, Shape, find_fastest
 from cogvideox.sampling import sample
 from tests.conftest import CPU
+from tests.helpers import write_package
 from tests.tiny_checkpoint import TEXT_WIDTH
 from tests.told import Told
 
@@ -38,6 +43,88 @@ def slow(kernel, seconds):
 
 def broken(*_):
     raise RuntimeError("no such instruction\nat line 5")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Install a package of a name and a version in this process, and with what it does when it is imported."""
+    # It looks once which packages there are.
+    import diffusers.models.transformers.cogvideox_transformer_3d  # noqa: F401
+
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name, version=None, does=""):
+        write_package(tmp_path, name, version, does)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        invalidate_caches()
+
+    yield install
+    for name in os.listdir(tmp_path):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card of NVIDIA's of that compute capability, or one of AMD's."""
+
+    def put(capability=(9, 0), hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    put()
+    return put
+
+
+class TestAvailable:
+    @pytest.mark.parametrize("version", ["2.6.3", "2.8.0.post2", "2.10.1+cu130torch2.11"])
+    def test_a_package_that_diffusers_takes_is_offered(self, package, card, version):
+        assert "flash" not in available(CARD)
+        package("flash_attn", version)
+        assert "flash" in available(CARD)
+        card((7, 5))
+        assert "flash" not in available(CARD)
+
+    def test_a_folder_of_that_name_is_no_package(self, package, card):
+        """Repositories beside ComfyUI are called kernels too."""
+        package("kernels")
+        assert not {"flash_hub", "flash3_hub", "sage_hub"} & set(available(CARD))
+        with pytest.raises(ValueError, match="the package kernels is not installed"):
+            check_attention("flash_hub", CARD, torch.float16)
+
+    @pytest.mark.parametrize("name", ["sageattention", "flash_attn", "flash_attn_interface", "xformers", "kernels"])
+    def test_what_others_put_in_the_place_of_a_package_is_none(self, package, card, monkeypatch, name):
+        package(name, "9.9")
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        assert available(CARD) == ("auto", "sdpa", "cudnn", "fastest")
+
+    @pytest.mark.parametrize("architecture", [(9, 0), (9, 4), (11, 0), (12, 0)])
+    def test_amds_cards_have_what_is_made_for_them(self, package, card, architecture):
+        for name in ("sageattention", "flash_attn", "flash_attn_interface", "xformers", "kernels"):
+            package(name, "9.9")
+        card(architecture, hip="7.0")
+        assert available(CARD) == ("auto", "sdpa", "flash", "xformers", "fastest")
+        with pytest.raises(ValueError, match=r"sage will not run here: it needs an NVIDIA card, .*one of AMD's"):
+            check_attention("sage", CARD, torch.float16)
+
+    def test_a_package_for_another_pytorch_is_said_before_the_run(self, package, card, monkeypatch):
+        package("flash_attn", "2.8.3", "raise ImportError('undefined symbol: _ZN3c10')")
+        package("sageattention", "2.2.0")
+        with pytest.raises(
+            ValueError, match=r"package flash_attn 2\.8\.3 is .* loaded \(undefined symbol: _ZN3c10\)"
+        ) as said:
+            check_attention("flash", CARD, torch.float16)
+        assert f"the build for PyTorch {torch.__version__}" in str(said.value)
+        # Neither what was asked for nor what will not run either.
+        assert str(said.value).endswith("Choose one of those that will: auto, sdpa, cudnn, fastest.")
+        # What loads, and lacks what diffusers calls.
+        with pytest.raises(ValueError, match=r"sageattention 2\.2\.0 is installed but cannot be loaded"):
+            check_attention("sage", CARD, torch.float16)
+        kernels = attention_module.exact_kernels(CARD, torch.float16)
+        with pytest.raises(RuntimeError, match="undefined symbol"):
+            kernels["flash"](*torch.zeros(3, 1, 4, 1, 8))
+        monkeypatch.setattr("diffusers.models.attention_dispatch._CAN_USE_FLASH_ATTN", True)
+        check_attention("flash", CARD, torch.float16)
 
 
 class TestFastest:
@@ -134,24 +221,16 @@ class TestFastest:
 
 
 class TestHub:
-    @pytest.fixture
-    def card(self, monkeypatch):
-        """A card of that compute capability, and that version of the package ``kernels``."""
+    @pytest.fixture(autouse=True)
+    def kernels(self, package, card):
+        package("kernels", "0.17.2")
 
-        def put(capability=(9, 0), version="0.17.2"):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-            monkeypatch.setattr(attention_module, "find_spec", lambda name: name == "kernels" or None)
-            real = attention_module.version
-            monkeypatch.setattr(attention_module, "version", lambda name: version if name == "kernels" else real(name))
-
-        return put
-
-    def test_they_are_offered_where_the_package_is_there_and_the_card_fits(self, card):
-        card()
+    def test_they_are_offered_where_the_package_is_there_and_the_card_fits(self, card, package):
         assert {"flash_hub", "flash3_hub", "sage_hub"} <= set(available(CARD))
         card((8, 9))
         assert {"flash_hub", "flash3_hub", "sage_hub"} & set(available(CARD)) == {"flash_hub", "sage_hub"}
-        card(version="0.11.0")
+        card()
+        package("kernels", "0.11.0")
         with pytest.raises(ValueError, match=r"the package kernels is 0\.11\.0, and diffusers calls 0\.12"):
             check_attention("flash_hub", CARD, torch.float16)
         card((7, 5))
@@ -165,15 +244,13 @@ class TestHub:
             for choice in ("flash_hub", "flash3_hub", "sage_hub"):
                 assert AttentionBackendName(BACKENDS[choice])
 
-    def test_an_old_diffusers_is_named(self, card, monkeypatch):
-        card()
+    def test_an_old_diffusers_is_named(self, monkeypatch):
         monkeypatch.setattr(attention_module, "is_at_least", lambda *_: False)
         with pytest.raises(ValueError, match=r"diffusers is .*, and has this kernel from 0\.37"):
             check_attention("flash_hub", CARD, torch.float16)
 
-    def test_nothing_is_fetched_unless_it_was_chosen(self, card, monkeypatch):
+    def test_nothing_is_fetched_unless_it_was_chosen(self, monkeypatch):
         fetched = []
-        card()
         monkeypatch.setattr(attention_module, "_fetched", set())
         monkeypatch.setattr("diffusers.models.attention_dispatch._maybe_download_kernel_for_backend", fetched.append)
         monkeypatch.setattr(
@@ -203,9 +280,7 @@ class TestHub:
         ):
             attention_module._fetch("sage_hub", lambda text, level: None)
 
-    def test_the_sageattention_of_the_index_is_named_for_what_it_is(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(attention_module, "find_spec", lambda name: name == "sageattention" or None)
-        monkeypatch.setattr(attention_module, "version", lambda name: "1.0.6")
+    def test_the_sageattention_of_the_index_is_named_for_what_it_is(self, package):
+        package("sageattention", "1.0.6")
         with pytest.raises(ValueError, match=r"pip install sageattention gives 1\.0\.6, which makes black frames"):
             check_attention("sage", CARD, torch.float16)

@@ -13,8 +13,10 @@ import yaml
 from PIL import Image
 
 import install
-from cogvideox import dependencies
-from tests.conftest import ROOT
+from cogvideox import dependencies, loading
+from cogvideox.handles import open_handles
+from tests.conftest import CPU, ROOT
+from tests.helpers import write_package
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -236,6 +238,67 @@ class TestDependencies:
     def test_a_package_that_runs_though_it_asks_for_more_is_left_alone(self, monkeypatch):
         monkeypatch.setattr(metadata, "requires", lambda name: ["numpy>=99"])
         dependencies.require_dependencies()
+
+    @pytest.mark.parametrize(
+        ("name", "does", "said"),
+        [
+            # Compiled code for another PyTorch.
+            ("xformers", "raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+            # Fails within torch, which is not to blame.
+            (
+                "torchvision",
+                "import torch\ntorch.library.register_fake('x::nms')(len)",
+                "operator x::nms does not exist",
+            ),
+        ],
+    )
+    def test_a_package_that_takes_diffusers_or_transformers_away_is_named(self, tiny, tmp_path, name, does, said):
+        write_package(tmp_path, name, "0.26.0", does)
+        command = "--prompt x --width 96 --height 64 --frames 17 --steps 1".split()
+        done = subprocess.run(
+            [sys.executable, "generate.py", "--model", tiny, *command, "--output", tmp_path / "video.mp4"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert f"error: The package {name} 0.26.0 does not work here ({said})" in done.stderr
+        assert f'"{sys.executable}" -m pip uninstall {name}' in done.stderr
+
+    def test_a_library_that_lacks_what_it_needs_itself_is_sent_to_the_installer(self):
+        for outermost in (RuntimeError("Failed to import diffusers.models: no luck"), ImportError("no luck")):
+            try:
+                exec("raise ImportError('cannot import name x')", {"__name__": "diffusers.models"})
+            except ImportError as error:
+                outermost.__cause__ = error
+            said = str(dependencies.import_failure(outermost))
+            assert "A library that CogVideoX-1.5 needs cannot be imported (cannot import name x)" in said
+            assert "install.py" in said
+
+    def test_other_errors_are_not_taken_for_it(self):
+        error = ValueError("Install gguf.")
+        error.__cause__ = ImportError("no gguf")
+        assert dependencies.import_failure(error) is None
+
+    def test_a_module_that_cannot_be_built_for_it_is_not_the_files_fault(self, tiny, monkeypatch):
+        """Nobody is to download 20 GB again for that."""
+
+        def fail(*_):
+            raise RuntimeError("Failed to import diffusers.loaders.peft") from ImportError("undefined symbol")
+
+        monkeypatch.setattr(loading, "build_module", fail)
+        with pytest.raises(RuntimeError, match="Failed to import"):
+            loading.empty_module(open_handles(tiny, "fp32", CPU).model.weights.part)
+
+    def test_a_node_says_it_too(self, pack, monkeypatch):
+        def fail(*_, **__):
+            exec("raise ImportError('undefined symbol')", {"__name__": "flash_attn.interface"})
+
+        node = pack.NODE_CLASS_MAPPINGS["CogVideoX15EmptyLatent"]
+        monkeypatch.setattr(node, "execute", fail)
+        with pytest.raises(RuntimeError, match=r"The package flash_attn does not work here \(undefined symbol\)"):
+            node().run(width=160, height=96, length=17, batch_size=1)
 
     def test_extras_and_other_systems_are_not_asked_for(self, monkeypatch):
         monkeypatch.setattr(

@@ -269,7 +269,8 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("architecture", "bf16", "fp8", "int8"),
         [
-            ("gfx942:sramecc+:xnack-", NATIVE, NATIVE, NATIVE),
+            ("gfx942:sramecc+:xnack-", NATIVE, ABSENT, NATIVE),
+            ("gfx950:sramecc+:xnack-", NATIVE, NATIVE, NATIVE),
             ("gfx90a:sramecc+:xnack-", NATIVE, ABSENT, NATIVE),
             ("gfx1100", NATIVE, ABSENT, ABSENT),
             ("gfx1201", NATIVE, NATIVE, ABSENT),

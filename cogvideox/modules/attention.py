@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib import import_module
+from typing import NoReturn
 
 import torch
-from torch.torch_version import TorchVersion
 
 from ..choices import (
     AUTO,
@@ -24,8 +23,9 @@ from ..choices import (
     SDPA,
     XFORMERS,
 )
-from ..dependencies import is_at_least
+from ..dependencies import importable, installed, is_at_least, is_older
 from ..words import reason, short
+from . import internals
 from .fastest import Fastest, Kernel, Shape, find_fastest
 from .internals import LibraryModule
 
@@ -67,14 +67,14 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
     Raises:
         ValueError: with what is missing.
     """
-    there = ", ".join(available(device))
     if choice not in BACKENDS:
         raise ValueError(
             f"The attention is {short(repr(choice))}, which is not known here, so it cannot be used. Choose one of "
-            f"those there are: {there}."
+            f"those there are: {', '.join(available(device))}."
         )
-    missing = _missing(choice, device)
+    missing = _missing(choice, device) or _unloadable(choice)
     if missing:
+        there = ", ".join(name for name in available(device) if not _unloadable(name))
         raise ValueError(
             f"The attention {choice} will not run here: {missing}. Choose one of those that will: {there}."
         )
@@ -125,11 +125,21 @@ def exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]
 
     there = [name for name in _EXACT if _missing(name, device) is None]
     there += [name for name in (FLASH_HUB, FLASH3_HUB) if name in _fetched]
-    return {
-        name: partial(dispatch_attention_fn, backend=_backend(name))
-        for name in there
-        if dtype != torch.float32 or name in _FP32
-    }
+    kernels: dict[str, Kernel] = {}
+    for name in there:
+        if dtype != torch.float32 or name in _FP32:
+            unloadable = _unloadable(name)
+            kernels[name] = (
+                partial(dispatch_attention_fn, backend=_backend(name))
+                if unloadable is None
+                else partial(_refuse, unloadable)
+            )
+    return kernels
+
+
+def _refuse(why: str, *_: torch.Tensor) -> NoReturn:
+    """Stand in for a kernel that cannot be called, so that ``fastest`` says why."""
+    raise RuntimeError(why)
 
 
 def _fastest(shape: Shape, dtype: torch.dtype, device: torch.device, tell: Callable[[str, int], None]) -> str:
@@ -176,6 +186,26 @@ def _fetch(choice: str, tell: Callable[[str, int], None]) -> None:
     _fetched.add(choice)
 
 
+def _unloadable(choice: str) -> str | None:
+    """Say why diffusers cannot use a package that is installed, which often was built for another PyTorch; None where
+    it can."""
+    package = _NEEDS[choice][0] if choice in _NEEDS and choice not in _HUB else None
+    refused = None if package is None else internals.refuses_attention(_backend(choice))
+    if package is None or refused is None:
+        return None
+    try:
+        import_module(package)
+        why: Exception = refused
+    # Whatever the package raises.
+    except Exception as error:
+        why = error
+    found = f"{package} {installed(package) or ''}".rstrip()
+    return (
+        f"the package {found} is installed but cannot be loaded ({reason(why)}), so it needs the build for PyTorch "
+        f"{torch.__version__}"
+    )
+
+
 def _missing(choice: str, device: torch.device) -> str | None:
     """Say what keeps a choice from running; None if nothing does."""
     if choice not in _NEEDS:
@@ -183,18 +213,22 @@ def _missing(choice: str, device: torch.device) -> str | None:
     package, lowest, runs_on = _NEEDS[choice]
     if device.type != "cuda":
         return f"it needs an NVIDIA card, and the model runs on {device.type}"
+    if torch.version.hip is not None and choice not in (FLASH, XFORMERS):
+        return "it needs an NVIDIA card, and this is one of AMD's"
     capability = torch.cuda.get_device_capability(device)
-    if not runs_on(capability):
+    # What torch calls a compute capability on AMD's is another number.
+    if torch.version.hip is None and not runs_on(capability):
         return f"it does not support this card (compute capability {capability[0]}.{capability[1]})"
     if package is None:
         return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
-    if find_spec(package) is None:
+    found = installed(package)
+    if not importable(package) or (lowest is not None and found is None):
         return f"the package {package} is not installed"
-    if lowest is not None and TorchVersion(version(package)) < lowest:
-        old = f"the package {package} is {version(package)}, and diffusers calls {lowest} and newer only"
+    if lowest is not None and found is not None and is_older(found, lowest):
+        old = f"the package {package} is {found}, and diffusers calls {lowest} and newer only"
         # Seen with 1.5 (https://github.com/kijai/ComfyUI-CogVideoXWrapper/issues/356).
         known = ". pip install sageattention gives 1.0.6, which makes black frames with CogVideoX-1.5"
         return f"{old}{known if choice == SAGE else ''}"
     if choice in _HUB and not is_at_least("diffusers", "0.37"):
-        return f"diffusers is {version('diffusers')}, and has this kernel from 0.37"
+        return f"diffusers is {installed('diffusers')}, and has this kernel from 0.37"
     return None

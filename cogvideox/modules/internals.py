@@ -26,6 +26,7 @@ _NOTES_ORDER = "lazy_prefetch_group_offloading"
 NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.hooks.hooks", "HookRegistry.get_hook"),
     ("diffusers.hooks.hooks", "ModelHook._is_stateful"),
+    ("diffusers.models.attention_dispatch", "_check_attention_backend_requirements"),
     ("diffusers.models._modeling_parallel", "ContextParallelInput"),
     ("diffusers.models._modeling_parallel", "ContextParallelOutput"),
     ("diffusers.models._modeling_parallel", "ParallelConfig.setup"),
@@ -208,6 +209,18 @@ def multiply_fp8(
     one = torch.ones((), device=tokens.device)
     of_tokens, of_rows = (one, one) if scales is None else scales
     return torch._scaled_mm(tokens, weights, scale_a=of_tokens, scale_b=of_rows, out_dtype=dtype, use_fast_accum=True)
+
+
+def refuses_attention(backend: Any) -> Exception | None:
+    """Return what diffusers' dispatch says of a member of its list of kernels whose package it could not load, or
+    None."""
+    from diffusers.models import attention_dispatch
+
+    try:
+        attention_dispatch._check_attention_backend_requirements(backend)
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Sources: CUDA C++ Programming Guide, "Arithmetic Instructions" (bf16 from compute capability 8.0; fp16 at full rate at
 5.3, 6.0, 6.2 and from 7.0; fp8 tensor cores from 8.9), NVIDIA's Turing whitepaper (int8 tensor cores, which torch's
-products of int8 run on, from 7.5), AMD's CDNA and RDNA ISA guides (bf16 matrix instructions from CDNA 1 and RDNA 3),
-Apple's Metal feature set (bfloat from macOS 14).
+products of int8 run on, from 7.5), AMD's CDNA and RDNA ISA guides (bf16 matrix instructions from CDNA 1 and
+RDNA 3) and hipBLASLt's table of data types (fp8), Apple's Metal feature set (bfloat from macOS 14).
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ class Hardware:
     Attributes:
         name: what to call it.
         bf16, fp16: ``native``, ``emulated`` (right but slow) or ``absent``.
-        fp8, int8: ``native`` or ``absent``, for matrix products; weights can be stored in them on any device, but fp8
-            not on Apple's.
+        fp8, int8: ``native`` or ``absent``, for matrix products, of fp8 those of ``float8_e4m3fn``; weights can be
+            stored in them on any device, but fp8 not on Apple's.
         half_convolutions: whether convolutions in fp16 give right results (they do not on GTX 16xx).
         forced: per part, the dtype that the program around us was started with and the flag that said so; ``auto``
             follows it.
@@ -156,7 +156,8 @@ def rocm_support(architecture: str) -> dict:
     """Return what an AMD card computes in, by its architecture (``gfx942:sramecc+:xnack-``): the arguments of
     ``Hardware``."""
     old = architecture.startswith(_OLD_ROCM)
-    fp8 = architecture.startswith(("gfx94", "gfx95", "gfx12"))
+    # gfx94 (MI300) multiplies another fp8, whose exponents are off by one (``float8_e4m3fnuz``), only.
+    fp8 = architecture.startswith(("gfx95", "gfx12"))
     int8 = architecture.startswith(("gfx90a", "gfx94", "gfx95"))
     return dict(
         bf16=EMULATED if old else NATIVE, fp16=NATIVE, fp8=NATIVE if fp8 else ABSENT, int8=NATIVE if int8 else ABSENT
