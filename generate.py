@@ -184,7 +184,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--end-image",
         type=path_of,
         metavar="FILE",
-        help="the image it ends with, for CogVideoX-Fun and checkpoints fine-tuned for interpolation",
+        help="the image it ends with, for CogVideoX-Fun, and with --image for checkpoints fine-tuned for interpolation",
     )
     what.add_argument(
         "--video",
@@ -226,13 +226,13 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--width",
         type=_whole,
         metavar="PIXELS",
-        help="a multiple of 16 (default: the model card's, 1360 for 1.5; --image's shape for I2V)",
+        help="a multiple of 16 (default: the model card's, 1360 for 1.5; the image's shape for 1.5-I2V and CogVideoX-Fun)",
     )
     what.add_argument(
         "--height",
         type=_whole,
         metavar="PIXELS",
-        help="a multiple of 16 (default: the model card's, 768 for 1.5; --image's shape for I2V)",
+        help="a multiple of 16 (default: the model card's, 768 for 1.5; the image's shape for 1.5-I2V and CogVideoX-Fun)",
     )
     what.add_argument(
         "--frames",
@@ -240,7 +240,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         metavar="N",
         help=(
             "16N+1: 81 is 5 s, 161 is 10 s (default: 81 for 1.5; of --video without --seconds, all of it up to the "
-            "model's longest); 8N+5 for CogVideoX-Fun and VOID (default: 85)"
+            "model's longest); 8N+5 for CogVideoX-Fun and VOID (default: 85); 8N+1 for 5b and 2b (default: 49)"
         ),
     )
     what.add_argument(
@@ -269,7 +269,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         metavar="RATE",
         help=(
             "frames per second of the video; --video is read at that rate too, so that a second stays a second "
-            "(default: as the model was trained, 16 for 1.5 and 8 for 5b and 2b)"
+            "(default: as the model was trained, 16 for 1.5, 12 for VOID, 8 for CogVideoX-Fun, 5b and 2b)"
         ),
     )
     what.add_argument(
@@ -301,7 +301,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--model",
         type=path_of,
         metavar="PATH",
-        help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors file",
+        help="a CogVideoX checkpoint: a folder of diffusers or SAT, or a single safetensors or GGUF file",
     )
     how.add_argument(
         "--text-encoder",
@@ -403,7 +403,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         default="auto",
         help=(
             "the kernel of the attention, if this machine has it: "
-            f"{', '.join(BACKENDS)}; all but sage give the same picture up to rounding (default: PyTorch's choice)"
+            f"{', '.join(BACKENDS)}; all but sage and sage_hub give the same picture up to rounding (default: PyTorch's choice)"
         ),
     )
     how.add_argument(
@@ -679,7 +679,6 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
     for name, needed in (
         ("strength", "video"),
         ("keep_audio", "video"),
-        ("end_image", "image"),
         ("mask", "video"),
         ("void", "video"),
         ("cache_range", "cache"),
@@ -692,8 +691,9 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
     for name in ("mask", "void", "strength"):
         if options.seconds is not None and getattr(options, name) is not None:
             parser.error(f"--seconds goes on from --video and --{name} changes what is there: give one of them")
-    if options.image is not None and options.video is not None:
-        parser.error("--image and --video are two things that a video starts from: give one of them")
+    for name in ("image", "end_image"):
+        if options.video is not None and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} and --video are two things that a video is made of: give one")
     if options.mask is not None and options.void is not None:
         parser.error("--mask is for CogVideoX-Fun checkpoints and --void for VOID's: give one of them")
     if options.prompt == options.negative == "-":

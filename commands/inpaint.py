@@ -32,7 +32,8 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: torch.Tensor) -> torch.Tensor | None:
     """Make zeros of the shape of what the options give a model to read beside the noise ``[1, C, T, H/8, W/8]``, from
     which ``requests`` says whether it can; None if that is nothing."""
-    given = options.image is not None or (options.seconds is not None and options.video is not None)
+    images = options.image is not None or options.end_image is not None
+    given = images or (options.seconds is not None and options.video is not None)
     if options.void is not None:
         kind = VOID
     elif options.mask is not None or (given and variant.reads == INPAINT):

@@ -320,16 +320,22 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
 
     from cogvideox.geometry import check_frames, check_video_room
     from cogvideox.pictures import check_images, nearest_length
+    from cogvideox.variants import INPAINT
     from cogvideox.video import check_room, read_image, read_shape, read_sound, read_video
     from commands.inpaint import fit_parts, read_mask
 
+    if options.end_image is not None and options.image is None and variant.reads != INPAINT:
+        raise ValueError(
+            f"--end-image alone is for CogVideoX-Fun checkpoints, and this is {variant.name}. Give the image that the "
+            "video starts from too, with --image, or leave --end-image away."
+        )
     if options.frames is not None:
         check_frames(options.frames, variant.frame_step, variant.in_pairs)
     start, end = (
         None if path is None else check_images(read_image(path, events), short(path))
         for path in (options.image, options.end_image)
     )
-    shape = None if start is None else (start.shape[2], start.shape[1])
+    shape = next(((image.shape[2], image.shape[1]) for image in (start, end) if image is not None), None)
     clip = None if options.seconds is not None else options.video
     if options.seconds is not None and options.video is not None:
         shape = read_shape(options.video)

@@ -10,8 +10,8 @@ class SecondGPU(Node):
     DISPLAY_NAME = "CogVideoX-1.5 Second GPU"
     DESCRIPTION = (
         "Evaluates the halves of guidance on two cards at the same time, which nearly halves the time of a step. The "
-        "second card gets a copy of the transformer. The video is that of one card, bit for bit where both are of one "
-        "kind. Where the second runs out of memory, the first does both, and says so."
+        "second card gets a copy of the transformer. The video is that of one card up to rounding; with two cards of "
+        "one kind bit for bit that of one that evaluates the halves one after the other. Where the second runs out of memory, the first does both, and says so."
     )
     SEARCH_ALIASES = ["cogvideo multi gpu", "second gpu", "two gpus", "multigpu", "cfg parallel", "cuda:1", "speed"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)

@@ -318,6 +318,7 @@ class TestTheCommandLine:
             ("--video", files / "clip.mp4", "--mask", files / "mask.mp4"),
             ("--video", files / "clip.mp4", "--mask", files / "mask.png", "--scheduler", "ddim_origin"),
             ("--start-image", files / "start.png", "--end-image", files / "start.png"),
+            ("--end-image", files / "start.png"),
         ):
             code, _, errors = run_generate(
                 capsys, "--model", model, *self.SMALL, "--fps", 8, *more, "--output", output, "--overwrite"
@@ -328,7 +329,8 @@ class TestTheCommandLine:
             # What is kept of the first frame: all but the box, or all; and nothing between two images.
             kept = given["image_latents"][0, 0]
             assert (kept[0].min() == 1) == ("--start-image" in more)
-            assert (kept.max(), kept[-1].min()) == (1, 0)
+            assert (kept.max() == 1) == (more[0] != "--end-image")
+            assert kept[-1].min() == 0
             assert given["denoise"] == 1
 
     def test_a_quadmask_and_noise(self, built, files, capsys, given):

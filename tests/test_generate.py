@@ -413,7 +413,7 @@ class TestImagesVideosAndLoras:
         [
             ("--strength", "0.5"),
             ("--keep-audio",),
-            ("--end-image", "x.png"),
+            ("--end-image", "x.png", "--video", "x.mp4"),
             ("--image", "x.png", "--video", "x.mp4"),
             ("--check", "x", "--decode", "y"),
             ("--plan", "--check", "x"),
