@@ -226,13 +226,18 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--width",
         type=_whole,
         metavar="PIXELS",
-        help="a multiple of 16 (default: the model card's, 1360 for 1.5; the image's shape for 1.5-I2V and CogVideoX-Fun)",
+        help=(
+            "a multiple of 16 (default: the model card's, 1360 for 1.5; the image's shape for 1.5-I2V and "
+            "CogVideoX-Fun)"
+        ),
     )
     what.add_argument(
         "--height",
         type=_whole,
         metavar="PIXELS",
-        help="a multiple of 16 (default: the model card's, 768 for 1.5; the image's shape for 1.5-I2V and CogVideoX-Fun)",
+        help=(
+            "a multiple of 16 (default: the model card's, 768 for 1.5; the image's shape for 1.5-I2V and CogVideoX-Fun)"
+        ),
     )
     what.add_argument(
         "--frames",
@@ -403,7 +408,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         default="auto",
         help=(
             "the kernel of the attention, if this machine has it: "
-            f"{', '.join(BACKENDS)}; all but sage and sage_hub give the same picture up to rounding (default: PyTorch's choice)"
+            f"{', '.join(BACKENDS)}; all but sage and sage_hub give the same picture up to rounding (default: "
+            "PyTorch's choice)"
         ),
     )
     how.add_argument(
@@ -688,6 +694,8 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.seconds is not None and options.end_image is not None:
         parser.error("--seconds makes many parts and --end-image is the end of one: give one of them")
+    if options.seconds is not None and options.noise is not None:
+        parser.error("--seconds makes many parts and --noise is the noise of one: give one of them")
     for name in ("mask", "void", "strength"):
         if options.seconds is not None and getattr(options, name) is not None:
             parser.error(f"--seconds goes on from --video and --{name} changes what is there: give one of them")
@@ -920,7 +928,8 @@ def decode_latent(options: argparse.Namespace) -> int:
     check_latent(latent)
     handles = open_handles_of(options, hardware)
     say(handles.plan.text)
-    check_room(output, *(side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True)))
+    frames, height, width = (side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True))
+    check_room(output, frames, width, height)
     finish(options, handles.vae, latent, output, rate_of(options, handles.model.variant))
     return 0
 

@@ -26,10 +26,11 @@ def check_known(overlap: int, length: int) -> None:
         ValueError: with what it can be.
     """
     if overlap < 1 or overlap % 4 != 1:
-        below = max(1, (overlap - 1) // 4 * 4 + 1)
+        below = min(max(1, (overlap - 1) // 4 * 4 + 1), max(1, (length - 2) // 4 * 4 + 1))
+        near = f"{below} or {below + 4}" if below + 4 < length else f"{below}"
         raise ValueError(
             f"The overlap is {overlap} frames, but what is known of the next part has to be 4N+1 frames: the first "
-            f"alone and the others in fours, as the VAE reads them. Set it to {below} or {below + 4}."
+            f"alone and the others in fours, as the VAE reads them. Set it to {near}."
         )
     if overlap >= length:
         raise ValueError(

@@ -249,11 +249,24 @@ def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
         start, end: shares of the steps, between which they are.
 
     Raises:
-        ValueError: for what is no share, and for a start that is not below the end.
+        ValueError: for what is no share, for a start that is not below the end, and where no step lies between them.
     """
     check_guidance_range(start, end)
     found = steps_between(start, end, steps)
-    return found if cfg > 1.0 and found else range(0)
+    if cfg <= 1.0:
+        return range(0)
+    if not found:
+        raise ValueError(
+            f"cfg_start is {start} and cfg_end {end}, and none of {steps} steps lies between them, so none would be "
+            "guided. Set cfg_end higher or cfg_start lower, or cfg to 1, which switches guidance off."
+        )
+    return found
+
+
+def turns_of(guided: range) -> set[int]:
+    """Return the steps before which guidance begins or ends: what was kept of one kind of step is of no use to the
+    other."""
+    return {guided.start, guided.stop} if guided else set()
 
 
 def check_guidance_range(start: float, end: float) -> None:
@@ -313,7 +326,8 @@ def fit_mask(mask: torch.Tensor, latents: torch.Tensor, prediction_type: str) ->
             f"The checkpoint predicts {prediction_type}, and a noise mask works with those that predict v, as all "
             "released ones do. Take the mask away."
         )
-    video = mask.float() if mask.ndim == 5 else mask.float().reshape(1, 1, -1, *shape[-2:])
+    mask = mask.cpu().float()
+    video = mask if mask.ndim == 5 else mask.reshape(1, 1, -1, *shape[-2:])
     return interpolate(video, latents.shape[2:], mode="trilinear")
 
 

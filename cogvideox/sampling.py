@@ -42,6 +42,7 @@ from .requests import (
     guided_steps,
     outside_training,
     plan_steps,
+    turns_of,
 )
 from .schedulers import advance
 from .second import Second
@@ -126,9 +127,9 @@ def sample(
         "Make it anew: the node that gave it ran in a dtype too small for its values, or its file is damaged.",
     )
     if denoise < 1.0 and not latents.any().item():
-        logger.warning(
-            "denoise is %s, but the latent is empty: there is no video to start from, so the run starts from noise.",
-            denoise,
+        events.note(
+            f"denoise is {denoise}, but the latent is empty: there is no video to start from, so the run starts from "
+            "noise."
         )
         denoise = 1.0
     noise_schedule, timesteps = plan_steps(
@@ -156,8 +157,7 @@ def sample(
     apart = team is None and model.second is not None and len(prompts) > 1
     placements = _placements(model, latents, guided, prompts, events, team, apart)
     device = model.weights.device
-    # What was kept of a guided step is of no use to one that is not.
-    turns = {step for step in (guided.start, guided.stop) if guided}
+    turns = turns_of(guided)
     speedups = make_speedups(model, latents.shape, positive.shape[1], timesteps.tolist(), events.note, turns)
 
     @contextmanager

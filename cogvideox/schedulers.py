@@ -1,5 +1,6 @@
 """diffusers' schedulers as the sampler uses them: with the checkpoint's own noise schedule."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,7 @@ def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> in
     if count == 0:
         raise ValueError(
             f"denoise {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise denoise to "
-            f"{1 / steps:.3g} or more, or steps."
+            f"{math.ceil(10_000 / steps) / 10_000} or more, or steps."
         )
     return count
 

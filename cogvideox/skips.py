@@ -6,9 +6,11 @@ import torch
 
 from .checkpoint.parts import Part
 from .choices import TEACACHE
+from .finite import check_finite
 from .handles import Model
 from .loading import read_wide
 from .modules.teacache import Schedule, family_of, schedule_skips
+from .requests import guided_steps, turns_of
 from .schedulers import make_scheduler, schedule_timesteps
 from .variants import OFS, full_config
 
@@ -32,11 +34,22 @@ def plan_skips(model: Model, timesteps: Sequence[float], in_full: Collection[int
     return schedule_skips([0.0, *map(change, distances[1:])], count, set(allowed))
 
 
-def skips_text(model: Model, steps: int = 50, scheduler: str = "ddim", denoise: float = 1.0) -> str | None:
+def skips_text(
+    model: Model,
+    steps: int = 50,
+    scheduler: str = "ddim",
+    denoise: float = 1.0,
+    guidance: tuple[float, float, float] = (6.0, 0.0, 1.0),
+) -> str | None:
     """Say in a sentence what ``model``'s TeaCache skips, and what is published for that; None where it has none that
-    skips."""
+    skips.
+
+    Args:
+        guidance: ``cfg``, ``cfg_start`` and ``cfg_end`` of ``sample``.
+    """
     noise_schedule = make_scheduler(model.scheduler_config, scheduler)
-    schedule = plan_skips(model, schedule_timesteps(noise_schedule, steps, denoise).tolist())
+    timesteps = schedule_timesteps(noise_schedule, steps, denoise).tolist()
+    schedule = plan_skips(model, timesteps, turns_of(guided_steps(*guidance, len(timesteps))))
     if schedule is None:
         return None
     return f"TeaCache will skip {schedule.text}. {family_of(full_config(model.weights.config)).text}"
@@ -48,6 +61,9 @@ def embedding_distances(part: Part, config: Mapping, timesteps: Sequence[float])
 
     Computed in fp32 from the weights as they are stored, so that it is the same in every dtype and after a heal. LoRAs
     are not looked at.
+
+    Raises:
+        ValueError: if it is not finite.
     """
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
@@ -65,5 +81,14 @@ def embedding_distances(part: Part, config: Mapping, timesteps: Sequence[float])
         embedded = embed("time", inner, config["time_embed_dim"], torch.tensor(timesteps))
         if config["ofs_embed_dim"]:
             embedded = embedded + embed("ofs", config["ofs_embed_dim"], config["ofs_embed_dim"], torch.tensor([OFS]))
-        pairs = zip(embedded[1:], embedded[:-1], strict=True)
-        return [0.0, *(((now - before).abs().mean() / before.abs().mean()).item() for now, before in pairs)]
+        check_finite(
+            embedded,
+            "The transformer's timestep embedding",
+            "Its file is damaged: download it again (scan_weights in the loader lists what is wrong in it).",
+        )
+        distances = [0.0]
+        for now, before in zip(embedded[1:], embedded[:-1], strict=True):
+            size = before.abs().mean()
+            # Of what is zero throughout there is no share.
+            distances.append(((now - before).abs().mean() / size).item() if size else 0.0)
+        return distances

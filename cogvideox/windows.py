@@ -90,9 +90,10 @@ def check_overlap(length: int, overlap: int) -> None:
     """
     count = latent_frames(length)
     if not 0 <= overlap < count:
+        usual = "; 4 is usual" if count > 4 else ""
         raise ValueError(
             f"The overlap of the context windows is {overlap} latent frames, and a window of {length} frames has "
-            f"{count}: no window would get any further than the one before. Set it from 0 to {count - 1}; 4 is usual."
+            f"{count}: no window would get any further than the one before. Set it from 0 to {count - 1}{usual}."
         )
 
 
@@ -105,10 +106,11 @@ def check_pairs(windows: Windows, config: Mapping) -> None:
     group = config["patch_size_t"] or 1
     if windows.overlap % group:
         below = windows.overlap // group * group
+        near = [str(overlap) for overlap in (below, below + group) if overlap < latent_frames(windows.length)]
         raise ValueError(
             f"The overlap of the context windows is {windows.overlap} latent frames, but this model reads them in "
-            f"groups of {group}, one of which every other window would cut apart. Set it to {below} or "
-            f"{below + group}."
+            f"groups of {group}, one of which every other window would cut apart. Set it to "
+            f"{' or '.join(near)}."
         )
 
 

@@ -207,7 +207,7 @@ def check_settings(options: argparse.Namespace) -> float:
         ValueError: for the first that cannot be run with.
     """
     from cogvideox.geometry import check_side
-    from cogvideox.requests import check_guidance, check_guidance_range
+    from cogvideox.requests import check_guidance, guided_steps
     from cogvideox.schedulers import steps_to_run
 
     in_parts = options.mask is not None or options.void is not None or options.seconds is not None
@@ -222,9 +222,9 @@ def check_settings(options: argparse.Namespace) -> float:
         from commands.chain import check_seconds
 
         check_seconds(options.seconds)
-    steps_to_run(options.steps, denoise)
     check_guidance(options.cfg)
-    check_guidance_range(*options.cfg_range)
+    start, end = options.cfg_range
+    guided_steps(options.cfg, start, end, steps_to_run(options.steps, denoise))
     for side in ("width", "height"):
         if getattr(options, side) is not None:
             check_side(side, getattr(options, side))

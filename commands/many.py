@@ -194,7 +194,8 @@ def options_of(
     found = parse(words, found)
     if "-" in (found.prompt, found.negative):
         raise ValueError("A prompt is -, which is the standard input, and lines hold their own. Write its words there.")
-    found.output = folder / (found.output if "output" in line.words else f"{line.number:05}.mp4")
+    named = "output" in {name.removeprefix("--") for name in line.words}
+    found.output = folder / (found.output if named else f"{line.number:05}.mp4")
     return found
 
 

@@ -80,7 +80,7 @@ def say_skips(job: Job) -> None:
     from cogvideox.skips import skips_text
 
     options = job.options
-    skips = skips_text(job.model, options.steps, options.scheduler, job.denoise)
+    skips = skips_text(job.model, options.steps, options.scheduler, job.denoise, (options.cfg, *options.cfg_range))
     if skips is not None:
         say(skips)
 

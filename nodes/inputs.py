@@ -77,7 +77,7 @@ class Declares(Protocol):
     #: that raises ValueError, and its arguments.
     checks: ClassVar[Callable[..., list[tuple]]]
     #: Given the inputs of ``execute``, or ``queued.UNKNOWN`` for what only the run knows: what it will give, without
-    #: reading a weight or showing anything; None where only the run can say. ValueError for what cannot run.
+    #: reading a weight; None where only the run can say. ValueError for what cannot run.
     foresee: ClassVar[Callable[..., tuple | None]]
 
     @classmethod
@@ -228,13 +228,14 @@ def _image(value, _):
         remedy = (
             "An IMAGE is float from 0 to 1: divide pixels from 0 to 255 by 255, or connect the IMAGE of Load Image."
         )
-    return check_tensor(value, "what comes in", remedy)
+    # Programs that keep all on a card (ComfyUI's --gpu-only) have pictures there; nodes work on them beside it.
+    return check_tensor(value, "what comes in", remedy).cpu()
 
 
 def _mask(value, _):
     if not isinstance(value, torch.Tensor):
         raise _Odd(f"is {seen(value)}")
-    return check_tensor(value, "what comes in", _WANTED["MASK"][1])
+    return check_tensor(value, "what comes in", _WANTED["MASK"][1]).cpu()
 
 
 def _number(value, options) -> float:

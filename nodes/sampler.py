@@ -1,6 +1,7 @@
 """CogVideoX-1.5 Sampler: noise and a prompt to video latents."""
 
 import logging
+from contextlib import suppress
 
 import torch
 
@@ -166,15 +167,18 @@ class Sampler(Node):
 
     @classmethod
     def checks(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, cfg_start=None, cfg_end=None):
-        from ..cogvideox.requests import check_guidance, check_guidance_range
+        from ..cogvideox.requests import check_guidance, check_guidance_range, guided_steps
         from ..cogvideox.schedulers import steps_to_run
 
-        some = None if steps is None or steps < 1 else steps
+        some, run = None if steps is None or steps < 1 else steps, None
+        with suppress(TypeError, ValueError):
+            run = steps_to_run(steps, denoise)
         return [
             ("steps", steps_to_run, steps, 1.0),
             ("denoise", steps_to_run, some, denoise),
             ("cfg", check_guidance, cfg),
             ("cfg_end", check_guidance_range, cfg_start, cfg_end),
+            ("cfg_end", guided_steps, cfg, cfg_start, cfg_end, run),
             ("scheduler", check_choice, "scheduler", scheduler, SCHEDULERS),
             ("on_nan", check_choice, "on_nan", on_nan, ON_NAN),
         ]
@@ -243,7 +247,7 @@ class Sampler(Node):
                 cfg_end=cfg_end,
                 events=host.NodeEvents(model.variant.fps),
             )
-        return ({"samples": samples, IN_PAIRS: model.variant.in_pairs},)
+        return ({**latent_image, "samples": samples, IN_PAIRS: model.variant.in_pairs},)
 
 
 def _image_latents(positive, negative):

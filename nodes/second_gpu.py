@@ -11,7 +11,8 @@ class SecondGPU(Node):
     DESCRIPTION = (
         "Evaluates the halves of guidance on two cards at the same time, which nearly halves the time of a step. The "
         "second card gets a copy of the transformer. The video is that of one card up to rounding; with two cards of "
-        "one kind bit for bit that of one that evaluates the halves one after the other. Where the second runs out of memory, the first does both, and says so."
+        "one kind bit for bit that of one that evaluates the halves one after the other. Where the second runs out of "
+        "memory, the first does both, and says so."
     )
     SEARCH_ALIASES = ["cogvideo multi gpu", "second gpu", "two gpus", "multigpu", "cfg parallel", "cuda:1", "speed"]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)

@@ -4,6 +4,7 @@ Stand-ins take the place of kernels that only a card has.
 """
 
 import os
+import re
 import sys
 import time
 import types
@@ -150,6 +151,63 @@ class TestFastest:
         assert "coarse is out: it is" in found.text
         assert "nan is out: it is nan away from sdpa" in found.text
         assert "broken is out: no such instruction)" in found.text
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda result: result.double(), r"gives \[2, 40, 3, 16\] in float64 for \[2, 40, 3, 16\] in float32"),
+            (lambda result: result[None], r"gives \[1, 2, 40, 3, 16\] in float32 for"),
+            (lambda result: (result, None), "gives a tuple for"),
+            (lambda result: None, "gives a NoneType for"),
+        ],
+    )
+    def test_one_that_gives_something_else_is_out(self, change, said):
+        kernels = {"sdpa": slow(exact, 0.02), "odd": lambda *tensors: change(exact(*tensors))}
+        found = find_fastest(kernels, SHAPE, torch.float32, HOST)
+        assert found.choice == "sdpa"
+        assert re.search(f"odd is out: it {said}", found.text)
+
+    def test_one_that_writes_into_what_it_is_given_spoils_no_other(self):
+        def in_place(query, key, value):
+            result = exact(query, key, value)
+            key.fill_(float("nan"))
+            return result
+
+        found = find_fastest({"sdpa": slow(exact, 0.02), "wild": in_place, "good": exact}, SHAPE, torch.float32, HOST)
+        assert " is out" not in found.text
+
+    def test_every_result_counts_and_not_the_first_alone(self):
+        calls = []
+
+        def tires(*tensors):
+            calls.append(1)
+            return exact(*tensors) * (len(calls) < 3)
+
+        found = find_fastest({"sdpa": slow(exact, 0.02), "tires": tires}, SHAPE, torch.float32, HOST)
+        assert found.choice == "sdpa"
+        assert "tires is out: it is 1.0e+00 away" in found.text
+
+    def test_one_that_is_slow_takes_no_more_than_the_time_there_is(self):
+        now, calls = [0.0], []
+
+        def takes(seconds):
+            def run(*tensors):
+                now[0] += seconds
+                calls.append(seconds)
+                return exact(*tensors)
+
+            return run
+
+        kernels = {"sdpa": takes(0.01), "slow": takes(1.5), "last": takes(0.001)}
+        found = find_fastest(kernels, SHAPE, torch.float32, HOST, clock=lambda: now[0])
+        # It is begun once more, while there is time; then nothing is.
+        assert (calls.count(1.5), calls.count(0.001), found.choice) == (2, 0, "sdpa")
+        assert "last is out: no time was left for it" in found.text
+
+    def test_what_is_drawn_afterwards_does_not_depend_on_it(self):
+        before = torch.get_rng_state()
+        find_fastest({"sdpa": exact, "other": exact}, SHAPE, torch.float32, HOST)
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_rounding_itself_is_not_an_error(self):
         def by_hand(query, key, value):

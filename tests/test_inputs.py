@@ -332,8 +332,12 @@ class TestTensors:
             "batch_index": [0],
             "downscale_ratio_spacial": 8,
         }
-        call(pack, "CogVideoX15Sampler", **{**arguments(pack, "CogVideoX15Sampler", good), "latent_image": latent})
+        (given,) = call(
+            pack, "CogVideoX15Sampler", **{**arguments(pack, "CogVideoX15Sampler", good), "latent_image": latent}
+        )
         assert list(latent) == ["samples", "noise_mask", "batch_index", "downscale_ratio_spacial"]
+        # What core's samplers keep is kept.
+        assert given["batch_index"] == [0]
 
     @pytest.mark.parametrize(
         "start", [3, "x", [], {}, torch.ones(1, 16, 1, 2, 2).to_sparse(), torch.empty(1, 16, 1, 2, 2, device="meta")]

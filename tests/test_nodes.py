@@ -839,6 +839,10 @@ def test_bad_widgets_are_refused_with_the_engines_sentences_and_linked_ones_left
     assert "guidance begins at 1" in sampler.VALIDATE_INPUTS(cfg=0.5)
     assert "no step would be guided" in sampler.VALIDATE_INPUTS(cfg_start=0.8, cfg_end=0.8)
     assert sampler.VALIDATE_INPUTS(cfg_start=0.2, cfg_end=0.8) is True
+    between = dict(cfg_start=0.51, cfg_end=0.7, denoise=1.0, cfg=6.0)
+    assert "none of 4 steps lies between" in sampler.VALIDATE_INPUTS(steps=4, **between)
+    assert sampler.VALIDATE_INPUTS(steps=10, **between) is True
+    assert sampler.VALIDATE_INPUTS(steps=4, **between | {"cfg": 1.0}) is True
     assert "Choose one of ddim, dpm" in sampler.VALIDATE_INPUTS(scheduler="euler")
     assert "between 0 and 1" in nodes["CogVideoX15BlackFrameCheck"].VALIDATE_INPUTS(video_black_ratio=1.5)
     assert "No LoRA is chosen" in nodes["CogVideoX15LoraLoader"].VALIDATE_INPUTS(lora_name="")

@@ -264,6 +264,37 @@ class TestSaid:
         assert skips_text(with_cache(model, Cache("pab"))) is None
         assert skips_text(with_cache(model, Cache(strength=0.0))) is None
 
+    @pytest.mark.parametrize(("variant", "steps", "strength"), [("5b", 50, 0.45), ("5b", 100, 0.15), ("1.5", 200, 0.6)])
+    def test_the_threshold_that_is_said_is_the_one_that_skips_as_many(self, opened, variant, steps, strength):
+        model = with_cache(opened(variant), Cache("teacache", strength, 0.0, 1.0))
+        schedule = planned(opened(variant), strength, steps=steps)
+        (said,) = re.findall(r"threshold ([\d.]+)\. ", skips_text(model, steps=steps))
+        assert float(said) == schedule.late == schedule.early
+
+    def test_what_is_said_before_is_what_runs_where_guidance_begins_or_ends(self, opened):
+        model, said = with_cache(opened("1.5"), Cache("teacache", 1.0, 0.0, 1.0)), []
+        guidance = dict(cfg=6.0, cfg_start=0.3, cfg_end=0.8)
+        sample(model, *draw_prompts(8), torch.zeros(SHAPE), seed=1, steps=STEPS, events=Told(said), **guidance)
+        before = skips_text(model, STEPS, guidance=tuple(guidance.values()))
+        (planned_skips,) = re.findall(r"will skip (.*?)\. ", before)
+        assert f"Planned were {planned_skips}." in said[-1]
+        assert planned_skips not in skips_text(model, STEPS)
+
+    @pytest.mark.parametrize("value", [float("nan"), 0.0])
+    def test_a_timestep_embedding_that_is_damaged_or_zero(self, tmp_path, value):
+        def damage(parts):
+            with torch.no_grad():
+                for parameter in parts["transformer"].time_embedding.linear_2.parameters():
+                    parameter.fill_(value)
+
+        folder = build_checkpoint(tmp_path / "model", "1.5", change=damage)
+        model = with_cache(open_handles(folder, "fp32", CPU).model, Cache("teacache", 0.5))
+        if value == 0:
+            assert "will skip" in skips_text(model)
+        else:
+            with pytest.raises(ValueError, match="timestep embedding holds .* Its file is damaged"):
+                skips_text(model)
+
     def test_the_sampler_says_what_was_skipped_as_planned(self, opened):
         model, said = with_cache(opened("1.5"), Cache("teacache", 0.5, 0.0, 1.0)), []
         sample(model, *draw_prompts(8), torch.zeros(SHAPE), seed=1, steps=STEPS, events=Told(said))

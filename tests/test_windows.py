@@ -107,6 +107,7 @@ class TestSpans:
             ((80, 4), r"is 80 frames.* Set it to 77 or 81; 161 is the longest"),
             ((1, 0), r"is 1 frames.* Set it to 5 or 9"),
             ((21, 6), r"is 6 latent frames, and a window of 21 frames has 6: .* from 0 to 5; 4 is usual"),
+            ((13, 4), r"a window of 13 frames has 4: .* from 0 to 3\.$"),
             ((21, -1), r"is -1 latent frames"),
             ((21, 2, "pyramid"), r"is 'pyramid', which is not known here.* linear"),
         ],
@@ -118,6 +119,9 @@ class TestSpans:
     def test_an_overlap_that_cuts_a_pair_is_refused_by_the_model_that_reads_pairs(self, handles, checkpoints):
         with pytest.raises(ValueError, match="in groups of 2, .* Set it to 2 or 4"):
             with_windows(handles.model, Windows(21, 3))
+        # Only what is no refusal again.
+        with pytest.raises(ValueError, match=r"in groups of 2, .* Set it to 0\.$"):
+            with_windows(handles.model, Windows(5, 1))
         assert with_windows(open_handles(checkpoints("5b"), "fp32", CPU).model, Windows(21, 3)).windows.overlap == 3
 
 

@@ -106,10 +106,11 @@ class Schedule:
     @property
     def text(self) -> str:
         """What is skipped, a clause."""
+        early, late = (f"{threshold:.12g}" for threshold in (self.early, self.late))
         threshold = (
-            f"the paper's threshold {self.late:.4g}"
-            if self.early == self.late
-            else f"the paper's threshold {self.early:.4g} before step {self.switch + 1} and {self.late:.4g} from there"
+            f"the paper's threshold {late}"
+            if early == late
+            else f"the paper's threshold {early} before step {self.switch + 1} and {late} from there"
         )
         return f"{len(self.skipped)} of {self.steps} steps" + (f", {threshold}" if self.skipped else "")
 

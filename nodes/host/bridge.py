@@ -411,7 +411,10 @@ class _Run:
         self._running = ExitStack()
         self._rotary: dict[tuple[int, ...], Any] = {}
         self._prompts: list[tuple[torch.Tensor, dict[torch.dtype, torch.Tensor]]] = []
-        self._index, self._sigma, self._calls, self._most_calls, self._stale = -1, math.nan, 0, 0, False
+        self._index, self._sigma, self._stale = -1, math.nan, False
+        # What each call of this step, and of the one before, was about, in turn.
+        self._calls: list[tuple] = []
+        self._calls_before: list[tuple] = []
         self._sentinel: Sentinel
         self._speedups: Any
 
@@ -472,9 +475,7 @@ class _Run:
         def work(module: nn.Module, precision: "Precision") -> torch.Tensor:
             nonlocal tries
             if tries:
-                # Only this call is done again: what caches hold of the step's other calls is not its own.
-                self._speedups.begin(index, self._guided)
-                self._stale = True
+                self._begin_again(index, options)
             tries += 1
             return self._run(x, timestep, context, ofs, options, module, precision)
 
@@ -493,25 +494,40 @@ class _Run:
         """
         sigmas = options.get("sigmas")
         sigma = self._sigmas[0] if sigmas is None else float(sigmas[0])
+        # Which conditionings: some begin, or end, within a run.
+        asked = tuple(options.get("uuids") or options.get("cond_or_uncond") or ())
         if sigma == self._sigma:
-            self._calls += 1
-            if self._index > 0 and self._calls > self._most_calls:
+            place = len(self._calls)
+            again = set(asked) <= {one for call in self._calls for one in call}
+            if self._index > 0 and place >= len(self._calls_before) and again:
                 self._refuse_cache()
+            if self._index > 0 and self._calls_before[place : place + 1] != [asked]:
+                self._begin_again(self._index, options)
+            self._calls.append(asked)
             return self._index
-        self._most_calls = max(self._most_calls, self._calls)
-        self._sigma, self._calls = sigma, 1
+        self._stale |= self._calls[:1] != [asked]
+        self._sigma, self._calls_before, self._calls = sigma, self._calls, [asked]
         distances = [abs(math.log(max(step, 1e-9) / max(sigma, 1e-9))) for step in self._sigmas]
         nearest = min(distances)
         index = 0 if math.isnan(nearest) else distances.index(nearest)
         if nearest > _SAME_SIGMA or index < self._index:
             self._refuse_cache()
         self._index = index
-        self._speedups.begin(index, self._guided)
-        if self._stale:
-            # Told twice, caches forget.
-            self._speedups.begin(index, self._guided)
-            self._stale = False
+        # Told twice, caches forget.
+        for _ in range(2 if self._stale else 1):
+            self._speedups.begin(index, self._halves(options))
+        self._stale = False
         return index
+
+    def _begin_again(self, index: int, options: dict) -> None:
+        """Have a step's further calls run in full, and the next step: what caches hold of the step's other calls is not
+        theirs."""
+        self._speedups.begin(index, self._halves(options))
+        self._stale = True
+
+    def _halves(self, options: dict) -> bool:
+        """Return whether a call has both halves of guidance, as far as calls have both in this run."""
+        return self._guided and (self.copies == 1 or len(options.get("cond_or_uncond", (0, 1))) > 1)
 
     def _refuse_cache(self) -> None:
         cache = self._model.cache

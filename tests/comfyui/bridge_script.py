@@ -4,6 +4,7 @@ against our sampler and against core's own model, on tiny random weights in fp32
 Arguments beside those of ``inside``: the sections to run, functions of this file.
 """
 
+import dataclasses
 import gc
 import importlib
 import statistics
@@ -587,6 +588,47 @@ def caches():
     refused("counts steps", lambda: run(bridge.to_model(cached), latents, noise, sampler="heun", steps=10))
     skip = of(nodes_slg.SkipLayerGuidanceDiT, bridge.to_model(cached), 3.0, 0.3, 1.0, "0", "", 0.0)
     refused("counts steps", lambda: run(skip, latents, noise, steps=10))
+    scheduled(handles.with_cache(plain, cache.Cache(choices.TEACACHE, 0.5, 0.0, 1.0)), latents, noise)
+
+
+def scheduled(cached, latents, noise):
+    """Where other conditionings begin or end within a run, the step runs in full: nothing of one prompt is reused for
+    another."""
+    first, second, negative = prompts(tokens=(226, 226, 226))
+    whole, early, late = (0.0, 1.0), (0.0, 0.5), (0.5, 1.0)
+
+    def during(prompt, share):
+        return [prompt, {"start_percent": share[0], "end_percent": share[1]}]
+
+    def sampled(positive, negatives, full=()):
+        def planned(*given):
+            schedule = plan(*given)
+            steps.append(schedule.skipped)
+            return dataclasses.replace(schedule, skipped=schedule.skipped - set(full))
+
+        steps, plan, sampling.plan_skips = [], sampling.plan_skips, planned
+        options = dict(disable_pbar=True, seed=7)
+        try:
+            model = bridge.to_model(cached)
+            found = comfy.sample.sample(
+                model, noise, 10, 6.0, "ddim", "simple", positive, negatives, latents, **options
+            )
+        finally:
+            sampling.plan_skips = plan
+        return found, steps[0]
+
+    for what, positive, negatives in (
+        ("a prompt after another", [(first, early), (second, late)], [(negative, whole)]),
+        ("a prompt beside another from the middle on", [(first, whole), (second, late)], [(negative, whole)]),
+        ("a prompt beside another up to the middle", [(first, early), (second, whole)], [(negative, whole)]),
+        ("a negative prompt after another", [(first, whole)], [(negative, early), (second, late)]),
+    ):
+        given = [[during(*entry) for entry in entries] for entries in (positive, negatives)]
+        found, skipped = sampled(*given)
+        assert {4, 5} <= skipped, skipped
+        # Step 5, where the prompts change, runs in full as it is, and step 4 does not.
+        assert torch.equal(found, sampled(*given, full=[5])[0]), what
+        assert not torch.equal(found, sampled(*given, full=[4])[0]), what
 
 
 @contextmanager
