@@ -29,6 +29,10 @@ from .variants import (
     full_config,
 )
 from .windows import spans, windows_text
+from .words import short
+
+#: The last of the videos whose noise can be asked for.
+_MOST_VIDEOS = 4095
 
 
 def plan_steps(
@@ -70,13 +74,7 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
     check_latent(latents, config["patch_size"])
     check_host_room(model, latents.shape)
     check_conditioning(model, image_latents)
-    if model.variant.in_pairs:
-        try:
-            check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} CogVideoX-1.5 Inpaint and CogVideoX-1.5 Object Removal (VOID) give latents of such lengths."
-            ) from None
+    check_length(model, latents)
     if image_latents is not None:
         _check_image(latents, image_latents)
     if config["use_learned_positional_embeddings"]:
@@ -87,6 +85,21 @@ def check_request(model: Model, latents: torch.Tensor, image_latents: torch.Tens
                 f"latent is {latents.shape[4] * 8}x{latents.shape[3] * 8}. Set that size, or use CogVideoX1.5-5B-I2V, "
                 "which takes others."
             )
+
+
+def check_length(model: Model, latents: torch.Tensor) -> None:
+    """Refuse latents of a length that a model cannot make.
+
+    Raises:
+        ValueError: with the nearest two that it can.
+    """
+    if model.variant.in_pairs:
+        try:
+            check_frames(pixel_frames(latents.shape[2]), model.variant.frame_step, in_pairs=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} CogVideoX-1.5 Inpaint and CogVideoX-1.5 Object Removal (VOID) give latents of such lengths."
+            ) from None
 
 
 def check_windows(model: Model, latents: torch.Tensor, scheduler: str) -> None:
@@ -191,13 +204,14 @@ def _strange(model: Model, channels: int) -> str:
     name, reads = model.variant.name, model.variant.reads
     if channels == CONDITIONING_CHANNELS[INPAINT]:
         return (
-            f"{name} is connected to CogVideoX-1.5 Inpaint, whose mask and masked video it cannot read: only "
-            "CogVideoX-Fun-V1.5-InP checkpoints do. Load CogVideoX-Fun-V1.5-5b-InP, or take the node away."
+            f"{name} is connected to a mask and a masked video, as CogVideoX-1.5 Inpaint gives them, which it cannot "
+            "read: only CogVideoX-Fun-V1.5-InP checkpoints do. Load CogVideoX-Fun-V1.5-5b-InP, or take the node away."
         )
     if channels == CONDITIONING_CHANNELS[VOID]:
         return (
-            f"{name} is connected to CogVideoX-1.5 Object Removal (VOID), whose quadmask and video it cannot read: "
-            "only VOID's checkpoints do. Load one, such as void_pass1.safetensors, or take the node away."
+            f"{name} is connected to latents of {channels} channels, as CogVideoX-1.5 Object Removal (VOID) gives "
+            "them, which it cannot read: only VOID's checkpoints do. Load one, such as void_pass1.safetensors, or take "
+            "the node away."
         )
     if channels == CONDITIONING_CHANNELS[START_IMAGE] and reads == INPAINT:
         return (
@@ -293,6 +307,29 @@ def check_noise(noise: torch.Tensor, latents: torch.Tensor) -> None:
             "own. Make the noise for a video of the same size, length and batch."
         )
     check_finite(noise, "The noise", "Make it anew.")
+    if not noise.any():
+        raise ValueError(
+            "The noise is zero throughout, as an empty latent is, so the video would start from nothing. Connect a "
+            "LATENT that holds noise, or leave noise unconnected: seed makes it."
+        )
+
+
+def check_batch_index(index: Sequence[int] | None, batch: int) -> list[int] | None:
+    """Return which videos of a larger batch those of a latent are, counted from 0, as ComfyUI's nodes note it; None
+    where they are simply the first ones.
+
+    Raises:
+        ValueError: for no whole numbers from 0 on, and for another count than that of the videos.
+    """
+    if index is None:
+        return None
+    found = [int(number) for number in index]
+    if len(found) != batch or min(found, default=0) < 0 or max(found, default=0) > _MOST_VIDEOS:
+        raise ValueError(
+            f"The latent's batch_index is {short(found)}, and it holds {batch} videos: each needs one number from 0 to "
+            f"{_MOST_VIDEOS}. Make the latent anew."
+        )
+    return None if found == list(range(batch)) else found
 
 
 def fit_mask(mask: torch.Tensor, latents: torch.Tensor, prediction_type: str) -> torch.Tensor:
@@ -403,4 +440,10 @@ def _check_image(latents: torch.Tensor, image_latents: torch.Tensor) -> None:
             f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
             "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
             "size, length and batch."
+        )
+    if image_latents.shape[1] == CONDITIONING_CHANNELS[START_IMAGE] and image_latents[:, :, 1:-1].any():
+        raise ValueError(
+            "The conditioning holds latents between the first and the last frame, where models that start from an "
+            "image read zeros: another model's node made it (WanImageToVideo and its like do). Put CogVideoX-1.5 Image "
+            "to Video in its place."
         )

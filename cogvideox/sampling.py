@@ -35,6 +35,7 @@ from .modules.fastest import Shape
 from .modules.sharded import Call, Team
 from .modules.speedups import Speedups
 from .requests import (
+    check_batch_index,
     check_embeddings,
     check_guidance,
     check_noise,
@@ -65,6 +66,7 @@ def sample(
     image_latents: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     noise_mask: torch.Tensor | None = None,
+    batch_index: Sequence[int] | None = None,
     seed: int,
     steps: int = 50,
     cfg: float = 6.0,
@@ -92,6 +94,7 @@ def sample(
         noise_mask: 1 where the video is made anew and 0 where ``latents`` are kept, as ``requests.fit_mask`` has it. At
             each step what is kept is the given video at that noise level, as core samplers do; where the mask is 0 it
             comes out as it went in.
+        batch_index: which videos of a larger batch these are: they begin with the noise that ``seed`` draws for those.
         seed: seeds one CPU generator, as ``torch.Generator("cpu").manual_seed(seed)`` given to the reference pipeline.
             The noise is the same in every dtype the model runs in, but for the rounding to it.
         steps: steps of the whole schedule; ``denoise`` < 1 runs the last ``int(steps * denoise)`` of them, as
@@ -178,7 +181,7 @@ def sample(
         padding = 0 if model.variant.in_pairs else padding_frames(latents.shape[2], config)
         generator = torch.Generator("cpu").manual_seed(seed)
         start = model.latent_scale * _padded(latents.to(device, dtype), padding)
-        drawn = _draw_noise(start, generator)
+        drawn = _draw_noise(start, generator, check_batch_index(batch_index, len(start)))
         if noise is not None:
             drawn[:, padding:] = rearrange(noise, "b c t h w -> b t c h w")
         noisy = drawn if denoise >= 1.0 else noise_schedule.add_noise(start, drawn, timesteps[:1].to(device))
@@ -327,8 +330,21 @@ def _unscaled(latents: torch.Tensor, padding: int, scale: float) -> torch.Tensor
     return unscaled.to("cpu", torch.float32).contiguous()
 
 
-def _draw_noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
+def _draw_noise(like: torch.Tensor, generator: torch.Generator, index: Sequence[int] | None = None) -> torch.Tensor:
+    """Draw the noise of a batch, or what a larger one has at these places."""
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn((count, *like.shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+
+    if index is None:
+        return draw(len(like)).to(like)
+    # One after the other, as 16 channels make it the same: those that are not wanted take no memory.
+    wanted = {}
+    for number in range(max(index) + 1):
+        noise = draw(1)
+        if number in index:
+            wanted[number] = noise
+    return torch.cat([wanted[number] for number in index]).to(like)
 
 
 class Prompts:

@@ -109,8 +109,13 @@ class Node:
         """
         said = objections(cls, given, limits=False)
         # A check is left out if one of its arguments will be given by another node, or is no value for its widget.
+        # What is left out of a graph is as the node has it.
+        usual = {
+            name: parameter.default if parameter.default is not inspect.Parameter.empty else None
+            for name, parameter in inspect.signature(cls.execute).parameters.items()
+        }
         names = inspect.signature(cls.checks).parameters
-        values = {name: None if name in said else given.get(name) for name in names}
+        values = {name: None if name in said else given.get(name, usual.get(name)) for name in names}
         for widget, check, *arguments in cls.checks(**values):
             if widget not in said and not any(value is None for value in arguments):
                 try:

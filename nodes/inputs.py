@@ -7,7 +7,8 @@ really hands over.
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -82,6 +83,28 @@ class Declares(Protocol):
 
     @classmethod
     def objections(cls, given: dict[str, Any]) -> dict[str, str]: ...
+
+
+class OfField(ValueError):
+    """A sentence about one input of a node.
+
+    Attributes:
+        field: its name. Of one that another node gives, that node is marked, at its widget that stands behind a point
+            (``latent_image.length``), if it has that.
+    """
+
+    def __init__(self, said: str, field: str):
+        super().__init__(said)
+        self.field = field
+
+
+@contextmanager
+def of_field(field: str) -> Iterator[None]:
+    """Have what is refused in a ``with`` block be about one input of the node."""
+    try:
+        yield
+    except ValueError as error:
+        raise OfField(str(error), field) from error
 
 
 class _Odd(Exception):

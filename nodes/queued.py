@@ -7,12 +7,12 @@ value the node asked for. So the whole graph is looked at first, and then each n
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from . import host
-from .inputs import Declares
+from .inputs import Declares, OfField
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,56 @@ logger = logging.getLogger(__name__)
 UNKNOWN = object()
 #: How ComfyUI reads a widget's value of a type, before it looks at it.
 _READ = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
-#: The CONDITIONING of a prompt without an image, which core's own text encoder gives.
-_CORE: dict[str, tuple] = {"CLIPTextEncode": ([[None, {}]],)}
+
+
+def _marked(conditioning: Any, **said: Any) -> tuple:
+    if conditioning is UNKNOWN:
+        return (UNKNOWN,)
+    return ([[embeddings, {**more, **said}] for embeddings, more in conditioning],)
+
+
+def _resized(samples: Any, width: int, height: int) -> tuple:
+    if samples is UNKNOWN:
+        return (UNKNOWN,)
+    latents = samples["samples"]
+    # Of a size that was typed wrongly no memory is taken.
+    return ({**samples, "samples": latents.new_zeros(1).expand(*latents.shape[:-2], height, width)},)
+
+
+def _upscaled(samples: Any, width: int, height: int, **_: Any) -> tuple:
+    # One side alone, and none, are core's to work out.
+    return _resized(samples, max(64, width) // 8, max(64, height) // 8) if width and height else (UNKNOWN,)
+
+
+def _scaled(samples: Any, scale_by: float, **_: Any) -> tuple:
+    if samples is UNKNOWN:
+        return (UNKNOWN,)
+    height, width = samples["samples"].shape[-2:]
+    return _resized(samples, round(width * scale_by), round(height * scale_by))
+
+
+#: What nodes of ComfyUI's own give, of those that say it in the graph, from what they are given.
+_CORE: dict[str, Callable[..., tuple]] = {
+    "CLIPTextEncode": lambda **_: ([[None, {}]],),
+    "ConditioningSetTimestepRange": lambda conditioning, start, end, **_: _marked(
+        conditioning, start_percent=start, end_percent=end
+    ),
+    **dict.fromkeys(
+        ("ConditioningSetArea", "ConditioningSetAreaPercentage", "ConditioningSetAreaPercentageVideo"),
+        lambda conditioning, **_: _marked(conditioning, area=UNKNOWN),
+    ),
+    "ConditioningSetMask": lambda conditioning, **_: _marked(conditioning, mask=UNKNOWN),
+    **dict.fromkeys(("KSampler", "KSamplerAdvanced"), lambda latent_image, **_: (latent_image,)),
+    "LatentUpscale": _upscaled,
+    "LatentUpscaleBy": _scaled,
+    "PrimitiveInt": lambda value, **_: (value if value is UNKNOWN else int(value),),
+    "PrimitiveFloat": lambda value, **_: (value if value is UNKNOWN else float(value),),
+    "PrimitiveBoolean": lambda value, **_: (value if value is UNKNOWN else bool(value),),
+    **dict.fromkeys(
+        ("PrimitiveString", "PrimitiveStringMultiline"),
+        lambda value, **_: (value if value is UNKNOWN else str(value),),
+    ),
+}
 
 
 class Queued:
@@ -53,10 +101,22 @@ class Queued:
             # A loop ends here; ComfyUI tells of it.
             self._outputs[node] = ()
             cls = self.class_of(node)
-            self._outputs[node] = (
-                _CORE.get(str(self.nodes[node].get("class_type")), ()) if cls is None else self._ask(node, cls)
-            )
+            self._outputs[node] = self._of_core(node) if cls is None else self._ask(node, cls)
         return self._outputs[node]
+
+    def _of_core(self, node: str) -> tuple:
+        """Return what a node of ComfyUI's own will give, as far as that is known."""
+        gives = _CORE.get(str(self.nodes[node].get("class_type")))
+        if gives is None:
+            return ()
+        inputs = self.nodes[node].get("inputs", {})
+        try:
+            return gives(
+                **{name: self._linked(value) if isinstance(value, list) else value for name, value in inputs.items()}
+            )
+        except Exception:
+            # ComfyUI says what is wrong with a node of its own.
+            return ()
 
     def widgets(self, node: str) -> list[str]:
         """Return a node's inputs that no other node gives."""
@@ -65,7 +125,12 @@ class Queued:
 
     def _ask(self, node: str, cls: type[Declares]) -> tuple:
         given, widgets = self._inputs(node, cls), self.widgets(node)
-        wrong = cls.objections({name: given[name] for name in widgets if name in given})
+        # A number or a text is known from another node too.
+        plain = {name for name, value in given.items() if name in widgets or isinstance(value, int | float | str)}
+        inputs = self.nodes[node].get("inputs", {})
+        wrong = cls.objections(
+            {name: value if name in plain else None for name, value in given.items() if name in inputs}
+        )
         for name, said in wrong.items():
             self._object(node, name, said)
         if wrong or any(value is None for value in given.values()):
@@ -73,7 +138,7 @@ class Queued:
         try:
             return cls.foresee(**given) or ()
         except ValueError as error:
-            self._object(node, cls.FIELD, str(error))
+            self._object(node, error.field if isinstance(error, OfField) else cls.FIELD, str(error))
         except Exception:
             # Anything else is the run's to tell, as it was before the graph was looked at.
             logger.debug("%s (%s) cannot be foreseen", cls.DISPLAY_NAME, node, exc_info=True)
@@ -109,7 +174,13 @@ class Queued:
         return UNKNOWN
 
     def _object(self, node: str, field: str, said: str) -> None:
-        """Keep a sentence at a node's widget; without one at the loader that its model comes from."""
+        """Keep a sentence at a node's widget; of an input that another node of this pack gives, at that node; and
+        without any at the loader that the model comes from."""
+        field, _, beyond = field.partition(".")
+        link = self.nodes[node].get("inputs", {}).get(field)
+        if isinstance(link, list) and link and link[0] in self.nodes and self.class_of(link[0]) is not None:
+            node, field = link[0], beyond
+            field = field or self._classes[self.nodes[node]["class_type"]].FIELD
         while not field and isinstance(link := self.nodes[node]["inputs"].get("model"), list):
             node = link[0]
         field = field or self._classes[self.nodes[node]["class_type"]].FIELD

@@ -9,9 +9,13 @@ from ..cogvideox.choices import ON_NAN, SCHEDULERS, check_choice
 from ..cogvideox.tensors import check_tensor
 from . import host
 from .base import IN_PAIRS, SHARE, Node
+from .inputs import of_field
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
+
+#: What core's nodes put into a CONDITIONING for their own samplers to read, and what of it changes nothing.
+_OF_CORE = {"start_percent": 0, "end_percent": 1, "area": None, "mask": None, "control": None, "hooks": None}
 
 
 class Sampler(Node):
@@ -169,8 +173,9 @@ class Sampler(Node):
     def checks(cls, steps=None, cfg=None, scheduler=None, denoise=None, on_nan=None, cfg_start=None, cfg_end=None):
         from ..cogvideox.requests import check_guidance, check_guidance_range, guided_steps
         from ..cogvideox.schedulers import steps_to_run
+        from ..cogvideox.variants import TRAINED_STEPS
 
-        some, run = None if steps is None or steps < 1 else steps, None
+        some, run = None if steps is None or not 1 <= steps <= TRAINED_STEPS else steps, None
         with suppress(TypeError, ValueError):
             run = steps_to_run(steps, denoise)
         return [
@@ -185,25 +190,40 @@ class Sampler(Node):
 
     @classmethod
     def foresee(cls, model, positive, negative, latent_image, scheduler, unique_id=None, **_):
-        from ..cogvideox.requests import check_conditioning, check_request, check_windows, outside_training
+        from ..cogvideox.requests import (
+            check_conditioning,
+            check_length,
+            check_request,
+            check_windows,
+            outside_training,
+        )
         from ..cogvideox.schedulers import check_scheduler
 
         if model is not UNKNOWN and scheduler is not UNKNOWN:
-            check_scheduler(model.scheduler_config, scheduler)
+            with of_field("scheduler"):
+                check_scheduler(model.scheduler_config, scheduler)
+        for name, conditioning in (("positive", positive), ("negative", negative)):
+            if conditioning is not UNKNOWN:
+                with of_field(name):
+                    _embeddings(conditioning, name)
         if UNKNOWN in (model, positive, negative):
             return None
         image = _image_latents(positive, negative)
+        check_conditioning(model, image)
         if latent_image is UNKNOWN:
-            check_conditioning(model, image)
             return None
         samples = latent_image["samples"]
-        check_request(model, samples, image)
+        with of_field("latent_image.length"):
+            check_length(model, samples)
+        with of_field("latent_image.width"):
+            check_request(model, samples, image)
         if scheduler is not UNKNOWN:
-            check_windows(model, samples, scheduler)
+            with of_field("scheduler"):
+                check_windows(model, samples, scheduler)
         for note in outside_training(model, samples, image):
             # Again when it runs, in the log too.
             host.show(note, unique_id)
-        return None
+        return (_sampled(model, latent_image, samples),)
 
     def execute(
         self,
@@ -236,6 +256,7 @@ class Sampler(Node):
                 image_latents=_image_latents(positive, negative),
                 noise=None if noise is None else noise["samples"],
                 noise_mask=latent_image.get("noise_mask"),
+                batch_index=latent_image.get("batch_index"),
                 seed=seed,
                 steps=steps,
                 cfg=cfg,
@@ -247,7 +268,12 @@ class Sampler(Node):
                 cfg_end=cfg_end,
                 events=host.NodeEvents(model.variant.fps),
             )
-        return ({**latent_image, "samples": samples, IN_PAIRS: model.variant.in_pairs},)
+        return (_sampled(model, latent_image, samples),)
+
+
+def _sampled(model, latent_image, samples):
+    """Return the LATENT that a run gives: what else the one that came in holds goes with it, as in core's samplers."""
+    return {**latent_image, "samples": samples, IN_PAIRS: model.variant.in_pairs}
 
 
 def _image_latents(positive, negative):
@@ -280,11 +306,20 @@ def _embeddings(conditioning, name):
     """Return the embeddings ``[B, tokens, width]`` of a CONDITIONING with one entry.
 
     Raises:
-        ValueError: if it has several.
+        ValueError: if it has several, or says what this sampler does not read.
     """
     if len(conditioning) != 1:
         raise ValueError(
             f"The {name} conditioning holds {len(conditioning)} prompts side by side (Conditioning Combine makes "
             "such), and CogVideoX reads one. Write them as one prompt, or mix them with Conditioning Average."
         )
-    return conditioning[0][0]
+    embeddings, more = conditioning[0]
+    given = {name: more[name] for name in _OF_CORE if more.get(name) is not None}
+    unread = [name for name, value in given.items() if torch.is_tensor(value) or value != _OF_CORE[name]]
+    if unread:
+        raise ValueError(
+            f"The {name} conditioning is limited to a part of the video or of the steps, or steered by another model "
+            f"({', '.join(unread)}), which CogVideoX-1.5 Sampler does not read, so it would have no effect. Take the "
+            "node that says so away, or sample with KSampler behind CogVideoX-1.5 to ComfyUI."
+        )
+    return embeddings

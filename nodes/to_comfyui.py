@@ -44,18 +44,36 @@ class ToComfyUI(Node):
                 ),
                 "vae": ("COGVIDEOX_VAE", {"tooltip": "The video VAE, from the model loader."}),
             },
+            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def foresee(cls, model=None, **_):
+    def foresee(cls, model=None, text_encoder=None, vae=None, prompt=None, unique_id=None):
+        cls._check_wired((model, text_encoder, vae), prompt, unique_id)
         if model not in (None, UNKNOWN):
             _check(model)
         return None
 
-    def execute(self, model=None, text_encoder=None, vae=None):
+    def execute(self, model=None, text_encoder=None, vae=None, prompt=None, unique_id=None):
+        self._check_wired((model, text_encoder, vae), prompt, unique_id)
         if model is not None:
             _check(model)
         return host.to_core(model, text_encoder, vae)
+
+    @classmethod
+    def _check_wired(cls, parts, prompt, unique_id):
+        """Refuse an output that is connected without the input that it is made of.
+
+        Raises:
+            ValueError: naming both.
+        """
+        names = cls.INPUT_TYPES()["optional"]
+        for slot, (name, part) in enumerate(zip(names, parts, strict=True)):
+            if part is None and host.is_connected(prompt, unique_id, slot):
+                raise ValueError(
+                    f"{cls.RETURN_NAMES[slot]} of {cls.DISPLAY_NAME} is connected and its input {name} is not, so "
+                    f"there is nothing to hand on. Connect {name} of CogVideoX-1.5 Model Loader."
+                )
 
 
 def _check(model):

@@ -237,6 +237,7 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(checkpoints, pro
         (i2v, torch.zeros(1, 16, 4, 6, 10), "the start image would not cover the video"),
         (i2v, torch.zeros(3, 16, 5, 6, 10), "the start image would not cover the video"),
         (i2v, torch.full_like(latent, torch.nan), "start image's latent holds 4,800 values that are NaN"),
+        (i2v, torch.ones_like(latent), "latents between the first and the last frame, .* WanImageToVideo"),
     ):
         with pytest.raises(ValueError, match=said):
             run(handles, prompts, latent, image)

@@ -29,9 +29,9 @@ def errors(pack, monkeypatch):
     )
     queued.watch(pack.NODE_CLASS_MAPPINGS)
 
-    def ask(graph):
+    def ask(graph, **more):
         found = []
-        data = {"prompt": graph}
+        data = {"prompt": graph, **more}
         assert looks[0](data) is data
         for node_id, node in graph.items():
             if node["class_type"] not in pack.NODE_CLASS_MAPPINGS:
@@ -296,11 +296,118 @@ class TestAsAWhole:
         assert errors(nodes) == [] or "length" in str(errors(nodes))
         nodes = graph("image_to_video", "5b-i2v")
         kind, field, said = self.only(errors, nodes)
-        assert (kind, field) == ("ModelLoader", "model")
+        assert (kind, field) == ("ImageToVideo", "width")
         assert "has learned positions for" in said
         nodes = graph("image_to_video", "1.5-i2v")
         of(nodes, "CogVideoX15ImageToVideo")["length"] = 25
         assert self.only(errors, nodes)[:2] == ("ImageToVideo", "length")
+
+    def test_what_only_the_sampler_knows_is_said_where_it_can_be_changed(self, errors, graph):
+        nodes = graph("long_video")
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = 321
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "dpm"
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("Sampler", "scheduler")
+        assert "Set scheduler to ddim" in said
+        nodes = graph("image_to_video", "1.5-i2v")
+        nodes["90"] = {
+            "class_type": "CogVideoX15EmptyLatent",
+            "inputs": {"width": 64, "height": 64, "length": 17, "batch_size": 1},
+        }
+        of(nodes, "CogVideoX15Sampler")["latent_image"] = ["90", 0]
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("EmptyLatent", "width")
+        assert "The conditioning was made for" in said
+
+    @pytest.mark.parametrize(
+        ("kind", "inputs", "said"),
+        [
+            ("ConditioningSetTimestepRange", {"start": 0.0, "end": 0.5}, "(end_percent)"),
+            ("ConditioningSetTimestepRange", {"start": 0.0, "end": 1.0}, None),
+            ("ConditioningSetMask", {"mask": ["70", 0], "strength": 1.0, "set_cond_area": "default"}, "(mask)"),
+            ("ConditioningSetAreaPercentageVideo", {"width": 0.5, "height": 1.0, "temporal": 1.0}, "(area)"),
+        ],
+    )
+    def test_a_prompt_for_a_part_is_no_prompt_of_this_sampler(self, errors, graph, kind, inputs, said):
+        nodes = graph()
+        sampler = of(nodes, "CogVideoX15Sampler")
+        nodes["80"] = {"class_type": kind, "inputs": inputs | {"conditioning": sampler["negative"]}}
+        sampler["negative"] = ["80", 0]
+        found = errors(nodes)
+        assert [entry[0] for entry in found] == ([] if said is None else ["Sampler"])
+        assert said is None or (said in found[0][2] and "KSampler behind CogVideoX-1.5 to ComfyUI" in found[0][2])
+
+    def test_a_second_pass_is_seen_through_the_first_and_through_cores_scaling(self, errors, graph):
+        """22 cells and a half more are 33, which is no even number."""
+        nodes = graph()
+        of(nodes, "CogVideoX15EmptyLatent")["width"] = 176
+        (first,) = [name for name, node in nodes.items() if node["class_type"] == "CogVideoX15Sampler"]
+        scaled = {"samples": [first, 0], "upscale_method": "bilinear", "scale_by": 1.5}
+        nodes["80"] = {"class_type": "LatentUpscaleBy", "inputs": scaled}
+        nodes["81"] = {
+            "class_type": "CogVideoX15Sampler",
+            "inputs": nodes[first]["inputs"] | {"latent_image": ["80", 0], "denoise": 0.5},
+        }
+        kind, _, said = self.only(errors, nodes)
+        assert kind == "Sampler"
+        assert "33x18 cells" in said
+        for kind, inputs, wrong in (
+            ("LatentUpscaleBy", scaled | {"scale_by": 2.0}, 0),
+            ("LatentUpscale", scaled | {"width": 264, "height": 192, "crop": "disabled"}, 1),
+            ("LatentUpscale", scaled | {"width": 352, "height": 192, "crop": "disabled"}, 0),
+            ("LatentUpscale", scaled | {"width": 0, "height": 192, "crop": "disabled"}, 0),
+        ):
+            nodes["80"] = {"class_type": kind, "inputs": inputs}
+            assert len(errors(nodes)) == wrong
+
+    @pytest.mark.parametrize(
+        ("kind", "value", "widget", "said"),
+        [
+            ("PrimitiveInt", 0, ("CogVideoX15Sampler", "steps"), "steps is 0"),
+            ("PrimitiveInt", 100, ("CogVideoX15EmptyLatent", "width"), "Set it to 96 or 112"),
+            ("PrimitiveFloat", float("nan"), ("CogVideoX15Sampler", "denoise"), "denoise"),
+            ("PrimitiveString", "euler", ("CogVideoX15Sampler", "scheduler"), "Choose one of ddim"),
+            ("PrimitiveInt", 20, ("CogVideoX15Sampler", "steps"), None),
+        ],
+    )
+    def test_a_value_of_a_primitive_node_is_looked_at_too(self, errors, graph, kind, value, widget, said):
+        nodes = graph()
+        nodes["80"] = {"class_type": kind, "inputs": {"value": value}}
+        of(nodes, widget[0])[widget[1]] = ["80", 0]
+        found = errors(nodes)
+        assert [entry[0] for entry in found] == ([] if said is None else [widget[0].removeprefix("CogVideoX15")])
+        assert said is None or said in found[0][2]
+
+    def test_it_hides_nothing_else(self, errors, graph):
+        nodes = graph("long_video")
+        nodes["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 321}}
+        of(nodes, "CogVideoX15EmptyLatent")["length"] = ["80", 0]
+        of(nodes, "CogVideoX15Sampler")["scheduler"] = "dpm"
+        assert "Set scheduler to ddim" in self.only(errors, nodes)[2]
+
+    def test_an_output_of_the_bridge_without_its_input(self, errors, graph):
+        nodes = graph("native_nodes")
+        assert errors(nodes) == []
+        for name, output in (("vae", "VAE"), ("text_encoder", "CLIP")):
+            nodes = graph("native_nodes")
+            del of(nodes, "CogVideoX15ToComfyUI")[name]
+            ((_, _, said),) = errors(nodes)
+            assert f"{output} of CogVideoX-1.5 to ComfyUI is connected and its input {name} is not" in said
+
+    def test_what_leads_to_no_output_is_not_looked_at(self, errors, graph, pack, monkeypatch):
+        """Nor what was not asked for: ComfyUI runs neither."""
+        host = sys.modules[f"{pack.__name__}.nodes.host.comfyui"]
+        saves = SimpleNamespace(OUTPUT_NODE=True)
+        monkeypatch.setattr(host, "node_classes", lambda: {"SaveVideo": saves} | pack.NODE_CLASS_MAPPINGS)
+        nodes = graph("image_to_video", "1.5-i2v")
+        (sampler,) = [name for name, node in nodes.items() if node["class_type"] == "CogVideoX15Sampler"]
+        nodes["90"] = {"class_type": "CogVideoX15Sampler", "inputs": nodes[sampler]["inputs"] | {"steps": 0}}
+        assert errors(nodes) == []
+        nodes["91"] = {"class_type": "SaveVideo", "inputs": {"video": ["90", 0]}}
+        assert "steps is 0" in self.only(errors, nodes)[2]
+        (asked,) = [name for name, node in nodes.items() if node["class_type"] == "SaveVideo" and name != "91"]
+        assert errors(nodes, partial_execution_targets=[asked]) == []
+        assert len(errors(nodes, partial_execution_targets=["91"])) == 1
 
     CACHE, COMPILE = {"strength": 0.5, "start": 0.0, "end": 1.0}, {"mode": "default", "dynamic": False}
 
@@ -505,3 +612,17 @@ def test_a_graph_that_is_none_is_passed_over(pack, prompt):
         for given in (data, prompt):
             assert seen[0](given) is given
         seen[0](None)
+
+
+def test_what_is_left_out_of_a_graph_is_as_the_node_has_it(errors, graph):
+    nodes = graph()
+    sampler = of(nodes, "CogVideoX15Sampler")
+    sampler.pop("cfg_start", None)
+    sampler["cfg_end"] = 0.0
+    ((kind, field, said),) = errors(nodes)
+    assert (kind, field) == ("Sampler", "cfg_end")
+    assert "no step would be guided" in said
+    # What another node gives is not taken for that.
+    nodes["80"] = {"class_type": "Another", "inputs": {}}
+    sampler["cfg_start"] = ["80", 0]
+    assert errors(nodes) == []

@@ -291,6 +291,22 @@ def test_given_noise_takes_the_place_of_what_the_seed_draws(handles, prompts, sh
     assert not torch.equal(sample(handles.model, *prompts, start, noise=-noise, **settings), expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 4, 6, 8), (3, 16, 3, 6, 10)])
+def test_a_video_of_a_batch_is_the_one_that_it_was_in_the_batch(handles, prompts, shape):
+    """As ComfyUI notes it, where a video was taken out of a latent."""
+    given = dict(seed=5, steps=2)
+    whole = sample(handles.model, *prompts, torch.zeros(shape), **given)
+    for index in ([1], [2], [2, 0]):
+        latents = torch.zeros(len(index), *shape[1:])
+        found = sample(handles.model, *prompts, latents, batch_index=index, **given)
+        assert torch.allclose(found, whole[index], atol=1e-5)
+        assert not torch.allclose(found, sample(handles.model, *prompts, latents, **given), atol=1e-2)
+    assert torch.equal(sample(handles.model, *prompts, torch.zeros(shape), batch_index=[0, 1, 2], **given), whole)
+    for index in ([0, 1], [-1, 0, 1], [0, 1, 10**9]):
+        with pytest.raises(ValueError, match="batch_index is .*holds 3 videos"):
+            sample(handles.model, *prompts, torch.zeros(shape), batch_index=index, **given)
+
+
 def test_noise_that_does_not_fit_is_refused(handles, prompts):
     latent = torch.zeros(SHAPES["even"])
     with pytest.raises(ValueError, match="The noise has the shape"):
@@ -299,6 +315,8 @@ def test_noise_that_does_not_fit_is_refused(handles, prompts):
     noise[0, 0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="The noise holds 1 values"):
         sample(handles.model, *prompts, latent, seed=1, steps=1, noise=noise)
+    with pytest.raises(ValueError, match="The noise is zero throughout, as an empty latent is"):
+        sample(handles.model, *prompts, latent, seed=1, steps=1, noise=latent)
 
 
 def inpainting(scheduler_class, mask, video, noise):
@@ -507,10 +525,15 @@ class TestGuidanceInAPartOfTheSteps:
         watch.remove()
         assert sizes == [1, *[2] * 7, 1, 1]
 
-    def test_where_no_whole_step_is_inside_none_is_guided(self, handles, prompts):
+    @pytest.mark.parametrize(("steps", "start", "end"), [(4, 0.3, 0.45), (20, 0.96, 1.0), (1, 0.01, 1.0)])
+    def test_a_part_in_which_no_step_begins_is_refused(self, handles, prompts, steps, start, end):
+        """As is one that has no length: nobody asks for guidance in order not to have it."""
         given = (handles.model, *prompts, torch.zeros(self.SHAPE))
-        unguided = sample(*given, seed=1, steps=4, cfg=1.0)
-        assert torch.equal(sample(*given, seed=1, steps=4, cfg_start=0.3, cfg_end=0.45), unguided)
+        with pytest.raises(ValueError, match=f"none of {steps} steps lies between them.* Set cfg_end higher"):
+            sample(*given, seed=1, steps=steps, cfg_start=start, cfg_end=end)
+        assert torch.equal(
+            sample(*given, seed=1, steps=1, cfg=1.0, cfg_start=0.5), sample(*given, seed=1, steps=1, cfg=1.0)
+        )
 
     @pytest.mark.parametrize("method", CACHES)
     def test_a_cache_begins_anew_where_the_guidance_changes(self, model, prompts, method):

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from comfy import conds, latent_formats, lora, model_base, supported_models, utils
+from comfy import conds, latent_formats, lora, model_base, model_sampling, supported_models, utils
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy.weight_adapter.lora import LoRAAdapter
 from einops import rearrange
@@ -586,6 +586,12 @@ class _Run:
 
 def _replacements(options: dict) -> dict[int, Callable]:
     """Return what other nodes put in the place of blocks (Skip Layer Guidance), as the engine takes it."""
+    others = [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
+    if others:
+        raise ValueError(
+            f"A node patches what this model does not give out ({listed(others)}) in calls of its own, which would "
+            "take their time and change nothing: PAG and its like work on attention. Take it away."
+        )
     found = options.get("patches_replace", {}).get("dit", {})
     return {key[1]: partial(_replaced, patch) for key, patch in found.items() if key[0] == "double_block"}
 
@@ -714,6 +720,24 @@ def _refuse(guider, sampler) -> None:
         raise ValueError(
             "LazyCache compares latents that begin at 4519 times the size of a picture with zero terminal SNR, so it "
             "would skip the wrong steps. Use EasyCache, or CogVideoX-1.5 Cache before CogVideoX-1.5 to ComfyUI."
+        )
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    if not isinstance(sampling, model_sampling.V_PREDICTION) or isinstance(sampling, model_sampling.V_PREDICTION_DDPM):
+        raise ValueError(
+            "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
+            "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "
+            "v_prediction in ModelSamplingDiscrete."
+        )
+    handler = guider.model_options.get("context_handler")
+    if handler is not None and getattr(handler, "dim", 2) != 2:
+        raise ValueError(
+            f"Context Windows (Manual) has dim at {handler.dim}, and a video's frames are dimension 2, so no window "
+            "would be made along them. Set dim to 2."
+        )
+    if options.get("rope_options"):
+        raise ValueError(
+            "A node scales or shifts rotary positions (ScaleROPE), which this model does not give out, so it would do "
+            "nothing. Take it away."
         )
     named = [name for name, patches in options.get("patches", {}).items() if patches]
     named += [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]

@@ -1,7 +1,9 @@
 """ComfyUI's modules, where the pack runs inside ComfyUI. The other files here read them from this one, and ask
 ``IN_COMFYUI`` before they do."""
 
+import importlib
 import importlib.util
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,11 @@ if IN_COMFYUI:
         import comfy_api.latest
 
     __all__ = ["IN_COMFYUI", "PromptServer", "comfy", "comfy_api", "comfy_execution", "folder_paths"]
+
+
+def node_classes() -> Mapping[str, Any]:
+    """Return all nodes of ComfyUI by the names of their classes; none outside of it."""
+    return importlib.import_module("nodes").NODE_CLASS_MAPPINGS if IN_COMFYUI else {}
 
 
 def server() -> Any:

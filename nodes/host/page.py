@@ -61,18 +61,41 @@ def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
     def remember(data: dict) -> dict:
         # A script may post anything, and ComfyUI has not looked at it yet.
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        look(
-            {
-                key: node
-                for key, node in (prompt.items() if isinstance(prompt, dict) else ())
-                if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
-            }
-        )
+        graph = {
+            key: node
+            for key, node in (prompt.items() if isinstance(prompt, dict) else ())
+            if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
+        }
+        look(_needed(graph, data.get("partial_execution_targets") if isinstance(data, dict) else None))
         return data
 
     server = comfyui.server()
     if server is not None:
         server.add_on_prompt_handler(remember)
+
+
+def _needed(graph: dict[str, dict], targets: Any) -> dict[str, dict]:
+    """Return the nodes that ComfyUI will run: those that an output of the graph is made of.
+
+    Args:
+        targets: the outputs that were asked for; all of them unless it is a list.
+    """
+    classes, found = comfyui.node_classes(), dict[str, dict]()
+    if not classes:
+        return graph
+    ahead = [
+        key
+        for key, node in graph.items()
+        if getattr(classes.get(str(node.get("class_type"))), "OUTPUT_NODE", False)
+        and (not isinstance(targets, list) or key in targets)
+    ]
+    while ahead:
+        key = ahead.pop()
+        if key in graph and key not in found:
+            found[key] = graph[key]
+            links = graph[key].get("inputs", {}).values()
+            ahead += [link[0] for link in links if isinstance(link, list) and link and isinstance(link[0], str)]
+    return found
 
 
 def offer(replacements: Sequence[tuple[str, str, dict[str, str], list[str]]]) -> None:

@@ -269,13 +269,28 @@ def core_nodes():
     refused("VOID's sampler", lambda: custom(model, latents, noise, of(nodes_void.VOIDSampler)))
     lazy = of(nodes_easycache.LazyCacheNode, model, 0.2, 0.15, 0.95, False)
     refused("LazyCache", lambda: run(lazy, latents, noise))
-    from comfy_extras import nodes_model_merging, nodes_nag
+    from comfy_extras import nodes_model_merging, nodes_nag, nodes_pag, nodes_rope
 
     refused("cannot be saved", lambda: nodes_model_merging.ModelSave().save(model, "x"))
     refused("cannot be saved", lambda: nodes_model_merging.CheckpointSave().save(model, None, None, "x"))
     refused("Merging models", lambda: nodes_model_merging.ModelMergeSimple().merge(model, model, 0.5))
     nag = of(nodes_nag.NAGuidance, model, 5.0, 0.5, 1.5)
     refused("NAG, PAG", lambda: run(nag, latents, noise))
+    perturbed = of(nodes_pag.PerturbedAttentionGuidance, model, 3.0)
+    refused("PAG and its like", lambda: run(perturbed, latents, noise))
+    turned = of(nodes_rope.ScaleROPE, model, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    refused("rotary positions", lambda: run(turned, latents, noise))
+    sd3 = nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0]
+    for kind in ("eps", "lcm", "x0", "img_to_img"):
+        other = nodes_model_advanced.ModelSamplingDiscrete().patch(model, kind, False)[0]
+        refused("CogVideoX predicts v", lambda other=other: run(other, latents, noise))
+    refused("CogVideoX predicts v", lambda: run(sd3, latents, noise))
+    for dimension in (0, 1, 3, 4):
+        along = of(
+            nodes_context_windows.ContextWindowsManualNode, model, 4, 2, "standard_static", 1, False, "pyramid",
+            dimension, False,
+        )  # fmt: skip
+        refused("Set dim to 2", lambda along=along: run(along, long, long_noise))
     told = heard()
     with told:
         run(model, latents, noise, scheduler="ddim_uniform")
