@@ -125,7 +125,7 @@ def _flaw(result: object, expected: torch.Tensor, dtype: torch.dtype, first: str
 def _described(result: object) -> str:
     if not isinstance(result, torch.Tensor):
         return f"a {type(result).__name__}"
-    return f"{list(result.shape)} in {str(result.dtype).removeprefix('torch.')}"
+    return f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
 
 
 def _wait(device: torch.device) -> None:
