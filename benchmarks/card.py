@@ -54,6 +54,7 @@ from tests.tiny_checkpoint import build_vae
 TINY = dict(num_attention_heads=2, num_layers=2, time_embed_dim=64, text_embed_dim=64)
 #: Steps of the schedule that TeaCache's rows are of, and of a real run.
 SCHEDULE, RUN = 20, 50
+NOT_REACHED = "not reached in the time given"
 #: Bytes that our decode is given.
 BUDGETS = {"no limit": None, "6 GB": 6 * 10**9, "4 GB": 4 * 10**9}
 
@@ -90,7 +91,7 @@ class Table:
     def measure(self, name: str, work: Callable[[], Row]) -> None:
         """Add a row; what it raises, and that there is no time for it, is told in its place."""
         if time.monotonic() > self._deadline:
-            row = Row(name, said="not reached in the time given")
+            row = Row(name, said=NOT_REACHED)
         else:
             try:
                 row = work()
@@ -274,7 +275,7 @@ def main() -> None:
         hardware = Hardware.detect(device)
         first = open_handles(checkpoint, "fp32" if device.type == "cpu" else "bf16", hardware).model
         bench = Bench(checkpoint, device, shape, first)
-        minutes = options.minutes or (1.5 if options.tiny else 7)
+        minutes = (1.5 if options.tiny else 7) if options.minutes is None else options.minutes
         title = (
             f"{machine(device)}: {bench.config['num_layers']} layers x {bench.config['num_attention_heads']} heads, "
             f"{frames} frames of {width}x{height}, {first.weights.precision.name}"
@@ -336,10 +337,13 @@ def _teacache_rows(bench: Bench, table: Table, name: str, model: Model) -> None:
 
     table.measure(f"{name}: a step that TeaCache skips", steps)
     table.measure(f"{name}: an unguided step", unguided)
-    if "full" not in taken:
-        return
     for threshold, seconds in list(TEACACHE_SECONDS.items())[1:]:
         skipped = round(SCHEDULE * (1 - seconds / TEACACHE_SECONDS[0]))
+        if "full" not in taken:
+            table.add(Row(f"{name} + teacache {threshold} ({skipped} of {SCHEDULE} skipped)", said=NOT_REACHED))
+            if threshold == 0.2:
+                table.add(Row(f"{name} + teacache 0.2 + cfg_end 0.8", said=NOT_REACHED))
+            continue
         mean = (skipped * taken["skipped"] + (SCHEDULE - skipped) * taken["full"]) / SCHEDULE
         table.add(Row(f"{name} + teacache {threshold} ({skipped} of {SCHEDULE} skipped)", mean))
         if threshold == 0.2 and "unguided" in taken:
@@ -426,6 +430,7 @@ def _whole_runs(table: Table) -> None:
     """The seconds of a run of 50 steps: T5, steps and decode."""
     decode, text = table.seconds("decode, ours, 6 GB"), table.seconds("T5, both prompts")
     if decode is None or text is None:
+        table.say(f"A run of {RUN} steps: not put together, as decode or T5 were not measured.")
         return
     table.say(f"A run of {RUN} steps, put together: T5 {text:.1f} s, decode in 6 GB {decode:.1f} s, and the steps.")
     table.say("")

@@ -43,11 +43,13 @@ COLOURS = {"diffusers": "#888888", "ours": "#1f77b4", "ComfyUI core": "#d62728"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="up to 3k tokens only")
-    parser.add_argument("--rounds", type=int, default=16, help="at most, of each length")
+    parser.add_argument("--rounds", type=int, default=16, help="at most, of each length; 1 or more")
     parser.add_argument("--minutes", type=float, default=4, help="for a length, after three rounds")
     parser.add_argument("--plot", type=Path, help="an SVG file to draw the seconds into")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds is 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -62,10 +64,11 @@ def main() -> None:
             shape = (1, 16, latent_frames(frames), height // 8, width // 8)
             found.append(_measure(checkpoint, model, device, shape, options.rounds, options.minutes))
             print(_line(found[-1]), flush=True)
-    if options.plot:
-        options.plot.write_text(draw(found), encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            # With each length, so that a cut leaves what was measured.
+            for file, text in ((options.plot, draw(found)), (options.json, json.dumps(found, indent=1))):
+                if file:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(text, encoding="utf-8")
 
 
 def _measure(

@@ -355,6 +355,15 @@ def tensors(value):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("IMAGE", (1, 8, 8, 3)), ("MASK", (1, 8, 8))])
+def test_pictures_that_a_program_keeps_on_a_card_are_worked_on_beside_it(pack, monkeypatch, kind, shape):
+    inputs = sys.modules[f"{pack.__name__}.nodes.inputs"]
+    given, moved = torch.rand(shape), torch.rand(shape)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved if tensor is given else tensor)
+    node = pack.NODE_CLASS_MAPPINGS["CogVideoX15BlackFrameCheck"]
+    assert inputs.check_value(node, "picture", (kind,), given) is moved
+
+
 def test_comfyuis_own_parts_are_called_so(pack, good):
     for module, name, said in (
         ("comfy.sd", "VAE", "a VAE of ComfyUI's own loaders"),
