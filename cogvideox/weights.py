@@ -51,7 +51,9 @@ class Placement:
     Attributes:
         mode: one of ``choices.MODES``.
         batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other,
-            in half the activations, which gives the same up to the rounding of another batch size.
+            in half the activations, which gives the same up to the rounding of another batch size; but not with the
+            caches first_block, which decides by what it measures of a batch, and faster_cache, which predicts one half
+            from the other.
     """
 
     mode: str

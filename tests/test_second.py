@@ -226,7 +226,10 @@ class TestWhatIsRefused:
             with_compile(with_second(models["plain"], "cpu"), Compiled())
         with pytest.raises(ValueError, match="cache first_block and a second GPU"):
             with_second(with_cache(models["plain"], Cache("first_block")), "cpu")
-        with_second(with_cache(models["plain"], Cache("first_block", 0.0)), "cpu")
+        with pytest.raises(ValueError, match="cache faster_cache and a second GPU .*predicts one half"):
+            with_cache(with_second(models["plain"], "cpu"), Cache("faster_cache"))
+        for method in ("first_block", "faster_cache"):
+            with_second(with_cache(models["plain"], Cache(method, 0.0)), "cpu")
 
     def test_a_card_with_another_bf16(self, deep, monkeypatch):
         native = Hardware(torch.device("cpu"), "CPU", bf16="native")
