@@ -1,18 +1,15 @@
 """Memory that runs out: each back end of torch says so in its own way, and keeps what it has freed in a cache."""
 
+import re
+
 import torch
 
-#: What errors of torch say, in small letters: the drivers of CUDA, ROCm, MPS and XPU; the libraries of CUDA; torch's
-#: allocator in the host's memory, on Linux and on Windows; and MPS of a buffer larger than Metal allows.
-_SAID = (
-    "out of memory",
-    "out_of_device_memory",
-    "out_of_host_memory",
-    "_status_alloc_failed",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "invalid buffer size",
+#: What errors of torch say: the drivers of CUDA, ROCm, MPS and XPU; the libraries of CUDA; torch's allocator in the
+#: host's memory, on Linux and on Windows; and MPS of a buffer larger than Metal allows.
+_SAID = re.compile(
+    r"out of memory|out_of_(device|host)_memory|_status_alloc_failed|can('|no)t allocate memory|not enough memory"
+    "|invalid buffer size",
+    re.IGNORECASE,
 )
 #: What newer versions of torch raise for an error of a driver.
 _DRIVER_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
@@ -28,8 +25,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     if type(error) not in (RuntimeError, _DRIVER_ERROR):
         return False
-    said = str(error).lower()
-    return any(words in said for words in _SAID)
+    return _SAID.search(str(error)) is not None
 
 
 def empty_cache(device: torch.device) -> None:

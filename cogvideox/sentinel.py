@@ -179,9 +179,8 @@ class Sentinel:
         """Make the error for a part that there is no other way to run, and no room for."""
         name = PARTS[self.weights.kind][0]
         return OutOfMemory(
-            f"Loading the {name}: {self.weights.device} ran out of memory, and the {name} takes "
-            f"{size_text(self.weights.nbytes)} of it, so something else fills it. Close other programs that use the "
-            "card."
+            f"{self.weights.device} ran out of memory while the {name} was loaded, which takes "
+            f"{size_text(self.weights.nbytes)}, so something else fills it. Close other programs that use the card."
         )
 
     def _make_smaller(self, where: str) -> None:
@@ -195,9 +194,9 @@ class Sentinel:
             )
         if not self._smaller and self.weights.kind == "text_encoder":
             raise OutOfMemory(
-                f"{where}: {device} ran out of memory with the {name} even in the mode that takes the least "
+                f"{where}: {device} ran out of memory with the text encoder even in the mode that takes the least "
                 f"({ran.text}), whatever the size of the video. Close other programs that use the card, or quantize "
-                f"the {name}."
+                "the text encoder."
             )
         if not self._smaller:
             raise OutOfMemory(

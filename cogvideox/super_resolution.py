@@ -260,7 +260,8 @@ def upscale(
     config = full_config(model.weights.config)
     images = images if images.dtype == torch.uint8 else check_images(images, "images")
     clip = Clip(images, scale, _grid(kind, scale))
-    check_enlarged(kind, *images.shape[:3], scale)
+    frames, height, width = images.shape[:3]
+    check_enlarged(kind, frames, height, width, scale)
     places = check_references(kind, 0 if references is None else len(references), reference_frames, len(images))
     check_width(embeddings, config["text_embed_dim"])
     check_finite(embeddings, "The empty prompt's embedding", "Make it anew, with a text encoder.")

@@ -166,7 +166,8 @@ class SuperResolution(Node):
         found = find_kind(model, kind)
         check_references(found, 0 if references is None else len(references), reference_frames, len(images))
         check_scale(scale)
-        check_enlarged(found, *images.shape[:3], scale)
+        frames, height, width = images.shape[:3]
+        check_enlarged(found, frames, height, width, scale)
         vae = host.own_vae(vae)
         embeddings = _stored(model) if text_encoder is None else _kept(text_encoder, model)
         for weights in (vae.weights, model.weights):

@@ -97,7 +97,7 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
         latents = samples if error.latents is None else error.latents
         if latents is None:
             raise
-        failed = []
+        said, failed = str(error), []
         for number, folder in enumerate(_latent_folders()):
             try:
                 path = write_latent(latents, folder)
@@ -109,10 +109,10 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
                     f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
                 ) from error
             raise RuntimeError(
-                f"{error} The latents are not lost: they are in {path}. Move that file to ComfyUI's input folder, "
+                f"{said} The latents are not lost: they are in {path}. Move that file to ComfyUI's input folder, "
                 "which cannot be written to now, and Load Latent opens it."
             ) from error
-        raise RuntimeError(f"{error} The latents could not be kept either ({' '.join(failed)})") from error
+        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
 
 
 def _latent_folders() -> list[Path]:
