@@ -7,7 +7,7 @@ import torch
 #: What errors of torch say: the drivers of CUDA, ROCm, MPS and XPU; the libraries of CUDA; torch's allocator in the
 #: host's memory, on Linux and on Windows; and MPS of a buffer larger than Metal allows.
 _SAID = re.compile(
-    r"out of memory|out_of_(device|host)_memory|_status_alloc_failed|can('|no)t allocate memory|not enough memory"
+    r"out of memory|out_of_(device|host)_memory|_alloc(ation)?_failed|can('|no)t allocate memory|not enough memory"
     "|invalid buffer size",
     re.IGNORECASE,
 )

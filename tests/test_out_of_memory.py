@@ -21,6 +21,7 @@ SAID = {
     "cuda": "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
     "rocm": "HIP error: out of memory",
     "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cudnn": "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "xpu": "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
     "linux": "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "6442450944 bytes. Error code 12 (Cannot allocate memory)",
