@@ -61,6 +61,7 @@ from commands.video import (
     company,
     encoded,
     finish,
+    finish_job,
     judge,
     latents_kept,
     make_chain,
@@ -735,8 +736,7 @@ def generate(options: argparse.Namespace) -> int:
             return 0
         latent = sampled(job, prompts, events, ranks)
         if place.is_first:
-            with latents_kept(options, job.output, latent):
-                finish(options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+            finish_job(job, latent)
     return 0
 
 
@@ -903,8 +903,7 @@ class _Work:
     def finished(self, job: Job, latent: "torch.Tensor") -> None:
         if self.ranks is not None and not self._place.is_first:
             return
-        with latents_kept(job.options, job.output, latent):
-            finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+        finish_job(job, latent)
 
     def kept(self, job: Job, latent: "torch.Tensor") -> str:
         from cogvideox.video import write_latent
@@ -947,7 +946,7 @@ def upscale(options: argparse.Namespace) -> int:
     if options.plan:
         say(describe(options, request, model))
         return 0
-    with latents_kept(options, output):
+    with latents_kept(output):
         images = enlarge(options, request, model, text_encoder, handles.vae, events)
     judge(options, images)
     write(options, images, output, request.fps, request.sound)

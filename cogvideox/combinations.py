@@ -72,6 +72,11 @@ def check_second(cache: str | None, compiled: bool) -> None:
             "The cache first_block and a second GPU do not work together: it decides at each step by what it measures "
             "of both halves of guidance, and each GPU has one. Choose teacache, whose steps are known before."
         )
+    if cache == FASTER_CACHE:
+        raise ValueError(
+            "The cache faster_cache and a second GPU do not work together: it predicts one half of guidance from the "
+            "other, and each GPU has one, so the video would be another. Choose teacache, taylorseer or pab."
+        )
 
 
 def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: bool, offloads: bool) -> None:
@@ -91,6 +96,11 @@ def check_sharing(guidance: bool, tokens: bool, cache: str | None, compiled: boo
         raise ValueError(
             "The cache first_block decides at each step by what it measures, and processes that share a video would "
             "decide differently and wait for each other for ever. Choose teacache, whose steps are known before."
+        )
+    if cache == FASTER_CACHE and (guidance or tokens):
+        raise ValueError(
+            "The cache faster_cache acts inside the attention, and predicts one half of guidance from the other, while "
+            "processes that share a video have a part of it each. Choose teacache or taylorseer."
         )
     if not tokens:
         return

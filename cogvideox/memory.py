@@ -177,6 +177,23 @@ def choose_placements(
     return found[found.index(first) :]
 
 
+def choose_mode(model: "Model", shape: tuple[int, ...], tokens: int) -> str:
+    """Choose how a copy of a model runs that evaluates one half of guidance: in the memory mode that was chosen, or
+    else the fastest that fits, and the least where none does.
+
+    Args:
+        shape: of the latent, ``[B, 16, T, H/8, W/8]``.
+        tokens: of the prompt.
+    """
+    weights, found = model.weights, placements((False,))
+    if weights.memory in MODES:
+        return weights.memory
+    if weights.free is None:
+        return found[0].mode
+    plan = plan_memory(model, shape, False, tokens)
+    return next(filter(plan.fits, found), found[-1]).mode
+
+
 def check_host_room(model: "Model", shape: tuple[int, ...]) -> None:
     """Refuse a run that this computer's memory could not hold, from its shape alone and from below: latents and
     positions, and where the model runs on the host, what a block keeps of each token.

@@ -30,7 +30,7 @@ from .finite import check_finite
 from .geometry import check_latent, padding_frames, rotary_embedding, video_tokens
 from .handles import Model
 from .lora import applied
-from .memory import check_host_room, choose_placements
+from .memory import check_host_room, choose_mode, choose_placements
 from .modules.fastest import Shape
 from .modules.sharded import Call, Team
 from .modules.speedups import Speedups
@@ -46,7 +46,7 @@ from .requests import (
     turns_of,
 )
 from .schedulers import advance
-from .second import Second
+from .second import Second, begin
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
@@ -291,11 +291,10 @@ def _second(
         with applied(model.loras, module, precision, device), speedups.attached(module, False, precision):
             yield
 
+    copy = replace(model, weights=weights, second=None)
     # It tells nothing that the first does not.
-    speedups = make_speedups(
-        replace(model, weights=weights, second=None), shape, tokens, timesteps, lambda *_: None, turns
-    )
-    return Second(weights, speedups, prepared, events)
+    speedups = make_speedups(copy, shape, tokens, timesteps, lambda *_: None, turns)
+    return Second(weights, choose_mode(copy, tuple(shape), tokens), speedups, prepared, events)
 
 
 def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
@@ -530,9 +529,8 @@ class Run:
         return stepped.to(current.dtype), clean
 
     def _begin(self, index: int, guided: bool, window: int) -> None:
-        self.speedups.begin(index, guided, window)
-        if self.second is not None:
-            self.second.begin(index, guided, window)
+        anew = self.second is not None and self.second.begin(index, guided, window)
+        begin(self.speedups, index, guided, window, anew)
 
     def _predict(
         self,
@@ -552,7 +550,10 @@ class Run:
         if device != here:
             current = current.to(device)
             # The same tensor at each step, as at home.
-            prompt = self._elsewhere.setdefault((id(prompt), device), prompt.to(device))
+            key = id(prompt), device
+            if key not in self._elsewhere:
+                self._elsewhere[key] = prompt.to(device)
+            prompt = self._elsewhere[key]
         copies = prompt.shape[0] // current.shape[0]
         model_input = self.scheduler.scale_model_input(torch.cat([current] * copies), self.timesteps[index])
         if image is not None:

@@ -12,6 +12,7 @@ from .dtypes import Precision
 from .events import Events
 from .modules.sharded import Call
 from .modules.speedups import Speedups
+from .out_of_memory import empty_cache, is_out_of_memory
 from .weights import Weights
 
 
@@ -22,44 +23,62 @@ class Second:
     def __init__(
         self,
         weights: Weights,
+        mode: str,
         speedups: Speedups,
         prepared: Callable[[nn.Module, Precision, Speedups, torch.device], AbstractContextManager],
         events: Events,
     ):
         """Args:
         weights: the transformer's, on the second device.
+        mode: one of ``choices.MODES``, as ``memory.choose_mode`` chooses.
         speedups: what the copy is made faster with.
         prepared: a context that it runs in, such as LoRAs applied to it.
         events: told of the loading, and where one device has to do.
         """
-        self._weights, self._speedups, self._prepared, self._events = weights, speedups, prepared, events
+        self._weights, self._mode, self._speedups = weights, mode, speedups
+        self._prepared, self._events = prepared, events
         self._module: nn.Module | None = None
         self._first: nn.Module | None = None
         self._running = ExitStack()
         self._turn, self._again = (-1, 0), False
+        # Windows whose last step the first device evaluated alone.
+        self._missed = set[int]()
 
     def __enter__(self) -> "Second":
         try:
-            with ExitStack() as running:
-                module = running.enter_context(self._weights.running(self._events))
-                running.enter_context(
-                    self._prepared(module, self._weights.precision, self._speedups, self._weights.device)
-                )
-                self._worker = running.enter_context(ThreadPoolExecutor(1))
-                self._module, self._running = module, running.pop_all()
-        except torch.OutOfMemoryError:
+            self._start()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if self._module is None:
+            # Not in there: the error holds on to what was being made.
             self._give_up()
         return self
+
+    def _start(self) -> None:
+        with ExitStack() as running:
+            module = running.enter_context(self._weights.running(self._events, self._mode))
+            running.enter_context(self._prepared(module, self._weights.precision, self._speedups, self._weights.device))
+            self._worker = running.enter_context(ThreadPoolExecutor(1))
+            self._module, self._running = module, running.pop_all()
 
     def __exit__(self, *error) -> None:
         self._module = None
         self._running.close()
 
-    def begin(self, index: int, guided: bool, window: int = 0) -> None:
-        """Note that step ``index`` is about to be run in a window, or run again, guided or not."""
+    def begin(self, index: int, guided: bool, window: int = 0) -> bool:
+        """Note that step ``index`` is about to be run in a window, or run again, guided or not.
+
+        Returns:
+            Whether the first device is to forget what it cached: the copy did not run the step before, and both halves
+            of guidance have to skip the same steps.
+        """
         turn = index, window
         self._again, self._turn = turn <= self._turn, turn
-        self._speedups.begin(index, guided, window)
+        missed = window in self._missed and not self._again
+        self._missed.discard(window)
+        begin(self._speedups, index, guided, window, missed)
+        return missed
 
     def evaluate(
         self, calls: Sequence[Call], transformer: nn.Module, restart: Callable[[], None]
@@ -71,18 +90,30 @@ class Second:
         """
         self._first = self._first or transformer
         # One that was loaded anew, as the first was not finite or had no room, runs otherwise than the copy.
-        if self._module is None or self._again or len(calls) < 2 or transformer is not self._first:
+        if self._module is None or len(calls) < 2 or transformer is not self._first:
             return [call(transformer) for call in calls]
-        other = self._worker.submit(self._run, calls[1], self._module)
-        try:
-            first = calls[0](transformer)
-        finally:
-            failed = other.exception()
-        if isinstance(failed, torch.OutOfMemoryError):
+        if self._again:
+            self._missed.add(self._turn[1])
+            return [call(transformer) for call in calls]
+        predictions = self._evaluate_both(calls, transformer, self._module)
+        if predictions is None:
+            # Not in there: the error holds on to what was being made.
             self._give_up()
             restart()
             return [call(transformer) for call in calls]
-        return [first, other.result()]
+        return predictions
+
+    def _evaluate_both(
+        self, calls: Sequence[Call], transformer: nn.Module, copy: nn.Module
+    ) -> list[torch.Tensor] | None:
+        """Evaluate both at once; None where the copy ran out of memory."""
+        other = self._worker.submit(self._run, calls[1], copy)
+        try:
+            first = calls[0](transformer)
+        finally:
+            # Waits for it.
+            failed = other.exception()
+        return None if is_out_of_memory(failed) else [first, other.result()]
 
     def _run(self, call: Call, module: nn.Module) -> torch.Tensor:
         device = self._weights.device
@@ -100,5 +131,12 @@ class Second:
         self._running.close()
         self._running = ExitStack()
         self._weights.release()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(device)
+
+
+def begin(speedups: Speedups, index: int, guided: bool, window: int, anew: bool) -> None:
+    """Tell what makes a model faster of a step, ``anew`` where nothing that was cached is to be reused."""
+    speedups.begin(index, guided, window)
+    if anew:
+        # Of a step that is run again, caches forget what they had.
+        speedups.begin(index, guided, window)

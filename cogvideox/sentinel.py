@@ -19,15 +19,17 @@ from .dtypes import Precision, dtype_name
 from .events import Events
 from .finite import is_finite
 from .modules.sharded import Team
+from .out_of_memory import empty_cache, is_out_of_memory
 from .precision.policy import safer
 from .variants import PARTS
 from .weights import Placement, Weights
+from .words import size_text
 
 Result = TypeVar("Result", torch.Tensor, tuple)
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out even in the mode that takes the least.
+    """Memory ran out even in the mode that takes the least, or there is no other.
 
     Attributes:
         latents: what was finished, ``[B, 16, T, H/8, W/8]``, unscaled, where there is such a thing.
@@ -123,12 +125,19 @@ class Sentinel:
         self._running = ExitStack()
 
     def __enter__(self) -> "Sentinel":
+        """Load the part.
+
+        Raises:
+            OutOfMemory: if there is no room for it.
+        """
         while self.module is None:
             try:
                 self._start()
-            except torch.OutOfMemoryError:
-                if self.placement is None:
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
+                if self.placement is None:
+                    raise self._unloadable() from error
             if self.module is None:
                 # Not in there: the error holds on to what was being made.
                 self._make_smaller("loading")
@@ -161,10 +170,18 @@ class Sentinel:
                 if self.module is None:
                     self._start()
                 return self._run_finite(work, where)
-            except torch.OutOfMemoryError:
-                if self.placement is None:
+            except Exception as error:
+                if self.placement is None or not is_out_of_memory(error):
                     raise
             self._make_smaller(where)
+
+    def _unloadable(self) -> OutOfMemory:
+        """Make the error for a part that there is no other way to run, and no room for."""
+        name = PARTS[self.weights.kind][0]
+        return OutOfMemory(
+            f"{self.weights.device} ran out of memory while the {name} was loaded, which takes "
+            f"{size_text(self.weights.nbytes)}, so something else fills it. Close other programs that use the card."
+        )
 
     def _make_smaller(self, where: str) -> None:
         device, name, ran = self.weights.device, PARTS[self.weights.kind][0], self.placement
@@ -174,6 +191,12 @@ class Sentinel:
                 f"{where}: {device} ran out of memory with the {name} in {ran.text}, and processes that make one video "
                 "together cannot change that halfway. Make the video smaller or shorter, or set --memory to "
                 "offload_blocks, which goes with --split guidance."
+            )
+        if not self._smaller and self.weights.kind == "text_encoder":
+            raise OutOfMemory(
+                f"{where}: {device} ran out of memory with the text encoder even in the mode that takes the least "
+                f"({ran.text}), whatever the size of the video. Close other programs that use the card, or quantize "
+                "the text encoder."
             )
         if not self._smaller:
             raise OutOfMemory(
@@ -187,8 +210,7 @@ class Sentinel:
         self._running.close()
         if self.placement.mode != ran.mode:
             self.weights.release()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(device)
 
     def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """``run``, where memory does not run out."""

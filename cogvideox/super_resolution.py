@@ -188,6 +188,29 @@ def check_references(kind: str, given: int | None, reference_frames: str, frames
     return places
 
 
+def check_enlarged(kind: str, frames: int, height: int, width: int, scale: int) -> None:
+    """Refuse a clip that this computer's memory could not hold once it is made larger.
+
+    Args:
+        kind: as ``find_kind`` has it.
+        height, width: as it is given.
+
+    Raises:
+        ValueError: with the bytes.
+    """
+    size = _empty(kind, frames, height, width, scale).size
+    check_room(
+        2 * 4 * math.prod(size) * 3,
+        f"A clip of {width}x{height} pixels and {frames} frames, made {scale} times larger,",
+        "Set a smaller scale, or cut the clip.",
+    )
+
+
+def _empty(kind: str, frames: int, height: int, width: int, scale: int) -> Clip:
+    """Make a clip that has a size alone."""
+    return Clip(torch.empty(frames, height, width, 0), scale, _grid(kind, scale))
+
+
 def upscale(
     model: Model,
     vae: VAE,
@@ -237,11 +260,8 @@ def upscale(
     config = full_config(model.weights.config)
     images = images if images.dtype == torch.uint8 else check_images(images, "images")
     clip = Clip(images, scale, _grid(kind, scale))
-    check_room(
-        2 * 4 * math.prod(clip.size) * 3,
-        f"A clip of {clip.width}x{clip.height} pixels and {len(images)} frames, made {scale} times larger,",
-        "Set a smaller scale, or cut the clip.",
-    )
+    frames, height, width = images.shape[:3]
+    check_enlarged(kind, frames, height, width, scale)
     places = check_references(kind, 0 if references is None else len(references), reference_frames, len(images))
     check_width(embeddings, config["text_embed_dim"])
     check_finite(embeddings, "The empty prompt's embedding", "Make it anew, with a text encoder.")
@@ -272,11 +292,12 @@ def describe_plan(model: Model, frames: int, height: int, width: int, scale: int
     """Say in what pieces a clip would be made larger, from headers and shapes alone.
 
     Raises:
-        ValueError: for a checkpoint or scale that it cannot be run with.
+        ValueError: for a checkpoint or scale that it cannot be run with, or a clip that is too large then.
     """
     kind = find_kind(model, kind)
     check_scale(scale)
-    size = Clip(torch.empty(frames, height, width, 0), scale, _grid(kind, scale)).size
+    check_enlarged(kind, frames, height, width, scale)
+    size = _empty(kind, frames, height, width, scale).size
     step = _OneStep(replace(model, cache=None), torch.empty(1, 0, 0), kind, 1.0, "heal", Events())
     pieces = Pieces(size, next(step.sizes(size)))
     return f"{pieces.text} {plan_memory(model, pieces.largest, False).text}"

@@ -14,6 +14,7 @@ from .geometry import check_latent, check_size, latent_frames, pixel_frames
 from .handles import VAE
 from .modules.internals import LibraryModule
 from .modules.strips import Strips
+from .out_of_memory import empty_cache, is_out_of_memory
 from .pictures import check_images
 from .sentinel import OutOfMemory, Sentinel
 from .tensors import check_room
@@ -221,8 +222,10 @@ class _Chunks:
         while True:
             try:
                 return self._sentinel.run(partial(self._work, index), where)
-            except torch.OutOfMemoryError:
-                pass  # Not in here: the error holds on to what was being made.
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not in there: the error holds on to what was being made.
             self._strips = None
             self._halve(where)
 
@@ -247,8 +250,7 @@ class _Chunks:
         """
         device = self._sentinel.weights.device
         self._budget = (_PLENTY if self._budget is None else self._budget) // 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(device)
         if self._budget < _LEAST:
             raise OutOfMemory(
                 f"{where}: {device} ran out of memory even with the smallest strips, so something else fills it. "

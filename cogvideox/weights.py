@@ -51,7 +51,9 @@ class Placement:
     Attributes:
         mode: one of ``choices.MODES``.
         batched: whether both halves of guidance are one batch, as in the reference; else they run one after the other,
-            in half the activations, which gives the same up to the rounding of another batch size.
+            in half the activations, which gives the same up to the rounding of another batch size; but not with the
+            caches first_block, which decides by what it measures of a batch, and faster_cache, which predicts one half
+            from the other.
     """
 
     mode: str
@@ -284,16 +286,23 @@ class Weights:
         free = self.free
         return GPU if free is None or self.nbytes + _ROOM <= free else OFFLOAD_LAYERS
 
-    def park(self) -> None:
-        """Move the weights to the host's memory."""
+    def park(self, copies: bool = True) -> None:
+        """Move the weights to the host's memory, or free them where it cannot hold them; their copies' too, unless
+        those are to stay where they are."""
         with _turn:
-            if self._module is not None and self._mode in (None, GPU):
+            if self.is_stuck:
+                self._module = None
+            elif self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")
+            for copy in self._copies.values() if copies else ():
+                copy.park()
 
     def release(self) -> None:
-        """Free the weights; the next ``running`` loads them again."""
+        """Free the weights, and their copies'; the next ``running`` loads them again."""
         with _turn:
             self._module = None
+            for copy in self._copies.values():
+                copy.release()
 
 
 class SharedWeights(Weights):
@@ -348,7 +357,7 @@ class SharedWeights(Weights):
             nn.Module.to(module, self.device, self.precision.dtype)
             yield module.requires_grad_(False).eval()
 
-    def park(self) -> None:
+    def park(self, copies: bool = True) -> None:
         """Leave them: the other program moves them."""
 
     def release(self) -> None:
@@ -359,7 +368,7 @@ def make_room(device: torch.device, but: Weights | None = None) -> None:
     """Have all parts leave a device that is not the host, but for one."""
     for other in list(_loaded):
         if other is not but and other.device == device and device.type != "cpu":
-            other.park()
+            other.park(copies=False)
 
 
 def _offload(module: nn.Module, mode: str, device: torch.device) -> None:

@@ -7,12 +7,14 @@ are in has a name of its own for each set of settings.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.files import write_whole, written_whole
 from cogvideox.going_on import check_known, join_clips
 from cogvideox.variants import INPAINT, START_IMAGE, Variant
 from cogvideox.words import reason, short
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Of seeds, which go from 0 to 2**64-1.
 _SEEDS = 2**64
-#: Hours that nobody waits for.
+#: Seconds of a video at most: an hour.
 _LONGEST = 3600
 #: Frames that CogVideoX-Fun InP goes on from: the two latent frames that it reads first, as a pair. VideoX-Fun's script
 #: has clips overlap by 4, which cut such a pair.
@@ -181,7 +183,7 @@ def make_video(
     """
     import torch
 
-    from cogvideox.video import read_latent, write_latent
+    from cogvideox.video import read_latent
 
     # Filled as they are made: bytes, as the frames of half a minute in float take four times as much.
     shown = torch.empty(parts.total, *size[::-1], 3, dtype=torch.uint8)
@@ -197,8 +199,9 @@ def make_video(
         else:
             say(f"Part {number + 1} of {parts.count}:")
             latents = make(known, (seed + number) % _SEEDS)
-            # The next free number is this one, as those before are there.
-            write_latent(latents, folder, "part")
+            if not _keep(latents, kept):
+                say(f"Part {number + 1} of {parts.count} is there already ({short(kept, 400)}).")
+                latents = read_latent(kept)
             _describe(folder, settings)
         frames = decode(latents)
         if known is not None:
@@ -211,6 +214,28 @@ def make_video(
     return shown[: parts.wanted]
 
 
+def _keep(latents: "torch.Tensor", path: Path) -> bool:
+    """Write the latents of a part, whole or not at all; return whether that was done, as another process with the same
+    settings may have written them meanwhile.
+
+    Raises:
+        ValueError: if they cannot be written.
+    """
+    from cogvideox.video import write_latent
+
+    try:
+        with written_whole(path) as partial:
+            # Under this name alone: the next free number may be the next part's.
+            os.replace(write_latent(latents, path.parent, partial.stem), partial)
+    except (ValueError, OSError) as error:
+        if path.exists():
+            return False
+        if isinstance(error, ValueError):
+            raise
+        raise _unwritable(path.parent, error) from error
+    return True
+
+
 def _describe(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write what the parts were made with, so that people know whose they are.
 
@@ -218,9 +243,14 @@ def _describe(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: if it cannot be written.
     """
     try:
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        content = json.dumps(settings, indent=2, sort_keys=True).encode()
+        write_whole(folder / "settings.json", content, overwrite=True)
     except OSError as error:
-        raise ValueError(
-            f"{short(folder, 400)} cannot be written to ({reason(error)}), so the parts of the video cannot be kept "
-            "there. Choose another folder for --output."
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{short(folder, 400)} cannot be written to ({reason(error)}), so the parts of the video cannot be kept there. "
+        "Choose another folder for --output."
+    )

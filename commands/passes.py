@@ -11,8 +11,7 @@ from commands.video import (
     check_team,
     company,
     encoded,
-    finish,
-    latents_kept,
+    finish_job,
     once_for_all,
     sampled,
     say_plan,
@@ -42,8 +41,7 @@ def make_both(options: argparse.Namespace, place: Place) -> int:
         for job in (first, second):
             latent = sampled(job, prompts, events, ranks)
             if place.is_first:
-                with latents_kept(job.options, job.output, latent):
-                    finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
+                finish_job(job, latent)
             job.model.weights.release()
             if job is first and second.warp is not None and place.is_first:
                 # As a second pass by itself would read it.

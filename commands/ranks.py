@@ -164,10 +164,10 @@ class FailedAlone(RuntimeError):
 class Ranks:
     """This process and the others, from ``joined``."""
 
-    def __init__(self, place: Place, device: "torch.device", store: Any):
+    def __init__(self, place: Place, device: "torch.device"):
         import torch.distributed as dist
 
-        self.place, self._device, self._store = place, device, store
+        self.place, self._device = place, device
         self._teams: dict[Split, Team] = {}
         self._control = dist.new_group(backend="gloo", timeout=_WAIT)
 
@@ -278,7 +278,7 @@ def joined(place: Place, device: "torch.device") -> Iterator[Ranks]:
         dist.init_process_group(
             backend, store=dist.PrefixStore("run", store), rank=place.rank, world_size=place.count, timeout=_WAIT
         )
-        yield Ranks(place, device, store)
+        yield Ranks(place, device)
     except BaseException as error:
         said = watch.ended_by(error)
         watch.stop()

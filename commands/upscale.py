@@ -122,7 +122,13 @@ def read_request(options: argparse.Namespace, model: "Model", output: Path, even
 
     from cogvideox.clip_files import read_rate
     from cogvideox.pictures import check_images, fit_size
-    from cogvideox.super_resolution import check_reference_guidance, check_references, check_scale, find_kind
+    from cogvideox.super_resolution import (
+        check_enlarged,
+        check_reference_guidance,
+        check_references,
+        check_scale,
+        find_kind,
+    )
     from cogvideox.video import check_room, read_image, read_sound, read_video
 
     kind = find_kind(model, options.kind)
@@ -134,6 +140,7 @@ def read_request(options: argparse.Namespace, model: "Model", output: Path, even
     images = read_video(options.upscale, fps=fps, dtype=torch.uint8, events=events)
     frames, height, width = images.shape[:3]
     check_references(kind, len(paths), options.reference_frames, frames)
+    check_enlarged(kind, frames, height, width, options.scale)
     check_room(output, frames, options.scale * width, options.scale * height)
     shown = [check_images(read_image(path, events), short(path)) for path in paths]
     size = (options.scale * width, options.scale * height)
@@ -185,7 +192,7 @@ def describe(options: argparse.Namespace, request: Request, model: "Model") -> s
 def _empty_prompt(
     options: argparse.Namespace, model: "Model", text_encoder: "TextEncoder", events: "Events"
 ) -> "torch.Tensor":
-    """Read the empty prompt's embedding from its file, or make and keep it.
+    """Read the empty prompt's embedding from its file, or make it, and keep it where it can be written.
 
     Raises:
         ValueError: if there is neither the file nor a text encoder, or either is another model's.
@@ -198,6 +205,11 @@ def _empty_prompt(
         return read_embeddings(path, full_config(model.weights.config)["text_embed_dim"])
     embeddings = encode_prompt(text_encoder, "", options.on_nan, events).embeddings
     if path is not None:
-        write_embeddings(embeddings, path)
+        try:
+            write_embeddings(embeddings, path)
+        except ValueError as error:
+            # It is made, and only the next run would be spared loading T5.
+            events.note(str(error))
+            return embeddings
         events.note(f"The empty prompt's embedding is now in {short(path, 400)}: with it no text encoder is needed.")
     return embeddings

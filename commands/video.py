@@ -129,7 +129,7 @@ def sampled(
     if clip is not None and job.denoise < 1:
         latent = once_for_all(ranks, lambda: encode(job.handles.vae, clip, **how))
     team = None if ranks is None else ranks.team(check_team(job, ranks.place))
-    with latents_kept(options, job.output) if ranks is None or ranks.place.is_first else nullcontext():
+    with latents_kept(job.output) if ranks is None or ranks.place.is_first else nullcontext():
         return sample(
             job.model,
             prompts["prompt"],
@@ -212,7 +212,7 @@ def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") ->
 
 
 @contextmanager
-def latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Iterator[None]:
+def latents_kept(output: Path, latent=None) -> Iterator[None]:
     """Where something fails that follows the sampling, or memory runs out within it, keep the latents in a file, and
     say where.
 
@@ -249,6 +249,12 @@ def latents_kept(options: argparse.Namespace, output: Path, latent=None) -> Iter
 def finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
     """Decode latents, look for black frames, and write the video."""
     write(options, decoded(options, vae, latent), output, fps, sound)
+
+
+def finish_job(job: Job, latent: "torch.Tensor") -> None:
+    """Decode a video's latents, and write it; where that fails, keep them."""
+    with latents_kept(job.output, latent):
+        finish(job.options, job.handles.vae, latent, job.output, job.source.fps, job.source.sound)
 
 
 def decoded(options: argparse.Namespace, vae, latent) -> "torch.Tensor":

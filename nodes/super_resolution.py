@@ -158,13 +158,16 @@ class SuperResolution(Node):
     ):
         from ..cogvideox.memory import WANTED_BYTES
         from ..cogvideox.pictures import check_images
-        from ..cogvideox.super_resolution import check_references, find_kind, upscale
+        from ..cogvideox.super_resolution import check_enlarged, check_references, check_scale, find_kind, upscale
 
         # Before T5 is loaded.
         images = check_images(images, "images")
         references = None if references is None else check_images(references, "references")
         found = find_kind(model, kind)
         check_references(found, 0 if references is None else len(references), reference_frames, len(images))
+        check_scale(scale)
+        frames, height, width = images.shape[:3]
+        check_enlarged(found, frames, height, width, scale)
         vae = host.own_vae(vae)
         embeddings = _stored(model) if text_encoder is None else _kept(text_encoder, model)
         for weights in (vae.weights, model.weights):
@@ -212,7 +215,7 @@ def _stored(model):
 
 
 def _kept(text_encoder, model):
-    """Encode the empty prompt, and keep its embedding in a file unless one is there."""
+    """Encode the empty prompt, and keep its embedding in a file unless one is there, or none can be written."""
     from ..cogvideox.text import check_width, empty_prompt_files, write_embeddings
     from .text_encode import embeddings_of
 
@@ -220,7 +223,12 @@ def _kept(text_encoder, model):
     check_width(embeddings, _width(model))
     path = host.embedding_file(empty_prompt_files(embeddings.shape[2])[0])
     if not path.exists():
-        write_embeddings(embeddings, path)
+        try:
+            write_embeddings(embeddings, path)
+        except ValueError as error:
+            # It is made, and only the next run would be spared loading T5.
+            host.NodeEvents().note(str(error))
+            return embeddings
         logger.info("%s", _where_kept(short(path, 400)))
         # On the node the folder as people call it: a whole path would be cut within its words.
         host.show(_where_kept("/".join(path.parts[-3:-1])))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cogvideox.files
 import cogvideox.sampling
 import generate
 from cogvideox.going_on import join_clips, known_frames
@@ -16,8 +17,8 @@ from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, image_latents
-from cogvideox.video import read_image, read_latent, read_video
-from commands.chain import frames_of, parts_folder, plan_parts
+from cogvideox.video import read_image, read_latent, read_video, write_latent
+from commands.chain import frames_of, make_video, parts_folder, plan_parts
 from tests.conftest import CPU
 from tests.helpers import call
 from tests.helpers import run_generate as run
@@ -243,6 +244,51 @@ class TestChain:
         assert (parts.wanted, parts.count, parts.total) == (241, 3, 245)
         parts = plan_parts(frames_of(30, Fraction(8)), 85, 5, 17)
         assert (parts.wanted, parts.count, parts.total) == (241, 3, 257)
+
+    def test_a_part_that_another_process_made_meanwhile_is_that_part(self, tmp_path):
+        """Two processes with the same command."""
+        parts, said, seeds = plan_parts(9, 5), [], []
+        folder = tmp_path / "parts"
+
+        def make(known, seed):
+            seeds.append(seed)
+            if seed == 0:
+                write_latent(torch.full((1, 16, 2, 2, 2), 0.5), folder, "part")
+            return torch.full((1, 16, 2, 2, 2), float(seed))
+
+        shown = make_video(
+            parts, folder, {}, (16, 16), None, 0, make, lambda latents: latents.mean().repeat(5, 16, 16, 3), said.append
+        )
+        assert seeds == [0, 1]
+        assert [int(frame.float().mean()) for frame in shown] == [128] * 5 + [255] * 4
+        assert sum("Part 1 of 2 is there already" in text for text in said) == 1
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "part_00001.latent",
+            "part_00002.latent",
+            "settings.json",
+        ]
+
+    def test_the_settings_are_written_whole(self, tmp_path, monkeypatch):
+        def full(path, pieces):
+            path.write_bytes(b"{")
+            raise OSError(28, "No space left on device")
+
+        (tmp_path / "settings.json").write_text("{}")
+        monkeypatch.setattr(cogvideox.files, "write_synced", full)
+        with pytest.raises(ValueError, match="cannot be written to .*the parts of the video cannot be kept there"):
+            make_video(
+                plan_parts(5, 5),
+                tmp_path,
+                {},
+                (16, 16),
+                None,
+                0,
+                lambda *_: torch.zeros(1, 16, 2, 2, 2),
+                lambda latents: torch.zeros(5, 16, 16, 3),
+                lambda _: None,
+            )
+        assert (tmp_path / "settings.json").read_text() == "{}"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["part_00001.latent", "settings.json"]
 
     def test_a_folder_belongs_to_its_settings(self):
         first, second = (parts_folder(Path("a.mp4"), {"seed": seed}) for seed in (1, 2))

@@ -3,6 +3,7 @@ lost."""
 
 import gc
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,6 +458,34 @@ class TestOutOfMemory:
         saved = load_file(tmp_path / "CogVideoX_unfinished_00002.latent")
         assert torch.equal(saved["latent_tensor"], latent["samples"])
         assert "latent_format_version_0" in saved
+
+    @pytest.mark.parametrize(
+        ("there", "said"),
+        [
+            (("input", "output", "temp"), r"can be opened with Load Latent \(it is .*input"),
+            (("output", "temp"), r"they are in .*output.CogVideoX_unfinished_00001.latent\. Move that file to"),
+            (("temp",), r"they are in .*temp.CogVideoX_unfinished_00001.latent\. Move that file to"),
+            ((), r"The latents could not be kept either \(.*input.* cannot be written .*output.*temp"),
+        ],
+    )
+    def test_where_comfyuis_input_folder_cannot_be_written_they_go_elsewhere(
+        self, pack, tmp_path, monkeypatch, there, said
+    ):
+        host, error = (sys.modules[f"{pack.__name__}.{name}"] for name in ("nodes.host", "cogvideox.sentinel"))
+        for name in ("input", "output", "temp"):
+            # A file where a folder should be: nothing can be written below, whoever runs this.
+            (tmp_path / name).mkdir() if name in there else (tmp_path / name).write_bytes(b"")
+        names = {
+            f"get_{name}_directory": lambda name=name: str(tmp_path / name) for name in ("input", "output", "temp")
+        }
+        monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.comfyui, "folder_paths", SimpleNamespace(**names), raising=False)
+        with (
+            pytest.raises(RuntimeError, match=r"^step 40 of 50: cuda:0 ran out of memory\. .*" + said),
+            host.saving_latents(torch.zeros(1, 16, 3, 4, 4)),
+        ):
+            raise error.OutOfMemory("step 40 of 50: cuda:0 ran out of memory.")
+        assert len(list(tmp_path.rglob("*.latent"))) == min(1, len(there))
 
     def test_a_saved_latent_never_overwrites_another(self, tmp_path):
         paths = [write_latent(torch.zeros(1, 16, 1, 2, 2), tmp_path) for _ in range(3)]

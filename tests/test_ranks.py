@@ -681,6 +681,8 @@ class TestPlaces:
         (("--split", "prompts", 2), "this is one video"),
         (("--cache", "first_block", 2), "decides at each step by what it measures"),
         (("--split", "sequence", "--cache", "pab", 2), "acts inside the attention"),
+        (("--split", "sequence", "--cache", "faster_cache", 2), "predicts one half of guidance from the other"),
+        (("--split", "guidance", "--cache", "faster_cache", 2), "predicts one half of guidance from the other"),
         (("--split", "sequence", "--compile", 2), "Compiled blocks and shared tokens"),
         (("--split", "sequence", "--width", 48, "--height", 48, "--frames", 1, 2), "2 processes on cpu cannot share"),
         (("--split", "sequence", 3), "Start 2 of them"),
@@ -708,6 +710,7 @@ def test_offloading_is_refused_with_shared_tokens():
     from cogvideox.combinations import check_sharing
 
     check_sharing(True, False, "pab", True, True)
+    check_sharing(False, False, "faster_cache", True, True)
     check_sharing(True, True, "teacache", False, False)
     with pytest.raises(ValueError, match="Offloading"):
         check_sharing(False, True, None, False, True)

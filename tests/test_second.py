@@ -1,11 +1,16 @@
 """A second copy of the transformer evaluates one half of guidance: the same numbers, and where it cannot, one does."""
 
+import gc
+import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import cogvideox.sampling
+import cogvideox.second
 import cogvideox.weights
 from cogvideox.handles import (
     open_handles,
@@ -17,6 +22,7 @@ from cogvideox.handles import (
     with_second,
     with_windows,
 )
+from cogvideox.memory import choose_mode, plan_memory
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled
 from cogvideox.precision.hardware import Hardware
@@ -55,6 +61,7 @@ def models(deep, tmp_path_factory):
         "pab": with_cache(plain, Cache("pab", 0.5, 0.0, 1.0)),
         "windows": with_windows(plain, Windows(21, 2)),
         "windows, cached": with_windows(with_cache(plain, Cache("taylorseer", 0.5, 0.0, 1.0)), Windows(21, 2)),
+        "windows, teacache": with_windows(with_cache(plain, Cache("teacache", 0.5, 0.0, 1.0)), Windows(21, 2)),
     }
 
 
@@ -104,8 +111,36 @@ class TestWhereOneHasToDo:
         assert len(calls) == (8 if name == "windows" else 4)
         assert sum(when in note and "passing fault" in note for note in events.notes) == 1, events.notes
 
+    @pytest.mark.parametrize("name", ["taylorseer", "pab", "teacache", "windows, cached", "windows, teacache"])
+    @pytest.mark.parametrize("at", [3, 6])
+    def test_after_such_a_step_both_halves_skip_the_same_steps(self, models, monkeypatch, name, at):
+        model, made, calls = with_second(models[name], "cpu"), [], []
+        real = cogvideox.sampling.make_speedups
+        monkeypatch.setattr(cogvideox.sampling, "make_speedups", lambda *given: made.append(real(*given)) or made[-1])
+
+        def spoil(module, given, output):
+            calls.append(1)
+            return (output[0] * torch.nan,) if len(calls) == at else None
+
+        with model.weights.copy_on(model.second).running() as module:
+            hook = module.register_forward_hook(spoil)
+        try:
+            run(model, steps=8)
+        finally:
+            hook.remove()
+        first, second = (speedups._cache for speedups in made)
+        count = 2 if "windows" in name else 1
+        # The copy sits out the step that is done again, and has nothing cached then, so neither reuses anything.
+        healed = divmod(at - 1, count)
+        assert second.total[healed] == 0
+        following = healed[0] + 1, healed[1]
+        assert first.ran[following] == first.total[following] > 0
+        skipped = [{turn for turn, ran in half.ran.items() if ran < half.total[turn]} for half in (first, second)]
+        assert skipped[0] == skipped[1] != set()
+
     @pytest.mark.parametrize(("name", "when"), [("plain", 0), ("plain", 3), ("teacache", 2)])
-    def test_memory_that_runs_out_on_the_second_costs_nothing_but_time(self, models, monkeypatch, name, when):
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+    def test_memory_that_runs_out_on_the_second_costs_nothing_but_time(self, models, monkeypatch, name, when, error):
         model, events, calls = with_second(models[name], "cpu"), Told(), []
         copy = model.weights.copy_on(model.second)
         copy.release()
@@ -114,11 +149,11 @@ class TestWhereOneHasToDo:
         def fail(module, given):
             calls.append(1)
             if len(calls) == when:
-                raise torch.OutOfMemoryError("full")
+                raise error("CUDA error: out of memory")
 
         def loaded(*given):
             if not when:
-                raise torch.OutOfMemoryError("full")
+                raise error("CUDA error: out of memory")
             module = load(*given)
             module.register_forward_pre_hook(fail)
             return module
@@ -134,6 +169,40 @@ class TestWhereOneHasToDo:
             "guidance, which takes longer. No finished step is lost. Close other programs that use that card."
         ]
         assert not copy.is_loaded
+
+    @pytest.mark.parametrize("when", ["loading", "running"])
+    def test_the_copys_memory_is_free_before_its_cache_is_emptied(self, models, monkeypatch, when):
+        model, held, alive = with_second(models["plain"], "cpu"), [], []
+        copy = model.weights.copy_on(model.second)
+        copy.release()
+        load = cogvideox.weights.load_module
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("full")
+
+        def loaded(*given):
+            module = load(*given)
+            held.append(weakref.ref(module))
+            if when == "running":
+                module.transformer_blocks[1].register_forward_pre_hook(fail)
+            return module
+
+        def emptied(device):
+            gc.collect()
+            alive.extend(module() is not None for module in held)
+
+        with model.weights.running():
+            pass
+        monkeypatch.setattr(cogvideox.weights, "load_module", loaded)
+        monkeypatch.setattr(cogvideox.second, "empty_cache", emptied)
+        if when == "loading":
+            # The weights are there, and what is prepared with them has no room; the first device prepares after it.
+            real, calls = cogvideox.sampling.applied, []
+            monkeypatch.setattr(
+                cogvideox.sampling, "applied", lambda *given: real(*given) if calls else fail(calls.append(1))
+            )
+        run(model)
+        assert alive == [False]
 
     def test_none_and_no_guidance_take_one(self, models):
         assert with_second(with_second(models["plain"], "cpu"), "none").second is None
@@ -157,7 +226,10 @@ class TestWhatIsRefused:
             with_compile(with_second(models["plain"], "cpu"), Compiled())
         with pytest.raises(ValueError, match="cache first_block and a second GPU"):
             with_second(with_cache(models["plain"], Cache("first_block")), "cpu")
-        with_second(with_cache(models["plain"], Cache("first_block", 0.0)), "cpu")
+        with pytest.raises(ValueError, match="cache faster_cache and a second GPU .*predicts one half"):
+            with_cache(with_second(models["plain"], "cpu"), Cache("faster_cache"))
+        for method in ("first_block", "faster_cache"):
+            with_second(with_cache(models["plain"], Cache(method, 0.0)), "cpu")
 
     def test_a_card_with_another_bf16(self, deep, monkeypatch):
         native = Hardware(torch.device("cpu"), "CPU", bf16="native")
@@ -176,7 +248,72 @@ def test_only_what_is_on_one_device_makes_way(handles, monkeypatch):
     second = cogvideox.weights.Weights(handles.checkpoint, "vae", handles.model.weights.precision, CPU)
     for weights, device in ((first, "cuda:0"), (other, "cuda:1"), (second, "cuda:0")):
         monkeypatch.setattr(weights, "hardware", Hardware(torch.device(device), "card"))
-        monkeypatch.setattr(weights, "park", lambda weights=weights: parked.append(weights))
+        monkeypatch.setattr(weights, "park", lambda weights=weights, **_: parked.append(weights))
     monkeypatch.setattr(cogvideox.weights, "_loaded", {first, other, second})
     cogvideox.weights.make_room(first.device, first)
     assert parked == [second]
+
+
+class TestWhatACopyHolds:
+    @pytest.fixture
+    def pair(self, deep):
+        """A model of its own, and its copy, both loaded."""
+        model = with_second(open_handles(deep, "fp32", CPU).model, "cpu")
+        run(model)
+        return model.weights, model.weights.copy_on(model.second)
+
+    def test_it_goes_with_the_first(self, pair):
+        first, copy = pair
+        assert first.is_loaded
+        assert copy.is_loaded
+        first.release()
+        assert not first.is_loaded
+        assert not copy.is_loaded
+
+    def test_it_is_parked_with_the_first_but_not_to_make_room_on_the_firsts_device(self, pair, monkeypatch):
+        first, copy = pair
+        moved = []
+        for weights, device in ((first, "cuda:0"), (copy, "cuda:1")):
+            monkeypatch.setattr(weights, "hardware", Hardware(torch.device(device), "card"))
+            monkeypatch.setattr(weights._module, "to", lambda target, device=device: moved.append((device, target)))
+        cogvideox.weights.make_room(torch.device("cuda:0"))
+        assert moved == [("cuda:0", "cpu")]
+        moved.clear()
+        first.park()
+        assert moved == [("cuda:0", "cpu"), ("cuda:1", "cpu")]
+
+    def test_what_the_host_cannot_hold_is_freed_instead_of_parked(self, pair, monkeypatch):
+        first, copy = pair
+        monkeypatch.setattr(cogvideox.weights, "_is_host", lambda device: False)
+        first.park()
+        assert first.is_loaded
+        monkeypatch.setattr(cogvideox.weights, "host_bytes", lambda: 1000)
+        first.park()
+        assert not first.is_loaded
+        assert not copy.is_loaded
+
+    def test_it_runs_in_the_mode_that_its_part_of_the_run_fits_in(self, deep, monkeypatch):
+        model = with_second(open_handles(deep, "fp32", CPU).model, "cpu")
+        copy = replace(model, weights=model.weights.copy_on(model.second), second=None)
+        shape, free = (1, 16, 21, 60, 90), [0]
+        plan = plan_memory(copy, shape, False, 8)
+        monkeypatch.setattr(cogvideox.weights.Weights, "free", property(lambda weights: free[0]))
+        for mode in ("gpu", "offload_blocks", "offload_layers"):
+            free[0] = plan.needed[mode]
+            assert choose_mode(copy, shape, 8) == mode
+        # None fits: what takes the least is tried.
+        free[0] = 1000
+        assert choose_mode(copy, shape, 8) == "offload_layers"
+        monkeypatch.setattr(copy.weights, "memory", "offload_blocks")
+        assert choose_mode(copy, shape, 8) == "offload_blocks"
+
+    def test_it_is_loaded_in_that_mode(self, deep, monkeypatch):
+        model, modes = with_second(open_handles(deep, "fp32", CPU).model, "cpu"), []
+        copy = model.weights.copy_on(model.second)
+        real = copy.running
+        monkeypatch.setattr(
+            cogvideox.sampling, "choose_mode", lambda *given: modes.append(given[1:]) or "offload_blocks"
+        )
+        monkeypatch.setattr(copy, "running", lambda events, mode: modes.append(mode) or real(events, mode))
+        run(model)
+        assert modes == [((1, 16, 3, 6, 10), 8), "offload_blocks"]

@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cogvideox.super_resolution as module
+import cogvideox.tensors
+import cogvideox.text
 from cogvideox.handles import open_handles, quantized, with_cache, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
 from cogvideox.modules.cache import Cache
@@ -449,6 +451,27 @@ class TestCommandLine:
         assert run(capsys, "--model", model, *arguments[:2], *arguments[4:], "--output", second)[0] == 0
         assert second.read_bytes() == output.read_bytes()
 
+    def test_an_embedding_that_cannot_be_kept_is_used_all_the_same(self, stored, tmp_path, capsys, clip):
+        (tmp_path / "file").write_bytes(b"")
+        arguments = ("--upscale", clip, "--model", stored("1.5"), "--scale", 1, "--output", tmp_path / "large.mp4")
+        code, told, _ = run(capsys, *arguments, "--empty-prompt", tmp_path / "file" / "empty.safetensors")
+        assert code == 0
+        assert (tmp_path / "large.mp4").is_file()
+        assert "so the prompt's embedding is not kept" in told
+
+    @pytest.mark.parametrize("plan", [(), ("--plan",)])
+    def test_a_clip_that_would_be_too_large_is_refused_before_t5_is_read(
+        self, stored, tmp_path, capsys, clip, monkeypatch, plan
+    ):
+        monkeypatch.setattr(cogvideox.tensors, "host_bytes", lambda: 10**6)
+        monkeypatch.setattr(cogvideox.text, "encode_prompt", None)
+        output = tmp_path / "large.mp4"
+        code, _, error = run(
+            capsys, "--upscale", clip, "--model", stored("1.5"), "--scale", 8, "--output", output, *plan
+        )
+        assert code == 1
+        assert "A clip of 24x16 pixels and 9 frames, made 8 times larger, would take" in error
+
     def test_references_are_files(self, stored, tmp_path, capsys, clip):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (60, 40), "green").save(tmp_path / name)
@@ -498,6 +521,22 @@ class TestNode:
         assert torch.equal(first, second)
         assert first.shape == IMAGES.shape
         call(pack, "CogVideoX15BlackFrameCheck", images=first, action="stop")
+
+    def test_an_embedding_that_cannot_be_kept_is_used_all_the_same(self, pack, stored, tmp_path, monkeypatch, caplog):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models").write_bytes(b"")
+        model, text_encoder, vae, _ = call(pack, "CogVideoX15ModelLoader", model=str(stored("1.5")), dtype="fp32")
+        (images,) = call(pack, self.NODE, model=model, vae=vae, images=IMAGES, scale=1, text_encoder=text_encoder)
+        assert images.shape == IMAGES.shape
+        assert "so the prompt's embedding is not kept" in caplog.text
+
+    def test_a_clip_that_would_be_too_large_is_refused_before_t5_is_read(self, pack, stored, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        model, text_encoder, vae, _ = call(pack, "CogVideoX15ModelLoader", model=str(stored("1.5")), dtype="fp32")
+        monkeypatch.setattr(sys.modules[f"{pack.__name__}.cogvideox.tensors"], "host_bytes", lambda: 10**6)
+        with pytest.raises(ValueError, match="made 8 times larger, would take"):
+            call(pack, self.NODE, model=model, vae=vae, images=IMAGES, scale=8, text_encoder=text_encoder)
+        assert not text_encoder.weights.is_loaded
 
     def test_a_core_clip_encodes_too(self, pack, stored, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -27,6 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "variants",
             "geometry",
             "finite",
+            "out_of_memory",
             "languages",
             "tensors",
             "combinations",

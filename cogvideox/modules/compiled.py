@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
+from ..out_of_memory import is_out_of_memory
 from . import internals
 from .internals import LibraryModule
 from .range_safe import is_range_safe, norm_exponent
@@ -152,7 +153,7 @@ class CompileRun:
             return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
         except internals.compiler_error() as error:
             cause = getattr(error, "inner_exception", None)
-            if isinstance(cause, torch.OutOfMemoryError):
+            if cause is not None and is_out_of_memory(cause):
                 raise cause from error
             logger.warning("torch.compile failed", exc_info=error)
             self._given_up = str(cause or error).strip().splitlines()[0]

@@ -1,6 +1,7 @@
 """ComfyUI's progress bar, its Cancel button and its previews, and the latents that are saved when memory runs out."""
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -82,7 +83,11 @@ def _save_animation(frames: "list[Image]", milliseconds: int, file, *_, **__) ->
 @contextmanager
 def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
     """Save the latents if memory runs out for good: ``samples``, or those that the error brings. They go where Load
-    Latent finds them, and the error says so."""
+    Latent finds them, or else where they can be written, and the error says so.
+
+    Raises:
+        RuntimeError: with what ran out, and where the latents are, or why they are nowhere.
+    """
     from ...cogvideox.sentinel import OutOfMemory
     from ...cogvideox.video import write_latent
 
@@ -92,8 +97,30 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
         latents = samples if error.latents is None else error.latents
         if latents is None:
             raise
-        folder = Path(comfyui.folder_paths.get_input_directory()) if comfyui.IN_COMFYUI else Path(".")
-        path = write_latent(latents, folder)
-        raise RuntimeError(
-            f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
-        ) from error
+        said, failed = str(error), []
+        for number, folder in enumerate(_latent_folders()):
+            try:
+                path = write_latent(latents, folder)
+            except ValueError as why:
+                failed.append(str(why))
+                continue
+            if number == 0:
+                raise RuntimeError(
+                    f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
+                ) from error
+            raise RuntimeError(
+                f"{said} The latents are not lost: they are in {path}. Move that file to ComfyUI's input folder, "
+                "which cannot be written to now, and Load Latent opens it."
+            ) from error
+        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
+
+
+def _latent_folders() -> list[Path]:
+    """List where latents can be saved; Load Latent looks into the first."""
+    if not comfyui.IN_COMFYUI:
+        return [Path("."), Path(tempfile.gettempdir())]
+    paths = comfyui.folder_paths
+    return [
+        Path(folder)
+        for folder in (paths.get_input_directory(), paths.get_output_directory(), paths.get_temp_directory())
+    ]
