@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cogvideox.events import Events
     from cogvideox.handles import VAE, Model, TextEncoder
 
+#: Options of ``--upscale`` alone, as they are where they are not given.
+_USUAL = {"scale": 4, "kind": AUTO, "reference_frames": "", "reference_guidance": 1.0}
 #: Options that say what a new video is to be, where here the clip does.
 _OF_NEW_VIDEOS = ("prompt", "image", "video", "width", "height", "frames")
 
@@ -36,13 +38,11 @@ def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], wh
         "--scale",
         type=whole,
         metavar="N",
-        default=4,
         help="how many times as wide and high it becomes, 1 to 8 (default: 4, as the models were trained)",
     )
     group.add_argument(
         "--kind",
         choices=SUPER_RESOLUTION,
-        default=AUTO,
         help="what --model is (default: by its input channels and its name)",
     )
     group.add_argument(
@@ -54,14 +54,12 @@ def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], wh
     )
     group.add_argument(
         "--reference-frames",
-        default="",
         metavar="N,N",
         help="which frames they are, counted from 0, each 4 or more after the one before: 0,24,48",
     )
     group.add_argument(
         "--reference-guidance",
         type=float,
-        default=1.0,
         metavar="FACTOR",
         help="how strictly they are followed (default: 1, as trained; others take twice the time)",
     )
@@ -77,12 +75,15 @@ def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], wh
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program where options of ``--upscale`` do not go with others."""
+    """End the program where options of ``--upscale`` do not go with others; set those that were not given."""
     if options.upscale is None:
-        for name in ("references", "empty_prompt"):
+        for name in ("references", "empty_prompt", *_USUAL):
             if getattr(options, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} goes with --upscale VIDEO")
         return
+    for name, usual in _USUAL.items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     if options.model is None:
         parser.error("--upscale needs --model, which is DOVE or SparkVSR")
     for name in _OF_NEW_VIDEOS:

@@ -498,6 +498,10 @@ class TestCommandLine:
             (("--upscale", "x.mp4"), "--upscale needs --model"),
             (("--upscale", "x.mp4", "--model", "x", "--prompt", "y"), "--prompt makes a new video"),
             (("--prompt", "x", "--model", "x", "--references", "y"), "goes with --upscale"),
+            (("--prompt", "x", "--model", "x", "--scale", "2"), "--scale goes with --upscale"),
+            (("--prompt", "x", "--model", "x", "--kind", "dove"), "--kind goes with --upscale"),
+            (("--prompt", "x", "--model", "x", "--reference-frames", "0"), "--reference-frames goes with --upscale"),
+            (("--prompt", "x", "--model", "x", "--reference-guidance", "2"), "--reference-guidance goes with"),
         ],
     )
     def test_options_that_do_not_go_together(self, capsys, arguments, words):
