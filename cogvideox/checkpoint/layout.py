@@ -21,6 +21,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
 from ..words import listed, short
@@ -346,7 +348,12 @@ def _check_floats(part: Part) -> None:
 
     Raises:
         ValueError: if there are some.
+        ForeignError: if they are the scales of a packing that is not read here.
     """
+    exponents = [name for name, scale in part.scales.items() if scale.dtype == torch.uint8]
+    if exponents:
+        seen = f"{len(exponents)} scales in uint8 such as that of {short(exponents[0])}"
+        raise packed_error("ComfyUI or torchao (MXFP8 or MXFP4)", part.source, seen)
     tensors = (*part.tensors.items(), *part.scales.items())
     odd = {name: stored for name, stored in tensors if not (stored.dtype.is_floating_point or stored.quantization)}
     if odd:
