@@ -582,6 +582,14 @@ class TestFiles:
             error=ForeignError,
         )
 
+    def test_flan_t5_says_that_it_is_another_text_encoder(self, tmp_path, states):
+        said = {}
+        for name in ("t5xxl", "Flan_T5_xxl"):
+            file = layouts.write_file(tmp_path / f"{name}.safetensors", states["text_encoder"])
+            said[name] = open_part(file, "text_encoder").note
+        assert said["t5xxl"] == ""
+        assert said["Flan_T5_xxl"].startswith("Flan_T5_xxl.safetensors is Flan-T5 by its name")
+
     def test_2b_from_sat_has_its_positions_from_its_module(self, tmp_path):
         module = build_transformer("2b", num_attention_heads=30, attention_head_dim=16, num_layers=1)
         positions = module.patch_embed.pos_embedding
