@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint.headers import DTYPES, read_header, read_metadata
 from cogvideox.checkpoint.layout import open_checkpoint
 from cogvideox.checkpoint.naming import ForeignError
+from cogvideox.checkpoint.reading import read_any_header
 from tests import layouts
 from tests.tiny_checkpoint import build_transformer
 
@@ -167,6 +168,16 @@ def test_a_dtype_of_packed_weights_is_no_damage(tmp_path, name, program):
     header = {"scale": {"dtype": name, "shape": [8], "data_offsets": [0, 8]}}
     with pytest.raises(ForeignError, match=rf"is packed by .*{program}.* \(scale is stored as {name}\)"):
         read_header(written(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_a_download_of_any_kind_that_is_not_finished_is_told(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    (tmp_path / "x.gguf").write_bytes(bytes(100))
+    written(tmp_path / "x.safetensors", GOOD, bytes(20))
+    for ending in ("pt", "gguf", "safetensors"):
+        (tmp_path / f"x.{ending}.aria2").touch()
+        with pytest.raises(ValueError, match="its download is not finished.*Resume the download"):
+            read_any_header(tmp_path / f"x.{ending}")
 
 
 def test_a_file_that_is_longer_than_its_header_says(tmp_path):

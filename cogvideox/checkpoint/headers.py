@@ -19,6 +19,7 @@ import torch
 from ..dtypes import FP8_DTYPES
 from ..files import open_regular, parse_json, unreadable
 from ..words import reason, short
+from .entries import CONTROL
 from .foreign import PACKED_DTYPES, packed_error
 
 #: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100
@@ -125,8 +126,16 @@ def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, open for reading, and its size.
 
     Raises:
-        ValueError: if it is no regular file, or cannot be read, then or in the ``with`` block.
+        ValueError: if it is no regular file, its download is not finished, or it cannot be read, then or in the
+            ``with`` block.
     """
+    control = f"{path}{CONTROL}"
+    if os.path.lexists(control):
+        raise ValueError(
+            f"{short(path, 400)} is not whole: its download is not finished, says {short(os.path.basename(control))} "
+            "beside it, and until then some of its weights are zeros. Resume the download with aria2 (aria2c -c), or "
+            "delete both files and download it again."
+        )
     with open_regular(path) as file:
         try:
             yield file, os.fstat(file.fileno()).st_size
