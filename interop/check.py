@@ -7,23 +7,24 @@ from pathlib import Path
 from cogvideox.checkpoint.folders import is_checkpoint_json
 from cogvideox.words import listed, short
 
+from .pictures import PICTURES
 from .report import WHERE, WORKFLOW, ConfigReport
 from .sat import PLACES, check_sat, fix_sat
 from .workflow import check_workflow
 
+_YAML, _WORKFLOWS = (".yaml", ".yml"), (".json", *PICTURES)
+
 
 def is_config(path: Path | str) -> bool:
-    """Whether ``check_config`` is the one to ask about ``path``: a YAML or JSON file, or a folder with a SAT
-    ``inference.yaml`` in it.
+    """Whether ``check_config`` is the one to ask about ``path``: a YAML or JSON file, a picture or video, or a folder
+    with a SAT ``inference.yaml`` in it.
 
     A checkpoint in diffusers layout is not a config, whatever else lies in it.
     """
     path = Path(path).expanduser()
     # Not Path's own questions, which raise for a name that is too long.
     if not os.path.isdir(path):
-        return (
-            os.path.isfile(path) and path.suffix.lower() in (".yaml", ".yml", ".json") and not is_checkpoint_json(path)
-        )
+        return os.path.isfile(path) and path.suffix.lower() in (*_YAML, *_WORKFLOWS) and not is_checkpoint_json(path)
     # SAT releases have a transformer/ of their own; only diffusers puts a config.json into it.
     diffusers = (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file()
     return not diffusers and any((path / place).is_file() for place in PLACES)
@@ -34,13 +35,13 @@ def check_config(path: Path | str) -> ConfigReport:
 
     Args:
         path: a SAT ``inference.yaml``, a folder that holds one (in it, in ``configs/`` or in ``sat/configs/``), or a
-            workflow's JSON.
+            workflow's JSON, or a picture or video with the workflow in it.
 
     Raises:
         ValueError: if there is no such file, or it is neither of the two.
     """
     file = _config_file(path)
-    if file.suffix.lower() == ".json":
+    if file.suffix.lower() in _WORKFLOWS:
         return check_workflow(file)
     return check_sat(file)
 
@@ -60,7 +61,7 @@ def fix_config(path: Path | str) -> tuple[ConfigReport, Path | None]:
             written.
     """
     file = _config_file(path)
-    if file.suffix.lower() == ".json":
+    if file.suffix.lower() in _WORKFLOWS:
         raise ValueError(
             f"{short(file, 400)} is a {WORKFLOW}; only a SAT inference.yaml can be fixed here, because a workflow "
             "that is open in ComfyUI would be saved over the fixed file. Check it, and change the dtype widget of "
@@ -87,7 +88,7 @@ def _config_file(path: Path | str) -> Path:
         return found[0]
     if not os.path.exists(path):
         raise ValueError(f"There is no {short(path, 400)}, so there is no config to check. Check the path. {WHERE}")
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+    if path.suffix.lower() not in (*_YAML, *_WORKFLOWS):
         raise ValueError(
             f"{short(path, 400)} is neither YAML nor JSON by its ending ({short(path.suffix) or 'none'}), so it is "
             f"not known how to read it. {WHERE}"

@@ -1,18 +1,22 @@
 """ComfyUI workflows, whose CogVideoX loader nodes hold a dtype widget: ours, and those of all public packs that load a
 CogVideoX. One file, as the table of the loaders says both how their widgets are read and how their dtype is judged."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cogvideox.files import parse_json, read_text
 from cogvideox.precision.verdict import Finding
 from cogvideox.words import listed, reason, short
 
 from .kinds import KINDS
+from .pictures import PICTURES, texts_in
 from .report import BLACK, WHERE, WORKFLOW, ConfigReport
 from .tables import FUN_LOADERS, ORDERS, order_of
+
+logger = logging.getLogger(__name__)
 
 OURS = "CogVideoX15ModelLoader"
 #: The widgets of our loader and of the wrapper's nodes, as they are now, in the order of a file's list of values.
@@ -261,17 +265,21 @@ def read_workflow(file: Path) -> dict:
     {class_type, inputs}}``).
 
     Raises:
-        ValueError: if it is no workflow.
+        ValueError: if it is no workflow, and no picture or video with one in it.
     """
-    text = read_text(file)
-    try:
-        data = parse_json(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{short(file, 400)} is not JSON ({reason(error)}), so there are no nodes to look at. Save the workflow "
-            "again in ComfyUI."
-        ) from error
-    graph = _find_graph(data)
+    data: Any = None
+    if file.suffix.lower() in PICTURES:
+        graph: dict | None = _graph_inside(file)
+    else:
+        text = read_text(file)
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{short(file, 400)} is not JSON ({reason(error)}), so there are no nodes to look at. Save the "
+                "workflow again in ComfyUI."
+            ) from error
+        graph = _find_graph(data)
     if graph is None:
         seen = (
             f"a JSON object with {listed(data, 4) or 'nothing in it'}"
@@ -289,6 +297,26 @@ def read_workflow(file: Path) -> dict:
             f"(here the limit is {MAX_NODES:,}): it was made by a program, or is damaged. Choose another file."
         )
     return graph
+
+
+def _graph_inside(file: Path) -> dict:
+    """The workflow that a picture or video was made by, which ComfyUI writes into it.
+
+    Raises:
+        ValueError: if there is none in it, or none that is found here.
+    """
+    for text in texts_in(file):
+        try:
+            graph = _find_graph(parse_json(text))
+        except ValueError as error:
+            logger.info("%s: %s", file, reason(error))
+            continue
+        if graph is not None:
+            return graph
+    raise ValueError(
+        f"{short(file, 400)} is a picture or video, and no workflow is found in it here: sites and programs that save "
+        "it again leave it out. Drop it onto ComfyUI's page; if a workflow opens, save that as JSON and give the JSON."
+    )
 
 
 def _find_graph(data) -> dict | None:

@@ -460,6 +460,39 @@ class TestTextEncoders:
                 assert (load_module(part, precision, CPU)(ids)[0] - wanted).norm() <= 2e-3 * wanted.norm()
 
 
+class TestDescendants:
+    @pytest.mark.parametrize(
+        ("layer", "model"),
+        [
+            ("local_facial_extractor.latents", "ConsisID"),
+            ("combine_linears.0.weight", "Diffusion as Shader"),
+            ("ref_patch_embed.proj.weight", "TrajectoryCrafter"),
+            ("traj_extractor.conv.weight", "Tora"),
+            ("controlnet_encode_first.0.weight", "a ControlNet"),
+        ],
+    )
+    def test_a_model_that_adds_layers_is_named(self, tmp_path, states, layer, model):
+        state = states["transformer"] | {layer: torch.ones(2, 2)}
+        if model == "ConsisID":
+            # TrajectoryCrafter's are called so too.
+            state["perceiver_cross_attention.0.norm1.weight"] = torch.ones(2)
+        if model == "a ControlNet":
+            # It has no end of its own.
+            state = {name: value for name, value in state.items() if not name.startswith("proj_out")}
+        file = layouts.write_file(tmp_path / "x.safetensors", state)
+        refused(
+            lambda: layouts.open_whole(file), f"x.safetensors is {model}, which adds", f"({layer}", error=ForeignError
+        )
+
+    def test_what_a_training_left_in_is_told_as_before(self, tmp_path, states):
+        state = states["transformer"] | {"projectors.0.weight": torch.ones(2)}
+        refused(
+            lambda: layouts.open_whole(layouts.write_file(tmp_path / "x.safetensors", state)),
+            "1 unknown (projectors.0.weight)",
+            "save the model without it",
+        )
+
+
 class TestVaes:
     def test_other_latents_are_refused(self, copy, tmp_path):
         module = build_vae((32, 32, 32, 64), 32)
@@ -536,6 +569,26 @@ class TestFiles:
             lambda: layouts.open_whole(layouts.write_file(tmp_path / "x.safetensors", state)),
             "1 scales that fit no fp8 weight",
         )
+
+    def test_scales_of_mxfp8_are_named(self, tmp_path, states):
+        state = dict(states["transformer"])
+        weight = state["transformer_blocks.0.attn1.to_q.weight"]
+        state["transformer_blocks.0.attn1.to_q.weight"] = weight.to(torch.float8_e4m3fn)
+        scales = torch.full((weight.shape[0], weight.shape[1] // 32), 127, dtype=torch.uint8)
+        state["transformer_blocks.0.attn1.to_q.weight_scale"] = scales
+        refused(
+            lambda: layouts.open_whole(layouts.write_file(tmp_path / "x.safetensors", state)),
+            "is packed by ComfyUI or torchao (MXFP8 or MXFP4) (1 scales in uint8",
+            error=ForeignError,
+        )
+
+    def test_flan_t5_says_that_it_is_another_text_encoder(self, tmp_path, states):
+        said = {}
+        for name in ("t5xxl", "Flan_T5_xxl"):
+            file = layouts.write_file(tmp_path / f"{name}.safetensors", states["text_encoder"])
+            said[name] = open_part(file, "text_encoder").note
+        assert said["t5xxl"] == ""
+        assert said["Flan_T5_xxl"].startswith("Flan_T5_xxl.safetensors is Flan-T5 by its name")
 
     def test_2b_from_sat_has_its_positions_from_its_module(self, tmp_path):
         module = build_transformer("2b", num_attention_heads=30, attention_head_dim=16, num_layers=1)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox.checkpoint import catalogue
 from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints, list_parts
+from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.handles import open_handles
 from tests import layouts
 from tests.conftest import CPU
@@ -232,6 +233,91 @@ def test_single_files_in_models_checkpoints_are_listed_and_other_models_there_ar
     # A config of another model beside the files takes none of them away.
     (tmp_path / "checkpoints" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert [entry.name for entry in list_checkpoints([], [tmp_path / "checkpoints"])] == ["video/cog.safetensors"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("text_encoder", "model"), ("vae", "diffusion_pytorch_model")])
+def test_a_part_in_a_folder_of_its_own_is_listed_and_opens_with_its_config(tmp_path, source, kind, name):
+    """As ``hf download`` leaves it: a config.json beside the weights."""
+    folder = tmp_path / "mine" / "X"
+    folder.mkdir(parents=True)
+    shutil.copy(source[0] / kind / "config.json", folder)
+    layouts.write_file(folder / f"{name}.safetensors", source[1][kind].state_dict())
+    (entry,) = list_parts(kind, [tmp_path])
+    assert (entry.name, entry.path) == (f"mine/X/{name}.safetensors", folder / f"{name}.safetensors")
+    assert open_part(entry.path, kind).layout == "diffusers"
+
+
+def test_a_text_encoder_in_shards_is_one_entry_until_one_is_missing(tmp_path, source):
+    source[1]["text_encoder"].save_pretrained(tmp_path / "t5" / "text_encoder", max_shard_size="50KB")
+    shards = sorted((tmp_path / "t5" / "text_encoder").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    (entry,) = list_parts("text_encoder", [tmp_path])
+    assert (entry.label, entry.path) == ("t5/text_encoder · T5 encoder · fp32 · diffusers", shards[0].parent)
+    assert list_parts("vae", [tmp_path]) == list_parts("lora", [tmp_path]) == []
+    shards[0].unlink()
+    assert list_parts("text_encoder", [tmp_path]) == []
+
+
+def test_a_config_beside_transformers_hides_them_only_where_it_opens_with_one(tmp_path, source):
+    state = source[1]["transformer"].state_dict()
+    for name in ("repo/cog_fp8", "two/a", "two/b", "whole/diffusion_pytorch_model", "whole/checkpoint-500/cog"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        layouts.write_file(tmp_path / f"{name}.safetensors", state)
+    (tmp_path / "repo" / "config.json").write_text("{}")
+    for name in ("two", "whole"):
+        shutil.copy(source[0] / "transformer" / "config.json", tmp_path / name)
+    shutil.copytree(tmp_path / "whole", tmp_path / "checkpoint" / "transformer")
+    assert {entry.name: entry.is_whole for entry in list_checkpoints([], [tmp_path])} == {
+        "repo/cog_fp8.safetensors": True,
+        "two": False,
+        "two/a.safetensors": True,
+        "two/b.safetensors": True,
+        "whole": True,
+        "whole/checkpoint-500/cog.safetensors": True,
+        "checkpoint": True,
+        "checkpoint/transformer/checkpoint-500/cog.safetensors": True,
+    }
+
+
+def test_a_checkpoint_that_is_listed_already_is_not_listed_as_its_file_too(tmp_path, source):
+    """Two roots with a folder of one name."""
+    folder = source[0]
+    for root in ("a", "b"):
+        (tmp_path / root / "X" / "transformer").mkdir(parents=True)
+        shutil.copy(folder / "transformer" / "config.json", tmp_path / root / "X" / "transformer")
+        layouts.write_file(
+            tmp_path / root / "X" / "transformer" / "diffusion_pytorch_model.safetensors",
+            source[1]["transformer"].state_dict(),
+        )
+    roots = [tmp_path / "a", tmp_path / "b"]
+    assert [entry.name for entry in list_checkpoints(roots, roots)] == ["X"]
+
+
+def test_parts_in_torchs_own_files_are_listed_too(tmp_path, source):
+    modules = source[1]
+    states = {name: module.state_dict() for name, module in modules.items()}
+    torch.save({"state_dict": layouts.sat_vae_names(states["vae"])}, tmp_path / "3d-vae.pt")
+    torch.save(states["text_encoder"], tmp_path / "t5xxl.bin")
+    torch.save(states["transformer"], tmp_path / "cog.pth")
+    torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(3)}}, tmp_path / "sd.ckpt")
+    layouts.write_sat(tmp_path / "sat", modules)
+    for kind, name in (("vae", "3d-vae.pt"), ("text_encoder", "t5xxl.bin")):
+        assert name in [entry.name for entry in list_parts(kind, [tmp_path])]
+    # SAT's weights are those of their folder.
+    assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["sat", "cog.pth"]
+
+
+def test_a_download_that_is_not_finished_is_not_listed_until_it_is(tmp_path, source):
+    """aria2 gives a file its full length at once, and its time does not change with the last step."""
+    file = layouts.write_file(tmp_path / "cog.safetensors", source[1]["transformer"].state_dict())
+    control = tmp_path / "cog.safetensors.aria2"
+    control.write_bytes(b"\0\1")
+    assert list_checkpoints([], [tmp_path]) == []
+    with pytest.raises(ValueError, match=r"its download is not finished, says cog\.safetensors\.aria2 beside it"):
+        open_checkpoint(file)
+    control.unlink()
+    assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["cog.safetensors"]
+    assert open_checkpoint(file)
 
 
 BAD = {

@@ -676,6 +676,10 @@ class TestPaths:
         opened = open_checkpoint(tmp_path / "a")
         assert opened.path == tmp_path / "a" / "zai-org" / "one"
         assert "read is one in it" in opened.notes[0]
+        (tmp_path / "above").mkdir()
+        (tmp_path / "a").rename(tmp_path / "above" / "a")
+        assert open_checkpoint(tmp_path / "above").path == tmp_path / "above" / "a" / "zai-org" / "one"
+        (tmp_path / "above" / "a").rename(tmp_path / "a")
         shutil.copytree(opened.path, tmp_path / "a" / "zai-org" / "two")
         refused(tmp_path / "a", "holds 2 checkpoints (zai-org/one, zai-org/two)", "Give the path of one of them")
 

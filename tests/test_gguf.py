@@ -321,3 +321,13 @@ def test_rows_that_are_no_whole_blocks_are_read_where_the_shape_is_noted(tmp_pat
     module = load_module(part, Precision(torch.float32), torch.device("cpu"))
     made = module.get_submodule(name.removesuffix(".weight")).packed(torch.float32)
     torch.testing.assert_close(made, as_gguf(raw, kind).reshape(state[name].shape), rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_piece_of_a_split_file_says_how_they_are_joined(tmp_path, number):
+    state = build_transformer().state_dict()
+    names = list(state)[:40] if number == 1 else list(state)[40:]
+    file = tmp_path / f"cog-Q8_0-0000{number}-of-00002.gguf"
+    layouts.write_gguf(file, {name: state[name] for name in names}, "Q8_0")
+    with pytest.raises(ValueError, match=f"is piece {number} of 2 of a GGUF file.* llama-gguf-split --merge"):
+        open_checkpoint(file)

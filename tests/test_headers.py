@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from cogvideox.checkpoint.headers import DTYPES, read_header, read_metadata
 from cogvideox.checkpoint.layout import open_checkpoint
+from cogvideox.checkpoint.naming import ForeignError
+from cogvideox.checkpoint.reading import read_any_header
 from tests import layouts
 from tests.tiny_checkpoint import build_transformer
 
@@ -153,10 +155,29 @@ def test_a_header_that_would_take_hours_or_all_memory_is_refused_at_once(tmp_pat
 
 
 def test_a_dtype_that_is_unknown_is_named(tmp_path):
-    for name in ("F8_E8M0", "F4", "U16", "C64"):
+    for name in ("F2", "U16", "C64"):
         header = {"scale": {"dtype": name, "shape": [8], "data_offsets": [0, 8]}}
         with pytest.raises(ValueError, match=f"scale is stored as {name}, which is unknown here; known are F64, F32"):
             read_header(written(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "program"), [("F8_E8M0", "MXFP8"), ("F4", "NVFP4"), ("F6_E2M3", "MXFP6"), ("F8_E4M3FNUZ", "AMD")]
+)
+def test_a_dtype_of_packed_weights_is_no_damage(tmp_path, name, program):
+    header = {"scale": {"dtype": name, "shape": [8], "data_offsets": [0, 8]}}
+    with pytest.raises(ForeignError, match=rf"is packed by .*{program}.* \(scale is stored as {name}\)"):
+        read_header(written(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_a_download_of_any_kind_that_is_not_finished_is_told(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    (tmp_path / "x.gguf").write_bytes(bytes(100))
+    written(tmp_path / "x.safetensors", GOOD, bytes(20))
+    for ending in ("pt", "gguf", "safetensors"):
+        (tmp_path / f"x.{ending}.aria2").touch()
+        with pytest.raises(ValueError, match="its download is not finished.*Resume the download"):
+            read_any_header(tmp_path / f"x.{ending}")
 
 
 def test_a_file_that_is_longer_than_its_header_says(tmp_path):

@@ -429,6 +429,25 @@ def test_a_lora_with_nan_is_refused_by_name_and_leaves_no_hook(tmp_path, tiny, p
     sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=1)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1e-3, 0])
+@pytest.mark.parametrize("place", ["weights", "settings"])
+def test_an_alpha_below_one_is_what_peft_makes_of_it(tmp_path, part, inputs, with_peft, alpha, place):
+    """Trainers take any that is positive, and peft 0, of which nothing comes."""
+    halves = {name: (down, up * 100) for name, (down, up) in draw(part).items()}
+    beside = {"alpha": alpha}
+    if place == "settings":
+        said = {"r": RANK, "lora_alpha": alpha}
+        beside = {"metadata": {"lora_adapter_metadata": json.dumps({f"transformer.{key}": said[key] for key in said})}}
+    lora = open_lora(write(tmp_path / "lora.safetensors", halves, **(FORMATS["diffusers"] | beside)), part)
+    assert all(pair.scale == pytest.approx(alpha / RANK) for pair in lora.pairs.values())
+    module = load_module(part, FP32, torch.device("cpu"))
+    base = run(module, inputs)
+    with applied([lora], module, FP32):
+        ours = run(module, inputs)
+    assert error(ours, run(with_peft((halves, alpha, 1.0)), inputs, torch.float64)) < 1e-5
+    assert torch.equal(ours, base) == (alpha == 0)
+
+
 def test_what_it_holds_for_the_text_encoder_is_left_out_and_said(tmp_path, part):
     path = write(tmp_path / "lora.safetensors", draw(part), **FORMATS["kohya"])
     rewritten(

@@ -16,6 +16,7 @@ from cogvideox.checkpoint.lora_files import find_lora, read_lora
 from cogvideox.lora import open_lora
 from generate import build_parser
 from tests import layouts
+from tests.tiny_checkpoint import build_transformer
 
 RANK = 4
 LAYERS = {
@@ -501,15 +502,20 @@ def test_ranks_that_peft_names_per_layer_are_checked_too(tmp_path, part):
         open_lora(with_settings(tmp_path, r=8, lora_alpha=8), part)
 
 
-NO_NUMBERS = [0, -1, 0.5, "8", True, [8], {"a": 1}, float("nan"), float("inf"), float("-inf"), 10**400]
+NO_NUMBERS = [-1, "8", True, [8], {"a": 1}, float("nan"), float("inf"), float("-inf"), 10**400]
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
-@pytest.mark.parametrize("key", ["lora_alpha", "r", "alpha_pattern", "rank_pattern"])
-def test_alphas_and_ranks_are_finite_numbers_of_at_least_one(tmp_path, part, key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        *((key, value, 0) for key in ("lora_alpha", "alpha_pattern") for value in NO_NUMBERS),
+        *((key, value, 1) for key in ("r", "rank_pattern") for value in (0, 0.5, *NO_NUMBERS)),
+    ],
+)
+def test_alphas_are_finite_and_not_negative_and_ranks_at_least_one(tmp_path, part, key, value, least):
     settings = {"r": RANK, "lora_alpha": RANK} | {key: {"to_q": value} if "pattern" in key else value}
     with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors is refused: .*must be a finite number of at least 1"
+        ValueError, match=rf"adapter_model\.safetensors is refused: .*must be a finite number of at least {least}"
     ):
         open_lora(with_settings(tmp_path, **settings), part)
 
@@ -519,6 +525,8 @@ def test_alphas_and_ranks_are_finite_numbers_of_at_least_one(tmp_path, part, key
     [
         ({"use_dora": True}, "a DoRA"),
         ({"lora_bias": True}, "LoRA with biases"),
+        ({"bias": "lora_only"}, "a LoRA with biases"),
+        ({"bias": "all"}, "a LoRA with biases"),
         ({"modules_to_save": ["proj_out"]}, "whole layers"),
         ({"peft_type": "LOHA"}, "a LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "began with pissa_niter_4"),
@@ -552,11 +560,11 @@ def test_metadata_that_is_no_table_is_refused(tmp_path, part, text):
 
 
 @pytest.mark.parametrize(
-    "alpha", [torch.tensor(v) for v in (0.0, -4.0, float("nan"), float("inf"), 0.25)] + [torch.tensor(True)]
+    "alpha", [torch.tensor(v) for v in (-4.0, float("nan"), float("inf"), -0.25)] + [torch.tensor(True)]
 )
-def test_an_alpha_among_the_weights_is_a_finite_number_of_at_least_one(tmp_path, part, alpha):
+def test_an_alpha_among_the_weights_is_a_finite_number_that_is_not_negative(tmp_path, part, alpha):
     tensors = named("transformer.") | {"transformer.proj_out.alpha": alpha}
-    with pytest.raises(ValueError, match=r"the alpha transformer\.proj_out\.alpha is .*finite number of at least 1"):
+    with pytest.raises(ValueError, match=r"the alpha transformer\.proj_out\.alpha is .*finite number of at least 0"):
         open_lora(write(tmp_path / "lora.safetensors", tensors), part, 0.0)
 
 
@@ -586,6 +594,34 @@ Q = "transformer.transformer_blocks.0.attn1.to_q"
 def test_relatives_of_loras_are_called_by_their_names(tmp_path, part, more, said):
     with pytest.raises(ValueError, match=f"cannot be applied: it .*{said}"):
         open_lora(write(tmp_path / "lora.safetensors", named("transformer.") | more), part)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_peft_trained_are_never_left_out_in_silence(tmp_path, part, bias):
+    """With its settings, or by the names in the file alone."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, bias=bias, target_modules=["to_q", "to_k"])
+    get_peft_model(build_transformer(), config).save_pretrained(tmp_path)
+    file = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "mine.safetensors")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be applied: .*it is a LoRA with biases, and only LoRAs are known"):
+            open_lora(file, part)
+        (tmp_path / "adapter_config.json").unlink(missing_ok=True)
+
+
+def test_the_biases_of_a_whole_model_are_told_where_nothing_says_whether_they_were_trained(tmp_path, part):
+    tensors = named("transformer.") | {
+        "transformer.proj_out.base_layer.weight": torch.ones(128, 128),
+        "transformer.proj_out.base_layer.bias": torch.ones(128),
+        "transformer.norm_final.bias": torch.ones(128),
+    }
+    said = "does not say whether the 2 biases in it were trained too"
+    assert said in open_lora(write(tmp_path / "lora.safetensors", tensors), part).text
+    settings = {"lora_adapter_metadata": json.dumps({"transformer.bias": "none"})}
+    lora = open_lora(write(tmp_path / "said.safetensors", tensors, settings), part)
+    assert "holds the model it was trained on too (3 tensors)" in lora.text
+    assert "biases" not in lora.text
 
 
 OTHERS = {

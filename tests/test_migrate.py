@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from generate import main
 from interop.check import check_config
 from interop.kinds import KINDS
 from interop.migrate import migrate_workflow
+from interop.pictures import texts_in
 from interop.workflow import WIDGETS
 from tests import fun_workflows, nodes_table, workflows
 from tests.conftest import ROOT
@@ -629,6 +631,112 @@ def test_a_workflow_for_the_api_becomes_one_for_the_api(migrate, pack, use):
 def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
     prompt, _ = migrate({"prompt": text_to_video().api(), "client_id": "x"})
     assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
+
+
+def as_png(file, text):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    # Not a letter of latin-1: Pillow then writes iTXt.
+    info.add_text("prompt", "{}")
+    info.add_text("workflow", text)
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
+def as_packed_png(file, text):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("workflow", text, "zh", "工作流", zip=True)
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
+def as_webp(file, text):
+    """As SaveAnimatedWEBP of ComfyUI writes it."""
+    from PIL import Image
+
+    image = Image.new("RGB", (8, 8))
+    exif = image.getexif()
+    exif[0x0110], exif[0x010F] = "prompt:{}", f"workflow:{text}"
+    image.save(file, exif=exif)
+
+
+def as_video(file, text):
+    """As SaveVideo of ComfyUI writes it."""
+    write_video(file, {"prompt": "{}", "workflow": text}, movflags="use_metadata_tags")
+
+
+def as_helpers_video(file, text):
+    """As Video Combine of ComfyUI-VideoHelperSuite writes it."""
+    write_video(file, {"comment": json.dumps({"prompt": "{}", "workflow": json.loads(text)})})
+
+
+def write_video(file, metadata, **options):
+    import av
+
+    with av.open(str(file), "w", options=options) as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for frame in (av.VideoFrame(16, 16, "yuv420p"), None):
+            for packet in stream.encode(frame):
+                container.mux(packet)
+
+
+INSIDE = {
+    "a.png": as_png,
+    "packed.PNG": as_packed_png,
+    "a.webp": as_webp,
+    "a.mp4": as_video,
+    "helpers.mp4": as_helpers_video,
+    "a.mkv": as_video,
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("title", ["Sampler", "采样器"])
+def test_a_workflow_in_a_picture_or_video_is_that_workflow(tmp_path, migrate, name, title):
+    old = text_to_video().page()
+    old["nodes"][0]["title"] = title
+    INSIDE[name](tmp_path / name, json.dumps(old))
+    expected, _ = migrate(old)
+    migrate_workflow(tmp_path / name, tmp_path / "inside.json")
+    assert json.loads((tmp_path / "inside.json").read_text(encoding="utf-8")) == expected
+    assert main(["--check", str(tmp_path / name)]) == main(["--check", str(tmp_path / "old.json")])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.mp4", "no.png", "no.mp4"])
+def test_a_picture_or_video_without_a_workflow_says_how_to_get_one(tmp_path, capsys, name):
+    from PIL import Image
+
+    if name == "a.mp4":
+        write_video(tmp_path / name, {"comment": "a cat"})
+    elif name.startswith("no"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 40)
+    else:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for arguments in (
+        ["--migrate", str(tmp_path / name), str(tmp_path / "new.json")],
+        ["--check", str(tmp_path / name)],
+    ):
+        assert main(arguments) == 1
+        assert "is a picture or video, and no workflow is found in it here" in capsys.readouterr().err
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_picture_that_was_made_to_fill_the_memory_is_passed_over(tmp_path):
+    """Texts that unpack to more than is read, and pieces without end."""
+    packed = zlib.compress(bytes(200 << 20), 9)
+    text = b"workflow\0\0" + packed
+    chunk = len(text).to_bytes(4, "big") + b"zTXt" + text + bytes(4)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + (bytes(4) + b"IDAT" + bytes(4)) * 300_000)
+    begun = time.perf_counter()
+    (found,) = texts_in(tmp_path / "a.png")
+    assert len(found) == 64 << 20
+    assert time.perf_counter() - begun < 5
 
 
 # --- Models and dtypes ---

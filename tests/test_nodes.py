@@ -636,6 +636,27 @@ def load_transformer(checkpoint):
         )
         assert f"{said} with it (the others: a_fp8.safetensors, c_whole_fp8.safetensors)." in report
 
+    def test_auto_takes_flan_t5_last_whatever_its_dtype_and_says_what_it_is(self, pack, host, parts):
+        folder = parts / "text_encoders"
+        state = load_file(folder / "b_bf16.safetensors")
+        layouts.write_file(
+            folder / "t5xxl_flan_fp32.safetensors", {name: value.float() for name, value in state.items()}
+        )
+        assert [entry.name for entry in host.parts("text_encoder")][-1] == "t5xxl_flan_fp32.safetensors"
+        for file in folder.glob("[a-c]_*.safetensors"):
+            file.unlink()
+        report = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")[3]
+        assert "so t5xxl_flan_fp32.safetensors · T5 encoder · fp32 · single file is used" in report
+        assert "t5xxl_flan_fp32.safetensors is Flan-T5 by its name" in report
+
+    def test_auto_finds_a_text_encoder_with_a_config_beside_it(self, pack, host, parts):
+        folder = parts / "text_encoders"
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        build_text_encoder().save_pretrained(folder / "t5-v1_1-xxl-encoder-bf16")
+        text_encoder = call(pack, "CogVideoX15ModelLoader", model="cog.safetensors", dtype="fp32")[1]
+        assert text_encoder.weights.part.source == folder / "t5-v1_1-xxl-encoder-bf16"
+
     def test_where_none_goes_with_it_auto_takes_none_and_says_so(self, pack, host, parts):
         for file in (parts / "text_encoders").glob("*.safetensors"):
             if file.name != "wide.safetensors":

@@ -287,3 +287,25 @@ class TestArchives:
         assert "as torch wrote before version 1.6" in refused(file)
         file.write_bytes(pickle.dumps({"a": 1}))
         assert "a Python pickle" in refused(file)
+
+
+def test_of_several_sets_of_weights_none_is_taken_for_the_one_that_is_meant(tmp_path):
+    state = {"a.weight": torch.ones(2)}
+    ema = {"generator": state, "generator_ema": state, "critic": state}
+    assert "holds several sets of weights (generator, generator_ema), and" in refused(saved(tmp_path / "x.pt", ema))
+    others = {"student": state, "teacher": state, "optimizer": {"state": {"b": torch.ones(2)}}}
+    assert "holds several sets of weights (student, teacher), and" in refused(saved(tmp_path / "x.pt", others))
+    for one in (
+        {"generator": state, "critic": {"b": torch.ones(2)}},
+        {"model_state": state, "optimizer": {"state": {"b": torch.ones(2)}}},
+        {"mine": state, "optimizer_state": {"b": torch.ones(2)}},
+    ):
+        assert set(read_pickle_header(saved(tmp_path / "x.pt", one))) == set(state)
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_model_states.pt", "renamed.pt"])
+def test_a_piece_of_a_training_on_several_cards_is_told(tmp_path, name):
+    state = {"module": {"a.weight": torch.empty(0)}, "param_shapes": [OrderedDict(a=torch.ones(2, 3).shape)]}
+    said = refused(saved(tmp_path / name, state))
+    assert "is a piece of a training on several cards (DeepSpeed ZeRO)" in said
+    assert "zero_to_fp32.py" in said

@@ -93,8 +93,38 @@ def check_tensors(part: "Part", wanted: Mapping[str, Shape], tied: Iterable[Coll
     )
 
 
+#: Models that add layers to CogVideoX's transformer: the model, what it adds, and how the names of those layers begin.
+#: The first that fits counts.
+#: github.com: PKU-YuanGroup/ConsisID, IGL-HKUST/DiffusionAsShader, TrajectoryCrafter/TrajectoryCrafter, alibaba/Tora,
+#: TheDenk/cogvideox-controlnet
+_DESCENDANTS = (
+    ("ConsisID", "a face to keep", ("local_facial_extractor",)),
+    (
+        "Diffusion as Shader",
+        "the tracking of points",
+        ("combine_linears", "initial_combine_linear", "transformer_blocks_copy"),
+    ),
+    ("TrajectoryCrafter", "the path of a camera", ("ref_patch_embed", "perceiver_cross_attention")),
+    ("Tora", "the paths of objects", ("traj_extractor", "fuser", "fuser_list")),
+    (
+        "a ControlNet",
+        "control by pictures",
+        ("controlnet_encode_first", "controlnet_encode_second", "out_projectors"),
+    ),
+)
+
+
 def _check_transformer(part: "Part") -> None:
-    """The inputs must be those of the models that run here."""
+    """It must be CogVideoX's and no descendant's, and its inputs those of the models that run here."""
+    begins = {name.split(".", 1)[0]: name for name in part.tensors}
+    for model, what, layers in _DESCENDANTS:
+        seen = sorted(begins[layer] for layer in layers if layer in begins)
+        if seen:
+            raise ForeignError(
+                f"{short(part.source, 400)} is {model}, which adds {what} to CogVideoX, by its tensors "
+                f"({listed(seen)}): what is added cannot run here, and without it the model would be another one. Use "
+                "the nodes or scripts that were made for it, or choose a CogVideoX transformer."
+            )
     why = foreign_inputs(part.config)
     if why:
         raise ForeignError(f"The transformer in {short(part.source, 400)} {why}")

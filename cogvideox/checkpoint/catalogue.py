@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..dtypes import dtype_name
 from ..files import open_regular, read_json
 from ..variants import PARTS, identify
 from ..words import LIMIT, reason, short
+from .entries import CONTROL
 from .folders import (
     holds_shards,
     is_shard,
@@ -33,8 +34,10 @@ from .folders import (
 from .headers import MAX_HEADER, StoredTensor
 from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
+from .lora_places import PICKLES
 from .naming import ForeignError
 from .parts import Part
+from .weight_sets import INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,9 @@ _MARKERS = (
     b"t5.block_count",
     b"enc.blk.0.attn_q.weight",
 )
-_LISTED = (".safetensors", ".sft", ".gguf")
-#: Bytes at the start of a GGUF file that hold the names of its first tensors.
-_GGUF_HEAD = 1 << 20
-#: Files that ComfyUI lists as LoRAs, and the bytes at the start of a pickle that hold the names of its first tensors.
-_LORAS, _PICKLE_HEAD = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt"), 1 << 17
+_LISTED = (".safetensors", ".sft", ".gguf", *PICKLES)
+#: Bytes at the start of a GGUF file, and of a pickle, that hold the names of its first tensors.
+_GGUF_HEAD, _PICKLE_HEAD = 1 << 20, 1 << 17
 #: One of these stands in the names of every LoRA, and none of those in one of CogVideoX's: they spare the parsing of
 #: other models' LoRAs.
 _LORA_MARKERS = (b"lora", b"matrix_A.", b".down.weight")
@@ -99,11 +100,13 @@ class Seen:
         what: ``T5 encoder · bf16 · single file``.
         width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
         rounding: how far its weights are off those of the release, by the dtypes they are stored in.
+        is_whole: whether nothing of it is missing.
     """
 
     what: str
     width: int = 0
     rounding: float = 0.0
+    is_whole: bool = True
 
 
 _known: dict[tuple, dict[str, Seen]] = {}
@@ -121,6 +124,7 @@ class Entry:
         path: where it lies.
         width: numbers a token that a text encoder gives, or a transformer reads; 0 for others.
         rounding: how far its weights are off those of the release, by the dtypes they are stored in.
+        is_whole: whether nothing of it is missing.
     """
 
     name: str
@@ -128,10 +132,26 @@ class Entry:
     path: Path
     width: int = 0
     rounding: float = 0.0
+    is_whole: bool = True
 
     @property
     def label(self) -> str:
         return f"{self.name}{SEPARATOR}{self.what}" if self.what else self.name
+
+
+@dataclass
+class _Looked:
+    """What lies below a root.
+
+    Attributes:
+        folders: those that may be checkpoints or parts, by their names, in their order.
+        files: those that may be parts: path -> name, size and time.
+        configured: the folders that have a config.json, and whether an index of shards beside it.
+    """
+
+    folders: list[tuple[str, Path]] = field(default_factory=list)
+    files: dict[str, tuple[str, os.stat_result]] = field(default_factory=dict)
+    configured: dict[str, bool] = field(default_factory=dict)
 
 
 def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -> list[Entry]:
@@ -140,10 +160,11 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
     entries: dict[str, Entry] = {}
     folder_roots, file_roots = list(folder_roots), list(file_roots)
     looked = {root: _look(root) for root in dict.fromkeys((*folder_roots, *file_roots))}
-    #: Folders of checkpoints that are listed, and what lies in them.
+    #: Folders of checkpoints that are listed, and what lies in them; and those that are whole.
     listed: set[Path] = set()
-    for folders, _ in looked.values():
-        for name, folder in folders:
+    whole: set[Path] = set()
+    for each in looked.values():
+        for name, folder in each.folders:
             inside = folder.parent in listed
             # The steps of a training are checkpoints of their own, also beside its result.
             passed = name in entries or (inside and not _STEP.fullmatch(folder.name))
@@ -151,18 +172,25 @@ def list_checkpoints(folder_roots: Iterable[Path], file_roots: Iterable[Path]) -
             entries |= {entry.name: entry for entry in found if entry.name not in entries}
             if inside or found or name in entries:
                 listed.add(folder)
-    for entry in _file_entries((looked[root][1] for root in file_roots), "transformer"):
+            whole |= {entry.path for entry in found if entry.is_whole}
+            if passed and (folder.parent in whole or (name in entries and entries[name].is_whole)):
+                whole.add(folder)
+    for entry in _file_entries((_by_themselves(looked[root], whole) for root in file_roots), "transformer"):
         entries.setdefault(entry.name, entry)
     return list(entries.values())
 
 
 def list_parts(kind: str, roots: Iterable[Path]) -> list[Entry]:
     """Every file below the roots that holds a part of ``kind``, or can be a ``lora`` of a CogVideoX transformer, by the
-    names in its header."""
+    names in its header; and every folder with such a part in shards."""
     entries: dict[str, Entry] = {}
-    endings = _LORAS if kind == "lora" else _LISTED
-    for entry in _file_entries((_look(root, endings)[1] for root in roots), kind):
-        entries.setdefault(entry.name, entry)
+    for looked in map(_look, roots):
+        found = _file_entries([looked.files], kind)
+        for name, folder in looked.folders if kind != "lora" else ():
+            if looked.configured.get(str(folder)):
+                found += _unless_bad(folder, lambda folder, name=name: _part_entries(name, folder, kind), [])
+        for entry in found:
+            entries.setdefault(entry.name, entry)
     return list(entries.values())
 
 
@@ -181,6 +209,19 @@ def find_entry(entries: Iterable[Entry], chosen: str) -> Entry | None:
         if len(found) == 1:
             return found[0]
     return None
+
+
+def _by_themselves(looked: _Looked, whole: Iterable[Path]) -> dict[str, tuple[str, os.stat_result]]:
+    """The files below a root that are no weights of checkpoints in folders, which are ``whole`` ones."""
+    folders = {str(folder) for folder in whole}
+
+    def belongs(path: str) -> bool:
+        folder = os.path.dirname(path)
+        # SAT's weights lie two folders below their checkpoint, and beside no config.
+        above = map(str, Path(path).parents) if path.lower().endswith(PICKLES) else ()
+        return (folder in folders and folder in looked.configured) or not folders.isdisjoint(above)
+
+    return {path: kept for path, kept in looked.files.items() if not belongs(path)}
 
 
 def _unless_bad(path: Path | str, look: Callable, otherwise):
@@ -230,8 +271,14 @@ def _folder_entries(name: str, folder: Path) -> list[Entry]:
     return entries
 
 
+def _part_entries(name: str, folder: Path, kind: str) -> list[Entry]:
+    """The part of a kind that a folder of a name holds in shards."""
+    seen = _remember(folder, _describe_part, _state(folder)).get(kind)
+    return [_entry(name, seen, folder)] if seen else []
+
+
 def _entry(name: str, seen: Seen, path: Path) -> Entry:
-    return Entry(_shown(name), _without(seen.what, name), path, seen.width, seen.rounding)
+    return Entry(_shown(name), _without(seen.what, name), path, seen.width, seen.rounding, seen.is_whole)
 
 
 def _file_entries(looked: Iterable[dict[str, tuple[str, os.stat_result]]], kind: str) -> list[Entry]:
@@ -245,14 +292,11 @@ def _file_entries(looked: Iterable[dict[str, tuple[str, os.stat_result]]], kind:
     return entries
 
 
-def _look(
-    root: Path, endings: tuple[str, ...] = _LISTED
-) -> tuple[list[tuple[str, Path]], dict[str, tuple[str, os.stat_result]]]:
-    """What lies below a root: folders that may be checkpoints, by their names, in their order; and files with one of
-    these endings, less those of parts in folders of their own and single shards, with name, size and time from the same
-    look."""
-    folders: list[tuple[str, Path]] = []
-    files: dict[str, tuple[str, os.stat_result]] = {}
+def _look(root: Path) -> _Looked:
+    """What lies below a root: folders that may be checkpoints, and files that may be parts or LoRAs, less single
+    shards and downloads that are not finished; size and time are from the same look."""
+    looked_at = _Looked()
+    folders, files = looked_at.folders, looked_at.files
     visits: dict[int, int] = {}
     # ComfyUI registers folders that need not be there.
     todo, looked = [(str(root), "", 0)] if os.path.isdir(root) else [], 0
@@ -281,9 +325,8 @@ def _look(
                 folders.append((cached[1], Path(path)))
                 todo.append((*cached, depth + 1))
             continue
-        if depth and "config.json" in names:
-            folders.append((name, Path(path)))
-            continue
+        if "config.json" in names:
+            looked_at.configured[path] = any(map(INDEX.fullmatch, names))
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name
@@ -291,7 +334,11 @@ def _look(
                 if entry.is_dir():
                     if depth < _DEEPEST and entry.name not in _PASSED_OVER and not _leads_back(entry):
                         below.append((entry.is_symlink(), (entry.path, inner, depth + 1)))
-                elif entry.name.lower().endswith(endings) and not is_shard(entry.name):
+                elif (
+                    entry.name.lower().endswith(_LISTED)
+                    and not is_shard(entry.name)
+                    and f"{entry.name}{CONTROL}" not in names
+                ):
                     kept = entry.stat()
                     # A pipe or device that is called so is no file to read.
                     if stat.S_ISREG(kept.st_mode):
@@ -303,7 +350,7 @@ def _look(
         # Links last: where they lead to may be in this tree, and is then called what it is called here.
         todo += [place for is_link, place in reversed(below) if not is_link]
         todo = [place for is_link, place in reversed(below) if is_link] + todo
-    return folders, files
+    return looked_at
 
 
 def _cached(folder: Path, name: str) -> tuple[str, str] | None:
@@ -366,7 +413,8 @@ def _describe_folder(place: Path) -> dict[str, Seen]:
             "transformer": Seen(
                 SEPARATOR.join(
                     [short(identify(read_json(transformer / "config.json")).name), "incomplete", "diffusers"]
-                )
+                ),
+                is_whole=False,
             )
         }
     seen = _seen(checkpoint.part("transformer"))
@@ -376,10 +424,9 @@ def _describe_folder(place: Path) -> dict[str, Seen]:
 
 def _describe_file(path: Path) -> dict[str, Seen]:
     """The CogVideoX parts of a file that can run: kind -> what it is."""
-    if path.suffix.lower() in _LISTED:
-        head = _head(path)
-        if not any(marker in head for marker in _MARKERS):
-            return {}
+    head = _head(path)
+    if not any(marker in head for marker in _MARKERS):
+        return {}
     described = {}
     for kind in file_kinds(path):
         try:
@@ -387,6 +434,13 @@ def _describe_file(path: Path) -> dict[str, Seen]:
         except ValueError as error:
             logger.info("%s is not offered: %s", path, error)
     return described
+
+
+def _describe_part(folder: Path) -> dict[str, Seen]:
+    """The text encoder or VAE of a folder of its own."""
+    config = read_json(folder / "config.json")
+    kind = {None: "text_encoder", PARTS["vae"][1]: "vae"}.get(config.get("_class_name"))
+    return {kind: _seen(open_part(folder, kind))} if kind else {}
 
 
 def _seen(part: Part) -> Seen:

@@ -11,8 +11,11 @@ from ..words import listed, short
 
 logger = logging.getLogger(__name__)
 
+#: What aria2 adds to a file's name, for what it notes beside it until the file is complete: the file itself has its
+#: full length from the beginning on (https://aria2.github.io/manual/en/html/aria2c.html#control-file).
+CONTROL = ".aria2"
 #: Endings of what downloaders write to until a file is complete.
-_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".partial")
+_UNFINISHED = (".incomplete", ".part", ".crdownload", CONTROL, ".download", ".partial")
 
 
 def names_in(folder: Path) -> list[str]:

@@ -45,6 +45,8 @@ _SAT_PARTS = {"vae": "vae/3d-vae.pt", "text_encoder": "t5-v1_1-xxl"}
 #: How far above SAT's weights they are looked for: transformer/1000/ is two folders below them, and the folder may be
 #: in another.
 _SAT_ABOVE = 4
+#: Levels of folders below the one that was given in which one checkpoint is looked for, and how many of a level.
+_LEVELS, _MOST_FOLDERS = 3, 1000
 #: Bytes of a config that are read to see what it is; the largest known has 1,000.
 _CONFIG_BYTES = 1 << 20
 
@@ -142,9 +144,10 @@ def _nested_place(path: Path) -> Place:
     alone = Place(path, path, path, (path,))
     if any(map(is_usual, sets)):
         return alone
-    below = [inner for inner in subfolders(path) if _is_checkpoint_folder(inner)]
-    if not below:
-        below = [inner for folder in subfolders(path) for inner in subfolders(folder) if _is_checkpoint_folder(inner)]
+    below, level = list[Path](), [path]
+    for _ in range(_LEVELS):
+        level = [inner for folder in level for inner in subfolders(folder)][:_MOST_FOLDERS]
+        below = below or [inner for inner in level if _is_checkpoint_folder(inner)]
     steps = {
         int(number[1]): inner
         for inner in below

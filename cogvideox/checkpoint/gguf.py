@@ -50,10 +50,18 @@ def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
     quantization.
 
     Raises:
-        ValueError: if the file is not GGUF, damaged, or quantized in a way that cannot be undone here.
+        ValueError: if the file is not GGUF, damaged, one piece of several, or quantized in a way that cannot be undone
+            here.
         DependencyError: if the package ``gguf`` is not installed.
     """
     path = Path(path)
+    piece = re.search(r"-(\d{5})-of-(\d{5})$", path.stem)
+    if piece and int(piece[2]) > 1:
+        raise ValueError(
+            f"{short(path, 400)} is piece {int(piece[1])} of {int(piece[2])} of a GGUF file, and one piece alone "
+            "cannot run. Join them with llama.cpp: llama-gguf-split --merge FIRST-PIECE.gguf WHOLE.gguf, and choose "
+            "the whole file."
+        )
     _sizes(path)
     with opened(path) as (file, size):
         try:

@@ -19,6 +19,8 @@ import torch
 from ..dtypes import FP8_DTYPES
 from ..files import open_regular, parse_json, unreadable
 from ..words import reason, short
+from .entries import CONTROL
+from .foreign import PACKED_DTYPES, packed_error
 
 #: Bytes of a header that are read: those of CogVideoX's largest file have 130,000, and the library's own limit is 100
 #: million. Parsed, they take up to 25 times as much memory.
@@ -124,8 +126,16 @@ def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, open for reading, and its size.
 
     Raises:
-        ValueError: if it is no regular file, or cannot be read, then or in the ``with`` block.
+        ValueError: if it is no regular file, its download is not finished, or it cannot be read, then or in the
+            ``with`` block.
     """
+    control = f"{path}{CONTROL}"
+    if os.path.lexists(control):
+        raise ValueError(
+            f"{short(path, 400)} is not whole: its download is not finished, says {short(os.path.basename(control))} "
+            "beside it, and until then some of its weights are zeros. Resume the download with aria2 (aria2c -c), or "
+            "delete both files and download it again."
+        )
     with open_regular(path) as file:
         try:
             yield file, os.fstat(file.fileno()).st_size
@@ -138,6 +148,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: if the file is not safetensors, is damaged, or is shorter or longer than its header says.
+        ForeignError: if its weights are packed in a way that is not read here.
     """
     path = Path(path)
     entries, start, size = _json_header(path)
@@ -320,6 +331,8 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> StoredTensor:
             f"the shape and data_offsets of {short(name)} are not whole numbers: {short(shape)}, {short([begin, end])}"
         )
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None and isinstance(kind, str) and kind in PACKED_DTYPES:
+        raise packed_error(PACKED_DTYPES[kind], path, f"{short(name)} is stored as {kind}")
     if dtype is None:
         raise _Damaged(
             f"{short(name)} is stored as {short(kind)}, which is unknown here; known are {', '.join(DTYPES)}"

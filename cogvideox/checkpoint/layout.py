@@ -21,6 +21,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from ..files import read_json
 from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
 from ..words import listed, short
@@ -290,7 +292,8 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "patch_embed.pos_embedding"}
     layout = "diffusers file" if found[0].layout == "diffusers" else found[0].layout
     lora = found[0].lora
-    part = Part(kind, file, f"{layout}, with a LoRA inside" if lora else layout, config, tensors, scales, lora)
+    layout = f"{layout}, with a LoRA inside" if lora else layout
+    part = Part(kind, file, layout, config, tensors, scales, lora, _flan_note(kind, file))
     _check_floats(part)
     return part
 
@@ -326,9 +329,21 @@ def _open_part(here: Path, kind: str) -> Part:
     tensors, lora = split_lora(read)
     tensors = module_tensors(kind, unwrapped(kind, tensors, here))
     check_config(kind, config, config_file, tensors)
-    part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=chosen.note)
+    note = " ".join(filter(None, (chosen.note, _flan_note(kind, here))))
+    part = Part(kind, here, "diffusers", config, *split_scales(tensors), lora=lora, note=note)
     _check_floats(part)
     return part
+
+
+def _flan_note(kind: str, source: Path) -> str:
+    """A sentence about Flan-T5, which only its name tells from T5 v1.1: their shapes are the same."""
+    if kind != "text_encoder" or "flan" not in source.name.lower():
+        return ""
+    return (
+        f"{short(source.name)} is Flan-T5 by its name, which was trained further than T5 v1.1, the text encoder that "
+        "CogVideoX was trained with: prompts may do less or other things. T5 v1.1 XXL is right, such as "
+        "t5xxl_fp16.safetensors."
+    )
 
 
 #: Of a model that was trained in fp16, a copy in fp16 says more than one in bf16.
@@ -346,7 +361,12 @@ def _check_floats(part: Part) -> None:
 
     Raises:
         ValueError: if there are some.
+        ForeignError: if they are the scales of a packing that is not read here.
     """
+    exponents = [name for name, scale in part.scales.items() if scale.dtype == torch.uint8]
+    if exponents:
+        seen = f"{len(exponents)} scales in uint8 such as that of {short(exponents[0])}"
+        raise packed_error("ComfyUI or torchao (MXFP8 or MXFP4)", part.source, seen)
     tensors = (*part.tensors.items(), *part.scales.items())
     odd = {name: stored for name, stored in tensors if not (stored.dtype.is_floating_point or stored.quantization)}
     if odd:

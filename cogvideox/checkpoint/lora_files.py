@@ -14,10 +14,10 @@ import torch
 
 from ..words import short
 from .headers import StoredTensor, read_tensor
-from .lora_names import DOWN, UP, Names, sort_names
+from .lora_names import BIASES, DOWN, UP, Names, sort_names
 from .lora_places import PICKLES
 from .lora_places import find_lora as find_lora
-from .lora_settings import Settings, finite_number, read_settings
+from .lora_settings import Settings, finite_number, more_than_lora, read_settings
 from .parts import Part
 from .pickles import read_pickle
 from .reading import read_any_header
@@ -60,7 +60,10 @@ def read_lora(path: Path) -> LoraFile:
         ValueError: if it is not a LoRA of a CogVideoX transformer, or is damaged or more than that.
     """
     tensors, beside = read_pickle(path) if path.suffix.lower() in PICKLES else (read_any_header(path), {})
-    return _lora_of(tensors, path, read_settings(path, beside))
+    settings = read_settings(path, beside)
+    if settings.biases:
+        raise more_than_lora(short(path, 400), BIASES)
+    return _lora_of(tensors, path, settings)
 
 
 def lora_inside(part: Part) -> LoraFile:
@@ -114,6 +117,11 @@ def _lora_of(tensors: Mapping[str, StoredTensor], path: Path, settings: Settings
         notes.append(
             f"{short(path.name)} holds the model it was trained on too ({names.model} tensors), of which nothing is "
             "used here."
+        )
+    if names.biases and settings.biases is None:
+        notes.append(
+            f"{short(path.name)} does not say whether the {names.biases} biases in it were trained too, and they are "
+            "left out here. If they were, it is more than a LoRA: load the file itself as the model."
         )
     return LoraFile(path, pairs, settings.base, tuple(notes))
 

@@ -43,6 +43,8 @@ _RELATIVES = {
     "string_to_param": "textual inversion",
     "emb_params": "textual inversion",
 }
+#: What a LoRA is called of which peft saved biases of the model that were trained with it.
+BIASES = "LoRA with biases"
 _FULL_WEIGHTS = ("diff", "diff_b", "set_weight", "w_norm", "b_norm", "modules_to_save")
 _GLORA = re.compile(r"\.[ab][12]\.weight")
 #: What only other models' layers are called, with underscores, all of a line -> whose they are. The first that fits
@@ -176,6 +178,7 @@ class Names:
     alphas: dict[str, list[str]] = field(default_factory=dict)
     text_encoder: int = 0
     model: int = 0
+    biases: int = 0
     sat: bool = False
 
 
@@ -197,7 +200,8 @@ def sort_names(tensors: Mapping[str, StoredTensor], where: str) -> Names:
         ValueError: for names that are not a LoRA's, or not of a CogVideoX transformer.
     """
     known, strange, names = {}, [], Names()
-    trained_on = any(".original." in name or ".base_layer." in name for name in tensors)
+    # The model that it was trained on is there by its weights: biases alone were saved because they were trained.
+    trained_on = any(name.endswith((".original.weight", ".base_layer.weight")) for name in tensors)
     for name in tensors:
         said = _parse(name)
         if said is not None and (any(mark in name for mark in _TEXT_ENCODER) or name.startswith("lora_te")):
@@ -209,6 +213,7 @@ def sort_names(tensors: Mapping[str, StoredTensor], where: str) -> Names:
     if strange and not (trained_on and known and not _relative(strange)):
         raise _not_a_lora(tensors, strange, bool(known), where)
     names.model, names.sat = len(strange), any(said.number is not None for said in known.values())
+    names.biases = sum(name.endswith(".bias") for name in strange)
     # A layer's halves and its alpha say the same.
     places = {place: _layer(*place) for place in {(said.path, said.number) for said in known.values()}}
     layers = {name: places[said.path, said.number] for name, said in known.items()}
@@ -356,6 +361,8 @@ def _relative(names: Iterable[str]) -> list[str]:
 
 def _not_a_lora(tensors: Mapping[str, StoredTensor], strange: list[str], has_halves: bool, where: str) -> ValueError:
     kinds = _relative(strange)
+    if not kinds and has_halves and all(name.endswith(".bias") for name in strange):
+        kinds = [BIASES]
     if kinds:
         what = f"it is {article(' and '.join(kinds))}, and only LoRAs are known here"
     elif has_halves:

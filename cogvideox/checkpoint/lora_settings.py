@@ -25,19 +25,27 @@ _MOST_SETTINGS, _MOST_PATTERNS = 4 << 20, 400
 _MOST_CHOICES = 60
 
 
-def finite_number(value: Any, what: str, where: str) -> float:
-    """A finite number that is at least 1, as alphas and ranks are.
+def finite_number(value: Any, what: str, where: str, least: int = 0) -> float:
+    """A finite number that is at least ``least``: 0 for alphas, as peft has them, and 1 for ranks.
 
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf or value > 1e30:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1e30:
         shown = f"the text '{short(value)}'" if isinstance(value, str) else short(value)
         raise ValueError(
-            f"{where} is refused: {what} is {shown}, and it must be a finite number of at least 1, or how strongly "
-            "the LoRA was trained is not known. Download it again, or ask its maker."
+            f"{where} is refused: {what} is {shown}, and it must be a finite number of at least {least}, or how "
+            "strongly the LoRA was trained is not known. Download it again, or ask its maker."
         )
     return float(value)
+
+
+def more_than_lora(where: str, what: str) -> ValueError:
+    """The error for settings that say that a file is ``what`` and no LoRA."""
+    return ValueError(
+        f"{where} cannot be applied: its settings say that it is {article(what)}, and only LoRAs are known here. "
+        "Ask its maker for a LoRA, or for the whole model."
+    )
 
 
 #: What settings of peft mean a change that two halves do not show -> what to call it.
@@ -70,6 +78,7 @@ class Settings:
         alphas, ranks: patterns of layers' names, and numbers; the first that fits counts.
         by_root: divided is by the root of the rank (``use_rslora``).
         base: the model that it was trained on.
+        biases: whether biases of the model were trained too (``bias``), if that is said.
     """
 
     alpha: float | None = None
@@ -78,6 +87,7 @@ class Settings:
     ranks: tuple[tuple["_Pattern", float], ...] = ()
     by_root: bool = False
     base: str | None = None
+    biases: bool | None = None
 
     def scale(self, module: str, rank: int, alpha: float | None, sat: bool, where: str) -> float:
         """alpha / rank of a layer whose alpha the weights may tell; 1 where nothing tells one, as diffusers has it, and
@@ -200,10 +210,7 @@ def _checked(given: Mapping, where: str) -> Settings:
     if kind is not None and str(kind).split(".")[-1].upper() != "LORA":
         more = short(kind)
     if more is not None:
-        raise ValueError(
-            f"{where} cannot be applied: its settings say that it is {article(more)}, and only LoRAs are known here. "
-            "Ask its maker for a LoRA, or for the whole model."
-        )
+        raise more_than_lora(where, more)
     begun = given.get("init_lora_weights")
     if begun is not None and str(begun).lower() not in _BEGUN:
         raise ValueError(
@@ -218,15 +225,19 @@ def _checked(given: Mapping, where: str) -> Settings:
             "it again."
         )
 
-    def number(key: str) -> float | None:
-        return None if given.get(key) is None else finite_number(given[key], f"{key} in its settings", where)
+    def number(key: str, least: int = 0) -> float | None:
+        return None if given.get(key) is None else finite_number(given[key], f"{key} in its settings", where, least)
+
+    biases = given.get("bias")
 
     base = next((given[key] for key in _BASES if isinstance(given.get(key), str) and given[key]), None)
-    alphas, ranks = (tuple(_patterns(given.get(key), key, where)) for key in ("alpha_pattern", "rank_pattern"))
-    return Settings(number("lora_alpha"), number("r"), alphas, ranks, bool(by_root), base)
+    alphas = tuple(_patterns(given.get("alpha_pattern"), "alpha_pattern", where))
+    ranks = tuple(_patterns(given.get("rank_pattern"), "rank_pattern", where, least=1))
+    trained = None if biases is None else str(biases).lower() not in ("none", "false", "")
+    return Settings(number("lora_alpha"), number("r", least=1), alphas, ranks, bool(by_root), base, trained)
 
 
-def _patterns(given: Any, key: str, where: str) -> Iterator[tuple["_Pattern", float]]:
+def _patterns(given: Any, key: str, where: str, least: int = 0) -> Iterator[tuple["_Pattern", float]]:
     if given is None:
         return
     if not isinstance(given, Mapping):
@@ -249,7 +260,7 @@ def _patterns(given: Any, key: str, where: str) -> Iterator[tuple["_Pattern", fl
                 "that is not run here, as it could run for ever. Names, and those with . .* .+ \\d+ ^ $ and (a|b) in "
                 "them, are known: write it so, or name the layers."
             )
-        yield found, finite_number(value, f"{short(pattern)} of {key} in its settings", where)
+        yield found, finite_number(value, f"{short(pattern)} of {key} in its settings", where, least)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..words import listed, short
+from .foreign import ForeignError as ForeignError
+from .foreign import packed_error as packed_error
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 #: What a tensor becomes: its new name and the pieces of it that go there (None: all of it).
 _Renamed = Iterator[tuple[str, StoredTensor]]
-
-
-class ForeignError(ValueError):
-    """What is on disk is another model's, or of a kind that is not run here: no download of it would help."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,6 @@ _PACKED = (
     ("NVFP4", ("weight_scale_2",)),
 )
 _ANY_PACKED = tuple(word for _, words in _PACKED for word in words)
-
-
-def packed_error(program: str, source: Path, seen: str) -> ForeignError:
-    """Weights packed by a program whose packing is not read here."""
-    return ForeignError(
-        f"{short(source, 400)} is packed by {program} ({seen}), and such weights are not read here. Choose the same "
-        "model in bf16, fp16 or fp8, or as GGUF; CogVideoX-1.5 Quantize in ComfyUI, or --quantize of generate.py, "
-        "makes it small here."
-    )
 
 
 def check_unpacked(names: Iterable[str], source: Path) -> None:

@@ -12,13 +12,15 @@ from .archive import Archive, Damaged, open_archive
 from .headers import DTYPES, StoredTensor, opened
 from .pickle_program import Foreign, Tensor, Unreadable, follow
 
-#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``; the others are trainers'
-#: of LoRAs.
+#: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``, trainers of few steps
+#: ``generator``; the others are trainers' of LoRAs.
 _LEVELS = (
     "model",
     "module",
     "state_dict",
     "model_state_dict",
+    "model_state",
+    "generator",
     "lora",
     "lora_state_dict",
     "lora_weights",
@@ -78,7 +80,18 @@ def _tensors(path: Path) -> "tuple[Archive, dict[str, Tensor | Unreadable], dict
                 f"{short(path, 400)} ({size:,} bytes) is not a readable torch checkpoint: {error}. No weights can be "
                 "taken from it. If the download was interrupted, delete it and download it again."
             ) from error
-    tensors, beside = _weights(state)
+    try:
+        tensors, beside = _weights(state)
+    except _Several as error:
+        raise ValueError(
+            f"{short(path, 400)} holds several sets of weights ({error}), and which is meant is not known. Save the "
+            "one you want by itself, with torch.save or as safetensors."
+        ) from error
+    if "zero_pp_rank" in path.name or ("param_shapes" in beside and any(map(_is_empty, tensors.values()))):
+        raise ValueError(
+            f"{short(path, 400)} is a piece of a training on several cards (DeepSpeed ZeRO), and one piece alone "
+            "cannot run. Join the pieces with the zero_to_fp32.py beside them, and choose what it writes."
+        )
     unnamed = [name for name in tensors if not isinstance(name, str)]
     if unnamed:
         raise ValueError(
@@ -88,8 +101,20 @@ def _tensors(path: Path) -> "tuple[Archive, dict[str, Tensor | Unreadable], dict
     return archive, tensors, beside
 
 
+class _Several(Exception):
+    """The names of several sets of weights."""
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.size == (0,)
+
+
 def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """The tensors of a state by name, wherever trainers put them, and what lies beside them on the way there."""
+    """The tensors of a state by name, wherever trainers put them, and what lies beside them on the way there.
+
+    Raises:
+        _Several: if it holds several sets of them.
+    """
     beside: dict[str, Any] = {}
     for _ in range(_DEPTH):
         inner = _level_below(state) if isinstance(state, dict) else None
@@ -109,14 +134,26 @@ def _weights(state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
 
 def _level_below(state: dict) -> dict | None:
     """Where the weights are that are not on this level: under one of the usual names, or under the only one that holds
-    tensors."""
+    tensors.
+
+    Raises:
+        _Several: if they may be under several.
+    """
     for level in _LEVELS:
         if isinstance(state.get(level), dict):
+            if _holds_tensors(state.get(f"{level}_ema")):
+                raise _Several(listed((level, f"{level}_ema")))
             return state[level]
     if any(map(_is_tensor, state.values())):
         return None
-    below = [value for name, value in state.items() if isinstance(name, str) and _holds_tensors(value)]
-    return below[0] if len(below) == 1 else None
+    below = [
+        name
+        for name, value in state.items()
+        if isinstance(name, str) and not name.startswith("optimizer") and _holds_tensors(value)
+    ]
+    if len(below) > 1:
+        raise _Several(listed(below))
+    return state[below[0]] if below else None
 
 
 def _holds_tensors(value: Any) -> bool:

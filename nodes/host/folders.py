@@ -37,14 +37,14 @@ def checkpoints() -> "list[Entry]":
 
 
 def parts(kind: str) -> "list[Entry]":
-    """List the files of text encoders or VAEs that run with one of the checkpoints that are there, the most exact (the
-    least rounded) first."""
+    """List the text encoders or VAEs that run with one of the checkpoints that are there, the most exact (the least
+    rounded) first, and Flan-T5s, which are others than CogVideoX was trained with, last."""
     from ...cogvideox.checkpoint.catalogue import list_parts
 
     widths = {0, *(entry.width for entry in checkpoints())}
     # Where no checkpoint tells the width it reads, any text encoder may be the right one.
     found = [entry for entry in list_parts(kind, _roots(_PART_FOLDERS[kind])) if widths == {0} or entry.width in widths]
-    return sorted(found, key=lambda entry: entry.rounding)
+    return sorted(found, key=lambda entry: ("flan" in entry.name.lower(), entry.rounding))
 
 
 def loras() -> list[str]:
