@@ -515,11 +515,11 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         "--migrate",
         nargs=2,
         type=path_of,
-        metavar=("OLD.json", "NEW.json"),
+        metavar=("OLD", "NEW.json"),
         help=(
             "write a workflow of ComfyUI-CogVideoXWrapper or of VideoX-Fun's nodes for CogVideoX (text, image or video "
-            "to video; saved or exported for the API) with this pack's nodes, by any version of it, and say what could "
-            "not be carried over; OLD.json stays as it is"
+            "to video; saved or exported for the API, or in a picture or video that ComfyUI saved) with this pack's "
+            "nodes, by any version of it, and say what could not be carried over; OLD stays as it is"
         ),
     )
     return parser
