@@ -318,10 +318,10 @@ def _row_norms_and_column_maxima(
     for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
         row_norms = rows.sum(-1)
-        # Sums of weights near fp32's largest number pass it.
-        norms.append(row_norms if row_norms.isfinite().all() else rows.double().sum(-1))
+        # Sums of weights near fp32's largest number pass it. On the host: not every device has fp64.
+        norms.append(row_norms.cpu().double() if row_norms.isfinite().all() else rows.cpu().double().sum(-1))
         largest = torch.maximum(largest, rows.amax(0))
-    return torch.cat([norm.double() for norm in norms]).cpu(), largest
+    return torch.cat(norms), largest
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:
