@@ -21,11 +21,13 @@ import math
 import types
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..choices import AUTO, BACKENDS
 from .internals import LibraryModule
 from .joint import rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
@@ -175,8 +177,8 @@ class RangeSafeAttention:
     ``CogVideoXAttnProcessor2_0``, and returns the same pair.
     """
 
-    #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
-    backend: str | None = None
+    #: A backend of diffusers' attention dispatch.
+    backend: Any = BACKENDS[AUTO]
     #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
     shared: Callable[..., torch.Tensor] | None = None
     #: Then: takes maxima over a part of the tokens to those over all.
