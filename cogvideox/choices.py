@@ -47,14 +47,15 @@ DOVE, SPARKVSR = "dove", "sparkvsr"
 SUPER_RESOLUTION = (AUTO, DOVE, SPARKVSR)
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
-#: Kernels of the attention, and diffusers' name of each; None where PyTorch chooses, or a run times them. All but
-#: those of sage, which compute in 8 bits, differ by rounding only. Those of the hub are code that is downloaded when
-#: first used.
+#: Kernels of the attention, and diffusers' name of each; None where a run times them. PyTorch's own choice is named,
+#: too: without a name diffusers takes what its environment variable, or another program in this process, has set. All
+#: but those of sage, which compute in 8 bits, differ by rounding only. Those of the hub are code that is downloaded
+#: when first used.
 SDPA, CUDNN, FLASH, FLASH3, XFORMERS, SAGE = "sdpa", "cudnn", "flash", "flash3", "xformers", "sage"
 FLASH_HUB, FLASH3_HUB, SAGE_HUB = "flash_hub", "flash3_hub", "sage_hub"
 FASTEST = "fastest"
 BACKENDS = {
-    AUTO: None,
+    AUTO: "native",
     SDPA: "native",
     CUDNN: "_native_cudnn",
     FLASH: "flash",

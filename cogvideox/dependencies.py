@@ -3,6 +3,7 @@ with a stranger error."""
 
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -13,6 +14,10 @@ _ROOT = Path(__file__).parent.parent
 REQUIREMENTS = _ROOT / "requirements.txt"
 #: What is imported, where it is not called as the package is.
 _MODULES = {"protobuf": "google.protobuf"}
+#: The lowest torch, the first with ``torch.accelerator``. It is ComfyUI's own: ``requirements.txt`` does not name it.
+TORCH = "2.6"
+#: Libraries that fail where another package's version does not fit, which install.py mends.
+_LIBRARIES = ("diffusers", "transformers", "accelerate")
 
 
 class DependencyError(RuntimeError):
@@ -34,6 +39,7 @@ def require_dependencies() -> None:
     Raises:
         DependencyError: naming package, version found, what is needed and the command to install it.
     """
+    _require_torch()
     for name, lowest in requirements().items():
         found = installed(name)
         if found is None:
@@ -56,20 +62,46 @@ def require_dependencies() -> None:
             ) from error
 
 
+def _require_torch() -> None:
+    """Check torch's version, of what is imported if it is, as that is what runs.
+
+    Raises:
+        DependencyError: if it is missing or too old.
+    """
+    found = getattr(sys.modules.get("torch"), "__version__", None) or installed("torch")
+    if found is None and importable("torch"):
+        return
+    if found is None or is_older(str(found), TORCH):
+        what = f"PyTorch is {found}, which is too old; CogVideoX-1.5 needs {TORCH} or newer."
+        if found is None:
+            what = f"PyTorch is not installed; CogVideoX-1.5 needs {TORCH} or newer."
+        raise DependencyError(
+            f"{what} It is ComfyUI's own, and install.py leaves it as it is: update ComfyUI with its packages "
+            "(portable ComfyUI on Windows: update\\update_comfyui_and_python_dependencies.bat), or install torch for "
+            "your card from https://pytorch.org/get-started/locally. Then restart the program."
+        )
+
+
 def import_failure(error: BaseException) -> DependencyError | None:
     """Say what to do about a library that could not be imported; None where ``error`` is about something else.
 
     diffusers and transformers import packages that they can do without (xformers, bitsandbytes, torchvision) wherever
     they are installed. One that was built for another PyTorch then takes the whole library away.
     """
-    if not isinstance(error, ImportError) and not str(error).startswith("Failed to import "):
+    if isinstance(error, MemoryError):
+        return None
+    is_one = isinstance(error, ImportError) or str(error).startswith("Failed to import ")
+    if not is_one and not _is_while_importing(error):
         return None
     root = error
     while (deeper := root.__cause__ or root.__context__) is not None:
         root = deeper
     blamed = _raised_in(root)
-    if blamed is None or blamed in {_MODULES.get(name, name).partition(".")[0] for name in requirements()}:
+    if blamed is None or blamed in _LIBRARIES:
         return _error(f"A library that CogVideoX-1.5 needs cannot be imported ({reason(root)}).")
+    blamed = _package_of(blamed)
+    if _is_needed(blamed):
+        return _unusable(blamed, root)
     found = f"{blamed} {installed(blamed) or ''}".rstrip()
     return DependencyError(
         f"The package {found} does not work here ({reason(root)}), and diffusers or transformers, which import it "
@@ -79,15 +111,89 @@ def import_failure(error: BaseException) -> DependencyError | None:
     )
 
 
+def unimportable(modules: Iterable[str]) -> DependencyError | None:
+    """Say which of some modules cannot be imported, and what to do; None where all can. For where a library has failed
+    and said something else of it. Those that a package's version does not have are left out."""
+    for name in modules:
+        try:
+            if "." not in name or importable(name):
+                import_module(name)
+        # Whatever a package raises.
+        except Exception as error:
+            package = _package_of(name.partition(".")[0])
+            return import_failure(error) or _unusable(package, error)
+    return None
+
+
+def reinstall(package: str, what: str) -> DependencyError:
+    """Make the error for a package that is needed and installed, and does not work; ``what`` says so in a sentence."""
+    return DependencyError(
+        f"{what} CogVideoX-1.5 cannot do without it. Install the package again: "
+        f'"{sys.executable}" -m pip install --force-reinstall --no-deps --only-binary :all: {package}. Then restart '
+        "the program."
+    )
+
+
+def _unusable(package: str, error: BaseException) -> DependencyError:
+    found = f"{package} {installed(package) or ''}".rstrip()
+    return reinstall(package, f"The package {found} cannot be imported ({reason(error)}).")
+
+
+def _is_while_importing(error: BaseException) -> bool:
+    """Whether an error arose in a module that was being imported: Python forgets one whose import has failed. What
+    torch compiles runs like a module, and is passed over."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        if traceback.tb_frame.f_code.co_name == "<module>" and name not in sys.modules and _is_others(name):
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
 def _raised_in(error: BaseException) -> str | None:
-    """Return the package in whose code an error arose; Python's own and torch's are passed over."""
+    """Return the package in whose code an error arose; Python's own, torch's and this pack's are passed over."""
     blamed, traceback = None, error.__traceback__
     while traceback is not None:
-        package = traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in {"torch", "importlib", *sys.stdlib_module_names}:
-            blamed = package
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        if _is_others(name):
+            blamed = name.partition(".")[0]
         traceback = traceback.tb_next
     return blamed
+
+
+def _is_others(module: str) -> bool:
+    """Whether a module is neither Python's own, nor torch's, nor this pack's."""
+    own = {__name__.partition(".")[0], "cogvideox", "commands", "interop", "generate", "nodes"}
+    return module.partition(".")[0] not in {"torch", "importlib", *own, *sys.stdlib_module_names}
+
+
+def _package_of(module: str) -> str:
+    """Return the package that a module is installed with: pillow for PIL."""
+    known = next((name for name, imported in _MODULES.items() if imported.partition(".")[0] == module), None)
+    return known or metadata.packages_distributions().get(module, [module])[0]
+
+
+def _is_needed(package: str) -> bool:
+    """Whether a package is required, or by one that is."""
+    if util.find_spec("packaging") is None:
+        return package in requirements()
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    needed: set[str] = set()
+    left = [canonicalize_name(name) for name in requirements()]
+    while left:
+        name = left.pop()
+        if name not in needed:
+            needed.add(name)
+            needs = [Requirement(line) for line in (metadata.requires(name) if installed(name) else None) or ()]
+            left += [
+                canonicalize_name(need.name)
+                for need in needs
+                if need.marker is None or need.marker.evaluate({"extra": ""})
+            ]
+    return canonicalize_name(package) in needed
 
 
 def unfit() -> list[str]:

@@ -18,6 +18,7 @@ from .modules.cache import Cache
 from .modules.compiled import Compiled
 from .precision.hardware import Hardware
 from .precision.policy import DtypePlan, plan_dtypes
+from .precision.quantizing import check_method
 from .variants import Variant, full_config
 from .weights import Weights
 from .windows import Windows, check_pairs
@@ -70,6 +71,30 @@ class Model:
         if self.second is not None:
             skips = self.cache is not None and self.cache.strength > 0
             check_second(self.cache.method if self.cache is not None and skips else None, self.compiled is not None)
+            _check_can(self, self.second)
+
+
+def _check_can(model: Model, second: Hardware) -> None:
+    """Refuse a second device, of another kind than the first, that lacks what the model runs with.
+
+    Raises:
+        ValueError: with what the device lacks.
+    """
+    method = model.weights.method
+    try:
+        if method is not None:
+            check_method(method.name, second)
+        check_attention(model.attention, second.device, _attention_dtype(model.weights))
+    except ValueError as error:
+        raise ValueError(
+            f"The second copy on {second.device} ({second.name}) cannot run as the first does. {error} Or take "
+            "CogVideoX-1.5 Second GPU away."
+        ) from error
+
+
+def _attention_dtype(weights: Weights) -> torch.dtype:
+    """Return the dtype of queries, keys and values."""
+    return torch.float16 if weights.precision.range_safe else weights.precision.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +221,7 @@ def with_attention(model: Model, attention: str) -> Model:
     Raises:
         ValueError: if it will not run here.
     """
-    precision = model.weights.precision
-    check_attention(attention, model.weights.device, torch.float16 if precision.range_safe else precision.dtype)
+    check_attention(attention, model.weights.device, _attention_dtype(model.weights))
     return replace(model, attention=attention)
 
 
@@ -259,7 +283,8 @@ def with_second(model: Model, device: str) -> Model:
     """The model with a second copy on another device, or with none; the one given is not changed.
 
     Raises:
-        ValueError: if there is no such device, it lacks the dtype, or a copy does not go with what else the model has.
+        ValueError: if there is no such device, it lacks what the model runs with, or a copy does not go with what else
+            the model has.
     """
     check_other_device(device, model.weights.device)
     if device == "none":

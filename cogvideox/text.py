@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .checkpoint.tokenizer import SPECIAL, check_tokenizer, has_tokenizer, wrong_tokenizer
+from .dependencies import unimportable
 from .events import Events
 from .files import read_bytes, write_whole
 from .finite import check_finite
@@ -25,6 +26,11 @@ from .words import listed, reason, short
 _MAX_LETTERS = 50_000
 #: Letters of a prompt's end that are quoted where it was cut.
 _QUOTED = 2000
+#: What transformers imports to read a tokenizer.
+_TOKENIZING = (
+    *("tokenizers", "sentencepiece", "google.protobuf", "sentencepiece.sentencepiece_model_pb2"),
+    *("transformers.models.t5.tokenization_t5", "transformers.models.t5.tokenization_t5_fast"),
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
 
     Raises:
         ValueError: if the tokenizer cannot be used.
+        RuntimeError: if a package that it is read with cannot.
     """
     folder = encoder.tokenizer_folder
     if not has_tokenizer(folder):
@@ -127,6 +134,7 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
     tensors = encoder.weights.part.tensors
     rows = (tensors.get("shared.weight") or tensors["encoder.embed_tokens.weight"]).shape[0]
     check_tokenizer(folder, rows)
+    failed: BaseException | None = None
     try:
         tokenizer = _load_tokenizer(folder)
         special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
@@ -148,7 +156,11 @@ def _tokenize(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, int, str]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise wrong_tokenizer(folder, f"holds a tokenizer that cannot be used ({type(error).__name__})") from error
+        failed = error
+    if failed is not None:
+        # Of a package that cannot be imported, too, they say that the file is wrong.
+        said = f"holds a tokenizer that cannot be used ({type(failed).__name__})"
+        raise (unimportable(_TOKENIZING) or wrong_tokenizer(folder, said)) from failed
     if special != [0, 1, 2] or ends != (0, 1) or tuple(ids.shape) != (1, encoder.tokens):
         said = (
             f"holds settings of a tokenizer (tokenizer_config.json or its like) that give {', '.join(SPECIAL)} "

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .clip_files import read_shape, read_sound, read_video
+from .dependencies import installed, reinstall, unimportable
 from .events import Events
 from .files import exists, open_regular, written_whole
 from .image_files import read_image
@@ -38,6 +39,8 @@ __all__ = [
 #: Bytes of a video for each of its pixels, and beside them, so that a full disk is noticed before the run: many times
 #: what most take.
 _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
+#: Of H.264.
+_ENCODER = "libx264"
 
 
 def write_mp4(
@@ -62,9 +65,9 @@ def write_mp4(
         ValueError: for a path that cannot be written (``check_output``).
         RuntimeError: if writing fails all the same, such as on a disk that is full.
     """
+    path = check_output(path, overwrite)
     import av
 
-    path = check_output(path, overwrite)
     try:
         with written_whole(path, overwrite) as partial:
             _encode(images, partial, Fraction(fps).limit_denominator(1001), events, sound)
@@ -83,7 +86,7 @@ def _encode(
 
     # An absolute path: ffmpeg takes what stands before a colon for a protocol.
     with av.open(str(path.absolute()), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream = container.add_stream(_ENCODER, rate=fps, options={"crf": "17"})
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.color_range = 1
@@ -144,6 +147,7 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
 
     Raises:
         ValueError: for a path that is not an mp4, in a folder that is not there, taken, or that the system refuses.
+        RuntimeError: if no mp4 can be written here at all.
     """
     path = Path(path)
     name, folder = short(path, 400), path.absolute().parent
@@ -167,6 +171,7 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
             raise ValueError(f"The output is {name}, which is a pipe or device and no regular file. Give another name.")
         if not overwrite:
             raise exists(path)
+    _check_encoder()
     # A file beside it, as it will be in the making; and the name itself, which may be too long, or not allowed here.
     trial = folder / f".{os.getpid()}.trial.mp4"
     for attempt in (trial, *(() if taken else (path,))):
@@ -181,6 +186,27 @@ def check_output(path: Path | str, overwrite: bool = False, made_from: Iterable[
                 f"The output is {name}, and it cannot be written ({reason(error)}). Choose another folder or name."
             ) from error
     return path
+
+
+def _check_encoder() -> None:
+    """Refuse a PyAV that cannot be imported, or that was built without the encoder, as some of conda's are.
+
+    Raises:
+        RuntimeError: saying how to install it again.
+    """
+    lacking = unimportable(["av"])
+    if lacking is not None:
+        raise lacking
+    import av
+
+    try:
+        av.codec.Codec(_ENCODER, "w")
+    except (ValueError, av.error.FFmpegError) as error:
+        raise reinstall(
+            "av",
+            f"The package av {installed('av') or ''} was built without {_ENCODER}, the encoder of the videos that are "
+            "written.",
+        ) from error
 
 
 def check_room(path: Path, frames: int, width: int, height: int) -> None:

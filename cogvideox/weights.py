@@ -34,13 +34,18 @@ _SHARE = 0.85
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, and
-    other back ends)."""
-    if device.type != "cuda":
+    """Bytes that can be taken on a device now; None where memory is not counted (the host, whose system swaps, Apple's
+    GPU, whose memory is the host's, and other back ends)."""
+    if device.type not in ("cuda", "xpu"):
         return None
-    free, _ = torch.cuda.mem_get_info(device)
+    backend = getattr(torch, device.type)
+    try:
+        free, _ = backend.mem_get_info(device)
+    except RuntimeError:
+        # Some of Intel's drivers do not say.
+        return None
     # What torch holds and does not use is free too.
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    idle = backend.memory_reserved(device) - backend.memory_allocated(device)
     return int((free + idle) * _SHARE)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvideox.dependencies import import_failure
 from cogvideox.words import reason, short
 from commands.job import DEFAULT_OUTPUT, Job
 from commands.ranks import Place
@@ -228,9 +229,10 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         latent = getattr(error, "latents", latent)
         if latent is None:
             raise
-        known = isinstance(error, ValueError | RuntimeError)
+        cause = import_failure(error) or error
+        known = isinstance(cause, ValueError | RuntimeError)
         said = (
-            str(error) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
+            str(cause) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
         )
         failed = []
         for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):

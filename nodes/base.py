@@ -81,8 +81,11 @@ class Node:
         try:
             require_dependencies()
             return self._in_words(self.execute(**checked(type(self), inputs)))
-        except (ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:
+            # A library's import may fail in any way.
             told = import_failure(error) or error
+            if not isinstance(told, ValueError | RuntimeError | ImportError):
+                raise
             # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
             plain, said = ValueError if isinstance(told, ValueError) else RuntimeError, host.said(str(told))
             if type(told).__module__.startswith(_PACK) or said != str(error):

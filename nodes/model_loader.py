@@ -193,7 +193,7 @@ def _handles(model, dtype, on_mismatch, memory, text_encoder_name, vae_name, pro
         if host.is_connected(prompt, unique_id, slot):
             # A missing part is an error now, not after the video is made.
             checkpoint.part(kind)
-    return make_handles(checkpoint, dtype, host.hardware(), on_mismatch, memory), notes
+    return make_handles(checkpoint, dtype, host.hardware(memory), on_mismatch, memory), notes
 
 
 def _part_path(kind, name):

@@ -61,9 +61,7 @@ class Quantize(Node):
 
     @classmethod
     def checks(cls, method=None):
-        from ..cogvideox.precision.quantizing import check_method
-
-        return [("method", check_method, method, host.hardware())]
+        return [("method", _check_method, method)]
 
     @classmethod
     def foresee(cls, model, method, text_encoder=None):
@@ -85,3 +83,10 @@ class Quantize(Node):
         logger.info("%s", report)
         host.show(report)
         return (*handles, report)
+
+
+def _check_method(method):
+    from ..cogvideox.precision.quantizing import check_method
+
+    # Asked for here, not in ``checks``: a card that nothing can run on is said as any other objection.
+    check_method(method, host.hardware())

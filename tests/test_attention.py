@@ -19,10 +19,11 @@ from cogvideox.handles import open_handles, with_attention
 from cogvideox.modules import attention as attention_module
 from cogvideox.modules.attention import available, check_attention
 from cogvideox.modules.fastest import Fastest, Shape, find_fastest
+from cogvideox.modules.joint import join
 from cogvideox.sampling import sample
 from tests.conftest import CPU
 from tests.helpers import write_package
-from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
 from tests.told import Told
 
 HOST, CARD = torch.device("cpu"), torch.device("cuda")
@@ -276,6 +277,29 @@ class TestFastest:
         ours = sample(with_attention(handles.model, "fastest"), *given, seed=1, steps=2, events=Told(said))
         assert torch.equal(ours, sample(with_attention(handles.model, "sdpa"), *given, seed=1, steps=2))
         assert "sdpa is the only exact kernel here" in " ".join(said)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_another_program_sets_in_diffusers_changes_nothing(tiny, dtype):
+    """Another pack's ``set_attention_backend`` holds for the whole process, as DIFFUSERS_ATTN_BACKEND does."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model = open_handles(tiny, dtype, CPU).model
+    latents, prompts = torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 8, TEXT_WIDTH)
+    given = dict(seed=1, steps=2)
+    expected = sample(model, *prompts, latents, **given)
+    module = join(build_transformer("1.5")).eval()
+    text, video = torch.randn(1, 8, 128), torch.randn(1, 40, 128)
+    attend = module.transformer_blocks[0].attn1
+    plain = attend(video, encoder_hidden_states=text)
+    used, real = [], torch.nn.attention.sdpa_kernel
+    with attention_backend("_native_math"), pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(
+            torch.nn.attention, "sdpa_kernel", lambda *kind, **more: (used.append(kind), real(*kind, **more))[1]
+        )
+        assert torch.equal(sample(model, *prompts, latents, **given), expected)
+        assert all(torch.equal(*pair) for pair in zip(attend(video, encoder_hidden_states=text), plain, strict=True))
+    assert not used
 
 
 class TestHub:

@@ -250,6 +250,7 @@ class TestAttention:
 
     def test_16_bits_are_asked_for_where_a_kernel_needs_them(self, monkeypatch):
         monkeypatch.setattr(attention_module, "_missing", lambda choice, device: None)
+        monkeypatch.setattr(attention_module, "_unloadable", lambda choice: None)
         for choice in ("cudnn", "flash", "flash3", "sage"):
             check_attention(choice, HOST, torch.float16)
             with pytest.raises(ValueError, match="16 bits only"):
@@ -267,8 +268,8 @@ class TestAttention:
     @pytest.mark.parametrize(("found", "runs"), [("1.0.6", False), ("2.1.0", False), ("2.1.1", True), ("2.10.0", True)])
     def test_a_package_older_than_diffusers_calls_is_not_offered(self, monkeypatch, found, runs):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(attention_module, "find_spec", lambda name: name == "sageattention" or None)
-        monkeypatch.setattr(attention_module, "version", lambda name: found)
+        monkeypatch.setattr(attention_module, "importable", lambda name: name == "sageattention")
+        monkeypatch.setattr(attention_module, "installed", lambda name: found)
         assert ("sage" in available(torch.device("cuda"))) == runs
         if not runs:
             with pytest.raises(

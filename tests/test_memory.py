@@ -23,6 +23,7 @@ from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.sentinel import OutOfMemory
+from cogvideox.tensors import empty_cache
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from cogvideox.weights import Placement, placements
@@ -188,6 +189,31 @@ class TestPlan:
         with opened.text_encoder.weights.running():
             pass
         assert opened.model.weights.free - before == opened.text_encoder.weights.resident > 0
+
+    @pytest.mark.parametrize("kind", ["cuda", "xpu"])
+    def test_a_card_is_asked_what_is_free_and_what_torch_keeps_there_is_too(self, monkeypatch, kind):
+        backend, device = getattr(torch, kind), torch.device(kind)
+        for name, answer in {
+            "mem_get_info": (3 * GB, 8 * GB),
+            "memory_reserved": GB,
+            "memory_allocated": GB // 2,
+        }.items():
+            monkeypatch.setattr(backend, name, lambda device, answer=answer: answer)
+        assert weights_module.free_bytes(device) == int(3.5 * GB * weights_module._SHARE)
+
+        def refuse(device):
+            raise RuntimeError("The device doesn't support querying the available free memory.")
+
+        monkeypatch.setattr(backend, "mem_get_info", refuse)
+        assert weights_module.free_bytes(device) is None
+
+    @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "cpu", "meta"])
+    def test_what_torch_keeps_is_given_back_to_the_device_that_has_it(self, monkeypatch, kind):
+        emptied = []
+        for name in ("cuda", "xpu", "mps"):
+            monkeypatch.setattr(getattr(torch, name), "empty_cache", lambda name=name: emptied.append(name))
+        empty_cache(torch.device(kind))
+        assert emptied == ([kind] if kind in ("cuda", "xpu", "mps") else [])
 
     def test_an_unknown_mode_is_refused(self, tiny):
         with pytest.raises(ValueError, match="memory is 'disk'"):

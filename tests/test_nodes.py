@@ -560,7 +560,7 @@ class TestModelFolders:
     def test_auto_takes_a_part_that_is_found_where_the_checkpoints_own_is_not_whole(
         self, pack, host, tiny, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(host, "hardware", lambda: CPU)
+        monkeypatch.setattr(host, "hardware", lambda *_: CPU)
         monkeypatch.setattr(host, "show", lambda text: None)
         folder = shutil.copytree(tiny, host.folders._roots("CogVideo")[0] / "tiny")
         weights = next((folder / "vae").glob("*.safetensors"))
@@ -617,7 +617,7 @@ def load_transformer(checkpoint):
         }
         for name, tensors in files.items():
             layouts.write_file(tmp_path / "text_encoders" / name, tensors)
-        monkeypatch.setattr(host, "hardware", lambda: CPU)
+        monkeypatch.setattr(host, "hardware", lambda *_: CPU)
         monkeypatch.setattr(host, "show", lambda text: None)
         return tmp_path
 

@@ -266,6 +266,72 @@ class TestDependencies:
         assert f"error: The package {name} 0.26.0 does not work here ({said})" in done.stderr
         assert f'"{sys.executable}" -m pip uninstall {name}' in done.stderr
 
+    @pytest.mark.parametrize(
+        ("name", "does", "said"),
+        [
+            (
+                "einops",
+                "raise ImportError('DLL load failed')",
+                r"The package einops [\d.]+ cannot .*\(DLL load failed\)",
+            ),
+            # Not required, but by what is; and not called as its package is.
+            (
+                "PIL",
+                "raise ImportError('no _imaging')",
+                r"The package (?i:pillow) [\d.]+ cannot be imported \(no _imag",
+            ),
+            # Whatever a package raises while it is imported.
+            ("einops", "raise OSError('invalid ELF header')", r"The package einops [\d.]+ .*\(invalid ELF header\)"),
+            # transformers says of these that the tokenizer's file is no good, or that tiktoken is missing.
+            ("sentencepiece", "raise ImportError('DLL load failed')", r"The package sentencepiece [\d.]+ cannot .*DLL"),
+            ("tokenizers", "raise ImportError('undefined symbol')", r"The package tokenizers [\d.]+ cannot .*symbol"),
+            ("google.protobuf", "raise TypeError('Descriptors')", r"The package protobuf [\d.]+ cannot .*\(Descript"),
+        ],
+    )
+    def test_a_package_that_is_needed_and_cannot_be_imported_is_named(self, tiny, tmp_path, name, does, said):
+        folder = tmp_path.joinpath("path", *name.split("."))
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(does, encoding="utf-8")
+        command = "--prompt x --width 96 --height 64 --frames 17 --steps 1".split()
+        done = subprocess.run(
+            [sys.executable, "generate.py", "--model", tiny, *command, "--output", tmp_path / "video.mp4"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "path")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert re.search(rf"error: {said}.* -m pip install --force-reinstall --no-deps", done.stderr)
+
+    def test_a_node_says_it_whatever_the_import_raised(self, pack, monkeypatch):
+        def fail(*_, **__):
+            exec("raise AttributeError('_ARRAY_API not found')", {"__name__": "PIL.none_such"})
+
+        node = pack.NODE_CLASS_MAPPINGS["CogVideoX15EmptyLatent"]
+        monkeypatch.setattr(node, "execute", fail)
+        with pytest.raises(RuntimeError, match=r"(?i)The package pillow .* imported \(_ARRAY_API not found\)"):
+            node().run(width=160, height=96, length=17, batch_size=1)
+        # What fails otherwise is as it was.
+        monkeypatch.setattr(node, "execute", lambda *_, **__: {}["a"])
+        with pytest.raises(KeyError):
+            node().run(width=160, height=96, length=17, batch_size=1)
+
+    def test_an_old_torch_is_a_sentence(self, monkeypatch):
+        assert f"torch>={dependencies.TORCH}" in PROJECT["project"]["optional-dependencies"]["standalone"]
+        monkeypatch.setattr("torch.__version__", "2.5.1+cu121")
+        with pytest.raises(
+            dependencies.DependencyError, match=r"PyTorch is 2\.5\.1\+cu121, which is too old; .* needs 2\.6 or newer"
+        ):
+            dependencies.require_dependencies()
+        # Of what is not imported yet, what is installed.
+        monkeypatch.delitem(sys.modules, "torch")
+        dependencies.require_dependencies()
+        monkeypatch.setattr(dependencies, "installed", lambda name: None)
+        monkeypatch.setattr(dependencies, "importable", lambda name: False)
+        dependencies.require_dependencies.cache_clear()
+        with pytest.raises(dependencies.DependencyError, match="PyTorch is not installed; "):
+            dependencies.require_dependencies()
+
     def test_a_library_that_lacks_what_it_needs_itself_is_sent_to_the_installer(self):
         for outermost in (RuntimeError("Failed to import diffusers.models: no luck"), ImportError("no luck")):
             try:

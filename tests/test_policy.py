@@ -11,6 +11,7 @@ from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from cogvideox.precision import hardware as hw
 from cogvideox.precision.hardware import ABSENT, EMULATED, NATIVE, Hardware
 from cogvideox.precision.policy import CHOICES, plan_dtypes, safer, scan_parts
+from cogvideox.precision.quantizing import check_method
 from tests.tiny_checkpoint import build_checkpoint
 
 CPU = torch.device("cpu")
@@ -293,6 +294,51 @@ class TestHardware:
         monkeypatch.setattr(torch.version, "hip", "6.4")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx1030"))
         assert Hardware.detect("cuda").bf16 == EMULATED
+
+    @pytest.mark.parametrize(
+        ("capability", "built_for", "runs"),
+        [
+            # An RTX 5090 with the build for CUDA 12.4, and with those that have its code, or PTX.
+            ((12, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", False),
+            ((12, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", True),
+            ((12, 0), "sm_50 sm_90 compute_90", True),
+            # A GTX 1080 and a V100 with builds for CUDA 12.8 and 13.
+            ((6, 1), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", False),
+            ((7, 0), "sm_75 sm_80", False),
+            ((6, 1), "sm_60 sm_80", True),
+            # Of one major version the later ones run what was built for the earlier, and not the other way round.
+            ((8, 9), "sm_80", True),
+            ((8, 0), "sm_86", False),
+            ((8, 6), "compute_89", False),
+            ((9, 0), "sm_90a", True),
+            ((10, 0), "sm_90a", False),
+            ((12, 1), "sm_120a", False),
+            ((12, 1), "sm_120f", True),
+            ((12, 0), "compute_100f", False),
+            ((12, 0), "compute_90a", False),
+            # Nothing is known of these.
+            ((8, 0), "", True),
+            ((8, 0), "ivcore11", True),
+        ],
+    )
+    def test_code_of_another_card_does_not_run(self, capability, built_for, runs):
+        assert hw.has_code(built_for.split(), capability) == runs
+
+    def test_a_card_that_torch_was_not_built_for_is_a_sentence(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+        monkeypatch.setattr(torch.version, "hip", None)
+        with pytest.raises(ValueError, match=r"RTX 5090 has compute capability 12\.0.* built for sm_80, sm_90, so"):
+            Hardware.detect("cuda")
+
+    def test_directml_has_no_bf16(self, checkpoints):
+        hardware = Hardware.detect(torch.device("privateuseone:0"))
+        assert hardware.text == "DirectML (bf16 absent, fp16 native, fp8 absent)"
+        assert runs(plan(checkpoints("1.5"), hardware=hardware)) == [RANGE_SAFE_FP16, RANGE_SAFE_FP16, FP16]
+        with pytest.raises(ValueError, match="DirectML has no such dtype"):
+            check_method("fp8_weight_only", hardware)
 
     def test_macos_before_14_has_no_bf16(self, monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)

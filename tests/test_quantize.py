@@ -30,6 +30,7 @@ from cogvideox.precision.hardware import NATIVE, Hardware, cuda_support
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from tests import layouts, loud_models
+from tests.card import CARD, CardWithoutFloat64
 from tests.helpers import run_generate
 from tests.memory import left_behind
 from tests.reference import error
@@ -65,6 +66,18 @@ def widened(module):
         name: layer.packed for name, layer in module.named_modules() if getattr(layer, "packed", None) is not None
     }
     return {name: packed.data.double() * packed.scale.double() for name, packed in layers.items()}
+
+
+@EVERY
+def test_a_device_without_float64_quantizes_to_the_same(method):
+    weight = torch.randn(48, 32)
+    there, here = (Quantizer(METHODS[method], "transformer", FP32, device) for device in (CARD, HOST))
+    with CardWithoutFloat64():
+        packed = there.quantize("x.weight", weight, CARD)
+    expected = here.quantize("x.weight", weight, HOST)
+    assert torch.equal(packed.data.numbers.float(), expected.data.float())
+    assert torch.equal(packed.scale.numbers, expected.scale)
+    assert there.losses == here.losses
 
 
 @pytest.fixture(scope="module")

@@ -572,6 +572,33 @@ def test_an_end_image_that_the_model_was_not_trained_for_is_said_on_the_sampler(
     assert any(node == sampler and "unless this is a fine-tune for interpolation" in text for node, text in shown)
 
 
+def test_a_card_that_torch_was_not_built_for_is_said_on_the_loader_and_the_nodes_are_listed(
+    errors, graph, pack, monkeypatch
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for name, answer in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "NVIDIA GeForce GTX 1080",
+        "get_device_capability": (6, 1),
+        "get_arch_list": ["sm_75", "sm_120", "compute_120"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for node in pack.NODE_CLASS_MAPPINGS.values():
+        assert node.INPUT_TYPES()
+    nodes = graph()
+    before_the_sampler(nodes, ("Quantize", {"method": "int8_dynamic"}), ("Attention", {"attention": "sdpa"}))
+    found = errors(nodes)
+    assert {kind for kind, _, _ in found} == {"ModelLoader", "Quantize"}
+    assert all("GTX 1080 has compute capability 6.1" in said for _, _, said in found)
+    # On the CPU it can run.
+    nodes = graph()
+    of(nodes, "CogVideoX15ModelLoader")["memory"] = "cpu"
+    assert errors(nodes) == []
+
+
 def test_what_only_the_run_knows_is_left_to_it(errors, graph):
     nodes = graph()
     for kind, widget in (

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvideox.geometry import rotary_embedding
 from cogvideox.modules.range_safe import RangeSafeLinear, is_range_safe, make_range_safe
+from tests.card import CARD, CardWithoutFloat64
 from tests.loud_models import loud_inner, loud_norms, loud_stream, loud_t5, loud_values, outlier_channels
 from tests.reference import error
 from tests.tiny_checkpoint import TEXT_WIDTH, build_text_encoder, build_transformer
@@ -155,6 +156,18 @@ def test_ordinary_t5():
     truth = encode(model)
     bf16 = error(encode(copy.deepcopy(model).bfloat16()), truth)
     assert error(encode(make_range_safe(model)), truth) < min(2e-3, bf16)
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e38])
+def test_a_device_without_float64_scales_weights_to_the_same(largest):
+    weight = torch.rand(48, 32) * largest
+    weight[:, :4] /= 2**12
+    layers = RangeSafeLinear(32, 48, bias=False), RangeSafeLinear(32, 48, bias=False)
+    with CardWithoutFloat64():
+        layers[0].load_weight(weight, CARD)
+    layers[1].load_weight(weight, torch.device("cpu"))
+    for name in ("scaled_weight", "row_scale", "column_scale"):
+        assert torch.equal(getattr(layers[0], name).numbers, getattr(layers[1], name))
 
 
 def test_weights_take_no_more_room_than_fp16s():

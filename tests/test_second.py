@@ -16,6 +16,7 @@ from cogvideox.handles import (
     open_handles,
     other_devices,
     quantized,
+    with_attention,
     with_cache,
     with_compile,
     with_lora,
@@ -25,7 +26,7 @@ from cogvideox.handles import (
 from cogvideox.memory import choose_mode, plan_memory
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled
-from cogvideox.precision.hardware import Hardware
+from cogvideox.precision.hardware import Hardware, cuda_support
 from cogvideox.sampling import sample
 from cogvideox.windows import Windows
 from tests.conftest import CPU
@@ -237,6 +238,33 @@ class TestWhatIsRefused:
         monkeypatch.setattr(Hardware, "detect", lambda *_: Hardware(torch.device("cpu"), "CPU", bf16="emulated"))
         with pytest.raises(ValueError, match="the halves of guidance would differ"):
             with_second(model, "cpu")
+
+    @pytest.mark.parametrize(
+        ("choose", "said"),
+        [
+            (lambda model: quantized(model, "fp8_dynamic"), "has no matrix products of fp8"),
+            (lambda model: with_attention(model, "cudnn"), "does not support this card .compute capability 7.5."),
+        ],
+        ids=["quantize", "attention"],
+    )
+    def test_what_the_second_card_lacks_in_either_order(self, deep, monkeypatch, choose, said):
+        """An RTX 4090, and an RTX 2080 Ti in fp16."""
+        names = {"cuda:0": ("NVIDIA GeForce RTX 4090", (8, 9)), "cuda:1": ("NVIDIA GeForce RTX 2080 Ti", (7, 5))}
+        cards = {name: Hardware(torch.device(name), card, **cuda_support(card, c)) for name, (card, c) in names.items()}
+        monkeypatch.setattr(Hardware, "detect", lambda name, forced: cards[name])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: names[str(device)][1])
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        monkeypatch.setattr(torch.version, "hip", None)
+        model = open_handles(deep, "fp16", cards["cuda:0"]).model
+        told = rf"second copy on cuda:1 \(NVIDIA GeForce RTX 2080 Ti\) cannot run as the first does\. .*{said}"
+        with pytest.raises(ValueError, match=told):
+            with_second(choose(model), "cuda:1")
+        with pytest.raises(ValueError, match=told):
+            choose(with_second(model, "cuda:1"))
+        monkeypatch.setitem(cards, "cuda:1", replace(cards["cuda:0"], device=torch.device("cuda:1")))
+        monkeypatch.setitem(names, "cuda:1", names["cuda:0"])
+        assert with_second(choose(model), "cuda:1").second == choose(with_second(model, "cuda:1")).second
 
 
 def test_only_what_is_on_one_device_makes_way(handles, monkeypatch):

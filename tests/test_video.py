@@ -2,6 +2,7 @@
 finished step is lost."""
 
 import os
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 
 from cogvideox.clip_files import read_sound, read_video
 from cogvideox.video import check_output, check_room, free_name, read_latent, write_latent, write_mp4
+from tests.conftest import ROOT
+from tests.helpers import write_package
 from tests.told import Told
 
 NOISE = torch.rand(5, 48, 80, 3, generator=torch.Generator().manual_seed(1))
@@ -70,6 +73,33 @@ class TestThePlace:
         monkeypatch.setattr("pathlib.Path.open", refuse)
         with pytest.raises(ValueError, match="cannot be written .*Permission denied"):
             check_output(tmp_path / "x.mp4")
+
+    def test_an_encoder_that_is_not_there_is_told_before(self, tmp_path, monkeypatch):
+        """As in a PyAV of conda's that has no code under the GPL."""
+
+        def lacks(name, mode):
+            raise av.codec.codec.UnknownCodecError(name)
+
+        monkeypatch.setattr(av.codec, "Codec", lacks)
+        with pytest.raises(
+            RuntimeError, match=r"The package av .* without libx264.* pip install --force-reinstall .* av\."
+        ):
+            check_output(tmp_path / "a.mp4")
+        assert names(tmp_path) == []
+
+    def test_so_is_a_pyav_that_cannot_be_imported(self, tiny, tmp_path):
+        write_package(tmp_path, "av", does="raise ImportError('DLL load failed while importing _core')")
+        command = "--prompt x --width 96 --height 64 --frames 17 --steps 1 --plan".split()
+        done = subprocess.run(
+            [sys.executable, "generate.py", "--model", tiny, *command, "--output", tmp_path / "video.mp4"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert "error: The package av " in done.stderr
+        assert "cannot be imported (DLL load failed while importing _core)" in done.stderr
 
     def test_what_a_video_is_made_from_is_never_replaced(self, tmp_path):
         (tmp_path / "x.mp4").write_text("mine")

@@ -152,12 +152,11 @@ def _fastest(shape: Shape, dtype: torch.dtype, device: torch.device, tell: Calla
     return _timed[key].choice
 
 
-def _backend(choice: str) -> object | None:
+def _backend(choice: str) -> object:
     """Return diffusers' name of a choice, as the member of its list that a compiler can read."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    name = BACKENDS[choice]
-    return None if name is None else AttentionBackendName(name)
+    return AttentionBackendName(BACKENDS[choice])
 
 
 def _fetch(choice: str, tell: Callable[[str, int], None]) -> None:

@@ -12,10 +12,12 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..choices import AUTO, BACKENDS
 from . import internals
 from .internals import LibraryModule
 
@@ -49,8 +51,8 @@ class JointAttention:
     two CPU cores, at widths of 512 and 3072.
     """
 
-    #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
-    backend: str | None = None
+    #: A backend of diffusers' attention dispatch.
+    backend: Any = BACKENDS[AUTO]
     #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
     shared: Callable[..., torch.Tensor] | None = None
     #: Not asked here: takes maxima over a part of the tokens to those over all.

@@ -118,7 +118,7 @@ class Quantizer:
         """
         data = torch.empty(weight.shape, dtype=self.method.dtype, device=device)
         scales = torch.empty(len(weight), 1, device=device)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(2, dtype=torch.float64)
         for place, rows in in_pieces(weight, self._device):
             quantized, scale = quantize_rows(rows, self.method.dtype)
             data[place], scales[place] = quantized, scale
@@ -154,5 +154,5 @@ def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> N
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares: each row in fp32, their sum in float64."""
-    return torch.linalg.vector_norm(rows, dim=-1).double().square_().sum()
+    """Return the sum of squares: each row in fp32, their sum in float64, on the host, as not every device has it."""
+    return torch.linalg.vector_norm(rows, dim=-1).cpu().double().square_().sum()

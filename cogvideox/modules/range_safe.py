@@ -21,11 +21,13 @@ import math
 import types
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..choices import AUTO, BACKENDS
 from .internals import LibraryModule
 from .joint import rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
@@ -175,8 +177,8 @@ class RangeSafeAttention:
     ``CogVideoXAttnProcessor2_0``, and returns the same pair.
     """
 
-    #: A backend of diffusers' attention dispatch; None: PyTorch's choice.
-    backend: str | None = None
+    #: A backend of diffusers' attention dispatch.
+    backend: Any = BACKENDS[AUTO]
     #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
     shared: Callable[..., torch.Tensor] | None = None
     #: Then: takes maxima over a part of the tokens to those over all.
@@ -318,10 +320,10 @@ def _row_norms_and_column_maxima(
     for _, rows in in_pieces(weight, device, columns):
         rows = rows.abs_()
         row_norms = rows.sum(-1)
-        # Sums of weights near fp32's largest number pass it.
-        norms.append(row_norms if row_norms.isfinite().all() else rows.double().sum(-1))
+        # Sums of weights near fp32's largest number pass it. On the host: not every device has fp64.
+        norms.append(row_norms.cpu().double() if row_norms.isfinite().all() else rows.cpu().double().sum(-1))
         largest = torch.maximum(largest, rows.amax(0))
-    return torch.cat([norm.double() for norm in norms]).cpu(), largest
+    return torch.cat(norms), largest
 
 
 def _column_scale(largest: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,8 @@ products of int8 run on, from 7.5), AMD's CDNA and RDNA ISA guides (bf16 matrix 
 RDNA 3) and hipBLASLt's table of data types (fp8), Apple's Metal feature set (bfloat from macOS 14).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -58,11 +59,9 @@ class Hardware:
         """Ask torch what ``device`` (default: the GPU if there is one) computes in.
 
         Raises:
-            ValueError: for a device that torch does not know or does not find.
+            ValueError: for a device that torch does not know or does not find, or was not built for.
         """
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = accelerator or "cpu"
+        device = default_device() if device is None else device
         if isinstance(device, str):
             device = _chosen(device)
         forced = dict(forced or {})
@@ -77,11 +76,11 @@ class Hardware:
                 return cls(
                     device, name, forced=forced, **rocm_support(torch.cuda.get_device_properties(device).gcnArchName)
                 )
+            capability = torch.cuda.get_device_capability(device)
+            _check_build(name, capability)
             with torch.cuda.device(device):
                 emulates = torch.cuda.is_bf16_supported()
-            return cls(
-                device, name, forced=forced, **cuda_support(name, torch.cuda.get_device_capability(device), emulates)
-            )
+            return cls(device, name, forced=forced, **cuda_support(name, capability, emulates))
         if device.type == "mps":
             return cls(
                 device,
@@ -98,7 +97,59 @@ class Hardware:
                 NATIVE if torch.xpu.is_bf16_supported() else EMULATED,
                 forced=forced,
             )
+        if device.type == "privateuseone":
+            # DirectML's tensors are of 16 bits in fp16 only; ComfyUI's should_use_bf16 and should_use_fp16 say the
+            # same. What was trained in bf16 then runs in range-safe fp16, and the VAE's fp16 is checked.
+            return cls(device, "DirectML", bf16=ABSENT, forced=forced)
         return cls(device, device.type.upper(), forced=forced)
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU, whatever they compute in."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _check_build(name: str, capability: tuple[int, int]) -> None:
+    """Refuse an NVIDIA card that torch was built without code for: the first thing that runs there would fail with "no
+    kernel image".
+
+    Raises:
+        ValueError: with the card's compute capability, and what torch was built for.
+    """
+    built_for = torch.cuda.get_arch_list()
+    if not has_code(built_for, capability):
+        raise ValueError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and this torch ({torch.__version__}) was "
+            f"built for {', '.join(built_for)}, so nothing can run there. Install the torch build for your card "
+            "(https://pytorch.org/get-started/locally): for a new card a newer CUDA, for an old card an older one. Or "
+            "choose cpu."
+        )
+
+
+def has_code(built_for: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Return whether code that was built for some architectures runs on an NVIDIA card.
+
+    By the CUDA C++ Programming Guide, "Application Compatibility": binary code (``sm_86``) runs on cards of the same
+    major version and no lower minor one, PTX (``compute_90``) on all later cards too. What ends in ``a`` runs on
+    that one capability only, what ends in ``f`` on those of the same major version.
+
+    Args:
+        built_for: as ``torch.cuda.get_arch_list`` has them.
+    """
+    known = [found for name in built_for if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name))]
+    for kind, major, minor, suffix in (found.groups() for found in known):
+        built = int(major), int(minor)
+        if suffix == "a":
+            runs = built == capability
+        elif kind == "sm" or suffix == "f":
+            runs = built[0] == capability[0] and built <= capability
+        else:
+            runs = built <= capability
+        if runs:
+            return True
+    # Of names that are none of NVIDIA's nothing is known.
+    return not known
 
 
 def _chosen(name: str) -> torch.device:

@@ -57,7 +57,7 @@ def check_method(name: str, hardware: Hardware) -> Method:
             f"{method.name} multiplies in {eight}, and {hardware.name} has no matrix products of {eight} "
             f"({needs[eight]} do). {instead}"
         )
-    if eight == "fp8" and hardware.device.type == "mps":
+    if eight == "fp8" and hardware.device.type in ("mps", "privateuseone"):
         raise ValueError(f"{method.name} keeps weights in fp8, and {hardware.name} has no such dtype. {instead}")
     return method
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...cogvideox.choices import AUTO, CPU
 from . import comfyui
 
 if TYPE_CHECKING:
@@ -14,17 +15,24 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    """Return the device ComfyUI runs models on, or torch's default."""
-    return comfyui.comfy.model_management.get_torch_device() if comfyui.IN_COMFYUI else hardware().device
+    """Return the device ComfyUI runs models on, or torch's default, even if nothing can run there: lists are made for
+    it."""
+    from ...cogvideox.precision.hardware import default_device
+
+    return comfyui.comfy.model_management.get_torch_device() if comfyui.IN_COMFYUI else default_device()
 
 
-def hardware() -> "Hardware":
-    """Detect what ``device`` can do, and add the dtypes that ComfyUI was started with."""
+def hardware(memory: str = AUTO) -> "Hardware":
+    """Detect what ``device`` can do, or the CPU where ``memory`` says so, and add the dtypes that ComfyUI was started
+    with.
+
+    Raises:
+        ValueError: for a device that torch was not built for.
+    """
     from ...cogvideox.precision.hardware import Hardware
 
-    if not comfyui.IN_COMFYUI:
-        return Hardware.detect()
-    return Hardware.detect(device(), forced_dtypes(comfyui.comfy.cli_args.args))
+    forced = forced_dtypes(comfyui.comfy.cli_args.args) if comfyui.IN_COMFYUI else {}
+    return Hardware.detect(CPU if memory == CPU else device(), forced)
 
 
 def forced_dtypes(arguments: object) -> dict[str, tuple[torch.dtype, str]]:
