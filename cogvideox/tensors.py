@@ -1,5 +1,4 @@
-"""Check tensors that come in or are to be made: whether they can be read, and whether this computer can hold them; give
-memory back that none takes."""
+"""Check tensors that come in or are to be made: whether they can be read, and whether this computer can hold them."""
 
 import os
 import sys
@@ -132,9 +131,3 @@ def _windows_memory() -> int:
     # ctypes has it on Windows only, as its type hints say.
     windll: Any = vars(ctypes)["windll"]
     return status.total if windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else 0
-
-
-def empty_cache(device: torch.device) -> None:
-    """Give back to a device what torch keeps there and does not use, so that others, and larger tensors, find room."""
-    if device.type in ("cuda", "xpu", "mps"):
-        getattr(torch, device.type).empty_cache()
