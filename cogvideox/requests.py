@@ -415,7 +415,13 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
         frames = (model.windows.length - rest) // step * step + rest
     notes = [windows, model.variant.outside_model_card(width, height, frames)]
     wants_image = model.variant.reads == START_IMAGE
-    if image_latents is not None and wants_image and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
+    if image_latents is not None and wants_image and image_latents[:, :, 1:-1].any():
+        notes.append(
+            f"The conditioning holds latents between the first and the last frame, where {model.variant.name} was "
+            "trained to read zeros: another model's node made it (WanImageToVideo and its like do), or one that joins "
+            "latents. Put CogVideoX-1.5 Image to Video in its place."
+        )
+    elif image_latents is not None and wants_image and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
         # No weight tells; those who train for it say so in the name.
         names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
         if not any("interp" in name.lower() for name in names):
@@ -440,10 +446,4 @@ def _check_image(latents: torch.Tensor, image_latents: torch.Tensor) -> None:
             f"The conditioning was made for {image} and latent_image is {video}: the start image would not cover "
             "the video. Give the sampler the latent that CogVideoX-1.5 Image to Video gives, or one of the same "
             "size, length and batch."
-        )
-    if image_latents.shape[1] == CONDITIONING_CHANNELS[START_IMAGE] and image_latents[:, :, 1:-1].any():
-        raise ValueError(
-            "The conditioning holds latents between the first and the last frame, where models that start from an "
-            "image read zeros: another model's node made it (WanImageToVideo and its like do). Put CogVideoX-1.5 Image "
-            "to Video in its place."
         )

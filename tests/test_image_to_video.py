@@ -135,6 +135,18 @@ def test_an_end_image_is_the_last_latent_and_is_said_to_be_untrained(i2v, prompt
         image_latents(handles.vae, start, 1, end)
 
 
+def test_latents_of_another_models_node_are_said_to_be_that(i2v, prompts, caplog):
+    """WanImageToVideo fills all frames: with the image, and with encoded grey."""
+    handles, _ = i2v("1.5-i2v")
+    image = torch.zeros(1, 16, 5, 6, 10)
+    for frames, said in ((slice(0, 1), False), (slice(0, 5), True)):
+        image[:, :, frames] = 1.0
+        caplog.clear()
+        run(handles, prompts, torch.zeros_like(image), image)
+        assert ("between the first and the last frame" in caplog.text) == said
+        assert "An end image is connected" not in caplog.text
+
+
 def test_an_end_image_is_welcome_to_a_checkpoint_made_for_it(checkpoints, prompts, tmp_path, caplog):
     folder = tmp_path / "CogVideoX1.5-5B-Interpolation"
     folder.symlink_to(checkpoints("1.5-i2v"))
@@ -237,7 +249,6 @@ def test_what_does_not_fit_is_refused_before_any_weight_is_read(checkpoints, pro
         (i2v, torch.zeros(1, 16, 4, 6, 10), "the start image would not cover the video"),
         (i2v, torch.zeros(3, 16, 5, 6, 10), "the start image would not cover the video"),
         (i2v, torch.full_like(latent, torch.nan), "start image's latent holds 4,800 values that are NaN"),
-        (i2v, torch.ones_like(latent), "latents between the first and the last frame, .* WanImageToVideo"),
     ):
         with pytest.raises(ValueError, match=said):
             run(handles, prompts, latent, image)
