@@ -721,8 +721,9 @@ def _refuse(guider, sampler) -> None:
             "LazyCache compares latents that begin at 4519 times the size of a picture with zero terminal SNR, so it "
             "would skip the wrong steps. Use EasyCache, or CogVideoX-1.5 Cache before CogVideoX-1.5 to ComfyUI."
         )
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    if not isinstance(sampling, model_sampling.V_PREDICTION) or isinstance(sampling, model_sampling.V_PREDICTION_DDPM):
+    # The second is how core itself has CogVideoX; older versions lack it.
+    reads_v = model_sampling.V_PREDICTION, getattr(model_sampling, "V_PREDICTION_DDPM", model_sampling.V_PREDICTION)
+    if not isinstance(guider.model_patcher.get_model_object("model_sampling"), reads_v):
         raise ValueError(
             "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
             "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "

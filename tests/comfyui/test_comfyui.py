@@ -1,5 +1,6 @@
 """The pack in a real ComfyUI: listed, executed through the HTTP API, cached, cancelled, and its errors read."""
 
+import copy
 import json
 import os
 import re
@@ -512,11 +513,30 @@ def test_what_makes_it_faster_works_together(comfy, prompt):
 
 def test_an_error_of_the_run_is_the_engines_sentence(comfy, prompt):
     """A length that another node gives is known only then."""
-    prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}
+    prompt["80"] = {"class_type": "StringLength", "inputs": {"string": 80 * "x"}}
     node_of(prompt, "CogVideoX15EmptyLatent")["length"] = ["80", 0]
     error = error_of(comfy.run(prompt))
     assert error["exception_message"].startswith("The clip length is 80 frames")
     assert "Set it to 65 or 81" in error["exception_message"]
+
+
+def test_a_value_of_a_primitive_node_is_refused_when_the_graph_is_queued(comfy, prompt):
+    prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}
+    node_of(prompt, "CogVideoX15EmptyLatent")["length"] = ["80", 0]
+    with pytest.raises(RuntimeError, match="Set it to 65 or 81"):
+        comfy.run(prompt)
+
+
+def test_a_node_whose_output_goes_nowhere_keeps_no_graph_from_running(comfy, prompt):
+    sampler = id_of(prompt, "CogVideoX15Sampler")
+    prompt["80"] = copy.deepcopy(prompt[sampler])
+    prompt["80"]["inputs"]["steps"] = 0
+    assert comfy.run(prompt)["status"]["status_str"] == "success"
+    prompt["81"] = {"class_type": "CogVideoX15VAEDecode", "inputs": {"samples": ["80", 0], "vae": ["1", 2]}}
+    prompt["82"] = {"class_type": "PreviewImage", "inputs": {"images": ["81", 0]}}
+    # With an output of its own it is told of, beside what runs.
+    queued = comfy.post("/prompt", {"prompt": prompt})
+    assert "steps is 0" in str(queued["node_errors"]["80"])
 
 
 def test_the_black_frame_check_sits_behind_any_node(comfy):

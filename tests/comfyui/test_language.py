@@ -84,7 +84,7 @@ def test_without_a_setting_the_page_has_the_browsers_language(comfy, prompt, hea
 def test_an_error_while_a_node_runs_is_told_in_both(comfy, prompt, chinese):
     since = len(comfy.log.read_text(encoding="utf-8"))
     # A length that another node gives is known only then.
-    prompt["80"] = {"class_type": "PrimitiveInt", "inputs": {"value": 80}}
+    prompt["80"] = {"class_type": "StringLength", "inputs": {"string": 80 * "x"}}
     node_of(prompt, "CogVideoX15EmptyLatent")["inputs"]["length"] = ["80", 0]
     told = comfy.listen(prompt)
     (failed,) = [event["data"] for event in told.events if event["type"] == "execution_error"]
