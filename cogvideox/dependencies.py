@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
+from types import TracebackType
 
 from .words import reason
 
@@ -18,6 +19,8 @@ _MODULES = {"protobuf": "google.protobuf"}
 TORCH = "2.6"
 #: Libraries that fail where another package's version does not fit, which install.py mends.
 _LIBRARIES = ("diffusers", "transformers", "accelerate")
+#: What they say where one of their own modules cannot be imported.
+_LAZY = "Failed to import (diffusers|transformers)|Could not import module"
 
 
 class DependencyError(RuntimeError):
@@ -88,26 +91,27 @@ def import_failure(error: BaseException) -> DependencyError | None:
     diffusers and transformers import packages that they can do without (xformers, bitsandbytes, torchvision) wherever
     they are installed. One that was built for another PyTorch then takes the whole library away.
     """
-    if isinstance(error, MemoryError):
-        return None
     is_one = isinstance(error, ImportError) or str(error).startswith("Failed to import ")
-    if not is_one and not _is_while_importing(error):
+    if isinstance(error, MemoryError) or not (is_one or _is_while_importing(error)):
         return None
-    root = error
-    while (deeper := root.__cause__ or root.__context__) is not None:
-        root = deeper
-    blamed = _raised_in(root)
-    if blamed is None or blamed in _LIBRARIES:
-        return _error(f"A library that CogVideoX-1.5 needs cannot be imported ({reason(root)}).")
-    blamed = _package_of(blamed)
-    if _is_needed(blamed):
+    chain = _chain(error)
+    root, seen = chain[-1], {package for link in chain for package in _packages_in(link)}
+    places = _packages_in(root)
+    blamed = places[-1] if places else (getattr(root, "name", None) or "").partition(".")[0]
+    blamed = _package_of(blamed) if blamed else ""
+    is_library = bool(seen.intersection(_LIBRARIES)) or re.match(_LAZY, str(error)) is not None
+    if blamed not in _LIBRARIES and blamed and _is_needed(blamed):
         return _unusable(blamed, root)
-    found = f"{blamed} {installed(blamed) or ''}".rstrip()
+    if not is_library and blamed not in _LIBRARIES:
+        # Code of others, which they import for themselves.
+        return None
+    if blamed in _LIBRARIES or not blamed or installed(blamed) is None:
+        return _error(f"A library that CogVideoX-1.5 needs cannot be imported ({reason(root)}).")
     return DependencyError(
-        f"The package {found} does not work here ({reason(root)}), and diffusers or transformers, which import it "
-        f"because it is installed, cannot be imported for it. Install its build for PyTorch {installed('torch')}"
-        f', or uninstall it, as CogVideoX-1.5 runs without: "{sys.executable}" -m pip uninstall {blamed}. Then restart '
-        "the program."
+        f"The package {blamed} {installed(blamed)} does not work here ({reason(root)}), and diffusers or transformers, "
+        f"which import it because it is installed, cannot be imported for it. Install its build for PyTorch "
+        f'{installed("torch")}, or uninstall it, as CogVideoX-1.5 runs without: "{sys.executable}" -m pip uninstall '
+        f"{blamed}. Then restart the program."
     )
 
 
@@ -135,8 +139,25 @@ def reinstall(package: str, what: str) -> DependencyError:
 
 
 def _unusable(package: str, error: BaseException) -> DependencyError:
-    found = f"{package} {installed(package) or ''}".rstrip()
-    return reinstall(package, f"The package {found} cannot be imported ({reason(error)}).")
+    found = installed(package)
+    said = f"{package} {found or ''}".rstrip()
+    # Of the version that is here: others were chosen to fit it.
+    again = package if found is None or "+" in found else f"{package}=={found}"
+    return reinstall(again, f"The package {said} cannot be imported ({reason(error)}).")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and those that it came of, the first one last. What another was only handled beside is not."""
+    found = [error]
+    while True:
+        last = found[-1]
+        deeper = last.__cause__
+        context = last.__context__
+        if deeper is None and context is not None and not last.__suppress_context__:
+            deeper = context if isinstance(context, ImportError) or _is_while_importing(context) else None
+        if deeper is None or any(deeper is one for one in found):
+            return found
+        found.append(deeper)
 
 
 def _is_while_importing(error: BaseException) -> bool:
@@ -144,27 +165,32 @@ def _is_while_importing(error: BaseException) -> bool:
     torch compiles runs like a module, and is passed over."""
     traceback = error.__traceback__
     while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
+        name = _module_of(traceback)
         if traceback.tb_frame.f_code.co_name == "<module>" and name not in sys.modules and _is_others(name):
             return True
         traceback = traceback.tb_next
     return False
 
 
-def _raised_in(error: BaseException) -> str | None:
-    """Return the package in whose code an error arose; Python's own, torch's and this pack's are passed over."""
-    blamed, traceback = None, error.__traceback__
+def _packages_in(error: BaseException) -> list[str]:
+    """Return the packages in whose code an error arose, the innermost last; Python's own, torch's and this pack's are
+    passed over."""
+    found, traceback = [], error.__traceback__
     while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
+        name = _module_of(traceback)
         if _is_others(name):
-            blamed = name.partition(".")[0]
+            found.append(name.partition(".")[0])
         traceback = traceback.tb_next
-    return blamed
+    return found
+
+
+def _module_of(traceback: TracebackType) -> str:
+    return str(traceback.tb_frame.f_globals.get("__name__") or "")
 
 
 def _is_others(module: str) -> bool:
     """Whether a module is neither Python's own, nor torch's, nor this pack's."""
-    own = {__name__.partition(".")[0], "cogvideox", "commands", "interop", "generate", "nodes"}
+    own = {"", "__main__", __name__.partition(".")[0], "cogvideox", "commands", "interop", "generate", "nodes"}
     return module.partition(".")[0] not in {"torch", "importlib", *own, *sys.stdlib_module_names}
 
 
@@ -185,7 +211,8 @@ def _is_needed(package: str) -> bool:
     left = [canonicalize_name(name) for name in requirements()]
     while left:
         name = left.pop()
-        if name not in needed:
+        # What torch needs comes with it.
+        if name not in needed and name != "torch":
             needed.add(name)
             needs = [Requirement(line) for line in (metadata.requires(name) if installed(name) else None) or ()]
             left += [

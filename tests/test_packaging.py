@@ -358,13 +358,52 @@ class TestDependencies:
             loading.empty_module(open_handles(tiny, "fp32", CPU).model.weights.part)
 
     def test_a_node_says_it_too(self, pack, monkeypatch):
+        inside = sys.modules[f"{pack.__name__}.cogvideox.dependencies"]
+        real = inside.installed
+        monkeypatch.setattr(inside, "installed", lambda name: "2.8.3" if name == "flash_attn" else real(name))
+
         def fail(*_, **__):
-            exec("raise ImportError('undefined symbol')", {"__name__": "flash_attn.interface"})
+            try:
+                exec("raise ImportError('undefined symbol')", {"__name__": "flash_attn.interface"})
+            except ImportError as error:
+                raise RuntimeError("Failed to import diffusers.loaders.peft because of …") from error
 
         node = pack.NODE_CLASS_MAPPINGS["CogVideoX15EmptyLatent"]
         monkeypatch.setattr(node, "execute", fail)
-        with pytest.raises(RuntimeError, match=r"The package flash_attn does not work here \(undefined symbol\)"):
+        with pytest.raises(RuntimeError, match=r"The package flash_attn 2\.8\.3 does not work .*\(undefined symbol\)"):
             node().run(width=160, height=96, length=17, batch_size=1)
+
+    @pytest.mark.parametrize(
+        ("place", "raised"),
+        [
+            ("/home/u/ComfyUI/custom_nodes/KJNodes", "ImportError('No module named sage')"),
+            ("comfy.ldm", "ImportError('No module named sage')"),
+            ("__main__", "RuntimeError('Failed to import image')"),
+            (None, "ImportError('x')"),
+        ],
+    )
+    def test_what_others_import_for_themselves_is_theirs(self, place, raised):
+        with pytest.raises((ImportError, RuntimeError)) as caught:
+            exec(f"raise {raised}", {"__name__": place})
+        assert dependencies.import_failure(caught.value) is None
+
+    def test_an_error_that_was_only_handled_beside_is_not_the_cause(self):
+        with pytest.raises(ImportError) as caught:
+            exec(
+                "try:\n raise RuntimeError('CUDA out of memory')\nexcept RuntimeError:\n raise ImportError('needs y')",
+                {"__name__": "transformers.models"},
+            )
+        assert "(needs y)" in str(dependencies.import_failure(caught.value))
+        # One that is said to come of itself ends, too.
+        caught.value.__cause__ = caught.value
+        assert "(needs y)" in str(dependencies.import_failure(caught.value))
+
+    def test_what_is_installed_again_is_the_version_that_fits(self, monkeypatch):
+        error = ImportError("DLL load failed")
+        with pytest.raises(ImportError) as caught:
+            exec("raise error", {"__name__": "sentencepiece", "error": error})
+        version = metadata.version("sentencepiece")
+        assert f"sentencepiece=={version}. Then restart" in str(dependencies.import_failure(caught.value))
 
     def test_extras_and_other_systems_are_not_asked_for(self, monkeypatch):
         monkeypatch.setattr(

@@ -338,6 +338,8 @@ def _look(root: Path) -> _Looked:
                     entry.name.lower().endswith(_LISTED)
                     and not is_shard(entry.name)
                     and f"{entry.name}{CONTROL}" not in names
+                    # One of several pieces of SAT's.
+                    and not (entry.name.startswith("mp_rank_") and "mp_rank_01_model_states.pt" in names)
                 ):
                     kept = entry.stat()
                     # A pipe or device that is called so is no file to read.

@@ -233,7 +233,8 @@ def _checked(given: Mapping, where: str) -> Settings:
     base = next((given[key] for key in _BASES if isinstance(given.get(key), str) and given[key]), None)
     alphas = tuple(_patterns(given.get("alpha_pattern"), "alpha_pattern", where))
     ranks = tuple(_patterns(given.get("rank_pattern"), "rank_pattern", where, least=1))
-    trained = None if biases is None else str(biases).lower() not in ("none", "false", "")
+    # As peft writes it; a model's own settings may have a bias, too, which is a switch.
+    trained = {"none": False, "all": True, "lora_only": True}.get(biases) if isinstance(biases, str) else None
     return Settings(number("lora_alpha"), number("r", least=1), alphas, ranks, bool(by_root), base, trained)
 
 

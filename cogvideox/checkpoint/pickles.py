@@ -13,14 +13,12 @@ from .headers import DTYPES, StoredTensor, opened
 from .pickle_program import Foreign, Tensor, Unreadable, follow
 
 #: Where in such a file the weights are: DeepSpeed writes ``module``, Lightning ``state_dict``, trainers of few steps
-#: ``generator``; the others are trainers' of LoRAs.
+#: ``generator``; those between are trainers' of LoRAs.
 _LEVELS = (
     "model",
     "module",
     "state_dict",
     "model_state_dict",
-    "model_state",
-    "generator",
     "lora",
     "lora_state_dict",
     "lora_weights",
@@ -28,6 +26,8 @@ _LEVELS = (
     "weights",
     "network",
     "adapter",
+    "model_state",
+    "generator",
 )
 #: Levels that are looked through.
 _DEPTH = 4
@@ -141,7 +141,8 @@ def _level_below(state: dict) -> dict | None:
     """
     for level in _LEVELS:
         if isinstance(state.get(level), dict):
-            if _holds_tensors(state.get(f"{level}_ema")):
+            # Which of the two a trainer of few steps means nobody can tell.
+            if level == "generator" and _holds_tensors(state.get(f"{level}_ema")):
                 raise _Several(listed((level, f"{level}_ema")))
             return state[level]
     if any(map(_is_tensor, state.values())):
