@@ -41,8 +41,8 @@ def free_bytes(device: torch.device) -> int | None:
     backend = getattr(torch, device.type)
     try:
         free, _ = backend.mem_get_info(device)
-    except RuntimeError:
-        # Some of Intel's drivers do not say.
+    except (RuntimeError, AttributeError):
+        # Some of Intel's drivers, and the first torch that knows those cards, do not say.
         return None
     # What torch holds and does not use is free too.
     idle = backend.memory_reserved(device) - backend.memory_allocated(device)

@@ -28,6 +28,12 @@ def _marked(conditioning: Any, **said: Any) -> tuple:
     return ([[embeddings, {**more, **said}] for embeddings, more in conditioning],)
 
 
+def _during(conditioning: Any, start: Any, end: Any, **_: Any) -> tuple:
+    if UNKNOWN in (start, end):
+        return (UNKNOWN,)
+    return _marked(conditioning, start_percent=float(start), end_percent=float(end))
+
+
 def _resized(samples: Any, width: int, height: int) -> tuple:
     if samples is UNKNOWN:
         return (UNKNOWN,)
@@ -51,9 +57,7 @@ def _scaled(samples: Any, scale_by: float, **_: Any) -> tuple:
 #: What nodes of ComfyUI's own give, of those that say it in the graph, from what they are given.
 _CORE: dict[str, Callable[..., tuple]] = {
     "CLIPTextEncode": lambda **_: ([[None, {}]],),
-    "ConditioningSetTimestepRange": lambda conditioning, start, end, **_: _marked(
-        conditioning, start_percent=start, end_percent=end
-    ),
+    "ConditioningSetTimestepRange": _during,
     **dict.fromkeys(
         ("ConditioningSetArea", "ConditioningSetAreaPercentage", "ConditioningSetAreaPercentageVideo"),
         lambda conditioning, **_: _marked(conditioning, area=UNKNOWN),

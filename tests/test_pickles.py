@@ -299,6 +299,9 @@ def test_of_several_sets_of_weights_none_is_taken_for_the_one_that_is_meant(tmp_
         {"generator": state, "critic": {"b": torch.ones(2)}},
         {"model_state": state, "optimizer": {"state": {"b": torch.ones(2)}}},
         {"mine": state, "optimizer_state": {"b": torch.ones(2)}},
+        # A generator of random numbers, and how far a training came.
+        {"generator": {"state": torch.ones(2)}, "model_state": {"step": 1}, "lora": state},
+        {"model": state, "model_ema": {"b": torch.ones(2)}},
     ):
         assert set(read_pickle_header(saved(tmp_path / "x.pt", one))) == set(state)
 

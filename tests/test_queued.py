@@ -324,6 +324,8 @@ class TestAsAWhole:
         [
             ("ConditioningSetTimestepRange", {"start": 0.0, "end": 0.5}, "(end_percent)"),
             ("ConditioningSetTimestepRange", {"start": 0.0, "end": 1.0}, None),
+            ("ConditioningSetTimestepRange", {"start": "0.0", "end": 1}, None),
+            ("ConditioningSetTimestepRange", {"start": ["70", 0], "end": 1.0}, None),
             ("ConditioningSetMask", {"mask": ["70", 0], "strength": 1.0, "set_cond_area": "default"}, "(mask)"),
             ("ConditioningSetAreaPercentageVideo", {"width": 0.5, "height": 1.0, "temporal": 1.0}, "(area)"),
         ],
@@ -393,6 +395,19 @@ class TestAsAWhole:
             del of(nodes, "CogVideoX15ToComfyUI")[name]
             ((_, _, said),) = errors(nodes)
             assert f"{output} of CogVideoX-1.5 to ComfyUI is connected and its input {name} is not" in said
+
+    def test_nor_is_what_is_connected_to_such_a_leftover(self, errors, graph, pack, monkeypatch):
+        page = sys.modules[f"{pack.__name__}.nodes.host.page"]
+        saves = SimpleNamespace(OUTPUT_NODE=True)
+        monkeypatch.setattr(page.comfyui, "node_classes", lambda: {"SaveVideo": saves} | pack.NODE_CLASS_MAPPINGS)
+        nodes = {
+            "1": {"class_type": "CogVideoX15ToComfyUI", "inputs": {}},
+            "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "x"}},
+            "3": {"class_type": "SaveVideo", "inputs": {"video": ["1", 2]}},
+        }
+        assert not page.is_connected(nodes, "1", 1)
+        assert page.is_connected(nodes, "1", 2)
+        assert not page.is_connected(None, "1", 2)
 
     def test_what_leads_to_no_output_is_not_looked_at(self, errors, graph, pack, monkeypatch):
         """Nor what was not asked for: ComfyUI runs neither."""

@@ -723,7 +723,8 @@ def _refuse(guider, sampler) -> None:
         )
     # The second is how core itself has CogVideoX; older versions lack it.
     reads_v = model_sampling.V_PREDICTION, getattr(model_sampling, "V_PREDICTION_DDPM", model_sampling.V_PREDICTION)
-    if not isinstance(guider.model_patcher.get_model_object("model_sampling"), reads_v):
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    if not isinstance(sampling, reads_v) or isinstance(sampling, model_sampling.EDM):
         raise ValueError(
             "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
             "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "

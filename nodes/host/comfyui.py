@@ -1,8 +1,8 @@
 """ComfyUI's modules, where the pack runs inside ComfyUI. The other files here read them from this one, and ask
 ``IN_COMFYUI`` before they do."""
 
-import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -26,7 +26,8 @@ if IN_COMFYUI:
 
 def node_classes() -> Mapping[str, Any]:
     """Return all nodes of ComfyUI by the names of their classes; none outside of it."""
-    return importlib.import_module("nodes").NODE_CLASS_MAPPINGS if IN_COMFYUI else {}
+    # Long imported where it is ComfyUI's.
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}) if IN_COMFYUI else {}
 
 
 def server() -> Any:

@@ -61,17 +61,21 @@ def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
     def remember(data: dict) -> dict:
         # A script may post anything, and ComfyUI has not looked at it yet.
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        graph = {
-            key: node
-            for key, node in (prompt.items() if isinstance(prompt, dict) else ())
-            if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
-        }
-        look(_needed(graph, data.get("partial_execution_targets") if isinstance(data, dict) else None))
+        look(_needed(_nodes_of(prompt), data.get("partial_execution_targets") if isinstance(data, dict) else None))
         return data
 
     server = comfyui.server()
     if server is not None:
         server.add_on_prompt_handler(remember)
+
+
+def _nodes_of(prompt: Any) -> dict[str, dict]:
+    """Return what of a graph is nodes."""
+    return {
+        key: node
+        for key, node in (prompt.items() if isinstance(prompt, dict) else ())
+        if isinstance(node, dict) and isinstance(node.get("inputs", {}), dict)
+    }
 
 
 def _needed(graph: dict[str, dict], targets: Any) -> dict[str, dict]:
@@ -120,13 +124,11 @@ def running_node() -> str | None:
 
 
 def is_connected(prompt: dict | None, node: str | None, slot: int) -> bool:
-    """Say whether anything in a graph that is being run takes an output of a node; False where the graph is unknown."""
-    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    """Say whether anything that is run of a graph takes an output of a node; False where the graph is unknown."""
     return any(
         [node, slot] == link
-        for other in nodes
-        if isinstance(other, dict)
-        for link in (other.get("inputs") or {}).values()
+        for other in _needed(_nodes_of(prompt), None).values()
+        for link in other.get("inputs", {}).values()
     )
 
 

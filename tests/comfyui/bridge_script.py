@@ -285,6 +285,9 @@ def core_nodes():
         other = nodes_model_advanced.ModelSamplingDiscrete().patch(model, kind, False)[0]
         refused("CogVideoX predicts v", lambda other=other: run(other, latents, noise))
     refused("CogVideoX predicts v", lambda: run(sd3, latents, noise))
+    for kind in ("edm", "edm_playground_v2.5", "eps"):
+        other = nodes_model_advanced.ModelSamplingContinuousEDM().patch(model, kind, 120.0, 0.002)[0]
+        refused("CogVideoX predicts v", lambda other=other: run(other, latents, noise))
     for dimension in (0, 1, 3, 4):
         along = of(
             nodes_context_windows.ContextWindowsManualNode, model, 4, 2, "standard_static", 1, False, "pyramid",
