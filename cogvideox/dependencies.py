@@ -20,7 +20,7 @@ TORCH = "2.6"
 #: Libraries that fail where another package's version does not fit, which install.py mends.
 _LIBRARIES = ("diffusers", "transformers", "accelerate")
 #: What they say where one of their own modules cannot be imported.
-_LAZY = "Failed to import (diffusers|transformers)|Could not import module"
+_LAZY = re.compile("Failed to import (diffusers|transformers)|Could not import module")
 
 
 class DependencyError(RuntimeError):
@@ -99,7 +99,7 @@ def import_failure(error: BaseException) -> DependencyError | None:
     places = _packages_in(root)
     blamed = places[-1] if places else (getattr(root, "name", None) or "").partition(".")[0]
     blamed = _package_of(blamed) if blamed else ""
-    is_library = bool(seen.intersection(_LIBRARIES)) or re.match(_LAZY, str(error)) is not None
+    is_library = bool(seen.intersection(_LIBRARIES)) or _LAZY.match(str(error)) is not None
     if blamed not in _LIBRARIES and blamed and _is_needed(blamed):
         return _unusable(blamed, root)
     if not is_library and blamed not in _LIBRARIES:
