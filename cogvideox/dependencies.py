@@ -8,8 +8,12 @@ from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .words import reason
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _ROOT = Path(__file__).parent.parent
 REQUIREMENTS = _ROOT / "requirements.txt"
@@ -202,25 +206,19 @@ def _package_of(module: str) -> str:
 
 def _is_needed(package: str) -> bool:
     """Whether a package is required, or by one that is."""
-    if util.find_spec("packaging") is None:
-        return package in requirements()
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    needed: set[str] = set()
-    left = [canonicalize_name(name) for name in requirements()]
+    needed, left = set[str](), list(map(_canonical, requirements()))
     while left:
         name = left.pop()
         # What torch needs comes with it.
         if name not in needed and name != "torch":
             needed.add(name)
-            needs = [Requirement(line) for line in (metadata.requires(name) if installed(name) else None) or ()]
-            left += [
-                canonicalize_name(need.name)
-                for need in needs
-                if need.marker is None or need.marker.evaluate({"extra": ""})
-            ]
-    return canonicalize_name(package) in needed
+            left += [_canonical(need.name) for need in (_needs(name) if installed(name) else ())]
+    return _canonical(package) in needed
+
+
+def _canonical(name: str) -> str:
+    """Return a package's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def unfit() -> list[str]:
@@ -232,21 +230,25 @@ def unfit() -> list[str]:
 def unmet_needs(name: str) -> list[str]:
     """List what an installed package says that it needs and does not find: ``huggingface-hub<3.0,>=1.32.0, but 0.36.2
     is installed``."""
+    unmet = []
+    for need in _needs(name):
+        found = installed(need.name)
+        if found is None or not need.specifier.contains(found, prereleases=True):
+            unmet.append(
+                f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed"
+            )
+    return unmet
+
+
+def _needs(name: str) -> "list[Requirement]":
+    """List what an installed package says that it needs here, extras left out."""
     if util.find_spec("packaging") is None:
         # transformers and accelerate bring it: without them there is more to tell than this.
         return []
     from packaging.requirements import Requirement
 
-    unmet = []
-    for line in metadata.requires(name) or ():
-        need = Requirement(line)
-        if need.marker is None or need.marker.evaluate({"extra": ""}):
-            found = installed(need.name)
-            if found is None or not need.specifier.contains(found, prereleases=True):
-                unmet.append(
-                    f"{need.name}{need.specifier}, but {'it is not' if found is None else f'{found} is'} installed"
-                )
-    return unmet
+    needs = map(Requirement, metadata.requires(name) or ())
+    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
 def is_at_least(name: str, version: str) -> bool:

@@ -414,14 +414,14 @@ def outside_training(model: Model, latents: torch.Tensor, image_latents: torch.T
         step, rest = model.variant.frame_step, model.variant.rest
         frames = (model.windows.length - rest) // step * step + rest
     notes = [windows, model.variant.outside_model_card(width, height, frames)]
-    wants_image = model.variant.reads == START_IMAGE
-    if image_latents is not None and wants_image and image_latents[:, :, 1:-1].any():
+    image = image_latents if model.variant.reads == START_IMAGE else None
+    if image is not None and image[:, :, 1:-1].any():
         notes.append(
             f"The conditioning holds latents between the first and the last frame, where {model.variant.name} was "
             "trained to read zeros: another model's node made it (WanImageToVideo and its like do), or one that joins "
             "latents. Put CogVideoX-1.5 Image to Video in its place."
         )
-    elif image_latents is not None and wants_image and image_latents.shape[2] > 1 and image_latents[:, :, -1].any():
+    elif image is not None and image.shape[2] > 1 and image[:, :, -1].any():
         # No weight tells; those who train for it say so in the name.
         names = [str(model.weights.part.source), *(lora.path.name for lora in model.loras)]
         if not any("interp" in name.lower() for name in names):

@@ -11,7 +11,6 @@ them; ``sample`` takes and gives ComfyUI's ``[B, 16, T, H/8, W/8]``, unscaled.
 One file, as a run is read from top to bottom: what it is given, the loop, a step, one evaluation.
 """
 
-import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -46,15 +45,13 @@ from .requests import (
     turns_of,
 )
 from .schedulers import advance
-from .second import Second, begin
+from .second import Second
 from .sentinel import OutOfMemory, Sentinel
 from .skips import plan_skips
 from .tensors import check_tensor
 from .variants import CONDITIONING_CHANNELS, INPAINT, OFS, full_config
 from .weights import Placement
 from .windows import Canvas, latents_at_once, spans
-
-logger = logging.getLogger(__name__)
 
 
 def sample(
@@ -530,7 +527,7 @@ class Run:
 
     def _begin(self, index: int, guided: bool, window: int) -> None:
         anew = self.second is not None and self.second.begin(index, guided, window)
-        begin(self.speedups, index, guided, window, anew)
+        self.speedups.begin(index, guided, window, anew)
 
     def _predict(
         self,

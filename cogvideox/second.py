@@ -77,7 +77,7 @@ class Second:
         self._again, self._turn = turn <= self._turn, turn
         missed = window in self._missed and not self._again
         self._missed.discard(window)
-        begin(self._speedups, index, guided, window, missed)
+        self._speedups.begin(index, guided, window, missed)
         return missed
 
     def evaluate(
@@ -132,11 +132,3 @@ class Second:
         self._running = ExitStack()
         self._weights.release()
         empty_cache(device)
-
-
-def begin(speedups: Speedups, index: int, guided: bool, window: int, anew: bool) -> None:
-    """Tell what makes a model faster of a step, ``anew`` where nothing that was cached is to be reused."""
-    speedups.begin(index, guided, window)
-    if anew:
-        # Of a step that is run again, caches forget what they had.
-        speedups.begin(index, guided, window)

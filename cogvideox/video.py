@@ -41,6 +41,8 @@ __all__ = [
 _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
 #: Of H.264.
 _ENCODER = "libx264"
+#: What latents are called that are kept of a run that ended.
+_UNFINISHED = "CogVideoX_unfinished"
 
 
 def write_mp4(
@@ -231,7 +233,7 @@ def free_name(path: Path) -> Path:
     return next(new for number in count(2) if not os.path.lexists(new := path.with_stem(f"{path.stem}_{number:05}")))
 
 
-def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unfinished") -> Path:
+def write_latent(samples: torch.Tensor, folder: Path, name: str = _UNFINISHED) -> Path:
     """Write a latent ``[B, 16, T, H/8, W/8]`` so that core's Load Latent reads it, whole or not at all.
 
     Returns:
@@ -260,6 +262,21 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = "CogVideoX_unf
             # Another came first: the next number.
             if not os.path.lexists(path):
                 raise
+
+
+def keep_latent(samples: torch.Tensor, folders: Iterable[Path], name: str = _UNFINISHED) -> Path:
+    """Write a latent into the first of some folders that can be written, as ``write_latent`` does.
+
+    Raises:
+        ValueError: if none of them can, with what was wrong with each.
+    """
+    failed = []
+    for folder in folders:
+        try:
+            return write_latent(samples, folder, name)
+        except ValueError as error:
+            failed.append(str(error))
+    raise ValueError(" ".join(failed))
 
 
 def read_latent(path: Path) -> torch.Tensor:

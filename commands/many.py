@@ -180,7 +180,7 @@ def options_of(
     Raises:
         ValueError: for a name that is no option of a video, or a value that it cannot have.
     """
-    found, words = copy(options), list[str]()
+    found, words, named = copy(options), list[str](), set[str]()
     known = [name for name in vars(options) if name not in _OF_ALL and not name.startswith("_")]
     for given, value in line.words.items():
         name = given.removeprefix("--").replace("-", "_")
@@ -190,12 +190,12 @@ def options_of(
                 f"{short(repr(given))} is no option of a single video; {near[0]} is one. Give options by the names of "
                 "generate.py --help."
             )
+        named.add(name)
         words += _as_words(found, name, value)
     found = parse(words, found)
     if "-" in (found.prompt, found.negative):
         raise ValueError("A prompt is -, which is the standard input, and lines hold their own. Write its words there.")
-    named = "output" in {name.removeprefix("--") for name in line.words}
-    found.output = folder / (found.output if named else f"{line.number:05}.mp4")
+    found.output = folder / (found.output if "output" in named else f"{line.number:05}.mp4")
     return found
 
 

@@ -220,7 +220,7 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
     Raises:
         RuntimeError: with what failed, and how to go on from there.
     """
-    from cogvideox.video import write_latent
+    from cogvideox.video import keep_latent
 
     try:
         yield
@@ -234,18 +234,15 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         said = (
             str(cause) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
         )
-        failed = []
-        for folder in (output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
-            try:
-                path = write_latent(latent, folder, output.stem[:100])
-            except ValueError as why:
-                failed.append(str(why))
-                continue
-            raise RuntimeError(
-                f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
-                "same --model makes the video of them."
-            ) from error
-        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
+        folders = output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
+        try:
+            path = keep_latent(latent, folders, output.stem[:100])
+        except ValueError as why:
+            raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
+        raise RuntimeError(
+            f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
+            "same --model makes the video of them."
+        ) from error
 
 
 def finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:

@@ -54,6 +54,10 @@ def _scaled(samples: Any, scale_by: float, **_: Any) -> tuple:
     return _resized(samples, round(width * scale_by), round(height * scale_by))
 
 
+def _value_as(kind: type) -> Callable[..., tuple]:
+    return lambda value, **_: (value if value is UNKNOWN else kind(value),)
+
+
 #: What nodes of ComfyUI's own give, of those that say it in the graph, from what they are given.
 _CORE: dict[str, Callable[..., tuple]] = {
     "CLIPTextEncode": lambda **_: ([[None, {}]],),
@@ -66,13 +70,10 @@ _CORE: dict[str, Callable[..., tuple]] = {
     **dict.fromkeys(("KSampler", "KSamplerAdvanced"), lambda latent_image, **_: (latent_image,)),
     "LatentUpscale": _upscaled,
     "LatentUpscaleBy": _scaled,
-    "PrimitiveInt": lambda value, **_: (value if value is UNKNOWN else int(value),),
-    "PrimitiveFloat": lambda value, **_: (value if value is UNKNOWN else float(value),),
-    "PrimitiveBoolean": lambda value, **_: (value if value is UNKNOWN else bool(value),),
-    **dict.fromkeys(
-        ("PrimitiveString", "PrimitiveStringMultiline"),
-        lambda value, **_: (value if value is UNKNOWN else str(value),),
-    ),
+    "PrimitiveInt": _value_as(int),
+    "PrimitiveFloat": _value_as(float),
+    "PrimitiveBoolean": _value_as(bool),
+    **dict.fromkeys(("PrimitiveString", "PrimitiveStringMultiline"), _value_as(str)),
 }
 
 

@@ -131,3 +131,15 @@ def is_same_video(one: Path, other: Path) -> bool:
         return True
     first, second = read_video(one), read_video(other)
     return first.shape == second.shape and (first - second).abs().mean().item() < 0.02
+
+
+def generate_beside(packages: Path, model: Path, *more: str) -> subprocess.CompletedProcess:
+    """Run ``generate.py`` in a process that finds the packages of a folder before all others; its video goes there."""
+    short = "--prompt x --width 96 --height 64 --frames 17 --steps 1".split()
+    return subprocess.run(
+        [sys.executable, "generate.py", "--model", model, *short, *more, "--output", packages / "video.mp4"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+    )

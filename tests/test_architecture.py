@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from cogvideox.checkpoint.architecture import expected_tensors
+from cogvideox.checkpoint.foreign import ForeignError
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
-from cogvideox.checkpoint.naming import ForeignError
 from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
 from cogvideox.loading import load_module
 from tests import layouts

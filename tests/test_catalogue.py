@@ -305,6 +305,10 @@ def test_parts_in_torchs_own_files_are_listed_too(tmp_path, source):
         assert name in [entry.name for entry in list_parts(kind, [tmp_path])]
     # SAT's weights are those of their folder.
     assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["sat", "cog.pth"]
+    # In several pieces they are no model, and none of them is one.
+    weights = tmp_path / "sat" / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+    shutil.copy(weights, weights.with_name("mp_rank_01_model_states.pt"))
+    assert [entry.name for entry in list_checkpoints([], [tmp_path])] == ["cog.pth"]
 
 
 def test_a_download_that_is_not_finished_is_not_listed_until_it_is(tmp_path, source):

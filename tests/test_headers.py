@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cogvideox.checkpoint.foreign import ForeignError
 from cogvideox.checkpoint.headers import DTYPES, read_header, read_metadata
 from cogvideox.checkpoint.layout import open_checkpoint
-from cogvideox.checkpoint.naming import ForeignError
 from cogvideox.checkpoint.reading import read_any_header
 from tests import layouts
 from tests.tiny_checkpoint import build_transformer

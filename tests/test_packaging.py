@@ -16,7 +16,7 @@ import install
 from cogvideox import dependencies, loading
 from cogvideox.handles import open_handles
 from tests.conftest import CPU, ROOT
-from tests.helpers import write_package
+from tests.helpers import generate_beside, write_package
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -254,14 +254,7 @@ class TestDependencies:
     )
     def test_a_package_that_takes_diffusers_or_transformers_away_is_named(self, tiny, tmp_path, name, does, said):
         write_package(tmp_path, name, "0.26.0", does)
-        command = "--prompt x --width 96 --height 64 --frames 17 --steps 1".split()
-        done = subprocess.run(
-            [sys.executable, "generate.py", "--model", tiny, *command, "--output", tmp_path / "video.mp4"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
+        done = generate_beside(tmp_path, tiny)
         assert done.returncode == 1
         assert f"error: The package {name} 0.26.0 does not work here ({said})" in done.stderr
         assert f'"{sys.executable}" -m pip uninstall {name}' in done.stderr

@@ -2,7 +2,6 @@
 finished step is lost."""
 
 import os
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -15,8 +14,7 @@ from safetensors.torch import save_file
 
 from cogvideox.clip_files import read_sound, read_video
 from cogvideox.video import check_output, check_room, free_name, read_latent, write_latent, write_mp4
-from tests.conftest import ROOT
-from tests.helpers import write_package
+from tests.helpers import generate_beside, write_package
 from tests.told import Told
 
 NOISE = torch.rand(5, 48, 80, 3, generator=torch.Generator().manual_seed(1))
@@ -89,14 +87,7 @@ class TestThePlace:
 
     def test_so_is_a_pyav_that_cannot_be_imported(self, tiny, tmp_path):
         write_package(tmp_path, "av", does="raise ImportError('DLL load failed while importing _core')")
-        command = "--prompt x --width 96 --height 64 --frames 17 --steps 1 --plan".split()
-        done = subprocess.run(
-            [sys.executable, "generate.py", "--model", tiny, *command, "--output", tmp_path / "video.mp4"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
+        done = generate_beside(tmp_path, tiny, "--plan")
         assert done.returncode == 1
         assert "error: The package av " in done.stderr
         assert "cannot be imported (DLL load failed while importing _core)" in done.stderr

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, foreign_inputs, identify
 from ..words import listed, short
 from .expected import TIED, Shape, expected_tensors
+from .foreign import ForeignError
 from .headers import StoredTensor
-from .naming import ForeignError
 
 if TYPE_CHECKING:
     from .parts import Part

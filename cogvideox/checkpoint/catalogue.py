@@ -24,6 +24,7 @@ from ..words import LIMIT, reason, short
 from .entries import CONTROL
 from .folders import (
     holds_shards,
+    is_sat_piece,
     is_shard,
     may_be_checkpoint,
     repository_name,
@@ -31,11 +32,11 @@ from .folders import (
     snapshot,
     transformer_folders,
 )
+from .foreign import ForeignError
 from .headers import MAX_HEADER, StoredTensor
 from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .lora_places import PICKLES
-from .naming import ForeignError
 from .parts import Part
 from .weight_sets import INDEX
 
@@ -338,8 +339,7 @@ def _look(root: Path) -> _Looked:
                     entry.name.lower().endswith(_LISTED)
                     and not is_shard(entry.name)
                     and f"{entry.name}{CONTROL}" not in names
-                    # One of several pieces of SAT's.
-                    and not (entry.name.startswith("mp_rank_") and "mp_rank_01_model_states.pt" in names)
+                    and not is_sat_piece(entry.name, names)
                 ):
                     kept = entry.stat()
                     # A pipe or device that is called so is no file to read.

@@ -16,7 +16,7 @@ people type, a cache and a checkpoint's folder lead to each other.
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,8 @@ _TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 _TRANSFORMER_FOLDERS = ("transformer", "transformer_T2V", "transformer_I2V")
 #: What SAT's trainer and DeepSpeed call the weights of one training step.
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
+#: The second of several pieces that weights of SAT's are in, as a training on several cards leaves them.
+_SAT_SECOND = "mp_rank_01_model_states.pt"
 #: Where SAT's guide puts the other parts.
 _SAT_PARTS = {"vae": "vae/3d-vae.pt", "text_encoder": "t5-v1_1-xxl"}
 #: How far above SAT's weights they are looked for: transformer/1000/ is two folders below them, and the folder may be
@@ -127,7 +129,7 @@ def _sat_place(path: Path, weights: Path) -> Place:
         notes = (
             f"{short(weights.parent.parent, 400)} holds {len(steps)} training steps: read is {weights.parent.name}.",
         )
-    if os.path.lexists(weights.with_name("mp_rank_01_model_states.pt")):
+    if os.path.lexists(weights.with_name(_SAT_SECOND)):
         raise ValueError(
             f"{short(weights.parent, 400)} holds a model that was trained in several pieces (mp_rank_00, mp_rank_01, "
             "…), and one of them alone cannot run. Join them with SAT's tools (merge_model of SwissArmyTransformer), "
@@ -250,6 +252,11 @@ def holds_shards(folder: Path) -> bool:
 def may_be_checkpoint(names: Iterable[str]) -> bool:
     """Whether a folder without folders in it may be a checkpoint, by the names of its files."""
     return any(name == _SAT_WEIGHTS or name.endswith(".json") for name in names)
+
+
+def is_sat_piece(name: str, beside: Container[str]) -> bool:
+    """Whether a file of SAT's is one of several pieces, by its name and those beside it."""
+    return name.startswith("mp_rank_") and _SAT_SECOND in beside
 
 
 def is_shard(name: str) -> bool:

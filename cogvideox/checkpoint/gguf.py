@@ -20,6 +20,7 @@ from ..dependencies import DependencyError
 from ..modules.packed import check_quantization
 from ..words import reason, short
 from .headers import MOST_ELEMENTS, StoredTensor, opened, what_it_is
+from .weight_sets import piece_of
 
 #: GGUF's unquantized types, by their numbers.
 _PLAIN = {
@@ -55,10 +56,10 @@ def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
         DependencyError: if the package ``gguf`` is not installed.
     """
     path = Path(path)
-    piece = re.search(r"-(\d{5})-of-(\d{5})$", path.stem)
-    if piece and int(piece[2]) > 1:
+    piece = piece_of(path)
+    if piece is not None:
         raise ValueError(
-            f"{short(path, 400)} is piece {int(piece[1])} of {int(piece[2])} of a GGUF file, and one piece alone "
+            f"{short(path, 400)} is piece {piece[0]} of {piece[1]} of a GGUF file, and one piece alone "
             "cannot run. Join them with llama.cpp: llama-gguf-split --merge FIRST-PIECE.gguf WHOLE.gguf, and choose "
             "the whole file."
         )

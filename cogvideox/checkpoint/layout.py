@@ -16,7 +16,6 @@ files with the names of diffusers or of ComfyUI; and SAT's folders (``transforme
 
 import logging
 import os
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,15 +31,14 @@ from .folders import WHERE as _WHERE
 from .folders import Place, choose_weights, find_place, names_scheduler, part_path, what_else
 from .folders import is_checkpoint as is_checkpoint
 from .folders import sat_step as sat_step
+from .foreign import ForeignError, packed_error
 from .headers import StoredTensor
 from .lora_files import lora_inside
 from .naming import (
-    ForeignError,
     FoundPart,
     check_unpacked,
     find_parts,
     module_tensors,
-    packed_error,
     split_lora,
     split_scales,
     unwrapped,
@@ -49,6 +47,7 @@ from .parts import Part
 from .reading import read_any_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer
+from .weight_sets import piece_of
 
 logger = logging.getLogger(__name__)
 
@@ -276,10 +275,10 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
             f"{short(file, 400)} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one "
             "may be the average that training keeps (EMA). Save the one you want in a file of its own."
         )
-    shard = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
-    if shard and int(shard[2]) > 1:
+    piece = piece_of(file)
+    if piece is not None:
         raise ValueError(
-            f"{short(file, 400)} is piece {int(shard[1])} of {int(shard[2])} of a {PARTS[kind][0]}, and one piece "
+            f"{short(file, 400)} is piece {piece[0]} of {piece[1]} of a {PARTS[kind][0]}, and one piece "
             "alone cannot run. Give the folder that all of them lie in, with its config.json and index, or choose a "
             "file that is whole."
         )

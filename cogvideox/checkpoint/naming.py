@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..words import listed, short
-from .foreign import ForeignError as ForeignError
-from .foreign import packed_error as packed_error
+from .foreign import ForeignError, packed_error
 from .headers import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]

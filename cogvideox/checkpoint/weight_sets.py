@@ -56,6 +56,13 @@ _NO_WEIGHTS = re.compile(
 _LORAS = ("pytorch_lora_weights", "adapter_model", "adapter_config")
 
 
+def piece_of(file: Path) -> tuple[int, int] | None:
+    """Which of how many pieces a file is by its name, ``…-00001-of-00003.gguf``, whatever its format; None for one that
+    is alone."""
+    found = re.search(r"-(\d{5})-of-(\d{5})$", file.stem)
+    return (int(found[1]), int(found[2])) if found and int(found[2]) > 1 else None
+
+
 @dataclass(frozen=True)
 class WeightSet:
     """One set of a part's weights.

@@ -78,12 +78,15 @@ class Speedups:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
 
-    def begin(self, index: int, guided: bool, window: int = 0) -> None:
-        """Note that step ``index`` is about to be run in a window, or run again, guided or not."""
+    def begin(self, index: int, guided: bool, window: int = 0, anew: bool = False) -> None:
+        """Note that step ``index`` is about to be run in a window, or run again, guided or not; ``anew`` where nothing
+        that was cached is to be reused."""
         if self._compiled is not None:
             self._compiled.begin(index)
         if self._cache is not None:
-            self._cache.begin(index, guided, window)
+            # Of a step that is run again, caches forget what they had.
+            for _ in range(2 if anew else 1):
+                self._cache.begin(index, guided, window)
 
     def report(self) -> None:
         """Tell at the end of the run what they did."""

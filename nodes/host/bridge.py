@@ -513,9 +513,7 @@ class _Run:
         if nearest > _SAME_SIGMA or index < self._index:
             self._refuse_cache()
         self._index = index
-        # Told twice, caches forget.
-        for _ in range(2 if self._stale else 1):
-            self._speedups.begin(index, self._halves(options))
+        self._speedups.begin(index, self._halves(options), anew=self._stale)
         self._stale = False
         return index
 
@@ -586,7 +584,7 @@ class _Run:
 
 def _replacements(options: dict) -> dict[int, Callable]:
     """Return what other nodes put in the place of blocks (Skip Layer Guidance), as the engine takes it."""
-    others = [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
+    others = _replaced_elsewhere(options)
     if others:
         raise ValueError(
             f"A node patches what this model does not give out ({listed(others)}) in calls of its own, which would "
@@ -594,6 +592,11 @@ def _replacements(options: dict) -> dict[int, Callable]:
         )
     found = options.get("patches_replace", {}).get("dit", {})
     return {key[1]: partial(_replaced, patch) for key, patch in found.items() if key[0] == "double_block"}
+
+
+def _replaced_elsewhere(options: dict) -> list[str]:
+    """List what other nodes replace that is no block of the transformer."""
+    return [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
 
 
 def _replaced(patch, own, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, **given):
@@ -742,7 +745,7 @@ def _refuse(guider, sampler) -> None:
             "nothing. Take it away."
         )
     named = [name for name, patches in options.get("patches", {}).items() if patches]
-    named += [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
+    named += _replaced_elsewhere(options)
     if named:
         raise ValueError(
             f"A node patches what this model does not have, or does not give out ({listed(named)}), so it would do "

@@ -89,7 +89,7 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
         RuntimeError: with what ran out, and where the latents are, or why they are nowhere.
     """
     from ...cogvideox.sentinel import OutOfMemory
-    from ...cogvideox.video import write_latent
+    from ...cogvideox.video import keep_latent
 
     try:
         yield
@@ -97,22 +97,19 @@ def saving_latents(samples: torch.Tensor | None = None) -> Iterator[None]:
         latents = samples if error.latents is None else error.latents
         if latents is None:
             raise
-        said, failed = str(error), []
-        for number, folder in enumerate(_latent_folders()):
-            try:
-                path = write_latent(latents, folder)
-            except ValueError as why:
-                failed.append(str(why))
-                continue
-            if number == 0:
-                raise RuntimeError(
-                    f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
-                ) from error
+        said, folders = str(error), _latent_folders()
+        try:
+            path = keep_latent(latents, folders)
+        except ValueError as why:
+            raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
+        if path.parent == folders[0]:
             raise RuntimeError(
-                f"{said} The latents are not lost: they are in {path}. Move that file to ComfyUI's input folder, "
-                "which cannot be written to now, and Load Latent opens it."
+                f"{error} The latents are not lost: {path.name} can be opened with Load Latent (it is {path})."
             ) from error
-        raise RuntimeError(f"{said} The latents could not be kept either ({' '.join(failed)})") from error
+        raise RuntimeError(
+            f"{said} The latents are not lost: they are in {path}. Move that file to ComfyUI's input folder, "
+            "which cannot be written to now, and Load Latent opens it."
+        ) from error
 
 
 def _latent_folders() -> list[Path]:
