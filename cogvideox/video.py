@@ -242,10 +242,7 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = _UNFINISHED) -
     Raises:
         ValueError: if it cannot be written there.
     """
-    from safetensors.torch import save
-
-    # The second tensor is what core knows an unscaled latent by.
-    content = save({"latent_tensor": samples.cpu().contiguous(), "latent_format_version_0": torch.tensor([])})
+    content = latent_bytes(samples)
     while True:
         path = next(path for number in count(1) if not os.path.lexists(path := folder / f"{name}_{number:05}.latent"))
         try:
@@ -262,6 +259,14 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = _UNFINISHED) -
             # Another came first: the next number.
             if not os.path.lexists(path):
                 raise
+
+
+def latent_bytes(samples: torch.Tensor) -> bytes:
+    """Make the file of a latent ``[B, 16, T, H/8, W/8]`` that core's Load Latent reads."""
+    from safetensors.torch import save
+
+    # The second tensor is what core knows an unscaled latent by.
+    return save({"latent_tensor": samples.cpu().contiguous(), "latent_format_version_0": torch.tensor([])})
 
 
 def keep_latent(samples: torch.Tensor, folders: Iterable[Path], name: str = _UNFINISHED) -> Path:

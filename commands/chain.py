@@ -7,14 +7,13 @@ are in has a name of its own for each set of settings.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.files import write_whole, written_whole
+from cogvideox.files import write_whole
 from cogvideox.going_on import check_known, join_clips
 from cogvideox.variants import INPAINT, START_IMAGE, Variant
 from cogvideox.words import reason, short
@@ -221,12 +220,12 @@ def _keep(latents: "torch.Tensor", path: Path) -> bool:
     Raises:
         ValueError: if they cannot be written.
     """
-    from cogvideox.video import write_latent
+    from cogvideox.video import latent_bytes
 
     try:
-        with written_whole(path) as partial:
-            # Under this name alone: the next free number may be the next part's.
-            os.replace(write_latent(latents, path.parent, partial.stem), partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under this name alone: the next free number may be the next part's.
+        write_whole(path, latent_bytes(latents))
     except (ValueError, OSError) as error:
         if path.exists():
             return False
