@@ -156,6 +156,7 @@ def make_video(
     folder: Path,
     settings: Mapping[str, Any],
     size: tuple[int, int],
+    shape: "torch.Size",
     before: "torch.Tensor | None",
     seed: int,
     make: "Callable[[torch.Tensor | None, int], torch.Tensor]",
@@ -168,6 +169,7 @@ def make_video(
         folder: where parts are kept and looked for.
         settings: written beside them, for people.
         size: width and height in pixels.
+        shape: of a part's latents.
         before: the clip that the first part goes on from, uint8 ``[parts.begun, H, W, 3]``; None without one.
         seed: of the first part; the next has the next seed.
         make: takes the frames ``[parts.overlap, H, W, 3]`` in 0..1 that a part begins with, None for a first part
@@ -178,11 +180,10 @@ def make_video(
         uint8 ``[frames, H, W, 3]``.
 
     Raises:
-        ValueError: if a part cannot be kept, or what is kept cannot be read.
+        Unkept: if a part cannot be kept.
+        ValueError: if the folder cannot be written to, or what is kept there is no such part.
     """
     import torch
-
-    from cogvideox.video import read_latent
 
     # Filled as they are made: bytes, as the frames of half a minute in float take four times as much.
     shown = torch.empty(parts.total, *size[::-1], 3, dtype=torch.uint8)
@@ -192,16 +193,17 @@ def make_video(
         known = before[-parts.overlap :] / 255
     for number in range(parts.count):
         kept = folder / f"part_{number + 1:05}.latent"
-        if kept.exists():
-            say(f"Part {number + 1} of {parts.count} is there already ({short(kept, 400)}).")
-            latents = read_latent(kept)
-        else:
+        latents = None
+        if not kept.exists():
             say(f"Part {number + 1} of {parts.count}:")
+            # Before: where this cannot be written, the part could not be either.
+            _describe(folder, settings)
             latents = make(known, (seed + number) % _SEEDS)
             if not _keep(latents, kept):
-                say(f"Part {number + 1} of {parts.count} is there already ({short(kept, 400)}).")
-                latents = read_latent(kept)
-            _describe(folder, settings)
+                latents = None
+        if latents is None:
+            say(f"Part {number + 1} of {parts.count} is there already ({short(kept, 400)}).")
+            latents = _kept(kept, shape)
         frames = decode(latents)
         if known is not None:
             # In place: all of a part joined would be there twice.
@@ -213,26 +215,58 @@ def make_video(
     return shown[: parts.wanted]
 
 
+class Unkept(ValueError):
+    """A part could not be written.
+
+    Attributes:
+        latents: its latents.
+    """
+
+    def __init__(self, said: object, latents: "torch.Tensor"):
+        super().__init__(said)
+        self.latents = latents
+
+
 def _keep(latents: "torch.Tensor", path: Path) -> bool:
     """Write the latents of a part, whole or not at all; return whether that was done, as another process with the same
     settings may have written them meanwhile.
 
     Raises:
-        ValueError: if they cannot be written.
+        Unkept: if they cannot be written.
     """
     from cogvideox.video import latent_bytes
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Under this name alone: the next free number may be the next part's.
         write_whole(path, latent_bytes(latents))
     except (ValueError, OSError) as error:
         if path.exists():
             return False
-        if isinstance(error, ValueError):
-            raise
-        raise _unwritable(path.parent, error) from error
+        said = _unwritable(path.parent, error) if isinstance(error, OSError) else error
+        raise Unkept(said, latents) from error
     return True
+
+
+def _kept(path: Path, shape: "torch.Size") -> "torch.Tensor":
+    """Read the latents of a part.
+
+    Raises:
+        ValueError: if they are not what was written there.
+    """
+    from cogvideox.finite import is_finite
+    from cogvideox.video import read_latent
+
+    latents, failed = None, None
+    try:
+        latents = read_latent(path)
+    except ValueError as error:
+        failed = error
+    if latents is None or latents.shape != shape or not is_finite(latents):
+        raise ValueError(
+            f"{short(path, 400)} is not the part of the video that was written there: the file is damaged, or another "
+            "is in its place. Delete it, and the part is made anew."
+        ) from failed
+    return latents
 
 
 def _describe(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -242,6 +276,7 @@ def _describe(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: if it cannot be written.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(settings, indent=2, sort_keys=True).encode()
         write_whole(folder / "settings.json", content, overwrite=True)
     except OSError as error:

@@ -318,6 +318,7 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
     """
     import torch
 
+    from cogvideox.conditioning import check_parts, fit_area
     from cogvideox.geometry import check_frames, check_video_room
     from cogvideox.pictures import check_images, nearest_length
     from cogvideox.variants import INPAINT
@@ -346,18 +347,23 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
     frames = options.frames or (variant.default_frames if clip is None else variant.max_frames)
     source = Source(width, height, frames, rate_of(options, variant), start, end)
     check_video_room(width, height, frames)
+    check_parts(frames, clip is not None, options.mask is not None, start is not None and end is not None)
     in_parts = options.mask or options.void
     if clip is not None:
+        # CogVideoX-Fun and VOID scale otherwise than by the filter of the reader.
+        by_area = variant.in_pairs
         source.clip = read_video(
             clip,
             frames,
             fps=source.fps,
-            size=(width, height),
+            size=None if by_area else (width, height),
             step=None if in_parts is not None else variant.frame_step,
             in_pairs=variant.in_pairs,
             dtype=torch.uint8,
             events=events,
         )
+        if by_area:
+            source.clip = fit_area(source.clip, width, height)
         if in_parts is not None:
             count = len(source.clip)
             source.frames = options.frames or nearest_length(count, variant.frame_step, variant.in_pairs)[0]

@@ -194,17 +194,19 @@ def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") ->
     settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
     settings["pixels"] = hashlib.sha256(b"" if start is None else start.numpy().tobytes()).hexdigest()
     folder = parts_folder(job.output, settings)
-    images = make_video(
-        parts,
-        folder,
-        settings,
-        (source.width, source.height),
-        job.before,
-        options.seed,
-        lambda known, seed: make(known=known, seed=seed),
-        lambda latent: decoded(options, job.handles.vae, latent),
-        say,
-    )
+    with latents_kept(job.output):
+        images = make_video(
+            parts,
+            folder,
+            settings,
+            (source.width, source.height),
+            job.latent.shape,
+            job.before,
+            options.seed,
+            lambda known, seed: make(known=known, seed=seed),
+            lambda latent: decoded(options, job.handles.vae, latent),
+            say,
+        )
     write(options, images, job.output, source.fps, source.sound)
     say(
         f"The parts are kept in {folder}: with --overwrite and more --seconds they are used again. Delete them when "

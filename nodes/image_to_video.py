@@ -2,6 +2,7 @@
 
 import torch
 
+from ..cogvideox.conditioning import check_parts
 from ..cogvideox.geometry import (
     check_batch_size,
     check_frames,
@@ -102,6 +103,8 @@ class ImageToVideo(Node):
 
     @classmethod
     def foresee(cls, positive, negative, vae, width, height, length, batch_size, end_image=None, **_):
+        if length is not UNKNOWN:
+            check_parts(length, video=False, mask=False, both_images=end_image is not None)
         if UNKNOWN in (positive, negative, vae, width, height, length, batch_size):
             return None
         # What the sampler asks of them: their size, and whether there is an end image.

@@ -344,6 +344,27 @@ class TestTheCommandLine:
             assert given["image_latents"].shape == (1, 32, 4, 6, 10)
         assert torch.equal(given["noise"], family.Case().noise())
 
+    @pytest.mark.parametrize("variant", ["fun-inp", "void"])
+    def test_a_clip_of_another_size_is_scaled_as_in_the_nodes(self, pack, built, tmp_path, capsys, given, variant):
+        random = torch.Generator().manual_seed(1)
+        write_mp4(torch.rand(13, 100, 150, 3, generator=random), tmp_path / "clip.mp4", 8)
+        mask = (torch.rand(13, 10, 15, generator=random) > 0.5).float()
+        mask = mask.repeat_interleave(10, 1).repeat_interleave(10, 2)[..., None].expand(-1, -1, -1, 3)
+        write_mp4(mask, tmp_path / "mask.mp4", 8)
+        options = ("--fps", 8, "--video", tmp_path / "clip.mp4", "--mask" if variant == "fun-inp" else "--void")
+        output = ("--output", tmp_path / "x.mp4")
+        code, _, errors = run_generate(
+            capsys, "--model", built(variant)[0], *self.SMALL, *options, tmp_path / "mask.mp4", *output
+        )
+        assert code == 0, errors
+        clip, mask = read_video(tmp_path / "clip.mp4"), read_video(tmp_path / "mask.mp4")[..., 0]
+        mask = dict(mask=mask) if variant == "fun-inp" else dict(quadmask=mask, stage="first")
+        node = "CogVideoX15Inpaint" if variant == "fun-inp" else "CogVideoX15Void"
+        vae = call(pack, "CogVideoX15ModelLoader", model=str(built(variant)[0]), dtype="fp32")[2]
+        empty, size = [[torch.zeros(1, 1, 1), {}]], dict(width=80, height=48, length=13)
+        ((_, more),), *_ = call(pack, node, positive=empty, negative=empty, vae=vae, video=clip, **size, **mask)
+        assert torch.equal(given["image_latents"], more["concat_latent_image"])
+
     @pytest.mark.parametrize(
         ("variant", "option", "said"),
         [

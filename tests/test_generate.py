@@ -457,6 +457,18 @@ def no_weights(monkeypatch):
             monkeypatch.setattr(f"{module}.load_module", load)
 
 
+@pytest.mark.parametrize("variant", ["fun-inp", "1.5-i2v"])
+def test_two_images_of_one_frame_are_refused_before_weights_are_read(
+    checkpoints, tmp_path, capsys, no_weights, variant
+):
+    Image.new("RGB", (80, 48)).save(tmp_path / "a.png")
+    images = ("--image", tmp_path / "a.png", "--end-image", tmp_path / "a.png")
+    options = ("--prompt", "x", "--width", 80, "--height", 48, "--frames", 1, "--output", tmp_path / "a.mp4")
+    code, _, error = run(capsys, "--model", checkpoints(variant), *options, *images)
+    assert code == 1
+    assert "it would end where it starts" in error
+
+
 class TestTheOutput:
     def test_one_that_exists_is_refused_before_the_run_and_replaced_on_demand(self, tiny, tmp_path, capsys, no_weights):
         output = tmp_path / "out.mp4"

@@ -17,7 +17,7 @@ from cogvideox.handles import open_handles
 from cogvideox.sampling import sample
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode, image_latents
-from cogvideox.video import read_image, read_latent, read_video, write_latent
+from cogvideox.video import latent_bytes, read_image, read_latent, read_video, write_latent
 from commands.chain import frames_of, make_video, parts_folder, plan_parts
 from tests.conftest import CPU
 from tests.helpers import call
@@ -257,7 +257,16 @@ class TestChain:
             return torch.full((1, 16, 2, 2, 2), float(seed))
 
         shown = make_video(
-            parts, folder, {}, (16, 16), None, 0, make, lambda latents: latents.mean().repeat(5, 16, 16, 3), said.append
+            parts,
+            folder,
+            {},
+            (16, 16),
+            torch.Size((1, 16, 2, 2, 2)),
+            None,
+            0,
+            make,
+            lambda latents: latents.mean().repeat(5, 16, 16, 3),
+            said.append,
         )
         assert seeds == [0, 1]
         assert [int(frame.float().mean()) for frame in shown] == [128] * 5 + [255] * 4
@@ -285,14 +294,57 @@ class TestChain:
                 tmp_path,
                 {},
                 (16, 16),
+                torch.Size((1, 16, 2, 2, 2)),
                 None,
                 0,
-                lambda *_: torch.zeros(1, 16, 2, 2, 2),
+                lambda *_: pytest.fail("a part is made that could not be kept"),
                 lambda latents: torch.zeros(5, 16, 16, 3),
                 lambda _: None,
             )
         assert (tmp_path / "settings.json").read_text() == "{}"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["part_00001.latent", "settings.json"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json"]
+
+    def test_a_part_that_cannot_be_written_is_kept_beside_the_output(
+        self, checkpoints, tmp_path, capsys, monkeypatch, image
+    ):
+        write = cogvideox.files.write_synced
+
+        def full(path, pieces):
+            if path.suffix == ".json":
+                return write(path, pieces)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(cogvideox.files, "write_synced", full)
+        code, _, error = run(capsys, *self.arguments(checkpoints, tmp_path, image))
+        assert code == 1
+        assert "No space left" in error
+        assert "The latents are not lost" in error
+        (kept,) = tmp_path.glob("*.latent")
+        assert read_latent(kept).shape == (1, 16, 5, 4, 6)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda good: good[: len(good) // 2],
+            lambda good: b"",
+            lambda good: latent_bytes(torch.ones(1, 16, 3, 4, 6)),
+            lambda good: latent_bytes(torch.full((1, 16, 5, 4, 6), torch.nan)),
+        ],
+        ids=["cut off", "empty", "shorter", "NaN"],
+    )
+    def test_what_is_no_such_part_is_not_taken_for_one(self, checkpoints, tmp_path, capsys, image, other):
+        arguments = self.arguments(checkpoints, tmp_path, image, "--overwrite", "--steps", "1")
+        assert run(capsys, *arguments)[0] == 0
+        (part,) = tmp_path.glob("long_parts_*/part_00001.latent")
+        good = part.read_bytes()
+        part.write_bytes(other(good))
+        code, _, error = run(capsys, *arguments)
+        assert code == 1
+        assert "part_00001.latent is not the part of the video that was written there" in error
+        assert "Delete it, and the part is made anew" in error
+        part.unlink()
+        assert run(capsys, *arguments)[0] == 0
+        assert part.read_bytes() == good
 
     def test_a_folder_belongs_to_its_settings(self):
         first, second = (parts_folder(Path("a.mp4"), {"seed": seed}) for seed in (1, 2))

@@ -301,6 +301,12 @@ class TestAsAWhole:
         nodes = graph("image_to_video", "1.5-i2v")
         of(nodes, "CogVideoX15ImageToVideo")["length"] = 25
         assert self.only(errors, nodes)[:2] == ("ImageToVideo", "length")
+        of(nodes, "CogVideoX15ImageToVideo")["length"] = 1
+        assert errors(nodes) == []
+        of(nodes, "CogVideoX15ImageToVideo")["end_image"] = of(nodes, "CogVideoX15ImageToVideo")["start_image"]
+        kind, field, said = self.only(errors, nodes)
+        assert (kind, field) == ("ImageToVideo", "length")
+        assert "it would end where it starts" in said
 
     def test_what_only_the_sampler_knows_is_said_where_it_can_be_changed(self, errors, graph):
         nodes = graph("long_video")
