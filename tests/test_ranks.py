@@ -139,7 +139,13 @@ def one_by_one(model, **more):
 
 CACHES = [Cache("teacache", 0.5, 0.0, 1.0), Cache("taylorseer", 0.5, 0.0, 1.0)]
 #: Settings of the runs that are compared with those of one process.
-OTHERWISE = {"unguided": {"steps": 1, "cfg": 1.0}, "dpm": {"cfg_start": 0.4, "scheduler": "dpm"}}
+OTHERWISE = {
+    "unguided": {"steps": 1, "cfg": 1.0},
+    "dpm": {"cfg_start": 0.4, "scheduler": "dpm"},
+    "guided later": {"cfg_start": 0.5},
+}
+#: What is run with them.
+RUN_OTHERWISE = {"guided later": [cache.method for cache in CACHES]}
 #: A setting in which both halves of guidance are one batch.
 BATCHED = "batched"
 
@@ -168,7 +174,7 @@ def alone(four_heads):
         return {(name, ""): one_by_one(model) for name, model in found.items()} | {
             (name, setting): one_by_one(found[name], **more)
             for setting, more in OTHERWISE.items()
-            for name in ("fp32", "range-safe")
+            for name in RUN_OTHERWISE.get(setting, ("fp32", "range-safe"))
         }
     finally:
         torch.set_num_threads(before)

@@ -272,14 +272,15 @@ class CacheRun:
         own.skipped.discard(index)
         if self._module is None:
             return
-        if changed:
-            # They are told whether a batch holds two halves when they are made.
+        if changed and self._cache.method == FASTER_CACHE:
+            # It is told whether a batch holds two halves when it is made.
             self._detach()
         if not self._hooks:
             self._attach()
             if not self._hooks:
                 return
-        elif again:
+        elif again or changed:
+            # Not taken off and put on again: what was put on above them, as of processes that share tokens, would go.
             for hook in self._hooks:
                 hook.reset_state(self._module)
             # Some hooks know of all windows, and forget those too.
