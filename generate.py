@@ -691,7 +691,9 @@ def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace
         ("cache_range", "cache"),
         ("overlap", "seconds"),
     ):
-        if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
+        given = getattr(options, name)
+        # Zero is given, too.
+        if given is not None and given is not False and getattr(options, needed) is None:
             parser.error(f"--{name.replace('_', '-')} goes with --{needed}")
     if options.seconds is not None and options.end_image is not None:
         parser.error("--seconds makes many parts and --end-image is the end of one: give one of them")

@@ -25,6 +25,8 @@ _OF_ALL = (
     *("check", "scan", "fix", "json", "download", "convert", "migrate"),
     *("upscale", "scale", "kind", "references", "reference_frames", "reference_guidance", "empty_prompt"),
 )
+#: Options by their second name.
+_ALSO = {"start_image": "image"}
 #: How a table says yes and no.
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 #: Lines that are made of one file at most: a typo in a name is a book.
@@ -184,6 +186,7 @@ def options_of(
     known = [name for name in vars(options) if name not in _OF_ALL and not name.startswith("_")]
     for given, value in line.words.items():
         name = given.removeprefix("--").replace("-", "_")
+        name = _ALSO.get(name, name)
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or ["prompt"]
             raise ValueError(

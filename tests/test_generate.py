@@ -412,6 +412,8 @@ class TestImagesVideosAndLoras:
         "more",
         [
             ("--strength", "0.5"),
+            ("--strength", "0"),
+            ("--overlap", "0"),
             ("--keep-audio",),
             ("--end-image", "x.png", "--video", "x.mp4"),
             ("--image", "x.png", "--video", "x.mp4"),

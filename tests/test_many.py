@@ -160,6 +160,13 @@ class TestLines:
         assert (found.prompt, found.compile, found.output) == ("--not an option", "default", Path("y/00003.mp4"))
         assert common.lora == [(Path("a.safetensors"), 1.0)]
         assert common.keep_audio
+        # Options that have two names, as the help shows them.
+        several = [action for action in parser._actions if len(action.option_strings) > 1 and action.dest != "help"]
+        assert several
+        for action in several:
+            for name in action.option_strings:
+                found = options_of(Line(1, {"prompt": "x", name: "a.png"}), common, parse, Path("y"))
+                assert getattr(found, action.dest) == Path("a.png")
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),
