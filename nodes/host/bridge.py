@@ -199,6 +199,7 @@ class Net(nn.Module):
     def step_bytes(self, shape: tuple[int, ...]) -> int:
         from ...cogvideox.memory import plan_memory
 
+        shape = *shape[:3], *(side + -side % self.patch_size for side in shape[3:])
         if shape not in self._bytes:
             plan = plan_memory(self.handle, shape, guided=False)
             self._bytes[shape] = plan.activations + plan.loras + plan.cache
@@ -216,17 +217,21 @@ class Net(nn.Module):
 
         if control is not None:
             raise ValueError("A ControlNet of another model is connected, which this one cannot read. Take it away.")
-        # A whole video is padded before it is sampled; windows of it may be odd.
-        padding = padding_frames(x.shape[2], self.config)
+        # A whole video is padded before it is sampled; windows of it, and areas, may be odd.
+        padding, (height, width) = padding_frames(x.shape[2], self.config), x.shape[-2:]
         if padding:
             video, image = x[:, :16], x[:, 16:]
             x = torch.cat([_in_front(video, padding), _in_front(image, padding, zeros=True)], dim=1)
+        beside = (0, -width % self.patch_size, 0, -height % self.patch_size, 0, 0)
+        if any(beside):
+            x = nn.functional.pad(x, beside, mode="replicate")
+        own = slice(None), slice(None), slice(padding, None), slice(height), slice(width)
         if self.run is not None:
-            return self.run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
+            return self.run.predict(x, timestep, context, ofs, transformer_options)[own]
         # Called by something that is no sampler.
         latents = x[:, :16]
         with _Run(self, self.handle, latents, [float(timestep[0])], [float("nan")], context.shape[1]) as run:
-            return run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
+            return run.predict(x, timestep, context, ofs, transformer_options)[own]
 
 
 def _in_front(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:

@@ -364,6 +364,9 @@ def conditionings():
     for works in (
         limited(volume, width=0.5, height=1.0, temporal=0.5, x=0.25, y=0.0, z=0.0),
         limited(nodes.ConditioningSetArea(), width=80, height=96, x=0, y=0),
+        # Of an odd number of cells, in which nothing is a patch.
+        limited(nodes.ConditioningSetArea(), width=72, height=56, x=8, y=8),
+        limited(nodes.ConditioningSetArea(), width=8, height=8, x=0, y=0),
         limited(nodes.ConditioningSetMask(), mask=mask, set_cond_area="default"),
     ):
         assert sampled(works).isfinite().all()
