@@ -845,8 +845,7 @@ def _check(
         events.note(
             "This sampler goes on from latents that hold their noise already. The model reads latent frames in pairs, "
             "and the frame that the sampler before it had in front of the first is not handed on, so the first frame "
-            "comes out otherwise than in one run. Sample in one run, or choose a length with an even number of latent "
-            "frames."
+            "comes out otherwise than in one run. Sample in one run."
         )
 
 
