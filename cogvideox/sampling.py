@@ -178,7 +178,7 @@ def sample(
         padding = 0 if model.variant.in_pairs else padding_frames(latents.shape[2], config)
         generator = torch.Generator("cpu").manual_seed(seed)
         start = model.latent_scale * _padded(latents.to(device, dtype), padding)
-        drawn = _draw_noise(start, generator, check_batch_index(batch_index, len(start)))
+        drawn = draw_noise(start, generator, check_batch_index(batch_index, len(start)))
         if noise is not None:
             drawn[:, padding:] = rearrange(noise, "b c t h w -> b t c h w")
         noisy = drawn if denoise >= 1.0 else noise_schedule.add_noise(start, drawn, timesteps[:1].to(device))
@@ -326,7 +326,7 @@ def _unscaled(latents: torch.Tensor, padding: int, scale: float) -> torch.Tensor
     return unscaled.to("cpu", torch.float32).contiguous()
 
 
-def _draw_noise(like: torch.Tensor, generator: torch.Generator, index: Sequence[int] | None = None) -> torch.Tensor:
+def draw_noise(like: torch.Tensor, generator: torch.Generator, index: Sequence[int] | None = None) -> torch.Tensor:
     """Draw the noise of a batch, or what a larger one has at these places."""
 
     def draw(count: int) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cogvideox.words import short
 
@@ -13,6 +15,17 @@ from .kinds import KINDS
 #: Larger numbers than that are of no widget, and cannot be added to others.
 _LARGEST = 1e15
 _INPAINT_SIZE = tuple(KINDS["CogVideoX15Inpaint"].input(side).default for side in ("width", "height"))
+
+
+def as_number(value: Any, kind: type | tuple) -> Any:
+    """Return a number that a program wrote as a text, or a whole one that it wrote with a point, as ComfyUI reads it
+    for a widget of whole numbers (``int``) or of others; anything else as it is."""
+    if kind in (str, bool) or not (isinstance(value, str) or (kind is int and isinstance(value, float))):
+        return value
+    with suppress(ValueError, OverflowError):
+        number = int(value) if kind is int else float(value)
+        return number if isinstance(value, str) or number == value else value
+    return value
 
 
 class Conversion:
@@ -102,7 +115,7 @@ class Conversion:
 
     def setting(self, node: Node, name: str, kind: type | tuple, default):
         """The value of an old node's widget; what it cannot hold is told and becomes the default."""
-        value = node.values.get(name, default)
+        value = as_number(node.values.get(name, default), kind)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not good or (numeric and kind is not int and not abs(value) < _LARGEST):
@@ -127,6 +140,7 @@ class Conversion:
         if node is None or node.kind not in tables.CONSTANTS:
             return None
         value = next(iter(self.graph.widgets(node, ("value",)).values()), None)
+        value = as_number(as_number(value, int), (int, float))
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def model_wire(self, node: Node) -> Wire | None:

@@ -11,7 +11,7 @@ from cogvideox.variants import SIZE_STEP
 from cogvideox.words import short
 
 from . import tables
-from .conversion import frame_step, is_inpaint, is_piped, usual_size
+from .conversion import as_number, frame_step, is_inpaint, is_piped, usual_size
 from .graph import Node, Wire
 from .kinds import KINDS
 from .loaders import Loaders
@@ -432,6 +432,7 @@ class Samplers(Loaders):
 
     def side(self, node: Node, side: str, given, usual: int) -> tuple[int, bool]:
         """A width or height that the model can make, and whether it is the one given."""
+        given = as_number(given, int)
         if type(given) is not int or given < 1:
             if given is not None:
                 self.say(node, f"{side} is {short(repr(given))}, which is no number of pixels; {usual} was taken.")

@@ -327,7 +327,12 @@ def _find_graph(data) -> dict | None:
     # What the page sends to the queue, what lies in the metadata of a picture, and what servers take: the graph under
     # one more name.
     return next(
-        (graph for key in ("prompt", "workflow", "input") if (graph := _find_graph(data.get(key))) is not None), None
+        (
+            graph
+            for key in ("prompt", "output", "workflow", "input")
+            if (graph := _find_graph(data.get(key))) is not None
+        ),
+        None,
     )
 
 

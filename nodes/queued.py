@@ -34,6 +34,19 @@ def _during(conditioning: Any, start: Any, end: Any, **_: Any) -> tuple:
     return _marked(conditioning, start_percent=float(start), end_percent=float(end))
 
 
+def _steered(strength: Any, *conditionings: Any) -> tuple:
+    if strength is UNKNOWN or float(strength) == 0:
+        # At 0 core hands them on as they are.
+        return tuple(UNKNOWN if strength is UNKNOWN else given for given in conditionings)
+    return tuple(_marked(given, control=UNKNOWN)[0] for given in conditionings)
+
+
+def _side_by_side(conditioning_1: Any, conditioning_2: Any) -> tuple:
+    # Of one that only the run knows there is a prompt at least.
+    both = ([[UNKNOWN, {}]] if given is UNKNOWN else given for given in (conditioning_1, conditioning_2))
+    return ([entry for given in both for entry in given],)
+
+
 def _resized(samples: Any, width: int, height: int) -> tuple:
     if samples is UNKNOWN:
         return (UNKNOWN,)
@@ -62,6 +75,14 @@ def _value_as(kind: type) -> Callable[..., tuple]:
 _CORE: dict[str, Callable[..., tuple]] = {
     "CLIPTextEncode": lambda **_: ([[None, {}]],),
     "ConditioningSetTimestepRange": _during,
+    "ConditioningCombine": _side_by_side,
+    "ConditioningZeroOut": lambda conditioning, **_: (conditioning,),
+    **dict.fromkeys(("ConditioningAverage", "ConditioningConcat"), lambda conditioning_to, **_: (conditioning_to,)),
+    "ControlNetApply": lambda conditioning, strength, **_: _steered(strength, conditioning),
+    **dict.fromkeys(
+        ("ControlNetApplyAdvanced", "ControlNetApplySD3"),
+        lambda positive, negative, strength, **_: _steered(strength, positive, negative),
+    ),
     **dict.fromkeys(
         ("ConditioningSetArea", "ConditioningSetAreaPercentage", "ConditioningSetAreaPercentageVideo"),
         lambda conditioning, **_: _marked(conditioning, area=UNKNOWN),

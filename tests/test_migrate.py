@@ -629,8 +629,13 @@ def test_a_workflow_for_the_api_becomes_one_for_the_api(migrate, pack, use):
 
 
 def test_what_the_page_queues_and_pictures_hold_is_read_too(migrate):
-    prompt, _ = migrate({"prompt": text_to_video().api(), "client_id": "x"})
-    assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
+    # The second is what the page's own script makes of a graph (app.graphToPrompt).
+    for more in (
+        {"prompt": text_to_video().api(), "client_id": "x"},
+        {"workflow": {}, "output": text_to_video().api()},
+    ):
+        prompt, _ = migrate(more)
+        assert "CogVideoX15Sampler" in {node["class_type"] for node in prompt.values()}
 
 
 def as_png(file, text):
@@ -1404,6 +1409,23 @@ def test_a_value_of_another_version_of_the_node_is_said_and_not_taken(migrate, p
     assert values_of(page, "CogVideoX15Sampler")["cfg"] == 6.0
     assert said(report, "steps is 'many'")
     assert said(report, "denoise_strength is True")
+
+
+def test_numbers_that_programs_write_as_texts_or_with_a_point_are_numbers(migrate):
+    def changed(as_text):
+        w = text_to_video()
+        w.add("INTConstant", "frames", value=as_text(33))
+        w.change("sampler", seed=as_text(12345), steps=as_text(25), cfg=as_text(7), num_frames=("frames", 0))
+        w.change("size", width=as_text(1360), height=as_text(768))
+        return migrate(w.api())
+
+    expected, report = changed(int)
+    for as_text in (str, float):
+        found, other = changed(as_text)
+        assert {id_: node for id_, node in found.items() if node["class_type"] in KINDS} == {
+            id_: node for id_, node in expected.items() if node["class_type"] in KINDS
+        }
+        assert other.differs == report.differs
 
 
 # --- What is refused ---

@@ -345,6 +345,32 @@ class TestAsAWhole:
         assert [entry[0] for entry in found] == ([] if said is None else ["Sampler"])
         assert said is None or (said in found[0][2] and "KSampler behind CogVideoX-1.5 to ComfyUI" in found[0][2])
 
+    def test_prompts_are_seen_through_cores_nodes(self, errors, graph):
+        def through(kind, nodes, **inputs):
+            sampler = of(nodes, "CogVideoX15Sampler")
+            nodes["80"] = {"class_type": kind, "inputs": inputs}
+            sampler["negative"] = ["80", 0]
+            return nodes
+
+        nodes = graph()
+        one, other = (of(nodes, "CogVideoX15Sampler")[side] for side in ("positive", "negative"))
+        for second in (other, ["70", 0]):
+            combined = through("ConditioningCombine", graph(), conditioning_1=one, conditioning_2=second)
+            assert "holds 2 prompts side by side" in self.only(errors, combined)[2]
+        control = {"positive": one, "negative": other, "control_net": ["70", 0], "image": ["71", 0], "strength": 1.0}
+        said = self.only(errors, through("ControlNetApplyAdvanced", graph(), **control))[2]
+        assert "(control)" in said
+        assert not errors(through("ControlNetApplyAdvanced", graph(), **control | {"strength": "0.0"}))
+        mixed = {"conditioning_to": one, "conditioning_from": ["70", 0]}
+        for kind, inputs in {
+            "ConditioningZeroOut": {"conditioning": one},
+            "ConditioningAverage": mixed | {"conditioning_to_strength": 0.5},
+            "ConditioningConcat": mixed,
+        }.items():
+            assert not errors(through(kind, graph(), **inputs))
+            said = self.only(errors, through(kind, graph("text_to_video", "1.5-i2v"), **inputs))[2]
+            assert "no start image is connected" in said
+
     def test_a_second_pass_is_seen_through_the_first_and_through_cores_scaling(self, errors, graph):
         """22 cells and a half more are 33, which is no even number."""
         nodes = graph()

@@ -100,7 +100,7 @@ def test_one_seed_is_one_noise_in_every_dtype_whatever_torch_draws(monkeypatch, 
         return real(*shape, dtype=torch.float32, **more).to(dtype) * (1 if dtype == torch.float32 else -1)
 
     def draw(dtype):
-        return sampling_module._draw_noise(torch.empty(2, 3, 16, 2, 2, dtype=dtype), torch.Generator().manual_seed(5))
+        return sampling_module.draw_noise(torch.empty(2, 3, 16, 2, 2, dtype=dtype), torch.Generator().manual_seed(5))
 
     fine = draw(torch.float32)
     monkeypatch.setattr(torch, "randn", as_of_old)

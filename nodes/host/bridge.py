@@ -38,6 +38,8 @@ _PREFIX = "diffusion_model."
 _LEAST_SIGNAL = 4.8973451890853435e-08
 #: What core's memory check multiplies ``memory_required`` by, before it runs several conditionings as one batch.
 _CORES_MARGIN = 1.5
+#: Videos of a batch that Latent From Batch takes one out of.
+_LARGEST_BATCH = 64
 #: How far two sigmas may be apart, relatively, that are one step's.
 _SAME_SIGMA = 1e-3
 #: Core maps LoRAs under ``transformer.``, as diffusers' trainers write them, and under no prefix by the model's class:
@@ -197,6 +199,7 @@ class Net(nn.Module):
     def step_bytes(self, shape: tuple[int, ...]) -> int:
         from ...cogvideox.memory import plan_memory
 
+        shape = *shape[:3], *(side + -side % self.patch_size for side in shape[3:])
         if shape not in self._bytes:
             plan = plan_memory(self.handle, shape, guided=False)
             self._bytes[shape] = plan.activations + plan.loras + plan.cache
@@ -214,17 +217,21 @@ class Net(nn.Module):
 
         if control is not None:
             raise ValueError("A ControlNet of another model is connected, which this one cannot read. Take it away.")
-        # A whole video is padded before it is sampled; windows of it may be odd.
-        padding = padding_frames(x.shape[2], self.config)
+        # A whole video is padded before it is sampled; windows of it, and areas, may be odd.
+        padding, (height, width) = padding_frames(x.shape[2], self.config), x.shape[-2:]
         if padding:
             video, image = x[:, :16], x[:, 16:]
             x = torch.cat([_in_front(video, padding), _in_front(image, padding, zeros=True)], dim=1)
+        beside = (0, -width % self.patch_size, 0, -height % self.patch_size, 0, 0)
+        if any(beside):
+            x = nn.functional.pad(x, beside, mode="replicate")
+        own = slice(None), slice(None), slice(padding, None), slice(height), slice(width)
         if self.run is not None:
-            return self.run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
+            return self.run.predict(x, timestep, context, ofs, transformer_options)[own]
         # Called by something that is no sampler.
         latents = x[:, :16]
         with _Run(self, self.handle, latents, [float(timestep[0])], [float("nan")], context.shape[1]) as run:
-            return run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
+            return run.predict(x, timestep, context, ofs, transformer_options)[own]
 
 
 def _in_front(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
@@ -634,18 +641,11 @@ def _sample_padded(
     guider = executor.class_obj
     net = guider.model_patcher.model.diffusion_model
     _refuse(guider, sampler)
-    _check(guider, net.handle, noise, latent_image, sigmas)
     padding = padding_frames(latent_image.shape[2], net.config)
+    _check(guider, net.handle, noise, latent_image, sigmas, padding)
     if not padding:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **shapes)
-    drawn = torch.zeros_like(noise)
-    if noise.any():
-        # Of one draw with the video's, in the reference's order: the numbers that our own sampler pads with.
-        batch, channels, length, height, width = noise.shape
-        generator = torch.Generator("cpu").manual_seed(0 if seed is None else seed)
-        drawn = torch.randn(batch, length + padding, channels, height, width, generator=generator).to(noise)
-        drawn = rearrange(drawn, "b t c h w -> b c t h w")
-    noise = torch.cat([drawn[:, :, :padding], noise], dim=2)
+    noise = torch.cat([_noise_in_front(noise, padding, 0 if seed is None else seed), noise], dim=2)
     latent_image = _in_front(latent_image, padding)
     if denoise_mask is not None:
         denoise_mask = _in_front(denoise_mask, padding)
@@ -662,6 +662,33 @@ def _sample_padded(
     finally:
         net.padding = 0
     return sampled[:, :, padding:]
+
+
+def _noise_in_front(noise: torch.Tensor, padding: int, seed: int) -> torch.Tensor:
+    """Return the noise ``[B, C, padding, h, w]`` of the frames in front; none where a run begins without noise.
+
+    Of one draw with the video's, in the reference's order: the numbers that our own sampler pads with.
+    """
+    from ...cogvideox.sampling import draw_noise
+
+    batch, channels, length, height, width = noise.shape
+    if not noise.any():
+        return noise.new_zeros(batch, channels, padding, height, width)
+    like = noise.new_zeros(()).expand(batch, length + padding, channels, height, width)
+    drawn = draw_noise(like, torch.Generator("cpu").manual_seed(seed), _places(noise.cpu(), seed))
+    return rearrange(drawn[:, :padding], "b t c h w -> b c t h w")
+
+
+def _places(noise: torch.Tensor, seed: int) -> list[int] | None:
+    """Find which videos of the batch that a seed draws these are (Latent From Batch): core hands on their noise alone.
+    None for noise that is not the seed's."""
+    generator, found = torch.Generator("cpu").manual_seed(seed), dict[int, int]()
+    for place in range(_LARGEST_BATCH):
+        drawn = torch.randn(noise.shape[1:], generator=generator)
+        found |= {number: place for number, video in enumerate(noise) if video.equal(drawn)}
+        if len(found) == len(noise):
+            return [found[number] for number in range(len(noise))]
+    return None
 
 
 def _sample_entered(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
@@ -733,6 +760,7 @@ def _refuse(guider, sampler) -> None:
             "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "
             "v_prediction in ModelSamplingDiscrete."
         )
+    _refuse_second(guider.model_patcher, getattr(guider, "uncond_model_patcher", None))
     handler = guider.model_options.get("context_handler")
     if handler is not None and getattr(handler, "dim", 2) != 2:
         raise ValueError(
@@ -758,8 +786,34 @@ def _refuse(guider, sampler) -> None:
         )
 
 
-def _check(guider, model: "Model", noise: torch.Tensor, latents: torch.Tensor, sigmas: torch.Tensor) -> None:
+def _refuse_second(first: ModelPatcher, second: Any) -> None:
+    """Refuse a second model (Dual Model CFG Guider) in which the LoRAs of the first would act, or its own would not:
+    it is called within the first one's run.
+
+    Raises:
+        ValueError: saying how to have both.
+    """
+    if not isinstance(second, ModelPatcher):
+        return
+    patched = bool(first.patches or second.patches)
+    alike = second.model.diffusion_model.handle is first.model.diffusion_model.handle and (
+        not patched or second.patches_uuid == first.patches_uuid
+    )
+    if not alike and (second.weights is first.weights or second.patches):
+        raise ValueError(
+            "The second model of Dual Model CFG Guider differs from the first in its LoRAs or settings alone, or has "
+            "LoRAs of ComfyUI's own loaders, and it is called while the first is set up: LoRAs would act in both, or "
+            "in none. Give it a CogVideoX-1.5 Model Loader of its own, and LoRAs by CogVideoX-1.5 LoRA Loader."
+        )
+
+
+def _check(
+    guider, model: "Model", noise: torch.Tensor, latents: torch.Tensor, sigmas: torch.Tensor, padding: int
+) -> None:
     """Refuse what the engine refuses, and say what the model was not trained for.
+
+    Args:
+        padding: latent frames that the model reads in front of ``latents``.
 
     Raises:
         ValueError: as ``requests`` has it.
@@ -774,6 +828,7 @@ def _check(guider, model: "Model", noise: torch.Tensor, latents: torch.Tensor, s
             if entry.get("cross_attn") is None:
                 raise ValueError(f"The {side} conditioning has no prompt. Connect CLIP Text Encode.")
             check_embeddings(entry["cross_attn"], side, config, latents.shape[0])
+            _check_part(entry, side, latents.shape[2] + padding)
             images.append(entry.get("concat_latent_image"))
     for image in images:
         plan_steps(model, latents, image)
@@ -785,4 +840,39 @@ def _check(guider, model: "Model", noise: torch.Tensor, latents: torch.Tensor, s
             f"The schedule begins at sigma {begins:.4g}, and the model was trained to begin at {top:.4g}, with noise "
             "alone: the video will be washed out. Choose the scheduler simple; ddim_uniform is none for a model with "
             "zero terminal SNR."
+        )
+    if padding and latents.any() and not noise.any() and begins > float(sigmas[-1]):
+        events.note(
+            "This sampler goes on from latents that hold their noise already. The model reads latent frames in pairs, "
+            "and the frame that the sampler before it had in front of the first is not handed on, so the first frame "
+            "comes out otherwise than in one run. Sample in one run."
+        )
+
+
+def _check_part(entry: Mapping, side: str, frames: int) -> None:
+    """Refuse a conditioning for a part of the picture that core cannot find in a video.
+
+    Args:
+        frames: latent frames that are sampled.
+
+    Raises:
+        ValueError: naming the node, and what to do.
+    """
+    area, mask = entry.get("area"), entry.get("mask")
+    if area is not None and area[0] == "percentage" and len(area) != 7:
+        raise ValueError(
+            f"The {side} conditioning has an area of a picture in percent, and a video has three dimensions. Use "
+            "Conditioning (Set Area with Percentage for Video)."
+        )
+    if mask is None:
+        return
+    if entry.get("set_area_to_bounds"):
+        raise ValueError(
+            f"The {side} conditioning is to be sampled within the bounds of its mask, which ComfyUI finds in pictures "
+            "alone. Choose default for set_cond_area in Conditioning (Set Mask)."
+        )
+    if mask.ndim > 2 and mask.shape[-3] not in (1, frames):
+        raise ValueError(
+            f"The mask of the {side} conditioning has {mask.shape[-3]} frames, and {frames} latent frames are sampled. "
+            "Use a mask of one picture, which holds for all of them."
         )

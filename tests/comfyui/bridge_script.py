@@ -28,10 +28,12 @@ from comfy_extras import (
     nodes_apg,
     nodes_cfg,
     nodes_context_windows,
+    nodes_custom_sampler,
     nodes_easycache,
     nodes_model_advanced,
     nodes_slg,
     nodes_torch_compile,
+    nodes_video_model,
     nodes_void,
 )
 from safetensors.torch import load_file, save_file
@@ -332,6 +334,87 @@ class count_calls:
 
     def __exit__(self, *_):
         self._kind.forward = self._before
+
+
+def conditionings():
+    """Parts of a picture, parts of a batch, parts of a run and a second model work, or are said in words."""
+    opened = build("1.5")
+    model, prompt, negative = bridge.to_model(opened.model), *([[prompt, {}]] for prompt in prompts())
+    latents = empty(5)
+    noise = random(*latents.shape)
+
+    def limited(node, **options):
+        return getattr(node, node.FUNCTION)(conditioning=negative, strength=1.0, **options)[0]
+
+    def sampled(extra, length=5):
+        given = prompt + extra, negative
+        latents = empty(length)
+        return comfy.sample.sample(
+            model, random(*latents.shape), 2, 6.0, "ddim", "simple", *given, latents, seed=7, disable_pbar=True
+        )
+
+    share = limited(nodes.ConditioningSetAreaPercentage(), width=0.5, height=1.0, x=0.25, y=0.0)
+    refused("Set Area with Percentage for Video", lambda: sampled(share))
+    mask = torch.rand(1, 96, 160)
+    bounds = limited(nodes.ConditioningSetMask(), mask=mask, set_cond_area="mask bounds")
+    refused("Choose default for set_cond_area", lambda: sampled(bounds))
+    many = limited(nodes.ConditioningSetMask(), mask=mask.expand(17, -1, -1), set_cond_area="default")
+    refused("Use a mask of one picture", lambda: sampled(many))
+    volume = nodes_video_model.ConditioningSetAreaPercentageVideo()
+    for works in (
+        limited(volume, width=0.5, height=1.0, temporal=0.5, x=0.25, y=0.0, z=0.0),
+        limited(nodes.ConditioningSetArea(), width=80, height=96, x=0, y=0),
+        # Of an odd number of cells, in which nothing is a patch.
+        limited(nodes.ConditioningSetArea(), width=72, height=56, x=8, y=8),
+        limited(nodes.ConditioningSetArea(), width=8, height=8, x=0, y=0),
+        limited(nodes.ConditioningSetMask(), mask=mask, set_cond_area="default"),
+    ):
+        assert sampled(works).isfinite().all()
+    masked = limited(nodes.ConditioningSetMask(), mask=mask.expand(4, -1, -1), set_cond_area="default")
+    assert sampled(masked, length=4).isfinite().all()
+
+    # A video of a batch, alone: from its own noise, padding included.
+    for length in (4, 5):
+        batch = empty(length, 3)
+        together = run(model, batch, comfy.sample.prepare_noise(batch, 7), steps=3)
+        alone = run(model, batch[2:], comfy.sample.prepare_noise(batch[2:], 7, [2]), steps=3)
+        near(f"the third of a batch, {length} latent frames", alone, together[2:], 1e-4)
+
+    # In two runs: only the frame in front is lost, and that is said.
+    for length, words in ((4, 0), (5, 1)):
+        latents = empty(length)
+        noise, told = random(*latents.shape), heard()
+        whole = run(model, latents, noise, steps=4)
+        half = run(model, latents, noise, steps=4, last_step=2)
+        with told:
+            other = run(model, half, torch.zeros_like(noise), steps=4, start_step=2, disable_noise=True)
+        near(f"in two runs, {length} latent frames", other[:, :, 1:], whole[:, :, 1:], 1e-2)
+        assert sum("otherwise than in one run" in text for text in told.texts) == words, told.texts
+
+    # Two models in one guider.
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    halves = {f"{layer}.lora_A.weight": random(4, 128) / 30, f"{layer}.lora_B.weight": random(128, 4)}
+    save_file(halves, FOLDER / "second.safetensors")
+    with_lora = bridge.to_model(handles.with_lora(opened.model, FOLDER / "second.safetensors"))
+    patched, _ = comfy.sd.load_lora_for_models(model, None, halves, 1.0, 0)
+    apart = bridge.to_model(build("1.5").model)
+
+    def dual(first, second):
+        guider = nodes_custom_sampler.Guider_DualModel(first, second)
+        guider.set_conds(prompt, negative)
+        guider.set_cfg(6.0)
+        sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", 2)
+        ddim = comfy.samplers.sampler_object("ddim")
+        return guider.sample(noise, latents, ddim, sigmas, seed=7, disable_pbar=True)
+
+    plain = run(model, latents, noise, steps=2)
+    near("one model twice", dual(model, model.clone()), plain, 1e-4)
+    near("two models", dual(model, apart), plain, 1e-4)
+    near("bridged twice", dual(model, bridge.to_model(opened.model)), plain, 1e-4)
+    near("a LoRA in the first of two", dual(with_lora, apart), run(with_lora, latents, noise, steps=2), 1.0, 1e-4)
+    near("a LoRA in both", dual(patched, patched), run(patched, latents, noise, steps=2), 1e-4)
+    for first, second in ((with_lora, model), (model, with_lora), (patched, model), (model, patched), (apart, patched)):
+        refused("LoRAs would act in both, or in none", lambda pair=(first, second): dual(*pair))
 
 
 def compiling():

@@ -20,6 +20,7 @@ SECTIONS = {
     "core": "with core's parameterisation it is core's own model",
     "loud": "in fp16 a loud model is finite where core's is NaN",
     "core_nodes": "core's nodes run, or are refused in words",
+    "conditionings": "parts of pictures, batches and runs, and a second model, are right or told",
     "compiling": "core's compiling is the pack's",
     "loras": "core's LoRA loaders work in every storage that can have them",
     "parts": "CLIP and VAE give what our nodes give",
