@@ -23,7 +23,7 @@ from tests import layouts
 from tests.conftest import CPU
 from tests.helpers import inside
 from tests.reference import draw_prompts
-from tests.tiny_checkpoint import LAYERS
+from tests.tiny_checkpoint import LAYERS, build_checkpoint, build_transformer
 from tests.told import Told
 
 SHAPE = (1, 16, 4, 4, 6)
@@ -58,6 +58,48 @@ def inductor():
         pytest.skip("no C++ compiler")
     with torch._inductor.config.patch("cpp.vec_isa_ok", False):
         yield
+
+
+@pytest.fixture
+def offloads(monkeypatch):
+    """Have what is loaded from now on brought to the device as on a card."""
+
+    def offload(mode):
+        real = weights_module.load_module
+
+        def load(*given):
+            module = real(*given)
+            try:
+                weights_module._offload(module, mode, torch.device("cpu"))
+            except AttributeError as error:
+                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
+            return module
+
+        monkeypatch.setattr(weights_module, "load_module", load)
+
+    return offload
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A checkpoint in whose blocks other layers have channels and rows that hardly count, and weights with other
+    tails."""
+
+    def change(parts):
+        parts["transformer"] = build_transformer(num_layers=LAYERS)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for number, block in enumerate(parts["transformer"].transformer_blocks):
+                layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+                for layer in layers:
+                    tails = 1 + 0.4 * number
+                    drawn = torch.randn(layer.weight.shape, generator=generator)
+                    layer.weight.copy_(0.02 * drawn.sign() * drawn.abs() ** tails)
+                layers[number].weight[:, 0] *= 1e-4
+                layers[-1 - number].weight[0] *= 1e-4
+
+    folder = tmp_path_factory.mktemp("uneven") / "it"
+    return build_checkpoint(folder, change=change, stored={"transformer": torch.float32})
 
 
 def run(model, prompts, compiled=None, said=None, shape=SHAPE, healed=None, **settings):
@@ -142,6 +184,26 @@ class TestTogether:
         assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
         assert graphs, said
 
+    @pytest.mark.parametrize("mode", ["gpu", "offload_blocks"])
+    @pytest.mark.parametrize("method", [None, "int8_weight_only", "fp8_weight_only"])
+    def test_range_safe_blocks_with_scales_of_other_kinds_are_compiled_once(
+        self, uneven, prompts, graphs, offloads, method, mode
+    ):
+        if mode != "gpu":
+            offloads(mode)
+        model = open_handles(uneven, "fp16", CPU).model
+        model = model if method is None else quantized(model, method)
+        plain = run(model, prompts)
+        before = {name: value.clone() for name, value in model.weights._module.named_buffers()}
+        traces, compiled = inside(model.weights._module), run(model, prompts, Compiled())
+        assert len(graphs) == 1
+        assert ((compiled - plain).norm() / plain.norm()).item() < 2e-3
+        assert inside(model.weights._module) == traces
+        after = dict(model.weights._module.named_buffers())
+        assert {name for name in before if not torch.equal(before[name], after[name])} == set()
+        assert before.keys() == after.keys()
+        assert torch.equal(run(model, prompts), plain)
+
     @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
         cached = with_cache(model, Cache(method, 0.5, 0.2, 1.0))
@@ -197,18 +259,9 @@ class TestTogether:
         assert not any("failed" in text for text in said)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
-    def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):
-        real, said = weights_module.load_module, []
-
-        def load(*given):
-            module = real(*given)
-            try:
-                weights_module._offload(module, mode, torch.device("cpu"))
-            except AttributeError as error:
-                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
-            return module
-
-        monkeypatch.setattr(weights_module, "load_module", load)
+    def test_offloading(self, deep, model, prompts, graphs, offloads, mode):
+        said = []
+        offloads(mode)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
         assert any(
