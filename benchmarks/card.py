@@ -29,13 +29,12 @@ import argparse
 import faulthandler
 import gc
 import json
-import logging
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -45,17 +44,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import vae_decode
-from benchmarks.step import FULL, NOISE_SEED, build, comfyui, machine, matmul_flops, step_flops, theirs
+from benchmarks.step import FULL, NOISE_SEED, AsAsked, build, comfyui, machine, matmul_flops, step_flops, theirs
 from cogvideox import memory
 from cogvideox.choices import AUTO, FASTEST, OFFLOAD_BLOCKS, OFFLOAD_LAYERS, SAGE
-from cogvideox.events import Events
 from cogvideox.geometry import latent_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
 from cogvideox.modules.attention import available
 from cogvideox.modules.cache import Cache
 from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
-from cogvideox.requests import outside_training
 from cogvideox.sampling import sample
 from cogvideox.variants import TEACACHE_SECONDS, full_config
 from cogvideox.weights import make_room
@@ -196,16 +193,12 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class _Ends(Events):
-    """When each step ended, and what the first one predicted.
+class _Ends(AsAsked):
+    """When each step ended, and what the first one predicted."""
 
-    A run that goes otherwise than asked (healed, in less memory, without compiling) says so, and ends: its seconds are
-    not those of its name.
-    """
-
-    def __init__(self, device: torch.device, expected: Collection[str]):
-        """``expected``: sentences that say nothing of how it runs."""
-        self._device, self._expected = device, expected
+    def __init__(self, device: torch.device, model: Model, shape: tuple[int, ...]):
+        super().__init__(model, shape)
+        self._device = device
         self.ends: list[float] = []
         self.clean: torch.Tensor | None = None
 
@@ -214,11 +207,6 @@ class _Ends(Events):
         self.ends.append(time.perf_counter())
         if self.clean is None:
             self.clean = clean.float().cpu()
-
-    def note(self, text: str, level: int = logging.WARNING) -> None:
-        if level >= logging.WARNING and text not in self._expected:
-            raise RuntimeError(text)
-        print(f"    {text}", file=sys.stderr)
 
 
 def _wait(device: torch.device) -> None:
@@ -250,8 +238,7 @@ class Bench:
     def run(self, model: Model, steps: int, batched: bool = True, **settings) -> tuple[list[float], _Ends, int | None]:
         """Run a few steps: the seconds of each, from the first forward, what they told, and the peak."""
         began: list[float] = []
-        latents, peak, others = torch.zeros(self.shape), None, 0
-        ends = _Ends(self.device, outside_training(model, latents, None))
+        ends, peak, others = _Ends(self.device, model, self.shape), None, 0
         if self.device.type == "cuda":
             # What other rows left there is not of this one's peak.
             make_room(self.device, model.weights)
@@ -259,7 +246,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         with _halves(batched), _first_forward(began, self.device):
             sample(
-                *(model, *self.prompts, latents),
+                *(model, *self.prompts, torch.zeros(self.shape)),
                 **dict(seed=NOISE_SEED, steps=steps, on_nan="stop", events=ends) | settings,
             )
         if self.device.type == "cuda":
