@@ -139,12 +139,14 @@ class TestSharing:
         assert len(graphs) == count + 1
         assert said[-2].startswith("Compiling the transformer's block")
 
-    def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs):
+    @pytest.mark.parametrize("cfg", [6.0, 1.0])
+    def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs, cfg):
         # Of sizes that are equal by chance torch assumes that they always are.
         small, larger = (1, 16, 4, 6, 10), (1, 16, 4, 8, 14)
-        run(model, prompts, Compiled(dynamic=True), shape=small)
+        run(model, prompts, Compiled(dynamic=True), shape=small, cfg=cfg)
         assert len(graphs) == 1
-        assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
+        compiled = run(model, prompts, Compiled(dynamic=True), shape=larger, cfg=cfg)
+        assert torch.equal(compiled, run(model, prompts, shape=larger, cfg=cfg))
         assert len(graphs) == 1
 
     def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(

@@ -148,11 +148,13 @@ class CompileRun:
         if self._given_up or internals.is_watched(block):
             return forward(block, *args, **kwargs)
         if "hidden_states" in kwargs:
-            # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with
-            # any stride.
+            # The first block is given views of one tensor, which would be compiled apart: a copy of what lies behind
+            # the text, and of both where there are several videos. A batch of one passes for contiguous with any
+            # stride, and is a view still.
             for name in ("hidden_states", "encoder_hidden_states"):
                 given = kwargs[name].contiguous()
-                kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1))
+                given = given.clone() if given.storage_offset() else given
+                kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1)).detach()
         try:
             return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
         except internals.compiler_error() as error:
