@@ -1,12 +1,17 @@
 """The whole truth of a card in one call of under 8 minutes: what a step of CogVideoX1.5-5B at 81 frames of 1360x768
 takes in every way that it can run, its decode, its text encoder, and the seconds of a run of 50 steps put together.
 
-Random weights of the full size, all 42 layers. Rows are written as they are done, as Markdown and JSON into ``$OUT``
-(or ``--out``), so that a cut leaves a table; rows that the time does not reach say so. ``--tiny`` runs the same script
-on a small model, on a CPU too, in two minutes.
+Random weights of the full size, all 42 layers. Rows are written as they begin and as they are done, as Markdown and
+JSON into ``$OUT`` (or ``--out``), so that a cut leaves a table. What is claimed of a card comes first; rows that the
+time does not reach say so, as do those that fail, take too long, or would run otherwise than they are called.
+``--tiny`` runs the same script on a small model, on a CPU too, in two minutes. The process ends with 1 where a row
+failed.
 
-- *seconds*: of a guided step, its forward and the sampler's own work. Ways that compile are timed at their second step;
-  what compiling took is not in it.
+Beside PyTorch with CUDA and a C compiler for Triton it needs accelerate, diffusers, einops, pytest, safetensors,
+sentencepiece and transformers, and nothing of the network.
+
+- *seconds*: of a guided step, its forward and the sampler's own work. diffusers, plain and ways that compile are timed
+  at their second step; what compiling took is not in it.
 - *x diffusers*: how many times faster than diffusers' pipeline, eager, in bf16 (on a CPU in fp32).
 - *peak*: what CUDA had allocated at most beside what was there before, in GB.
 - *error*: relative L2 of the clean latents that the first step predicts against plain ours. With random weights it says
@@ -21,26 +26,27 @@ Run as ``python -m benchmarks.card``.
 """
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from benchmarks import vae_decode
-from benchmarks.step import FULL, NOISE_SEED, build, comfyui, machine, matmul_flops, step_flops, theirs
+from benchmarks.step import FULL, NOISE_SEED, AsAsked, build, comfyui, machine, matmul_flops, step_flops, theirs
 from cogvideox import memory
-from cogvideox.choices import AUTO, FASTEST, SAGE
-from cogvideox.events import Events
+from cogvideox.choices import AUTO, FASTEST, OFFLOAD_BLOCKS, OFFLOAD_LAYERS, SAGE
 from cogvideox.geometry import latent_frames
 from cogvideox.handles import Model, open_handles, quantized, with_attention, with_cache, with_compile
 from cogvideox.modules.attention import available
@@ -49,12 +55,16 @@ from cogvideox.modules.compiled import Compiled, missing_compiler
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.variants import TEACACHE_SECONDS, full_config
+from cogvideox.weights import make_room
 from tests.tiny_checkpoint import build_vae
 
 TINY = dict(num_attention_heads=2, num_layers=2, time_embed_dim=64, text_embed_dim=64)
 #: Steps of the schedule that TeaCache's rows are of, and of a real run.
 SCHEDULE, RUN = 20, 50
-NOT_REACHED = "not reached in the time given"
+NOT_REACHED, BEGUN = "not reached in the time given", "begun, and not finished"
+#: Seconds that one row may take, and that the last one may take beyond the time given. A process that does not answer
+#: to that is ended so long after.
+LONGEST, BEYOND = 150, 20
 #: Bytes that our decode is given.
 BUDGETS = {"no limit": None, "6 GB": 6 * 10**9, "4 GB": 4 * 10**9}
 
@@ -76,32 +86,57 @@ class Row:
         return not self.name.startswith(("decode", "T5"))
 
 
-class Table:
-    """The rows so far, written anew with each."""
+class _TooLong(BaseException):
+    """A row took longer than it may. No ``Exception``: a compiler that is interrupted would take it for a failure of
+    its own, and go on."""
 
-    def __init__(self, title: str, folder: Path, deadline: float):
-        self._title, self._folder, self._deadline = title, folder, deadline
+
+class Table:
+    """The rows so far, written anew with each.
+
+    Attributes:
+        failed: the names of those that raised what is no refusal.
+    """
+
+    def __init__(self, title: str, folder: Path, deadline: float, longest: float = LONGEST):
+        self._title, self._folder, self._deadline, self._longest = title, folder, deadline, longest
         self.rows: list[Row] = []
         self.lines: list[str] = []
+        self.failed: list[str] = []
+        self.write()
 
     def seconds(self, name: str) -> float | None:
         """Return what a row took; None where it was not measured."""
         return next((row.seconds for row in self.rows if row.name == name), None)
 
     def measure(self, name: str, work: Callable[[], Row]) -> None:
-        """Add a row; what it raises, and that there is no time for it, is told in its place."""
-        if time.monotonic() > self._deadline:
-            row = Row(name, said=NOT_REACHED)
-        else:
-            try:
+        """Add a row; what it raises, and that it took too long or there is no time for it, is told in its place."""
+        left = self._deadline - time.monotonic()
+        if left < 0:
+            self.add(Row(name, said=NOT_REACHED))
+            return
+        self.rows.append(Row(name, said=BEGUN))
+        self.write()
+        most = min(self._longest, left + BEYOND)
+        try:
+            with _at_most(most):
                 row = work()
-                row.name = name
-            # Whatever one way of running raises, the others have their rows.
-            except Exception as error:
-                row = Row(name, said=f"did not run: {[*str(error).splitlines(), type(error).__name__][0]}")
+            row.name = name
+        except _TooLong:
+            row = Row(name, said=f"stopped after {most:.0f} s")
+        # Whatever one way of running raises, the others have their rows.
+        except Exception as error:
+            row = Row(name, said=f"did not run: {[*str(error).splitlines(), type(error).__name__][0]}")
+            if not isinstance(error, ValueError):
+                self.failed.append(name)
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                # An error of the device comes back whatever is asked of it.
+                print(f"    {error}", file=sys.stderr)
+        self.rows.pop()
         self.add(row)
 
     def add(self, row: Row) -> None:
@@ -124,7 +159,8 @@ class Table:
 
     def _line(self, row: Row) -> str:
         if row.seconds is None:
-            return f"| {row.name} | {row.said} | | | | |"
+            said = row.said.replace("|", "/")
+            return f"| {row.name} | {said if len(said) <= 200 else said[:199] + '…'} | | | | |"
         base = self.rows[0].seconds if self.rows else row.seconds
         parts = [
             row.name,
@@ -137,10 +173,31 @@ class Table:
         return f"| {' | '.join(parts)} |"
 
 
-class _Ends(Events):
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise ``_TooLong`` in what takes longer, once it is in Python; where the system has no such alarm, never."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again and again: one that comes in a finalizer is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 30)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Ends(AsAsked):
     """When each step ended, and what the first one predicted."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, model: Model, shape: tuple[int, ...]):
+        super().__init__(model, shape)
         self._device = device
         self.ends: list[float] = []
         self.clean: torch.Tensor | None = None
@@ -150,9 +207,6 @@ class _Ends(Events):
         self.ends.append(time.perf_counter())
         if self.clean is None:
             self.clean = clean.float().cpu()
-
-    def note(self, text: str, level: int = 0) -> None:
-        print(f"    {text}", file=sys.stderr)
 
 
 def _wait(device: torch.device) -> None:
@@ -184,18 +238,21 @@ class Bench:
     def run(self, model: Model, steps: int, batched: bool = True, **settings) -> tuple[list[float], _Ends, int | None]:
         """Run a few steps: the seconds of each, from the first forward, what they told, and the peak."""
         began: list[float] = []
-        ends, held = _Ends(self.device), None
+        ends, peak, others = _Ends(self.device, model, self.shape), None, 0
         if self.device.type == "cuda":
+            # What other rows left there is not of this one's peak.
+            make_room(self.device, model.weights)
+            others = torch.cuda.memory_allocated(self.device) - model.weights.resident
             torch.cuda.reset_peak_memory_stats(self.device)
         with _halves(batched), _first_forward(began, self.device):
             sample(
                 *(model, *self.prompts, torch.zeros(self.shape)),
-                **dict(seed=NOISE_SEED, steps=steps, events=ends) | settings,
+                **dict(seed=NOISE_SEED, steps=steps, on_nan="stop", events=ends) | settings,
             )
         if self.device.type == "cuda":
-            held = torch.cuda.max_memory_allocated(self.device) - model.weights.resident
+            peak = torch.cuda.max_memory_allocated(self.device) - others - model.weights.resident
         times = [began[0], *ends.ends]
-        return [after - before for before, after in pairwise(times)], ends, held
+        return [after - before for before, after in pairwise(times)], ends, peak
 
     def ours(self, model: Model, steps: int = 1, **settings) -> Row:
         """Measure a way of running by its last step."""
@@ -211,18 +268,26 @@ class Bench:
     def diffusers(self) -> Row:
         """Measure diffusers' pipeline by its second step, after one that warms the card up."""
         ends: list[float] = []
+        cuda, held, peak = self.device.type == "cuda", 0, None
 
         def on_step() -> None:
+            nonlocal held
             _wait(self.device)
             ends.append(time.perf_counter())
+            if cuda and len(ends) == 1:
+                held = torch.cuda.memory_allocated(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
 
         run = theirs(self.checkpoint, self.first, self.device, self.prompts, self.shape, 2)
         run(on_step)
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(self.device) - held
         seconds = ends[1] - ends[0]
-        return Row("", seconds, None, None, self.share(seconds, self.first.weights.precision.dtype))
+        return Row("", seconds, peak, None, self.share(seconds, self.first.weights.precision.dtype))
 
     def core(self) -> Row:
         """Measure ComfyUI's own model, where there is a checkout."""
+        make_room(self.device)
         said, seconds = comfyui(self.checkpoint, self.device, self.shape, self.prompts, 2, 1)
         return Row("", seconds, said=said)
 
@@ -264,6 +329,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="rows that begin later are left out (default: 7, tiny: 1.5)")
     options = parser.parse_args()
     started = time.monotonic()
+    minutes = (1.5 if options.tiny else 7) if options.minutes is None else options.minutes
+    # Whatever it hangs in, what is written stays.
+    faulthandler.dump_traceback_later(60 * minutes + 2 * BEYOND, exit=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.tiny:
         parser.error("there is no CUDA card here: give --tiny to run the same on a small model")
@@ -275,97 +343,117 @@ def main() -> None:
         hardware = Hardware.detect(device)
         first = open_handles(checkpoint, "fp32" if device.type == "cpu" else "bf16", hardware).model
         bench = Bench(checkpoint, device, shape, first)
-        minutes = (1.5 if options.tiny else 7) if options.minutes is None else options.minutes
         title = (
             f"{machine(device)}: {bench.config['num_layers']} layers x {bench.config['num_attention_heads']} heads, "
             f"{frames} frames of {width}x{height}, {first.weights.precision.name}"
         )
         table = Table(title, options.out, started + 60 * minutes)
         print(f"# {title}", flush=True)
-        # What compiles comes last: it takes the most time, and everything else is in the table by then.
-        _plain_rows(bench, table)
-        _other_rows(bench, table, hardware, compiled=False)
-        _decode_rows(bench, table, options.tiny)
-        _text_rows(bench, table, options.tiny)
-        _fast_rows(bench, table)
-        if missing_compiler(device) is None:
-            _other_rows(bench, table, hardware, compiled=True)
-        first.weights.park()
-        table.measure("ComfyUI core", bench.core)
+        _rows(bench, table, hardware, options.tiny)
         _whole_runs(table)
     print(f"{time.monotonic() - started:.0f} s in all", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    sys.exit(1 if table.failed else 0)
 
 
-def _plain_rows(bench: Bench, table: Table) -> None:
-    """diffusers, ours as it is, and each kernel of the attention."""
+def _rows(bench: Bench, table: Table, hardware: Hardware, tiny: bool) -> None:
+    """Measure all, what was claimed of a card first: a step as it is, compiled, with TeaCache, and in fp16, the decode
+    in 6 GB, and T5."""
+
+    def opened(*how: str, memory: str = AUTO) -> Callable[[], Model]:
+        return lambda: open_handles(bench.checkpoint, how[0], hardware, *how[1:], memory=memory).model
+
+    halves = {"fp16, range-safe": opened("fp16"), "fp16, plain": opened("fp16", "warn")}
+    eight = {method: partial(quantized, bench.first, method) for method in ("fp8_dynamic", "int8_dynamic")}
     table.measure("diffusers, eager", bench.diffusers)
-    table.measure("plain", partial(bench.ours, bench.first))
+    table.measure("plain", lambda: bench.ours(bench.first, 2))
+    missing = missing_compiler(bench.device)
+    best, compiled = (FASTEST, False), [(FASTEST, True), (AUTO, True)] if missing is None else []
+    if missing is not None:
+        table.add(Row("compile", said=f"not measured: {missing}"))
+    while compiled and best == (FASTEST, False):
+        # Where one kernel cannot be compiled, another may be; what takes too long does so with both.
+        way, name = compiled[0], _name(*compiled.pop(0))
+        _way_row(bench, table, *way)
+        best = best if table.seconds(name) is None else way
+        compiled = compiled if best == way or name in table.failed else []
+    _teacache_rows(bench, table, *best)
+    _made_rows(bench, table, halves)
+    decodes = _decodes(bench, tiny)
+    for name in ("decode, ours, 6 GB", "decode, diffusers tiled"):
+        table.measure(name, decodes.pop(name))
+    _text_rows(bench, table, tiny)
+    if SAGE in available(bench.device):
+        _teacache_rows(bench, table, SAGE, best[1])
+    for way in compiled:
+        _way_row(bench, table, *way)
     for choice in available(bench.device):
         # Those of the hub download code.
         if choice != AUTO and not choice.endswith("_hub"):
-            table.measure(f"attention {choice}", lambda choice=choice: bench.ours(with_attention(bench.first, choice)))
+            _way_row(bench, table, choice, False)
+    if best[1]:
+        _made_rows(bench, table, eight | halves, compiled=True)
+    _made_rows(bench, table, eight)
+    table.measure("halves one by one", lambda: bench.ours(bench.first, batched=False))
+    if bench.device.type == "cuda":
+        dtype = bench.first.weights.precision.name
+        _made_rows(bench, table, {mode: opened(dtype, memory=mode) for mode in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS)})
+    for name, work in decodes.items():
+        table.measure(name, work)
+    table.measure("ComfyUI core", bench.core)
 
 
-def _fast_rows(bench: Bench, table: Table) -> None:
-    """Compile, TeaCache and guidance in a part of the steps, together."""
-    fast, compiles = with_attention(bench.first, FASTEST), missing_compiler(bench.device) is None
-    if compiles:
-        fast = with_compile(fast, Compiled())
-        table.measure("compile + fastest", lambda: bench.ours(fast, 2))
-    _teacache_rows(bench, table, "compile + fastest" if compiles else "fastest", fast)
-    if SAGE in available(bench.device):
-        eight = with_attention(bench.first, SAGE)
-        eight = with_compile(eight, Compiled()) if compiles else eight
-        _teacache_rows(bench, table, f"compile + {SAGE}" if compiles else SAGE, eight)
-    if compiles:
-        table.measure("compile", lambda: bench.ours(with_compile(bench.first, Compiled()), 2))
+def _name(attention: str, compiled: bool) -> str:
+    if not compiled:
+        return f"attention {attention}"
+    return "compile" if attention == AUTO else f"compile + {attention}"
 
 
-def _teacache_rows(bench: Bench, table: Table, name: str, model: Model) -> None:
+def _way(bench: Bench, attention: str, compiled: bool) -> Model:
+    model = with_attention(bench.first, attention)
+    return with_compile(model, Compiled()) if compiled else model
+
+
+def _way_row(bench: Bench, table: Table, attention: str, compiled: bool) -> None:
+    table.measure(
+        _name(attention, compiled), lambda: bench.ours(_way(bench, attention, compiled), 2 if compiled else 1)
+    )
+
+
+def _teacache_rows(bench: Bench, table: Table, attention: str, compiled: bool) -> None:
     """Time a full, a skipped and an unguided step, and put the thresholds' schedules together from them."""
+    name = _name(attention, compiled)
     taken: dict[str, float] = {}
 
     def steps() -> Row:
         # Full, skipped, skipped, full: the last one is compiled already.
-        cached = with_cache(model, Cache("teacache", 0.5, 0.0, 1.0))
+        cached = with_cache(_way(bench, attention, compiled), Cache("teacache", 0.5, 0.0, 1.0))
         (_, _, taken["skipped"], taken["full"]), _, peak = bench.run(cached, 4)
         return Row("", taken["skipped"], peak)
 
     def unguided() -> Row:
-        *_, taken["unguided"] = bench.run(model, 2, cfg=1.0)[0]
+        *_, taken["unguided"] = bench.run(_way(bench, attention, compiled), 2, cfg=1.0)[0]
         return Row("", taken["unguided"])
 
     table.measure(f"{name}: a step that TeaCache skips", steps)
     table.measure(f"{name}: an unguided step", unguided)
     for threshold, seconds in list(TEACACHE_SECONDS.items())[1:]:
         skipped = round(SCHEDULE * (1 - seconds / TEACACHE_SECONDS[0]))
-        if "full" not in taken:
-            table.add(Row(f"{name} + teacache {threshold} ({skipped} of {SCHEDULE} skipped)", said=NOT_REACHED))
-            if threshold == 0.2:
-                table.add(Row(f"{name} + teacache 0.2 + cfg_end 0.8", said=NOT_REACHED))
-            continue
-        mean = (skipped * taken["skipped"] + (SCHEDULE - skipped) * taken["full"]) / SCHEDULE
-        table.add(Row(f"{name} + teacache {threshold} ({skipped} of {SCHEDULE} skipped)", mean))
-        if threshold == 0.2 and "unguided" in taken:
+        mean = fewer = None
+        if "full" in taken:
+            mean = (skipped * taken["skipped"] + (SCHEDULE - skipped) * taken["full"]) / SCHEDULE
+        if mean is not None and "unguided" in taken:
             # Of the full steps as many are unguided as of all.
-            full = 0.8 * taken["full"] + 0.2 * taken["unguided"]
-            mean = (skipped * taken["skipped"] + (SCHEDULE - skipped) * full) / SCHEDULE
-            table.add(Row(f"{name} + teacache 0.2 + cfg_end 0.8", mean))
+            fewer = mean - (SCHEDULE - skipped) / SCHEDULE * 0.2 * (taken["full"] - taken["unguided"])
+        found = {f"{name} + teacache {threshold} ({skipped} of {SCHEDULE} skipped)": mean}
+        if threshold == 0.2:
+            found[f"{name} + teacache 0.2 + cfg_end 0.8"] = fewer
+        for together, seconds_of in found.items():
+            table.add(Row(together, seconds_of, said="not put together, as a step of it was not measured"))
 
 
-def _other_rows(bench: Bench, table: Table, hardware: Hardware, compiled: bool) -> None:
-    """Quantization and fp16, each as it is or compiled; and as it is what takes little memory."""
-    dtype = bench.first.weights.precision.name
-    ways = {method: partial(quantized, bench.first, method) for method in ("fp8_dynamic", "int8_dynamic")}
-    ways |= {
-        "fp16, range-safe": lambda: open_handles(bench.checkpoint, "fp16", hardware).model,
-        "fp16, plain": lambda: open_handles(bench.checkpoint, "fp16", hardware, "warn").model,
-    }
-    if not compiled and bench.device.type == "cuda":
-        ways |= {
-            mode: partial(lambda mode: open_handles(bench.checkpoint, dtype, hardware, memory=mode).model, mode)
-            for mode in ("offload_blocks", "offload_layers")
-        }
+def _made_rows(bench: Bench, table: Table, ways: Mapping[str, Callable[[], Model]], compiled: bool = False) -> None:
+    """Measure models with weights of their own, which are freed after their row; each as it is, or compiled."""
 
     def measured(make: Callable[[], Model]) -> Row:
         model = make()
@@ -374,23 +462,32 @@ def _other_rows(bench: Bench, table: Table, hardware: Hardware, compiled: bool) 
         finally:
             model.weights.release()
 
-    if not compiled:
-        table.measure("halves one by one", lambda: bench.ours(bench.first, batched=False))
     for name, make in ways.items():
         table.measure(f"{name} + compile" if compiled else name, partial(measured, make))
 
 
-def _decode_rows(bench: Bench, table: Table, tiny: bool) -> None:
-    """The decode of the whole clip, ours at three budgets and diffusers tiled; seconds of all of it."""
+def _decodes(bench: Bench, tiny: bool) -> dict[str, Callable[[], Row]]:
+    """Return what measures the decode of the whole clip, ours at three budgets and diffusers tiled: seconds of all of
+    it."""
     dtype = bench.first.weights.precision.dtype
-    with torch.no_grad():
+
+    @cache
+    def parts() -> tuple[torch.nn.Module, torch.Tensor]:
         vae = build_vae().to(dtype).eval() if tiny else vae_decode.build(str(bench.device), dtype)
-        vae, shape = vae.to(bench.device), bench.shape[2:]
-        latent = torch.randn(1, 16, *shape, dtype=dtype).to(bench.device)
-        works = {f"decode, ours, {name}": partial(vae_decode.ours, vae, latent, most) for name, most in BUDGETS.items()}
-        works["decode, diffusers tiled"] = partial(vae_decode.theirs, vae, latent, True)
-        for name, work in works.items():
-            table.measure(name, partial(_timed, bench.device, work))
+        latent = torch.randn(1, 16, *bench.shape[2:], dtype=dtype).to(bench.device)
+        vae = vae.to(bench.device)
+        # Loading a card's libraries is not of the first one's time.
+        for work in works.values() if bench.device.type == "cuda" else ():
+            work(vae, latent[:, :, :3, :8, :8])
+        return vae, latent
+
+    def measured(work: Callable) -> Row:
+        with torch.no_grad():
+            return _timed(bench.device, partial(work, *parts()))
+
+    works = {f"decode, ours, {name}": partial(vae_decode.ours, budget=most) for name, most in BUDGETS.items()}
+    works["decode, diffusers tiled"] = partial(vae_decode.theirs, tiled=True)
+    return {name: partial(measured, work) for name, work in works.items()}
 
 
 def _text_rows(bench: Bench, table: Table, tiny: bool) -> None:

@@ -260,7 +260,7 @@ def changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, Te
     """Return the transformer and the text encoder with what the options change about them."""
     from cogvideox.handles import quantized, with_attention, with_cache, with_compile, with_lora, with_windows
     from cogvideox.modules.cache import Cache
-    from cogvideox.modules.compiled import Compiled
+    from cogvideox.modules.compiled import Compiled, compile_text
     from cogvideox.windows import Windows
 
     model, text_encoder = handles.model, handles.text_encoder
@@ -286,7 +286,7 @@ def changed(options: argparse.Namespace, handles: "Handles") -> "tuple[Model, Te
     if options.compile is not None:
         compiled = Compiled(options.compile)
         model = with_compile(model, compiled)
-        say(compiled.text)
+        say(compile_text(compiled, model.weights.device))
     if options.context_windows is not None:
         length, overlap = options.context_windows
         windows = Windows(length) if overlap is None else Windows(length, overlap)

@@ -81,12 +81,11 @@ class Compile(Node):
 
     def execute(self, model, mode, dynamic=False):
         from ..cogvideox.handles import with_compile
-        from ..cogvideox.modules.compiled import Compiled, missing_compiler
+        from ..cogvideox.modules.compiled import Compiled, compile_text
 
         compiled = Compiled(mode, dynamic)
         changed = with_compile(model, compiled)
-        missing = missing_compiler(model.weights.device)
-        report = compiled.text if missing is None else f"The model will run without compiling: {missing}."
-        logger.log(logging.INFO if missing is None else logging.WARNING, "%s", report)
+        report = compile_text(compiled, model.weights.device)
+        logger.log(logging.INFO if report == compiled.text else logging.WARNING, "%s", report)
         host.show(report)
         return (changed,)

@@ -23,7 +23,7 @@ from tests import layouts
 from tests.conftest import CPU
 from tests.helpers import inside
 from tests.reference import draw_prompts
-from tests.tiny_checkpoint import LAYERS
+from tests.tiny_checkpoint import LAYERS, build_checkpoint, build_transformer
 from tests.told import Told
 
 SHAPE = (1, 16, 4, 4, 6)
@@ -58,6 +58,48 @@ def inductor():
         pytest.skip("no C++ compiler")
     with torch._inductor.config.patch("cpp.vec_isa_ok", False):
         yield
+
+
+@pytest.fixture
+def offloads(monkeypatch):
+    """Have what is loaded from now on brought to the device as on a card."""
+
+    def offload(mode):
+        real = weights_module.load_module
+
+        def load(*given):
+            module = real(*given)
+            try:
+                weights_module._offload(module, mode, torch.device("cpu"))
+            except AttributeError as error:
+                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
+            return module
+
+        monkeypatch.setattr(weights_module, "load_module", load)
+
+    return offload
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A checkpoint in whose blocks other layers have channels and rows that hardly count, and weights with other
+    tails."""
+
+    def change(parts):
+        parts["transformer"] = build_transformer(num_layers=LAYERS)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for number, block in enumerate(parts["transformer"].transformer_blocks):
+                layers = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+                for layer in layers:
+                    tails = 1 + 0.4 * number
+                    drawn = torch.randn(layer.weight.shape, generator=generator)
+                    layer.weight.copy_(0.02 * drawn.sign() * drawn.abs() ** tails)
+                layers[number].weight[:, 0] *= 1e-4
+                layers[-1 - number].weight[0] *= 1e-4
+
+    folder = tmp_path_factory.mktemp("uneven") / "it"
+    return build_checkpoint(folder, change=change, stored={"transformer": torch.float32})
 
 
 def run(model, prompts, compiled=None, said=None, shape=SHAPE, healed=None, **settings):
@@ -97,12 +139,14 @@ class TestSharing:
         assert len(graphs) == count + 1
         assert said[-2].startswith("Compiling the transformer's block")
 
-    def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs):
+    @pytest.mark.parametrize("cfg", [6.0, 1.0])
+    def test_dynamic_code_serves_for_all_sizes(self, model, prompts, graphs, cfg):
         # Of sizes that are equal by chance torch assumes that they always are.
         small, larger = (1, 16, 4, 6, 10), (1, 16, 4, 8, 14)
-        run(model, prompts, Compiled(dynamic=True), shape=small)
+        run(model, prompts, Compiled(dynamic=True), shape=small, cfg=cfg)
         assert len(graphs) == 1
-        assert torch.equal(run(model, prompts, Compiled(dynamic=True), shape=larger), run(model, prompts, shape=larger))
+        compiled = run(model, prompts, Compiled(dynamic=True), shape=larger, cfg=cfg)
+        assert torch.equal(compiled, run(model, prompts, shape=larger, cfg=cfg))
         assert len(graphs) == 1
 
     def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(
@@ -141,6 +185,26 @@ class TestTogether:
         packed_model, said = open_handles(path, dtype, CPU).model, []
         assert torch.equal(run(packed_model, prompts, Compiled(), said), run(packed_model, prompts))
         assert graphs, said
+
+    @pytest.mark.parametrize("mode", ["gpu", "offload_blocks"])
+    @pytest.mark.parametrize("method", [None, "int8_weight_only", "fp8_weight_only"])
+    def test_range_safe_blocks_with_scales_of_other_kinds_are_compiled_once(
+        self, uneven, prompts, graphs, offloads, method, mode
+    ):
+        if mode != "gpu":
+            offloads(mode)
+        model = open_handles(uneven, "fp16", CPU).model
+        model = model if method is None else quantized(model, method)
+        plain = run(model, prompts)
+        before = {name: value.clone() for name, value in model.weights._module.named_buffers()}
+        traces, compiled = inside(model.weights._module), run(model, prompts, Compiled())
+        assert len(graphs) == 1
+        assert ((compiled - plain).norm() / plain.norm()).item() < 2e-3
+        assert inside(model.weights._module) == traces
+        after = dict(model.weights._module.named_buffers())
+        assert {name for name in before if not torch.equal(before[name], after[name])} == set()
+        assert before.keys() == after.keys()
+        assert torch.equal(run(model, prompts), plain)
 
     @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
@@ -197,18 +261,9 @@ class TestTogether:
         assert not any("failed" in text for text in said)
 
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
-    def test_offloading(self, deep, model, prompts, graphs, monkeypatch, mode):
-        real, said = weights_module.load_module, []
-
-        def load(*given):
-            module = real(*given)
-            try:
-                weights_module._offload(module, mode, torch.device("cpu"))
-            except AttributeError as error:
-                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
-            return module
-
-        monkeypatch.setattr(weights_module, "load_module", load)
+    def test_offloading(self, deep, model, prompts, graphs, offloads, mode):
+        said = []
+        offloads(mode)
         assert torch.equal(run(open_handles(deep, "fp32", CPU).model, prompts, Compiled(), said), run(model, prompts))
         assert bool(graphs) == (mode == "offload_blocks")
         assert any(

@@ -370,6 +370,13 @@ class TestImagesVideosAndLoras:
         assert "TaylorSeer skipped 2 of 4 block evaluations (50%)." in said
         assert "Compiled in" in said
 
+    def test_a_plan_says_that_nothing_can_be_compiled(self, tiny, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("cogvideox.modules.internals.lacks_cpp_compiler", lambda: True)
+        code, said, _ = run(capsys, "--plan", *self.arguments(tiny, tmp_path / "out.mp4", "--compile"))
+        assert code == 0
+        assert "The model will run without compiling: no C++ compiler is installed" in said
+        assert "torch.compile (default)" not in said
+
     @pytest.mark.parametrize(
         ("more", "message"),
         [

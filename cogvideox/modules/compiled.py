@@ -21,7 +21,7 @@ from ..choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
 from ..out_of_memory import is_out_of_memory
 from . import internals
 from .internals import LibraryModule
-from .range_safe import is_range_safe, norm_exponent
+from .range_safe import is_range_safe, make_alike
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,12 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
+def compile_text(compiled: Compiled, device: torch.device) -> str:
+    """Say how the blocks will be compiled for a device, or why they will not."""
+    missing = missing_compiler(device)
+    return compiled.text if missing is None else f"The model will run without compiling: {missing}."
+
+
 class CompileRun:
     """One run with compiled blocks: ``attached`` to the transformer, and told of each step as it begins.
 
@@ -90,7 +96,7 @@ class CompileRun:
         Args:
             tell: called with sentences for the user, and logging's level of each.
         """
-        self._compiled, self._tell = compiled, tell
+        self._compiled, self._device, self._tell = compiled, device, tell
         self._given_up = missing_compiler(device)
         self._depth, self._began, self._seconds, self._announced = 0, 0.0, 0.0, False
         if self._given_up:
@@ -114,11 +120,9 @@ class CompileRun:
         restore: list[Callable[[], None]] = []
         try:
             for block in module.transformer_blocks:
-                if is_range_safe(block):
-                    # They ask the weights once; a compiler cannot.
-                    norm_exponent(block.attn1.norm_q)
-                    norm_exponent(block.attn1.norm_k)
                 restore.append(internals.replace_forward(block, partial(self._run, block)))
+            if is_range_safe(module):
+                make_alike(module.transformer_blocks, self._device, restore)
             restore += internals.on_compiling(self._on_start, self._on_end)
             with internals.compiled_versions(_VERSIONS):
                 yield
@@ -144,11 +148,13 @@ class CompileRun:
         if self._given_up or internals.is_watched(block):
             return forward(block, *args, **kwargs)
         if "hidden_states" in kwargs:
-            # The first block is given views, which would be compiled apart. A batch of one passes for contiguous with
-            # any stride.
+            # The first block is given views of one tensor, which would be compiled apart: a copy of what lies behind
+            # the text, and of both where there are several videos. A batch of one passes for contiguous with any
+            # stride, and is a view still.
             for name in ("hidden_states", "encoder_hidden_states"):
                 given = kwargs[name].contiguous()
-                kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1))
+                given = given.clone() if given.storage_offset() else given
+                kwargs[name] = given.flatten(0, 1).unflatten(0, (given.shape[0], -1)).detach()
         try:
             return _compile(forward, self._compiled, _BACKEND)(block, *args, **kwargs)
         except internals.compiler_error() as error:

@@ -19,7 +19,7 @@ does. Wraps the unmodified modules of diffusers (``CogVideoXTransformer3DModel``
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -260,6 +260,49 @@ def make_range_safe(module: LibraryModule) -> LibraryModule:
 def is_range_safe(module: nn.Module) -> bool:
     """Return whether ``make_range_safe`` was applied to ``module``."""
     return any(isinstance(child, RangeSafeLinear) for child in module.modules())
+
+
+def make_alike(blocks: Sequence[LibraryModule], device: torch.device, undo: list[Callable[[], None]]) -> None:
+    """Have range-safe blocks hold scales of one kind at each place, on ``device``, which changes nothing of what they
+    compute; add to ``undo`` what takes it back, in order.
+
+    Compilers take for constants whether a layer has a scale for its columns, or one for each row, and the powers of two
+    that are no tensors: each combination of them would be compiled apart, which can be one a block.
+    """
+
+    def put(module: LibraryModule, name: str, value: Any) -> None:
+        own = getattr(module, name)
+        if not torch.is_tensor(value):
+            undo.append(partial(setattr, module, name, own))
+            setattr(module, name, value)
+            return
+        # No buffer: what offloads those of a block knows nothing of this one.
+        undo.extend((partial(delattr, module, name), partial(module.register_buffer, name, own, persistent=False)))
+        delattr(module, name)
+        setattr(module, name, value)
+
+    for norms in zip(*((block.attn1.norm_q, block.attn1.norm_k) for block in blocks), strict=True):
+        most = max(map(norm_exponent, norms))
+        for norm in norms:
+            put(norm, "range_safe_exponent", most)
+    places: dict[str, list[RangeSafeLinear]] = {}
+    for block in blocks:
+        for name, layer in block.named_modules():
+            if isinstance(layer, RangeSafeLinear) and not isinstance(layer.packed, DynamicWeight):
+                places.setdefault(name, []).append(layer)
+    for layers in places.values():
+        least = min((layer.widening for layer in layers if layer.packed is not None), default=1.0)
+        factors = [1.0 if layer.packed is None else layer.widening / least for layer in layers]
+        columns = {layer.column_scale is None for layer in layers}
+        rows = {layer.row_scale.numel() for layer in layers}
+        for layer, factor in zip(layers, factors, strict=True):
+            # All or none of a place: a compiler looks where it finds them, too.
+            if len(rows) > 1 or any(other != 1.0 for other in factors):
+                put(layer, "row_scale", (layer.row_scale.to(device) * factor).expand(max(rows)).contiguous())
+                put(layer, "widening", layer.widening / factor)
+            if len(columns) > 1:
+                ones = torch.ones(layer.in_features, device=device)
+                put(layer, "column_scale", ones if layer.column_scale is None else layer.column_scale.to(device))
 
 
 def scale_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
