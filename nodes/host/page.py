@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Letters of a line on a node at most.
 _LINE = 2000
+#: Nodes that show why they failed.
+_failed: set[str | None] = set()
 
 
 def serve_files() -> None:
@@ -138,6 +140,23 @@ def show(text: str, node: str | None = None) -> None:
     server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+
+
+def show_failure(text: str) -> None:
+    """Show on the node that is running why it failed, until it runs again: ComfyUI's page tells where in the code such
+    an error came from, and not what it says."""
+    node = running_node()
+    if node is not None:
+        _failed.add(node)
+        show(text, node)
+
+
+def forget_failure() -> None:
+    """Take away what ``show_failure`` left on the node that is running."""
+    node = running_node()
+    if node in _failed:
+        _failed.remove(node)
+        show("", node)
 
 
 def pictures(picture: "Image") -> dict:
