@@ -1,18 +1,21 @@
 """ComfyUI's page and server: help pages and templates, the graph that is queued, and what is shown on a node."""
 
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cogvideox.words import short
+from ...cogvideox.words import reason, short
 from . import comfyui
 from .language import said
 
 if TYPE_CHECKING:
     from aiohttp.web import FileResponse, Request
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 #: Letters of a line on a node at most.
 _LINE = 2000
@@ -161,13 +164,17 @@ def forget_failure() -> None:
 
 def pictures(picture: "Image") -> dict:
     """Save a picture in ComfyUI's temp folder, and return what a node gives as its ``ui`` to show it; nothing without
-    ComfyUI."""
+    ComfyUI, or where it cannot be saved: what the node does goes on without it."""
     if not comfyui.IN_COMFYUI:
         return {}
     folder = Path(comfyui.folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"cogvideox15_{uuid.uuid4().hex}.png"
-    picture.save(folder / name, compress_level=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name, compress_level=1)
+    except OSError as error:
+        logger.warning("A picture for the node could not be saved in %s: %s", folder, reason(error))
+        return {}
     return {"images": [{"filename": name, "subfolder": "", "type": "temp"}]}
 
 
