@@ -142,7 +142,8 @@ def show(text: str, node: str | None = None) -> None:
     page can. The caller logs what must not be missed."""
     server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+        # Nodes that are drawn by Vue read it as Markdown, where two spaces keep the break of a line.
+        server.send_progress_text("  \n".join(short(line, _LINE) for line in said(text).splitlines()), node)
 
 
 def show_failure(text: str) -> None:

@@ -163,6 +163,8 @@ def test_why_a_node_failed_while_it_ran_is_on_it_until_it_runs_again(page, shots
     page.screenshot(path=shots / "failed.png")
     (said,) = told()
     assert "so it is not passed on to be saved" in said
+    # Two spaces keep a line's break in nodes that are drawn by Vue, which read Markdown.
+    assert "  \nverdict: black  \n17 of 17" in said
     assert "Likely causes" in said
     page.set_widgets(values={"pixel_black_threshold": 0.1, "picture_black_ratio": 0.98})
     assert page.run()["end"] == "success"
