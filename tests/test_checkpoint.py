@@ -308,7 +308,7 @@ class TestRefusals:
         elif change == "other dtype":
             save_file({name: tensor.double() for name, tensor in whole.items()}, file)
         with pytest.raises(ValueError) as caught:
-            load_module(part, Precision(torch.float32), CPU)
+            load_module(part, Precision(torch.float32), CPU.device)
         assert str(file) in str(caught.value)
         assert ("cannot be read" if change == "gone" else f"had {size:,} bytes when it was opened") in str(caught.value)
 
