@@ -52,9 +52,10 @@ def load_module(
         The module in eval mode, without gradients.
 
     Raises:
-        ValueError: if tensors are missing, left over, or of another shape than the config says, or one to be quantized
-            is not finite.
+        ValueError: if tensors are missing, left over, or of another shape than the config says, one to be quantized
+            is not finite, or a file is not the one that was opened.
     """
+    part.check_unchanged()
     module, slots, names = empty_module(part)
     quantized = {name for name in part.tensors if quantizer is not None and quantizer.takes(name)}
     plain_fp16 = precision == Precision(torch.float16)

@@ -78,6 +78,7 @@ class Node:
             ValueError: if an input is not what the node declares.
             RuntimeError: if a package that is needed is missing or too old, or cannot be imported for another one.
         """
+        host.forget_failure()
         try:
             require_dependencies()
             return self._in_words(self.execute(**checked(type(self), inputs)))
@@ -88,6 +89,7 @@ class Node:
                 raise
             # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
             plain, said = ValueError if isinstance(told, ValueError) else RuntimeError, host.said(str(told))
+            host.show_failure(said)
             if type(told).__module__.startswith(_PACK) or said != str(error):
                 # The log has both, as one is the other's cause: the English sentence and the page's.
                 raise plain(said) from error

@@ -139,9 +139,14 @@ def checked(node: type[Declares], given: dict[str, Any]) -> dict[str, Any]:
         if given.get(name) is not None:
             found[name] = check_value(node, name, spec, given[name])
         elif name in required and (name in given or defaults[name].default is inspect.Parameter.empty):
-            wanted, remedy = _WANTED[_kind(spec)]
-            raise ValueError(f"{node.DISPLAY_NAME}: nothing comes in at {name}, which needs {wanted}. {remedy}")
+            raise ValueError(nothing_at(node, name, spec))
     return found
+
+
+def nothing_at(node: type[Declares], name: str, spec: tuple) -> str:
+    """Say that a required input is None."""
+    wanted, remedy = _WANTED[_kind(spec)]
+    return f"{node.DISPLAY_NAME}: nothing comes in at {name}, which needs {wanted}. {remedy}"
 
 
 def objections(node: type[Declares], given: dict[str, Any], limits: bool = True) -> dict[str, str]:

@@ -6,6 +6,7 @@ from ..cogvideox.choices import DTYPES, MEMORY, ON_MISMATCH, check_choice
 from ..cogvideox.words import listed, short
 from . import host
 from .base import Node
+from .inputs import OfField
 from .queued import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -142,10 +143,16 @@ class ModelLoader(Node):
 
     @classmethod
     def foresee(cls, model, dtype, on_mismatch, memory, text_encoder_name, vae_name, prompt=None, unique_id=None, **_):
+        from ..cogvideox.precision.policy import DtypeMismatch
+
         chosen = model, dtype, on_mismatch, memory, text_encoder_name, vae_name
         if UNKNOWN in chosen:
             return None
-        handles, _ = _handles(*chosen, prompt, unique_id)
+        try:
+            handles, _ = _handles(*chosen, prompt, unique_id)
+        except DtypeMismatch as error:
+            # Where it is auto, a flag of ComfyUI's asked for the dtype.
+            raise OfField(str(error), "on_mismatch" if dtype == _AUTO else "dtype") from error
         return handles.model, handles.text_encoder, handles.vae, UNKNOWN
 
     @classmethod

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import host
-from .inputs import Declares, OfField
+from .inputs import Declares, OfField, nothing_at
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,9 @@ class Queued:
                 found[name] = self._linked(given[name])
             else:
                 found[name] = _read(declared[name], given[name])
+                if given[name] is None and name in lists and name in types.get("required", {}):
+                    # Scripts can send it. ComfyUI refuses other widgets without a value itself.
+                    self._object(node, name, nothing_at(cls, name, declared[name]))
         return found
 
     def _linked(self, link: list) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from cogvideox.checkpoint.headers import read_header
 from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
@@ -295,6 +296,21 @@ class TestRefusals:
         shard = copy / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
         shard.write_bytes(shard.read_bytes()[:-1000])
         self.refused(copy, "truncated", "-00002-of-00003", "download it again")
+
+    @pytest.mark.parametrize("change", ["gone", "truncated", "other dtype"])
+    def test_a_file_that_is_not_the_one_that_was_opened(self, copy, change):
+        """Weights are read when a node first needs them, maybe minutes after the loader has run."""
+        part, file = open_checkpoint(copy).part("vae"), copy / "vae" / "diffusion_pytorch_model.safetensors"
+        whole, size = load_file(file), file.stat().st_size
+        file.unlink()
+        if change == "truncated":
+            file.write_bytes(bytes(100))
+        elif change == "other dtype":
+            save_file({name: tensor.double() for name, tensor in whole.items()}, file)
+        with pytest.raises(ValueError) as caught:
+            load_module(part, Precision(torch.float32), CPU.device)
+        assert str(file) in str(caught.value)
+        assert ("cannot be read" if change == "gone" else f"had {size:,} bytes when it was opened") in str(caught.value)
 
     def test_a_git_lfs_pointer(self, copy):
         (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text(

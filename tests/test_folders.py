@@ -154,6 +154,17 @@ class TestAPartThatIsNotWhole:
         shutil.copy(source[0] / "vae" / SINGLE, copy / "vae")
         assert open_checkpoint(copy).fingerprint != before
 
+    @pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "tokenizer/spiece.model"])
+    def test_changes_the_fingerprint_with_what_is_no_weight(self, copy, file):
+        before = open_checkpoint(copy).fingerprint
+        assert open_checkpoint(copy).fingerprint == before
+        if file.endswith(".json"):
+            config = json.loads((copy / file).read_text(encoding="utf-8"))
+            (copy / file).write_text(json.dumps(config | {"snr_shift_scale": 2.5}), encoding="utf-8")
+        else:
+            os.utime(copy / file, (1, 1))
+        assert open_checkpoint(copy).fingerprint != before
+
     @pytest.mark.parametrize("left", [(), (".gitattributes", ".DS_Store", "desktop.ini")])
     def test_is_none_if_its_folder_is_empty(self, copy, left):
         shutil.rmtree(copy / "vae")

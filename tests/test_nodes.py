@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogvideox.events import Events
 from tests import layouts
 from tests.conftest import CPU
 from tests.drawings import CLIP
@@ -502,6 +503,7 @@ class TestModelFolders:
         for root in roots:
             root.mkdir()
         monkeypatch.setattr(host.comfyui, "IN_COMFYUI", True)
+        monkeypatch.setattr(host.page, "_context", lambda: None)
         folders = {"CogVideo": roots[:1], "diffusers": roots[1:]}
         for name in ("diffusion_models", "checkpoints", "text_encoders", "vae"):
             (tmp_path / name).mkdir()
@@ -540,7 +542,30 @@ class TestModelFolders:
         shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")
         loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
         assert "tiny" in loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B")
+        # What else a list says of a file is no part of its name.
+        said = loader.VALIDATE_INPUTS(model="CogVideoX1.5-5B · bf16 · diffusers")
+        assert "called 'CogVideoX1.5-5B' in" in said
+        assert "put CogVideoX1.5-5B there" in said
+        said = loader.VALIDATE_INPUTS(text_encoder_name="t5xxl.safetensors · fp16")
+        assert "called 't5xxl.safetensors' in" in said
         assert loader.VALIDATE_INPUTS(model="tiny") is True
+
+    @pytest.mark.parametrize("action", ["warn", "stop"])
+    def test_a_picture_that_cannot_be_saved_takes_nothing_along(
+        self, pack, host, tmp_path, monkeypatch, action, caplog
+    ):
+        """The sheet of black frames, where the disk of ComfyUI's temp folder is full."""
+        (tmp_path / "temp").write_text("no folder")
+        paths = SimpleNamespace(get_temp_directory=lambda: str(tmp_path / "temp"))
+        monkeypatch.setattr(host.comfyui, "folder_paths", paths, raising=False)
+        monkeypatch.setattr(host, "NodeEvents", Events)
+        black = dict(images=torch.zeros(2, 16, 16, 3), action=action)
+        if action == "stop":
+            with pytest.raises(RuntimeError, match="The video is black"):
+                call(pack, "CogVideoX15BlackFrameCheck", **black)
+        else:
+            assert call(pack, "CogVideoX15BlackFrameCheck", **black)[1] is True
+        assert "could not be saved" in caplog.text
 
     def test_a_changed_file_is_noticed(self, pack, host, tiny):
         folder = shutil.copytree(tiny, host.folders._roots("CogVideo", "diffusers")[0] / "tiny")

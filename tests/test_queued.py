@@ -120,6 +120,38 @@ def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, v
     assert said in sentence
 
 
+def test_a_dtype_that_does_not_suit_is_told_at_the_dtype(errors, graph):
+    nodes = graph()
+    of(nodes, "CogVideoX15ModelLoader").update(dtype="fp16", on_mismatch="stop")
+    ((where, field, sentence),) = errors(nodes)
+    assert (where, field) == ("ModelLoader", "dtype")
+    assert "on_mismatch is stop" in sentence
+
+
+@pytest.mark.parametrize(("kind", "widget"), [("Sampler", "scheduler"), ("ModelLoader", "dtype")])
+def test_a_choice_that_a_script_sends_without_a_value_is_refused(errors, graph, kind, widget):
+    """ComfyUI passes on null where a node looks at the widget itself."""
+    nodes = graph()
+    of(nodes, f"CogVideoX15{kind}")[widget] = None
+    assert [(where, field) for where, field, said in errors(nodes) if f"nothing comes in at {widget}" in said] == [
+        (kind, widget)
+    ]
+
+
+def test_why_a_node_failed_is_on_it_until_it_runs_again(pack, monkeypatch):
+    """ComfyUI's page shows where in the code an error came from, and not what it says."""
+    page, shown = sys.modules[f"{pack.__name__}.nodes.host.page"], []
+    monkeypatch.setattr(page, "running_node", lambda: "5:7")
+    monkeypatch.setattr(page, "show", lambda text, node: shown.append((node, text)))
+    check = pack.NODE_CLASS_MAPPINGS["CogVideoX15BlackFrameCheck"]()
+    with pytest.raises(RuntimeError, match="The video is black") as error:
+        check.run(images=torch.zeros(1, 16, 16, 3), action="stop")
+    assert shown == [("5:7", str(error.value))]
+    for _ in range(2):
+        check.run(images=torch.ones(1, 16, 16, 3), action="stop")
+        assert shown[1:] == [("5:7", "")]
+
+
 def test_the_sentence_is_on_its_node_until_it_is_mended(errors, graph, pack, monkeypatch):
     """ComfyUI's box of errors names the widget alone."""
     host, shown = sys.modules[f"{pack.__name__}.nodes.host"], []

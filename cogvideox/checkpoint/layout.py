@@ -46,7 +46,7 @@ from .naming import (
 from .parts import Part
 from .reading import read_any_header
 from .shapes import infer_config
-from .tokenizer import check_tokenizer, has_tokenizer
+from .tokenizer import check_tokenizer, has_tokenizer, tokenizer_files
 from .weight_sets import piece_of
 
 logger = logging.getLogger(__name__)
@@ -111,11 +111,12 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes when a file of it is replaced: ``(path, size, mtime)`` of each."""
-        files = {file for part in self.parts.values() for file in part.files}
+        """Changes when a file of it is replaced: ``(path, size, mtime)`` of each; and with its noise schedule."""
+        files = {*tokenizer_files(self.tokenizer), *(file for part in self.parts.values() for file in part.files)}
         return (
             *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)),
             *self.incomplete.values(),
+            repr(self.scheduler_config),
         )
 
     @property

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import unreadable
+from ..words import short
 from .headers import StoredTensor
 
 
@@ -36,6 +38,23 @@ class Part:
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
     lora: Mapping[str, StoredTensor] = field(default_factory=dict)
     note: str = ""
+    _sizes: Mapping[Path, int] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_sizes", {file: _size(file) for file in self._weight_files})
+
+    def check_unchanged(self) -> None:
+        """Refuse to read what is no longer what was opened: where a tensor lies is known of that file alone.
+
+        Raises:
+            ValueError: if a file is gone, or has another size than when its header was read.
+        """
+        for file, opened in self._sizes.items():
+            if (size := _size(file)) != opened:
+                raise ValueError(
+                    f"{short(file, 400)} had {opened:,} bytes when it was opened and has {size:,} now, so where its "
+                    "weights lie is not known any more. Run again once the file is whole."
+                )
 
     @cached_property
     def stored(self) -> dict[torch.dtype | str, int]:
@@ -46,7 +65,18 @@ class Part:
     def files(self) -> list[Path]:
         """Every file it is read from."""
         config = {self.source / "config.json"} if os.path.isfile(self.source / "config.json") else set()
-        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.lora.values())} | config)
+        return sorted(self._weight_files | config)
+
+    @property
+    def _weight_files(self) -> set[Path]:
+        return {tensor.file for tensor in (*self.tensors.values(), *self.lora.values())}
+
+
+def _size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError as error:
+        raise ValueError(unreadable(file, error)) from error
 
 
 def stored_bytes(tensors: Mapping[str, StoredTensor]) -> dict[torch.dtype | str, int]:

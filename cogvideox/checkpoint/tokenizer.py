@@ -29,7 +29,7 @@ _VARINT, _EIGHT_BYTES, _TEXT, _FOUR_BYTES = 0, 1, 2, 5
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether T5's tokenizer lies in a folder, as SentencePiece or in the format of tokenizers."""
-    return bool(_files(folder))
+    return bool(tokenizer_files(folder))
 
 
 def check_tokenizer(folder: Path, rows: int | None = None) -> None:
@@ -42,7 +42,7 @@ def check_tokenizer(folder: Path, rows: int | None = None) -> None:
     Raises:
         ValueError: naming the file.
     """
-    for file in _files(folder):
+    for file in tokenizer_files(folder):
         state = file.stat()
         count = _count_pieces(file, state.st_size, state.st_mtime_ns)
         if rows is not None and count > rows:
@@ -51,7 +51,8 @@ def check_tokenizer(folder: Path, rows: int | None = None) -> None:
             )
 
 
-def _files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files that T5's tokenizer is read from."""
     return [file for name in ("spiece.model", "tokenizer.json") if (file := folder / name).is_file()]
 
 

@@ -27,6 +27,10 @@ CHOICES: dict[str, torch.dtype | None] = {
 }
 
 
+class DtypeMismatch(ValueError):
+    """Raised where a dtype that was asked for would give a wrong picture, and that is to stop the run."""
+
+
 @dataclass(frozen=True)
 class PartPlan:
     """One part: bytes on disk by dtype, the dtype it was trained in, how it will run, and what there is to say about
@@ -186,7 +190,8 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
         on_mismatch: one of ``ON_MISMATCH``: what to do where the choice would give a wrong picture.
 
     Raises:
-        ValueError: for an unknown choice, or a mismatch if ``on_mismatch`` is ``stop``.
+        ValueError: for an unknown choice.
+        DtypeMismatch: for a mismatch if ``on_mismatch`` is ``stop``.
     """
     check_choice("dtype", choice, CHOICES)
     check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
@@ -202,7 +207,7 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
         parts.append(plan)
     mismatches = [finding for part in parts for finding in part.findings if finding.verdict == MISMATCH]
     if mismatches and on_mismatch == STOP:
-        raise ValueError(
+        raise DtypeMismatch(
             "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
             + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
         )

@@ -22,6 +22,7 @@ from .given import own_text_encoder, own_vae
 from .language import said, watch_language
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import (
+    forget_failure,
     is_connected,
     names_in_urls,
     offer,
@@ -29,6 +30,7 @@ from .page import (
     running_node,
     serve_files,
     show,
+    show_failure,
     show_pictures,
     watch_queue,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "embedding_file",
     "encode_with_clip",
     "forced_dtypes",
+    "forget_failure",
     "hardware",
     "is_connected",
     "lora_path",
@@ -61,6 +64,7 @@ __all__ = [
     "saving_latents",
     "serve_files",
     "show",
+    "show_failure",
     "show_pictures",
     "to_core",
     "tokenizer_folder",

@@ -76,6 +76,7 @@ def checkpoint_path(choice: str) -> Path:
             f"folder goes into {places}, a single file into {_places(_roots('diffusion_models', 'checkpoints'))}. Then "
             "press R to refresh."
         )
+    choice = _name(choice)
     raise ValueError(
         f"There is no CogVideoX checkpoint called {short(repr(choice))} in {places}. Choose one that is there "
         f"({listed((entry.name for entry in found), 20)}), or put {short(choice)} there and press R to refresh."
@@ -97,6 +98,7 @@ def part_path(kind: str, choice: str) -> Path:
     path = _chosen(choice, found, roots, partial(open_part, kind=kind))
     if path is not None:
         return path
+    choice = _name(choice)
     raise ValueError(
         f"There is no {what} for CogVideoX called {short(repr(choice))} in {_places(roots)} (there: "
         f"{listed((entry.name for entry in found), 20) or 'none'}). Choose another, or auto."
@@ -157,15 +159,22 @@ def _chosen(choice: str, found: "list[Entry]", roots: Iterable[Path], open_it: C
     Args:
         open_it: opens a file that lies there without being offered, and raises ValueError saying why it is not.
     """
-    from ...cogvideox.checkpoint.catalogue import SEPARATOR, find_entry
+    from ...cogvideox.checkpoint.catalogue import find_entry
 
     entry = find_entry(found, choice)
     if entry is not None:
         return entry.path
-    path = _below(roots, choice.split(SEPARATOR)[0], os.path.exists)
+    path = _below(roots, _name(choice), os.path.exists)
     if path is not None:
         open_it(path)
     return path
+
+
+def _name(choice: str) -> str:
+    """Return the name that a label of a list begins with, without what the file is."""
+    from ...cogvideox.checkpoint.catalogue import SEPARATOR
+
+    return choice.split(SEPARATOR)[0]
 
 
 def _below(roots: Iterable[Path], name: str, is_there: Callable[[Path], bool]) -> Path | None:

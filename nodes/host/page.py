@@ -1,12 +1,13 @@
 """ComfyUI's page and server: help pages and templates, the graph that is queued, and what is shown on a node."""
 
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cogvideox.words import short
+from ...cogvideox.words import reason, short
 from . import comfyui
 from .language import said
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from aiohttp.web import FileResponse, Request
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
+
 #: Letters of a line on a node at most.
 _LINE = 2000
+#: Nodes that show why they failed.
+_failed: set[str | None] = set()
 
 
 def serve_files() -> None:
@@ -137,18 +142,40 @@ def show(text: str, node: str | None = None) -> None:
     page can. The caller logs what must not be missed."""
     server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+        # Nodes that are drawn by Vue read it as Markdown, where two spaces keep the break of a line.
+        server.send_progress_text("  \n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+
+
+def show_failure(text: str) -> None:
+    """Show on the node that is running why it failed, until it runs again: ComfyUI's page tells where in the code such
+    an error came from, and not what it says."""
+    node = running_node()
+    if node is not None:
+        _failed.add(node)
+        show(text, node)
+
+
+def forget_failure() -> None:
+    """Take away what ``show_failure`` left on the node that is running."""
+    node = running_node()
+    if node in _failed:
+        _failed.remove(node)
+        show("", node)
 
 
 def pictures(picture: "Image") -> dict:
     """Save a picture in ComfyUI's temp folder, and return what a node gives as its ``ui`` to show it; nothing without
-    ComfyUI."""
+    ComfyUI, or where it cannot be saved: what the node does goes on without it."""
     if not comfyui.IN_COMFYUI:
         return {}
     folder = Path(comfyui.folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"cogvideox15_{uuid.uuid4().hex}.png"
-    picture.save(folder / name, compress_level=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name, compress_level=1)
+    except OSError as error:
+        logger.warning("A picture for the node could not be saved in %s: %s", folder, reason(error))
+        return {}
     return {"images": [{"filename": name, "subfolder": "", "type": "temp"}]}
 
 

@@ -150,6 +150,28 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     assert latent["size"][1] >= sum(text["place"]) > text["place"][0] + 58
 
 
+def test_why_a_node_failed_while_it_ran_is_on_it_until_it_runs_again(page, shots):
+    """The page's own box and panel have the places in the code, and not the sentence."""
+
+    def told():
+        return [w["value"] for w in node_of(page.graph(), kind)["widgets"] if w["name"] == "$$node-text-preview"]
+
+    kind = "CogVideoX15BlackFrameCheck"
+    page.load(workflow=workflows.read(ROOT / "example_workflows" / "text_to_video.json"))
+    page.set_widgets(values=SMALL | {"pixel_black_threshold": 1, "picture_black_ratio": 0.1})
+    assert page.run()["end"] == "error"
+    page.screenshot(path=shots / "failed.png")
+    (said,) = told()
+    assert "so it is not passed on to be saved" in said
+    # Two spaces keep a line's break in nodes that are drawn by Vue, which read Markdown.
+    assert "  \nverdict: black  \n17 of 17" in said
+    assert "Likely causes" in said
+    page.set_widgets(values={"pixel_black_threshold": 0.1, "picture_black_ratio": 0.98})
+    assert page.run()["end"] == "success"
+    (said,) = told()
+    assert said.startswith("verdict: ok")
+
+
 def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     """One node from the search box, its frames into a preview: the page runs what tests/workflows.py says it would."""
     (path,) = workflows.BLOCKS
