@@ -313,13 +313,10 @@ def quantized(handle: _Handle, method: str) -> _Handle:
 
 def _latent_scales(checkpoint: Checkpoint) -> tuple[float, float]:
     """What latents, and the latents of start images, are multiplied by."""
-    config = checkpoint.parts["vae"].config if "vae" in checkpoint.parts else {}
-    scale = config.get("scaling_factor", checkpoint.variant.latent_scale)
-    # Folders that share one VAE between several transformers have the flag of only one of them: the family decides
-    # there.
-    whole = checkpoint.parts["transformer"].source == checkpoint.path / "transformer" and "vae" in checkpoint.parts
-    own = whole and checkpoint.parts["vae"].source == checkpoint.path / "vae"
-    inverted = config.get("invert_scale_latents", False) if own else checkpoint.variant.inverts_image_latents
+    variant = checkpoint.variant
+    scale, inverted = variant.latent_scale, variant.inverts_image_latents
+    if "vae" in checkpoint.parts:
+        config = checkpoint.parts["vae"].config
+        scale, inverted = config["scaling_factor"], bool(config.get("invert_scale_latents"))
     # The pipelines of CogVideoX-Fun and VOID never read that flag.
-    inverted = inverted and checkpoint.variant.image_to_video
-    return scale, 1 / scale if inverted else scale
+    return scale, 1 / scale if inverted and variant.image_to_video else scale

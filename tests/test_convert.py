@@ -17,8 +17,10 @@ from cogvideox.checkpoint import convert, shards
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint
 from cogvideox.dtypes import Precision
+from cogvideox.handles import open_handles
 from cogvideox.loading import load_module
 from tests import layouts
+from tests.conftest import CPU
 from tests.helpers import CLASSES, run_apart
 from tests.layouts import LAYOUTS
 from tests.tiny_checkpoint import build_transformer
@@ -130,6 +132,28 @@ def test_diffusers_pipeline_opens_the_folder_of_every_variant(tmp_path, checkpoi
     assert dict(pipe.scheduler.config) == dict(wanted.scheduler.config)
     assert pipe.tokenizer("a panda").input_ids == wanted.tokenizer("a panda").input_ids
     assert everything_in(folder / "tokenizer") == ["spiece.model"]
+
+
+@pytest.mark.parametrize("variant", ["1.5", "1.5-i2v"])
+def test_a_vae_that_several_share_is_written_as_the_transformer_needs_it(tmp_path, checkpoints, variant):
+    """Its ``invert_scale_latents`` is that of only one of them; a start image's latents would be half as large, or
+    twice."""
+    shared, folder = tmp_path / "shared", tmp_path / "converted"
+    shutil.copytree(checkpoints("1.5" if variant == "1.5-i2v" else "1.5-i2v"), shared)
+    shutil.rmtree(shared / "transformer")
+    shutil.copytree(checkpoints(variant) / "transformer", shared / "transformer_X")
+    convert_checkpoint(open_checkpoint(shared / "transformer_X"), folder)
+    given = open_checkpoint(checkpoints(variant), vae=shared / "vae")
+    convert_checkpoint(given, tmp_path / "given")
+    for converted in (folder, tmp_path / "given"):
+        config = json.loads((converted / "vae" / "config.json").read_text())
+        assert config["invert_scale_latents"] == (variant == "1.5-i2v")
+        assert scales_of(converted) == scales_of(shared / "transformer_X")
+
+
+def scales_of(path):
+    model = open_handles(path, "fp32", CPU).model
+    return model.latent_scale, model.image_latent_scale
 
 
 def test_diffusers_pipeline_opens_a_folder_without_a_text_encoder(tmp_path, source):

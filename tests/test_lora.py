@@ -258,6 +258,22 @@ def test_two_branches_of_a_graph_use_their_own_and_the_base_stays_bit_for_bit(tm
     )
 
 
+@pytest.mark.parametrize("variant", ["1.5", "2b"])
+def test_the_steps_of_a_run_are_those_of_the_weights_with_it_merged(tmp_path, checkpoints, long_prompts, variant):
+    """Of what a run computes once for all steps, too: the prompt's projection."""
+    part = open_part(checkpoints(variant) / "transformer", "transformer")
+    halves = {name: (down, 0.2 * up) for name, (down, up) in draw(part).items()}
+    file, latent = write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"]), torch.zeros(1, 16, 3, 6, 10)
+    plain, into = (open_handles(checkpoints(variant), "fp32", CPU).model for _ in range(2))
+    with into.weights.running() as merged:
+        state = merged.state_dict()
+        for name, (down, up) in halves.items():
+            weight = state[f"{name}.weight"]
+            weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        expected = sample(into, *long_prompts, latent, seed=1, steps=4)
+    assert error(sample(with_lora(plain, file), *long_prompts, latent, seed=1, steps=4), expected) < 1e-5
+
+
 def test_a_lora_stays_on_when_a_step_is_healed(tmp_path, tiny, prompts, part):
     """A LoRA too loud for fp16: the step is done again in a safer way to run, with the LoRA."""
     halves = draw(part, layers=("ff.net.2",), others=())

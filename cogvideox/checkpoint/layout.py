@@ -166,20 +166,9 @@ def open_checkpoint(
     incomplete = {kind: str(error) for kind, error in errors.items()}
     foreign = {kind for kind, error in errors.items() if isinstance(error, ForeignError)}
     variant = identify(transformer.config)
-    if "vae" in parts and parts["vae"].config.get("scaling_factor") is None:
-        # Two numbers that no shape shows: those of the release the transformer belongs to.
-        known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
-        if parts["vae"].layout == "diffusers":
-            logger.warning(
-                "%s gives no scaling_factor: taken is %s, that of %s.",
-                parts["vae"].source,
-                variant.latent_scale,
-                variant.name,
-            )
-        parts["vae"] = replace(
-            parts["vae"],
-            config=known | {name: value for name, value in parts["vae"].config.items() if value is not None},
-        )
+    if "vae" in parts:
+        own = parts["transformer"].source == path / "transformer" and parts["vae"].source == path / "vae"
+        parts["vae"] = replace(parts["vae"], config=_vae_config(parts["vae"], variant, own))
     schedule, note = _scheduler_config(place.root, transformer, variant)
     found = _tokenizer(place.root, parts, tokenizer)
     if "text_encoder" in parts:
@@ -193,6 +182,25 @@ def open_checkpoint(
             del parts["text_encoder"]
     notes = tuple(filter(None, (*place.notes, *(part.note for part in parts.values()), note)))
     return Checkpoint(path, variant, schedule, found, Parts(path, parts, incomplete, foreign), incomplete, notes)
+
+
+def _vae_config(vae: Part, variant: Variant, own: bool) -> Mapping:
+    """Return the config of a VAE with the two numbers that no shape shows.
+
+    Args:
+        variant: of the transformer that it is used with.
+        own: whether it came with that transformer alone. Of several that share a VAE it has the
+            ``invert_scale_latents`` of only one: the family decides there.
+    """
+    config = dict(vae.config)
+    if config.get("scaling_factor") is None:
+        if vae.layout == "diffusers":
+            logger.warning(
+                "%s gives no scaling_factor: taken is %s, that of %s.", vae.source, variant.latent_scale, variant.name
+            )
+        known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
+        config = known | {name: value for name, value in config.items() if value is not None}
+    return config if own else config | {"invert_scale_latents": variant.inverts_image_latents}
 
 
 def open_part(path: Path | str, kind: str) -> Part:

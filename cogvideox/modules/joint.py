@@ -119,7 +119,8 @@ def projection_attached(module: LibraryModule) -> Iterator[None]:
     def remembered(embeddings: torch.Tensor) -> torch.Tensor:
         if id(embeddings) not in known:
             known[id(embeddings)] = embeddings, forward(embeddings)
-        return known[id(embeddings)][1]
+        # A copy: what hooks on the layer do with it (LoRAs add to it in place) is not kept for the next step.
+        return known[id(embeddings)][1].clone()
 
     layer.forward = remembered
     try:
