@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..cogvideox.dependencies import import_failure, require_dependencies
+from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from . import host
 from .inputs import checked, objections
@@ -15,8 +15,6 @@ from .queued import Validation
 
 logger = logging.getLogger(__name__)
 
-#: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
-_PACK = f"{__name__.rpartition('.nodes.')[0]}."
 #: What a LATENT of this pack's nodes says of how it is to be decoded (``in_pairs`` of ``vae.decode``): a VAE that was
 #: loaded apart from the transformer cannot know.
 IN_PAIRS = "cogvideox_in_pairs"
@@ -78,22 +76,9 @@ class Node:
             ValueError: if an input is not what the node declares.
             RuntimeError: if a package that is needed is missing or too old, or cannot be imported for another one.
         """
-        host.forget_failure()
-        try:
+        with host.failures_shown():
             require_dependencies()
             return self._in_words(self.execute(**checked(type(self), inputs)))
-        except Exception as error:
-            # A library's import may fail in any way.
-            told = import_failure(error) or error
-            if not isinstance(told, ValueError | RuntimeError | ImportError):
-                raise
-            # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
-            plain, said = ValueError if isinstance(told, ValueError) else RuntimeError, host.said(str(told))
-            host.show_failure(said)
-            if type(told).__module__.startswith(_PACK) or said != str(error):
-                # The log has both, as one is the other's cause: the English sentence and the page's.
-                raise plain(said) from error
-            raise
 
     @classmethod
     def _in_words(cls, result: Any) -> Any:

@@ -22,7 +22,7 @@ from .given import own_text_encoder, own_vae
 from .language import said, watch_language
 from .memory import device, forced_dtypes, hardware, make_room
 from .page import (
-    forget_failure,
+    failures_shown,
     is_connected,
     names_in_urls,
     offer,
@@ -30,7 +30,6 @@ from .page import (
     running_node,
     serve_files,
     show,
-    show_failure,
     show_pictures,
     watch_queue,
 )
@@ -45,8 +44,8 @@ __all__ = [
     "download_folder",
     "embedding_file",
     "encode_with_clip",
+    "failures_shown",
     "forced_dtypes",
-    "forget_failure",
     "hardware",
     "is_connected",
     "lora_path",
@@ -64,7 +63,6 @@ __all__ = [
     "saving_latents",
     "serve_files",
     "show",
-    "show_failure",
     "show_pictures",
     "to_core",
     "tokenizer_folder",

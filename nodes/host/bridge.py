@@ -23,6 +23,7 @@ from ...cogvideox.preview import LATENT_RGB, stretched
 from ...cogvideox.variants import OFS, full_config
 from ...cogvideox.words import listed, short
 from .core_parts import OURS, PartPatcher
+from .page import failures_shown
 from .progress import NodeEvents, saving_latents
 
 if TYPE_CHECKING:
@@ -270,10 +271,12 @@ class ModelPatcher(PartPatcher):
     def detach(self, unpatch_all=True):
         return self.model if self._busy else super().detach(unpatch_all)
 
+    @failures_shown()
     def set_injections(self, key, injections):
         """Refuse: injections replace modules."""
         raise ValueError(f"This node injects code into the model's modules, and only the engine runs those. {OURS}")
 
+    @failures_shown()
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         """Take patches by key: LoRAs run in every storage, other changes only where weights are plain.
 
@@ -622,6 +625,7 @@ def _replaced(patch, own, hidden_states, encoder_hidden_states, temb, image_rota
     return result["img"], result["txt"]
 
 
+@failures_shown()
 def _sample_padded(
     executor,
     noise,

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...cogvideox.variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from .memory import whole_bytes
+from .page import failures_shown
 from .progress import NodeEvents, saving_latents
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ class PartPatcher(ModelPatcher):
             self.weights.park()
         return self.model
 
+    @failures_shown()
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         """Refuse: hooks write other weights into the model between two calls of it."""
         raise ValueError(f"LoRA hooks change the model's weights between steps, and these stay as they are. {OURS}")
 
+    @failures_shown()
     def get_key_patches(self, filter_prefix=None):
         """Refuse: merging reads the weights."""
         raise ValueError(
@@ -77,6 +80,7 @@ class PartPatcher(ModelPatcher):
             "Loader adds a LoRA without merging."
         )
 
+    @failures_shown()
     def model_state_dict_for_saving(self, model=None, prefix=""):
         """Refuse: there would be no weights in the file."""
         raise ValueError(
@@ -84,6 +88,7 @@ class PartPatcher(ModelPatcher):
             "that would be written would hold none. Take the saving node away."
         )
 
+    @failures_shown()
     def set_model_compute_dtype(self, dtype):
         """Refuse: the precision is the engine's."""
         raise ValueError(
@@ -110,6 +115,7 @@ class _TextStage(_Stage):
     def reset_clip_options(self) -> None:
         pass
 
+    @failures_shown()
     def set_clip_options(self, options: dict) -> None:
         if options.get("layer") is not None:
             raise ValueError(
@@ -117,6 +123,7 @@ class _TextStage(_Stage):
                 "away."
             )
 
+    @failures_shown()
     def encode_token_weights(self, tokens: dict) -> tuple[torch.Tensor, None]:
         from ...cogvideox.text import encode_prompt
 
@@ -180,6 +187,7 @@ class BridgedVAE(CoreVAE):
     def model_size(self) -> int:
         return self._handle.weights.nbytes
 
+    @failures_shown()
     def decode(self, samples_in, vae_options=None):
         """Decode ``[B, 16, T, H/8, W/8]`` to ``[B, F, H, W, 3]``, as CogVideoX-1.5 VAE Decode does."""
         from ...cogvideox.vae import decode
@@ -193,6 +201,7 @@ class BridgedVAE(CoreVAE):
         """Decode as ``decode`` does: nothing is tiled, as tiles would show."""
         return self.decode(samples)
 
+    @failures_shown()
     def encode(self, pixel_samples):
         """Encode a clip ``[F, H, W, 3]``, or several ``[B, F, H, W, 3]``, to ``[B, 16, T, H/8, W/8]``, as CogVideoX-1.5
         VAE Encode does. What the VAE cannot read of it, more than 4N+1 frames or sides beyond multiples of 16, is cut,

@@ -3,10 +3,12 @@
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cogvideox.dependencies import import_failure
 from ...cogvideox.words import reason, short
 from . import comfyui
 from .language import said
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: The package that the nodes and the engine lie in, whatever ComfyUI calls it.
+_PACK = f"{__name__.rpartition('.nodes.')[0]}."
 #: Letters of a line on a node at most.
 _LINE = 2000
 #: Nodes that show why they failed.
@@ -146,21 +150,36 @@ def show(text: str, node: str | None = None) -> None:
         server.send_progress_text("  \n".join(short(line, _LINE) for line in said(text).splitlines()), node)
 
 
-def show_failure(text: str) -> None:
-    """Show on the node that is running why it failed, until it runs again: ComfyUI's page tells where in the code such
-    an error came from, and not what it says."""
-    node = running_node()
-    if node is not None:
-        _failed.add(node)
-        show(text, node)
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    """Show on the node that is running, one of ours or of core's, why it failed, until it runs again, and raise that in
+    the page's language:
+    ComfyUI's page tells where in the code an error came from, and not what it says.
 
-
-def forget_failure() -> None:
-    """Take away what ``show_failure`` left on the node that is running."""
+    Raises:
+        ValueError: in the page's language, where one was raised.
+        RuntimeError: likewise; and where a package is missing or cannot be imported for another one.
+    """
     node = running_node()
     if node in _failed:
         _failed.remove(node)
         show("", node)
+    try:
+        yield
+    except Exception as error:
+        # A library's import may fail in any way.
+        told = import_failure(error) or error
+        if not isinstance(told, ValueError | RuntimeError | ImportError):
+            raise
+        # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
+        plain, words = ValueError if isinstance(told, ValueError) else RuntimeError, said(str(told))
+        if node is not None:
+            _failed.add(node)
+            show(words, node)
+        if type(told).__module__.startswith(_PACK) or words != str(error):
+            # The log has both, as one is the other's cause: the English sentence and the page's.
+            raise plain(words) from error
+        raise
 
 
 def pictures(picture: "Image") -> dict:
