@@ -906,9 +906,10 @@ class _Work:
         finish_job(job, latent)
 
     def kept(self, job: Job, latent: "torch.Tensor") -> str:
+        from cogvideox.files import stem_of
         from cogvideox.video import write_latent
 
-        path = write_latent(latent, job.output.absolute().parent, job.output.stem[:100])
+        path = write_latent(latent, job.output.absolute().parent, stem_of(job.output))
         return f"{path} has the latents of {job.output}; --decode makes the video of them."
 
     def decodes_later(self, job: Job) -> bool:

@@ -21,6 +21,8 @@ MAX_TEXT = 64 << 20
 SPARE = 10**9
 #: Levels of brackets in brackets: configs have 3, workflows with subgraphs about 12.
 MAX_NESTING = 100
+#: Letters of a name to which more is added, and its bytes in UTF-8: a name has 255 at most on most disks.
+_STEM, _STEM_BYTES = 100, 240
 
 
 def open_regular(path: Path, as_what: str = "") -> FileIO:
@@ -242,6 +244,14 @@ def disk_errors(target: Path, then: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RuntimeError(f"{short(target, 400)} cannot be written: {reason(error)}. {then}") from error
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without its ending, cut so that 15 bytes can be added to it."""
+    stem = path.stem[:_STEM]
+    while len(os.fsencode(stem)) > _STEM_BYTES:
+        stem = stem[:-1]
+    return stem
 
 
 def exists(path: Path) -> ValueError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.dependencies import import_failure
+from cogvideox.files import stem_of
 from cogvideox.words import reason, short
 from commands.job import DEFAULT_OUTPUT, Job
 from commands.ranks import Place
@@ -236,7 +237,7 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         )
         folders = output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
         try:
-            path = keep_latent(latent, folders, output.stem[:100])
+            path = keep_latent(latent, folders, stem_of(output))
         except ValueError as why:
             raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
         raise RuntimeError(

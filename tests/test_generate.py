@@ -477,7 +477,8 @@ class TestTheOutput:
             assert said.splitlines()[-1].startswith(f"{name}: 1 frames")
         assert len(list(tmp_path.iterdir())) == 2
 
-    def test_what_could_not_be_written_is_kept_and_made_of_its_latents(self, tiny, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("name", ["panda", "猫" * 83])
+    def test_what_could_not_be_written_is_kept_and_made_of_its_latents(self, tiny, tmp_path, capsys, monkeypatch, name):
         import cogvideox.video as module
 
         def full(*_):
@@ -486,10 +487,11 @@ class TestTheOutput:
         (tmp_path / "a").mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(module, "_encode", full)
-            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / "panda.mp4"))
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / f"{name}.mp4"))
         assert code == 1
         assert "No space left on device" in error
-        latent = tmp_path / "a" / "panda_00001.latent"
+        # A name has 255 bytes, of which a Chinese letter takes three.
+        latent = tmp_path / "a" / f"{name[:80]}_00001.latent"
         assert f"{latent} has them, and --decode" in error
         assert list((tmp_path / "a").iterdir()) == [latent]
         assert run(capsys, "--decode", latent, "--model", tiny, "--output", tmp_path / "decoded.mp4")[0] == 0

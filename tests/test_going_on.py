@@ -298,6 +298,8 @@ class TestChain:
         first, second = (parts_folder(Path("a.mp4"), {"seed": seed}) for seed in (1, 2))
         assert first != second
         assert first == parts_folder(Path("a.mp4"), {"seed": 1})
+        # What a disk takes as a name.
+        assert len(parts_folder(Path(f"{'猫' * 83}.mp4"), {}).name.encode()) <= 255
 
 
 def write_lossless(path, frames, fps=8):
