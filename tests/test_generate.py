@@ -706,6 +706,20 @@ class TestTheCommandLine:
             assert generate.main([str(argument) for argument in short_run(tiny, tmp_path / "x.mp4")]) == 0
         assert len(read_video(tmp_path / "x.mp4")) == 1
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk without one")
+    def test_a_log_whose_disk_is_full_does_not_stop_a_run(self, tiny, tmp_path, capsys, monkeypatch):
+        with open("/dev/full", "w") as out, open("/dev/full", "w") as err, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            assert generate.main([str(argument) for argument in short_run(tiny, tmp_path / "x.mp4")]) == 0
+            assert generate.main(["--model", str(tiny), "--prompt", "x", "--steps", "0"]) == 1
+        assert len(read_video(tmp_path / "x.mp4")) == 1
+        # But a program does not take half of a report for all of it.
+        with open("/dev/full", "w") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert generate.main(["--check", str(tiny), "--json"]) == 1
+        assert "No space left on device" in capsys.readouterr().err
+
     @pytest.mark.parametrize("name", ["nowhere", "folder", "noise", "empty.json", "noise.safetensors", "noise.yaml"])
     def test_anything_can_be_checked(self, tmp_path, capsys, monkeypatch, name):
         monkeypatch.chdir(tmp_path)
