@@ -14,7 +14,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
 from functools import partial
@@ -773,8 +774,8 @@ def make_many(options: argparse.Namespace) -> int:
     work = _Work(terminal_events(), place)
     many = Many(found, work)
     if options.dry_run:
-        work.writes = folder.is_dir()
-        return many.list()
+        with _tried(folder):
+            return many.list()
     with company(options, place) as ranks:
         folder.mkdir(exist_ok=True)
         if ranks is None:
@@ -822,6 +823,18 @@ def _folder_of(options: argparse.Namespace) -> Path:
     return folder
 
 
+@contextmanager
+def _tried(folder: Path) -> Iterator[None]:
+    """Have a folder in a ``with`` block, in which it can be tried whether videos can be written."""
+    is_new = not folder.is_dir()
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            folder.rmdir()
+
+
 class _Work:
     """One video after the other, with checkpoints that stay open from one to the next."""
 
@@ -831,8 +844,7 @@ class _Work:
         self._events, self._place = events, place
         #: The processes that make each video together, if any do.
         self.ranks: Ranks | None = None
-        #: Whether this process tries whether videos can be written: not where another does, nor in a dry run that has
-        #: no folder for them.
+        #: Whether this process tries whether videos can be written: not where another does.
         self.writes = place.is_first
         self._open: dict[tuple, Handles] = {}
         # Weights live as long as a handle has them.
