@@ -932,7 +932,7 @@ def decode_latent(options: argparse.Namespace) -> int:
     """Make the video of latents that are in a file."""
     from cogvideox.geometry import check_latent
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.video import check_room, read_latent
+    from cogvideox.video import check_room, read_latent, read_sound
 
     output = output_of(options)
     hardware = Hardware.detect(options.device)
@@ -942,7 +942,10 @@ def decode_latent(options: argparse.Namespace) -> int:
     say(handles.plan.text)
     frames, height, width = (side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True))
     check_room(output, frames, width, height)
-    finish(options, handles.vae, latent, output, rate_of(options, handles.model.variant))
+    fps, sound = rate_of(options, handles.model.variant), None
+    if options.keep_audio:
+        sound = read_sound(options.video, float(frames / fps), terminal_events())
+    finish(options, handles.vae, latent, output, fps, sound)
     return 0
 
 

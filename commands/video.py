@@ -242,7 +242,7 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
             raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
         raise RuntimeError(
             f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
-            "same --model makes the video of them."
+            "same --model makes the video of them; --fps, and --video with --keep-audio, are given again if they were."
         ) from error
 
 

@@ -398,8 +398,12 @@ class TestImagesVideosAndLoras:
     ):
         output = tmp_path / "out.mp4"
         for model, more, said in (
-            (checkpoints("1.5-i2v"), (), "no start image is connected"),
-            (tiny, ("--image", image), "text-to-video model and a start image"),
+            (checkpoints("1.5-i2v"), (), "needs --image, and makes noise of a prompt alone"),
+            (checkpoints("1.5-i2v"), ("--video", video), "needs --image"),
+            (checkpoints("void"), ("--frames", 13), "needs --void"),
+            (tiny, ("--image", image), "--image is given, which CogVideoX1.5 "),
+            (tiny, ("--video", video, "--mask", image), "--mask is given, which CogVideoX1.5 "),
+            (checkpoints("fun-inp"), ("--frames", 13, "--video", video, "--void", video), "--void is given"),
             (tiny, ("--image", video), "cannot be read as an image"),
             (tiny, ("--video", image.with_name("none.mp4")), "cannot be read as a video"),
             (tiny, ("--lora", next((tiny / "transformer").glob("*.safetensors"))), "it is not a LoRA"),
@@ -497,6 +501,26 @@ class TestTheOutput:
         assert run(capsys, "--decode", latent, "--model", tiny, "--output", tmp_path / "decoded.mp4")[0] == 0
         assert run(capsys, *short_run(tiny, tmp_path / "whole.mp4"))[0] == 0
         assert torch.equal(*(read_video(tmp_path / f"{name}.mp4") for name in ("decoded", "whole")))
+
+    def test_a_clips_sound_is_not_lost_with_the_video_that_could_not_be_written(
+        self, tiny, tmp_path, capsys, monkeypatch
+    ):
+        import cogvideox.video as module
+
+        clip, sound = tmp_path / "clip.mp4", np.full((2, 96_000), 0.5, np.float32)
+        write_mp4(torch.rand(17, 32, 32, 3), clip, 16, sound=(sound, 48_000))
+        more = ("--video", clip, "--keep-audio", "--fps", 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_encode", lambda *_: 1 / 0)
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a.mp4"), "--strength", 1, *more)
+        assert code == 1
+        assert "--fps, and --video with --keep-audio, are given again" in error
+        latent = tmp_path / "a_00001.latent"
+        code, _, error = run(capsys, "--decode", latent, "--model", tiny, *more, "--output", tmp_path / "b.mp4")
+        assert code == 0, error
+        with av.open(str(tmp_path / "b.mp4")) as video:
+            assert video.streams.video[0].average_rate == 20
+            assert [stream.type for stream in video.streams] == ["video", "audio"]
 
     def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
         import cogvideox.video as module

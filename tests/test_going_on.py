@@ -233,7 +233,7 @@ class TestChain:
         arguments = self.arguments(checkpoints, tmp_path, None)
         code, _, error = run(capsys, *arguments[:4], *arguments[6:])
         assert code == 1
-        assert "no start image is connected" in error
+        assert "needs --image" in error
 
     def test_thirty_seconds_are_six_parts_of_the_model_cards_length(self):
         parts = plan_parts(frames_of(30, Fraction(16)), 81)

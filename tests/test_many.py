@@ -144,7 +144,7 @@ class TestLines:
             ("x.txt", "a panda\u2028looks\x0bup\x85\r\na cat\r\n".encode()),
             ("x.txt", "a panda looks up\na cat\n".encode("utf-16")),
             ("x.csv", "prompt,seed\r\na panda looks up,0\r\na cat,0\r\n".encode("utf-16")),
-            ("x.csv", "prompt;seed\na panda looks up;0\n\"a cat\";\n".encode()),
+            ("x.csv", b'prompt;seed\na panda looks up;0\n"a cat";\n'),
             ("x.csv", "\ufeffprompt\tseed\na panda, up;\t0\na cat\t\n".encode()),
         ],
     )
@@ -157,7 +157,8 @@ class TestLines:
         assert cat.number == panda.number + 1
 
     @pytest.mark.parametrize(
-        ("value", "found"), [(True, "default"), ("true", "default"), (False, None), ("No", None), ("default", "default")]
+        ("value", "found"),
+        [(True, "default"), ("true", "default"), (False, None), ("No", None), ("default", "default")],
     )
     def test_a_switch_that_can_have_a_value_is_one(self, value, found):
         parser = generate.build_parser(generate._LineParser)
