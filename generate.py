@@ -14,7 +14,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
 from functools import partial
@@ -775,8 +776,8 @@ def make_many(options: argparse.Namespace) -> int:
     work = _Work(terminal_events(), place)
     many = Many(found, work)
     if options.dry_run:
-        work.writes = folder.is_dir()
-        return many.list()
+        with _tried(folder):
+            return many.list()
     with company(options, place) as ranks:
         folder.mkdir(exist_ok=True)
         if ranks is None:
@@ -824,6 +825,18 @@ def _folder_of(options: argparse.Namespace) -> Path:
     return folder
 
 
+@contextmanager
+def _tried(folder: Path) -> Iterator[None]:
+    """Have a folder in a ``with`` block, in which it can be tried whether videos can be written."""
+    is_new = not folder.is_dir()
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            folder.rmdir()
+
+
 class _Work:
     """One video after the other, with checkpoints that stay open from one to the next."""
 
@@ -833,8 +846,7 @@ class _Work:
         self._events, self._place = events, place
         #: The processes that make each video together, if any do.
         self.ranks: Ranks | None = None
-        #: Whether this process tries whether videos can be written: not where another does, nor in a dry run that has
-        #: no folder for them.
+        #: Whether this process tries whether videos can be written: not where another does.
         self.writes = place.is_first
         self._open: dict[tuple, Handles] = {}
         # Weights live as long as a handle has them.
@@ -908,9 +920,10 @@ class _Work:
         finish_job(job, latent)
 
     def kept(self, job: Job, latent: "torch.Tensor") -> str:
+        from cogvideox.files import stem_of
         from cogvideox.video import write_latent
 
-        path = write_latent(latent, job.output.absolute().parent, job.output.stem[:100])
+        path = write_latent(latent, job.output.absolute().parent, stem_of(job.output))
         return f"{path} has the latents of {job.output}; --decode makes the video of them."
 
     def decodes_later(self, job: Job) -> bool:
@@ -921,7 +934,7 @@ def decode_latent(options: argparse.Namespace) -> int:
     """Make the video of latents that are in a file."""
     from cogvideox.geometry import check_latent
     from cogvideox.precision.hardware import Hardware
-    from cogvideox.video import check_room, read_latent
+    from cogvideox.video import check_room, read_latent, read_sound
 
     output = output_of(options)
     hardware = Hardware.detect(options.device)
@@ -931,7 +944,10 @@ def decode_latent(options: argparse.Namespace) -> int:
     say(handles.plan.text)
     frames, height, width = (side * factor for side, factor in zip(latent.shape[2:], (4, 8, 8), strict=True))
     check_room(output, frames, width, height)
-    finish(options, handles.vae, latent, output, rate_of(options, handles.model.variant))
+    fps, sound = rate_of(options, handles.model.variant), None
+    if options.keep_audio:
+        sound = read_sound(options.video, float(frames / fps), terminal_events())
+    finish(options, handles.vae, latent, output, fps, sound)
     return 0
 
 

@@ -21,6 +21,8 @@ MAX_TEXT = 64 << 20
 SPARE = 10**9
 #: Levels of brackets in brackets: configs have 3, workflows with subgraphs about 12.
 MAX_NESTING = 100
+#: Letters of a name to which more is added, and its bytes in UTF-8: a name has 255 at most on most disks.
+_STEM, _STEM_BYTES = 100, 240
 
 
 def open_regular(path: Path, as_what: str = "") -> FileIO:
@@ -82,19 +84,32 @@ def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
             raise ValueError(unreadable(path, error)) from error
 
 
-def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT, by_hand: bool = False) -> str:
     """Read a whole text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        by_hand: whether people write it, for whom ``decoded`` reads UTF-16 too, and not other programs.
 
     Raises:
         ValueError: if it cannot be read, is too large, or no UTF-8.
     """
+    data = read_bytes(path, limit)
     try:
-        return read_bytes(path, limit).decode("utf-8-sig")
+        return decoded(data) if by_hand else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{short(path, 400)} is not text in UTF-8 ({reason(error)}), so it cannot be used. Save it as UTF-8, or "
             "download it again."
         ) from error
+
+
+def decoded(data: bytes) -> str:
+    """Decode what people wrote: UTF-8, or UTF-16 with its mark, as PowerShell and Notepad save it.
+
+    Raises:
+        UnicodeDecodeError: for another encoding.
+    """
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def parse_json(text: str | bytes, **hooks: Any) -> Any:
@@ -242,6 +257,14 @@ def disk_errors(target: Path, then: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RuntimeError(f"{short(target, 400)} cannot be written: {reason(error)}. {then}") from error
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without its ending, cut so that 15 bytes can be added to it."""
+    stem = path.stem[:_STEM]
+    while len(os.fsencode(stem)) > _STEM_BYTES:
+        stem = stem[:-1]
+    return stem
 
 
 def exists(path: Path) -> ValueError:

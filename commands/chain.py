@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.files import write_whole
+from cogvideox.files import stem_of, write_whole
 from cogvideox.going_on import check_known, join_clips
 from cogvideox.variants import INPAINT, START_IMAGE, Variant
 from cogvideox.words import reason, short
@@ -148,7 +148,7 @@ def parts_folder(output: Path, settings: Mapping[str, Any]) -> Path:
         settings: all that the parts depend on, as JSON has it.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
-    return output.with_name(f"{output.stem[:100]}_parts_{digest[:8]}")
+    return output.with_name(f"{stem_of(output)}_parts_{digest[:8]}")
 
 
 def make_video(

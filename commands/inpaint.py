@@ -27,11 +27,18 @@ from commands.void import stage_of
 
 #: Files that hold one picture; any other is read as a clip.
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+#: The option that gives what a model reads beside the noise, and a checkpoint that reads it.
+_OPTION = {START_IMAGE: "--image", INPAINT: "--mask", VOID: "--void"}
+_READER = {START_IMAGE: "CogVideoX1.5-5B-I2V", INPAINT: "CogVideoX-Fun-V1.5-5b-InP", VOID: "void_pass1"}
 
 
 def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: torch.Tensor) -> torch.Tensor | None:
-    """Make zeros of the shape of what the options give a model to read beside the noise ``[1, C, T, H/8, W/8]``, from
-    which ``requests`` says whether it can; None if that is nothing."""
+    """Make zeros of the shape of what the options give a model to read beside the noise ``[1, C, T, H/8, W/8]``; None
+    if that is nothing.
+
+    Raises:
+        ValueError: for what the model does not read, and where it lacks what it does.
+    """
     images = options.image is not None or options.end_image is not None
     given = images or (options.seconds is not None and options.video is not None)
     if options.void is not None:
@@ -41,7 +48,18 @@ def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: 
     elif given:
         kind = START_IMAGE
     else:
+        # Without anything CogVideoX-Fun makes a video of the text alone.
+        if variant.reads in (START_IMAGE, VOID):
+            raise ValueError(
+                f"{variant.name} needs {_OPTION[variant.reads]}, and makes noise of a prompt alone. Give it, or a "
+                "text-to-video checkpoint such as CogVideoX1.5-5B."
+            )
         return None
+    if kind != variant.reads:
+        raise ValueError(
+            f"{_OPTION[kind]} is given, which {variant.name} does not read. Leave it away, or give a checkpoint that "
+            f"reads it, such as {_READER[kind]}."
+        )
     return latent.new_zeros(1, CONDITIONING_CHANNELS[kind], *latent.shape[2:])
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.files import read_bytes
+from cogvideox.files import decoded, read_bytes
 from cogvideox.words import reason, short
 from commands.ranks import Place, place_of
 from commands.terminal import path_of, say
@@ -56,7 +56,7 @@ def read_prompt(given: str, name: str) -> str:
                     "given with @@."
                 ) from error
         try:
-            given = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").strip()
+            given = decoded(data).strip()
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"The {name} from {source} is not text in UTF-8 ({reason(error)}), so its words are not known. Save "

@@ -9,6 +9,7 @@ import argparse
 import csv
 import difflib
 import io
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -93,7 +94,7 @@ def read_lines(path: Path) -> list[Line]:
             f"--prompts is {short(path, 400)}, and its ending says nothing of what a line is. Give a .txt with a "
             "prompt a line, a .jsonl or a .csv with options by name."
         )
-    text = read_text(path)
+    text = read_text(path, by_hand=True)
     lines = list(readers[path.suffix.lower()](text))
     if not lines:
         raise ValueError(f"{short(path, 400)} holds no prompt, so there is nothing to make. Write one a line.")
@@ -106,7 +107,8 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _text_lines(text: str) -> Iterator[Line]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: what Word and web pages break lines with within a paragraph ends no prompt.
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             # A prompt as it stands, an @ in front too.
             prompt = line.strip()
@@ -134,7 +136,10 @@ def _json_lines(text: str) -> Iterator[Line]:
 
 
 def _table_lines(text: str) -> Iterator[Line]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # Where a comma is in numbers, Excel puts semicolons between cells; names of options have neither.
+    first = text.lstrip().partition("\n")[0]
+    between = next((sign for sign in ",;\t" if sign in first), ",")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
     header: list[str] | None = None
     while True:
         number = rows.line_num + 1
@@ -206,14 +211,12 @@ def _as_words(options: argparse.Namespace, name: str, value: Any) -> list[str]:
     """Write what a line sets as words of a command line; a switch that is off is set in ``options`` at once."""
     option = f"--{name.replace('_', '-')}"
     before = getattr(options, name)
-    if isinstance(before, bool):
-        yes = value if isinstance(value, bool) else str(value).lower() in _YES
-        if not isinstance(value, bool) and str(value).lower() not in (*_YES, *_NO):
+    answer = str(value).lower()
+    if isinstance(before, bool) or (name == "compile" and answer in (*_YES, *_NO)):
+        if answer not in (*_YES, *_NO):
             raise ValueError(f"{name} is {short(repr(value))}, and it is a switch: give true or false.")
-        setattr(options, name, False)
-        return [option] if yes else []
-    if name == "compile" and value is True:
-        return [option]
+        setattr(options, name, False if isinstance(before, bool) else None)
+        return [option] if answer in _YES else []
     if isinstance(value, dict | bool):
         raise ValueError(f"{name} is {short(repr(value))}, which is no value of this option. Give a text or a number.")
     if name == "lora":
@@ -253,12 +256,12 @@ class Many:
             ValueError: with the sentences of all lines that cannot be made.
         """
         there = self.existing(
-            [number for number, options in self.lines.items() if options.output.exists() and not options.overwrite]
+            [number for number, line in self.lines.items() if os.path.isfile(line.output) and not line.overwrite]
         )
         wrong, taken = list[str](), dict[Path, int]()
         pending = [number for number in self.lines if number not in there]
         for number, options in self.lines.items():
-            path = options.output.absolute()
+            path = Path(os.path.abspath(options.output))
             if path in taken:
                 wrong.append(
                     of_line(number, f"Its output is {short(path, 400)}, as that of line {taken[path]}. Name another.")

@@ -4,6 +4,7 @@ import argparse
 from copy import copy
 from functools import partial
 
+from cogvideox.files import stem_of
 from commands.job import DEFAULT_OUTPUT, Job, open_handles_of, output_of, prepared
 from commands.ranks import Place
 from commands.terminal import say, terminal_events
@@ -28,7 +29,7 @@ def make_both(options: argparse.Namespace, place: Place) -> int:
     events = terminal_events()
     with company(options, place) as ranks:
         output = output_of(options) if place.is_first else options.output or DEFAULT_OUTPUT
-        kept = output.with_stem(f"{output.stem[:100]}_first_pass")
+        kept = output.with_stem(f"{stem_of(output)}_first_pass")
         first = _prepared("First pass:", copy(options), place, stage=FIRST, second_model=None, output=kept, **_SETTINGS)
         second = _prepared("Second pass:", copy(options), place, model=options.second_model, output=output)
         if options.plan:

@@ -74,16 +74,22 @@ def told(error: BaseException) -> str:
 
 
 def say(text: str, is_data: bool = False) -> None:
-    """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``),
-    the run goes on without."""
+    """Print a line, in the terminal's language unless it is for a program. Where nobody reads any more (``| head``, a
+    terminal that was closed) or the log's disk is full, the run goes on without.
+
+    Raises:
+        OSError: if a program would get half of its data.
+    """
     if _quiet or (_said is not None and text in _said):
         return
     if _said is not None:
         _said.add(text)
     try:
         print(printable(text if is_data else in_words(text)), flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         mute(sys.stdout)
+        if is_data and not isinstance(error, BrokenPipeError):
+            raise
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def each_once(said: set[str]) -> Iterator[None]:
 
 
 def complain(text: str, debug: bool = False) -> None:
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         if debug:
             traceback.print_exc()
         print(printable(in_words(text)), file=sys.stderr, flush=True)
@@ -157,7 +163,7 @@ def terminal_events() -> "Events":
                 if done == total:
                     # The next of its kind has a bar of its own.
                     self._bars.pop(what).close()
-            except BrokenPipeError:
+            except OSError:
                 mute(sys.stderr)
 
     return Terminal()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Options of ``--upscale`` alone, as they are where they are not given.
 _USUAL = {"scale": 4, "kind": AUTO, "reference_frames": "", "reference_guidance": 1.0}
 #: Options that say what a new video is to be, where here the clip does.
-_OF_NEW_VIDEOS = ("prompt", "image", "video", "width", "height", "frames")
+_OF_NEW_VIDEOS = ("prompt", "image", "end_image", "video", "width", "height", "frames", "seconds", "noise")
 
 
 def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], whole: Callable[[str], int]) -> None:
@@ -88,7 +88,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--upscale needs --model, which is DOVE or SparkVSR")
     for name in _OF_NEW_VIDEOS:
         if getattr(options, name) is not None:
-            parser.error(f"--{name} makes a new video, and --upscale takes all from the one it is given")
+            parser.error(
+                f"--{name.replace('_', '-')} makes a new video, and --upscale takes all from the one it is given"
+            )
 
 
 def files_read(options: argparse.Namespace) -> list[Path | None]:

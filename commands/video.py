@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.dependencies import import_failure
+from cogvideox.files import stem_of
 from cogvideox.words import reason, short
 from commands.job import DEFAULT_OUTPUT, Job
 from commands.ranks import Place
@@ -238,12 +239,12 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         )
         folders = output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
         try:
-            path = keep_latent(latent, folders, output.stem[:100])
+            path = keep_latent(latent, folders, stem_of(output))
         except ValueError as why:
             raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
         raise RuntimeError(
             f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
-            "same --model makes the video of them."
+            "same --model makes the video of them; --fps, and --video with --keep-audio, are given again if they were."
         ) from error
 
 

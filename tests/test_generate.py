@@ -405,8 +405,12 @@ class TestImagesVideosAndLoras:
     ):
         output = tmp_path / "out.mp4"
         for model, more, said in (
-            (checkpoints("1.5-i2v"), (), "no start image is connected"),
-            (tiny, ("--image", image), "text-to-video model and a start image"),
+            (checkpoints("1.5-i2v"), (), "needs --image, and makes noise of a prompt alone"),
+            (checkpoints("1.5-i2v"), ("--video", video), "needs --image"),
+            (checkpoints("void"), ("--frames", 13), "needs --void"),
+            (tiny, ("--image", image), "--image is given, which CogVideoX1.5 "),
+            (tiny, ("--video", video, "--mask", image), "--mask is given, which CogVideoX1.5 "),
+            (checkpoints("fun-inp"), ("--frames", 13, "--video", video, "--void", video), "--void is given"),
             (tiny, ("--image", video), "cannot be read as an image"),
             (tiny, ("--video", image.with_name("none.mp4")), "cannot be read as a video"),
             (tiny, ("--lora", next((tiny / "transformer").glob("*.safetensors"))), "it is not a LoRA"),
@@ -498,7 +502,8 @@ class TestTheOutput:
             assert said.splitlines()[-1].startswith(f"{name}: 1 frames")
         assert len(list(tmp_path.iterdir())) == 2
 
-    def test_what_could_not_be_written_is_kept_and_made_of_its_latents(self, tiny, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("name", ["panda", "猫" * 83])
+    def test_what_could_not_be_written_is_kept_and_made_of_its_latents(self, tiny, tmp_path, capsys, monkeypatch, name):
         import cogvideox.video as module
 
         def full(*_):
@@ -507,15 +512,36 @@ class TestTheOutput:
         (tmp_path / "a").mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(module, "_encode", full)
-            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / "panda.mp4"))
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a" / f"{name}.mp4"))
         assert code == 1
         assert "No space left on device" in error
-        latent = tmp_path / "a" / "panda_00001.latent"
+        # A name has 255 bytes, of which a Chinese letter takes three.
+        latent = tmp_path / "a" / f"{name[:80]}_00001.latent"
         assert f"{latent} has them, and --decode" in error
         assert list((tmp_path / "a").iterdir()) == [latent]
         assert run(capsys, "--decode", latent, "--model", tiny, "--output", tmp_path / "decoded.mp4")[0] == 0
         assert run(capsys, *short_run(tiny, tmp_path / "whole.mp4"))[0] == 0
         assert torch.equal(*(read_video(tmp_path / f"{name}.mp4") for name in ("decoded", "whole")))
+
+    def test_a_clips_sound_is_not_lost_with_the_video_that_could_not_be_written(
+        self, tiny, tmp_path, capsys, monkeypatch
+    ):
+        import cogvideox.video as module
+
+        clip, sound = tmp_path / "clip.mp4", np.full((2, 96_000), 0.5, np.float32)
+        write_mp4(torch.rand(17, 32, 32, 3), clip, 16, sound=(sound, 48_000))
+        more = ("--video", clip, "--keep-audio", "--fps", 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_encode", lambda *_: 1 / 0)
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a.mp4"), "--strength", 1, *more)
+        assert code == 1
+        assert "--fps, and --video with --keep-audio, are given again" in error
+        latent = tmp_path / "a_00001.latent"
+        code, _, error = run(capsys, "--decode", latent, "--model", tiny, *more, "--output", tmp_path / "b.mp4")
+        assert code == 0, error
+        with av.open(str(tmp_path / "b.mp4")) as video:
+            assert video.streams.video[0].average_rate == 20
+            assert [stream.type for stream in video.streams] == ["video", "audio"]
 
     def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
         import cogvideox.video as module
@@ -724,6 +750,20 @@ class TestTheCommandLine:
             patch.setattr(sys, "stdout", closed)
             assert generate.main([str(argument) for argument in short_run(tiny, tmp_path / "x.mp4")]) == 0
         assert len(read_video(tmp_path / "x.mp4")) == 1
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk without one")
+    def test_a_log_whose_disk_is_full_does_not_stop_a_run(self, tiny, tmp_path, capsys, monkeypatch):
+        with open("/dev/full", "w") as out, open("/dev/full", "w") as err, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            assert generate.main([str(argument) for argument in short_run(tiny, tmp_path / "x.mp4")]) == 0
+            assert generate.main(["--model", str(tiny), "--prompt", "x", "--steps", "0"]) == 1
+        assert len(read_video(tmp_path / "x.mp4")) == 1
+        # But a program does not take half of a report for all of it.
+        with open("/dev/full", "w") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert generate.main(["--check", str(tiny), "--json"]) == 1
+        assert "No space left on device" in capsys.readouterr().err
 
     @pytest.mark.parametrize("name", ["nowhere", "folder", "noise", "empty.json", "noise.safetensors", "noise.yaml"])
     def test_anything_can_be_checked(self, tmp_path, capsys, monkeypatch, name):

@@ -1,12 +1,14 @@
 """``generate.py --prompts`` makes a video of each line, as a run of its own would, and stops at none that fails."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import generate
 from cogvideox.video import read_video
+from commands.many import Line, options_of, read_lines
 from tests.helpers import is_same_video
 from tests.helpers import run_generate as run
 from tests.test_generate import no_weights
@@ -136,11 +138,49 @@ class TestLines:
         assert said.splitlines()[-1] == "2 videos to make, 0 there already; nothing was made (--dry-run)."
         assert not (tmp_path / "videos").exists()
 
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("x.txt", "a panda\u2028looks\x0bup\x85\r\na cat\r\n".encode()),
+            ("x.txt", "a panda looks up\na cat\n".encode("utf-16")),
+            ("x.csv", "prompt,seed\r\na panda looks up,0\r\na cat,0\r\n".encode("utf-16")),
+            ("x.csv", b'prompt;seed\na panda looks up;0\n"a cat";\n'),
+            ("x.csv", "\ufeffprompt\tseed\na panda, up;\t0\na cat\t\n".encode()),
+        ],
+    )
+    def test_a_file_is_read_as_programs_save_it(self, tmp_path, name, text):
+        (tmp_path / name).write_bytes(text)
+        panda, cat = read_lines(tmp_path / name)
+        assert panda.words["prompt"].startswith("a panda")
+        assert "up" in panda.words["prompt"]
+        assert cat.words["prompt"] == "a cat"
+        assert cat.number == panda.number + 1
+
+    @pytest.mark.parametrize(
+        ("value", "found"),
+        [(True, "default"), ("true", "default"), (False, None), ("No", None), ("default", "default")],
+    )
+    def test_a_switch_that_can_have_a_value_is_one(self, value, found):
+        parser = generate.build_parser(generate._LineParser)
+        common = parser.parse_args(["--prompts", "x.txt", "--compile", "max-autotune-no-cudagraphs"])
+        line = Line(1, {"prompt": "a", "compile": value})
+        assert options_of(line, common, parser.parse_args, Path("y")).compile == found
+
+    def test_a_dry_run_finds_what_the_run_would(self, lines, tmp_path):
+        names = ("x", "sub/x.mp4", f"{'x' * 300}.mp4", "a.mp4", "../videos/a.mp4")
+        text = "\n".join(json.dumps({"prompt": "a", "output": name}) for name in names)
+        said = [lines("x.jsonl", text, *more) for more in (["--dry-run"], [], ["--dry-run"])]
+        assert len({error for _, _, error in said}) == 1
+        error = said[0][2]
+        assert "4 of 5 lines cannot be made" in error
+        assert "line 1: error: The output is videos/x, but only mp4" in error
+        assert "line 2: error: The output is videos/sub/x.mp4, but the folder" in error
+        assert "line 3: error: The output is" in error
+        assert "line 5: Its output is" in error
+        # What the run made stays.
+        assert made(tmp_path) == []
+
     def test_a_line_takes_the_place_of_the_programs_options(self):
-        from pathlib import Path
-
-        from commands.many import Line, options_of
-
         parser = generate.build_parser(generate._LineParser)
         common = parser.parse_args(["--lora", "a.safetensors", "--prompts", "x.txt", "--keep-audio", "--seed", "4"])
 

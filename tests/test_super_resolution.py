@@ -497,6 +497,8 @@ class TestCommandLine:
         [
             (("--upscale", "x.mp4"), "--upscale needs --model"),
             (("--upscale", "x.mp4", "--model", "x", "--prompt", "y"), "--prompt makes a new video"),
+            (("--upscale", "x.mp4", "--model", "x", "--end-image", "y"), "--end-image makes a new video"),
+            (("--upscale", "x.mp4", "--model", "x", "--seconds", 9), "--seconds makes a new video"),
             (("--prompt", "x", "--model", "x", "--references", "y"), "goes with --upscale"),
             (("--prompt", "x", "--model", "x", "--scale", "2"), "--scale goes with --upscale"),
             (("--prompt", "x", "--model", "x", "--kind", "dove"), "--kind goes with --upscale"),
