@@ -165,6 +165,18 @@ def padding_frames(latent_frame_count: int, config: Mapping) -> int:
     return -latent_frame_count % patch
 
 
+def padded(latents: torch.Tensor, padding: int, dim: int, zeros: bool = False) -> torch.Tensor:
+    """Return latents with ``padding`` more frames in front, as the reference pads: the first frame again.
+
+    Args:
+        dim: of the frames.
+        zeros: as the reference pads image latents: zeros behind the first frame, so that an end image stays the last.
+    """
+    first, rest = latents.tensor_split([1], dim)
+    shape = [padding if each == dim else size for each, size in enumerate(latents.shape)]
+    return torch.cat([first, latents.new_zeros(shape), rest] if zeros else [first.expand(shape), latents], dim)
+
+
 def video_tokens(config: Mapping, shape: Sequence[int]) -> int:
     """Return the tokens that the transformer makes of a latent ``[B, 16, T, H/8, W/8]``, its padding included."""
     _, _, length, height, width = shape

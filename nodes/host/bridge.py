@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from ...cogvideox.checkpoint.naming import comfy_name
+from ...cogvideox.geometry import padded, padding_frames, rotary_embedding
 from ...cogvideox.preview import LATENT_RGB, stretched
 from ...cogvideox.variants import OFS, full_config
 from ...cogvideox.words import listed, short
@@ -91,7 +92,6 @@ class Bridged(model_base.CogVideoX, _Diffusers):
     """Core's model around ``Net``: what a sampler's latents and conditionings are before the transformer reads them."""
 
     def __init__(self, model: "Model"):
-
         config = full_config(model.weights.config)
         kept = ("in_channels", "num_attention_heads", "num_layers")
         settings = supported_models.CogVideoX_T2V(
@@ -118,7 +118,7 @@ class Bridged(model_base.CogVideoX, _Diffusers):
         if concat_latent_image is None or not net.handle.variant.image_to_video:
             return None
         image = concat_latent_image.to(device, torch.float32)
-        image = _in_front(image, noise.shape[2] - image.shape[2], zeros=True)
+        image = padded(image, max(0, noise.shape[2] - image.shape[2]), 2, zeros=True)
         return utils.repeat_to_batch_size(net.handle.image_latent_scale * image, noise.shape[0])
 
     def extra_conds(self, *, noise, cross_attn=None, ofs=None, **given):
@@ -210,33 +210,19 @@ class Net(nn.Module):
 
     def _predict(self, x, timestep, context, ofs, transformer_options, control=None, **_):
         """Predict v ``[B, 16, T, h, w]`` for ``x`` ``[B, C, T, h, w]``."""
-        from ...cogvideox.geometry import padding_frames
-
         if control is not None:
             raise ValueError("A ControlNet of another model is connected, which this one cannot read. Take it away.")
         # A whole video is padded before it is sampled; windows of it may be odd.
         padding = padding_frames(x.shape[2], self.config)
         if padding:
             video, image = x[:, :16], x[:, 16:]
-            x = torch.cat([_in_front(video, padding), _in_front(image, padding, zeros=True)], dim=1)
+            x = torch.cat([padded(video, padding, 2), padded(image, padding, 2, zeros=True)], dim=1)
         if self.run is not None:
             return self.run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
         # Called by something that is no sampler.
         latents = x[:, :16]
         with _Run(self, self.handle, latents, [float(timestep[0])], [float("nan")], context.shape[1]) as run:
             return run.predict(x, timestep, context, ofs, transformer_options)[:, :, padding:]
-
-
-def _in_front(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
-    """Return ``[B, C, T, h, w]`` with ``padding`` more frames in front, as the reference pads: the first frame again;
-    or ``zeros`` behind the first, for image latents."""
-    if padding <= 0:
-        return latents
-    first = latents[:, :, :1]
-    if zeros:
-        nothing = latents.new_zeros(*latents.shape[:2], padding, *latents.shape[3:])
-        return torch.cat([first, nothing, latents[:, :, 1:]], dim=2)
-    return torch.cat([first.expand(-1, -1, padding, -1, -1), latents], dim=2)
 
 
 class ModelPatcher(PartPatcher):
@@ -573,8 +559,6 @@ class _Run:
         return casts[dtype]
 
     def _positions(self, video: torch.Tensor) -> Any:
-        from ...cogvideox.geometry import rotary_embedding
-
         _, length, _, height, width = video.shape
         size = (length, height, width)
         if size not in self._rotary:
@@ -629,8 +613,6 @@ def _sample_padded(
 ):
     """Stand around a guider's whole run: what cannot run is refused before a weight is read, and a clip whose latent
     frames are odd is padded in front, as the reference does, and cut again."""
-    from ...cogvideox.geometry import padding_frames
-
     guider = executor.class_obj
     net = guider.model_patcher.model.diffusion_model
     _refuse(guider, sampler)
@@ -646,9 +628,9 @@ def _sample_padded(
         drawn = torch.randn(batch, length + padding, channels, height, width, generator=generator).to(noise)
         drawn = rearrange(drawn, "b t c h w -> b c t h w")
     noise = torch.cat([drawn[:, :, :padding], noise], dim=2)
-    latent_image = _in_front(latent_image, padding)
+    latent_image = padded(latent_image, padding, 2)
     if denoise_mask is not None:
-        denoise_mask = _in_front(denoise_mask, padding)
+        denoise_mask = padded(denoise_mask, padding, 2)
     if "latent_shapes" in shapes:
         shapes["latent_shapes"] = [latent_image.shape]
 
@@ -765,7 +747,6 @@ def _check(guider, model: "Model", noise: torch.Tensor, latents: torch.Tensor, s
         ValueError: as ``requests`` has it.
     """
     from ...cogvideox.requests import check_embeddings, outside_training, plan_steps
-    from ...cogvideox.variants import full_config
 
     config, events = full_config(model.weights.config), NodeEvents()
     images: list[torch.Tensor | None] = []
