@@ -514,10 +514,10 @@ class _Run:
         return self._guided and (self.copies == 1 or len(options.get("cond_or_uncond", (0, 1))) > 1)
 
     def _refuse_cache(self) -> None:
-        cache = self._model.cache
-        if cache is not None and cache.strength > 0:
+        method = self._model.skipping
+        if method is not None:
             raise ValueError(
-                f"The cache {cache.method} counts steps, and this sampler, or a node such as Skip Layer Guidance, "
+                f"The cache {method} counts steps, and this sampler, or a node such as Skip Layer Guidance, "
                 "calls the model otherwise than once a step. Take CogVideoX-1.5 Cache away, or choose a sampler such "
                 "as euler, ddim or dpmpp_2m, and no such node."
             )
