@@ -1,13 +1,9 @@
 """CogVideoX-1.5 Compile: the transformer's blocks through torch.compile."""
 
-import logging
-
 from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
 from . import host
 from .base import Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class Compile(Node):
@@ -87,6 +83,5 @@ class Compile(Node):
         changed = with_compile(model, compiled)
         missing = missing_compiler(model.weights.device)
         report = compiled.text if missing is None else f"The model will run without compiling: {missing}."
-        logger.log(logging.INFO if missing is None else logging.WARNING, "%s", report)
-        host.show(report)
+        host.tell(report, warns=missing is not None)
         return (changed,)

@@ -1,12 +1,9 @@
 """CogVideoX-1.5 Model Check: what ComfyUI's own CogVideoX will run in, and the first step that is not finite."""
 
-import logging
-
 from ..cogvideox.choices import check_choice
 from . import host
 from .base import Node
 
-logger = logging.getLogger(__name__)
 _ACTIONS = ("stop", "warn")
 
 
@@ -54,7 +51,6 @@ class ModelCheck(Node):
 
     def execute(self, model, action="stop"):
         check_choice("action", action, _ACTIONS)
-        watched, report, serious = host.watched(model, action == "stop")
-        logger.log(logging.WARNING if serious else logging.INFO, "%s", report)
-        host.show(report)
+        watched, report, warns = host.watched(model, action == "stop")
+        host.tell(report, warns)
         return watched, report

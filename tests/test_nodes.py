@@ -790,16 +790,14 @@ class TestImagesVideosAndLoras:
             )
         assert not vae.weights.is_loaded
 
-    def test_a_video_becomes_latents_and_what_was_changed_is_said(self, pack, loaded, monkeypatch, caplog):
-        said = []
-        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+    def test_a_video_becomes_latents_and_what_was_changed_is_said(self, pack, loaded, shown, caplog):
         (latent,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(20, 50, 70, 3), vae=loaded[2])
         assert latent["samples"].shape == (1, 16, 5, 6, 8)
-        assert "cropped to 64x48" in said[0]
-        assert "the last 3 were cut: 17 are left" in said[0]
+        assert "cropped to 64x48" in shown[0]
+        assert "the last 3 were cut: 17 are left" in shown[0]
         assert "the last 3 were cut" in caplog.text
         (fitting,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(17, 48, 64, 3), vae=loaded[2])
-        assert len(said) == 1
+        assert len(shown) == 1
         assert fitting["samples"].shape == (1, 16, 5, 6, 8)
 
     def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, shown):

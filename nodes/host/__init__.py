@@ -30,6 +30,7 @@ from .page import (
     serve_files,
     show,
     show_pictures,
+    tell,
     watch_queue,
 )
 from .progress import NodeEvents, saving_latents
@@ -62,6 +63,7 @@ __all__ = [
     "serve_files",
     "show",
     "show_pictures",
+    "tell",
     "to_core",
     "tokenizer_folder",
     "watch_language",

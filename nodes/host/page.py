@@ -1,5 +1,6 @@
 """ComfyUI's page and server: help pages and templates, the graph that is queued, and what is shown on a node."""
 
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +14,8 @@ from .language import said
 if TYPE_CHECKING:
     from aiohttp.web import FileResponse, Request
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 #: Letters of a line on a node at most.
 _LINE = 2000
@@ -138,6 +141,12 @@ def show(text: str, node: str | None = None) -> None:
     server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text("\n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+
+
+def tell(text: str, warns: bool = False) -> None:
+    """Log a report of the node that is running, and show it on the node."""
+    logger.log(logging.WARNING if warns else logging.INFO, "%s", text)
+    show(text)
 
 
 def pictures(picture: "Image") -> dict:
