@@ -189,32 +189,16 @@ def _kind(spec: tuple) -> str:
     return spec[0] if isinstance(spec[0], str) else "COMBO"
 
 
-def _handle(*kinds: type) -> Callable:
+def _handle(kind: type | tuple[()], *names: str) -> Callable:
+    """Read a handle of ours, or what has all these names, as core's models of a kind do. Which model's it is, the node
+    finds out."""
+
     def read(value, _):
-        if isinstance(value, kinds):
+        if isinstance(value, kind) or (names and all(hasattr(value, name) for name in names)):
             return value
         raise _Odd(f"is {seen(value)}")
 
     return read
-
-
-def _text_encoder(value, _):
-    if isinstance(value, TextEncoder) or all(hasattr(value, name) for name in ("cond_stage_model", "tokenizer")):
-        return value
-    raise _Odd(f"is {seen(value)}")
-
-
-def _vae(value, _):
-    # Which model's it is, the node finds out.
-    if isinstance(value, VAE) or all(hasattr(value, name) for name in ("first_stage_model", "decode")):
-        return value
-    raise _Odd(f"is {seen(value)}")
-
-
-def _model(value, _):
-    if all(hasattr(value, name) for name in ("model", "model_options", "clone")):
-        return value
-    raise _Odd(f"is {seen(value)}")
 
 
 def _latent(value, _):
@@ -271,15 +255,10 @@ def _number(value, options) -> float:
     return number
 
 
-def _limits(options) -> str:
-    return f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
-
-
 def _within(number, options):
     if not options.get("min", number) <= number <= options.get("max", number):
-        raise _Odd(
-            f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one."
-        )
+        limits = f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
+        raise _Odd(f"is {short(number)}, beyond its limits ({limits})", "Type in one within them, or connect one.")
     return number
 
 
@@ -332,10 +311,10 @@ def _choice(value, _):
 _READERS: dict[str, Callable] = {
     "COGVIDEOX_MODEL": _handle(Model),
     "COGVIDEOX_TEXT_ENCODER": _handle(TextEncoder),
-    "COGVIDEOX_TEXT_ENCODER,CLIP": _text_encoder,
+    "COGVIDEOX_TEXT_ENCODER,CLIP": _handle(TextEncoder, "cond_stage_model", "tokenizer"),
     "COGVIDEOX_VAE": _handle(VAE),
-    "COGVIDEOX_VAE,VAE": _vae,
-    "MODEL": _model,
+    "COGVIDEOX_VAE,VAE": _handle(VAE, "first_stage_model", "decode"),
+    "MODEL": _handle((), "model", "model_options", "clone"),
     "LATENT": _latent,
     "CONDITIONING": _conditioning,
     "IMAGE": _image,
