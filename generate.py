@@ -742,7 +742,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def make_many(options: argparse.Namespace) -> int:
     """Make the videos of ``--prompts``; prints what became of each line."""
-    from commands.many import Many, of_line, options_of, read_lines, summary
+    from commands.many import Many, options_by_line, read_lines, summary
     from commands.ranks import shares
 
     place = placed(options)
@@ -759,19 +759,8 @@ def make_many(options: argparse.Namespace) -> int:
         _checked(parser, found)
         return found
 
-    found, wrong = dict[int, argparse.Namespace](), list[str]()
-    for line in lines:
-        try:
-            found[line.number] = options_of(line, common, parse, folder)
-        except ValueError as error:
-            wrong.append(of_line(line.number, str(error)))
-    if wrong:
-        shown = "\n".join(wrong[:20])
-        raise ValueError(
-            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{shown}"
-        )
     work = _Work(terminal_events(), place)
-    many = Many(found, work)
+    many = Many(options_by_line(lines, common, parse, folder), work)
     if options.dry_run:
         work.writes = folder.is_dir()
         return many.list()

@@ -165,6 +165,30 @@ def _table_lines(text: str) -> Iterator[Line]:
         yield Line(number, {name: cell for name, cell in zip(header, cells, strict=False) if cell})
 
 
+def options_by_line(
+    lines: Sequence[Line],
+    options: argparse.Namespace,
+    parse: Callable[[list[str], argparse.Namespace], argparse.Namespace],
+    folder: Path,
+) -> dict[int, argparse.Namespace]:
+    """Return the options of all lines by their numbers; the arguments are those of ``options_of``.
+
+    Raises:
+        ValueError: with the sentences of all lines that cannot be read.
+    """
+    found, wrong = dict[int, argparse.Namespace](), list[str]()
+    for line in lines:
+        try:
+            found[line.number] = options_of(line, options, parse, folder)
+        except ValueError as error:
+            wrong.append(of_line(line.number, str(error)))
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{_first(wrong)}"
+        )
+    return found
+
+
 def options_of(
     line: Line,
     options: argparse.Namespace,
@@ -204,11 +228,11 @@ def _as_words(options: argparse.Namespace, name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     before = getattr(options, name)
     if isinstance(before, bool):
-        yes = value if isinstance(value, bool) else str(value).lower() in _YES
-        if not isinstance(value, bool) and str(value).lower() not in (*_YES, *_NO):
+        said = str(value).lower()
+        if said not in (*_YES, *_NO):
             raise ValueError(f"{name} is {short(repr(value))}, and it is a switch: give true or false.")
         setattr(options, name, False)
-        return [option] if yes else []
+        return [option] if said in _YES else []
     if name == "compile" and value is True:
         return [option]
     if isinstance(value, dict | bool):
@@ -267,9 +291,9 @@ class Many:
             except (ValueError, RuntimeError, OSError) as error:
                 wrong.append(of_line(number, self.work.told(error)))
         if wrong:
-            shown = "\n".join(wrong[:20]) + ("\n…" if len(wrong) > 20 else "")
             raise ValueError(
-                f"{len(wrong)} of {len(self.lines)} lines cannot be made, so nothing was begun. Correct them:\n{shown}"
+                f"{len(wrong)} of {len(self.lines)} lines cannot be made, so nothing was begun. Correct them:\n"
+                f"{_first(wrong)}"
             )
         return list(there), pending
 
@@ -363,3 +387,8 @@ def summary(there: int, made: int, failed: Mapping[int, str]) -> str:
 def of_line(number: int, said: str) -> str:
     """Say which line a sentence is about."""
     return f"line {number}: {said}"
+
+
+def _first(wrong: Sequence[str]) -> str:
+    """Show the first of many sentences, a line each."""
+    return "\n".join([*wrong[:20], *(["…"] if len(wrong) > 20 else [])])
