@@ -114,6 +114,13 @@ class Conversion:
             return default
         return value
 
+    def limited(self, node: Node, name: str, given, limits: tuple, tells: bool = True):
+        """Bring a number within the limits of our widget, and say so if it was beyond them and ``tells``."""
+        value = min(max(given, limits[0]), limits[1])
+        if value != given and tells:
+            self.say(node, f"{name} {short(given)} became {value}.")
+        return value
+
     def keep(self, node: Node, name: str, value, wires: dict, values: dict, new_name: str | None = None) -> None:
         """Carry over a widget's value, and its link if it has one."""
         values[new_name or name] = value
