@@ -118,6 +118,11 @@ class TestExtend:
         with pytest.raises(ValueError, match=said):
             known_frames(clip(frames), length, overlap)
 
+    def test_a_part_that_no_memory_holds_is_refused(self):
+        large = torch.zeros(1, 1, 1, 1).expand(9, 1_000_000, 1_000_000, 3)
+        with pytest.raises(ValueError, match="A part of 17 frames of 1000000x1000000 would take 272.0 TB of memory"):
+            known_frames(large, 17, 1)
+
 
 class TestChain:
     """``--seconds``: 2 s at 16 frames a second are 33 frames, two parts of 17."""
