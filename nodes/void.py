@@ -2,8 +2,7 @@
 
 import torch
 
-from ..cogvideox.choices import check_choice
-from ..cogvideox.conditioning import STAGES
+from ..cogvideox.choices import STAGES, check_choice
 from ..cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent, latent_shape
 from ..cogvideox.variants import CONDITIONING_CHANNELS, VOID
 from . import host
