@@ -144,15 +144,23 @@ def checked(node: type[Declares], given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def objections(node: type[Declares], given: dict[str, Any], limits: bool = True) -> dict[str, str]:
+def inputs_of(node: type[Declares]) -> dict[str, tuple]:
+    """Return what a node's ``INPUT_TYPES`` says of its inputs, by name; for a loader's lists folders are looked
+    through."""
+    types = node.INPUT_TYPES()
+    return {**types.get("required", {}), **types.get("optional", {})}
+
+
+def objections(
+    node: type[Declares], given: dict[str, Any], declared: dict[str, tuple], limits: bool = True
+) -> dict[str, str]:
     """Collect the sentences about the widgets whose values do not belong there, by the widget's name. None is what
     another node will give, and is passed over.
 
     Args:
+        declared: what ``inputs_of`` gave.
         limits: whether the limits of numbers count. They do not before the engine is asked, which says better why.
     """
-    types = node.INPUT_TYPES()
-    declared = {**types.get("required", {}), **types.get("optional", {})}
     said: dict[str, str] = {}
     for name, value in given.items():
         if value is not None:

@@ -1,5 +1,6 @@
 """The nodes keep their contract, explain themselves, and work together without ComfyUI."""
 
+import importlib
 import json
 import os
 import shutil
@@ -510,6 +511,19 @@ class TestModelFolders:
         monkeypatch.setattr(host, "tokenizer_folder", lambda: None)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         return host
+
+    def test_folders_are_looked_through_once_for_all_lists_of_the_loader(self, pack, host, tiny, monkeypatch):
+        """On a network drive looking takes seconds, and ComfyUI asks for the lists at its start and at each run."""
+        module, looked = importlib.import_module(f"{pack.__name__}.cogvideox.checkpoint.catalogue"), []
+        shutil.copytree(tiny, host.folders._roots("CogVideo")[0] / "tiny")
+        look = module._look
+        monkeypatch.setattr(module, "_look", lambda root: looked.append(root.name) or look(root))
+        loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
+        assert loader.INPUT_TYPES()["required"]["model"][0]
+        assert len(looked) == len(set(looked))
+        looked.clear()
+        assert loader.objections({"dtype": "bf16"}) == {}
+        assert len(looked) == len(set(looked))
 
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
         ours, diffusers = host.folders._roots("CogVideo", "diffusers")
