@@ -157,6 +157,8 @@ def test_fp8_copies_are_told_with_what_they_keep(tmp_path, dtype, bits):
     assert part(made, "transformer").verdict == "warning"
     assert f"keep {bits} significant bits" in made.text
     assert "stored fp8" in made.text
+    assert ["weights kept in fp8" in part.text for part in made.parts] == [True, False, False]
+    assert "weights kept" not in part(made, "vae").text
 
 
 def test_dtypes_mixed_in_one_part_are_told_apart(tmp_path):
