@@ -139,6 +139,7 @@ class _Help(argparse.RawTextHelpFormatter):
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    """Declare every option, with its help in the terminal's language."""
     parser = kind(
         prog="generate.py",
         description=__doc__,

@@ -98,6 +98,7 @@ def each_once(said: set[str]) -> Iterator[None]:
 
 
 def complain(text: str, debug: bool = False) -> None:
+    """Print an error in the terminal's language, with a traceback before it where ``debug`` asks for one."""
     with suppress(BrokenPipeError):
         if debug:
             traceback.print_exc()

@@ -278,6 +278,16 @@ def judge(options: argparse.Namespace, images: "torch.Tensor") -> None:
 
 
 def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
+    """Write the frames ``[F, H, W, 3]``, and say where they are.
+
+    Args:
+        output: where, unless no place was asked for and this one was taken meanwhile.
+        sound: as ``write_mp4`` takes it.
+
+    Raises:
+        ValueError: if the place is taken.
+        RuntimeError: if writing fails.
+    """
     from cogvideox.video import free_name, write_mp4
 
     if options.output is None and not options.overwrite:

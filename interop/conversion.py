@@ -196,6 +196,7 @@ def is_inpaint(model: str) -> bool:
 
 
 def usual_size(model: str) -> tuple[int, int]:
+    """Return the width and height in pixels that a model, by its name, is used with."""
     if is_inpaint(model):
         return _INPAINT_SIZE
     return (1360, 768) if is_1_5(model) else (720, 480)

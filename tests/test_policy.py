@@ -87,7 +87,8 @@ class TestBf16WeightsInFp16:
         assert made.verdict == "mismatch"
         assert "fixed" not in made.text
         with pytest.raises(
-            ValueError, match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but .* was trained in bf16"
+            ValueError,
+            match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but CogVideoX1.5 .* was trained in",
         ) as caught:
             plan(checkpoints("1.5"), "fp16", on_mismatch="stop")
         assert "text encoder: dtype fp16 was chosen, but T5 was trained in bf16" in str(caught.value)
