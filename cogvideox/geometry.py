@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .tensors import check_room
-from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, rest_of
 from .words import short
 
 
@@ -28,7 +28,7 @@ def check_frames(frames: int, step: int = 16, in_pairs: bool = False) -> None:
     Raises:
         ValueError: with the two nearest lengths that work.
     """
-    rest = 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+    rest = rest_of(in_pairs)
     if frames == 1 or (frames > 1 and frames % step == rest % step):
         return
     below = (frames - rest) // step * step + rest
