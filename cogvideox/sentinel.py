@@ -2,8 +2,7 @@
 
 What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds
 NaN or Inf is made again with a probe at every module, which names the first one whose output is not finite. Then the
-part goes on from there in the next
-safer precision: range-safe fp16, bf16 where native, fp32.
+part goes on from there in the next safer precision: range-safe fp16, bf16 where native, fp32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
