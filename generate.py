@@ -14,8 +14,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from fractions import Fraction
 from functools import partial
@@ -41,12 +41,11 @@ from cogvideox.choices import (
 )
 from cogvideox.languages import ENGLISH, preferred
 from cogvideox.words import short
-from commands.job import Job, changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
+from commands.job import changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
 from commands.passes import make_both
-from commands.ranks import AUTO, PROMPTS, SPLITS, FailedAlike, FailedAlone, Place, place_of
+from commands.ranks import AUTO, PROMPTS, SPLITS, place_of
 from commands.terminal import (
     complain,
-    each_once,
     in_words,
     keep_quiet,
     lines_of,
@@ -58,6 +57,7 @@ from commands.terminal import (
 )
 from commands.upscale import add_options, check_options
 from commands.video import (
+    Work,
     check_team,
     company,
     encoded,
@@ -77,13 +77,7 @@ from commands.void import add_options as add_passes
 from commands.void import check_options as check_passes
 
 if TYPE_CHECKING:
-    import torch
-
-    from cogvideox.events import Events
-    from cogvideox.handles import Handles
-    from cogvideox.precision.hardware import Hardware
     from cogvideox.precision.policy import DtypePlan
-    from commands.ranks import Ranks
     from interop.report import ConfigReport
 
 EXAMPLE = """examples:
@@ -146,6 +140,7 @@ class _Help(argparse.RawTextHelpFormatter):
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    """Declare every option, with its help in the terminal's language."""
     parser = kind(
         prog="generate.py",
         description=__doc__,
@@ -745,7 +740,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def make_many(options: argparse.Namespace) -> int:
     """Make the videos of ``--prompts``; prints what became of each line."""
-    from commands.many import Many, of_line, options_of, read_lines, summary
+    from commands.many import Many, options_by_line, read_lines, summary
     from commands.ranks import shares
 
     place = placed(options)
@@ -762,19 +757,8 @@ def make_many(options: argparse.Namespace) -> int:
         _checked(parser, found)
         return found
 
-    found, wrong = dict[int, argparse.Namespace](), list[str]()
-    for line in lines:
-        try:
-            found[line.number] = options_of(line, common, parse, folder)
-        except ValueError as error:
-            wrong.append(of_line(line.number, str(error)))
-    if wrong:
-        shown = "\n".join(wrong[:20])
-        raise ValueError(
-            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{shown}"
-        )
-    work = _Work(terminal_events(), place)
-    many = Many(found, work)
+    work = Work(terminal_events(), place)
+    many = Many(options_by_line(lines, common, parse, folder), work)
     if options.dry_run:
         with _tried(folder):
             return many.list()
@@ -834,100 +818,8 @@ def _tried(folder: Path) -> Iterator[None]:
         yield
     finally:
         if is_new:
-            folder.rmdir()
-
-
-class _Work:
-    """One video after the other, with checkpoints that stay open from one to the next."""
-
-    ends_all: tuple[type[Exception], ...] = (BrokenPipeError, FailedAlone)
-
-    def __init__(self, events: "Events", place: Place):
-        self._events, self._place = events, place
-        #: The processes that make each video together, if any do.
-        self.ranks: Ranks | None = None
-        #: Whether this process tries whether videos can be written: not where another does.
-        self.writes = place.is_first
-        self._open: dict[tuple, Handles] = {}
-        # Weights live as long as a handle has them.
-        self._handles: list[Any] = []
-        self._said = set[str]()
-
-    def say(self, text: str) -> None:
-        say(text)
-
-    def told(self, error: BaseException) -> str:
-        return told(error)
-
-    def prepared(self, options: argparse.Namespace) -> Job:
-        # It is asked again before the video is made; what it says is said once for all lines.
-        with each_once(self._said):
-            job = prepared(options, self._events, self._opened, self.writes)
-        if job.parts is not None:
-            raise ValueError(
-                "--seconds makes one long video in parts, and --prompts makes many videos. Leave --seconds out, or "
-                "make the long video by itself."
-            )
-        if options.stage == BOTH:
-            raise ValueError(
-                "--stage both makes two videos, and --prompts one of each line. Give --stage first, and then --stage "
-                "second with a first_pass in each line."
-            )
-        self._handles += [job.model, job.text_encoder]
-        return job
-
-    def agreed(self, options: argparse.Namespace) -> Job:
-        if self.ranks is None:
-            return self.prepared(options)
-        job: Job | None = None
-        failed: Exception | None = None
-        try:
-            job = self.prepared(options)
-        except Exception as error:
-            failed = error
-        # What one alone fails of, all leave: they would wait for it.
-        said = next(filter(None, self.ranks.gathered("" if failed is None else told(failed))), "")
-        if job is None or said:
-            raise FailedAlike(said.removeprefix("error: ")) from failed
-        return job
-
-    def _opened(self, options: argparse.Namespace, hardware: "Hardware") -> "Handles":
-        names = ("model", "text_encoder", "vae", "tokenizer", "dtype", "on_mismatch", "memory")
-        key = tuple(getattr(options, name) for name in names)
-        if key not in self._open:
-            self._open[key] = open_handles_of(options, hardware)
-        return self._open[key]
-
-    def encoded(self, job: Job, name: str) -> "torch.Tensor":
-        return once_for_all(self.ranks, partial(encoded, job, name, self._events))
-
-    def sampled(self, job: Job, prompts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        say_skips(job)
-        from cogvideox.sentinel import NonFiniteError
-
-        try:
-            return sampled(job, prompts, self._events, self.ranks)
-        except (ValueError, NonFiniteError, FailedAlike):
-            raise
-        except Exception as error:
-            if self.ranks is None:
-                raise
-            raise FailedAlone(str(error) or type(error).__name__) from error
-
-    def finished(self, job: Job, latent: "torch.Tensor") -> None:
-        if self.ranks is not None and not self._place.is_first:
-            return
-        finish_job(job, latent)
-
-    def kept(self, job: Job, latent: "torch.Tensor") -> str:
-        from cogvideox.files import stem_of
-        from cogvideox.video import write_latent
-
-        path = write_latent(latent, job.output.absolute().parent, stem_of(job.output))
-        return f"{path} has the latents of {job.output}; --decode makes the video of them."
-
-    def decodes_later(self, job: Job) -> bool:
-        return job.model.weights.is_stuck
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def decode_latent(options: argparse.Namespace) -> int:

@@ -45,6 +45,9 @@ BLENDS = (LINEAR,)
 #: One-step super-resolution: how a checkpoint was trained to do it. ``auto`` goes by its channels and its name.
 DOVE, SPARKVSR = "dove", "sparkvsr"
 SUPER_RESOLUTION = (AUTO, DOVE, SPARKVSR)
+#: The passes of VOID: the second starts from noise that moves as the first's video does.
+FIRST, SECOND = "first", "second"
+STAGES = (FIRST, SECOND)
 #: What to do about a black video.
 ON_BLACK = (STOP, WARN, PASS)
 #: Kernels of the attention, and diffusers' name of each; None where a run times them. PyTorch's own choice is named,

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch.nn.functional import interpolate
 
-from .choices import check_choice
+from .choices import FIRST, SECOND, STAGES, check_choice
 from .geometry import check_size, latent_frames
 from .handles import VAE
 from .pictures import crop_box
@@ -23,8 +23,6 @@ from .variants import CONDITIONING_CHANNELS, INPAINT, SPATIAL_COMPRESSION
 
 #: Standard deviation of the noise on the video, of pixels in -1..1: what both were trained with.
 NOISE_AUGMENTATION = 0.0563
-#: The passes of VOID: the second starts from noise that moves as the first's video does.
-STAGES = ("first", "second")
 #: From where on a mask's value counts as marked. The pipeline counts any grey, which a codec leaves everywhere, and its
 #: scripts cut at 240 of 255 before: of a mask of black and white all make the same.
 _MARKED = 0.5
@@ -128,7 +126,7 @@ def void_latents(
     vae: VAE,
     video: torch.Tensor,
     quadmask: torch.Tensor,
-    stage: str = "first",
+    stage: str = FIRST,
     noise_aug: float = NOISE_AUGMENTATION,
     generator: torch.Generator | None = None,
     **how,
@@ -157,14 +155,14 @@ def taken_away(quadmask: torch.Tensor, stage: str) -> torch.Tensor:
     0, 127/255 or 1 in the first, 0 or 1 in the second.
 
     Raises:
-        ValueError: for a pass that is not one of ``STAGES``.
+        ValueError: for a pass that is not one of ``choices.STAGES``.
     """
     check_choice("stage", stage, STAGES)
     greys, levels = 255.0 * quadmask.float(), torch.full_like(quadmask, 255.0, dtype=torch.float32)
     for level, most in reversed(_QUADMASK[:-1]):
         levels[greys <= most] = level
     share = (255.0 - levels) / 255.0
-    if stage == "second":
+    if stage == SECOND:
         return (share > 0.5).float()
     # The overlap is 192/255 of the way, and taken away.
     return torch.where(share > 0.75, 1.0, torch.where(share < 0.25, 0.0, 127.0 / 255.0))

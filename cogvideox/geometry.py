@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .tensors import check_room
-from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, rest_of
 from .words import short
 
 
@@ -28,7 +28,7 @@ def check_frames(frames: int, step: int = 16, in_pairs: bool = False) -> None:
     Raises:
         ValueError: with the two nearest lengths that work.
     """
-    rest = 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+    rest = rest_of(in_pairs)
     if frames == 1 or (frames > 1 and frames % step == rest % step):
         return
     below = (frames - rest) // step * step + rest
@@ -163,6 +163,18 @@ def padding_frames(latent_frame_count: int, config: Mapping) -> int:
     divides their number."""
     patch = config.get("patch_size_t") or 1
     return -latent_frame_count % patch
+
+
+def padded(latents: torch.Tensor, padding: int, dim: int, zeros: bool = False) -> torch.Tensor:
+    """Return latents with ``padding`` more frames in front, as the reference pads: the first frame again.
+
+    Args:
+        dim: of the frames.
+        zeros: as the reference pads image latents: zeros behind the first frame, so that an end image stays the last.
+    """
+    first, rest = latents.tensor_split([1], dim)
+    shape = [padding if each == dim else size for each, size in enumerate(latents.shape)]
+    return torch.cat([first, latents.new_zeros(shape), rest] if zeros else [first.expand(shape), latents], dim)
 
 
 def video_tokens(config: Mapping, shape: Sequence[int]) -> int:

@@ -61,17 +61,21 @@ class Model:
         """Raises:
         ValueError: for choices that do not work together.
         """
-        weights = self.weights
+        weights, cache = self.weights, self.skipping
         check_combination(
-            [self.cache.method] if self.cache is not None and self.cache.strength > 0 else [],
+            [] if cache is None else [cache],
             [] if weights.method is None else [weights.method.name],
             self.compiled is not None,
             weights.memory == "offload_layers" and weights.device.type != "cpu",
         )
         if self.second is not None:
-            skips = self.cache is not None and self.cache.strength > 0
-            check_second(self.cache.method if self.cache is not None and skips else None, self.compiled is not None)
+            check_second(cache, self.compiled is not None)
             _check_can(self, self.second)
+
+    @property
+    def skipping(self) -> str | None:
+        """The method of its cache, if that skips anything."""
+        return self.cache.method if self.cache is not None and self.cache.strength > 0 else None
 
 
 def _check_can(model: Model, second: Hardware) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 from einops import rearrange
 
-from .geometry import SIZE_STEP
-from .variants import TEMPORAL_COMPRESSION
+from .variants import SIZE_STEP, rest_of
 
 #: How far bicubic and lanczos resampling, which sharpen edges, go beyond 0..1 in practice: such images are clamped.
 _OVERSHOOT = 0.1
@@ -173,7 +172,7 @@ def fit_length(images: torch.Tensor, step: int, in_pairs: bool = False) -> tuple
 def nearest_length(count: int, step: int, in_pairs: bool = False) -> tuple[int, str | None]:
     """Return the frames nearest to ``count`` that ``geometry.check_frames`` takes, ``step * N + 1`` or, ``in_pairs``,
     ``step * N + 5``, and a sentence about what that cuts or repeats."""
-    rest = 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+    rest = rest_of(in_pairs)
     blocks = max(0 if in_pairs else 1, (count - rest + step // 2 - 1) // step)
     wanted = blocks * step + rest if count > 1 else 1
     if wanted == count:

@@ -141,12 +141,12 @@ def check_split(model: Model, split: Split, shape: Sequence[int]) -> None:
     Raises:
         ValueError: saying what does not go together.
     """
-    weights, cache, config = model.weights, model.cache, full_config(model.weights.config)
+    weights, config = model.weights, full_config(model.weights.config)
     on_host = weights.device.type == "cpu"
     check_sharing(
         split.guidance > 1,
         split.sequence > 1,
-        None if cache is None or cache.strength == 0 else cache.method,
+        model.skipping,
         model.compiled is not None,
         weights.memory in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) and not on_host,
     )

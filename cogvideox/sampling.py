@@ -26,7 +26,7 @@ from torch.nn import functional
 from .dtypes import Precision
 from .events import Events
 from .finite import check_finite
-from .geometry import check_latent, padding_frames, rotary_embedding, video_tokens
+from .geometry import check_latent, padded, padding_frames, rotary_embedding, video_tokens
 from .handles import Model
 from .lora import applied
 from .memory import check_host_room, choose_mode, choose_placements
@@ -295,17 +295,8 @@ def _second(
 
 
 def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
-    """Return ``[B, C, T, h, w]`` as ``[B, padding + T, C, h, w]``.
-
-    Args:
-        zeros: pad as the reference pads image latents: with zeros behind the first frame, so that an end image stays
-            the last. Without it the first frame is repeated.
-    """
-    video = rearrange(latents, "b c t h w -> b t c h w")
-    first = video[:, :1]
-    if zeros:
-        return torch.cat([first, video.new_zeros(video.shape[0], padding, *video.shape[2:]), video[:, 1:]], dim=1)
-    return torch.cat([first.expand(-1, padding, -1, -1, -1), video], dim=1)
+    """Return ``[B, C, T, h, w]`` as ``[B, padding + T, C, h, w]``; ``zeros`` as ``geometry.padded`` has it."""
+    return padded(rearrange(latents, "b c t h w -> b t c h w"), padding, 1, zeros)
 
 
 def _beside(model: Model, given: torch.Tensor | None, latents: torch.Tensor, padding: int) -> torch.Tensor | None:

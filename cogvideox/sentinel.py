@@ -2,8 +2,7 @@
 
 What a model makes is checked as it is made (one reduction and one synchronisation with the device). A result that holds
 NaN or Inf is made again with a probe at every module, which names the first one whose output is not finite. Then the
-part goes on from there in the next
-safer precision: range-safe fp16, bf16 where native, fp32.
+part goes on from there in the next safer precision: range-safe fp16, bf16 where native, fp32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .choices import ON_NAN, check_choice
+from .choices import ON_NAN, STOP, check_choice
 from .dtypes import Precision, dtype_name
 from .events import Events
 from .finite import is_finite
@@ -235,7 +234,7 @@ class Sentinel:
         else:
             cause = "every module's output is finite, so it is what is done with them after that overflows"
         fact = f"{where}: the {name} in {ran.name} gave NaN or Inf; {cause}."
-        if self._on_nan == "stop":
+        if self._on_nan == STOP:
             raise NonFiniteError(
                 f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. "
                 f"{_advice(culprit, ran)}"

@@ -23,7 +23,7 @@ def plan_skips(model: Model, timesteps: Sequence[float], in_full: Collection[int
         in_full: steps that must not be skipped, besides the first and the last.
     """
     cache, steps = model.cache, len(timesteps)
-    if cache is None or cache.method != TEACACHE or cache.strength == 0:
+    if cache is None or model.skipping != TEACACHE:
         return None
     config = full_config(model.weights.config)
     within = cache.within(steps)

@@ -29,7 +29,7 @@ from .choices import AUTO, DOVE, DPM, SPARKVSR, SUPER_RESOLUTION, check_choice
 from .dtypes import Precision
 from .events import Events
 from .finite import check_finite
-from .geometry import padding_frames, rotary_embedding
+from .geometry import padded, padding_frames, rotary_embedding
 from .handles import VAE, Model
 from .lora import applied
 from .memory import check_host_room, choose_placements, plan_memory
@@ -518,7 +518,7 @@ class _OneStep:
         config, dtype = self._config, precision.activations
         given = rearrange(latents, "b c t h w -> b t c h w")
         padding = padding_frames(given.shape[1], config)
-        given = torch.cat([given[:, :1].expand(-1, padding, -1, -1, -1), given], dim=1).to(dtype)
+        given = padded(given, padding, 1).to(dtype)
         video = given[:, :, :LATENT_CHANNELS]
         if given.shape[2] < config["in_channels"]:
             given = torch.cat([given, torch.zeros_like(video)], dim=2)

@@ -56,6 +56,12 @@ _FOREIGN_INPUTS = {
 }
 
 
+def rest_of(in_pairs: bool) -> int:
+    """Return the frames that a clip has besides whole steps of its length: the first, and where latent frames come
+    ``in_pairs`` those that make a pair with it."""
+    return 1 + TEMPORAL_COMPRESSION if in_pairs else 1
+
+
 @dataclass(frozen=True)
 class Variant:
     """What a CogVideoX transformer is, read from its architecture.
@@ -96,7 +102,7 @@ class Variant:
     @property
     def rest(self) -> int:
         """Frames that a clip has besides whole ``frame_step``s."""
-        return 5 if self.in_pairs else 1
+        return rest_of(self.in_pairs)
 
     @property
     def is_released(self) -> bool:

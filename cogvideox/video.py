@@ -19,7 +19,7 @@ import torch
 from .clip_files import read_shape, read_sound, read_video
 from .dependencies import installed, reinstall, unimportable
 from .events import Events
-from .files import exists, open_regular, written_whole
+from .files import exists, open_regular, write_whole, written_whole
 from .image_files import read_image
 from .words import reason, short
 
@@ -247,8 +247,7 @@ def write_latent(samples: torch.Tensor, folder: Path, name: str = _UNFINISHED) -
         path = next(path for number in count(1) if not os.path.lexists(path := folder / f"{name}_{number:05}.latent"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as partial:
-                partial.write_bytes(content)
+            write_whole(path, content)
             return path
         except OSError as error:
             raise ValueError(

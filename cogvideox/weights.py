@@ -77,12 +77,8 @@ def placements(batched: Sequence[bool] = (True,)) -> tuple[Placement, ...]:
 # One part is on the device at a time, and one thread uses it: the text encoder makes room for the transformer, that for
 # the VAE.
 _turn = threading.RLock()
-
-
 #: Bytes beside the weights that a text encoder or VAE needs to run.
 _ROOM = 1 << 30
-
-
 _loaded: "weakref.WeakSet[Weights]" = weakref.WeakSet()
 
 
@@ -108,14 +104,8 @@ class Weights:
     ):
         """``memory`` is one of ``choices.MEMORY``: where they are to be while they run; ``method``, how they are
         quantized."""
-        self._checkpoint, self.kind, self.precision, self.hardware, self.memory = (
-            checkpoint,
-            kind,
-            precision,
-            hardware,
-            memory,
-        )
-        self.method = method
+        self._checkpoint, self.kind, self.precision = checkpoint, kind, precision
+        self.hardware, self.memory, self.method = hardware, memory, method
         self._module: nn.Module | None = None
         # How it was set up to run; None while any is open.
         self._mode: str | None = None

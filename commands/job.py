@@ -381,6 +381,7 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
 
 
 def is_config(path: Path) -> bool:
+    """Ask ``interop.check.is_config``, which is not imported before that."""
     from interop.check import is_config
 
     return is_config(path)
@@ -417,6 +418,7 @@ def output_of(options: argparse.Namespace) -> Path:
 
 
 def rate_of(options: argparse.Namespace, variant) -> Fraction:
+    """Return the frames a second of the video: what was asked for, or else the model's own. Another is told of."""
     fps = options.fps or Fraction(variant.fps)
     if fps != variant.fps:
         say(

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cogvideox.files import parse_json, read_text
 from cogvideox.words import listed, reason, short
+from commands.terminal import say, told
+from commands.video import Work
 
 #: Options of the program that no line sets for itself.
 _OF_ALL = (
@@ -32,46 +34,6 @@ _ALSO = {"start_image": "image"}
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 #: Lines that are made of one file at most: a typo in a name is a book.
 _MOST = 100_000
-
-
-class Work(Protocol):
-    """What makes one video, from options of ``generate.py``: its parts, for several videos in turn.
-
-    A job is a video that is checked, and of which nothing is made yet: it has ``texts``, its prompts by name, a
-    ``text_encoder``, and a ``size`` in words.
-
-    Attributes:
-        ends_all: what is raised where no other video can be made either.
-    """
-
-    ends_all: tuple[type[Exception], ...]
-
-    def say(self, text: str) -> None:
-        """Show a sentence."""
-
-    def told(self, error: BaseException) -> str:
-        """Say in a sentence what ended something."""
-
-    def prepared(self, options: argparse.Namespace) -> Any:
-        """Check all of a video; no weights are read."""
-
-    def agreed(self, options: argparse.Namespace) -> Any:
-        """Check it once more, before it is made, and fail where another process that makes it, too, does."""
-
-    def encoded(self, job: Any, name: str) -> Any:
-        """Encode the prompt, or the negative one."""
-
-    def sampled(self, job: Any, prompts: Mapping[str, Any]) -> Any:
-        """Make the latents."""
-
-    def finished(self, job: Any, latent: Any) -> None:
-        """Decode, check and write them."""
-
-    def kept(self, job: Any, latent: Any) -> str:
-        """Write latents that are not to be decoded now; say where they are."""
-
-    def decodes_later(self, job: Any) -> bool:
-        """Say whether the VAE has to wait until all videos are sampled, as the transformer cannot make way for it."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +132,30 @@ def _table_lines(text: str) -> Iterator[Line]:
                 "commas in quotes."
             )
         yield Line(number, {name: cell for name, cell in zip(header, cells, strict=False) if cell})
+
+
+def options_by_line(
+    lines: Sequence[Line],
+    options: argparse.Namespace,
+    parse: Callable[[list[str], argparse.Namespace], argparse.Namespace],
+    folder: Path,
+) -> dict[int, argparse.Namespace]:
+    """Return the options of all lines by their numbers; the arguments are those of ``options_of``.
+
+    Raises:
+        ValueError: with the sentences of all lines that cannot be read.
+    """
+    found, wrong = dict[int, argparse.Namespace](), list[str]()
+    for line in lines:
+        try:
+            found[line.number] = options_of(line, options, parse, folder)
+        except ValueError as error:
+            wrong.append(of_line(line.number, str(error)))
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(lines)} lines cannot be read, so nothing was begun. Correct them:\n{_first(wrong)}"
+        )
+    return found
 
 
 def options_of(
@@ -271,11 +257,11 @@ class Many:
             try:
                 self.work.prepared(self.lines[number])
             except (ValueError, RuntimeError, OSError) as error:
-                wrong.append(of_line(number, self.work.told(error)))
+                wrong.append(of_line(number, told(error)))
         if wrong:
-            shown = "\n".join(wrong[:20]) + ("\n…" if len(wrong) > 20 else "")
             raise ValueError(
-                f"{len(wrong)} of {len(self.lines)} lines cannot be made, so nothing was begun. Correct them:\n{shown}"
+                f"{len(wrong)} of {len(self.lines)} lines cannot be made, so nothing was begun. Correct them:\n"
+                f"{_first(wrong)}"
             )
         return list(there), pending
 
@@ -284,12 +270,12 @@ class Many:
         there, pending = self.checked()
         for number, options in self.lines.items():
             if number in there:
-                self.work.say(of_line(number, f"{options.output} is there already."))
+                say(of_line(number, f"{options.output} is there already."))
             else:
                 size = self.work.prepared(options).size
                 what = f"{options.output}, {size}, seed {options.seed}: {short(options.prompt)}"
-                self.work.say(of_line(number, what))
-        self.work.say(f"{len(pending)} videos to make, {len(there)} there already; nothing was made (--dry-run).")
+                say(of_line(number, what))
+        say(f"{len(pending)} videos to make, {len(there)} there already; nothing was made (--dry-run).")
         return 0
 
     def run(self) -> tuple[int, int, dict[int, str]]:
@@ -306,7 +292,7 @@ class Many:
             for count, number in enumerate(mine, 1):
                 if number in self._failed:
                     continue
-                self.work.say(f"line {number} ({count} of {len(mine)}): {self.lines[number].output}")
+                say(f"line {number} ({count} of {len(mine)}): {self.lines[number].output}")
                 with self._failures(number):
                     job = self.work.agreed(self.lines[number])
                     latent = self.work.sampled(job, prompts[number])
@@ -323,8 +309,8 @@ class Many:
                 waiting.pop(0)
         except BaseException:
             for _, job, latent in waiting:
-                self.work.say(self.work.kept(job, latent))
-            self.work.say(summary(len(there), len(self._made), self._failed))
+                say(self.work.kept(job, latent))
+            say(summary(len(there), len(self._made), self._failed))
             raise
         return len(there), len(self._made), self._failed
 
@@ -356,8 +342,8 @@ class Many:
         except Exception as error:
             if isinstance(error, self.work.ends_all):
                 raise
-            self._failed[number] = self.work.told(error)
-            self.work.say(of_line(number, self._failed[number]))
+            self._failed[number] = told(error)
+            say(of_line(number, self._failed[number]))
 
 
 def summary(there: int, made: int, failed: Mapping[int, str]) -> str:
@@ -369,3 +355,8 @@ def summary(there: int, made: int, failed: Mapping[int, str]) -> str:
 def of_line(number: int, said: str) -> str:
     """Say which line a sentence is about."""
     return f"line {number}: {said}"
+
+
+def _first(wrong: Sequence[str]) -> str:
+    """Show the first of many sentences, a line each."""
+    return "\n".join([*wrong[:20], *(["…"] if len(wrong) > 20 else [])])

@@ -4,6 +4,7 @@ import argparse
 from copy import copy
 from functools import partial
 
+from cogvideox.choices import FIRST
 from cogvideox.files import stem_of
 from commands.job import DEFAULT_OUTPUT, Job, open_handles_of, output_of, prepared
 from commands.ranks import Place
@@ -18,7 +19,7 @@ from commands.video import (
     say_plan,
     say_skips,
 )
-from commands.void import FIRST, read_first_pass
+from commands.void import read_first_pass
 
 #: What Netflix's code makes the first pass with (``predict_v2v.py`` and ``config/quadmask_cogvideox.py``).
 _SETTINGS = {"cfg": 1.0, "cfg_range": (0.0, 1.0), "dynamic_cfg": False, "steps": 30, "scheduler": "ddim_origin"}

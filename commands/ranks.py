@@ -100,9 +100,7 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 def _first_host(env: Mapping[str, str]) -> str:
     """Return the first machine of SLURM's list, such as ``node[03-05,9],other``."""
     name, bracket, rest = env.get("SLURM_STEP_NODELIST", "").partition("[")
-    if not bracket:
-        return name.partition(",")[0]
-    if "," in name:
+    if not bracket or "," in name:
         return name.partition(",")[0]
     return name + rest.partition("]")[0].partition(",")[0].partition("-")[0]
 

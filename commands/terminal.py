@@ -104,6 +104,7 @@ def each_once(said: set[str]) -> Iterator[None]:
 
 
 def complain(text: str, debug: bool = False) -> None:
+    """Print an error in the terminal's language, with a traceback before it where ``debug`` asks for one."""
     with suppress(OSError):
         if debug:
             traceback.print_exc()

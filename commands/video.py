@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 from cogvideox.dependencies import import_failure
 from cogvideox.files import stem_of
 from cogvideox.words import reason, short
-from commands.job import DEFAULT_OUTPUT, Job
-from commands.ranks import Place
-from commands.terminal import say, terminal_events
+from commands.job import DEFAULT_OUTPUT, Job, open_handles_of, prepared
+from commands.ranks import FailedAlike, FailedAlone, Place
+from commands.terminal import each_once, say, terminal_events, told
+from commands.void import BOTH
 
 if TYPE_CHECKING:
     import torch
 
     from cogvideox.events import Events
+    from cogvideox.handles import Handles
     from cogvideox.modules.sharded import Split
+    from cogvideox.precision.hardware import Hardware
     from commands.chain import Parts
     from commands.ranks import Ranks
 
@@ -278,6 +281,16 @@ def judge(options: argparse.Namespace, images: "torch.Tensor") -> None:
 
 
 def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
+    """Write the frames ``[F, H, W, 3]``, and say where they are.
+
+    Args:
+        output: where, unless no place was asked for and this one was taken meanwhile.
+        sound: as ``write_mp4`` takes it.
+
+    Raises:
+        ValueError: if the place is taken.
+        RuntimeError: if writing fails.
+    """
     from cogvideox.video import free_name, write_mp4
 
     if options.output is None and not options.overwrite:
@@ -285,3 +298,96 @@ def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps
         output = free_name(DEFAULT_OUTPUT)
     write_mp4(images, output, fps, events=terminal_events(), overwrite=options.overwrite, sound=sound)
     say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
+
+
+class Work:
+    """Makes one video after the other, with checkpoints that stay open from one to the next."""
+
+    #: What is raised where no other video can be made either.
+    ends_all: tuple[type[Exception], ...] = (BrokenPipeError, FailedAlone)
+
+    def __init__(self, events: "Events", place: Place):
+        self._events, self._place = events, place
+        #: The processes that make each video together, if any do.
+        self.ranks: Ranks | None = None
+        #: Whether this process tries whether videos can be written: not where another does.
+        self.writes = place.is_first
+        self._open: dict[tuple, Handles] = {}
+        # Weights live as long as a handle has them.
+        self._handles: list[Any] = []
+        self._said = set[str]()
+
+    def prepared(self, options: argparse.Namespace) -> Job:
+        """Check all of a video; no weights are read."""
+        # It is asked again before the video is made; what it says is said once for all lines.
+        with each_once(self._said):
+            job = prepared(options, self._events, self._opened, self.writes)
+        if job.parts is not None:
+            raise ValueError(
+                "--seconds makes one long video in parts, and --prompts makes many videos. Leave --seconds out, or "
+                "make the long video by itself."
+            )
+        if options.stage == BOTH:
+            raise ValueError(
+                "--stage both makes two videos, and --prompts one of each line. Give --stage first, and then --stage "
+                "second with a first_pass in each line."
+            )
+        self._handles += [job.model, job.text_encoder]
+        return job
+
+    def agreed(self, options: argparse.Namespace) -> Job:
+        """Check it once more, before it is made, and fail where another process that makes it, too, does."""
+        if self.ranks is None:
+            return self.prepared(options)
+        job: Job | None = None
+        failed: Exception | None = None
+        try:
+            job = self.prepared(options)
+        except Exception as error:
+            failed = error
+        # What one alone fails of, all leave: they would wait for it.
+        said = next(filter(None, self.ranks.gathered("" if failed is None else told(failed))), "")
+        if job is None or said:
+            raise FailedAlike(said.removeprefix("error: ")) from failed
+        return job
+
+    def _opened(self, options: argparse.Namespace, hardware: "Hardware") -> "Handles":
+        names = ("model", "text_encoder", "vae", "tokenizer", "dtype", "on_mismatch", "memory")
+        key = tuple(getattr(options, name) for name in names)
+        if key not in self._open:
+            self._open[key] = open_handles_of(options, hardware)
+        return self._open[key]
+
+    def encoded(self, job: Job, name: str) -> "torch.Tensor":
+        """Encode the prompt, or the negative one."""
+        return once_for_all(self.ranks, partial(encoded, job, name, self._events))
+
+    def sampled(self, job: Job, prompts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        """Make the latents."""
+        from cogvideox.sentinel import NonFiniteError
+
+        say_skips(job)
+        try:
+            return sampled(job, prompts, self._events, self.ranks)
+        except (ValueError, NonFiniteError, FailedAlike):
+            raise
+        except Exception as error:
+            if self.ranks is None:
+                raise
+            raise FailedAlone(str(error) or type(error).__name__) from error
+
+    def finished(self, job: Job, latent: "torch.Tensor") -> None:
+        """Decode, check and write them, where this process is the one that does."""
+        if self.ranks is None or self._place.is_first:
+            finish_job(job, latent)
+
+    def kept(self, job: Job, latent: "torch.Tensor") -> str:
+        """Write latents that are not to be decoded now; say where they are."""
+        from cogvideox.video import write_latent
+
+        path = write_latent(latent, job.output.absolute().parent, stem_of(job.output))
+        return f"{path} has the latents of {job.output}; --decode makes the video of them."
+
+    def decodes_later(self, job: Job) -> bool:
+        """Say whether the VAE has to wait until all videos are sampled, as the transformer cannot make way for it."""
+        return job.model.weights.is_stuck

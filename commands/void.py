@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvideox.choices import FIRST, SECOND, STAGES
 from cogvideox.words import reason, short
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cogvideox.events import Events
     from cogvideox.warped_noise import RaftFlow
 
-FIRST, SECOND, BOTH = "first", "second", "both"
+BOTH = "both"
 #: Asks for RAFT's weights in the place of a file of them.
 _DOWNLOAD = Path("download")
 #: Options that say more of ``--void``.
@@ -26,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path]) ->
     group = parser.add_argument_group("take objects out of a video")
     group.add_argument(
         "--stage",
-        choices=(FIRST, SECOND, BOTH),
+        choices=(*STAGES, BOTH),
         help=(
             "which pass of VOID; both: --model makes the first, with --cfg 1 --steps 30 --scheduler ddim_origin, its "
             "video is kept beside --output, and --second-model makes the second with the options as given (default: "

@@ -127,6 +127,13 @@ class Conversion:
             return default
         return value
 
+    def limited(self, node: Node, name: str, given, limits: tuple, tells: bool = True):
+        """Bring a number within the limits of our widget, and say so if it was beyond them and ``tells``."""
+        value = min(max(given, limits[0]), limits[1])
+        if value != given and tells:
+            self.say(node, f"{name} {short(given)} became {value}.")
+        return value
+
     def keep(self, node: Node, name: str, value, wires: dict, values: dict, new_name: str | None = None) -> None:
         """Carry over a widget's value, and its link if it has one."""
         values[new_name or name] = value
@@ -203,6 +210,7 @@ def is_inpaint(model: str) -> bool:
 
 
 def usual_size(model: str) -> tuple[int, int]:
+    """Return the width and height in pixels that a model, by its name, is used with."""
     if is_inpaint(model):
         return _INPAINT_SIZE
     return (1360, 768) if is_1_5(model) else (720, 480)

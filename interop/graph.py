@@ -179,10 +179,12 @@ class Graph:
 
 
 def dicts(values) -> list[dict]:
+    """List the objects of a list that may hold anything, or be none."""
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def numbers(values: Iterable) -> list[int]:
+    """List the whole numbers among values that may be anything."""
     return [value for value in values if type(value) is int]
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from cogvideox.choices import COMPILE_MODES, FASTER_CACHE, FIRST_BLOCK, PAB, TEACACHE
+from cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES, COMPILE_TUNED, FASTER_CACHE, FIRST_BLOCK, PAB, TEACACHE
 from cogvideox.variants import TEACACHE_SECONDS
 from cogvideox.words import short
 
@@ -243,11 +243,8 @@ class Loaders(Conversion):
         values, wires = {"lora_name": self.setting(node, "lora", str, "").replace("\\", "/")}, {"model": model}
         given = self.setting(node, "strength", (int, float), 1.0)
         linked = self.constant(node.wires.get("strength"))
-        given = given if linked is None else linked
-        low, high = KINDS["CogVideoX15LoraLoader"].limits("strength")
-        strength = min(max(given, low), high)
-        if strength != given:
-            self.say(node, f"strength {short(given)} became {strength}.")
+        limits = KINDS["CogVideoX15LoraLoader"].limits("strength")
+        strength = self.limited(node, "strength", given if linked is None else linked, limits)
         if share == 1:
             self.keep(node, "strength", strength, wires, values)
         else:
@@ -405,7 +402,7 @@ class Loaders(Conversion):
         place = loader if settings is None else settings
         mode, dynamic = place.values.get("mode"), place.values.get("dynamic") is True
         tuned = isinstance(mode, str) and mode.startswith("max-autotune")
-        return place, {"mode": COMPILE_MODES[1] if tuned else COMPILE_MODES[0], "dynamic": dynamic}
+        return place, {"mode": COMPILE_TUNED if tuned else COMPILE_DEFAULT, "dynamic": dynamic}
 
     def say_compiling(self, loader: Node, place: Node, values: dict) -> None:
         mode, backend = place.values.get("mode", "default"), place.values.get("backend", "inductor")

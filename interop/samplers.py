@@ -131,12 +131,9 @@ class Samplers(Loaders):
         wires: dict[str, Wire | None] = {}
         ours = KINDS["CogVideoX15Sampler"]
         for name in ("seed", "steps", "cfg"):
-            low, high = ours.limits(name)
             given = self.setting(node, name, int if name != "cfg" else (int, float), ours.input(name).default)
-            value = min(max(given, low), high)
             # A cfg below 1 switched the guidance off as 1 does.
-            if value != given and name != "cfg":
-                self.say(node, f"{name} {short(given)} became {value}.")
+            value = self.limited(node, name, given, ours.limits(name), tells=name != "cfg")
             self.keep(node, name, value, wires, values)
         then = node.values.get(AFTER_SEED)
         values[AFTER_SEED] = then if isinstance(then, str) and then in tables.AFTERWARDS else "fixed"
@@ -166,14 +163,18 @@ class Samplers(Loaders):
             # noise's strength, is none in the config of all models but 2b.
             name = "CogVideoXDDIM"
         if name not in tables.SAME_SCHEDULER:
-            near = tables.NEAR_SCHEDULER.get(name, "ddim")
-            self.say(
-                node,
-                f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
-                f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
-            )
-            return near
+            return self.near_scheduler(node, name, "ddim")
         return tables.SAME_SCHEDULER[name]
+
+    def near_scheduler(self, node: Node, name: str, usual: str) -> str:
+        """Take what is nearest to a scheduler that is not here: ``usual`` where nothing is known of it."""
+        near = tables.NEAR_SCHEDULER.get(name, usual)
+        self.say(
+            node,
+            f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
+            f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
+        )
+        return near
 
     def temporal_tiles(self, node: Node) -> None:
         """What the first versions had for long clips."""
@@ -241,11 +242,8 @@ class Samplers(Loaders):
     def fun_settings(self, sampler: Node, encode: Node, values: dict, wires: dict) -> None:
         """Carry over what CogVideoImageEncodeFunInP adds to its images, and say what differs of the end image and of
         the noise (``encode`` there, and ``pipeline_cogvideox.py``, which sets the mask)."""
-        low, high = KINDS["CogVideoX15Inpaint"].limits("noise_aug")
         given = self.setting(encode, "noise_aug_strength", (int, float), 0.0)
-        noise = min(max(given, low), high)
-        if noise != given:
-            self.say(encode, f"noise_aug_strength {short(given)} became {noise}.")
+        noise = self.limited(encode, "noise_aug_strength", given, KINDS["CogVideoX15Inpaint"].limits("noise_aug"))
         self.keep(encode, "noise_aug_strength", noise, wires, values, "noise_aug")
         if noise:
             self.say(encode, "the noise in the images was another one in every run there; here it is always the same.")

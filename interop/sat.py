@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideox.files import read_bytes, write_whole
-from cogvideox.precision.verdict import Finding
+from cogvideox.precision.verdict import MISMATCH, OK, WARNING, Finding
 from cogvideox.words import reason, short
 
 from .report import BLACK, SAT, ConfigReport
@@ -45,7 +45,7 @@ def fix_sat(file: Path) -> tuple[ConfigReport, Path | None]:
     raw = read_bytes(file, MAX_BYTES)
     config = open_sat(file, raw)
     model, findings = identify_model(config)
-    if all(finding.verdict == "ok" for finding in _judge_flags(config, model)):
+    if all(finding.verdict == OK for finding in _judge_flags(config, model)):
         return _report(config, model, findings), None
     if model.trained is None or (model.trained == "fp16" and not model.is_sure):
         # Wrongly set to fp16 a model turns black, so a name alone is not enough for that.
@@ -69,7 +69,7 @@ def _judge_flags(config: SatConfig, model: Model) -> list[Finding]:
                 f"{flag} is set {len(config.entries[flag])} times, and SAT refuses to start with a key that stands "
                 "twice."
             )
-            said.append(Finding(config.place(flag), "mismatch", reason, "Keep one of these lines."))
+            said.append(Finding(config.place(flag), MISMATCH, reason, "Keep one of these lines."))
     trained = model.trained
     on = [flag for flag in FLAGS if config.is_on(flag)]
     if len(on) == 2:
@@ -79,7 +79,7 @@ def _judge_flags(config: SatConfig, model: Model) -> list[Finding]:
             if trained
             else "Set fp16: False (bf16 is finite with every CogVideoX), or bf16: False if the model is CogVideoX-2b."
         )
-        return [*said, Finding(config.place(*FLAGS), "mismatch", reason, remedy)]
+        return [*said, Finding(config.place(*FLAGS), MISMATCH, reason, remedy)]
     zero = config.values.get("zero_stage", 0)
     if on:
         run, where, because = on[0], config.place(on[0]), f"{on[0]} is on"
@@ -99,27 +99,27 @@ def _judge_flags(config: SatConfig, model: Model) -> list[Finding]:
             if trained == "fp16"
             else "Set bf16: True, unless the GPU has no bf16 (V100, T4, RTX 20xx): there fp32 is right."
         )
-        return [*said, Finding(config.place(), "warning", reason, remedy)]
+        return [*said, Finding(config.place(), WARNING, reason, remedy)]
     if run == trained:
-        return [*said, Finding(where, "ok", f"{because}, and {model.name} was trained in {trained}.")]
+        return [*said, Finding(where, OK, f"{because}, and {model.name} was trained in {trained}.")]
     if trained == "bf16":
         remedy = (
             "Set bf16: True instead; on a GPU that has no bf16 (V100, T4, RTX 20xx), switch both off and run in fp32."
         )
-        return [*said, Finding(where, "mismatch", f"{because}, but {model.name} was trained in bf16: {BLACK}.", remedy)]
+        return [*said, Finding(where, MISMATCH, f"{because}, but {model.name} was trained in bf16: {BLACK}.", remedy)]
     if trained == "fp16":
         reason = (
             f"{because}, but {model.name} was trained in fp16: it stays finite, with the 8 significant bits of bf16 "
             "instead of the 11 of fp16."
         )
-        return [*said, Finding(where, "warning", reason, "Set fp16: True instead.")]
+        return [*said, Finding(where, WARNING, reason, "Set fp16: True instead.")]
     if run == "bf16":
-        return [*said, Finding(where, "ok", f"{because}, which is finite with every CogVideoX.")]
+        return [*said, Finding(where, OK, f"{because}, which is finite with every CogVideoX.")]
     reason = (
         f"{because}, and which model this runs is not known: fp16 is right only for CogVideoX-2b; every other one "
         "turns black in it."
     )
-    return [*said, Finding(where, "warning", reason, "Set bf16: True instead, unless the model is CogVideoX-2b.")]
+    return [*said, Finding(where, WARNING, reason, "Set bf16: True instead, unless the model is CogVideoX-2b.")]
 
 
 # --- Changing the flags in the text ---

@@ -189,6 +189,14 @@ def _is_mapping(node) -> bool:
 
 
 def open_sat(file: Path, raw: bytes) -> SatConfig:
+    """Read a SAT config of which only ``args:`` counts.
+
+    Args:
+        raw: the file's bytes.
+
+    Raises:
+        ValueError: if it is no YAML, or has not one ``args:`` of settings.
+    """
     text, root = compose_yaml(file, raw)
     found = children(root, "args")
     if len(found) != 1 or not _is_mapping(found[0]):

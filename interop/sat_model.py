@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cogvideox.files import read_bytes
-from cogvideox.precision.verdict import Finding
+from cogvideox.precision.verdict import WARNING, Finding
 from cogvideox.variants import Variant, identify
 from cogvideox.words import listed, reason, short
 
@@ -70,7 +70,7 @@ def identify_model(config: SatConfig) -> tuple[Model, list[Finding]]:
             said.append(
                 Finding(
                     f"args.load, {short(file, 400)}",
-                    "warning",
+                    WARNING,
                     f"The checkpoint {why}, so it was not opened and says nothing about the model.",
                     "Download it again from the authors if it should be one of theirs.",
                 )

@@ -210,10 +210,7 @@ class VideoXFun(Samplers):
         wires = {"model": self.resolve(self.fun_model_wire(node))}
         values = {"lora_name": self.setting(node, "lora_name", str, "").replace("\\", "/")}
         given = self.setting(node, "strength_model", (int, float), 1.0)
-        low, high = KINDS["CogVideoX15LoraLoader"].limits("strength")
-        strength = min(max(given, low), high)
-        if strength != given:
-            self.say(node, f"strength {short(given)} became {strength}.")
+        strength = self.limited(node, "strength", given, KINDS["CogVideoX15LoraLoader"].limits("strength"))
         self.keep(node, "strength_model", strength, wires, values, "strength")
         self.make("CogVideoX15LoraLoader", node, values, wires)
 
@@ -302,13 +299,7 @@ class VideoXFun(Samplers):
         name = self.setting(node, "scheduler", str, "DDIM")
         if name in tables.FUN_SCHEDULERS:
             return tables.FUN_SCHEDULERS[name]
-        near = tables.NEAR_SCHEDULER.get(name, "ddim_origin")
-        self.say(
-            node,
-            f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
-            f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
-        )
-        return near
+        return self.near_scheduler(node, name, "ddim_origin")
 
     # --- Pictures, size and length ---
 
@@ -400,11 +391,7 @@ class VideoXFun(Samplers):
         self.settled.add((node.id, "base_resolution"))
         if "base_resolution" in node.wires:
             self.say(node, f"base_resolution came over a link, which was cut: {short(base)} was taken.")
-        low, high = _BASES
-        near = min(max(base, low), high)
-        if near != base:
-            self.say(node, f"base_resolution {short(base)} became {near}.")
-        return near
+        return self.limited(node, "base_resolution", base, _BASES)
 
 
 def bucket(base: int, width: int, height: int) -> tuple[int, int]:

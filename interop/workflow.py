@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideox.files import parse_json, read_text
-from cogvideox.precision.verdict import Finding
+from cogvideox.precision.verdict import MISMATCH, OK, WARNING, Finding
 from cogvideox.words import listed, reason, short
 
 from .kinds import KINDS
@@ -130,7 +130,7 @@ def check_workflow(file: Path) -> ConfigReport:
     ]
     if not loaders:
         none = Finding(
-            "workflow", "ok", "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong."
+            "workflow", OK, "It holds no loader of a CogVideoX that is switched on, so no dtype in it can be wrong."
         )
         return ConfigReport(file, WORKFLOW, "none", (none,))
     named = [widgets.get(_LOADERS[kind].model) for _, kind, widgets in loaders if kind != "CogVideoXVAELoader"]
@@ -196,13 +196,13 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
         said = f"{chosen.widget} is {short(chosen.value)}" if chosen.widget else "The node has no widget for the dtype"
         return Finding(
             where,
-            "ok",
+            OK,
             f"{said}: ComfyUI computes in bf16 where the card has it, in which every CogVideoX stays finite.",
         )
     if chosen.runs is not None and chosen.runs not in _DTYPES:
         return Finding(
             where,
-            "warning",
+            WARNING,
             f"{chosen.widget} is {short(repr(chosen.value))}, which this check does not know.",
             f"Set {chosen.widget} to bf16.",
         )
@@ -214,25 +214,25 @@ def _judge_loader(where: str, kind: str, widgets: Mapping) -> Finding:
     name = short(name) if isinstance(name, str) else "a model that is not named"
     if is_2b(name):
         return Finding(
-            where, "ok", f"{chosen.text}, and {name} was trained in fp16, going by the name: no dtype makes it black."
+            where, OK, f"{chosen.text}, and {name} was trained in fp16, going by the name: no dtype makes it black."
         )
     if chosen.runs not in ("fp16", None):
-        return Finding(where, "ok", f"{chosen.text}, in which a bf16-trained model stays finite.")
+        return Finding(where, OK, f"{chosen.text}, in which a bf16-trained model stays finite.")
     return _judge_fp16(where, kind, name, chosen, widgets)
 
 
 def _judge_vae(where: str, chosen: _Chosen) -> Finding:
     """Judge a loader of a VAE, which bf16 and fp32 suit."""
     if chosen.runs is None:
-        return Finding(where, "warning", f"{chosen.text}.", "See that what arrives there is bf16 or fp32.")
+        return Finding(where, WARNING, f"{chosen.text}.", "See that what arrives there is bf16 or fp32.")
     if chosen.runs == "fp16":
         return Finding(
             where,
-            "warning",
+            WARNING,
             f"{chosen.text}, in which the VAE can overflow to NaN.",
             f"Set {chosen.widget} to bf16 or fp32.",
         )
-    return Finding(where, "ok", f"{chosen.text}.")
+    return Finding(where, OK, f"{chosen.text}.")
 
 
 def _judge_fp16(where: str, kind: str, name: str, chosen: _Chosen, widgets: Mapping) -> Finding:
@@ -241,23 +241,23 @@ def _judge_fp16(where: str, kind: str, name: str, chosen: _Chosen, widgets: Mapp
     if on_mismatch == "fix":
         return Finding(
             where,
-            "ok",
+            OK,
             "dtype is fp16 with on_mismatch fix: a bf16-trained model runs in range-safe fp16, which stays finite.",
         )
     if chosen.runs is None or on_mismatch is _LINKED:
         linked = chosen.widget if chosen.runs is None else "on_mismatch"
         return Finding(
-            where, "warning", f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16."
+            where, WARNING, f"{linked} comes from another node.", f"See that {name} does not end up in plain fp16."
         )
     because = f"{chosen.text} and {name} was trained in bf16, going by the name"
     remedy = f"Set {chosen.widget} to bf16, or to fp32 on a GPU that has no bf16 (V100, T4, RTX 20xx)."
     if kind == OURS:
         remedy = "Set dtype to auto, or on_mismatch to fix."
     if on_mismatch == "stop":
-        return Finding(where, "mismatch", f"{because}: with on_mismatch stop the loader will stop.", remedy)
+        return Finding(where, MISMATCH, f"{because}: with on_mismatch stop the loader will stop.", remedy)
     if kind == "DownloadAndLoadCogVideoModel" and "1.5" in name:
-        return Finding(where, "mismatch", f"{because}: this node stops with an error for a 1.5 model in fp16.", remedy)
-    return Finding(where, "mismatch", f"{because}: {BLACK}.", remedy)
+        return Finding(where, MISMATCH, f"{because}: this node stops with an error for a 1.5 model in fp16.", remedy)
+    return Finding(where, MISMATCH, f"{because}: {BLACK}.", remedy)
 
 
 def read_workflow(file: Path) -> dict:

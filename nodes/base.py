@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..cogvideox.dependencies import require_dependencies
 from ..cogvideox.geometry import SIZE_STEP
 from . import host
-from .inputs import checked, objections
+from .inputs import checked, inputs_of, objections
 from .queued import Validation
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class Node:
         Args:
             given: the widgets' values by name. None is one that another node will give, and is left to the run.
         """
-        said = objections(cls, given, limits=False)
+        declared = inputs_of(cls)
+        said = objections(cls, given, declared, limits=False)
         # A check is left out if one of its arguments will be given by another node, or is no value for its widget.
         # What is left out of a graph is as the node has it.
         usual = {
@@ -112,7 +113,7 @@ class Node:
                     check(*arguments)
                 except ValueError as error:
                     said[widget] = str(error)
-        return said or objections(cls, given)
+        return said or objections(cls, given, declared)
 
     @classmethod
     def fingerprint(cls, given: dict, look: Callable[[], Any]) -> Any:
@@ -120,7 +121,7 @@ class Node:
         with NaN, which never equals itself, where another node will choose."""
         if any(value is None for value in given.values()):
             return math.nan
-        odd = objections(cls, given)
+        odd = objections(cls, given, inputs_of(cls))
         if odd:
             return "\n".join(odd.values())
         try:

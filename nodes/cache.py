@@ -1,13 +1,9 @@
 """CogVideoX-1.5 Cache: steps that reuse what changes little."""
 
-import logging
-
 from ..cogvideox.choices import CACHES, TEACACHE, check_choice
 from . import host
 from .base import SHARE, Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class Cache(Node):
@@ -119,6 +115,5 @@ class Cache(Node):
         changed = with_cache(model, cache)
         skips = skips_text(changed)
         report = "\n".join([cache.text, *([f"At 50 steps: {skips}"] if skips else []), memory_text(changed)])
-        logger.info("%s", report)
-        host.show(report)
+        host.tell(report)
         return (changed,)

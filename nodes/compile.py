@@ -1,13 +1,9 @@
 """CogVideoX-1.5 Compile: the transformer's blocks through torch.compile."""
 
-import logging
-
 from ..cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES, check_choice
 from . import host
 from .base import Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class Compile(Node):
@@ -86,6 +82,5 @@ class Compile(Node):
         compiled = Compiled(mode, dynamic)
         changed = with_compile(model, compiled)
         report = compile_text(compiled, model.weights.device)
-        logger.log(logging.INFO if report == compiled.text else logging.WARNING, "%s", report)
-        host.show(report)
+        host.tell(report, warns=report != compiled.text)
         return (changed,)

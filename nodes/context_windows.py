@@ -1,14 +1,10 @@
 """CogVideoX-1.5 Context Windows: clips that are longer than the model was trained for."""
 
-import logging
-
 from ..cogvideox.choices import BLENDS, LINEAR, check_choice
 from ..cogvideox.windows import check_overlap, check_window_length
 from . import host
 from .base import Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class ContextWindows(Node):
@@ -101,6 +97,5 @@ class ContextWindows(Node):
 
         windows = Windows(length, overlap, blend)
         changed = with_windows(model, windows)
-        logger.info("%s", windows.text)
-        host.show(windows.text)
+        host.tell(windows.text)
         return (changed,)

@@ -1,13 +1,9 @@
 """CogVideoX-1.5 Downloader: fetches a checkpoint from huggingface.co, but only once it is switched on."""
 
-import logging
-
 from ..cogvideox.choices import check_choice
 from ..cogvideox.words import short
 from . import host
 from .base import Node
-
-logger = logging.getLogger(__name__)
 
 #: By choice in the graph: what the engine calls it.
 CHECKPOINTS = {
@@ -98,6 +94,5 @@ class Downloader(Node):
                 f"Nothing was downloaded, because download is off. Switched on, it would fetch {REPOSITORIES[which]} "
                 f"(about 31 GB, less what is there already) from huggingface.co into {short(target, 400)}."
             )
-        logger.info("%s", report)
-        host.show(report)
+        host.tell(report)
         return target.name, report

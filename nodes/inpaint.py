@@ -1,7 +1,5 @@
 """CogVideoX-1.5 Inpaint: what CogVideoX-Fun-V1.5-InP keeps of a video or of images, and what it makes anew."""
 
-import logging
-
 import torch
 
 from ..cogvideox.conditioning import NOISE_AUGMENTATION, check_parts
@@ -18,7 +16,6 @@ from . import host
 from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
 
-logger = logging.getLogger(__name__)
 #: Frames of a clip beyond one: ``_STEP * N + 5``.
 _STEP = 8
 
@@ -184,9 +181,10 @@ class Inpaint(Node):
                 marked = fit_mask_frames(check_mask(mask, "mask"), len(clip), length)
                 marked = fit_area(marked[..., None], width, height)[..., 0]
             if len(clip) < length:
-                note = f"The video has {len(clip)} frames and length is {length}: its last was repeated."
-                logger.warning("%s", note)
-                host.show(note)
+                host.tell(
+                    f"The video has {len(clip)} frames and length is {length}: its last was repeated.",
+                    warns=True,
+                )
             clip = hold_last(fit_area(clip[:length], width, height), length)
         start, end = (
             None if image is None else fit_size(check_images(image, name)[:1], width, height)

@@ -149,15 +149,23 @@ def nothing_at(node: type[Declares], name: str, spec: tuple) -> str:
     return f"{node.DISPLAY_NAME}: nothing comes in at {name}, which needs {wanted}. {remedy}"
 
 
-def objections(node: type[Declares], given: dict[str, Any], limits: bool = True) -> dict[str, str]:
+def inputs_of(node: type[Declares]) -> dict[str, tuple]:
+    """Return what a node's ``INPUT_TYPES`` says of its inputs, by name; for a loader's lists folders are looked
+    through."""
+    types = node.INPUT_TYPES()
+    return {**types.get("required", {}), **types.get("optional", {})}
+
+
+def objections(
+    node: type[Declares], given: dict[str, Any], declared: dict[str, tuple], limits: bool = True
+) -> dict[str, str]:
     """Collect the sentences about the widgets whose values do not belong there, by the widget's name. None is what
     another node will give, and is passed over.
 
     Args:
+        declared: what ``inputs_of`` gave.
         limits: whether the limits of numbers count. They do not before the engine is asked, which says better why.
     """
-    types = node.INPUT_TYPES()
-    declared = {**types.get("required", {}), **types.get("optional", {})}
     said: dict[str, str] = {}
     for name, value in given.items():
         if value is not None:
@@ -194,32 +202,16 @@ def _kind(spec: tuple) -> str:
     return spec[0] if isinstance(spec[0], str) else "COMBO"
 
 
-def _handle(*kinds: type) -> Callable:
+def _handle(kind: type | tuple[()], *names: str) -> Callable:
+    """Read a handle of ours, or what has all these names, as core's models of a kind do. Which model's it is, the node
+    finds out."""
+
     def read(value, _):
-        if isinstance(value, kinds):
+        if isinstance(value, kind) or (names and all(hasattr(value, name) for name in names)):
             return value
         raise _Odd(f"is {seen(value)}")
 
     return read
-
-
-def _text_encoder(value, _):
-    if isinstance(value, TextEncoder) or all(hasattr(value, name) for name in ("cond_stage_model", "tokenizer")):
-        return value
-    raise _Odd(f"is {seen(value)}")
-
-
-def _vae(value, _):
-    # Which model's it is, the node finds out.
-    if isinstance(value, VAE) or all(hasattr(value, name) for name in ("first_stage_model", "decode")):
-        return value
-    raise _Odd(f"is {seen(value)}")
-
-
-def _model(value, _):
-    if all(hasattr(value, name) for name in ("model", "model_options", "clone")):
-        return value
-    raise _Odd(f"is {seen(value)}")
 
 
 def _latent(value, _):
@@ -276,15 +268,10 @@ def _number(value, options) -> float:
     return number
 
 
-def _limits(options) -> str:
-    return f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
-
-
 def _within(number, options):
     if not options.get("min", number) <= number <= options.get("max", number):
-        raise _Odd(
-            f"is {short(number)}, beyond its limits ({_limits(options)})", "Type in one within them, or connect one."
-        )
+        limits = f"from {options.get('min', '-∞')} to {options.get('max', '∞')}"
+        raise _Odd(f"is {short(number)}, beyond its limits ({limits})", "Type in one within them, or connect one.")
     return number
 
 
@@ -337,10 +324,10 @@ def _choice(value, _):
 _READERS: dict[str, Callable] = {
     "COGVIDEOX_MODEL": _handle(Model),
     "COGVIDEOX_TEXT_ENCODER": _handle(TextEncoder),
-    "COGVIDEOX_TEXT_ENCODER,CLIP": _text_encoder,
+    "COGVIDEOX_TEXT_ENCODER,CLIP": _handle(TextEncoder, "cond_stage_model", "tokenizer"),
     "COGVIDEOX_VAE": _handle(VAE),
-    "COGVIDEOX_VAE,VAE": _vae,
-    "MODEL": _model,
+    "COGVIDEOX_VAE,VAE": _handle(VAE, "first_stage_model", "decode"),
+    "MODEL": _handle((), "model", "model_options", "clone"),
     "LATENT": _latent,
     "CONDITIONING": _conditioning,
     "IMAGE": _image,

@@ -1,13 +1,10 @@
 """CogVideoX-1.5 LoRA Loader: a LoRA for the transformer."""
 
-import logging
 import os
 
 from . import host
 from .base import Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class LoraLoader(Node):
@@ -89,6 +86,5 @@ class LoraLoader(Node):
 
         changed = with_lora(model, host.lora_path(lora_name), strength)
         report = changed.loras[-1].text
-        logger.info("%s", report)
-        host.show(report)
+        host.tell(report)
         return (changed,)

@@ -1,13 +1,10 @@
 """CogVideoX-1.5 Model Check: what ComfyUI's own CogVideoX will run in, and the first step that is not finite."""
 
-import logging
-
-from ..cogvideox.choices import check_choice
+from ..cogvideox.choices import STOP, WARN, check_choice
 from . import host
 from .base import Node
 
-logger = logging.getLogger(__name__)
-_ACTIONS = ("stop", "warn")
+_ACTIONS = (STOP, WARN)
 
 
 class ModelCheck(Node):
@@ -38,7 +35,7 @@ class ModelCheck(Node):
                 "action": (
                     list(_ACTIONS),
                     {
-                        "default": "stop",
+                        "default": STOP,
                         "tooltip": (
                             "At a step that is not finite. stop: an error that names the module. warn: say it on the "
                             "node and go on."
@@ -52,9 +49,8 @@ class ModelCheck(Node):
     def checks(cls, action=None):
         return [("action", check_choice, "action", action, _ACTIONS)]
 
-    def execute(self, model, action="stop"):
+    def execute(self, model, action=STOP):
         check_choice("action", action, _ACTIONS)
-        watched, report, serious = host.watched(model, action == "stop")
-        logger.log(logging.WARNING if serious else logging.INFO, "%s", report)
-        host.show(report)
+        watched, report, warns = host.watched(model, action == STOP)
+        host.tell(report, warns)
         return watched, report

@@ -48,10 +48,11 @@ class ModelLoader(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
+        found = host.checkpoints()
         return {
             "required": {
                 "model": (
-                    [entry.label for entry in host.checkpoints()],
+                    [entry.label for entry in found],
                     {
                         "tooltip": (
                             "A CogVideoX checkpoint: a folder in models/CogVideo or models/diffusers (diffusers or "
@@ -110,7 +111,7 @@ class ModelLoader(Node):
                 ),
                 **{
                     f"{kind}_name": (
-                        [_AUTO, *(entry.label for entry in host.parts(kind))],
+                        [_AUTO, *(entry.label for entry in host.parts(kind, found))],
                         {
                             "default": _AUTO,
                             "tooltip": f"{what} auto: the checkpoint's own; where it has none that is whole, "

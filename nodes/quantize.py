@@ -1,13 +1,9 @@
 """CogVideoX-1.5 Quantize: the transformer's weights, and T5's, in int8 or fp8."""
 
-import logging
-
 from ..cogvideox.choices import QUANTIZE
 from . import host
 from .base import Node
 from .queued import UNKNOWN
-
-logger = logging.getLogger(__name__)
 
 
 class Quantize(Node):
@@ -80,8 +76,7 @@ class Quantize(Node):
         report = "\n".join(
             handle.weights.quantization_text(host.NodeEvents()) for handle in handles if handle is not None
         )
-        logger.info("%s", report)
-        host.show(report)
+        host.tell(report)
         return (*handles, report)
 
 

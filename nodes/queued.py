@@ -23,14 +23,10 @@ _READ = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
 def _marked(conditioning: Any, **said: Any) -> tuple:
-    if conditioning is UNKNOWN:
-        return (UNKNOWN,)
     return ([[embeddings, {**more, **said}] for embeddings, more in conditioning],)
 
 
 def _during(conditioning: Any, start: Any, end: Any, **_: Any) -> tuple:
-    if UNKNOWN in (start, end):
-        return (UNKNOWN,)
     return _marked(conditioning, start_percent=float(start), end_percent=float(end))
 
 
@@ -48,8 +44,6 @@ def _side_by_side(conditioning_1: Any, conditioning_2: Any) -> tuple:
 
 
 def _resized(samples: Any, width: int, height: int) -> tuple:
-    if samples is UNKNOWN:
-        return (UNKNOWN,)
     latents = samples["samples"]
     # Of a size that was typed wrongly no memory is taken.
     return ({**samples, "samples": latents.new_zeros(1).expand(*latents.shape[:-2], height, width)},)
@@ -57,12 +51,10 @@ def _resized(samples: Any, width: int, height: int) -> tuple:
 
 def _upscaled(samples: Any, width: int, height: int, **_: Any) -> tuple:
     # One side alone, and none, are core's to work out.
-    return _resized(samples, max(64, width) // 8, max(64, height) // 8) if width and height else (UNKNOWN,)
+    return _resized(samples, max(64, width) // 8, max(64, height) // 8) if width and height else ()
 
 
 def _scaled(samples: Any, scale_by: float, **_: Any) -> tuple:
-    if samples is UNKNOWN:
-        return (UNKNOWN,)
     height, width = samples["samples"].shape[-2:]
     return _resized(samples, round(width * scale_by), round(height * scale_by))
 
@@ -71,7 +63,8 @@ def _value_as(kind: type) -> Callable[..., tuple]:
     return lambda value, **_: (value if value is UNKNOWN else kind(value),)
 
 
-#: What nodes of ComfyUI's own give, of those that say it in the graph, from what they are given.
+#: What nodes of ComfyUI's own give, of those that say it in the graph, from what they are given. One that raises, as of
+#: ``UNKNOWN``, gives what only the run knows.
 _CORE: dict[str, Callable[..., tuple]] = {
     "CLIPTextEncode": lambda **_: ([[None, {}]],),
     "ConditioningSetTimestepRange": _during,
@@ -141,7 +134,7 @@ class Queued:
                 **{name: self._linked(value) if isinstance(value, list) else value for name, value in inputs.items()}
             )
         except Exception:
-            # ComfyUI says what is wrong with a node of its own.
+            # Something is not known yet; or it is wrong with a node of ComfyUI's own, which says so.
             return ()
 
     def widgets(self, node: str) -> list[str]:

@@ -1,11 +1,7 @@
 """CogVideoX-1.5 VAE Encode: frames to latents."""
 
-import logging
-
 from . import host
 from .base import VAE, Node
-
-logger = logging.getLogger(__name__)
 
 
 class VAEEncode(Node):
@@ -52,9 +48,7 @@ class VAEEncode(Node):
         images, cropped = fit_grid(check_images(images, "images"))
         images, cut = fit_length(images, vae.frame_step, vae.in_pairs)
         notes = [note for note in (cropped, cut) if note]
-        for note in notes:
-            logger.warning("%s", note)
         if notes:
-            host.show("\n".join(notes))
+            host.tell("\n".join(notes), warns=True)
         host.make_room(vae.weights, WANTED_BYTES)
         return ({"samples": encode(vae, images, events=host.NodeEvents())},)

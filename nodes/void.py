@@ -1,18 +1,14 @@
 """CogVideoX-1.5 Object Removal (VOID): a video, and what is to be taken out of it."""
 
-import logging
-
 import torch
 
-from ..cogvideox.choices import check_choice
-from ..cogvideox.conditioning import STAGES
+from ..cogvideox.choices import STAGES, check_choice
 from ..cogvideox.geometry import check_frames, check_side, check_video_room, empty_latent, latent_shape
 from ..cogvideox.variants import CONDITIONING_CHANNELS, VOID
 from . import host
 from .base import IN_PAIRS, LENGTH_IN_PAIRS, SIZE, VAE, Node, with_latents
 from .queued import UNKNOWN
 
-logger = logging.getLogger(__name__)
 #: Frames of a clip beyond one: ``_STEP * N + 5``.
 _STEP = 8
 
@@ -134,9 +130,10 @@ class Void(Node):
         clip, greys = check_images(video, "video"), check_mask(quadmask, "quadmask")
         greys = fit_mask_frames(greys, len(clip), min(len(clip), length)).expand(min(len(clip), length), -1, -1)
         if len(clip) < length:
-            note = f"The video has {len(clip)} frames and length is {length}: it runs back and forth until then."
-            logger.warning("%s", note)
-            host.show(note)
+            host.tell(
+                f"The video has {len(clip)} frames and length is {length}: it runs back and forth until then.",
+                warns=True,
+            )
         clip = mirror(fit_area(clip[:length], width, height), length)
         greys = mirror(fit_area(greys[..., None], width, height)[..., 0], length)
         host.make_room(vae.weights, WANTED_BYTES)

@@ -819,7 +819,8 @@ class TestNode:
         module, seen, shown = importlib.import_module(node.__module__), [], []
         told = Told(progress=lambda done, total: seen.append((done, total)))
         monkeypatch.setattr(module.host, "NodeEvents", lambda: told)
-        monkeypatch.setattr(module.host, "show", shown.append)
+        for host in (module.host, module.host.page):
+            monkeypatch.setattr(host, "show", shown.append)
         before = node.IS_CHANGED(checkpoint=self.T2V, download=True)
         name, report = self.run(node, checkpoint=self.T2V, download=True)
         assert is_checkpoint(tmp_path / name)

@@ -106,6 +106,9 @@ class TestExtend:
         [
             (9, 17, 4, "is 4 frames, but what is known .* Set it to 1 or 5"),
             (9, 17, 0, "is 0 frames, but what is known .* Set it to 1 or 5"),
+            (9, 21, 11, "is 11 frames, but what is known .* Set it to 9 or 13"),
+            (9, 17, 15, "is 15 frames, but what is known .* Set it to 13\\."),
+            (9, 17, 40, "is 40 frames, but what is known .* Set it to 13\\."),
             (9, 17, 17, "is 17 frames and the next part has 17, so nothing new"),
             (3, 17, 5, "is 5 frames, but the clip has 3"),
             (9, 18, 1, "Set it to 17 or 21"),
@@ -114,6 +117,11 @@ class TestExtend:
     def test_what_does_not_go_is_refused(self, frames, length, overlap, said):
         with pytest.raises(ValueError, match=said):
             known_frames(clip(frames), length, overlap)
+
+    def test_a_part_that_no_memory_holds_is_refused(self):
+        large = torch.zeros(1, 1, 1, 1).expand(9, 1_000_000, 1_000_000, 3)
+        with pytest.raises(ValueError, match="A part of 17 frames of 1000000x1000000 would take 272.0 TB of memory"):
+            known_frames(large, 17, 1)
 
 
 class TestChain:

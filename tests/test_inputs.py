@@ -280,6 +280,43 @@ class TestTensors:
             action="pass",
         )
 
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ({}, "an empty dictionary"),
+            ({"a": 1, "b": 2}, "a dictionary (with a, b)"),
+            ({"samples": 1}, "a LATENT (with samples)"),
+            ({"waveform": 1}, "an AUDIO (with waveform)"),
+            ([[torch.ones(1), {}]], "a CONDITIONING"),
+            ([[torch.ones(1), {}, 3]], "a list of 1"),
+            ([], "a list of 0"),
+            ("x", "the text 'x'"),
+            (5, "5"),
+            (True, "True"),
+            (SimpleNamespace(), "a SimpleNamespace"),
+        ],
+    )
+    def test_what_came_is_said_as_a_person_sees_it(self, pack, good, value, said):
+        given = {**arguments(pack, "CogVideoX15VAEEncode", good), "vae": value}
+        refused(pack, "CogVideoX15VAEEncode", f"vae is {said}, and a video VAE", **given)
+
+    def test_truth_values_are_not(self, pack, good):
+        given = dict(images=torch.ones(1, 16, 16, 3, dtype=torch.bool), action="pass")
+        assert "255" not in refused(pack, "CogVideoX15BlackFrameCheck", "holds bool", **given)
+
+    @pytest.mark.parametrize(
+        ("entry", "said"),
+        [
+            (5, "is a list with 5 in it"),
+            ("ab", "is a list with the text 'ab' in it"),
+            ([torch.ones(1, 226, 32)], "is a list with a list of 1 in it"),
+            ([torch.ones(1, 226, 32), 5], "has 5 where the settings of the prompt are"),
+        ],
+    )
+    def test_a_prompt_is_a_pair_of_embeddings_and_settings(self, pack, good, entry, said):
+        given = {**arguments(pack, "CogVideoX15Sampler", good), "positive": [entry]}
+        refused(pack, "CogVideoX15Sampler", said, **given)
+
     def test_a_mask_where_an_image_is_wanted_is_refused(self, pack, good):
         for node_id, name in every_input(pack, ("IMAGE",)):
             refused(pack, node_id, "[1, 16, 16]", **{**arguments(pack, node_id, good), name: torch.ones(1, 16, 16)})

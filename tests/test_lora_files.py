@@ -427,6 +427,15 @@ def test_pefts_config_counts_beside_any_file_that_is_alone_with_it(tmp_path, par
         assert_is(open_lora(folder, part), HALVES, 2.0)
 
 
+def test_beside_other_files_pefts_config_is_that_of_pefts_own(tmp_path, part):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+    scales = {"adapter_model.safetensors": 2.0, "another.safetensors": 1.0}
+    for name in scales:
+        write(tmp_path / name, named("base_model.model."))
+    for name, scale in scales.items():
+        assert_is(open_lora(tmp_path / name, part), HALVES, scale)
+
+
 def test_a_folder_of_several_is_not_guessed_in(tmp_path, part):
     for step in (500, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()

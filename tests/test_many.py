@@ -86,6 +86,24 @@ class TestVideos:
         assert lines("x.txt", "a panda\na cat\na dog\n", "--overwrite")[0] == 0
         assert len(read_video(tmp_path / "videos" / "00002.mp4")) == 1
 
+    def test_a_prompt_that_cannot_be_encoded_fails_of_its_lines_alone(self, lines, tmp_path, monkeypatch):
+        import cogvideox.text as module
+
+        encode = module.encode_prompt
+
+        def fail(encoder, text, **how):
+            if text == "a cat":
+                raise RuntimeError("no such words.")
+            return encode(encoder, text, **how)
+
+        monkeypatch.setattr(module, "encode_prompt", fail)
+        code, said, _ = lines("x.txt", "a panda\na cat\na dog\n")
+        assert code == 1
+        assert said.endswith("2 videos made, 0 there already, 1 failed.\nline 2: error: no such words.\n")
+        # When it fails, and at the end.
+        assert said.count("line 2: error: no such words.") == 2
+        assert made(tmp_path) == ["00001.mp4", "00003.mp4"]
+
     def test_where_the_transformer_cannot_make_way_all_are_decoded_at_the_end(self, lines, tmp_path, monkeypatch):
         import cogvideox.sampling
         import cogvideox.vae
@@ -213,6 +231,7 @@ class TestLines:
         [
             ("x.doc", "a", "its ending says nothing of what a line is"),
             ("x.txt", "\n \n", "holds no prompt"),
+            ("x.txt", "a\n" * 100_001, "has 100,001 lines with prompts, and at most 100,000 are read"),
             ("x.jsonl", "{", "Line 1 is no JSON"),
             ("x.jsonl", '{"prompt": "a"}\n[1]', "Line 2 holds no JSON object but a list"),
             ("x.jsonl", '{"promt": "a"}', "line 1: 'promt' is no option of a single video; prompt is one"),
@@ -223,6 +242,9 @@ class TestLines:
             ("x.jsonl", '{"prompt": "-"}', "line 1: A prompt is -"),
             ("x.jsonl", '{"prompt": "a", "strength": 0.5}', "line 1: --strength goes with --video"),
             ("x.jsonl", '{"seed": 1}', "line 1: --prompt is required"),
+            ("x.jsonl", '{"seed": 1}\n' * 20, "20 of 20 lines cannot be read.*(\nline .*){20}$"),
+            ("x.jsonl", '{"seed": 1}\n' * 21, "21 of 21 lines cannot be read.*(\nline .*){20}\n…$"),
+            ("x.jsonl", '{"prompt": "a", "width": 100}\n' * 21, "21 of 21 lines cannot be made.*(\nline .*){20}\n…$"),
             ("x.jsonl", '{"prompt": "a", "device": "cpu"}', "line 1: 'device' is no option of a single video"),
             ("x.jsonl", '{"prompt": "a", "output": "b.mp4"}\n' * 2, "line 2: Its output is .*b.mp4, as that of line 1"),
             (

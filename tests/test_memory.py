@@ -3,6 +3,7 @@ lost."""
 
 import gc
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,10 @@ import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.choices import CACHES
 from cogvideox.dtypes import FP32, RANGE_SAFE_FP16, Precision
-from cogvideox.handles import open_handles, with_cache, with_lora
+from cogvideox.handles import open_handles, with_cache, with_lora, with_windows
 from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
-from cogvideox.memory import LiveBytes, MemoryPlan, choose_placements, plan_memory
+from cogvideox.memory import LiveBytes, MemoryPlan, check_host_room, choose_placements, memory_text, plan_memory
 from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
@@ -26,11 +27,12 @@ from cogvideox.sentinel import OutOfMemory
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from cogvideox.weights import Placement, placements
+from cogvideox.windows import Windows
 from tests import layouts
 from tests.conftest import CPU
 from tests.memory import left_behind
 from tests.reference import draw_beside, draw_prompts
-from tests.tiny_checkpoint import TEXT_WIDTH
+from tests.tiny_checkpoint import TEXT_WIDTH, build_checkpoint
 from tests.told import Told
 
 GB = 10**9
@@ -105,6 +107,41 @@ class TestPlan:
         model = open_handles(tiny, "bf16", CPU).model
         more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
         assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
+
+    @pytest.mark.parametrize(("dtype", "wide"), [("bf16", 2), ("fp32", 4), ("fp16", 6)])
+    def test_of_packed_weights_one_layer_is_widened_at_a_time(self, tiny, tmp_path, dtype, wide):
+        shape = (1, 16, 4, 6, 10)
+        packed = build_checkpoint(tmp_path / "fp8", stored={"transformer": torch.float8_e4m3fn})
+        model, plain = (open_handles(path, dtype, CPU).model for path in (packed, tiny))
+        largest = max(torch.Size(stored.shape).numel() for stored in model.weights.part.tensors.values())
+        more, less = plan_memory(model, shape), plan_memory(plain, shape)
+        assert more.activations - less.activations == more.halved - less.halved == wide * largest
+
+    def test_it_is_said_with_what_the_halves_of_guidance_save(self):
+        plan = MemoryPlan(13 * GB, 7 * GB, 0, {"gpu": 20 * GB}, 30 * GB, cache=2 * GB, halved=4 * GB)
+        assert plan.text == (
+            "gpu 20.0 GB, each 3.0 GB less with the halves of guidance one by one (weights 13.0 GB, activations 7.0 "
+            "GB, cache 2.0 GB); 30.0 GB free"
+        )
+        assert (
+            replace(plan, halved=None, free=None, cache=0).text == "gpu 20.0 GB (weights 13.0 GB, activations 7.0 GB)"
+        )
+
+    def test_windows_are_said_of_a_clip_that_has_several(self, tiny):
+        model = with_windows(open_handles(tiny, "bf16", CPU).model, Windows(17, 2))
+        assert memory_text(model, (1, 16, 5, 6, 10)).startswith("memory to sample 80x48, 17 frames: ")
+        assert memory_text(model, (1, 16, 9, 6, 10)).startswith(
+            "memory to sample 80x48, 33 frames in 2 windows of 17: "
+        )
+
+    @pytest.mark.parametrize(("batch", "what"), [(1, "a video"), (3, "3 videos")])
+    def test_what_no_memory_holds_is_refused_with_what_it_would_take(self, tiny, batch, what):
+        model = open_handles(tiny, "fp32", CPU).model
+        # Latents; of each token two tables of 64 numbers, and six times the two heads of each video.
+        nbytes = 4 * batch * 16 * 6 * 10**10 + 3 * (10**5 // 2) ** 2 * 4 * (2 * 64 + 6 * batch * 2 * 64)
+        said = f"A step of {what} of 800000x800000 pixels and 21 frames would take {nbytes / 10**12:,.1f} TB of memory"
+        with pytest.raises(ValueError, match=said):
+            check_host_room(model, (batch, 16, 6, 10**5, 10**5))
 
     @pytest.mark.parametrize(
         ("free", "mode"),

@@ -626,8 +626,10 @@ def test_a_control_video_that_was_not_read_is_left_out(migrate):
     w.change("sampler", control_video=("clip", 0))
     page, report = migrate(w)
     assert said(report, "control_video was left out")
+    without, nothing_said = migrate(video_to_video())
+    assert not said(nothing_said, "control_video")
     assert len([link for link in page["links"] if link[5] == "IMAGE"]) == len(
-        [link for link in migrate(video_to_video())[0]["links"] if link[5] == "IMAGE"]
+        [link for link in without["links"] if link[5] == "IMAGE"]
     )
 
 

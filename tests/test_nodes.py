@@ -1,5 +1,6 @@
 """The nodes keep their contract, explain themselves, and work together without ComfyUI."""
 
+import importlib
 import json
 import os
 import shutil
@@ -513,6 +514,19 @@ class TestModelFolders:
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         return host
 
+    def test_folders_are_looked_through_once_for_all_lists_of_the_loader(self, pack, host, tiny, monkeypatch):
+        """On a network drive looking takes seconds, and ComfyUI asks for the lists at its start and at each run."""
+        module, looked = importlib.import_module(f"{pack.__name__}.cogvideox.checkpoint.catalogue"), []
+        shutil.copytree(tiny, host.folders._roots("CogVideo")[0] / "tiny")
+        look = module._look
+        monkeypatch.setattr(module, "_look", lambda root: looked.append(root.name) or look(root))
+        loader = pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"]
+        assert loader.INPUT_TYPES()["required"]["model"][0]
+        assert len(looked) == len(set(looked))
+        looked.clear()
+        assert loader.objections({"dtype": "bf16"}) == {}
+        assert len(looked) == len(set(looked))
+
     def test_only_real_cogvideox_checkpoints_are_listed_and_each_once(self, pack, host, tiny):
         ours, diffusers = host.folders._roots("CogVideo", "diffusers")
         for place in (ours / "tiny", diffusers / "tiny"):
@@ -815,16 +829,14 @@ class TestImagesVideosAndLoras:
             )
         assert not vae.weights.is_loaded
 
-    def test_a_video_becomes_latents_and_what_was_changed_is_said(self, pack, loaded, monkeypatch, caplog):
-        said = []
-        monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes.host"], "show", said.append)
+    def test_a_video_becomes_latents_and_what_was_changed_is_said(self, pack, loaded, shown, caplog):
         (latent,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(20, 50, 70, 3), vae=loaded[2])
         assert latent["samples"].shape == (1, 16, 5, 6, 8)
-        assert "cropped to 64x48" in said[0]
-        assert "the last 3 were cut: 17 are left" in said[0]
+        assert "cropped to 64x48" in shown[0]
+        assert "the last 3 were cut: 17 are left" in shown[0]
         assert "the last 3 were cut" in caplog.text
         (fitting,) = call(pack, "CogVideoX15VAEEncode", images=torch.rand(17, 48, 64, 3), vae=loaded[2])
-        assert len(said) == 1
+        assert len(shown) == 1
         assert fitting["samples"].shape == (1, 16, 5, 6, 8)
 
     def test_a_cache_changes_its_own_branch_only_and_says_what_it_skipped(self, pack, loaded, shown):

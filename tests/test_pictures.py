@@ -1,5 +1,7 @@
 """Images and clips that come in are fitted as core's nodes fit them, and what was changed is said."""
 
+import re
+
 import numpy
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cogvideox import pictures
-from cogvideox.pictures import check_images, fit_grid, fit_length, fit_size
+from cogvideox.pictures import check_images, check_mask, crop_box, fit_grid, fit_length, fit_size, nearest_length
 from tests.helpers import run_apart
 
 
@@ -133,3 +135,45 @@ print(peak_kilobytes() - before)
 def test_sizes_that_no_machine_has_are_refused_in_time():
     with pytest.raises(ValueError, match="takes 3,377,699,720,527,872 bytes|would take"):
         check_images(torch.zeros(1, 16, 16, 3).expand(2**40, 16, 16, 3), "images")
+
+
+class TestMask:
+    def test_what_a_mask_can_be_is_one_shape(self):
+        mask = torch.rand(2, 4, 6)
+        assert check_mask(mask, "mask").equal(mask)
+        assert check_mask(mask[0], "mask").equal(mask[:1])
+        assert check_mask(torch.stack([mask, 1 - mask], dim=-1), "mask").equal(mask)
+
+    @pytest.mark.parametrize("shape", [(6,), (0, 4, 6), (2, 4, 0), (1, 2, 3, 4, 5)])
+    def test_what_is_none_is_refused(self, shape):
+        with pytest.raises(ValueError, match=rf"shape {re.escape(str(list(shape)))}, but a mask is \[frames, height"):
+            check_mask(torch.zeros(shape), "mask")
+
+
+def test_of_a_line_of_pixels_something_is_left():
+    assert crop_box(1, 1000, 16, 16) == (0, 499, 1, 501)
+    assert crop_box(1000, 1, 16, 16) == (499, 0, 501, 1)
+    assert fit_size(torch.ones(1, 1, 1000, 3), 16, 16).equal(torch.ones(1, 16, 16, 3))
+
+
+@pytest.mark.parametrize("size", [(8, 100), (100, 8)])
+def test_pictures_that_the_model_cannot_read_are_refused(size):
+    with pytest.raises(ValueError, match=f"are {size[1]}x{size[0]} pixels, and the smallest"):
+        fit_grid(torch.zeros(1, *size, 3))
+
+
+@pytest.mark.parametrize(
+    ("count", "step", "in_pairs", "wanted", "said"),
+    [
+        (1, 16, False, 1, None),
+        (17, 16, False, 17, None),
+        (10, 16, False, 17, "makes 16N+1, so the last was repeated 7 times."),
+        (20, 16, False, 17, "makes 16N+1, so the last 3 were cut: 17 are left."),
+        (2, 8, True, 5, "makes 8N+5, so the last was repeated 3 times."),
+        (15, 8, True, 13, "makes 8N+5, so the last 2 were cut: 13 are left."),
+    ],
+)
+def test_the_nearest_length_and_what_it_changes(count, step, in_pairs, wanted, said):
+    length, note = nearest_length(count, step, in_pairs)
+    assert length == wanted
+    assert note is said is None or note == f"The clip has {count} frames and this model {said}"

@@ -87,7 +87,8 @@ class TestBf16WeightsInFp16:
         assert made.verdict == "mismatch"
         assert "fixed" not in made.text
         with pytest.raises(
-            ValueError, match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but .* was trained in bf16"
+            ValueError,
+            match=r"on_mismatch is stop.\ntransformer: dtype fp16 was chosen, but CogVideoX1.5 .* was trained in",
         ) as caught:
             plan(checkpoints("1.5"), "fp16", on_mismatch="stop")
         assert "text encoder: dtype fp16 was chosen, but T5 was trained in bf16" in str(caught.value)
@@ -120,6 +121,36 @@ def test_fp32_t5_and_vae_beside_a_bf16_transformer_are_normal(checkpoints):
     assert "[ok] VAE: stored fp32" in made.text
 
 
+@pytest.mark.parametrize(
+    ("variant", "choice", "hardware", "said"),
+    [
+        ("1.5", "auto", RTX_3090, {}),
+        ("1.5", "bf16", RTX_3090, {}),
+        ("1.5", "fp32", RTX_3090, {}),
+        ("1.5", "fp16", RTX_3090, {"transformer": "65504", "text_encoder": "65504", "vae": "Every chunk of frames"}),
+        ("2b", "auto", RTX_3090, {"text_encoder": "T5 was trained in bf16: range-safe fp16"}),
+        ("2b", "bf16", RTX_3090, {"transformer": "but coarser"}),
+        (*("1.5", "auto", T4), dict.fromkeys(("transformer", "text_encoder"), "bf16, which a T4 has not natively")),
+        ("1.5", "auto", OLD_CPU, dict.fromkeys(("transformer", "text_encoder", "vae"), "so fp32 is right")),
+        ("2b", "auto", OLD_CPU, dict.fromkeys(("transformer", "text_encoder", "vae"), "so fp32 is right")),
+        (
+            *("1.5", "auto", GTX_1660),
+            {"transformer": "range-safe", "text_encoder": "range-safe", "vae": "Convolutions in fp16 give NaN"},
+        ),
+        (
+            *("1.5", "fp16", GTX_1660),
+            {"transformer": "65504", "text_encoder": "65504", "vae": "but convolutions in fp16 give NaN"},
+        ),
+    ],
+)
+def test_what_is_said_of_a_part_is_of_that_part(checkpoints, variant, choice, hardware, said):
+    made = plan(checkpoints(variant), choice, hardware)
+    found = {part.kind: part.findings for part in made.parts if part.findings}
+    assert {kind: len(findings) for kind, findings in found.items()} == dict.fromkeys(said, 1)
+    assert all(said[kind] in finding.reason for kind, (finding,) in found.items())
+    assert made.text.count("changed: ") == sum(bool(part.changed) for part in made.parts)
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float8_e4m3fn, 4), (torch.float8_e5m2, 3)])
 def test_fp8_copies_are_told_with_what_they_keep(tmp_path, dtype, bits):
     made = plan(build_checkpoint(tmp_path / "fp8", stored={"transformer": dtype}))
@@ -127,6 +158,8 @@ def test_fp8_copies_are_told_with_what_they_keep(tmp_path, dtype, bits):
     assert part(made, "transformer").verdict == "warning"
     assert f"keep {bits} significant bits" in made.text
     assert "stored fp8" in made.text
+    assert ["weights kept in fp8" in part.text for part in made.parts] == [True, False, False]
+    assert "weights kept" not in part(made, "vae").text
 
 
 def test_dtypes_mixed_in_one_part_are_told_apart(tmp_path):

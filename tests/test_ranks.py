@@ -383,9 +383,9 @@ class TestAnswersOfOneAlone:
         def change(rank):
             import time
 
-            import generate
+            import commands.video as module
 
-            prepared = generate.prepared
+            prepared = module.prepared
 
             def slow(options, *given):
                 if rank == 1 and options.prompt == "c":
@@ -393,7 +393,7 @@ class TestAnswersOfOneAlone:
                     raise ValueError("Not this one.")
                 return prepared(options, *given)
 
-            generate.prepared = slow
+            module.prepared = slow
 
         for code, said, wrong, _ in speak(*lines, change=change):
             assert code == 1
@@ -405,9 +405,9 @@ class TestAnswersOfOneAlone:
         """What is there is checked again before each video, and can be gone for one of them."""
 
         def change(rank):
-            import generate
+            import commands.video as module
 
-            prepared, calls = generate.prepared, []
+            prepared, calls = module.prepared, []
 
             def gone(options, *given):
                 calls.append(options.prompt)
@@ -416,7 +416,7 @@ class TestAnswersOfOneAlone:
                     raise ValueError(f"The picture of {options.prompt} is gone.")
                 return prepared(options, *given)
 
-            generate.prepared = gone
+            module.prepared = gone
 
         (code, said, error, took), other = speak(*lines, "--split", "guidance", change=change)
         assert (code, other[0]) == (1, 1), error + other[2]

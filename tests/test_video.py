@@ -1,6 +1,7 @@
 """What a run leaves behind goes where it was asked to, whole or not at all, over nothing that was there, and no
 finished step is lost."""
 
+import errno
 import os
 import sys
 from collections import namedtuple
@@ -177,6 +178,17 @@ class TestLatents:
         assert torch.equal(read_latent(path), latents)
         assert names(tmp_path / "new") == ["panda_00001.latent"]
 
+    def test_latents_that_a_disk_does_not_take_are_not_said_to_be_kept(self, tmp_path, monkeypatch):
+        """Some disks say only when all is to be on them that they are full."""
+
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\), so the latents are not"):
+            write_latent(torch.zeros(1, 16, 1, 2, 2), tmp_path)
+        assert names(tmp_path) == []
+
     def test_one_that_comes_meanwhile_is_not_replaced(self, tmp_path, monkeypatch):
         real = os.link
 
@@ -190,11 +202,10 @@ class TestLatents:
         assert (tmp_path / "x_00001.latent").read_text() == "another's"
 
     def test_one_that_is_interrupted_leaves_nothing(self, tmp_path, monkeypatch):
-        def interrupted(self, content):
-            self.write_text("half")
+        def interrupted(_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
+        monkeypatch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_latent(torch.zeros(1, 16, 1, 2, 2), tmp_path)
         assert names(tmp_path) == []

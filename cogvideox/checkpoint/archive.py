@@ -38,6 +38,11 @@ class _Bounded:
 
 
 def open_archive(file: BinaryIO, size: int) -> Archive:
+    """Open an archive of ``size`` bytes as ``torch.save`` writes it: its directory alone is read.
+
+    Raises:
+        Damaged: if it is something else, cut off or damaged.
+    """
     head = file.read(512)
     if not head.startswith(b"PK\x03\x04"):
         raise Damaged(what_it_is(head) or "it is no archive as torch.save has written them since version 1.6")

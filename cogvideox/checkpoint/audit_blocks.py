@@ -26,6 +26,7 @@ class Run:
 
 
 def runs_of(tensors: Mapping[str, StoredTensor]) -> list[Run]:
+    """Join floating-point tensors that lie one behind the other in a file to runs, which are read in one go."""
     places = [
         (stored.file, offset, nbytes, stored.dtype, name)
         for name, stored in tensors.items()

@@ -82,8 +82,6 @@ _ROUNDING = {
 #: The same for fp8 with scales, by which it is halfway better; and for GGUF's quantizations, by their bits: twice as
 #: much for each bit less.
 _ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
-
-
 #: Folders below a root that are looked into: levels, how many, and how often one that links lead to again. Beyond that
 #: it is no folder of models.
 _DEEPEST, _MOST_FOLDERS, _MOST_VISITS = 64, 20_000, 8

@@ -37,6 +37,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def subfolders(folder: Path) -> list[Path]:
+    """List the folders in a folder, by name; none where it cannot be read."""
     try:
         with os.scandir(folder) as found:
             inside = {entry.name for entry in found if entry.is_dir()}
@@ -47,10 +48,12 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def holds_something(folder: Path) -> bool:
+    """Say whether there is such a folder, with anything in it."""
     return os.path.isdir(folder) and bool(names_in(folder))
 
 
 def dangles(file: Path) -> bool:
+    """Say whether a file is a link to what is gone."""
     return os.path.islink(file) and not os.path.exists(file)
 
 

@@ -379,6 +379,7 @@ def _not_a_lora(tensors: Mapping[str, StoredTensor], strange: list[str], has_hal
 
 
 def article(kind: str) -> str:
+    """Put ``a`` or ``an`` before what something is called."""
     return f"an {kind}" if kind[:1] in "AEIOU" else f"a {kind}"
 
 

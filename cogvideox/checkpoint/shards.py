@@ -191,6 +191,7 @@ def _aligned(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> 
 
 
 def wanted_dtype(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return what a tensor is written in: ``dtype`` if it holds numbers that can be cast, else what it is stored in."""
     return (
         dtype
         if dtype is not None and (stored.dtype.is_floating_point or stored.quantization is not None)
@@ -199,6 +200,7 @@ def wanted_dtype(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype
 
 
 def bytes_as(stored: StoredTensor, dtype: torch.dtype | None) -> int:
+    """Return the bytes that a tensor has as it is written."""
     return prod(stored.shape) * wanted_dtype(stored, dtype).itemsize
 
 
@@ -251,6 +253,11 @@ def _memory(tensor: torch.Tensor) -> memoryview:
 
 @contextmanager
 def source_errors(path: Path) -> Iterator[None]:
+    """Say in a sentence why a source could not be read.
+
+    Raises:
+        RuntimeError: for an error of the system.
+    """
     try:
         yield
     except OSError as error:

@@ -134,6 +134,8 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
 
 
 def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
+    """Yield the sets of weights that a folder has for a part called ``name``, each with the match of its file's name:
+    an index of shards, or a single file, the first by name first."""
     names = names_in(here)
     for label in names:
         index = INDEX.fullmatch(label)
@@ -229,4 +231,5 @@ def what_else(folder: Path) -> str:
 
 
 def is_usual(stem: str) -> bool:
+    """Say whether a file of weights is called as a library calls it, its ending left out."""
     return stem.lower() in _USUAL

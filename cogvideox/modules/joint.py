@@ -42,7 +42,18 @@ def join(module: LibraryModule) -> LibraryModule:
     return module
 
 
-class JointAttention:
+class Attending:
+    """An attention processor of ours, with what is attached to it for a run."""
+
+    #: A backend of diffusers' attention dispatch.
+    backend: Any = BACKENDS[AUTO]
+    #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
+    shared: Callable[..., torch.Tensor] | None = None
+    #: Then: takes maxima over a part of the tokens to those over all. Asked for by who scales by them.
+    agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class JointAttention(Attending):
     """An attention processor like ``CogVideoXAttnProcessor2_0``, through diffusers' dispatch.
 
     Takes ``hidden_states [B, video tokens, C]`` and ``encoder_hidden_states [B, text tokens, C]``, which need no copy
@@ -50,13 +61,6 @@ class JointAttention:
     products: a single one of the same numbers, with the three weights in one tensor, took 0.96 to 1.08 of the time on
     two CPU cores, at widths of 512 and 3072.
     """
-
-    #: A backend of diffusers' attention dispatch.
-    backend: Any = BACKENDS[AUTO]
-    #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
-    shared: Callable[..., torch.Tensor] | None = None
-    #: Not asked here: takes maxima over a part of the tokens to those over all.
-    agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         from diffusers.models.attention_dispatch import dispatch_attention_fn

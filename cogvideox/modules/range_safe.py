@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..choices import AUTO, BACKENDS
 from .internals import LibraryModule
-from .joint import rotate_, side_by_side
+from .joint import Attending, rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
 
 #: Largest magnitude of a scaled token, and largest L1 norm of a stored row: 2^6 * 2^9 = 2^15 < 65504.
@@ -170,19 +169,12 @@ class RangeSafeEmbedding(ScaledWeight):
         return F.embedding(ids, self.scaled_weight) * scale
 
 
-class RangeSafeAttention:
+class RangeSafeAttention(Attending):
     """An attention processor for CogVideoX: fp32 in and out, projections and the attention product in fp16.
 
     Takes ``hidden_states [B, video tokens, C]`` and ``encoder_hidden_states [B, text tokens, C]``, as diffusers'
     ``CogVideoXAttnProcessor2_0``, and returns the same pair.
     """
-
-    #: A backend of diffusers' attention dispatch.
-    backend: Any = BACKENDS[AUTO]
-    #: Where processes share the tokens, what attends to all of them: ``Team.attend``.
-    shared: Callable[..., torch.Tensor] | None = None
-    #: Then: takes maxima over a part of the tokens to those over all.
-    agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         from diffusers.models.attention_dispatch import dispatch_attention_fn

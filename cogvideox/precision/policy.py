@@ -265,11 +265,10 @@ class _Asker:
 
 
 def _automatic(kind: str, trained: torch.dtype, variant: Variant, hardware: Hardware) -> Precision:
-    """Return what ``auto`` runs a part in: the variant's dtype if native, fp16 for a variant trained in bf16 if that is
-    native, else fp32."""
+    """Return what ``auto`` runs a part in: the variant's dtype if native, else fp16 if that is, else fp32."""
     dtype = variant.trained_dtype
     if hardware.support(dtype) != NATIVE:
-        dtype = torch.float16 if dtype == torch.bfloat16 and hardware.fp16 == NATIVE else torch.float32
+        dtype = torch.float16 if hardware.fp16 == NATIVE else torch.float32
     if dtype == torch.float16 and kind == "vae" and not hardware.half_convolutions:
         dtype = torch.float32
     return Precision(dtype, range_safe=dtype == torch.float16 and kind != "vae" and trained != torch.float16)
@@ -283,7 +282,7 @@ def _plan_part(
     trained = torch.bfloat16 if kind == "text_encoder" else variant.trained_dtype
     automatic = _automatic(kind, trained, variant, hardware)
     if asked is None:
-        run, findings = automatic, _automatic_findings(kind, trained, automatic, hardware)
+        run, findings = automatic, _automatic_findings(kind, automatic, hardware)
     else:
         run, findings = _asked_findings(kind, trained, variant, asked, asker, automatic, hardware)
     changed = "" if asked is None or run == Precision(asked) else f"runs in {run.name} instead of {dtype_name(asked)}"
@@ -294,7 +293,7 @@ def _plan_part(
     )
 
 
-def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardware: Hardware) -> list[Finding]:
+def _automatic_findings(kind: str, run: Precision, hardware: Hardware) -> list[Finding]:
     """Say why ``auto`` chose another dtype than the trained one."""
     if run.range_safe:
         why = (
@@ -310,7 +309,7 @@ def _automatic_findings(kind: str, trained: torch.dtype, run: Precision, hardwar
         ]
     if run == FP32 and kind == "vae" and not hardware.half_convolutions:
         return [Finding(PARTS[kind][0], OK, f"Convolutions in fp16 give NaN on {hardware.name}, so it runs in fp32.")]
-    if run == FP32 and trained != torch.float32:
+    if run == FP32:
         why = (
             f"{hardware.name} computes faster in fp32 than in 16 bits, so fp32 is right; a card with fast bf16 would "
             "take less time."

@@ -31,6 +31,7 @@ from .page import (
     serve_files,
     show,
     show_pictures,
+    tell,
     watch_queue,
 )
 from .progress import NodeEvents, saving_latents
@@ -64,6 +65,7 @@ __all__ = [
     "serve_files",
     "show",
     "show_pictures",
+    "tell",
     "to_core",
     "tokenizer_folder",
     "watch_language",

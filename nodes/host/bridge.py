@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from ...cogvideox.checkpoint.naming import comfy_name
+from ...cogvideox.geometry import padded, padding_frames, rotary_embedding
 from ...cogvideox.preview import LATENT_RGB, stretched
 from ...cogvideox.variants import OFS, full_config
 from ...cogvideox.words import listed, short
@@ -94,7 +95,6 @@ class Bridged(model_base.CogVideoX, _Diffusers):
     """Core's model around ``Net``: what a sampler's latents and conditionings are before the transformer reads them."""
 
     def __init__(self, model: "Model"):
-
         config = full_config(model.weights.config)
         kept = ("in_channels", "num_attention_heads", "num_layers")
         settings = supported_models.CogVideoX_T2V(
@@ -121,7 +121,7 @@ class Bridged(model_base.CogVideoX, _Diffusers):
         if concat_latent_image is None or not net.handle.variant.image_to_video:
             return None
         image = concat_latent_image.to(device, torch.float32)
-        image = _in_front(image, noise.shape[2] - image.shape[2], zeros=True)
+        image = padded(image, max(0, noise.shape[2] - image.shape[2]), 2, zeros=True)
         return utils.repeat_to_batch_size(net.handle.image_latent_scale * image, noise.shape[0])
 
     def extra_conds(self, *, noise, cross_attn=None, ofs=None, **given):
@@ -214,15 +214,13 @@ class Net(nn.Module):
 
     def _predict(self, x, timestep, context, ofs, transformer_options, control=None, **_):
         """Predict v ``[B, 16, T, h, w]`` for ``x`` ``[B, C, T, h, w]``."""
-        from ...cogvideox.geometry import padding_frames
-
         if control is not None:
             raise ValueError("A ControlNet of another model is connected, which this one cannot read. Take it away.")
         # A whole video is padded before it is sampled; windows of it, and areas, may be odd.
         padding, (height, width) = padding_frames(x.shape[2], self.config), x.shape[-2:]
         if padding:
             video, image = x[:, :16], x[:, 16:]
-            x = torch.cat([_in_front(video, padding), _in_front(image, padding, zeros=True)], dim=1)
+            x = torch.cat([padded(video, padding, 2), padded(image, padding, 2, zeros=True)], dim=1)
         beside = (0, -width % self.patch_size, 0, -height % self.patch_size, 0, 0)
         if any(beside):
             x = nn.functional.pad(x, beside, mode="replicate")
@@ -233,18 +231,6 @@ class Net(nn.Module):
         latents = x[:, :16]
         with _Run(self, self.handle, latents, [float(timestep[0])], [float("nan")], context.shape[1]) as run:
             return run.predict(x, timestep, context, ofs, transformer_options)[own]
-
-
-def _in_front(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.Tensor:
-    """Return ``[B, C, T, h, w]`` with ``padding`` more frames in front, as the reference pads: the first frame again;
-    or ``zeros`` behind the first, for image latents."""
-    if padding <= 0:
-        return latents
-    first = latents[:, :, :1]
-    if zeros:
-        nothing = latents.new_zeros(*latents.shape[:2], padding, *latents.shape[3:])
-        return torch.cat([first, nothing, latents[:, :, 1:]], dim=2)
-    return torch.cat([first.expand(-1, -1, padding, -1, -1), latents], dim=2)
 
 
 class ModelPatcher(PartPatcher):
@@ -538,10 +524,10 @@ class _Run:
         return self._guided and (self.copies == 1 or len(options.get("cond_or_uncond", (0, 1))) > 1)
 
     def _refuse_cache(self) -> None:
-        cache = self._model.cache
-        if cache is not None and cache.strength > 0:
+        method = self._model.skipping
+        if method is not None:
             raise ValueError(
-                f"The cache {cache.method} counts steps, and this sampler, or a node such as Skip Layer Guidance, "
+                f"The cache {method} counts steps, and this sampler, or a node such as Skip Layer Guidance, "
                 "calls the model otherwise than once a step. Take CogVideoX-1.5 Cache away, or choose a sampler such "
                 "as euler, ddim or dpmpp_2m, and no such node."
             )
@@ -583,8 +569,6 @@ class _Run:
         return casts[dtype]
 
     def _positions(self, video: torch.Tensor) -> Any:
-        from ...cogvideox.geometry import rotary_embedding
-
         _, length, _, height, width = video.shape
         size = (length, height, width)
         if size not in self._rotary:
@@ -640,8 +624,6 @@ def _sample_padded(
 ):
     """Stand around a guider's whole run: what cannot run is refused before a weight is read, and a clip whose latent
     frames are odd is padded in front, as the reference does, and cut again."""
-    from ...cogvideox.geometry import padding_frames
-
     guider = executor.class_obj
     net = guider.model_patcher.model.diffusion_model
     _refuse(guider, sampler)
@@ -650,9 +632,9 @@ def _sample_padded(
     if not padding:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **shapes)
     noise = torch.cat([_noise_in_front(noise, padding, 0 if seed is None else seed), noise], dim=2)
-    latent_image = _in_front(latent_image, padding)
+    latent_image = padded(latent_image, padding, 2)
     if denoise_mask is not None:
-        denoise_mask = _in_front(denoise_mask, padding)
+        denoise_mask = padded(denoise_mask, padding, 2)
     if "latent_shapes" in shapes:
         shapes["latent_shapes"] = [latent_image.shape]
 
@@ -823,7 +805,6 @@ def _check(
         ValueError: as ``requests`` has it.
     """
     from ...cogvideox.requests import check_embeddings, outside_training, plan_steps
-    from ...cogvideox.variants import full_config
 
     config, events = full_config(model.weights.config), NodeEvents()
     images: list[torch.Tensor | None] = []

@@ -36,12 +36,16 @@ def checkpoints() -> "list[Entry]":
     )
 
 
-def parts(kind: str) -> "list[Entry]":
+def parts(kind: str, beside: "Iterable[Entry] | None" = None) -> "list[Entry]":
     """List the text encoders or VAEs that run with one of the checkpoints that are there, the most exact (the least
-    rounded) first, and Flan-T5s, which are others than CogVideoX was trained with, last."""
+    rounded) first, and Flan-T5s, which are others than CogVideoX was trained with, last.
+
+    Args:
+        beside: what ``checkpoints`` gave, where it was asked already: looking through large folders takes its time.
+    """
     from ...cogvideox.checkpoint.catalogue import list_parts
 
-    widths = {0, *(entry.width for entry in checkpoints())}
+    widths = {0, *(entry.width for entry in (checkpoints() if beside is None else beside))}
     # Where no checkpoint tells the width it reads, any text encoder may be the right one.
     found = [entry for entry in list_parts(kind, _roots(_PART_FOLDERS[kind])) if widths == {0} or entry.width in widths]
     return sorted(found, key=lambda entry: ("flan" in entry.name.lower(), entry.rounding))

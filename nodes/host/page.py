@@ -182,6 +182,12 @@ def failures_shown() -> Iterator[None]:
         raise
 
 
+def tell(text: str, warns: bool = False) -> None:
+    """Log a report of the node that is running, and show it on the node."""
+    logger.log(logging.WARNING if warns else logging.INFO, "%s", text)
+    show(text)
+
+
 def pictures(picture: "Image") -> dict:
     """Save a picture in ComfyUI's temp folder, and return what a node gives as its ``ui`` to show it; nothing without
     ComfyUI, or where it cannot be saved: what the node does goes on without it."""
