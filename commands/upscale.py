@@ -88,9 +88,8 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--upscale needs --model, which is DOVE or SparkVSR")
     for name in _OF_NEW_VIDEOS:
         if getattr(options, name) is not None:
-            parser.error(
-                f"--{name.replace('_', '-')} makes a new video, and --upscale takes all from the one it is given"
-            )
+            option = name.replace("_", "-")
+            parser.error(f"--{option} makes a new video, and --upscale takes all from the one it is given")
 
 
 def files_read(options: argparse.Namespace) -> list[Path | None]:

@@ -368,9 +368,9 @@ class TestTheCommandLine:
     @pytest.mark.parametrize(
         ("variant", "option", "said"),
         [
-            ("void", "--mask", "only CogVideoX-Fun-V1.5-InP checkpoints do"),
-            ("fun-inp", "--void", "only VOID's checkpoints do"),
-            ("void", None, "no video with a quadmask is connected"),
+            ("void", "--mask", "such as CogVideoX-Fun-V1.5-5b-InP"),
+            ("fun-inp", "--void", "such as void_pass1"),
+            ("void", None, "needs --void"),
         ],
     )
     def test_wrong_combinations_are_refused_before_the_first_step(self, built, files, capsys, variant, option, said):

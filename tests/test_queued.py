@@ -56,7 +56,7 @@ def graph(checkpoints, pack, monkeypatch):
     host = sys.modules[f"{pack.__name__}.nodes.host"]
     variants = ("1.5", "1.5-i2v", "5b-i2v")
     monkeypatch.setattr(
-        host, "checkpoints", lambda: [SimpleNamespace(label=str(checkpoints(variant))) for variant in variants]
+        host, "checkpoints", lambda: [SimpleNamespace(label=str(checkpoints(variant)), width=0) for variant in variants]
     )
 
     def make(name="text_to_video", variant="1.5"):
@@ -173,7 +173,7 @@ def test_a_name_that_is_known_but_not_listed_is_asked_for(errors, graph, pack, m
     """ComfyUI would refuse it as not in the list."""
     host = sys.modules[f"{pack.__name__}.nodes.host"]
     nodes = graph()
-    monkeypatch.setattr(host, "checkpoints", lambda: [SimpleNamespace(label="listed otherwise here")])
+    monkeypatch.setattr(host, "checkpoints", lambda: [SimpleNamespace(label="listed otherwise here", width=0)])
     assert errors(nodes) == []
     assert inspect.getfullargspec(pack.NODE_CLASS_MAPPINGS["CogVideoX15ModelLoader"].VALIDATE_INPUTS).args == ["model"]
 
