@@ -153,8 +153,7 @@ def show(text: str, node: str | None = None) -> None:
 @contextmanager
 def failures_shown() -> Iterator[None]:
     """Show on the node that is running, one of ours or of core's, why it failed, until it runs again, and raise that in
-    the page's language:
-    ComfyUI's page tells where in the code an error came from, and not what it says.
+    the page's language: ComfyUI's page tells where in the code an error came from, and not what it says.
 
     Raises:
         ValueError: in the page's language, where one was raised.
