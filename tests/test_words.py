@@ -242,7 +242,7 @@ def test_the_page_finds_help_whatever_the_folder_is_called(pack, folder, asked):
 
 
 def is_said(quote: str, language: str) -> bool:
-    """Whether a sentence of the code holds a quote's pieces, which … parts; a name or figure may stand in one's place."""
+    """Whether a sentence of the code holds a quote's pieces, between …; a name may stand in a piece."""
     pieces = [piece for piece in re.split(r"\s*…\s*|[.。]$", quote) if piece]
     said = [english if language == "en" else chinese for english, chinese in sentences.read("zh").items()]
     return any(all(_holds(template, piece) for piece in pieces) for template in said)
