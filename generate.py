@@ -879,7 +879,8 @@ def check(options: argparse.Namespace) -> int:
             )
         report, backup = fix_config(options.check) if options.fix else (check_config(options.check), None)
     else:
-        if options.fix:
+        # What is not there is refused by name, as it is without --fix.
+        if options.fix and Path(options.check).expanduser().exists():
             raise ValueError(
                 f"{options.check} is not a SAT config, and --fix rewrites only those. For a checkpoint choose another "
                 "--dtype."

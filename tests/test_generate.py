@@ -169,7 +169,11 @@ class TestCheck:
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
-        [(("--fix",), "rewrites only those"), (("--check", "nowhere"), "There is no nowhere")],
+        [
+            (("--fix",), "rewrites only those"),
+            (("--check", "nowhere"), "There is no nowhere"),
+            (("--check", "nowhere", "--fix"), "There is no nowhere"),
+        ],
     )
     def test_errors_are_sentences(self, tiny, capsys, arguments, said):
         code, _, error = run(capsys, "--check", tiny, *arguments)

@@ -5,11 +5,12 @@ import posixpath
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
-from tests import locales
+from tests import locales, sentences
 from tests.conftest import ROOT
 
 DOCS = ROOT / "web" / "docs"
@@ -144,6 +145,22 @@ def test_a_help_page_has_a_picture(node_id):
         assert min(picture.size) >= 100
 
 
+@pytest.mark.parametrize("language", HELP)
+@pytest.mark.parametrize("node_id", NODES)
+def test_a_help_page_quotes_errors_as_the_page_shows_them(node_id, language):
+    """On a page in Chinese they are Chinese."""
+    _, _, errors = help_page(node_id, language).partition({"en": "## Common errors", "zh": "## 常见错误"}[language])
+    assert [quote for quote in re.findall(r"\*([^*\n]+)\*", errors) if not is_said(quote, language)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in (*PAGES, *ENGLISH) if "README" in page or "troubleshooting" in page])
+def test_a_table_of_problems_quotes_errors_as_the_page_shows_them(page):
+    seen = "\n".join(line.split("|")[1] for line in read_page(page).splitlines() if line.startswith("| "))
+    quotes = re.findall(r"[\"“]([^\"“”]+)[\"”]", seen)
+    assert quotes
+    assert [quote for quote in quotes if not is_said(quote, "zh" if page in ENGLISH else "en")] == []
+
+
 @pytest.mark.parametrize("page", [HELP[language].format(node) for language in HELP for node in NODES])
 def test_links_of_a_help_page_lead_somewhere(page):
     for target in links((DOCS / page).read_text(encoding="utf-8")):
@@ -222,6 +239,22 @@ def test_the_page_finds_help_whatever_the_folder_is_called(pack, folder, asked):
     assert all(re.fullmatch(pattern, name) for name in asked)
     assert not any(re.fullmatch(pattern, name) for name in ("", "another", f"{folder}x", f"x{folder}"))
     assert not set("{}") & set(pattern), "aiohttp takes braces for the ends of the pattern"
+
+
+def is_said(quote: str, language: str) -> bool:
+    """Whether a sentence of the code holds a quote's pieces, between …; a name may stand in a piece."""
+    pieces = [piece for piece in re.split(r"\s*…\s*|[.。]$", quote) if piece]
+    said = [english if language == "en" else chinese for english, chinese in sentences.read("zh").items()]
+    return any(all(_holds(template, piece) for piece in pieces) for template in said)
+
+
+def _holds(template: str, piece: str) -> bool:
+    literals = re.split(r"\{\w+\}", template)
+    return any(piece in literal for literal in literals) or any(
+        before.endswith(piece[:cut]) and any(after.startswith(piece[rest:]) for rest in range(cut, len(piece) + 1))
+        for before, after in pairwise(literals)
+        for cut in range(3, len(piece) + 1)
+    )
 
 
 def outline(text: str, leads: Callable[[str], str] = str) -> list[dict]:
