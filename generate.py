@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -521,9 +522,14 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     return parser
 
 
+def _int(text: str) -> int:
+    # As pandas writes the whole numbers of a column with gaps.
+    return int(re.sub(r"(?<=\d)\.0+$", "", text))
+
+
 def _whole(text: str) -> int:
     try:
-        value = int(text)
+        value = _int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{short(text)}' is not a whole number") from None
     if abs(value) > 1_000_000:
@@ -533,7 +539,7 @@ def _whole(text: str) -> int:
 
 def _seed(text: str) -> int:
     try:
-        value = int(text)
+        value = _int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{short(text)}' is not a whole number; seeds go from 0 to 2**64-1 (18446744073709551615)"
@@ -728,7 +734,7 @@ def generate(options: argparse.Namespace) -> int:
             split = check_team(job, place)
             say(f"{place.count} processes share {split.text}.")
             ranks.meet()
-        prompts = {name: once_for_all(ranks, partial(encoded, job, name, events)) for name in ("prompt", "negative")}
+        prompts = {name: once_for_all(ranks, partial(encoded, job, name, events)) for name in job.read}
         if job.parts is not None:
             make_chain(job, job.parts, partial(sampled, job, prompts, events))
             return 0
@@ -912,7 +918,7 @@ def download(options: argparse.Namespace) -> int:
             "with spaces."
         )
     told = terminal_events().counter("downloading", "B")
-    say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=told)}")
+    say(f"complete: {download_checkpoint(which, path_of(*folder or ['models']), on_progress=told)}")
     return 0
 
 

@@ -104,6 +104,11 @@ class Job:
         """Size and length, in words."""
         return f"{self.source.width}x{self.source.height}, {self.source.frames} frames"
 
+    @property
+    def read(self) -> list[str]:
+        """Names of the texts that are read: without guidance the prompt alone."""
+        return list(self.texts) if self.options.cfg > 1 else ["prompt"]
+
 
 def placed(options: argparse.Namespace) -> Place:
     """Find which process this is, and give it a card of its own."""

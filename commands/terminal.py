@@ -52,7 +52,7 @@ def lines_of(text: str, width: int) -> Iterator[str]:
 def told(error: BaseException) -> str:
     """Say in a sentence what ended a run."""
     error = import_failure(error) or error
-    if isinstance(error, ValueError | RuntimeError):
+    if isinstance(error, ValueError | RuntimeError | argparse.ArgumentTypeError):
         return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
     if isinstance(error, MemoryError):
         return (

@@ -138,7 +138,7 @@ def sampled(
         return sample(
             job.model,
             prompts["prompt"],
-            prompts["negative"],
+            prompts.get("negative"),
             latent,
             image_latents=image,
             noise=noise,

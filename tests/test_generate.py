@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import generate
 from cogvideox.video import read_video, write_mp4
+from tests.helpers import is_same_video
 from tests.helpers import run_generate as run
 
 
@@ -194,7 +195,10 @@ def test_a_checkpoint_is_downloaded_when_asked_for(tmp_path, capsys, monkeypatch
     )
     assert run(capsys, "--download", "t2v", tmp_path)[0] == 0
     assert run(capsys, "--download", "i2v")[1] == f"complete: {Path('models/x')}\n"
-    assert asked == [("t2v", str(tmp_path)), ("i2v", "models")]
+    # cmd leaves single quotes around what it is given.
+    assert run(capsys, "--download", "fun-inp", f"'{tmp_path}'")[0] == 0
+    assert asked == [("t2v", str(tmp_path)), ("i2v", "models"), ("fun-inp", str(tmp_path))]
+    assert run(capsys, "--download", "t2v", "''")[2].startswith("error: '' is no path")
     assert "at most one folder" in run(capsys, "--download", "t2v", "a", "b")[2]
     monkeypatch.undo()
     assert "'t3v'" in run(capsys, "--download", "t3v", tmp_path)[2]
@@ -480,6 +484,20 @@ def test_two_images_of_one_frame_are_refused_before_weights_are_read(
     code, _, error = run(capsys, "--model", checkpoints(variant), *options, *images)
     assert code == 1
     assert "it would end where it starts" in error
+
+
+def test_without_guidance_no_negative_prompt_is_encoded(tiny, tmp_path, capsys, monkeypatch):
+    import cogvideox.text as module
+
+    seen, encode = [], module.encode_prompt
+    monkeypatch.setattr(
+        module, "encode_prompt", lambda encoder, text, **how: seen.append(text) or encode(encoder, text, **how)
+    )
+    for name, more in (("a", ()), ("b", ("--negative", "a cat"))):
+        code, _, error = run(capsys, *short_run(tiny, tmp_path / f"{name}.mp4", "--cfg", 1, *more))
+        assert code == 0, error
+    assert seen == ["a panda", "a panda"]
+    assert is_same_video(tmp_path / "a.mp4", tmp_path / "b.mp4")
 
 
 class TestTheOutput:
