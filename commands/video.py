@@ -196,6 +196,12 @@ def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") ->
     settings = {name: value for name, value in vars(options).items() if name not in _NOT_OF_PARTS} | job.texts
     settings |= {"width": source.width, "height": source.height, "frames": source.frames, "overlap": parts.overlap}
     settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
+    # Another that has its name since makes other parts.
+    loras = ((str(lora.path), lora.path.stat()) for lora in job.model.loras)
+    settings["files"] = [
+        *job.handles.checkpoint.fingerprint,
+        *((name, found.st_size, found.st_mtime_ns) for name, found in loras),
+    ]
     settings["pixels"] = hashlib.sha256(b"" if start is None else start.numpy().tobytes()).hexdigest()
     folder = parts_folder(job.output, settings)
     with latents_kept(job.output):
