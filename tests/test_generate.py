@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -102,6 +103,32 @@ def test_errors_are_sentences(tiny, capsys, arguments, said):
     assert code == 1
     assert error.startswith("error: ")
     assert said in error
+
+
+@pytest.mark.parametrize("language", ["C.UTF-8", "zh_CN.UTF-8"])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--video", "clip.mp4", "--strength", 0.5), "--strength 0.5"),
+        (("--cfg-range", 0.5, 0.5), "--cfg-range START"),
+        (("--cfg-range", 0, 1.5), "--cfg-range END"),
+        (("--on-mismatch", "stop", "--dtype", "fp16"), "--on-mismatch"),
+        (("--prompts", "my denoise.txt"), "my denoise.txt"),
+        ((), "--on-black"),
+    ],
+)
+def test_errors_name_options_and_no_widgets(tiny, tmp_path, capsys, monkeypatch, language, arguments, named):
+    import cogvideox.vae
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LC_ALL", language)
+    monkeypatch.setattr(cogvideox.vae, "decode", lambda *_, **__: torch.full((1, 32, 32, 3), 0.001))
+    prompt = () if "--prompts" in arguments else ("--prompt", "x")
+    size = ("--width", 32, "--height", 32, "--frames", 1, "--steps", 1)
+    code, _, error = run(capsys, "--model", tiny, *prompt, *size, *arguments)
+    assert code == 1
+    assert named in error
+    assert not re.search(r"denoise\b(?!\.txt)|cfg_start|cfg_end|on_mismatch|\baction\b", error)
 
 
 def test_help_names_every_option_with_its_default(capsys):
