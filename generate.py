@@ -71,7 +71,7 @@ from commands.video import (
     sampled,
     say_plan,
     say_skips,
-    write,
+    write_somewhere,
 )
 from commands.void import BOTH
 from commands.void import add_options as add_passes
@@ -865,7 +865,7 @@ def upscale(options: argparse.Namespace) -> int:
     with latents_kept(output):
         images = enlarge(options, request, model, text_encoder, handles.vae, events)
     judge(options, images)
-    write(options, images, output, request.fps, request.sound)
+    write_somewhere(options, images, output, request.fps, request.sound)
     return 0
 
 
