@@ -14,7 +14,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -619,7 +621,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from cogvideox.dependencies import require_dependencies
 
             require_dependencies()
-        return work(options)
+        with _stopped_in_order():
+            return work(options)
     except KeyboardInterrupt:
         complain("stopped.")
         return 130
@@ -629,6 +632,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         complain(told(error), debug)
         return 1
+
+
+@contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Have what a system stops programs with do in a ``with`` block what Ctrl+C does, so that nothing half written
+    stays. Processes that share a video wait for each other in what only their own end ends."""
+    if place_of().count > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begun(options: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> bool:

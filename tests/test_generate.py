@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -587,6 +588,27 @@ class TestTheOutput:
         with av.open(str(tmp_path / "b.mp4")) as video:
             assert video.streams.video[0].average_rate == 20
             assert [stream.type for stream in video.streams] == ["video", "audio"]
+
+    def test_a_run_that_the_system_stops_leaves_nothing_half_written(self, tiny, tmp_path, capsys, monkeypatch):
+        import cogvideox.video as module
+
+        stopped = []
+
+        def stop(_, path, *__):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(module, "_encode", stop)
+        before = signal.signal(signal.SIGTERM, lambda *_: stopped.append("not by the program"))
+        try:
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a.mp4"))
+            assert (code, error.splitlines()[-1]) == (130, "stopped.")
+            assert list(tmp_path.iterdir()) == []
+            # Afterwards it is as it was.
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
         import cogvideox.video as module
