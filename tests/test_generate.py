@@ -760,7 +760,7 @@ class TestTheCommandLine:
             (("--cfg", "0"), "cfg is 0.0"),
             (("--cfg", "nan"), "cfg is nan"),
             (("--cfg-range", "0.5", "0.5"), "no step would be guided"),
-            (("--cfg-range", "0", "1.5"), "cfg_end is 1.5"),
+            (("--cfg-range", "0", "1.5"), "--cfg-range END is 1.5"),
             (("--cfg-range", "0.51", "0.7", "--steps", "4"), "none of 4 steps lies between"),
             (("--steps", "1001"), "steps is 1001"),
             (("--width", "999984", "--height", "999984"), "of memory, and this computer has"),
