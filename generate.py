@@ -12,8 +12,11 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -70,7 +73,7 @@ from commands.video import (
     sampled,
     say_plan,
     say_skips,
-    write,
+    write_somewhere,
 )
 from commands.void import BOTH
 from commands.void import add_options as add_passes
@@ -521,9 +524,14 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     return parser
 
 
+def _int(text: str) -> int:
+    # As pandas writes the whole numbers of a column with gaps.
+    return int(re.sub(r"(?<=\d)\.0+$", "", text))
+
+
 def _whole(text: str) -> int:
     try:
-        value = int(text)
+        value = _int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{short(text)}' is not a whole number") from None
     if abs(value) > 1_000_000:
@@ -533,7 +541,7 @@ def _whole(text: str) -> int:
 
 def _seed(text: str) -> int:
     try:
-        value = int(text)
+        value = _int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{short(text)}' is not a whole number; seeds go from 0 to 2**64-1 (18446744073709551615)"
@@ -613,7 +621,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from cogvideox.dependencies import require_dependencies
 
             require_dependencies()
-        return work(options)
+        with _stopped_in_order():
+            return work(options)
     except KeyboardInterrupt:
         complain("stopped.")
         return 130
@@ -623,6 +632,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         complain(told(error), debug)
         return 1
+
+
+@contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Have what a system stops programs with do in a ``with`` block what Ctrl+C does, so that nothing half written
+    stays. Processes that share a video wait for each other in what only their own end ends."""
+    if place_of().count > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begun(options: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> bool:
@@ -728,7 +751,7 @@ def generate(options: argparse.Namespace) -> int:
             split = check_team(job, place)
             say(f"{place.count} processes share {split.text}.")
             ranks.meet()
-        prompts = {name: once_for_all(ranks, partial(encoded, job, name, events)) for name in ("prompt", "negative")}
+        prompts = {name: once_for_all(ranks, partial(encoded, job, name, events)) for name in job.read}
         if job.parts is not None:
             make_chain(job, job.parts, partial(sampled, job, prompts, events))
             return 0
@@ -859,7 +882,7 @@ def upscale(options: argparse.Namespace) -> int:
     with latents_kept(output):
         images = enlarge(options, request, model, text_encoder, handles.vae, events)
     judge(options, images)
-    write(options, images, output, request.fps, request.sound)
+    write_somewhere(options, images, output, request.fps, request.sound)
     return 0
 
 
@@ -913,7 +936,7 @@ def download(options: argparse.Namespace) -> int:
             "with spaces."
         )
     told = terminal_events().counter("downloading", "B")
-    say(f"complete: {download_checkpoint(which, Path(*folder or ['models']), on_progress=told)}")
+    say(f"complete: {download_checkpoint(which, path_of(*folder or ['models']), on_progress=told)}")
     return 0
 
 

@@ -2,7 +2,7 @@
 model reads."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -34,6 +34,7 @@ def read_video(
     step: int | None = None,
     in_pairs: bool = False,
     dtype: torch.dtype = torch.float32,
+    fit: Callable[[torch.Tensor], torch.Tensor] | None = None,
     events: Events | None = None,
 ) -> torch.Tensor:
     """Read the frames of a video file, one by one: turned as the camera says, with square pixels, at the size and rate
@@ -50,6 +51,7 @@ def read_video(
         step, in_pairs: cut the clip, or repeat its last frame, to the nearest length that ``check_frames`` takes with
             them.
         dtype: float32 gives 0..1; uint8 gives 0..255, in a quarter of the memory.
+        fit: makes of a frame, uint8 ``[H, W, 3]``, what is given of it, in the place of ``size`` and ``dtype``.
         events: told what was changed, cut or guessed.
 
     Returns:
@@ -73,6 +75,7 @@ def read_video(
                 room = times if limit is None else min(times, limit - count)
                 if room:
                     pixels = torch.from_numpy(picture.pixels(frame))
+                    pixels = pixels if fit is None else fit(pixels)
                     clip = _with_room(clip, count + room, limit, pixels)
                     clip[count : count + room] = pixels
                     count += room
@@ -100,7 +103,7 @@ def read_video(
         tell(change)
     clip = _with_room(clip, length, length, clip[0])[:length]
     clip[count:] = clip[min(count, length) - 1]
-    return clip if dtype == torch.uint8 else clip.to(dtype).div_(255)
+    return clip if dtype == torch.uint8 or fit is not None else clip.to(dtype).div_(255)
 
 
 def read_rate(path: Path | str) -> Fraction:
@@ -186,14 +189,14 @@ def _undecoded(path: Path, frames: "_Frames") -> ValueError:
 
 
 def _with_room(clip: torch.Tensor | None, frames: int, limit: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Return the clip, or one that begins with it, with room for so many frames like ``like``, uint8 ``[H, W, 3]``.
+    """Return the clip, or one that begins with it, with room for so many frames like ``like``, ``[H, W, 3]``.
 
     Memory that no frame was written to is not taken from the system.
     """
     if clip is not None and len(clip) >= frames:
         return clip
     usual = max(2 * frames, _ROOM // like.numel())
-    larger = torch.empty(max(frames, min(usual, limit or usual)), *like.shape, dtype=torch.uint8)
+    larger = torch.empty(max(frames, min(usual, limit or usual)), *like.shape, dtype=like.dtype)
     if clip is not None:
         larger[: len(clip)] = clip
     return larger

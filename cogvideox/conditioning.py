@@ -179,8 +179,7 @@ def _augmented(values: torch.Tensor, deviation: float, generator: torch.Generato
 
 def fit_area(clip: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Scale a clip ``[F, H, W, C]`` to ``width`` x ``height`` by the mean of what a pixel covers, as both references
-    do; where its shape is another, its centre is cropped to that first, so that nothing is stretched. One in uint8 of
-    another size becomes float in 0..1."""
+    do; where its shape is another, its centre is cropped to that first, so that nothing is stretched."""
     old_height, old_width = clip.shape[1:3]
     if (old_width, old_height) == (width, height):
         return clip
@@ -188,10 +187,10 @@ def fit_area(clip: torch.Tensor, width: int, height: int) -> torch.Tensor:
     # Frame by frame: beside a clip there is no room for a copy of it.
     fitted = torch.empty(len(clip), height, width, clip.shape[3])
     for place, frame in zip(fitted, clip[:, top:bottom, left:right], strict=True):
-        frame = frame / 255 if frame.dtype == torch.uint8 else frame.float()
         place.copy_(
             rearrange(
-                interpolate(rearrange(frame, "h w c -> 1 c h w"), (height, width), mode="area")[0], "c h w -> h w c"
+                interpolate(rearrange(frame.float(), "h w c -> 1 c h w"), (height, width), mode="area")[0],
+                "c h w -> h w c",
             )
         )
     return fitted

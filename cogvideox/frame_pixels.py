@@ -21,7 +21,7 @@ _HDR = {16: "PQ", 18: "HLG"}
 
 
 class FramePixels:
-    """Turns a clip's frames into RGB of the size that is asked for."""
+    """Turns a clip's frames into RGB of the size that is asked for, or of the first of them."""
 
     def __init__(self, stream: Any, path: Path, size: tuple[int, int] | None):
         self._path, self._size = path, size
@@ -63,10 +63,11 @@ class FramePixels:
         pixels = turned(pixels, swap, mirror, flip)
         aspect = 1 / self._aspect if swap else self._aspect
         height, width = pixels.shape[:2]
-        size = self._size or (max(1, round(width * aspect)), height)
+        is_first, size = self._size is None, self._size or (max(1, round(width * aspect)), height)
+        self._size = size
         if (width, height) == size and aspect == 1:
             return np.ascontiguousarray(pixels)
-        if self._size:
+        if not is_first:
             # Before it is scaled, whose filter would else see what is cut off.
             left, top, right, bottom = crop_box(width, height, size[0], size[1], float(aspect))
             pixels = pixels[top:bottom, left:right]

@@ -104,6 +104,11 @@ class Job:
         """Size and length, in words."""
         return f"{self.source.width}x{self.source.height}, {self.source.frames} frames"
 
+    @property
+    def read(self) -> list[str]:
+        """Names of the texts that are read: without guidance the prompt alone."""
+        return list(self.texts) if self.options.cfg > 1 else ["prompt"]
+
 
 def placed(options: argparse.Namespace) -> Place:
     """Find which process this is, and give it a card of its own."""
@@ -350,20 +355,22 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
     check_parts(frames, clip is not None, options.mask is not None, start is not None and end is not None)
     in_parts = options.mask or options.void
     if clip is not None:
-        # CogVideoX-Fun and VOID scale otherwise than by the filter of the reader.
-        by_area = variant.in_pairs
+
+        def fit(frame: torch.Tensor) -> torch.Tensor:
+            return fit_area(frame[None] / 255, width, height)[0]
+
         source.clip = read_video(
             clip,
             frames,
             fps=source.fps,
-            size=None if by_area else (width, height),
+            size=None if variant.in_pairs else (width, height),
             step=None if in_parts is not None else variant.frame_step,
             in_pairs=variant.in_pairs,
             dtype=torch.uint8,
+            # CogVideoX-Fun and VOID scale otherwise than by the filter of the reader.
+            fit=fit if variant.in_pairs else None,
             events=events,
         )
-        if by_area:
-            source.clip = fit_area(source.clip, width, height)
         if in_parts is not None:
             count = len(source.clip)
             source.frames = options.frames or nearest_length(count, variant.frame_step, variant.in_pairs)[0]

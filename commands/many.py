@@ -324,7 +324,7 @@ class Many:
                 job = self.work.agreed(self.lines[number])
                 weights = job.text_encoder.weights
                 encoders[id(weights)] = weights
-                for name in ("prompt", "negative"):
+                for name in job.read:
                     key = id(weights), job.texts[name]
                     if key not in known:
                         known[key] = self.work.encoded(job, name)

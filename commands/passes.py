@@ -39,7 +39,7 @@ def make_both(options: argparse.Namespace, place: Place) -> int:
             for job in (first, second):
                 check_team(job, place)
             ranks.meet()
-        prompts = {name: once_for_all(ranks, partial(encoded, first, name, events)) for name in ("prompt", "negative")}
+        prompts = {name: once_for_all(ranks, partial(encoded, first, name, events)) for name in second.read}
         for job in (first, second):
             latent = sampled(job, prompts, events, ranks)
             if place.is_first:

@@ -19,6 +19,17 @@ from cogvideox.words import reason, short
 if TYPE_CHECKING:
     from cogvideox.events import Events
 
+#: What nodes call otherwise than the option, and the engine as they do; what is a word of its own, too, where it stands
+#: before a value.
+_WIDGET = re.compile(
+    r"(?<![\w./\\-])(denoise(?= (?:\S+ )?\d)|action(?= \S+ warn)|cfg_start|cfg_end|on_nan|on_mismatch"
+    r"|reference_frames|reference_guidance)(?![\w/\\-]|\.\w)",
+    re.ASCII,
+)
+_OPTION = {
+    **{"denoise": ("--strength",), "action": ("--on-black",)},
+    **{"cfg_start": ("--cfg-range", "START"), "cfg_end": ("--cfg-range", "END")},
+}
 #: What was printed already, where no line is to be printed twice.
 _said: set[str] | None = None
 #: Whether this is not the first of several processes: it prints errors alone.
@@ -32,8 +43,13 @@ def keep_quiet(quiet: bool) -> None:
 
 
 def in_words(text: str) -> str:
-    """Say a finished English text in the terminal's language."""
-    return translate(text, preferred())
+    """Say a finished English text in the terminal's language, and an error with the names of options."""
+    said = translate(text, preferred())
+    return _WIDGET.sub(_option, said) if "error: " in text else said
+
+
+def _option(widget: re.Match) -> str:
+    return " ".join(_OPTION.get(widget[0], (f"--{widget[0].replace('_', '-')}",)))
 
 
 def lines_of(text: str, width: int) -> Iterator[str]:
@@ -52,7 +68,7 @@ def lines_of(text: str, width: int) -> Iterator[str]:
 def told(error: BaseException) -> str:
     """Say in a sentence what ended a run."""
     error = import_failure(error) or error
-    if isinstance(error, ValueError | RuntimeError):
+    if isinstance(error, ValueError | RuntimeError | argparse.ArgumentTypeError):
         return f"error: {error}" if str(error) else f"error: {type(error).__name__}"
     if isinstance(error, MemoryError):
         return (

@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.choices import AUTO, SUPER_RESOLUTION
-from cogvideox.words import short
+from cogvideox.choices import AUTO, STOP, SUPER_RESOLUTION
+from cogvideox.words import listed, short
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _USUAL = {"scale": 4, "kind": AUTO, "reference_frames": "", "reference_guidance": 1.0}
 #: Options that say what a new video is to be, where here the clip does.
 _OF_NEW_VIDEOS = ("prompt", "image", "end_image", "video", "width", "height", "frames", "seconds", "noise")
+#: Options that say how one is made, where here there is one step, without a prompt.
+_UNREAD = (
+    *("negative", "steps", "cfg", "cfg_range", "dynamic_cfg", "scheduler"),
+    *("cache", "cache_range", "context_windows"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], whole: Callable[[str], int]) -> None:
@@ -75,7 +80,8 @@ def add_options(parser: argparse.ArgumentParser, path: Callable[[str], Path], wh
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program where options of ``--upscale`` do not go with others; set those that were not given."""
+    """End the program where options of ``--upscale`` do not go with others; set those that were not given, and those
+    that it does not read, whose names are ``options.unread`` then."""
     if options.upscale is None:
         for name in ("references", "empty_prompt", *_USUAL):
             if getattr(options, name) is not None:
@@ -90,6 +96,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             parser.error(f"--{option} makes a new video, and --upscale takes all from the one it is given")
+    usual = {name: parser.get_default(name) for name in _UNREAD}
+    options.unread = [f"--{name.replace('_', '-')}" for name in _UNREAD if getattr(options, name) != usual[name]]
+    vars(options).update(usual)
 
 
 def files_read(options: argparse.Namespace) -> list[Path | None]:
@@ -122,6 +131,7 @@ def read_request(options: argparse.Namespace, model: "Model", output: Path, even
     """
     import torch
 
+    from cogvideox.black_frames import check_black_frames
     from cogvideox.clip_files import read_rate
     from cogvideox.pictures import check_images, fit_size
     from cogvideox.super_resolution import (
@@ -133,6 +143,10 @@ def read_request(options: argparse.Namespace, model: "Model", output: Path, even
     )
     from cogvideox.video import check_room, read_image, read_sound, read_video
 
+    if options.unread:
+        events.note(
+            f"--upscale takes a clip in one step, without a prompt, and does not read {listed(options.unread, 10)}."
+        )
     kind = find_kind(model, options.kind)
     check_scale(options.scale)
     check_reference_guidance(options.reference_guidance)
@@ -144,6 +158,12 @@ def read_request(options: argparse.Namespace, model: "Model", output: Path, even
     check_references(kind, len(paths), options.reference_frames, frames)
     check_enlarged(kind, frames, height, width, options.scale)
     check_room(output, frames, options.scale * width, options.scale * height)
+    # The others are not looked at once there is one that is not.
+    if options.on_black == STOP and all(check_black_frames(frame[None] / 255).black_frames for frame in images):
+        raise ValueError(
+            f"{short(options.upscale, 400)} is black in all of its frames, so the larger video would be, too, and not "
+            "be written. Give another clip, or --on-black warn."
+        )
     shown = [check_images(read_image(path, events), short(path)) for path in paths]
     size = (options.scale * width, options.scale * height)
     references = torch.cat([fit_size(image, *size) for image in shown]) if shown else None

@@ -138,7 +138,7 @@ def sampled(
         return sample(
             job.model,
             prompts["prompt"],
-            prompts["negative"],
+            prompts.get("negative"),
             latent,
             image_latents=image,
             noise=noise,
@@ -196,6 +196,12 @@ def make_chain(job: Job, parts: "Parts", make: "Callable[..., torch.Tensor]") ->
     settings = {name: value for name, value in vars(options).items() if name not in _NOT_OF_PARTS} | job.texts
     settings |= {"width": source.width, "height": source.height, "frames": source.frames, "overlap": parts.overlap}
     settings = json.loads(json.dumps(settings, default=lambda value: str(value)))
+    # Another that has its name since makes other parts.
+    loras = ((str(lora.path), lora.path.stat()) for lora in job.model.loras)
+    settings["files"] = [
+        *job.handles.checkpoint.fingerprint,
+        *((name, found.st_size, found.st_mtime_ns) for name, found in loras),
+    ]
     settings["pixels"] = hashlib.sha256(b"" if start is None else start.numpy().tobytes()).hexdigest()
     folder = parts_folder(job.output, settings)
     with latents_kept(job.output):
@@ -240,15 +246,19 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         said = (
             str(cause) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
         )
-        folders = output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
         try:
-            path = keep_latent(latent, folders, stem_of(output))
+            path = keep_latent(latent, _folders(output), stem_of(output))
         except ValueError as why:
             raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
         raise RuntimeError(
             f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
             "same --model makes the video of them; --fps, and --video with --keep-audio, are given again if they were."
         ) from error
+
+
+def _folders(output: Path) -> tuple[Path, ...]:
+    """Return where what was made is kept if it cannot be where it was to go."""
+    return output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
 
 
 def finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
@@ -298,6 +308,29 @@ def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps
         output = free_name(DEFAULT_OUTPUT)
     write_mp4(images, output, fps, events=terminal_events(), overwrite=options.overwrite, sound=sound)
     say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
+
+
+def write_somewhere(
+    options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None
+) -> None:
+    """Write frames of which there are no latents, as ``write`` does, or else in another folder.
+
+    Raises:
+        RuntimeError: with why they are not where they were to go, and where they are.
+    """
+    from cogvideox.video import free_name, write_mp4
+
+    try:
+        write(options, images, output, fps, sound)
+    except (ValueError, RuntimeError) as error:
+        for folder in _folders(output):
+            other = free_name(folder / f"{stem_of(output)}.mp4")
+            try:
+                write_mp4(images, other, fps, events=terminal_events(), sound=sound)
+            except (ValueError, RuntimeError):
+                continue
+            raise RuntimeError(f"{error} The video is not lost: it is {short(other, 400)}.") from error
+        raise
 
 
 class Work:

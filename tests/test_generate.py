@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import signal
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 import generate
 from cogvideox.video import read_video, write_mp4
+from tests.helpers import is_same_video
 from tests.helpers import run_generate as run
 
 
@@ -101,6 +104,32 @@ def test_errors_are_sentences(tiny, capsys, arguments, said):
     assert code == 1
     assert error.startswith("error: ")
     assert said in error
+
+
+@pytest.mark.parametrize("language", ["C.UTF-8", "zh_CN.UTF-8"])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--video", "clip.mp4", "--strength", 0.5), "--strength 0.5"),
+        (("--cfg-range", 0.5, 0.5), "--cfg-range START"),
+        (("--cfg-range", 0, 1.5), "--cfg-range END"),
+        (("--on-mismatch", "stop", "--dtype", "fp16"), "--on-mismatch"),
+        (("--prompts", "my denoise.txt"), "my denoise.txt"),
+        ((), "--on-black"),
+    ],
+)
+def test_errors_name_options_and_no_widgets(tiny, tmp_path, capsys, monkeypatch, language, arguments, named):
+    import cogvideox.vae
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LC_ALL", language)
+    monkeypatch.setattr(cogvideox.vae, "decode", lambda *_, **__: torch.full((1, 32, 32, 3), 0.001))
+    prompt = () if "--prompts" in arguments else ("--prompt", "x")
+    size = ("--width", 32, "--height", 32, "--frames", 1, "--steps", 1)
+    code, _, error = run(capsys, "--model", tiny, *prompt, *size, *arguments)
+    assert code == 1
+    assert named in error
+    assert not re.search(r"denoise\b(?!\.txt)|cfg_start|cfg_end|on_mismatch|\baction\b", error)
 
 
 def test_help_names_every_option_with_its_default(capsys):
@@ -198,7 +227,10 @@ def test_a_checkpoint_is_downloaded_when_asked_for(tmp_path, capsys, monkeypatch
     )
     assert run(capsys, "--download", "t2v", tmp_path)[0] == 0
     assert run(capsys, "--download", "i2v")[1] == f"complete: {Path('models/x')}\n"
-    assert asked == [("t2v", str(tmp_path)), ("i2v", "models")]
+    # cmd leaves single quotes around what it is given.
+    assert run(capsys, "--download", "fun-inp", f"'{tmp_path}'")[0] == 0
+    assert asked == [("t2v", str(tmp_path)), ("i2v", "models"), ("fun-inp", str(tmp_path))]
+    assert run(capsys, "--download", "t2v", "''")[2].startswith("error: '' is no path")
     assert "at most one folder" in run(capsys, "--download", "t2v", "a", "b")[2]
     monkeypatch.undo()
     assert "'t3v'" in run(capsys, "--download", "t3v", tmp_path)[2]
@@ -486,6 +518,20 @@ def test_two_images_of_one_frame_are_refused_before_weights_are_read(
     assert "it would end where it starts" in error
 
 
+def test_without_guidance_no_negative_prompt_is_encoded(tiny, tmp_path, capsys, monkeypatch):
+    import cogvideox.text as module
+
+    seen, encode = [], module.encode_prompt
+    monkeypatch.setattr(
+        module, "encode_prompt", lambda encoder, text, **how: seen.append(text) or encode(encoder, text, **how)
+    )
+    for name, more in (("a", ()), ("b", ("--negative", "a cat"))):
+        code, _, error = run(capsys, *short_run(tiny, tmp_path / f"{name}.mp4", "--cfg", 1, *more))
+        assert code == 0, error
+    assert seen == ["a panda", "a panda"]
+    assert is_same_video(tmp_path / "a.mp4", tmp_path / "b.mp4")
+
+
 class TestTheOutput:
     def test_one_that_exists_is_refused_before_the_run_and_replaced_on_demand(self, tiny, tmp_path, capsys, no_weights):
         output = tmp_path / "out.mp4"
@@ -546,6 +592,27 @@ class TestTheOutput:
         with av.open(str(tmp_path / "b.mp4")) as video:
             assert video.streams.video[0].average_rate == 20
             assert [stream.type for stream in video.streams] == ["video", "audio"]
+
+    def test_a_run_that_the_system_stops_leaves_nothing_half_written(self, tiny, tmp_path, capsys, monkeypatch):
+        import cogvideox.video as module
+
+        stopped = []
+
+        def stop(_, path, *__):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(module, "_encode", stop)
+        before = signal.signal(signal.SIGTERM, lambda *_: stopped.append("not by the program"))
+        try:
+            code, _, error = run(capsys, *short_run(tiny, tmp_path / "a.mp4"))
+            assert (code, error.splitlines()[-1]) == (130, "stopped.")
+            assert list(tmp_path.iterdir()) == []
+            # Afterwards it is as it was.
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
         import cogvideox.video as module
@@ -697,7 +764,7 @@ class TestTheCommandLine:
             (("--cfg", "0"), "cfg is 0.0"),
             (("--cfg", "nan"), "cfg is nan"),
             (("--cfg-range", "0.5", "0.5"), "no step would be guided"),
-            (("--cfg-range", "0", "1.5"), "cfg_end is 1.5"),
+            (("--cfg-range", "0", "1.5"), "--cfg-range END is 1.5"),
             (("--cfg-range", "0.51", "0.7", "--steps", "4"), "none of 4 steps lies between"),
             (("--steps", "1001"), "steps is 1001"),
             (("--width", "999984", "--height", "999984"), "of memory, and this computer has"),

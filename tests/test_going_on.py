@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cogvideox.files
 import cogvideox.sampling
@@ -190,6 +193,30 @@ class TestChain:
         run(capsys, *self.arguments(checkpoints, tmp_path, image, "--cfg", "5"))
         assert len(list(tmp_path.glob("long_parts_*"))) == 2
         assert calls == [8, 7, 8]
+
+    def test_parts_of_a_lora_or_model_that_was_replaced_since_are_not_gone_on_with(
+        self, checkpoints, tmp_path, capsys, image
+    ):
+        model, lora = tmp_path / "model", tmp_path / "lora.safetensors"
+        shutil.copytree(checkpoints("1.5-i2v"), model)
+        name = "transformer_blocks.1.attn1.to_v"
+
+        def made():
+            arguments = self.arguments(checkpoints, tmp_path, image, "--seconds", 1, "--lora", lora, "--overwrite")
+            assert run(capsys, *arguments, "--model", model)[0] == 0
+            return len(list(tmp_path.glob("long_parts_*")))
+
+        def write_lora(strength):
+            halves = {"A": torch.ones(2, 128), "B": torch.full((128, 2), strength)}
+            save_file({f"{name}.lora_{half}.weight": weights for half, weights in halves.items()}, lora)
+
+        write_lora(1.0)
+        assert [made(), made()] == [1, 1]
+        write_lora(2.0)
+        assert [made(), made()] == [2, 2]
+        weights = next((model / "transformer").glob("*.safetensors"))
+        os.utime(weights, ns=(1, 1))
+        assert [made(), made()] == [3, 3]
 
     def test_the_video_is_written(self, checkpoints, tmp_path, capsys, image):
         code, _, error = run(capsys, *self.arguments(checkpoints, tmp_path, image, "--seconds", "0.5"))

@@ -61,6 +61,10 @@ class TestVideos:
         )
         assert lines("x.txt", "@a panda\na cat\na cat\n")[0] == 0
         assert seen == ["@a panda", "", "a cat"]
+        # Where nothing is guided, the negative prompt is not read.
+        seen.clear()
+        assert lines("x.txt", "a panda\na cat\n", "--cfg", 1, "--overwrite")[0] == 0
+        assert seen == ["a panda", "a cat"]
 
     def test_what_is_there_is_not_made_again_and_a_failure_stops_no_other(self, lines, tmp_path, monkeypatch):
         import cogvideox.vae as module
@@ -183,6 +187,16 @@ class TestLines:
         common = parser.parse_args(["--prompts", "x.txt", "--compile", "max-autotune-no-cudagraphs"])
         line = Line(1, {"prompt": "a", "compile": value})
         assert options_of(line, common, parser.parse_args, Path("y")).compile == found
+
+    def test_whole_numbers_are_read_as_pandas_writes_those_of_a_column_with_gaps(self):
+        parser = generate.build_parser(generate._LineParser)
+        common = parser.parse_args(["--prompts", "x.txt"])
+        for words in ({"seed": 7.0, "frames": 17.0}, {"seed": "7.0", "frames": "17.0"}):
+            found = options_of(Line(1, {"prompt": "a", **words}), common, parser.parse_args, Path("y"))
+            assert (found.seed, found.frames) == (7, 17)
+        for words in ({"frames": 17.5}, {"seed": "1e3"}, {"seed": 1e20}, {"frames": ".0"}):
+            with pytest.raises(ValueError, match="is not a whole number"):
+                options_of(Line(1, {"prompt": "a", **words}), common, parser.parse_args, Path("y"))
 
     def test_a_dry_run_finds_what_the_run_would(self, lines, tmp_path):
         names = ("x", "sub/x.mp4", f"{'x' * 300}.mp4", "a.mp4", "../videos/a.mp4")

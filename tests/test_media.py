@@ -512,6 +512,17 @@ class TestClips:
         path = write_clip(tmp_path / "x.mp4", size=(100, 72), levels=[frame], pix_fmt="yuv444p")
         assert (read_video(path, size=(80, 48)) - fit_size(read_video(path), 80, 48)).abs().max() < 2 / 255
 
+    def test_what_is_made_of_each_frame_is_all_that_is_kept(self, tmp_path):
+        path = write_clip(tmp_path / "x.mp4", 16, 9)
+        kept = read_video(path, 9, dtype=torch.uint8, fit=lambda frame: frame[:4, :4] / 255)
+        assert torch.equal(kept, read_video(path)[:, :4, :4])
+
+    def test_frames_of_another_size_than_the_first_are_brought_to_that(self, tmp_path):
+        parts = [write_clip(tmp_path / f"{size[0]}.h264", 16, 9, size) for size in ((96, 64), (64, 64))]
+        (tmp_path / "x.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+        assert read_video(tmp_path / "x.h264").shape == (18, 64, 96, 3)
+        assert read_video(tmp_path / "x.h264", size=(48, 32)).shape == (18, 32, 48, 3)
+
     def test_a_cut_clip_gives_its_frames_until_there_and_says_so(self, tmp_path):
         path = write_clip(tmp_path / "x.mkv", 16, 200, tone=True)
         content = path.read_bytes()

@@ -4,12 +4,15 @@ With the environment variables DOVE_PATH and SPARKVSR_PATH at their checkouts (`
 the scripts themselves are run too.
 """
 
+import errno
 import gc
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -36,7 +39,7 @@ from cogvideox.super_resolution import (
     upscale,
 )
 from cogvideox.text import read_embeddings, write_embeddings
-from cogvideox.video import write_mp4
+from cogvideox.video import read_video, write_mp4
 from cogvideox.weights import placements
 from tests.conftest import CPU
 from tests.helpers import call, is_same_video
@@ -483,6 +486,57 @@ class TestCommandLine:
         code, _, error = run(capsys, *arguments, *shown[:2], "--reference-frames", "9", "--output", tmp_path / "x.mp4")
         assert code == 1
         assert "its last is 8" in error
+
+    def test_a_video_that_cannot_be_where_it_was_to_go_is_not_lost(self, stored, tmp_path, capsys, clip, monkeypatch):
+        import cogvideox.video as module
+
+        encode, full = module._encode, tmp_path / "full"
+        fail = {full}
+        full.mkdir()
+        (tmp_path / "large.mp4").write_text("another")
+        monkeypatch.chdir(tmp_path)
+
+        def encoded(images, path, *more):
+            if path.parent in fail:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            encode(images, path, *more)
+
+        monkeypatch.setattr(module, "_encode", encoded)
+        arguments = ("--upscale", clip, "--model", stored("1.5"), "--scale", 1, "--output", full / "large.mp4")
+        code, _, error = run(capsys, *arguments)
+        assert code == 1
+        assert "No space left on device" in error
+        assert f"The video is not lost: it is {tmp_path / 'large_00002.mp4'}." in error
+        assert len(read_video(tmp_path / "large_00002.mp4")) == 9
+        assert (tmp_path / "large.mp4").read_text() == "another"
+        assert list(full.iterdir()) == []
+        fail |= {tmp_path, Path(tempfile.gettempdir())}
+        code, _, error = run(capsys, *arguments)
+        assert code == 1
+        assert f"{full / 'large.mp4'} could not be written" in error
+        assert "not lost" not in error
+
+    @pytest.mark.parametrize("bright", [None, 8])
+    def test_a_black_clip_is_refused_before_it_is_made_larger(self, stored, tmp_path, capsys, monkeypatch, bright):
+        frames = torch.zeros(9, 16, 24, 3)
+        if bright is not None:
+            frames[bright] = 1
+        write_mp4(frames, tmp_path / "dark.mp4", 8)
+        monkeypatch.setattr(cogvideox.super_resolution, "upscale", lambda *_, **__: frames)
+        arguments = ("--upscale", tmp_path / "dark.mp4", "--model", stored("1.5"), "--scale", 1)
+        code, _, error = run(capsys, *arguments, "--output", tmp_path / "large.mp4")
+        assert ("is black in all of its frames" in error) == (bright is None), error
+        assert (tmp_path / "large.mp4").exists() == (code == 0) == (bright is not None)
+        assert run(capsys, *arguments, "--on-black", "warn", "--output", tmp_path / "other.mp4")[0] == 0
+
+    def test_what_it_does_not_read_is_said(self, stored, tmp_path, capsys, clip):
+        arguments = ("--upscale", clip, "--model", stored("1.5"), "--plan", "--output", tmp_path / "x.mp4")
+        assert "does not read" not in run(capsys, *arguments)[1]
+        more = ("--steps", 4, "--cfg", 1, "--cfg-range", 0, 0.5, "--cache", "teacache", "--context-windows", 161)
+        code, said, _ = run(capsys, *arguments, *more)
+        assert code == 0
+        assert "does not read --steps, --cfg, --cfg-range, --cache, --context-windows." in said
+        assert "TeaCache" not in said
 
     def test_a_plan_makes_nothing(self, stored, tmp_path, capsys, clip):
         code, said, _ = run(
