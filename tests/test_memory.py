@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox.memory as memory_module
 import cogvideox.sampling as sampling_module
+import cogvideox.tensors as tensors_module
 import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.choices import CACHES
@@ -24,6 +25,7 @@ from cogvideox.modules.cache import Cache
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.sentinel import OutOfMemory
+from cogvideox.tensors import free_host_bytes
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from cogvideox.weights import Placement, placements
@@ -356,6 +358,76 @@ class TestModes:
         weights_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
         with torch.no_grad():
             assert torch.equal(offloaded(ids)[0], expected)
+
+
+class TestHost:
+    """The computer's own memory, which parts that wait for their turn take."""
+
+    @pytest.fixture
+    def opened(self, tiny):
+        return open_handles(tiny, "fp32", CPU)
+
+    @pytest.mark.parametrize(("free", "stays"), [(1 << 40, True), (1000, False)])
+    def test_a_part_that_waits_makes_way_where_the_next_has_no_room_beside_it(
+        self, opened, prompts, monkeypatch, free, stays
+    ):
+        said, latent = [], torch.zeros(1, 16, 4, 6, 10)
+        expected = sample(open_handles(opened.checkpoint.path, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+        encode_prompt(opened.text_encoder, "a panda")
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: free)
+        ours = sample(opened.model, *prompts, latent, seed=1, steps=2, events=Told(said))
+        assert torch.equal(ours, expected)
+        assert opened.text_encoder.weights.is_loaded == stays
+        assert any("The transformer takes" in text and "0.0 MB are free" in text for text in said) != stays
+        # It is read again when it runs.
+        assert encode_prompt(opened.text_encoder, "a panda").embeddings.isfinite().all()
+
+    def test_one_that_runs_stays(self, opened, monkeypatch):
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)
+        with opened.model.weights.running() as module:
+            encode_prompt(opened.text_encoder, "a panda")
+            assert opened.model.weights._module is module
+        opened.text_encoder.weights.release()
+        with opened.text_encoder.weights.running():
+            assert not opened.model.weights.is_loaded
+
+    @pytest.mark.parametrize(("need", "stays"), [(0, True), (1 << 30, False)])
+    def test_on_a_card_it_is_freed_where_it_and_what_it_makes_way_for_have_no_room(
+        self, opened, monkeypatch, need, stays
+    ):
+        weights = opened.text_encoder.weights
+        with weights.running():
+            pass
+        monkeypatch.setattr(weights_module, "_is_host", lambda device: False)
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 2 << 30)
+        weights.park(beside=need)
+        assert weights.is_loaded == stays
+
+    @pytest.mark.parametrize(
+        ("dtype", "device", "taken"), [("bf16", "cpu", 0), ("fp32", "cpu", 1), ("bf16", "mps", 1), ("fp32", "cuda", 0)]
+    )
+    def test_what_runs_as_it_is_stored_takes_none_but_on_apples_gpu(self, tiny, dtype, device, taken):
+        weights = open_handles(tiny, dtype, CPU).model.weights
+        assert weights._host_bytes(torch.device(device)) == taken * weights.nbytes
+
+    @pytest.mark.parametrize(
+        ("folder", "limit", "taken", "cached"),
+        [
+            ("", "memory.max", "memory.current", "inactive_file"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ],
+    )
+    def test_the_limit_of_a_container_counts(self, tmp_path, monkeypatch, folder, limit, taken, cached):
+        group = tmp_path / folder
+        group.mkdir(exist_ok=True)
+        (group / limit).write_text("3000\n")
+        (group / taken).write_text("2900\n")
+        (group / "memory.stat").write_text(f"anon 2500\n{cached} 400\n")
+        assert free_host_bytes() > 3000
+        monkeypatch.setattr(tensors_module, "_CGROUPS", tmp_path)
+        assert free_host_bytes() == 500
+        (group / limit).write_text("max\n")
+        assert free_host_bytes() > 3000
 
 
 class TestOutOfMemory:
