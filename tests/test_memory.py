@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cogvideox.memory as memory_module
+import cogvideox.modules.attention as attention_module
 import cogvideox.sampling as sampling_module
 import cogvideox.tensors as tensors_module
 import cogvideox.weights as weights_module
@@ -22,6 +24,7 @@ from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
 from cogvideox.memory import LiveBytes, MemoryPlan, check_host_room, choose_placements, memory_text, plan_memory
 from cogvideox.modules.cache import Cache
+from cogvideox.modules.fastest import Shape
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.sentinel import OutOfMemory
@@ -93,6 +96,30 @@ class TestPlan:
             plan.bytes_of(Placement("gpu")) - plan.bytes_of(Placement("gpu", False)) == plan.activations - plan.halved
         )
         assert plan_memory(model, shape, guided=False).halved is None
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    def test_so_it_is_where_the_device_has_no_kernel_for_attention_that_goes_without_scores(
+        self, tiny, prompts, monkeypatch, dtype
+    ):
+        monkeypatch.setattr(attention_module, "_MOST_SCORES", 1 << 22)
+        shape, model = (1, 16, 5, 24, 40), open_handles(tiny, dtype, CPU).model
+        how = dict(seed=1, steps=1)
+        with model.weights.running():
+            gc.collect()
+        expected = sample(model, *prompts, torch.zeros(shape), **how)
+        with sdpa_kernel(SDPBackend.MATH):
+            with LiveBytes() as measured:
+                ours = sample(model, *prompts, torch.zeros(shape), **how)
+            plan = plan_memory(model, shape, True, 8)
+        assert plan.activations == pytest.approx(measured.peak, rel=0.15)
+        assert (ours - expected).norm() / expected.norm() < (1e-5 if dtype == "fp32" else 2e-2)
+
+    def test_copies_that_diffusers_gives_to_cudnn_count(self, tiny):
+        shape, model = (1, 16, 5, 24, 40), open_handles(tiny, "bf16", CPU).model
+        more, less = (plan_memory(replace(model, attention=name), shape, False, 8) for name in ("cudnn", "sdpa"))
+        held = 3 * (8 + 3 * 12 * 20) * 128 * 2
+        assert attention_module.bytes_beside("cudnn", Shape(1, 728, 2, 64), torch.bfloat16, CPU.device) == held
+        assert less.activations < more.activations <= less.activations + held
 
     def test_nothing_is_read_or_loaded_for_it(self, tiny):
         model = open_handles(tiny, "bf16", CPU).model
