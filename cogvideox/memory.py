@@ -137,7 +137,7 @@ def plan_memory(
         # One layer's weight at a time is widened, range-safe by way of fp32.
         widened = max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
         activations, halved = activations + widened, halved + widened
-    loras = sum(lora.nbytes for lora in model.loras)
+    loras = sum(lora.numbers for lora in model.loras) * weights.precision.dtype.itemsize
     cache = 0
     if model.cache is not None:
         copies, itemsize = batch * (2 if guided else 1), weights.precision.activations.itemsize

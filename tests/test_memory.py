@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cogvideox.lora as lora_module
 import cogvideox.memory as memory_module
 import cogvideox.modules.attention as attention_module
+import cogvideox.modules.range_safe as range_safe_module
 import cogvideox.sampling as sampling_module
 import cogvideox.tensors as tensors_module
 import cogvideox.weights as weights_module
@@ -135,7 +137,35 @@ class TestPlan:
         )
         model = open_handles(tiny, "bf16", CPU).model
         more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
-        assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
+        assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 2
+        # As it runs, not as it is stored; one that does nothing is not read.
+        nothing = plan_memory(with_lora(model, tmp_path / "lora.safetensors", 0.0), (1, 16, 4, 6, 10))
+        assert (more.loras, nothing.loras) == (2 * 2 * 128 * 2, 0)
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("uneven", [False, True])
+    def test_with_loras_it_is_as_close(self, tiny, prompts, tmp_path, monkeypatch, dtype, uneven):
+        monkeypatch.setattr(range_safe_module, "_FEED_FORWARD_TOKENS", 50)
+        monkeypatch.setattr(lora_module, "_TOKENS", 50)
+        model, shape, state = open_handles(tiny, dtype, CPU).model, (1, 16, 5, 24, 40), {}
+        for name, stored in model.weights.part.tensors.items():
+            if "transformer_blocks" in name and len(stored.shape) == 2:
+                down, up = torch.randn(2, stored.shape[1]), torch.randn(stored.shape[0], 2) / 1000
+                # Then they have scales of their own for each column.
+                down[:, ::7] *= 3e4 if uneven else 1
+                layer = f"transformer.{name.removesuffix('.weight')}"
+                state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        save_file(state, tmp_path / "lora.safetensors")
+        changed = with_lora(model, tmp_path / "lora.safetensors", 1e-4)
+        with model.weights.running():
+            gc.collect()
+        with LiveBytes() as without:
+            sample(model, *prompts, torch.zeros(shape), seed=1, steps=1)
+        with LiveBytes() as measured:
+            sample(changed, *prompts, torch.zeros(shape), seed=1, steps=1)
+        plan = plan_memory(changed, shape, True, 8)
+        assert measured.peak < 1.03 * without.peak + plan.loras
+        assert plan.activations + plan.loras == pytest.approx(measured.peak, rel=0.15)
 
     @pytest.mark.parametrize(("dtype", "wide"), [("bf16", 2), ("fp32", 4), ("fp16", 6)])
     def test_of_packed_weights_one_layer_is_widened_at_a_time(self, tiny, tmp_path, dtype, wide):
