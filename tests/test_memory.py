@@ -422,14 +422,14 @@ class TestHost:
 
     @pytest.fixture
     def opened(self, tiny):
-        return open_handles(tiny, "fp32", CPU)
+        return open_handles(tiny, "fp16", CPU)
 
     @pytest.mark.parametrize(("free", "stays"), [(1 << 40, True), (1000, False)])
     def test_a_part_that_waits_makes_way_where_the_next_has_no_room_beside_it(
         self, opened, prompts, monkeypatch, free, stays
     ):
         said, latent = [], torch.zeros(1, 16, 4, 6, 10)
-        expected = sample(open_handles(opened.checkpoint.path, "fp32", CPU).model, *prompts, latent, seed=1, steps=2)
+        expected = sample(open_handles(opened.checkpoint.path, "fp16", CPU).model, *prompts, latent, seed=1, steps=2)
         encode_prompt(opened.text_encoder, "a panda")
         monkeypatch.setattr(weights_module, "free_host_bytes", lambda: free)
         ours = sample(opened.model, *prompts, latent, seed=1, steps=2, events=Told(said))
