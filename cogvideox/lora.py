@@ -10,7 +10,7 @@ What files of LoRAs look like is known by ``checkpoint.lora_files``.
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,9 @@ from .modules.range_safe import RangeSafeLinear
 from .variants import NOTHING, identify
 from .words import listed, short
 
+#: Tokens that a change is added to at once in range-safe fp16.
+_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -48,8 +51,10 @@ class Lora:
     notes: tuple[str, ...] = ()
 
     @property
-    def nbytes(self) -> int:
-        return sum(pair.down.nbytes + pair.up.nbytes for pair in self.pairs.values())
+    def numbers(self) -> int:
+        """How many it runs with."""
+        pairs = self.pairs.values() if self.strength else ()
+        return sum(prod(pair.down.shape) + prod(pair.up.shape) for pair in pairs)
 
     @property
     def text(self) -> str:
@@ -216,20 +221,21 @@ def applied(
     Raises:
         ValueError: if a LoRA's weights hold NaN or Inf, or its file changed.
     """
-    changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    layers: dict[str, list[tuple[Lora, Pair]]] = {}
     for lora in loras:
         if lora.strength == 0:
             continue
         for name, pair in lora.pairs.items():
-            down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
-            changes.setdefault(name, []).append((down, _scaled(up, lora, pair)))
+            layers.setdefault(name, []).append((lora, pair))
+    # A layer's at a time: in fp32 those of a large LoRA are gigabytes.
+    changes = ((name, [_changes(lora, pair) for lora, pair in pairs]) for name, pairs in layers.items())
     with added(changes, module, precision, device):
         yield
 
 
 @contextmanager
 def added(
-    changes: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]],
+    changes: Iterable[tuple[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]],
     module: nn.Module,
     precision: Precision,
     device: torch.device | None = None,
@@ -238,17 +244,16 @@ def added(
     does with those that it reads.
 
     Args:
-        changes: by the name of a layer, pairs of ``down`` ``[rank, in]`` and ``up`` ``[out, rank]`` (of a convolution
-            ``[rank, in, k, k]`` and ``[out, rank, 1, 1]``), fp32, on the host, scaled.
+        changes: names of layers, each with pairs of ``down`` ``[rank, in]`` and ``up`` ``[out, rank]`` (of a
+            convolution ``[rank, in, k, k]`` and ``[out, rank, 1, 1]``), fp32, on the host, scaled. None is kept.
         device: where it runs, if its weights are not there all the time.
     """
     hooks = []
     try:
-        for name, pairs in changes.items():
+        for name, pairs in changes:
             layer = module.get_submodule(name)
-            # Several LoRAs are one of the sum of their ranks.
-            down, up = torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
-            hooks.append(layer.register_forward_hook(_hook(layer, down, up, precision, device or _device(layer))))
+            hooks.append(layer.register_forward_hook(_hook(layer, pairs, precision, device or _device(layer))))
+            del pairs
         yield
     finally:
         for hook in hooks:
@@ -256,8 +261,13 @@ def added(
 
 
 def _hook(
-    layer: nn.Module, down: torch.Tensor, up: torch.Tensor, precision: Precision, device: torch.device
+    layer: nn.Module,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    precision: Precision,
+    device: torch.device,
 ) -> Callable:
+    # Several LoRAs are one of the sum of their ranks.
+    down, up = torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
     if isinstance(layer, RangeSafeLinear):
         return partial(_add_range_safe, _range_safe(down, device), _range_safe(up, device))
     # What a range-safe model leaves as it was (a convolution) runs in fp32.
@@ -280,16 +290,25 @@ def _add_convolved(
 def _add_range_safe(
     down: RangeSafeLinear, up: RangeSafeLinear, layer: nn.Module, inputs: tuple, output: torch.Tensor
 ) -> torch.Tensor:
-    if len(inputs) == 2 and down.column_scale is not None:
-        # Scaled per token already, which leaves no room for the scales of columns.
-        inputs = (inputs[0].float().mul_(inputs[1]),)
-    return output.add_(up(down(*inputs)))
+    # A few tokens at a time, as what is added to them comes in fp32; a compiler makes one pass of all.
+    step = output.shape[-2] if torch.compiler.is_compiling() else _TOKENS
+    for start in range(0, output.shape[-2], step):
+        given = tuple(x[..., start : start + step, :] for x in inputs)
+        if len(given) == 2 and down.column_scale is not None:
+            # Scaled per token already, which leaves no room for the scales of columns.
+            given = (given[0].float().mul_(given[1]),)
+        output[..., start : start + step, :].add_(up(down(*given)))
+    return output
 
 
 def _range_safe(weight: torch.Tensor, device: torch.device) -> RangeSafeLinear:
     linear = RangeSafeLinear(weight.shape[1], weight.shape[0], bias=False, device=device)
     linear.load_weight(weight, device)
     return linear
+
+
+def _changes(lora: Lora, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    return _read(lora, pair.down), _scaled(_read(lora, pair.up), lora, pair)
 
 
 def _scaled(up: torch.Tensor, lora: Lora, pair: Pair) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """What a run will take on a device, known from shapes alone, and what of it fits."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from .dtypes import Precision
 from .events import Events
 from .geometry import latent_frames, padding_frames, pixel_frames, rotary_embedding, video_tokens
 from .modules import internals
+from .modules.attention import bytes_beside
+from .modules.fastest import Shape
 from .modules.joint import join
 from .modules.quantize import Method, quantize_empty
 from .modules.range_safe import make_range_safe
@@ -119,8 +122,9 @@ def plan_memory(
     batch, channels, length, *size = shape
     windows = spans(model.windows, length, config)
     run_at_once = (batch, channels, latents_at_once(model.windows, length, config), *size)
+    beside = partial(bytes_beside, model.attention, device=weights.device)
     activations, halved = (
-        step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method, parts)
+        step_bytes(config, weights.precision, run_at_once, together, tokens, weights.method, parts, beside)
         for together in (guided, False)
     )
     if len(windows) > 1:
@@ -133,7 +137,7 @@ def plan_memory(
         # One layer's weight at a time is widened, range-safe by way of fp32.
         widened = max(packed) * (6 if weights.precision.range_safe else weights.precision.dtype.itemsize)
         activations, halved = activations + widened, halved + widened
-    loras = sum(lora.nbytes for lora in model.loras)
+    loras = sum(lora.numbers for lora in model.loras) * weights.precision.dtype.itemsize
     cache = 0
     if model.cache is not None:
         copies, itemsize = batch * (2 if guided else 1), weights.precision.activations.itemsize
@@ -248,9 +252,14 @@ def step_bytes(
     tokens: int,
     method: Method | None = None,
     parts: int = 1,
+    beside: Callable[[Shape, torch.dtype], int] = lambda *_: 0,
 ) -> int:
     """Bytes of activations at most in one step: a transformer of one block (the others are alike, and leave nothing
-    behind) on the meta device. With the tokens in so many ``parts``, what is exchanged is there twice."""
+    behind) on the meta device. With the tokens in so many ``parts``, what is exchanged is there twice.
+
+    Args:
+        beside: what the attention takes beside queries, keys, values and its result.
+    """
     from diffusers import CogVideoXTransformer3DModel
 
     batch, _, length, height, width = shape
@@ -287,7 +296,7 @@ def step_bytes(
     )
     given = sum(tensor.nbytes for tensor in _tensors(inputs.values()))
     loop = batch * _held_channels(config) * length * height * width * dtype.itemsize
-    with torch.no_grad(), LiveBytes() as mode, FusedAttention():
+    with torch.no_grad(), LiveBytes() as mode, FusedAttention(beside):
         module(**inputs)
     return mode.peak + given + loop + exchanged
 
@@ -361,11 +370,24 @@ class LiveBytes(TorchDispatchMode):
 
 class FusedAttention(TorchFunctionMode):
     """Attention as the one kernel that a device has for it: on the meta device torch would take it apart, and count its
-    matrix of weights."""
+    matrix of weights.
+
+    Args:
+        beside: bytes that the kernel takes meanwhile, of that shape and dtype.
+    """
+
+    def __init__(self, beside: Callable[[Shape, torch.dtype], int] = lambda *_: 0):
+        super().__init__()
+        self._beside = beside
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         query, key, value, scale = given["query"], given["key"], given["value"], given.get("scale")
-        return internals.fused_attention(query, key, value, scale)
+        batch, heads, tokens, channels = query.shape
+        nbytes = self._beside(Shape(batch, tokens, heads, channels), query.dtype)
+        held = torch.empty(nbytes, dtype=torch.uint8, device=query.device) if nbytes else None
+        result = internals.fused_attention(query, key, value, scale)
+        del held
+        return result

@@ -16,6 +16,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _GROWING = 3
 #: Where nothing is known of a machine: more than any has.
 _ANY_MACHINE = 1 << 44
+#: Where Linux has the limits of a container.
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_tensor(value: object, what: str, remedy: str) -> torch.Tensor:
@@ -100,7 +102,7 @@ def host_bytes() -> int:
             # Of a container, in both versions of cgroups; without a number where there is none.
             for file in ("memory.max", "memory/memory.limit_in_bytes"):
                 with suppress(OSError, ValueError):
-                    limits.append(int((Path("/sys/fs/cgroup") / file).read_text(encoding="ascii")) + swap)
+                    limits.append(int((_CGROUPS / file).read_text(encoding="ascii")) + swap)
     else:
         with suppress(OSError, ValueError, AttributeError):
             limits.append(_GROWING * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -112,6 +114,28 @@ def host_bytes() -> int:
             taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
             limits.append(max(0, limit - taken))
     return min(limits, default=_ANY_MACHINE)
+
+
+def free_host_bytes() -> int:
+    """Return how many bytes this process can take now without anything being moved to disk: what files are mapped or
+    cached in counts, as the system gives it up."""
+    free = []
+    # It comes with accelerate.
+    with suppress(ImportError, OSError, RuntimeError):
+        import psutil  # type: ignore[import-untyped]
+
+        free.append(psutil.virtual_memory().available)
+    # Of a container, in both versions of cgroups.
+    for folder, limit, taken, cached in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError, KeyError):
+            group = _CGROUPS / folder
+            most, now = (int((group / file).read_text(encoding="ascii")) for file in (limit, taken))
+            known = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            free.append(max(0, most - now + int(known[cached])))
+    return min(free, default=_ANY_MACHINE)
 
 
 def _windows_memory() -> int:

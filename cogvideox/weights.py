@@ -23,7 +23,7 @@ from .loading import build_module, load_module
 from .modules.quantize import Loss, Method, Quantizer, quantizes
 from .precision.hardware import Hardware
 from .precision.quantizing import choose_method, losses_text
-from .tensors import host_bytes
+from .tensors import free_host_bytes
 from .variants import PARTS
 from .words import size_text
 
@@ -110,6 +110,8 @@ class Weights:
         # How it was set up to run; None while any is open.
         self._mode: str | None = None
         self._losses: Mapping[str, Loss] = {}
+        # Runs that have it now.
+        self._users = 0
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
         self._copies: dict[torch.device, Weights] = {}
 
@@ -208,10 +210,28 @@ class Weights:
     @property
     def is_stuck(self) -> bool:
         """Whether they could not make way for another part: they are on a device whole, and the host has no room for
-        them."""
+        them now."""
+        return self._lacks_host_room(0)
+
+    def _lacks_host_room(self, beside: int) -> bool:
+        """``is_stuck``, where the part that they make way for takes so many bytes of the host's memory, too."""
         if _is_host(self.device) or self._mode not in (None, GPU) or not self.is_loaded:
             return False
-        return self.nbytes > host_bytes()
+        return self.nbytes + beside + _ROOM > free_host_bytes()
+
+    def _host_bytes(self, device: torch.device) -> int:
+        """Bytes of the host's memory that loading them to ``device`` takes. What runs there as it is stored is mapped
+        from its file, and the system gives that up where it has to; Apple's GPU has no memory of its own."""
+        if device.type not in ("cpu", "mps"):
+            return 0
+        if device.type == "mps":
+            return self.nbytes
+        return sum(
+            self.bytes_of(name)
+            for name, stored in self.part.tensors.items()
+            if self.quantizes(name)
+            or not (stored.is_packed or (stored.dtype == self.precision.dtype and not self.precision.range_safe))
+        )
 
     @property
     def is_loaded(self) -> bool:
@@ -229,7 +249,8 @@ class Weights:
                 fastest that fits.
         """
         with _turn:
-            make_room(self.device, self)
+            waits = torch.device("cpu") if mode in (OFFLOAD_BLOCKS, OFFLOAD_LAYERS) else self.device
+            make_room(self.device, self, 0 if self.is_loaded else self._host_bytes(waits))
             mode = mode or self.fitting_mode()
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
@@ -239,7 +260,11 @@ class Weights:
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
             self._mode = mode
-            yield module if offloads else module.to(self.device)
+            self._users += 1
+            try:
+                yield module if offloads else module.to(self.device)
+            finally:
+                self._users -= 1
 
     def quantization_text(self, events: Events | None = None) -> str:
         """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
@@ -266,10 +291,33 @@ class Weights:
             name = PARTS[self.kind][0]
             what = f"loading {name}" if self.method is None else f"quantizing {name}"
             told = None if events is None else events.counter(what, "B")
+            self._make_host_room(self._host_bytes(device), events)
             self._module, self._mode = load_module(part, self.precision, device, told, quantizer), None
             self._losses = {} if quantizer is None else quantizer.losses
             _loaded.add(self)
         return self._module
+
+    def _make_host_room(self, nbytes: int, events: Events | None) -> None:
+        """Free parts that wait in the host's memory where so many bytes are not free there: they are read again when
+        they run, which takes no longer than having the system move them to disk and back. Told where that is not
+        enough."""
+        for other in sorted(_loaded, key=lambda part: part.nbytes, reverse=True):
+            if nbytes and nbytes + _ROOM > free_host_bytes() and other is not self and other._waits:
+                logger.info("The %s makes way in this computer's memory", PARTS[other.kind][0])
+                other._module = None
+        free = free_host_bytes()
+        if events is not None and nbytes > free and self.method is None and self.kind != "vae":
+            events.note(
+                f"The {PARTS[self.kind][0]} takes {size_text(nbytes, 1)} of this computer's memory, and "
+                f"{size_text(free, 1)} are free: the system has to move some of it to disk, which is slow, or ends "
+                "this program. Close other programs, or make it smaller with CogVideoX-1.5 Quantize (--quantize, "
+                "--quantize-text-encoder)."
+            )
+
+    @property
+    def _waits(self) -> bool:
+        """Whether they are in the host's memory, and nobody runs them."""
+        return self._module is not None and not self._users and next(self._module.parameters()).device.type == "cpu"
 
     def fitting_mode(self) -> str:
         """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
@@ -281,11 +329,15 @@ class Weights:
         free = self.free
         return GPU if free is None or self.nbytes + _ROOM <= free else OFFLOAD_LAYERS
 
-    def park(self, copies: bool = True) -> None:
-        """Move the weights to the host's memory, or free them where it cannot hold them; their copies' too, unless
-        those are to stay where they are."""
+    def park(self, copies: bool = True, beside: int = 0) -> None:
+        """Move the weights to the host's memory, or free them where it has no room for them; their copies' too, unless
+        those are to stay where they are.
+
+        Args:
+            beside: bytes of the host's memory that will be taken by what they make way for.
+        """
         with _turn:
-            if self.is_stuck:
+            if self._lacks_host_room(beside):
                 self._module = None
             elif self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")
@@ -352,18 +404,18 @@ class SharedWeights(Weights):
             nn.Module.to(module, self.device, self.precision.dtype)
             yield module.requires_grad_(False).eval()
 
-    def park(self, copies: bool = True) -> None:
+    def park(self, copies: bool = True, beside: int = 0) -> None:
         """Leave them: the other program moves them."""
 
     def release(self) -> None:
         """Leave them: the other program frees them."""
 
 
-def make_room(device: torch.device, but: Weights | None = None) -> None:
-    """Have all parts leave a device that is not the host, but for one."""
+def make_room(device: torch.device, but: Weights | None = None, on_host: int = 0) -> None:
+    """Have all parts leave a device that is not the host, but for one, which will take so many bytes ``on_host``."""
     for other in list(_loaded):
         if other is not but and other.device == device and device.type != "cpu":
-            other.park(copies=False)
+            other.park(copies=False, beside=on_host)
 
 
 def _offload(module: nn.Module, mode: str, device: torch.device) -> None:

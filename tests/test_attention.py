@@ -12,14 +12,16 @@ from importlib import invalidate_caches
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogvideox.choices import BACKENDS
 from cogvideox.handles import open_handles, with_attention
 from cogvideox.modules import attention as attention_module
+from cogvideox.modules import internals
 from cogvideox.modules.attention import available, check_attention
 from cogvideox.modules.fastest import Fastest, Shape, find_fastest
-from cogvideox.modules.joint import join
+from cogvideox.modules.joint import attend_in_pieces, join
 from cogvideox.sampling import sample
 from tests.conftest import CPU
 from tests.helpers import write_package
@@ -127,6 +129,42 @@ class TestAvailable:
             kernels["flash"](*torch.zeros(3, 1, 4, 1, 8))
         monkeypatch.setattr("diffusers.models.attention_dispatch._CAN_USE_FLASH_ATTN", True)
         check_attention("flash", CARD, torch.float16)
+
+
+class TestScores:
+    """Where a device has no kernel that goes without them, a card of few gigabytes has no room for all."""
+
+    @pytest.mark.parametrize("most", [1, 40 * 12 * 7, 1 << 30])
+    def test_a_few_at_a_time_give_what_all_give(self, most):
+        query, key, value = torch.randn(3, 2, 40, 3, 8)
+        calls = []
+
+        def kernel(query, key, value):
+            calls.append(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] * 12)
+            return exact(query, key, value)
+
+        ours = attend_in_pieces(kernel, most, query, key, value)
+        assert (ours - exact(query, key, value)).abs().max() < 1e-6
+        assert max(calls) <= max(most, 40 * 12)
+        assert (len(calls) > 1) == (most < 1 << 30)
+
+    @pytest.mark.parametrize(
+        ("device", "lacks"), [("cpu", False), ("mps", True), ("privateuseone", True), ("cuda", False), ("meta", False)]
+    )
+    def test_torch_is_asked_where_it_knows(self, device, lacks, monkeypatch):
+        """A card that is not here is not asked."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert internals.lacks_fused_attention(torch.float32, torch.device(device), 64) == lacks
+        with sdpa_kernel(SDPBackend.MATH):
+            assert internals.lacks_fused_attention(torch.float32, torch.device("cpu"), 64)
+
+    def test_fastest_times_it_so_too(self, monkeypatch):
+        monkeypatch.setattr(attention_module, "_MOST_SCORES", 40 * 12 * 7)
+        monkeypatch.setattr(internals, "lacks_fused_attention", lambda *_: True)
+        (kernel,) = attention_module.exact_kernels(HOST, torch.float32).values()
+        query, key, value = torch.randn(3, 2, 40, 3, 8)
+        assert kernel.func is attend_in_pieces
+        assert (kernel(query, key, value) - exact(query, key, value)).abs().max() < 1e-6
 
 
 class TestFastest:

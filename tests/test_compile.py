@@ -306,6 +306,14 @@ class TestFallback:
         assert not graphs
         assert any("runs without compiling: no C++ compiler is installed" in text for text in said)
 
+    def test_where_attention_is_computed_in_pieces_it_is_said(self, model, prompts, graphs, monkeypatch):
+        monkeypatch.setattr(attention_module, "_MOST_SCORES", 1000)
+        monkeypatch.setattr(attention_module.internals, "lacks_fused_attention", lambda *_: True)
+        said = []
+        assert torch.equal(run(model, prompts, Compiled(), said), run(model, prompts))
+        assert not graphs
+        assert any("runs without compiling: this device has no kernel for attention" in text for text in said)
+
     def test_without_triton_on_a_card_it_is_said(self, monkeypatch):
         monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
         assert "triton is not installed" in missing_compiler(torch.device("cuda"))

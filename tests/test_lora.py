@@ -3,11 +3,13 @@
 import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import cogvideox.lora as lora_module
 from cogvideox.checkpoint.catalogue import list_parts
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
@@ -194,6 +196,26 @@ def test_a_loud_lora_does_not_overflow_in_range_safe_fp16(tmp_path, part, inputs
         ours = run(module, inputs)
     assert ours.isfinite().all()
     assert error(ours, run(with_peft((halves, RANK, 1.0)), inputs, torch.float64)) < 3e-2
+
+
+@pytest.mark.parametrize(
+    "precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"]
+)
+def test_what_is_read_of_the_file_is_not_kept(tmp_path, part, monkeypatch, precision):
+    read, real = [], lora_module._read
+
+    def noted(*given):
+        tensor = real(*given)
+        # Of those before, only what a layer's other half is waited for with.
+        assert sum(other() is not None for other in read) <= 1
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(lora_module, "_read", noted)
+    lora = open_lora(write(tmp_path / "lora.safetensors", draw(part), **FORMATS["diffusers"]), part)
+    with applied([lora], load_module(part, precision, torch.device("cpu")), precision):
+        assert len(read) == 2 * len(lora.pairs)
+        assert all(other() is None for other in read)
 
 
 @pytest.mark.parametrize(

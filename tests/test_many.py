@@ -146,7 +146,7 @@ class TestVideos:
             assert not weights.is_stuck
             monkeypatch.setattr(module, "_is_host", lambda device: False)
             assert not weights.is_stuck
-            monkeypatch.setattr(module, "host_bytes", lambda: 1000)
+            monkeypatch.setattr(module, "free_host_bytes", lambda: 1000)
             assert weights.is_stuck
 
 

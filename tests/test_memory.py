@@ -9,9 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cogvideox.lora as lora_module
 import cogvideox.memory as memory_module
+import cogvideox.modules.attention as attention_module
+import cogvideox.modules.range_safe as range_safe_module
 import cogvideox.sampling as sampling_module
+import cogvideox.tensors as tensors_module
 import cogvideox.weights as weights_module
 from cogvideox.checkpoint.layout import open_part
 from cogvideox.choices import CACHES
@@ -21,9 +26,11 @@ from cogvideox.loading import load_module
 from cogvideox.lora import applied, open_lora
 from cogvideox.memory import LiveBytes, MemoryPlan, check_host_room, choose_placements, memory_text, plan_memory
 from cogvideox.modules.cache import Cache
+from cogvideox.modules.fastest import Shape
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from cogvideox.sentinel import OutOfMemory
+from cogvideox.tensors import free_host_bytes
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
 from cogvideox.weights import Placement, placements
@@ -92,6 +99,30 @@ class TestPlan:
         )
         assert plan_memory(model, shape, guided=False).halved is None
 
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    def test_so_it_is_where_the_device_has_no_kernel_for_attention_that_goes_without_scores(
+        self, tiny, prompts, monkeypatch, dtype
+    ):
+        monkeypatch.setattr(attention_module, "_MOST_SCORES", 1 << 22)
+        shape, model = (1, 16, 5, 24, 40), open_handles(tiny, dtype, CPU).model
+        how = dict(seed=1, steps=1)
+        with model.weights.running():
+            gc.collect()
+        expected = sample(model, *prompts, torch.zeros(shape), **how)
+        with sdpa_kernel(SDPBackend.MATH):
+            with LiveBytes() as measured:
+                ours = sample(model, *prompts, torch.zeros(shape), **how)
+            plan = plan_memory(model, shape, True, 8)
+        assert plan.activations == pytest.approx(measured.peak, rel=0.15)
+        assert (ours - expected).norm() / expected.norm() < (1e-5 if dtype == "fp32" else 2e-2)
+
+    def test_copies_that_diffusers_gives_to_cudnn_count(self, tiny):
+        shape, model = (1, 16, 5, 24, 40), open_handles(tiny, "bf16", CPU).model
+        more, less = (plan_memory(replace(model, attention=name), shape, False, 8) for name in ("cudnn", "sdpa"))
+        held = 3 * (8 + 3 * 12 * 20) * 128 * 2
+        assert attention_module.bytes_beside("cudnn", Shape(1, 728, 2, 64), torch.bfloat16, CPU.device) == held
+        assert less.activations < more.activations <= less.activations + held
+
     def test_nothing_is_read_or_loaded_for_it(self, tiny):
         model = open_handles(tiny, "bf16", CPU).model
         plan = plan_memory(model, (1, 16, 21, 96, 170))
@@ -106,7 +137,35 @@ class TestPlan:
         )
         model = open_handles(tiny, "bf16", CPU).model
         more = plan_memory(with_lora(model, tmp_path / "lora.safetensors"), (1, 16, 4, 6, 10))
-        assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 4
+        assert more.needed["gpu"] - plan_memory(model, (1, 16, 4, 6, 10)).needed["gpu"] == 2 * 2 * 128 * 2
+        # As it runs, not as it is stored; one that does nothing is not read.
+        nothing = plan_memory(with_lora(model, tmp_path / "lora.safetensors", 0.0), (1, 16, 4, 6, 10))
+        assert (more.loras, nothing.loras) == (2 * 2 * 128 * 2, 0)
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("uneven", [False, True])
+    def test_with_loras_it_is_as_close(self, tiny, prompts, tmp_path, monkeypatch, dtype, uneven):
+        monkeypatch.setattr(range_safe_module, "_FEED_FORWARD_TOKENS", 50)
+        monkeypatch.setattr(lora_module, "_TOKENS", 50)
+        model, shape, state = open_handles(tiny, dtype, CPU).model, (1, 16, 5, 24, 40), {}
+        for name, stored in model.weights.part.tensors.items():
+            if "transformer_blocks" in name and len(stored.shape) == 2:
+                down, up = torch.randn(2, stored.shape[1]), torch.randn(stored.shape[0], 2) / 1000
+                # Then they have scales of their own for each column.
+                down[:, ::7] *= 3e4 if uneven else 1
+                layer = f"transformer.{name.removesuffix('.weight')}"
+                state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        save_file(state, tmp_path / "lora.safetensors")
+        changed = with_lora(model, tmp_path / "lora.safetensors", 1e-4)
+        with model.weights.running():
+            gc.collect()
+        with LiveBytes() as without:
+            sample(model, *prompts, torch.zeros(shape), seed=1, steps=1)
+        with LiveBytes() as measured:
+            sample(changed, *prompts, torch.zeros(shape), seed=1, steps=1)
+        plan = plan_memory(changed, shape, True, 8)
+        assert measured.peak < 1.03 * without.peak + plan.loras
+        assert plan.activations + plan.loras == pytest.approx(measured.peak, rel=0.15)
 
     @pytest.mark.parametrize(("dtype", "wide"), [("bf16", 2), ("fp32", 4), ("fp16", 6)])
     def test_of_packed_weights_one_layer_is_widened_at_a_time(self, tiny, tmp_path, dtype, wide):
@@ -356,6 +415,76 @@ class TestModes:
         weights_module._offload(offloaded, "offload_blocks", torch.device("cpu"))
         with torch.no_grad():
             assert torch.equal(offloaded(ids)[0], expected)
+
+
+class TestHost:
+    """The computer's own memory, which parts that wait for their turn take."""
+
+    @pytest.fixture
+    def opened(self, tiny):
+        return open_handles(tiny, "fp16", CPU)
+
+    @pytest.mark.parametrize(("free", "stays"), [(1 << 40, True), (1000, False)])
+    def test_a_part_that_waits_makes_way_where_the_next_has_no_room_beside_it(
+        self, opened, prompts, monkeypatch, free, stays
+    ):
+        said, latent = [], torch.zeros(1, 16, 4, 6, 10)
+        expected = sample(open_handles(opened.checkpoint.path, "fp16", CPU).model, *prompts, latent, seed=1, steps=2)
+        encode_prompt(opened.text_encoder, "a panda")
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: free)
+        ours = sample(opened.model, *prompts, latent, seed=1, steps=2, events=Told(said))
+        assert torch.equal(ours, expected)
+        assert opened.text_encoder.weights.is_loaded == stays
+        assert any("The transformer takes" in text and "0.0 MB are free" in text for text in said) != stays
+        # It is read again when it runs.
+        assert encode_prompt(opened.text_encoder, "a panda").embeddings.isfinite().all()
+
+    def test_one_that_runs_stays(self, opened, monkeypatch):
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)
+        with opened.model.weights.running() as module:
+            encode_prompt(opened.text_encoder, "a panda")
+            assert opened.model.weights._module is module
+        opened.text_encoder.weights.release()
+        with opened.text_encoder.weights.running():
+            assert not opened.model.weights.is_loaded
+
+    @pytest.mark.parametrize(("need", "stays"), [(0, True), (1 << 30, False)])
+    def test_on_a_card_it_is_freed_where_it_and_what_it_makes_way_for_have_no_room(
+        self, opened, monkeypatch, need, stays
+    ):
+        weights = opened.text_encoder.weights
+        with weights.running():
+            pass
+        monkeypatch.setattr(weights_module, "_is_host", lambda device: False)
+        monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 2 << 30)
+        weights.park(beside=need)
+        assert weights.is_loaded == stays
+
+    @pytest.mark.parametrize(
+        ("dtype", "device", "taken"), [("bf16", "cpu", 0), ("fp32", "cpu", 1), ("bf16", "mps", 1), ("fp32", "cuda", 0)]
+    )
+    def test_what_runs_as_it_is_stored_takes_none_but_on_apples_gpu(self, tiny, dtype, device, taken):
+        weights = open_handles(tiny, dtype, CPU).model.weights
+        assert weights._host_bytes(torch.device(device)) == taken * weights.nbytes
+
+    @pytest.mark.parametrize(
+        ("folder", "limit", "taken", "cached"),
+        [
+            ("", "memory.max", "memory.current", "inactive_file"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ],
+    )
+    def test_the_limit_of_a_container_counts(self, tmp_path, monkeypatch, folder, limit, taken, cached):
+        group = tmp_path / folder
+        group.mkdir(exist_ok=True)
+        (group / limit).write_text("3000\n")
+        (group / taken).write_text("2900\n")
+        (group / "memory.stat").write_text(f"anon 2500\n{cached} 400\n")
+        assert free_host_bytes() > 3000
+        monkeypatch.setattr(tensors_module, "_CGROUPS", tmp_path)
+        assert free_host_bytes() == 500
+        (group / limit).write_text("max\n")
+        assert free_host_bytes() > 3000
 
 
 class TestOutOfMemory:

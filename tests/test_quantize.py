@@ -183,6 +183,16 @@ class TestDynamicProduct:
         layer = DynamicWeight(*quantize_rows(torch.full((16, 12288), 1e30), dtype))
         assert layer(torch.full((1, 12288), 1e3)).allclose(torch.tensor(12288e33), rtol=1e-5)
 
+    def test_the_card_is_asked_that_the_weight_will_run_on(self, monkeypatch):
+        """Beside another, and while the weight waits in the host's memory."""
+        monkeypatch.setattr(torch.version, "hip", None)
+        found = {None: (8, 9), torch.device("cuda:0"): (8, 9), torch.device("cuda:1"): (9, 0)}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found[device])
+        data, scale = quantize_rows(torch.randn(16, 32), torch.float8_e4m3fn)
+        for device, inside in (("cuda:0", False), ("cuda:1", True), ("cpu", True)):
+            weight = METHODS["fp8_dynamic"].pack(data, scale, torch.device(device))
+            assert weight._scales_inside == inside
+
 
 class TestLayers:
     @PRECISIONS

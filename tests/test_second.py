@@ -315,7 +315,7 @@ class TestWhatACopyHolds:
         monkeypatch.setattr(cogvideox.weights, "_is_host", lambda device: False)
         first.park()
         assert first.is_loaded
-        monkeypatch.setattr(cogvideox.weights, "host_bytes", lambda: 1000)
+        monkeypatch.setattr(cogvideox.weights, "free_host_bytes", lambda: 1000)
         first.park()
         assert not first.is_loaded
         assert not copy.is_loaded

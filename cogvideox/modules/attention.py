@@ -28,6 +28,7 @@ from ..words import reason, short
 from . import internals
 from .fastest import Fastest, Kernel, Shape, find_fastest
 from .internals import LibraryModule
+from .joint import SCORE_BYTES, attend_in_pieces
 
 #: Those that also take fp32.
 _FP32 = (AUTO, SDPA, XFORMERS, FASTEST)
@@ -47,6 +48,9 @@ _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool
     FLASH3_HUB: ("kernels", "0.12", lambda capability: capability[0] == 9),
     SAGE_HUB: ("kernels", "0.12", lambda capability: capability >= (8, 0)),
 }
+#: Bytes that scores may take where a device has no kernel that goes without them. A step of the model card's size has
+#: 98 billion of them for each prompt.
+_MOST_SCORES = 1 << 29
 #: What was timed in this process, by kernels, shape, dtype and device.
 _timed: dict[tuple, Fastest] = {}
 #: Kernels of the hub that were chosen, and fetched, in this process.
@@ -107,18 +111,39 @@ def attention_attached(
         _fetch(choice, tell)
     if choice == FASTEST:
         choice = _fastest(shape, dtype, device, tell)
+    most = _MOST_SCORES if _scores_bytes(choice, shape, dtype, device) > _MOST_SCORES else None
     processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
-    before = [processor.backend for processor in processors]
+    before = [(processor.backend, processor.most_scores) for processor in processors]
     for processor in processors:
-        processor.backend = _backend(choice)
+        processor.backend, processor.most_scores = _backend(choice), most
     try:
         yield
     finally:
-        for processor, backend in zip(processors, before, strict=True):
-            processor.backend = backend
+        for processor, (backend, scores) in zip(processors, before, strict=True):
+            processor.backend, processor.most_scores = backend, scores
 
 
-def exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:
+def attends_in_pieces(module: LibraryModule) -> bool:
+    """Return whether a transformer that attention is attached to computes it in pieces."""
+    return any(block.attn1.processor.most_scores is not None for block in module.transformer_blocks)
+
+
+def bytes_beside(choice: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that a choice takes at most beside queries, keys, values and the result."""
+    if choice == CUDNN or (choice == FASTEST and _missing(CUDNN, device) is None):
+        # diffusers gives it copies of all three.
+        return 3 * shape.batch * shape.tokens * shape.heads * shape.channels * dtype.itemsize
+    return min(_MOST_SCORES, _scores_bytes(choice, shape, dtype, device))
+
+
+def _scores_bytes(choice: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the scores of an attention, if the choice keeps them."""
+    if choice not in (AUTO, SDPA, FASTEST) or not internals.lacks_fused_attention(dtype, device, shape.channels):
+        return 0
+    return shape.batch * shape.heads * shape.tokens**2 * SCORE_BYTES
+
+
+def exact_kernels(device: torch.device, dtype: torch.dtype, channels: int = 64) -> dict[str, Kernel]:
     """Return the kernels that differ by rounding only and will run here, by name, SDPA first. Those of the hub are
     among them only once they were chosen, as the first use downloads code."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -126,6 +151,7 @@ def exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]
     there = [name for name in _EXACT if _missing(name, device) is None]
     there += [name for name in (FLASH_HUB, FLASH3_HUB) if name in _fetched]
     kernels: dict[str, Kernel] = {}
+    keeps_scores = internals.lacks_fused_attention(dtype, device, channels)
     for name in there:
         if dtype != torch.float32 or name in _FP32:
             unloadable = _unloadable(name)
@@ -134,6 +160,8 @@ def exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]
                 if unloadable is None
                 else partial(_refuse, unloadable)
             )
+            if name == SDPA and keeps_scores:
+                kernels[name] = partial(attend_in_pieces, kernels[name], _MOST_SCORES)
     return kernels
 
 
@@ -144,7 +172,7 @@ def _refuse(why: str, *_: torch.Tensor) -> NoReturn:
 
 def _fastest(shape: Shape, dtype: torch.dtype, device: torch.device, tell: Callable[[str, int], None]) -> str:
     """Return the fastest exact kernel at a shape: timed once in a process, and told each time."""
-    kernels = exact_kernels(device, dtype)
+    kernels = exact_kernels(device, dtype, shape.channels)
     key = tuple(kernels), shape, dtype, device
     if key not in _timed:
         _timed[key] = find_fastest(kernels, shape, dtype, device)

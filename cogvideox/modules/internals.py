@@ -31,6 +31,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.models._modeling_parallel", "ContextParallelOutput"),
     ("diffusers.models._modeling_parallel", "ParallelConfig.setup"),
     ("os", "_exit"),
+    ("torch", "_fused_sdp_choice"),
     ("torch", "_int_mm"),
     ("torch", "_scaled_mm"),
     ("torch", "_dynamo.config.recompile_limit"),
@@ -226,6 +227,18 @@ def refuses_attention(backend: Any) -> Exception | None:
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Compute attention as one operation, whatever the device: on the meta device torch would take it apart."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, False, scale=scale)[0]
+
+
+def lacks_fused_attention(dtype: torch.dtype, device: torch.device, channels: int) -> bool:
+    """Return whether torch computes all scores of an attention, as the device has no kernel that goes without them:
+    older cards of AMD's, NVIDIA's before Ampere in bf16. Apple's GPUs have one in the newest versions of torch only,
+    which do not say."""
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return device.type != "meta"
+    if not getattr(torch, device.type).is_available():
+        return False
+    query = torch.zeros(1, 1, 8, channels, dtype=dtype, device=device)
+    return torch._fused_sdp_choice(query, query, query) == torch.nn.attention.SDPBackend.MATH.value
 
 
 def lacks_cpp_compiler() -> bool:

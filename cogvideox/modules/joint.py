@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .internals import LibraryModule
 #: Tokens from which on a CPU has queries, keys and values head by head in memory: a step takes 8 % less at 12k tokens
 #: and 2 % at 2k; at 1k as much as without, and at 0.6k the copies cost 2 %.
 _LONG = 1536
+#: Bytes of one score of the attention where they are kept: in fp32, before softmax and after, and half as much again
+#: for what is made on the way.
+SCORE_BYTES = 12
 
 
 def join(module: LibraryModule) -> LibraryModule:
@@ -51,6 +55,39 @@ class Attending:
     shared: Callable[..., torch.Tensor] | None = None
     #: Then: takes maxima over a part of the tokens to those over all. Asked for by who scales by them.
     agreed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    #: Bytes that scores may take, where the device has no kernel that goes without them; None where it has one.
+    most_scores: int | None = None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None = None
+    ) -> torch.Tensor:
+        """Attend, from ``[B, tokens, heads, channels]`` of each to the same."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        kernel: Callable[..., torch.Tensor] = partial(
+            dispatch_attention_fn, attn_mask=mask, scale=scale, backend=self.backend
+        )
+        if self.most_scores is not None and mask is None:
+            kernel = partial(attend_in_pieces, kernel, self.most_scores)
+        return kernel(query, key, value) if self.shared is None else self.shared(kernel, query, key, value)
+
+
+def attend_in_pieces(
+    kernel: Callable[..., torch.Tensor], most: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attend head by head and a few queries at a time, each of which looks at the keys alone, so that their scores take
+    no more than ``most`` bytes."""
+    batch, tokens, heads, _ = query.shape
+    row = key.shape[1] * SCORE_BYTES
+    if batch * heads * tokens * row <= most:
+        return kernel(query, key, value)
+    result, step = torch.empty_like(query), max(1, most // row)
+    for video, head in product(range(batch), range(heads)):
+        of_head = slice(video, video + 1), slice(None), slice(head, head + 1)
+        for start in range(0, tokens, step):
+            place = of_head[0], slice(start, start + step), of_head[2]
+            result[place] = kernel(query[place], key[of_head], value[of_head])
+    return result
 
 
 class JointAttention(Attending):
@@ -63,8 +100,6 @@ class JointAttention(Attending):
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         text = encoder_hidden_states.shape[1]
         joint = side_by_side(encoder_hidden_states, hidden_states)
 
@@ -88,8 +123,7 @@ class JointAttention(Attending):
         if image_rotary_emb is not None:
             for x in (query, key):
                 rotate_(x[:, text:], *image_rotary_emb)
-        attend = partial(dispatch_attention_fn, attn_mask=attention_mask, backend=self.backend)
-        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
+        mixed = self.attend(query, key, value, attention_mask)
         if apart and not mixed.is_contiguous():
             # As the queries lie, which nobody needs any more.
             mixed = query.transpose(1, 2).view(mixed.shape).copy_(mixed)

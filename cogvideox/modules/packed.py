@@ -89,15 +89,16 @@ class DynamicWeight(nn.Module):
     Args:
         data: int8 or fp8 ``[out, in]``; both a multiple of 16, as the kernels want them.
         scale: fp32, one per row: ``[out]`` in any shape; kept as ``[out, 1]``.
+        device: where it will run, if ``data`` waits elsewhere.
     """
 
-    def __init__(self, data: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor, device: torch.device | None = None):
         super().__init__()
         self.data = nn.Parameter(data, requires_grad=False)
         self.scale: torch.Tensor
         self.register_buffer("scale", scale.reshape(-1, 1), persistent=False)
         # Asked here: a compiler cannot ask a card.
-        self._scales_inside = data.dtype != torch.int8 and _scales_inside()
+        self._scales_inside = data.dtype != torch.int8 and _scales_inside(device or data.device)
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, token_scale: torch.Tensor | None = None
@@ -152,12 +153,12 @@ class DynamicWeight(nn.Module):
         return f"{self.data.dtype}"
 
 
-def _scales_inside() -> bool:
-    """Return whether the device has a product of fp8 that takes a scale for each token and row: CPUs, and of cards
+def _scales_inside(device: torch.device) -> bool:
+    """Return whether a device has a product of fp8 that takes a scale for each token and row: CPUs, and of cards
     Hopper's and Blackwell's large ones in every torch that this runs with."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return True
-    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class PackedLinear(nn.Module):

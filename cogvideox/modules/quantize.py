@@ -56,9 +56,9 @@ class Method:
         """The same weights, with activations that are not quantized."""
         return next(method for method in METHODS.values() if method.dtype == self.dtype and not method.dynamic)
 
-    def pack(self, data: torch.Tensor, scale: torch.Tensor) -> PackedWeight | DynamicWeight:
-        """Put quantized rows and the scales that undo it into the module that a layer holds."""
-        return DynamicWeight(data, scale) if self.dynamic else PackedWeight(data, scale)
+    def pack(self, data: torch.Tensor, scale: torch.Tensor, device: torch.device) -> PackedWeight | DynamicWeight:
+        """Put quantized rows and the scales that undo it into the module that a layer holds, to run on ``device``."""
+        return DynamicWeight(data, scale, device) if self.dynamic else PackedWeight(data, scale)
 
 
 #: By name, those of ``choices.QUANTIZE``.
@@ -131,7 +131,7 @@ class Quantizer:
                 "generate.py --check PATH --scan, lists what is wrong in it)."
             )
         self.losses[name] = Loss(*sums.tolist())
-        return self.method.pack(data, scales)
+        return self.method.pack(data, scales, self._device)
 
 
 def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> None:
@@ -143,7 +143,8 @@ def quantize_empty(module: nn.Module, method: Method, precision: Precision) -> N
         ):
             continue
         shape, meta = (layer.out_features, layer.in_features), torch.device("meta")
-        packed = method.pack(torch.empty(shape, dtype=method.dtype, device=meta), torch.empty(shape[0], 1, device=meta))
+        data, scale = torch.empty(shape, dtype=method.dtype, device=meta), torch.empty(shape[0], 1, device=meta)
+        packed = method.pack(data, scale, meta)
         if isinstance(layer, RangeSafeLinear):
             layer.load_empty(packed)
         else:

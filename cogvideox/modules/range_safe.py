@@ -177,8 +177,6 @@ class RangeSafeAttention(Attending):
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         text = encoder_hidden_states.shape[1]
         joint = side_by_side(encoder_hidden_states, hidden_states)
         tokens = scale_tokens(joint)
@@ -205,8 +203,7 @@ class RangeSafeAttention(Attending):
             largest = self.agreed(largest)
         value, value_scale = _scale_to(value, largest, _TOKEN_EXPONENT)
         scale = 2.0 ** (query_exponent + key_exponent) / math.sqrt(query.shape[-1])
-        attend = partial(dispatch_attention_fn, attn_mask=attention_mask, scale=scale, backend=self.backend)
-        mixed = attend(query, key, value) if self.shared is None else self.shared(attend, query, key, value)
+        mixed = self.attend(query, key, value, attention_mask, scale)
         mixed = attn.to_out[1](attn.to_out[0]((mixed * value_scale).flatten(2)))
         return mixed[:, text:], mixed[:, :text]
 

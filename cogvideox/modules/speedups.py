@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..dtypes import Precision
-from .attention import attention_attached
+from .attention import attends_in_pieces, attention_attached
 from .cache import Cache, CacheRun
 from .compiled import Compiled, CompileRun
 from .fastest import Shape
@@ -70,7 +70,13 @@ class Speedups:
             stack.enter_context(attention_attached(self._attention, module, shape, dtype, self._device, self._tell))
             stack.enter_context(projection_attached(module))
             # What is compiled lies below what may skip it.
-            if self._compiled is not None:
+            if self._compiled is not None and attends_in_pieces(module):
+                self._tell(
+                    "The model runs without compiling: this device has no kernel for attention that goes without its "
+                    "scores, so a piece of them is computed at a time, which no compiler takes.",
+                    logging.WARNING,
+                )
+            elif self._compiled is not None:
                 stack.enter_context(self._compiled.attached(module))
             elif self._device.type == "cpu":
                 stack.enter_context(room_attached(module))

@@ -5,7 +5,7 @@ divide what a sampler scales by sqrt(1 + sigma^2), so that the model would read 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -327,27 +327,30 @@ def _check_plain(weights: "Weights", net: Net, keys: list[str]) -> None:
 
 
 def _split_patches(patcher: ModelPatcher) -> tuple[dict[str, list], dict[str, list]]:
-    """Sort a patcher's patches: pairs (down, up), scaled, by layer; and the rest as core has them, by the weight's
-    name."""
+    """Sort a patcher's patches: by layer, what makes pairs (down, up), scaled, which in fp32 are gigabytes together;
+    and the rest as core has them, by the weight's name."""
     net = patcher.model.diffusion_model
-    pairs: dict[str, list] = {}
+    pairs: dict[str, list[Callable]] = {}
     dense: dict[str, list] = {}
     for key, patches in patcher.patches.items():
         name = net.own_name(key)
         layer = net.advertised[name].shape
-        ones = (1,) * (len(layer) - 2)
         for entry in patches:
             strength, patch, _, offset, function = entry
             if not (_is_low_rank(patch) and offset is None and function is None and name.endswith(".weight")):
                 dense.setdefault(name, []).append(entry)
                 continue
-            up, down, alpha = patch.weights[:3]
-            rank = down.shape[0]
-            scale = strength * (1.0 if alpha is None else float(alpha) / rank)
-            down = down.to("cpu", torch.float32).reshape(rank, *layer[1:])
-            up = up.to("cpu", torch.float32).reshape(layer[0], rank, *ones) * scale
-            pairs.setdefault(name.removesuffix(".weight"), []).append((down, up))
+            pairs.setdefault(name.removesuffix(".weight"), []).append(partial(_pair, patch, strength, layer))
     return pairs, dense
+
+
+def _pair(patch: Any, strength: float, layer: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a patch's ``down`` and ``up`` as ``lora.added`` takes them, for a weight of the shape ``layer``."""
+    up, down, alpha = patch.weights[:3]
+    rank = down.shape[0]
+    scale = strength * (1.0 if alpha is None else float(alpha) / rank)
+    down = down.to("cpu", torch.float32).reshape(rank, *layer[1:])
+    return down, up.to("cpu", torch.float32).reshape(layer[0], rank, *(1,) * (len(layer) - 2)) * scale
 
 
 @contextmanager
@@ -433,7 +436,7 @@ class _Run:
             with (
                 _weights_changed(dense, module, precision, mode),
                 applied(model.loras, module, precision, device),
-                added(pairs, module, precision, device),
+                added(((name, [pair() for pair in made]) for name, made in pairs.items()), module, precision, device),
                 speedups.attached(module, batched, precision),
             ):
                 yield
