@@ -18,6 +18,7 @@ from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
 from cogvideox.loading import load_module
 from cogvideox.modules.packed import _WIDENED
+from cogvideox.sentinel import NonFiniteError
 from tests import layouts
 from tests.conftest import CPU
 from tests.layouts import latents
@@ -266,6 +267,16 @@ def test_blocks_in_safetensors_files_are_the_weights_that_gguf_dequantizes(tmp_p
     truth = latents(open_handles(layouts.write_file(tmp_path / "wide.safetensors", wide), "fp32", CPU))
     made = latents(open_handles(entry.path, "fp32", CPU))
     assert (made - truth).norm() <= (1e-3 if kind.endswith("1") else 0) * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_blocks_that_hold_nan_are_named_as_damaged(tmp_path, state, dtype):
+    packed = quantized(state, "Q8_0", "Q8_0_qweight")
+    # The scale of the first block.
+    packed["transformer_blocks.1.ff.net.2.Q8_0_qweight"][0, :2] = torch.tensor([255, 127], dtype=torch.uint8)
+    save_file(packed, tmp_path / "x.safetensors")
+    with pytest.raises(NonFiniteError, match=r"the weights of transformer_blocks\.1\.ff\.net\.2.* themselves hold NaN"):
+        latents(open_handles(tmp_path / "x.safetensors", dtype, CPU))
 
 
 def test_blocks_are_read_under_comfyuis_names_and_prefixes_too(tmp_path, state):
