@@ -84,7 +84,7 @@ class WeightAudit:
 
     @property
     def text(self) -> str:
-        """Lines for people: is it sound, what would fp16 do, what does the dtype it runs in do, and what was not read."""
+        """Lines for people: is it sound, what would fp16 do, what does the dtype it runs in do, what was not read."""
         named = ", ".join(f"{short(tensor)} ({what})" for tensor, what in self.worst)
         sound = "no NaN, no Inf."
         if self.damaged:
