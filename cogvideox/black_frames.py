@@ -119,7 +119,8 @@ def check_black_frames(
     """Look at every pixel of a clip once, in blocks: constant extra memory, and the input stays as it is.
 
     Args:
-        images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1, on any device.
+        images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, on any device. They are saved from
+            0 to 1: values beyond count as those.
         pixel_black_threshold: share of white up to which a pixel's luma is black, 0..1.
         picture_black_ratio: share of black pixels from which a frame is black, 0..1.
         video_black_ratio: share of black frames from which the video is black, 0..1.
@@ -166,14 +167,19 @@ def _count_dark(rows: torch.Tensor, limit: float, luma_of: torch.Tensor) -> tupl
     low, high = (bound.item() for bound in rows.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = ~rows.isfinite().all(-1).view(-1)
-        return int((bad | (torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit)).sum()), False
+        return int((bad | (_luma(rows, luma_of) < limit)).sum()), False
     # Luma lies between the darkest and the brightest channel, so a block that is all bright or all dark is decided by
     # them.
     if low > limit * (1 + 1e-5):
         return 0, True
     if high < limit * (1 - 1e-5):
         return rows.numel() // 3, True
-    return int((torch.mv(rows.reshape(-1, 3).float(), luma_of) < limit).sum()), True
+    return int((_luma(rows, luma_of) < limit).sum()), True
+
+
+def _luma(rows: torch.Tensor, luma_of: torch.Tensor) -> torch.Tensor:
+    """Compute the luma ``[pixels]`` of ``[rows, W, 3]`` as they are saved: what lies outside 0..1 is cut to it."""
+    return torch.mv(rows.reshape(-1, 3).float().clamp(0, 1), luma_of)
 
 
 def enforce(report: BlackFrameReport, action: str) -> None:

@@ -14,6 +14,9 @@ def check_finite(tensor: torch.Tensor, what: str, remedy: str) -> None:
     Raises:
         ValueError: naming ``what`` it is and the ``remedy``.
     """
+    if tensor.dtype == torch.float64:
+        # It is read in fp32 at most.
+        tensor = tensor.float()
     if not is_finite(tensor):
         bad = (~tensor.isfinite()).sum().item()
         raise ValueError(

@@ -53,9 +53,10 @@ def load_module(
 
     Raises:
         ValueError: if tensors are missing, left over, or of another shape than the config says, one to be quantized
-            is not finite, or a file is not the one that was opened.
+            is not finite, a file is not the one that was opened, or was not written to its end.
     """
     part.check_unchanged()
+    part.check_written()
     module, slots, names = empty_module(part)
     quantized = {name for name in part.tensors if quantizer is not None and quantizer.takes(name)}
     plain_fp16 = precision == Precision(torch.float16)

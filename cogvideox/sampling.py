@@ -173,7 +173,7 @@ def sample(
         Sentinel(model.weights, on_nan, events, prepared, placements, speedups.shortcuts, team) as sentinel,
         torch.no_grad(),
     ):
-        dtype = model.weights.precision.activations
+        dtype = _holding(model, latents, noise, image_latents, *prompts)
         # In front, but for models that read a single frame with zeros behind it.
         padding = 0 if model.variant.in_pairs else padding_frames(latents.shape[2], config)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -191,7 +191,7 @@ def sample(
             noise_schedule,
             timesteps,
             Prompts([prompt.to(device, dtype) for prompt in prompts]),
-            image=_beside(model, image_latents, latents, padding),
+            image=_beside(model, image_latents, latents, padding, dtype),
             ofs=OFS if config["ofs_embed_dim"] is not None else None,
             rotary={
                 length: rotary_embedding(config, length, noisy.shape[3], noisy.shape[4], device)
@@ -299,14 +299,25 @@ def _padded(latents: torch.Tensor, padding: int, zeros: bool = False) -> torch.T
     return padded(rearrange(latents, "b c t h w -> b t c h w"), padding, 1, zeros)
 
 
-def _beside(model: Model, given: torch.Tensor | None, latents: torch.Tensor, padding: int) -> torch.Tensor | None:
+def _holding(model: Model, *given: torch.Tensor | None) -> torch.dtype:
+    """Return the dtype in which a run begins: that of its activations, or fp32 where something given, scaled, would
+    become Inf in that. So a first step that is healed finds it as it was given."""
+    scale = max(1.0, model.latent_scale, model.image_latent_scale)
+    largest = max(float(tensor.abs().max()) for tensor in given if tensor is not None)
+    dtype = model.weights.precision.activations
+    # Half of it: noise is added.
+    return dtype if scale * largest < torch.finfo(dtype).max / 2 else torch.float32
+
+
+def _beside(
+    model: Model, given: torch.Tensor | None, latents: torch.Tensor, padding: int, dtype: torch.dtype
+) -> torch.Tensor | None:
     """Return what the model reads beside the noise, ``[B, padding + T, C, h, w]``, scaled; None if there is nothing."""
     if given is None and model.variant.reads == INPAINT:
         given = latents.new_zeros(1, CONDITIONING_CHANNELS[INPAINT], *latents.shape[2:])
     if given is None:
         return None
-    weights = model.weights
-    image = given.expand(latents.shape[0], -1, -1, -1, -1).to(weights.device, weights.precision.activations)
+    image = given.expand(latents.shape[0], -1, -1, -1, -1).to(model.weights.device, dtype)
     return model.image_latent_scale * _padded(image, padding, zeros=True)
 
 

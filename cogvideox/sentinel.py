@@ -237,7 +237,7 @@ class Sentinel:
         if self._on_nan == STOP:
             raise NonFiniteError(
                 f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. "
-                f"{_advice(culprit, ran)}"
+                f"{_advice(culprit, ran, healing=False)}"
             )
         if finite:
             self._events.healed(f"{fact} The run goes on with the second result.")
@@ -251,7 +251,7 @@ class Sentinel:
                 return result
             fact = f"{where}: the {name} in {precision.name} gave NaN or Inf too."
         raise NonFiniteError(
-            f"{fact} In {ran.name}, {cause}. There is no safer precision left. {_advice(culprit, ran)}"
+            f"{fact} In {ran.name}, {cause}. There is no safer precision left. {_advice(culprit, ran, healing=True)}"
         )
 
     def _is_finite(self, result: Result) -> bool:
@@ -275,11 +275,16 @@ class Sentinel:
             self.module, self._running = module, running.pop_all()
 
 
-def _advice(culprit: Culprit | None, ran: Precision) -> str:
+def _advice(culprit: Culprit | None, ran: Precision, healing: bool) -> str:
     if culprit and culprit.weights == "damaged":
         return (
             "The file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, "
             "lists what is wrong in it)."
+        )
+    if healing:
+        return (
+            "Every precision was tried: check the inputs and the weights (scan_weights in the loader, or generate.py "
+            "--check PATH --scan)."
         )
     if ran.dtype == torch.float16 and not ran.range_safe:
         return "Set on_nan to heal, or in the loader dtype to auto or on_mismatch to fix."
@@ -309,7 +314,7 @@ def probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
                     dtype=outputs[0].dtype,
                     largest=max((_largest_finite(tensor) for tensor in inputs), default=0.0),
                     input_finite=all(is_finite(tensor) for tensor in inputs),
-                    weights=_weights_state(child, precision),
+                    weights=_weights_state(child, precision, [] if inputs else outputs),
                 )
             )
 
@@ -323,11 +328,13 @@ def probes(module: nn.Module, precision: Precision) -> Iterator[list[Culprit]]:
             hook.remove()
 
 
-def _weights_state(module: nn.Module, precision: Precision) -> str:
+def _weights_state(module: nn.Module, precision: Precision, made: Sequence[torch.Tensor]) -> str:
+    """Say what a module's weights are. ``made`` is what it gave of them alone, without an input: of quantized blocks
+    that shows more than their bytes do."""
     # Widened: what is in fp8 cannot be asked itself.
     own = [
         tensor.float()
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *made)
         if tensor.is_floating_point()
     ]
     if all(is_finite(tensor) for tensor in own):

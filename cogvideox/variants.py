@@ -34,6 +34,9 @@ TRAINED_STEPS = 1000
 OFS = 2.0
 #: Tokens of the text encoder when a config does not say (all released models: 226).
 DEFAULT_TEXT_TOKENS = 226
+#: ``scaling_factor`` of the releases' VAEs, by the dtype that their transformers were trained in. It belongs to those:
+#: the VAE itself is one for all.
+LATENT_SCALES: Mapping[str, float] = {"bf16": 0.7, "fp16": 1.15258426}
 #: Seconds that TeaCache's authors publish (https://github.com/ali-vilab/TeaCache, TeaCache4CogVideoX1.5) for 50 steps
 #: of 81 frames of 1360x768 on one H100, by threshold; 0 is without it. Of text to video, and of image to video.
 TEACACHE_SECONDS: Mapping[float, int] = {0: 465, 0.1: 322, 0.2: 260, 0.3: 204}
@@ -119,7 +122,7 @@ class Variant:
     @property
     def latent_scale(self) -> float:
         """``scaling_factor`` of the VAE it was trained with."""
-        return 0.7 if self.trained == "bf16" else 1.15258426
+        return LATENT_SCALES[self.trained]
 
     @property
     def inverts_image_latents(self) -> bool:

@@ -4,6 +4,7 @@ backwards from the reader's."""
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import torch
@@ -111,7 +112,8 @@ def write_file(file: Path, state: dict, prefix: str = "") -> Path:
 
 
 def write_sparse(file: Path, shapes: dict) -> Path:
-    """Write zeros in fp32 that take no place on the disk, in the shapes of a state dict, which may be on meta."""
+    """Write zeros in fp32 that take no place on the disk, in the shapes of a state dict, which may be on meta; the
+    first number of each is 1, as zeros alone are taken for what was never written."""
     entries, end = {}, 0
     for name, value in shapes.items():
         entries[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
@@ -120,6 +122,9 @@ def write_sparse(file: Path, shapes: dict) -> Path:
     with file.open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
         out.truncate(8 + len(header) + end)
+        for entry in entries.values():
+            out.seek(8 + len(header) + entry["data_offsets"][0])
+            out.write(struct.pack("<f", 1.0))
     return file
 
 

@@ -180,6 +180,13 @@ def test_huge_finite_values_are_not_taken_for_inf():
     assert check_black_frames(torch.full((2, HEIGHT, WIDTH, 3), 3e38)).verdict == "ok"
 
 
+@pytest.mark.parametrize("colour", [(-5.0, 0.5, 0.5), (2.0, -3.0, -0.5), (0.3, -9.0, 40.0), (-1.0, -1.0, 0.9)])
+def test_values_beyond_0_and_1_count_as_they_are_saved(colour):
+    images = torch.tensor(colour).expand(2, HEIGHT, WIDTH, 3)
+    saved = (255 * images.clamp(0, 1)).round().to(torch.uint8).numpy()
+    assert check_black_frames(images).black_frames == ffmpeg_black_frames(saved, 0.10, 0.98)
+
+
 @given(st.sampled_from([torch.float16, torch.bfloat16, torch.float64]), st.booleans(), st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_dtype_layout_and_alpha_do_not_matter(dtype, channels_first, alpha):

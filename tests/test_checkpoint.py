@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.headers import read_header
 from cogvideox.checkpoint.layout import is_checkpoint, open_checkpoint
 from cogvideox.dtypes import RANGE_SAFE_FP16, Precision
 from cogvideox.handles import open_handles
 from cogvideox.loading import load_module
 from cogvideox.modules.range_safe import make_range_safe
+from cogvideox.precision.policy import plan_dtypes, scan_parts
 from cogvideox.text import encode_prompt
 from cogvideox.vae import decode
 from cogvideox.variants import identify
@@ -311,6 +313,50 @@ class TestRefusals:
             load_module(part, Precision(torch.float32), CPU.device)
         assert str(file) in str(caught.value)
         assert ("cannot be read" if change == "gone" else f"had {size:,} bytes when it was opened") in str(caught.value)
+
+    @pytest.mark.parametrize("kind", CLASSES)
+    def test_weights_that_were_not_written(self, copy, kind):
+        """A file has its full size where a disk was filled, the power failed, or a program sets the room aside."""
+        file = max((copy / kind).glob("*.safetensors"))
+        stored, size = read_header(file), file.stat().st_size
+        half = max(size // 2, min(tensor.offset for tensor in stored.values()))
+        last = max((tensor.offset, name, tensor) for name, tensor in stored.items() if len(tensor.shape) > 1)
+        with file.open("r+b") as opened:
+            opened.truncate(min(half, last[0]))
+            opened.truncate(size)
+        checkpoint = open_checkpoint(copy)
+        said = "is not whole: .* are zeros throughout"
+        with pytest.raises(ValueError, match=said) as caught:
+            load_module(checkpoint.part(kind), Precision(torch.float32), CPU.device)
+        assert str(file) in str(caught.value)
+        with pytest.raises(ValueError, match=said):
+            scan_parts(checkpoint, plan_dtypes(checkpoint, "auto", CPU))
+        with pytest.raises(ValueError, match=said):
+            convert_checkpoint(checkpoint, copy.parent / "converted", None)
+
+    def test_zeros_among_weights_are_weights(self, copy):
+        """Biases that were never trained, and a table that begins with a page of zeros, as positions do."""
+        file = copy / "text_encoder" / "model-00001-of-00003.safetensors"
+        tensors = load_file(file)
+        tensors["shared.weight"][:200] = 0
+        save_file(tensors, file)
+        vae = copy / "vae" / "diffusion_pytorch_model.safetensors"
+        save_file({name: value * (value.ndim > 1) for name, value in load_file(vae).items()}, vae)
+        for kind in ("text_encoder", "vae"):
+            load_module(open_checkpoint(copy).part(kind), Precision(torch.float32), CPU.device)
+
+    @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
+    def test_a_scale_of_fp8_weights_that_is_none(self, copy, tmp_path, scale):
+        state = {}
+        for file in (copy / "text_encoder").glob("*.safetensors"):
+            state |= load_file(file)
+        name = "encoder.block.0.layer.1.DenseReluDense.wo"
+        state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
+        state[f"{name}.scale_weight"] = torch.tensor(scale)
+        save_file(state, tmp_path / "t5.safetensors")
+        handles = open_handles(copy, "bf16", CPU, text_encoder=tmp_path / "t5.safetensors")
+        with pytest.raises(ValueError, match=r"the scale of encoder\.block\.0.*wo\.weight is zero, NaN or Inf"):
+            encode_prompt(handles.text_encoder, "a cat")
 
     def test_a_git_lfs_pointer(self, copy):
         (copy / "vae" / "diffusion_pytorch_model.safetensors").write_text(

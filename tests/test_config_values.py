@@ -196,3 +196,12 @@ def test_a_full_config_has_the_fields_of_the_class_and_no_others(tiny):
     assert config["num_attention_heads"] == 30
     assert "a" not in config
     assert math.isclose(config["norm_eps"], 1e-5)
+
+
+def test_a_vae_of_another_release_is_used_at_the_scale_that_the_transformer_was_trained_with(tiny, tmp_path):
+    """All releases have one VAE, whose config says what the transformer beside it was trained with."""
+    file = shutil.copytree(tiny, tmp_path / "other") / "vae" / "config.json"
+    for written, taken in ((1.15258426, 0.7), (0.7, 0.7), (0.9, 0.9)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": written}), encoding="utf-8")
+        assert open_handles(tiny, "fp32", CPU, vae=file.parent).model.latent_scale == taken
+        assert open_handles(tmp_path / "other", "fp32", CPU).model.latent_scale == written

@@ -11,6 +11,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import save_file
 
+from cogvideox.checkpoint.audit import scan_weights
 from cogvideox.checkpoint.catalogue import list_checkpoints
 from cogvideox.checkpoint.gguf import read_gguf_header
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
@@ -18,6 +19,7 @@ from cogvideox.dtypes import Precision
 from cogvideox.handles import open_handles
 from cogvideox.loading import load_module
 from cogvideox.modules.packed import _WIDENED
+from cogvideox.sentinel import NonFiniteError
 from tests import layouts
 from tests.conftest import CPU
 from tests.layouts import latents
@@ -266,6 +268,28 @@ def test_blocks_in_safetensors_files_are_the_weights_that_gguf_dequantizes(tmp_p
     truth = latents(open_handles(layouts.write_file(tmp_path / "wide.safetensors", wide), "fp32", CPU))
     made = latents(open_handles(entry.path, "fp32", CPU))
     assert (made - truth).norm() <= (1e-3 if kind.endswith("1") else 0) * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_blocks_that_hold_nan_are_named_as_damaged(tmp_path, state, dtype):
+    packed = quantized(state, "Q8_0", "Q8_0_qweight")
+    # The scale of the first block.
+    packed["transformer_blocks.1.ff.net.2.Q8_0_qweight"][0, :2] = torch.tensor([255, 127], dtype=torch.uint8)
+    save_file(packed, tmp_path / "x.safetensors")
+    with pytest.raises(NonFiniteError, match=r"the weights of transformer_blocks\.1\.ff\.net\.2.* themselves hold NaN"):
+        latents(open_handles(tmp_path / "x.safetensors", dtype, CPU))
+
+
+def test_a_scan_says_that_it_does_not_look_into_blocks(tmp_path, state):
+    save_file(quantized(state, "Q8_0", "Q8_0_qweight"), tmp_path / "x.safetensors")
+    tensors = open_part(tmp_path / "x.safetensors", "transformer").tensors
+    audited = scan_weights(tensors, torch.bfloat16, "transformer")
+    assert 0 < audited.unread == sum(value.numel() for value in state.values()) - audited.values
+    assert "are in GGUF's blocks, which were not looked at" in audited.text
+    save_file(state, tmp_path / "wide.safetensors")
+    wide = scan_weights(open_part(tmp_path / "wide.safetensors", "transformer").tensors, torch.bfloat16)
+    assert wide.unread == 0
+    assert "GGUF" not in wide.text
 
 
 def test_blocks_are_read_under_comfyuis_names_and_prefixes_too(tmp_path, state):

@@ -229,6 +229,54 @@ def test_inputs_that_are_not_finite_are_refused_before_weights_are_read(tiny, pr
     assert not opened.vae.weights.is_loaded
 
 
+class TestInputsThatTheRunsDtypeCannotHold:
+    """Finite, and beyond 65504: what is healed begins with them as they were given."""
+
+    def sampled(self, folder, dtype, loud, **given):
+        torch.manual_seed(4)
+        prompts = torch.randn(2, 1, 226, 32)
+        if loud == "prompt":
+            prompts[0, 0, 3, 4] = 1e5
+        if loud == "negative prompt":
+            prompts[1, 0, 3, 4] = -1e5
+        if loud == "latent":
+            given = {"denoise": 0.5}
+        latent = torch.randn(1, 16, 2, 4, 4) * (7e5 if loud == "latent" else 0)
+        if loud == "image":
+            given = {"image_latents": torch.randn(1, 16, 2, 4, 4) * 7e4}
+        said = []
+        opened = open_handles(folder, dtype, CPU, on_mismatch="warn")
+        latents = sample(opened.model, *prompts, latent, seed=1, steps=4, **given, events=Told(heals=said))
+        return latents, said
+
+    @pytest.mark.parametrize(
+        ("variant", "loud"), [("2b", "prompt"), ("2b", "negative prompt"), ("2b", "latent"), ("1.5-i2v", "image")]
+    )
+    def test_the_run_is_healed_and_gives_the_fp32_video(self, checkpoints, variant, loud):
+        truth, _ = self.sampled(checkpoints(variant), "fp32", loud)
+        made, said = self.sampled(checkpoints(variant), "fp16", loud)
+        assert (made - truth).norm() / truth.norm() < 0.01
+        assert len(said) == 1
+        assert "Going on from here in range-safe fp16" in said[0]
+
+    def test_what_fp32_cannot_hold_is_refused_before_weights_are_read(self, tiny, prompts):
+        opened = open_handles(tiny, "fp32", CPU)
+        bad = prompts[0].double()
+        bad[0, 5, 6] = 1e300
+        with pytest.raises(ValueError, match="positive conditioning holds 1 values"):
+            run(opened, (bad, prompts[1]))
+        assert not opened.model.weights.is_loaded
+
+
+def test_an_error_after_healing_does_not_advise_to_heal(tiny, prompts, fault):
+    fault("transformer", "transformer_blocks.0", lambda call, _: True, INF)
+    with pytest.raises(NonFiniteError, match="check the inputs and the weights") as caught:
+        run(open_handles(tiny, "fp16", CPU, on_mismatch="warn"), prompts)
+    assert "on_nan to heal" not in str(caught.value)
+    with pytest.raises(NonFiniteError, match="Set on_nan to heal"):
+        run(open_handles(tiny, "fp16", CPU, on_mismatch="warn"), prompts, on_nan="stop")
+
+
 def test_an_interruption_while_healing_is_not_swallowed(tiny, prompts, fault):
     fault("transformer", "transformer_blocks.0", lambda call, precision: precision != FP32)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class WeightAudit:
         rounding: the largest relative error ``|cast(w) - w| / |w|`` that the cast to ``target`` can have for weights
             like those that it keeps finite and not zero (the others are counted above): a constant of the two dtypes,
             another where weights become subnormal; 0.0 if the cast is exact.
+        unread: weights in GGUF's blocks, which are not looked at.
         worst: (tensor, what is wrong with it) of the first few tensors with NaN or Inf, then of those beyond fp16.
     """
 
@@ -73,6 +75,7 @@ class WeightAudit:
     vanished: int = 0
     rounding: float = 0.0
     worst: tuple[tuple[str, str], ...] = ()
+    unread: int = 0
 
     @property
     def damaged(self) -> bool:
@@ -81,7 +84,7 @@ class WeightAudit:
 
     @property
     def text(self) -> str:
-        """Three lines for people: is it sound, what would fp16 do to it, what does the dtype it runs in do."""
+        """Lines for people: is it sound, what would fp16 do, what does the dtype it runs in do, what was not read."""
         named = ", ".join(f"{short(tensor)} ({what})" for tensor, what in self.worst)
         sound = "no NaN, no Inf."
         if self.damaged:
@@ -107,6 +110,11 @@ class WeightAudit:
         cast += [f"turns {_number(self.overflowed)} to Inf"] if self.overflowed else []
         cast += [f"turns {_number(self.vanished)} to zero"] if self.vanished else []
         lines.append(f"The cast to {TARGETS[self.target]} {_listed(cast) if cast else 'is exact'}.")
+        if self.unread:
+            lines.append(
+                f"{_number(self.unread)} weights are in GGUF's blocks, which were not looked at: of those nothing is "
+                "known."
+            )
         return "\n    ".join(lines)
 
     def as_dict(self) -> dict:
@@ -125,7 +133,8 @@ def scan_weights(
     name: str = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> WeightAudit:
-    """Read every floating-point weight once and count what it would lose. Integers and booleans are passed over.
+    """Read every floating-point weight once and count what it would lose. Integers and booleans are passed over, and
+    GGUF's blocks counted.
 
     Memory is constant: 8 MB for each of at most four threads (as many as torch uses here), and a little more where
     something rare is found.
@@ -159,7 +168,8 @@ def scan_weights(
     finally:
         reader.close()
     progress.tell()
-    return _audit(name, target, tallies, [tensor for run in runs for tensor in run.names])
+    unread = sum(prod(stored.shape) for stored in tensors.values() if stored.quantization is not None)
+    return replace(_audit(name, target, tallies, [tensor for run in runs for tensor in run.names]), unread=unread)
 
 
 def _number(count: int) -> str:

@@ -174,6 +174,9 @@ def convert_checkpoint(
     kinds = [
         kind for kind in PARTS if kind == "transformer" or (not single and kind in (*source.parts, *source.incomplete))
     ]
+    for kind in kinds:
+        with source_errors(source.part(kind).source):
+            source.part(kind).check_written()
     plans = [plan_part(source.part(kind), dtype, single, destination.name) for kind in kinds]
     others = {} if single else _others(source, plans)
     nbytes = sum(file.size for plan in plans for file in plan.files) + sum(map(len, others.values()))

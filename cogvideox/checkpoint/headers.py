@@ -27,6 +27,8 @@ from .foreign import PACKED_DTYPES, packed_error
 MAX_HEADER = 16 << 20
 #: Beyond any tensor's size, and within what torch can count.
 MOST_ELEMENTS = 2**62
+#: Bytes that tell most tensors from zeros, and those that are read at a time where they do not.
+_PAGE, _PIECE = 1 << 12, 1 << 20
 #: torch's own limit.
 MOST_DIMENSIONS = 64
 
@@ -233,6 +235,25 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
             fill(file, data.numpy().data[done : done + nbytes], stored.file)
             done += nbytes
     return data.view(stored.dtype).view(stored.raw_shape)
+
+
+def is_blank(stored: StoredTensor) -> bool:
+    """Return whether there is nothing but zero bytes where a tensor lies. Of one that has others, its beginning is
+    read.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    size = _PAGE
+    with open_regular(stored.file) as file:
+        for start, nbytes in stored.ranges:
+            file.seek(start)
+            while nbytes > 0:
+                read = file.read(min(size, nbytes))
+                if not read or read != bytes(len(read)):
+                    return False
+                nbytes, size = nbytes - len(read), _PIECE
+    return stored.nbytes > 0
 
 
 def fill(file: FileIO, view: memoryview, path: Path) -> None:

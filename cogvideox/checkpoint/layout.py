@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ..files import read_json
-from ..variants import DEFAULT_TEXT_TOKENS, PARTS, Variant, identify
+from ..variants import DEFAULT_TEXT_TOKENS, LATENT_SCALES, PARTS, Variant, identify
 from ..words import listed, short
 from .architecture import check_part, check_together
 from .configs import check_config
@@ -190,7 +190,7 @@ def _vae_config(vae: Part, variant: Variant, own: bool) -> Mapping:
     Args:
         variant: of the transformer that it is used with.
         own: whether it came with that transformer alone. Of several that share a VAE it has the
-            ``invert_scale_latents`` of only one: the family decides there.
+            ``invert_scale_latents`` of only one, and the ``scaling_factor`` of only one line: the family decides there.
     """
     config = dict(vae.config)
     if config.get("scaling_factor") is None:
@@ -200,7 +200,11 @@ def _vae_config(vae: Part, variant: Variant, own: bool) -> Mapping:
             )
         known = {"scaling_factor": variant.latent_scale, "invert_scale_latents": variant.inverts_image_latents}
         config = known | {name: value for name, value in config.items() if value is not None}
-    return config if own else config | {"invert_scale_latents": variant.inverts_image_latents}
+    if own:
+        return config
+    if config["scaling_factor"] in LATENT_SCALES.values():
+        config["scaling_factor"] = variant.latent_scale
+    return config | {"invert_scale_latents": variant.inverts_image_latents}
 
 
 def open_part(path: Path | str, kind: str) -> Part:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from ..files import unreadable
-from ..words import short
-from .headers import StoredTensor
+from ..variants import PARTS
+from ..words import listed, short
+from .headers import StoredTensor, is_blank, read_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,29 @@ class Part:
                     "weights lie is not known any more. Run again once the file is whole."
                 )
 
+    def check_written(self) -> None:
+        """Refuse weights that nobody wrote: a file has its full size before a download or a copy is done, or after the
+        power failed, and holds zeros there, with which a part runs and makes another picture.
+
+        Raises:
+            ValueError: for matrices of zeros alone, and for scales of fp8 weights that are zero, NaN or Inf.
+        """
+        blank = blank_of(self.tensors)
+        if blank:
+            raise ValueError(
+                f"{short(self.tensors[blank[0]].file, 400)} is not whole: {len(blank):,} of the {len(self.tensors):,} "
+                f"weights of the {PARTS[self.kind][0]} ({listed(blank)}) are zeros throughout, as where a download or "
+                "a copy was not finished. The video would be noise or grey: delete the file and download it again."
+            )
+        for name, stored in self.scales.items():
+            scale = read_tensor(stored).float()
+            if not scale.any() or not scale.isfinite().all():
+                raise ValueError(
+                    f"{short(stored.file, 400)}: the scale of {short(name)} is zero, NaN or Inf, so the "
+                    f"{PARTS[self.kind][0]} would give noise or black. The file is damaged, or was badly converted: "
+                    "download it again, or another one."
+                )
+
     @cached_property
     def stored(self) -> dict[torch.dtype | str, int]:
         """Bytes on disk by dtype (GGUF's quantizations by name), largest first."""
@@ -70,6 +94,13 @@ class Part:
     @property
     def _weight_files(self) -> set[Path]:
         return {tensor.file for tensor in (*self.tensors.values(), *self.lora.values())}
+
+
+def blank_of(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """List the matrices that are zeros throughout, in the order they lie in: no trained model has one. (What has one
+    dimension, a bias, may be.)"""
+    matrices = sorted((stored.file, stored.offset, name) for name, stored in tensors.items() if len(stored.shape) > 1)
+    return [name for *_, name in matrices if is_blank(tensors[name])]
 
 
 def _size(file: Path) -> int:

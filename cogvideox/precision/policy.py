@@ -224,6 +224,9 @@ def scan_parts(
 
     Args:
         on_progress: called with (bytes read, bytes in all); an exception it raises stops the scan.
+
+    Raises:
+        ValueError: for a part that was not written to its end, or whose scales are none.
     """
     from ..checkpoint.audit import scan_weights
 
@@ -234,6 +237,7 @@ def scan_parts(
     total = sum(sizes.values())
     audits, before = [], 0
     for kind, part in checkpoint.parts.items():
+        part.check_written()
         report = (
             None if on_progress is None else partial(lambda offset, done, _: on_progress(offset + done, total), before)
         )

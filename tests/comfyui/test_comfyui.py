@@ -51,6 +51,10 @@ def enlarge(folder, layers=512, wide=1 << 20):
     with (folder / "model-large.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+        # Zeros alone are taken for what was never written.
+        for entry in header.values():
+            file.seek(8 + len(text) + entry["data_offsets"][0])
+            file.write(struct.pack("<f", 1.0))
     index.write_text(
         json.dumps({"weight_map": listed["weight_map"] | dict.fromkeys(header, "model-large.safetensors")})
     )
