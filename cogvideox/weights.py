@@ -109,6 +109,8 @@ class Weights:
         self._module: nn.Module | None = None
         # How it was set up to run; None while any is open.
         self._mode: str | None = None
+        # How often ``running`` is entered.
+        self._in_use = 0
         self._losses: Mapping[str, Loss] = {}
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
         self._copies: dict[torch.device, Weights] = {}
@@ -198,12 +200,13 @@ class Weights:
 
     @property
     def free(self) -> int | None:
-        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way;
-        None where it is not known."""
+        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way but
+        for one that runs; None where it is not known."""
         free = free_bytes(self.device)
-        return (
-            None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
-        )
+        if free is None:
+            return None
+        there = [part for part in list(_loaded) if part.device == self.device]
+        return free + sum(part.resident for part in there if part is self or not part._in_use)
 
     @property
     def is_stuck(self) -> bool:
@@ -239,7 +242,11 @@ class Weights:
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
             self._mode = mode
-            yield module if offloads else module.to(self.device)
+            self._in_use += 1
+            try:
+                yield module if offloads else module.to(self.device)
+            finally:
+                self._in_use -= 1
 
     def quantization_text(self, events: Events | None = None) -> str:
         """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
@@ -283,9 +290,11 @@ class Weights:
 
     def park(self, copies: bool = True) -> None:
         """Move the weights to the host's memory, or free them where it cannot hold them; their copies' too, unless
-        those are to stay where they are."""
+        those are to stay where they are. Weights that run stay: another model may be called within a step of theirs."""
         with _turn:
-            if self.is_stuck:
+            if self._in_use:
+                pass
+            elif self.is_stuck:
                 self._module = None
             elif self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")
