@@ -376,6 +376,7 @@ class _Run:
 
     Attributes:
         shape: of the sampler's latents, ``[B, 16, T, h, w]``, padded.
+        padding: latent frames in front that are not the video's.
         copies: conditionings that run as one batch, at most.
     """
 
@@ -402,7 +403,7 @@ class _Run:
         """
         self._net, self._model, self.shape, self._sigmas = net, model, tuple(latents.shape), sigmas
         self._given = (latents, guided, joinable, tokens, timesteps)
-        self._patches, self._padding = patches, padding
+        self._patches, self.padding = patches, padding
         self._events = NodeEvents(model.variant.fps)
         self._running = ExitStack()
         self._rotary: dict[tuple[int, ...], Any] = {}
@@ -479,7 +480,7 @@ class _Run:
             return self._sentinel.run(work, f"step {index + 1} of {len(self._sigmas)}")
         except OutOfMemory as error:
             if x.shape[2:] == self.shape[2:]:
-                error.latents = x[: self.shape[0], :16, self._padding :].float().cpu() / self._model.latent_scale
+                error.latents = x[: self.shape[0], :16, self.padding :].float().cpu() / self._model.latent_scale
             raise
 
     def _begin(self, options: dict) -> int:
@@ -726,8 +727,8 @@ def _second_entered(guider, run: _Run, noise: torch.Tensor, sigmas: torch.Tensor
             net.run = None
     else:
         timesteps = second.get_model_object("model_sampling").timestep(sigmas[:-1]).tolist()
-        patches = _split_patches(second)
-        with _Run(net, net.handle, noise, timesteps, sigmas[:-1].tolist(), tokens, patches=patches):
+        how: dict[str, Any] = dict(patches=_split_patches(second), padding=run.padding)
+        with _Run(net, net.handle, noise, timesteps, sigmas[:-1].tolist(), tokens, **how):
             yield
 
 
