@@ -109,9 +109,9 @@ class Weights:
         self._module: nn.Module | None = None
         # How it was set up to run; None while any is open.
         self._mode: str | None = None
+        # How often ``running`` is entered.
+        self._in_use = 0
         self._losses: Mapping[str, Loss] = {}
-        # Runs that have it now.
-        self._users = 0
         self._quantized: weakref.WeakValueDictionary[Method, Weights] = weakref.WeakValueDictionary()
         self._copies: dict[torch.device, Weights] = {}
 
@@ -200,12 +200,13 @@ class Weights:
 
     @property
     def free(self) -> int | None:
-        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way;
-        None where it is not known."""
+        """Bytes they may take on their device: what is free, and what all parts hold there, as the others make way but
+        for one that runs; None where it is not known."""
         free = free_bytes(self.device)
-        return (
-            None if free is None else free + sum(part.resident for part in list(_loaded) if part.device == self.device)
-        )
+        if free is None:
+            return None
+        there = [part for part in list(_loaded) if part.device == self.device]
+        return free + sum(part.resident for part in there if part is self or not part._in_use)
 
     @property
     def is_stuck(self) -> bool:
@@ -260,11 +261,11 @@ class Weights:
             if offloads and self._mode is None:
                 _offload(module, mode, self.device)
             self._mode = mode
-            self._users += 1
+            self._in_use += 1
             try:
                 yield module if offloads else module.to(self.device)
             finally:
-                self._users -= 1
+                self._in_use -= 1
 
     def quantization_text(self, events: Events | None = None) -> str:
         """Say what quantizing saves and costs, measured on the weights themselves: they are loaded for it, into the
@@ -317,7 +318,7 @@ class Weights:
     @property
     def _waits(self) -> bool:
         """Whether they are in the host's memory, and nobody runs them."""
-        return self._module is not None and not self._users and next(self._module.parameters()).device.type == "cpu"
+        return self._module is not None and not self._in_use and next(self._module.parameters()).device.type == "cpu"
 
     def fitting_mode(self) -> str:
         """The mode that was chosen, or else the fastest in which the weights fit, with a little room to run."""
@@ -331,13 +332,15 @@ class Weights:
 
     def park(self, copies: bool = True, beside: int = 0) -> None:
         """Move the weights to the host's memory, or free them where it has no room for them; their copies' too, unless
-        those are to stay where they are.
+        those are to stay where they are. Weights that run stay: another model may be called within a step of theirs.
 
         Args:
             beside: bytes of the host's memory that will be taken by what they make way for.
         """
         with _turn:
-            if self._lacks_host_room(beside):
+            if self._in_use:
+                pass
+            elif self._lacks_host_room(beside):
                 self._module = None
             elif self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")

@@ -14,7 +14,7 @@ from cogvideox.variants import TEACACHE_SECONDS
 from cogvideox.words import short
 
 from . import tables
-from .conversion import Conversion, is_inpaint
+from .conversion import Conversion, as_number, is_inpaint
 from .graph import PASSING, Node, Wire
 from .kinds import KINDS
 from .workflow import OURS, is_2b
@@ -362,7 +362,7 @@ class Loaders(Conversion):
     def _number(self, node: Node, name: str, default, whole: bool = False):
         """A widget's number, for a calculation; that it is none is told where the widget itself is carried over."""
         value = self.constant(node.wires.get(name))
-        value = node.values.get(name, default) if value is None else value
+        value = as_number(node.values.get(name, default), int if whole else (int, float)) if value is None else value
         good = type(value) is int or (type(value) is float and not whole)
         return value if good and -1e6 < value < 1e6 else default
 

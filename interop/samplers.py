@@ -178,7 +178,7 @@ class Samplers(Loaders):
 
     def temporal_tiles(self, node: Node) -> None:
         """What the first versions had for long clips."""
-        tile, frames = node.values.get("t_tile_length"), node.values.get("num_frames")
+        tile, frames = (as_number(node.values.get(name), int) for name in ("t_tile_length", "num_frames"))
         if type(tile) is int and type(frames) is int and tile < frames and "DDIM" in str(node.values.get("scheduler")):
             self.say(
                 node,
@@ -406,7 +406,7 @@ class Samplers(Loaders):
             values[side], fits = self.side(source, side, known, usual)
             if wire is not None and fits:
                 wires[side] = self.resolve(wire)
-        batch = given.get("batch_size", 1)
+        batch = as_number(given.get("batch_size", 1), int)
         if batch != 1 or "batch_size" in source.wires:
             self.say(
                 source,

@@ -206,6 +206,22 @@ class TestTogether:
         assert before.keys() == after.keys()
         assert torch.equal(run(model, prompts), plain)
 
+    def test_so_are_those_with_loras_whose_scales_are_of_other_kinds(self, uneven, prompts, graphs, tmp_path):
+        model, tensors = open_handles(uneven, "fp16", CPU).model, {}
+        for block in range(LAYERS):
+            for place, layer in enumerate(("attn1.to_q", "attn1.to_out.0", "ff.net.2")):
+                name = f"transformer_blocks.{block}.{layer}"
+                out, inner = model.weights.part.tensors[f"{name}.weight"].shape
+                down, up = torch.randn(2, inner) * inner**-0.5, torch.randn(out, 2) * 0.2
+                if block % 3 == place:
+                    down[0], down[:, 0], up[0], up[:, 0] = down[0] * 1e-4, 1e-5, 1e-4, up[:, 0] * 1e-5
+                tensors |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        save_file(tensors, tmp_path / "uneven.safetensors")
+        model = with_lora(model, tmp_path / "uneven.safetensors")
+        plain, compiled = run(model, prompts), run(model, prompts, Compiled())
+        assert len(graphs) == 1
+        assert ((compiled - plain).norm() / plain.norm()).item() < 2e-3
+
     @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
         cached = with_cache(model, Cache(method, 0.5, 0.2, 1.0))

@@ -369,6 +369,22 @@ class TestModes:
             assert {parameter.device.type for parameter in module.parameters()} == {"meta" if mode == "gpu" else "cpu"}
             assert weights.resident == (weights.nbytes if mode == "gpu" else 0)
 
+    def test_a_part_that_runs_makes_no_way_for_another_that_is_called_within(self, tiny, monkeypatch):
+        """The meta device stands for a card, from which nothing can be moved."""
+        monkeypatch.setattr(weights_module, "free_bytes", lambda device: 1000)
+        first, second = (
+            open_handles(tiny, "fp32", Hardware(torch.device("meta"), "a card")).model.weights for _ in "12"
+        )
+        with first.running(mode="gpu") as module:
+            assert first.free == 1000 + first.nbytes
+            assert second.free == 1000
+            with second.running(mode="gpu"):
+                first.park()
+                assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+        assert second.free == 1000 + first.nbytes + second.nbytes
+        with pytest.raises(NotImplementedError, match="meta"):
+            first.park()
+
     @pytest.mark.parametrize("mode", ["offload_blocks", "offload_layers"])
     @pytest.mark.parametrize(
         "precision", [FP32, Precision(torch.bfloat16), RANGE_SAFE_FP16], ids=["fp32", "bf16", "range-safe"]

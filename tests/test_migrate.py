@@ -939,6 +939,15 @@ def test_a_higher_threshold_of_teacache_skips_more(migrate, threshold, strength)
     assert [values[1] for _, values in chain_of(page)] == ([strength] if strength else [])
 
 
+def test_numbers_of_caches_may_be_texts_too(migrate):
+    for as_text in (int, str, float):
+        w = fast(("CogVideoXFasterCache", {"start_step": as_text(7)}))
+        w.change("sampler", steps=as_text(40))
+        assert chain_of(migrate(w)[0]) == [("Cache", ["faster_cache", 0.6, 0.25, 1.0])]
+    page, _ = migrate(fast(("CogVideoXTeaCache", {"rel_l1_thresh": "0.1"})))
+    assert chain_of(page)[0][1][1] == 0.31
+
+
 def test_what_does_not_go_together_is_decided_for_what_works(migrate, pack):
     everything = (
         ("CogVideoXFasterCache", {}),

@@ -152,6 +152,16 @@ def test_why_a_node_failed_is_on_it_until_it_runs_again(pack, monkeypatch):
         assert shown[1:] == [("5:7", "")]
 
 
+def test_what_is_no_longer_to_be_told_is_a_blank(pack, monkeypatch):
+    """ComfyUI's page takes no notice of a text of no letters, so that what was there before would stay."""
+    page, sent = sys.modules[f"{pack.__name__}.nodes.host.page"], []
+    server = SimpleNamespace(send_progress_text=lambda text, node: sent.append((text, node)))
+    monkeypatch.setattr(page.comfyui, "server", lambda: server)
+    page.show("one\ntwo", "5")
+    page.show("", "5")
+    assert sent == [("one  \ntwo", "5"), (" ", "5")]
+
+
 def test_the_sentence_is_on_its_node_until_it_is_mended(errors, graph, pack, monkeypatch):
     """ComfyUI's box of errors names the widget alone."""
     host, shown = sys.modules[f"{pack.__name__}.nodes.host"], []

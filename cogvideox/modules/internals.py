@@ -179,6 +179,12 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks)
 
 
+def modules_in_hooks(module: nn.Module) -> list[nn.Module]:
+    """List the modules that a module's forward hooks, as ``partial`` makes them, are called with."""
+    given = (argument for hook in module._forward_hooks.values() for argument in getattr(hook, "args", ()))
+    return [argument for argument in given if isinstance(argument, nn.Module)]
+
+
 def call_forward_hooks(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> None:
     """Call a module's forward hooks, as calling it would, where its ``forward`` is not what runs; copy what they return
     into ``output``."""

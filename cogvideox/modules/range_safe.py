@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import internals
 from .internals import LibraryModule
 from .joint import Attending, rotate_, side_by_side
 from .packed import DynamicWeight, PackedWeight, in_pieces
@@ -252,8 +253,8 @@ def is_range_safe(module: nn.Module) -> bool:
 
 
 def make_alike(blocks: Sequence[LibraryModule], device: torch.device, undo: list[Callable[[], None]]) -> None:
-    """Have range-safe blocks hold scales of one kind at each place, on ``device``, which changes nothing of what they
-    compute; add to ``undo`` what takes it back, in order.
+    """Have range-safe blocks, and the LoRAs beside their layers, hold scales of one kind at each place, on ``device``,
+    which changes nothing of what they compute; add to ``undo`` what takes it back, in order.
 
     Compilers take for constants whether a layer has a scale for its columns, or one for each row, and the powers of two
     that are no tensors: each combination of them would be compiled apart, which can be one a block.
@@ -274,20 +275,22 @@ def make_alike(blocks: Sequence[LibraryModule], device: torch.device, undo: list
         most = max(map(norm_exponent, norms))
         for norm in norms:
             put(norm, "range_safe_exponent", most)
-    places: dict[str, list[RangeSafeLinear]] = {}
+    places: dict[tuple[str, int], list[RangeSafeLinear]] = {}
     for block in blocks:
-        for name, layer in block.named_modules():
-            if isinstance(layer, RangeSafeLinear) and not isinstance(layer.packed, DynamicWeight):
-                places.setdefault(name, []).append(layer)
+        for name, module in block.named_modules():
+            for number, layer in enumerate((module, *internals.modules_in_hooks(module))):
+                if isinstance(layer, RangeSafeLinear) and not isinstance(layer.packed, DynamicWeight):
+                    places.setdefault((name, number), []).append(layer)
     for layers in places.values():
         least = min((layer.widening for layer in layers if layer.packed is not None), default=1.0)
         factors = [1.0 if layer.packed is None else layer.widening / least for layer in layers]
         columns = {layer.column_scale is None for layer in layers}
-        rows = {layer.row_scale.numel() for layer in layers}
+        rows = {layer.row_scale.numel() == 1 for layer in layers}
         for layer, factor in zip(layers, factors, strict=True):
             # All or none of a place: a compiler looks where it finds them, too.
             if len(rows) > 1 or any(other != 1.0 for other in factors):
-                put(layer, "row_scale", (layer.row_scale.to(device) * factor).expand(max(rows)).contiguous())
+                size = 1 if rows == {True} else layer.out_features
+                put(layer, "row_scale", (layer.row_scale.to(device) * factor).expand(size).contiguous())
                 put(layer, "widening", layer.widening / factor)
             if len(columns) > 1:
                 ones = torch.ones(layer.in_features, device=device)

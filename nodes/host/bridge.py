@@ -379,6 +379,7 @@ class _Run:
 
     Attributes:
         shape: of the sampler's latents, ``[B, 16, T, h, w]``, padded.
+        padding: latent frames in front that are not the video's.
         copies: conditionings that run as one batch, at most.
     """
 
@@ -405,7 +406,7 @@ class _Run:
         """
         self._net, self._model, self.shape, self._sigmas = net, model, tuple(latents.shape), sigmas
         self._given = (latents, guided, joinable, tokens, timesteps)
-        self._patches, self._padding = patches, padding
+        self._patches, self.padding = patches, padding
         self._events = NodeEvents(model.variant.fps)
         self._running = ExitStack()
         self._rotary: dict[tuple[int, ...], Any] = {}
@@ -482,7 +483,7 @@ class _Run:
             return self._sentinel.run(work, f"step {index + 1} of {len(self._sigmas)}")
         except OutOfMemory as error:
             if x.shape[2:] == self.shape[2:]:
-                error.latents = x[: self.shape[0], :16, self._padding :].float().cpu() / self._model.latent_scale
+                error.latents = x[: self.shape[0], :16, self.padding :].float().cpu() / self._model.latent_scale
             raise
 
     def _begin(self, options: dict) -> int:
@@ -673,7 +674,7 @@ def _places(noise: torch.Tensor, seed: int) -> list[int] | None:
     None for noise that is not the seed's."""
     generator, found = torch.Generator("cpu").manual_seed(seed), dict[int, int]()
     for place in range(_LARGEST_BATCH):
-        drawn = torch.randn(noise.shape[1:], generator=generator)
+        drawn = torch.randn(noise.shape[1:], generator=generator).to(noise.dtype)
         found |= {number: place for number, video in enumerate(noise) if video.equal(drawn)}
         if len(found) == len(noise):
             return [found[number] for number in range(len(noise))]
@@ -704,11 +705,34 @@ def _sample_entered(executor, guider, sigmas, extra_args, callback, noise, *args
         net.padding,
     )
     try:
-        with saving_latents(), run:
+        with saving_latents(), run, _second_entered(guider, run, noise, sigmas, max(tokens)):
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     except NonFiniteError as error:
         # The page prints a class of the engine's own with its module.
         raise RuntimeError(str(error)) from error
+
+
+@contextmanager
+def _second_entered(guider, run: _Run, noise: torch.Tensor, sigmas: torch.Tensor, tokens: int) -> Iterator[None]:
+    """Have the second model of Dual Model CFG Guider, where it is called, called in the run of the first if it is the
+    same, and else in one of its own, for the length of a ``with`` block."""
+    second = getattr(guider, "uncond_model_patcher", None)
+    called = isinstance(second, ModelPatcher) and getattr(guider, "uncond_inner", None) is not None
+    net = second.model.diffusion_model if called else None
+    if net is None or net.run is run:
+        yield
+    elif second.weights is guider.model_patcher.weights:
+        # As ``_refuse_second`` has it, nothing of it is otherwise.
+        net.run = run
+        try:
+            yield
+        finally:
+            net.run = None
+    else:
+        timesteps = second.get_model_object("model_sampling").timestep(sigmas[:-1]).tolist()
+        how: dict[str, Any] = dict(patches=_split_patches(second), padding=run.padding)
+        with _Run(net, net.handle, noise, timesteps, sigmas[:-1].tolist(), tokens, **how):
+            yield
 
 
 def _as_compiled(model: "Model", options: dict) -> "Model":
@@ -776,23 +800,22 @@ def _refuse(guider, sampler) -> None:
 
 
 def _refuse_second(first: ModelPatcher, second: Any) -> None:
-    """Refuse a second model (Dual Model CFG Guider) in which the LoRAs of the first would act, or its own would not:
-    it is called within the first one's run.
+    """Refuse a second model (Dual Model CFG Guider) of the first one's weights that is set up otherwise: both are set
+    up at once.
 
     Raises:
         ValueError: saying how to have both.
     """
-    if not isinstance(second, ModelPatcher):
+    if not isinstance(second, ModelPatcher) or second.weights is not first.weights:
         return
     patched = bool(first.patches or second.patches)
-    alike = second.model.diffusion_model.handle is first.model.diffusion_model.handle and (
-        not patched or second.patches_uuid == first.patches_uuid
-    )
-    if not alike and (second.weights is first.weights or second.patches):
+    if second.model.diffusion_model.handle is not first.model.diffusion_model.handle or (
+        patched and second.patches_uuid != first.patches_uuid
+    ):
         raise ValueError(
-            "The second model of Dual Model CFG Guider differs from the first in its LoRAs or settings alone, or has "
-            "LoRAs of ComfyUI's own loaders, and it is called while the first is set up: LoRAs would act in both, or "
-            "in none. Give it a CogVideoX-1.5 Model Loader of its own, and LoRAs by CogVideoX-1.5 LoRA Loader."
+            "The second model of Dual Model CFG Guider differs from the first in its LoRAs or settings alone, and both "
+            "are set up at once: what belongs to one would act in both. Give it a CogVideoX-1.5 Model Loader of its "
+            "own."
         )
 
 

@@ -146,8 +146,10 @@ def show(text: str, node: str | None = None) -> None:
     page can. The caller logs what must not be missed."""
     server, node = comfyui.server(), node or running_node()
     if node is not None and hasattr(server, "send_progress_text"):
-        # Nodes that are drawn by Vue read it as Markdown, where two spaces keep the break of a line.
-        server.send_progress_text("  \n".join(short(line, _LINE) for line in said(text).splitlines()), node)
+        # Nodes that are drawn by Vue read it as Markdown, where two spaces keep the break of a line. Of no text at all
+        # the page takes no notice.
+        lines = "  \n".join(short(line, _LINE) for line in said(text).splitlines())
+        server.send_progress_text(lines or " ", node)
 
 
 @contextmanager

@@ -379,6 +379,10 @@ def conditionings():
         together = run(model, batch, comfy.sample.prepare_noise(batch, 7), steps=3)
         alone = run(model, batch[2:], comfy.sample.prepare_noise(batch[2:], 7, [2]), steps=3)
         near(f"the third of a batch, {length} latent frames", alone, together[2:], 1e-4)
+        # As --fp16-intermediates has latents.
+        half = batch[2:].half()
+        alone = run(model, half, comfy.sample.prepare_noise(half, 7, [2]), steps=3)
+        near(f"the third of a batch, {length} latent frames in fp16", alone, together[2:], 1e-3)
 
     # In two runs: only the frame in front is lost, and that is said.
     for length, words in ((4, 0), (5, 1)):
@@ -399,11 +403,11 @@ def conditionings():
     patched, _ = comfy.sd.load_lora_for_models(model, None, halves, 1.0, 0)
     apart = bridge.to_model(build("1.5").model)
 
-    def dual(first, second):
+    def dual(first, second, steps=2, cfg=6.0):
         guider = nodes_custom_sampler.Guider_DualModel(first, second)
         guider.set_conds(prompt, negative)
-        guider.set_cfg(6.0)
-        sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", 2)
+        guider.set_cfg(cfg)
+        sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", steps)
         ddim = comfy.samplers.sampler_object("ddim")
         return guider.sample(noise, latents, ddim, sigmas, seed=7, disable_pbar=True)
 
@@ -413,8 +417,31 @@ def conditionings():
     near("bridged twice", dual(model, bridge.to_model(opened.model)), plain, 1e-4)
     near("a LoRA in the first of two", dual(with_lora, apart), run(with_lora, latents, noise, steps=2), 1.0, 1e-4)
     near("a LoRA in both", dual(patched, patched), run(patched, latents, noise, steps=2), 1e-4)
-    for first, second in ((with_lora, model), (model, with_lora), (patched, model), (model, patched), (apart, patched)):
-        refused("LoRAs would act in both, or in none", lambda pair=(first, second): dual(*pair))
+    near("a LoRA in the second, ours and core's", dual(apart, with_lora), dual(apart, patched), 1e-4)
+    near("a LoRA in the second", dual(apart, with_lora), plain, 1.0, 1e-4)
+    for first, second in ((with_lora, model), (model, with_lora), (patched, model), (model, patched)):
+        refused("what belongs to one would act in both", lambda pair=(first, second): dual(*pair))
+
+    # Each has its own cache, which counts the steps of the whole run.
+    cached, also = (
+        handles.with_cache(of_one, cache.Cache("taylorseer", 0.5, 0.2, 1.0))
+        for of_one in (opened.model, build("1.5").model)
+    )
+    wanted, told = run(bridge.to_model(cached), latents, noise, steps=4), heard()
+    with told:
+        for name, other in (("bridged twice", cached), ("two models", also)):
+            near(f"{name}, with caches", dual(bridge.to_model(cached), bridge.to_model(other), steps=4), wanted, 1e-4)
+    assert [text for text in told.texts if "skipped" in text] == [
+        f"TaylorSeer skipped {count} block evaluations (25%)." for count in ("4 of 16", "2 of 8", "2 of 8")
+    ], told.texts
+    unused = bridge.to_model(build("1.5").model)
+    near(
+        "a second model that cfg does not ask for",
+        dual(model, unused, cfg=1.0),
+        run(model, latents, noise, steps=2, cfg=1.0),
+        1e-4,
+    )
+    assert not unused.weights.is_loaded
 
 
 def compiling():

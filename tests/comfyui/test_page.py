@@ -143,11 +143,19 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     told = page.error_details()
     page.screenshot(path=shots / "error.png")
     assert "Set it to 65 or 81" in told.split("Stack Trace")[0]
-    (latent,) = (node for node in page.graph() if node["type"] == "CogVideoX15EmptyLatent")
-    (text,) = (widget for widget in latent["widgets"] if widget["name"] == "$$node-text-preview")
+
+    def told_on_it():
+        latent = node_of(page.graph(), "CogVideoX15EmptyLatent")
+        (text,) = (widget for widget in latent["widgets"] if widget["name"] == "$$node-text-preview")
+        return latent, text
+
+    latent, text = told_on_it()
     assert "Set it to 65 or 81" in text["value"]
     # Three lines are what the page gives any text.
     assert latent["size"][1] >= sum(text["place"]) > text["place"][0] + 58
+    page.set_widgets(values=SMALL)
+    assert page.run()["end"] == "success"
+    assert told_on_it()[1]["value"].strip() == ""
 
 
 def test_why_a_node_failed_while_it_ran_is_on_it_until_it_runs_again(page, shots):
