@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ from commands.video import (
     sampled,
     say_plan,
     say_skips,
-    write,
+    write_or_keep,
 )
 from commands.void import BOTH
 from commands.void import add_options as add_passes
@@ -859,7 +860,7 @@ def upscale(options: argparse.Namespace) -> int:
     with latents_kept(output):
         images = enlarge(options, request, model, text_encoder, handles.vae, events)
     judge(options, images)
-    write(options, images, output, request.fps, request.sound)
+    write_or_keep(options, images, output, request.fps, request.sound)
     return 0
 
 
@@ -949,7 +950,16 @@ _WORK = {
 }
 
 
+def _heed_kill() -> None:
+    """Have ``kill`` end a run as Ctrl-C does, and nothing half written be left behind; but not one of several
+    processes, which may wait for the others for ever before it heeds it."""
+    with suppress(ValueError):
+        if place_of().count == 1:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 if __name__ == "__main__":
+    _heed_kill()
     # A console or a file in an old encoding, as on Windows, has not every sign of a report or a path: it gets \u2192
     # for an arrow, not a traceback.
     for stream in (sys.stdout, sys.stderr):
