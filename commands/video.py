@@ -240,15 +240,19 @@ def latents_kept(output: Path, latent=None) -> Iterator[None]:
         said = (
             str(cause) if known else f"Something failed after the sampling ({type(error).__name__}: {reason(error)})."
         )
-        folders = output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
         try:
-            path = keep_latent(latent, folders, stem_of(output))
+            path = keep_latent(latent, _folders_beside(output), stem_of(output))
         except ValueError as why:
             raise RuntimeError(f"{said} The latents could not be kept either ({why})") from error
         raise RuntimeError(
             f"{said} The latents are not lost: {short(path, 400)} has them, and --decode with that file and the "
             "same --model makes the video of them; --fps, and --video with --keep-audio, are given again if they were."
         ) from error
+
+
+def _folders_beside(output: Path) -> tuple[Path, ...]:
+    """Where what cannot be written as asked is kept: the first of these that can be written to."""
+    return output.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())
 
 
 def finish(options: argparse.Namespace, vae, latent, output: Path, fps: Fraction, sound=None) -> None:
@@ -298,6 +302,28 @@ def write(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps
         output = free_name(DEFAULT_OUTPUT)
     write_mp4(images, output, fps, events=terminal_events(), overwrite=options.overwrite, sound=sound)
     say(f"{output}: {len(images)} frames of {images.shape[2]}x{images.shape[1]} at {float(fps):.5g} fps")
+
+
+def write_or_keep(options: argparse.Namespace, images: "torch.Tensor", output: Path, fps: Fraction, sound=None) -> None:
+    """Write frames as ``write`` does; where that fails, write the video elsewhere, for frames of which nothing else is
+    kept.
+
+    Raises:
+        RuntimeError: with what failed, and where the video is.
+    """
+    from cogvideox.video import free_name, write_mp4
+
+    try:
+        write(options, images, output, fps, sound)
+    except (ValueError, RuntimeError) as error:
+        for folder in _folders_beside(output):
+            path = free_name(folder / f"{stem_of(output)}.mp4")
+            try:
+                write_mp4(images, path, fps, events=terminal_events(), sound=sound)
+            except (ValueError, RuntimeError):
+                continue
+            raise RuntimeError(f"{error} The video is not lost: it is in {short(path, 400)}.") from error
+        raise
 
 
 class Work:

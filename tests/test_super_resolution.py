@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 import cogvideox.super_resolution as module
 import cogvideox.tensors
 import cogvideox.text
+from cogvideox import video
 from cogvideox.handles import open_handles, quantized, with_cache, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
 from cogvideox.modules.cache import Cache
@@ -193,6 +194,15 @@ class TestPieces:
         for free, one in ((needed, True), (needed - 1, False)):
             monkeypatch.setattr(type(dove.model.weights), "free", free)
             assert ("in one piece" in describe_plan(dove.model, 97, 96, 160)) is one
+
+    def test_a_plan_is_of_the_run_with_guidance_and_without_a_cache(self, opened):
+        model = opened("1.5-i2v").model
+
+        def plan(model, guidance):
+            return describe_plan(model, 9, 90, 160, kind="sparkvsr", guidance=guidance)
+
+        assert plan_memory(model, (1, 16, 3, 46, 80), True).text in plan(model, 2.0)
+        assert plan(with_cache(model, Cache("teacache")), 1.0) == plan(model, 1.0) != plan(model, 2.0)
 
     def test_where_memory_runs_out_smaller_ones_are_tried(self, dove, monkeypatch):
         images, told, lengths = torch.rand(25, 8, 8, 3), Told(), []
@@ -458,6 +468,32 @@ class TestCommandLine:
         assert code == 0
         assert (tmp_path / "large.mp4").is_file()
         assert "so the prompt's embedding is not kept" in told
+
+    @pytest.mark.parametrize("cause", ["name", "disk"])
+    def test_a_video_that_cannot_be_written_as_asked_is_written_elsewhere(
+        self, stored, tmp_path, capsys, clip, monkeypatch, cause
+    ):
+        output, elsewhere = tmp_path / "new" / "large.mp4", tmp_path / "elsewhere"
+        for folder in (output.parent, elsewhere):
+            folder.mkdir()
+        monkeypatch.chdir(elsewhere)
+        real, written = video.write_mp4, []
+
+        def write(images, path, *given, **how):
+            if not written.append(path) and len(written) == 1:
+                # Another process took the name meanwhile, or other files the room.
+                output.write_bytes(b"another's") if cause == "name" else None
+            if cause == "disk" and path.parent == output.parent:
+                raise RuntimeError("It could not be written.")
+            return real(images, path, *given, **how)
+
+        monkeypatch.setattr(video, "write_mp4", write)
+        code, _, error = run(capsys, "--upscale", clip, "--model", stored("1.5"), "--scale", 1, "--output", output)
+        kept = output.parent / "large_00002.mp4" if cause == "name" else elsewhere / "large.mp4"
+        assert code == 1
+        assert f"The video is not lost: it is in {kept}." in error
+        with av.open(str(kept)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 9
 
     @pytest.mark.parametrize("plan", [(), ("--plan",)])
     def test_a_clip_that_would_be_too_large_is_refused_before_t5_is_read(
