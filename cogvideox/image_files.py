@@ -216,7 +216,7 @@ def _profile(image: Any, path: Path, tell: Tell) -> Callable[[Any], Any]:
             # well.
             tell(f"The colour profile of {short(path)} is damaged ({reason(error)}): its colours are taken as sRGB.")
             return plain
-        wanted = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
+        wanted: Any = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
         flat = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "1": "L", "LA": "L", "La": "L"}.get(mode, mode)
         if wanted == flat or (wanted == "RGB" and flat == "L"):
             target = cms.createProfile("sRGB")
