@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _MOST_PIXELS, _MOST_JPEG_PIXELS = 210_000_000, 1_000_000_000
 _KEPT_PIXELS = 7680 * 4320
 #: What Pillow is let try: its other readers start programs (EPS) or are no pictures (FITS, WMF).
 _FORMATS = """PNG JPEG MPO JPEG2000 TIFF GIF WEBP AVIF HEIF BMP DIB TGA PPM ICO QOI DDS PCX SGI PSD""".split()
+#: What HEIC pictures say that they are.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _RAW = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
 #: EXIF's orientations as (rows and columns swapped, then mirrored left to right, mirrored top to bottom).
 _ORIENTATIONS = {
@@ -63,6 +66,10 @@ def read_image(path: Path | str, events: Events | None = None) -> torch.Tensor:
         advice = _image_advice(head)
         with from_library(path, "as an image", advice), _large_pictures():
             Image.init()
+            if _is_heic(head) and "HEIF" not in Image.OPEN:
+                # Of itself this package tells Pillow nothing.
+                with suppress(ImportError):
+                    import_module("pillow_heif").register_heif_opener()
             image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
             width, height = image.size
             if image.format in ("JPEG", "MPO") and width * height > _KEPT_PIXELS:
@@ -209,13 +216,13 @@ def _profile(image: Any, path: Path, tell: Tell) -> Callable[[Any], Any]:
             # well.
             tell(f"The colour profile of {short(path)} is damaged ({reason(error)}): its colours are taken as sRGB.")
             return plain
-        wanted = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
+        wanted: Any = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
         flat = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "1": "L", "LA": "L", "La": "L"}.get(mode, mode)
-        if "srgb" in name.lower() and flat in ("RGB", "L"):
-            return plain
         if wanted == flat or (wanted == "RGB" and flat == "L"):
             target = cms.createProfile("sRGB")
             transform = cms.buildTransform(profile, target, wanted, "RGB")
+            if "srgb" in name.lower() and _keeps_grey(cms, transform, wanted):
+                return plain
             tell(f"The colours of {short(path)} were brought from its profile ({name}) to sRGB, which the model knows.")
             return lambda picture: cms.applyTransform(
                 picture if picture.mode == wanted else picture.convert(wanted), transform
@@ -237,6 +244,14 @@ def _profile(image: Any, path: Path, tell: Tell) -> Callable[[Any], Any]:
     return plain
 
 
+def _keeps_grey(cms: Any, transform: Any, mode: str) -> bool:
+    """Return whether a profile that is called sRGB is: linear ones, as of GIMP, have it in their names too."""
+    from PIL import Image
+
+    moved = cms.applyTransform(Image.new(mode, (1, 1), "gray"), transform).getpixel((0, 0))
+    return all(abs(value - 128) < 8 for value in moved)
+
+
 @contextmanager
 def _large_pictures() -> Iterator[None]:
     """Run Pillow without its own limit of pixels, whose error names no size, and without its warnings."""
@@ -251,16 +266,22 @@ def _large_pictures() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def _is_heic(head: bytes) -> bool:
+    """Return whether a file that begins so is an HEIC picture."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC
+
+
 def _image_advice(head: bytes) -> str:
     """Say what to do about a file that Pillow cannot read, by its first bytes."""
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     start = head.lstrip().lower()
     if not head:
         return "The file is empty: copy or download it again."
-    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+    if _is_heic(head):
         return (
-            "It is an HEIC picture, as iPhones make them, which Pillow does not know: save it as JPEG or PNG (on the "
-            "phone: Settings, Camera, Formats, Most Compatible)."
+            "It is an HEIC picture, as iPhones make them, which Pillow knows with the package pillow-heif alone: "
+            "install that, or save the picture as JPEG or PNG (on the phone: Settings, Camera, Formats, Most "
+            "Compatible)."
         )
     if brand in (b"avif", b"avis"):
         return "It is an AVIF picture, which needs Pillow 11.3 or newer: save it as JPEG or PNG."

@@ -266,7 +266,7 @@ def upscale(
     check_width(embeddings, config["text_embed_dim"])
     check_finite(embeddings, "The empty prompt's embedding", "Make it anew, with a text encoder.")
     shown = Shown([], ()) if references is None else _shown(check_images(references, "references"), places, clip)
-    guidance = reference_guidance if places and abs(reference_guidance - 1) > 1e-3 else 1.0
+    guidance = reference_guidance if places else 1.0
     for note in _notes(model, kind, bool(places), reference_guidance):
         events.note(note)
     model = replace(model, cache=None)
@@ -288,8 +288,13 @@ def upscale(
     return _decode(vae, clean, clip, pieces, on_nan, events)
 
 
-def describe_plan(model: Model, frames: int, height: int, width: int, scale: int = 4, kind: str = AUTO) -> str:
+def describe_plan(
+    model: Model, frames: int, height: int, width: int, scale: int = 4, kind: str = AUTO, guidance: float = 1.0
+) -> str:
     """Say in what pieces a clip would be made larger, from headers and shapes alone.
+
+    Args:
+        guidance: by references; 1 where there are none.
 
     Raises:
         ValueError: for a checkpoint or scale that it cannot be run with, or a clip that is too large then.
@@ -297,10 +302,10 @@ def describe_plan(model: Model, frames: int, height: int, width: int, scale: int
     kind = find_kind(model, kind)
     check_scale(scale)
     check_enlarged(kind, frames, height, width, scale)
-    size = _empty(kind, frames, height, width, scale).size
-    step = _OneStep(replace(model, cache=None), torch.empty(1, 0, 0), kind, 1.0, "heal", Events())
+    size, model = _empty(kind, frames, height, width, scale).size, replace(model, cache=None)
+    step = _OneStep(model, torch.empty(1, 0, 0), kind, guidance, "heal", Events())
     pieces = Pieces(size, next(step.sizes(size)))
-    return f"{pieces.text} {plan_memory(model, pieces.largest, False).text}"
+    return f"{pieces.text} {plan_memory(model, pieces.largest, step.guided).text}"
 
 
 def _grid(kind: str, scale: int) -> int:
@@ -448,8 +453,8 @@ class _OneStep:
         self._scheduler = make_scheduler(model.scheduler_config, DPM)
 
     @property
-    def _guided(self) -> bool:
-        return self._guidance != 1.0
+    def guided(self) -> bool:
+        return abs(self._guidance - 1) > 1e-3
 
     def sizes(self, whole: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         """Yield the sizes of pieces that fit, the largest first, and after them all smaller ones; the smallest in any
@@ -469,8 +474,8 @@ class _OneStep:
             return False
         if weights.free is None:
             return True
-        plan = plan_memory(self._model, shape, self._guided, self._embeddings.shape[1] or None)
-        found = placements((True, False) if self._guided else (True,))
+        plan = plan_memory(self._model, shape, self.guided, self._embeddings.shape[1] or None)
+        found = placements((True, False) if self.guided else (True,))
         chosen = [placement for placement in found if placement.mode == weights.memory] or found
         return any(plan.fits(placement) for placement in chosen)
 
@@ -483,12 +488,12 @@ class _OneStep:
         model, device = self._model, self._model.weights.device
         largest = max((latents[:, :LATENT_CHANNELS] for latents in noisy), key=torch.numel)
         tokens = self._embeddings.shape[1]
-        chosen = choose_placements(model, largest, self._guided, True, tokens, self._events)
+        chosen = choose_placements(model, largest, self.guided, True, tokens, self._events)
         speedups = make_speedups(model, largest.shape, tokens, [TIMESTEP], self._events.note)
 
         @contextmanager
         def prepared(module: nn.Module, precision: Precision, placement: Placement | None) -> Iterator[None]:
-            batched = self._guided and placement is not None and placement.batched
+            batched = self.guided and placement is not None and placement.batched
             with applied(model.loras, module, precision, device), speedups.attached(module, batched, precision):
                 yield
 
@@ -504,9 +509,9 @@ class _OneStep:
                 def work(
                     module: nn.Module, precision: Precision, index: int = index, latents: torch.Tensor = latents
                 ) -> torch.Tensor:
-                    speedups.begin(0, self._guided)
+                    speedups.begin(0, self.guided)
                     batched = sentinel.placement is not None and sentinel.placement.batched
-                    calls = 2 if self._guided and not batched else 1
+                    calls = 2 if self.guided and not batched else 1
                     with _blocks_told(module, self._events, index, len(noisy), calls):
                         return self._step(latents.to(device), module, precision, calls)
 
@@ -523,7 +528,7 @@ class _OneStep:
         if given.shape[2] < config["in_channels"]:
             given = torch.cat([given, torch.zeros_like(video)], dim=2)
         copies = [given]
-        if self._guided:
+        if self.guided:
             copies.insert(0, torch.cat([video, torch.zeros_like(video)], dim=2))
         rotary = rotary_embedding(config, given.shape[1], given.shape[3], given.shape[4], given.device)
         predictions = []
@@ -540,7 +545,7 @@ class _OneStep:
                 )[0].float()
             )
         prediction = torch.cat(predictions)
-        if self._guided:
+        if self.guided:
             without, following = prediction.chunk(2)
             prediction = guide(without, following, self._guidance)
         timestep = torch.full((1,), TIMESTEP, dtype=torch.long, device=given.device)

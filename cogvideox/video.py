@@ -73,6 +73,9 @@ def write_mp4(
     try:
         with written_whole(path, overwrite) as partial:
             _encode(images, partial, Fraction(fps).limit_denominator(1001), events, sound)
+            # On the disk before it has its name: --prompts takes what has one for made, after a loss of power too.
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, av.error.FFmpegError) as error:
         raise RuntimeError(
             f"{short(path, 400)} could not be written ({reason(error)}), and nothing of it was left behind. Is the "

@@ -208,7 +208,8 @@ def describe(options: argparse.Namespace, request: Request, model: "Model") -> s
     from cogvideox.super_resolution import describe_plan
 
     frames, height, width = request.images.shape[:3]
-    return describe_plan(model, frames, height, width, options.scale, request.kind)
+    guidance = 1.0 if request.references is None else options.reference_guidance
+    return describe_plan(model, frames, height, width, options.scale, request.kind, guidance)
 
 
 def _empty_prompt(

@@ -329,7 +329,7 @@ def write_somewhere(
                 write_mp4(images, other, fps, events=terminal_events(), sound=sound)
             except (ValueError, RuntimeError):
                 continue
-            raise RuntimeError(f"{error} The video is not lost: it is {short(other, 400)}.") from error
+            raise RuntimeError(f"{error} The video is not lost: it is in {short(other, 400)}.") from error
         raise
 
 

@@ -271,7 +271,58 @@ class TestCancelling:
         assert time.monotonic() - start < 5
 
 
+class TestTwoAtOnce:
+    def test_a_second_download_into_the_folder_is_refused_and_the_first_is_whole(self, hub, tmp_path, target):
+        refused = []
+
+        def second():
+            with pytest.raises(RuntimeError, match="Another program is downloading into .* it goes on where") as caught:
+                download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+            refused.append(caught)
+
+        def on_progress(done, total):
+            if parts_in(target) and not refused:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+
+        download_checkpoint("t2v", tmp_path, on_progress, hub.endpoint)
+        assert len(refused) == 1
+        assert all((target / path).read_bytes() == hub.files[path] for path in needed(hub))
+        assert files_in(target) == needed(hub)
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+
+    @pytest.mark.parametrize("ending", ["kill", "terminate"])
+    def test_after_one_that_was_killed_the_next_goes_on(self, hub, tmp_path, target, ending):
+        hub.delay = 0.05
+        run = subprocess.Popen(
+            [sys.executable, "generate.py", "--download", "t2v", str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"HF_ENDPOINT": hub.endpoint},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (begun := parts_in(target)) and run.poll() is None:
+            time.sleep(0.02)
+        getattr(run, ending)()
+        _, said = run.communicate(timeout=60)
+        assert begun
+        if ending == "terminate" and os.name == "posix":
+            assert run.returncode == 130
+            assert "stopped." in said
+        hub.delay = 0
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert files_in(target) == needed(hub)
+
+
 class TestDisk:
+    def test_no_file_has_its_name_before_it_is_on_the_disk(self, hub, tmp_path, target, monkeypatch):
+        happened, sync, rename = [], os.fsync, os.replace
+        monkeypatch.setattr(os, "fsync", lambda file: (happened.append("synced"), sync(file)))
+        monkeypatch.setattr(os, "replace", lambda *paths: (happened.append("named"), rename(*paths)))
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert happened == ["synced", "named"] * len(needed(hub))
+
     def free(self, monkeypatch, count):
         asked = []
         usage = type(shutil.disk_usage("."))

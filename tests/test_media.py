@@ -2,16 +2,19 @@
 
 import errno
 import math
+import re
 import struct
+import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from cogvideox.clip_files import read_sound, read_video
 from cogvideox.image_files import read_image
@@ -200,6 +203,17 @@ class TestPictures:
         assert abs(expected - colour / 255).max() > 10 / 255
         assert "Display P3" in said
 
+    def test_linear_srgb_is_not_taken_for_srgb(self, read, tmp_path):
+        """Its name, such as GIMP's, says sRGB too."""
+        icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        for curve in re.finditer(rb"[rgb]TRC(.{4})", icc[:600], re.DOTALL):
+            place = int.from_bytes(curve[1], "big")
+            icc[place : place + 12] = b"curv" + bytes(8)
+        Image.new("RGB", (8, 8), (55, 55, 55)).save(tmp_path / "linear.png", icc_profile=bytes(icc))
+        pixels, said = read("linear.png")
+        assert pixels[0, 0] == pytest.approx(128 / 255, abs=1 / 255)
+        assert "to sRGB" in said
+
     def test_srgb_is_left_as_it_is_and_a_damaged_profile_is_said(self, read, tmp_path):
         grey("RGB").save(
             tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -274,6 +288,26 @@ class TestPictures:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*{said}"):
             read(name)
+
+    def test_heic_is_read_where_pillow_heif_is_installed(self, read, tmp_path, monkeypatch):
+        (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+
+        class Heif(ImageFile.ImageFile):
+            format = "HEIF"
+
+            def _open(self):
+                self._size, self._mode = (4, 2), "RGB"
+
+            def load(self):
+                self.im = Image.new("RGB", self.size, "red").im
+                return Image.Image.load(self)
+
+        def register():
+            monkeypatch.setitem(Image.OPEN, "HEIF", (Heif, lambda prefix: prefix[4:12] == b"ftypheic"))
+
+        monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+        pixels, _ = read("phone.heic")
+        assert pixels.shape == (2, 4, 3)
 
     @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tiff"])
     def test_a_cut_picture_is_refused(self, read, tmp_path, name):

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import cogvideox.super_resolution as module
 import cogvideox.tensors
 import cogvideox.text
+from cogvideox import video
 from cogvideox.handles import open_handles, quantized, with_cache, with_lora
 from cogvideox.memory import LiveBytes, plan_memory
 from cogvideox.modules.cache import Cache
@@ -196,6 +197,15 @@ class TestPieces:
         for free, one in ((needed, True), (needed - 1, False)):
             monkeypatch.setattr(type(dove.model.weights), "free", free)
             assert ("in one piece" in describe_plan(dove.model, 97, 96, 160)) is one
+
+    def test_a_plan_is_of_the_run_with_guidance_and_without_a_cache(self, opened):
+        model = opened("1.5-i2v").model
+
+        def plan(model, guidance):
+            return describe_plan(model, 9, 90, 160, kind="sparkvsr", guidance=guidance)
+
+        assert plan_memory(model, (1, 16, 3, 46, 80), True).text in plan(model, 2.0)
+        assert plan(with_cache(model, Cache("teacache")), 1.0) == plan(model, 1.0) != plan(model, 2.0)
 
     def test_where_memory_runs_out_smaller_ones_are_tried(self, dove, monkeypatch):
         images, told, lengths = torch.rand(25, 8, 8, 3), Told(), []
@@ -462,6 +472,23 @@ class TestCommandLine:
         assert (tmp_path / "large.mp4").is_file()
         assert "so the prompt's embedding is not kept" in told
 
+    def test_a_name_that_another_process_took_meanwhile_loses_no_video(
+        self, stored, tmp_path, capsys, clip, monkeypatch
+    ):
+        output, real, written = tmp_path / "large.mp4", video.write_mp4, []
+
+        def write(images, path, *given, **how):
+            if not written:
+                output.write_bytes(b"another's")
+            written.append(path)
+            return real(images, path, *given, **how)
+
+        monkeypatch.setattr(video, "write_mp4", write)
+        code, _, error = run(capsys, "--upscale", clip, "--model", stored("1.5"), "--scale", 1, "--output", output)
+        assert code == 1
+        assert f"The video is not lost: it is in {tmp_path / 'large_00002.mp4'}." in error
+        assert len(read_video(tmp_path / "large_00002.mp4")) == 9
+
     @pytest.mark.parametrize("plan", [(), ("--plan",)])
     def test_a_clip_that_would_be_too_large_is_refused_before_t5_is_read(
         self, stored, tmp_path, capsys, clip, monkeypatch, plan
@@ -506,7 +533,7 @@ class TestCommandLine:
         code, _, error = run(capsys, *arguments)
         assert code == 1
         assert "No space left on device" in error
-        assert f"The video is not lost: it is {tmp_path / 'large_00002.mp4'}." in error
+        assert f"The video is not lost: it is in {tmp_path / 'large_00002.mp4'}." in error
         assert len(read_video(tmp_path / "large_00002.mp4")) == 9
         assert (tmp_path / "large.mp4").read_text() == "another"
         assert list(full.iterdir()) == []

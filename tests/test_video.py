@@ -136,6 +136,15 @@ class TestWriting:
             write_mp4(NOISE, tmp_path / "x.mp4", 16, Told(progress=stop))
         assert names(tmp_path) == []
 
+    def test_it_is_on_the_disk_before_it_has_its_name(self, tmp_path, monkeypatch):
+        """``--prompts`` takes what is there for made, after a loss of power too."""
+        seen = []
+        monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.fstat(file).st_size, names(tmp_path))))
+        write_mp4(NOISE, tmp_path / "x.mp4", 16)
+        ((size, there),) = seen
+        assert size == (tmp_path / "x.mp4").stat().st_size
+        assert "x.mp4" not in there
+
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
     def test_a_disk_that_becomes_full_is_a_sentence_and_leaves_nothing(self, tmp_path):
         import resource

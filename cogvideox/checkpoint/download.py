@@ -12,8 +12,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ _SHA256, _SHA1, _COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 _SECOND_COPY = re.compile(r"\.(?:fp16|bf16|fp32)\b")
 #: ``is_checkpoint`` looks at this file, so it comes last: a checkpoint is listed when it is complete.
 _LAST = "transformer/config.json"
+#: What a process holds while it downloads into a folder. The system lets go of it when the process ends, however.
+_LOCK = ".download.lock"
 #: Seconds between two calls of on_progress.
 _REPORT_EVERY = 0.1
 
@@ -127,8 +129,8 @@ def download_checkpoint(
 
     Raises:
         ValueError: if ``which`` is unknown or a file is where the folder should be.
-        RuntimeError: if the hub cannot be reached or refuses, the disk is too small or cannot be written, or a file
-            arrives damaged.
+        RuntimeError: if the hub cannot be reached or refuses, the disk is too small or cannot be written, a file
+            arrives damaged, or another process downloads into the same folder.
     """
     target, repository = checkpoint_folder(which, folder), REPOSITORIES[which]
     with _disk_errors(target):
@@ -154,11 +156,12 @@ def download_checkpoint(
     total = sum(file.size for file in files)
     report = _Report(on_progress, total, before=total - sum(file.size for file in missing))
     report(0)
-    for file in missing:
-        logger.info("fetching %s of %s (%s)", file.path, repository, size_text(file.size))
-        url = hf_hub_url(repository, file.path, revision=revision, endpoint=hub)
-        _fetch(file, target / file.path, partial(receive, source, url, file.size, report), report)
-        report.before += file.size
+    with _alone(target) if missing else nullcontext():
+        for file in missing:
+            logger.info("fetching %s of %s (%s)", file.path, repository, size_text(file.size))
+            url = hf_hub_url(repository, file.path, revision=revision, endpoint=hub)
+            _fetch(file, target / file.path, partial(receive, source, url, file.size, report), report)
+            report.before += file.size
     if not is_checkpoint(target):
         raise RuntimeError(
             f"{short(target, 400)} is complete, but its transformer/config.json describes no CogVideoX model, so it "
@@ -278,6 +281,38 @@ def _check_space(repository: str, missing: list[RemoteFile], target: Path) -> No
     )
 
 
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Be the only process that downloads into a folder: two would write into each other's files.
+
+    Raises:
+        RuntimeError: if another is, or the folder cannot be written to.
+    """
+    # huggingface_hub's own, which needs it.
+    from filelock import FileLock, Timeout
+
+    path = target / _LOCK
+    lock = FileLock(path)
+    with _disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"Another program is downloading into {short(target, 400)} just now, and two would spoil each other's "
+                "files. Wait until it is done, or stop it and download again: it goes on where that stopped."
+            ) from None
+        except NotImplementedError:
+            # No locks on this disk, as on some network drives.
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            path.unlink()
+
+
 def _disk_errors(target: Path) -> AbstractContextManager[None]:
     return disk_errors(
         target,
@@ -322,6 +357,9 @@ def _fetch(
                 digest.update(block)
                 done += len(block)
                 report(done)
+        # Weights are known by their size later: a loss of power is not to leave one without its bytes.
+        with _disk_errors(target):
+            os.fsync(out.fileno())
     with _disk_errors(target):
         if done == file.size and digest.hexdigest() == (file.checksum or digest.hexdigest()):
             os.replace(part, target)
