@@ -152,6 +152,31 @@ def test_why_a_node_failed_is_on_it_until_it_runs_again(pack, monkeypatch):
         assert shown[1:] == [("5:7", "")]
 
 
+class InterruptProcessingException(Exception):
+    """What Cancel raises in older versions of ComfyUI."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), ["OSError: [Errno 28] No space left on device"]),
+        (KeyError("samples"), ["KeyError: 'samples'"]),
+        (MemoryError(), ["MemoryError"]),
+        (NotImplementedError(), ["NotImplementedError"]),
+        (InterruptProcessingException(), []),
+    ],
+)
+def test_so_is_what_the_system_or_a_library_says_but_not_that_its_user_cancelled(pack, monkeypatch, error, said):
+    page, shown = sys.modules[f"{pack.__name__}.nodes.host.page"], []
+    monkeypatch.setattr(page, "_failed", set())
+    monkeypatch.setattr(page, "running_node", lambda: "5:7")
+    monkeypatch.setattr(page, "show", lambda text, node: shown.append(text))
+    with pytest.raises(type(error)) as raised, page.failures_shown():
+        raise error
+    assert raised.value is error
+    assert shown == said
+
+
 def test_the_sentence_is_on_its_node_until_it_is_mended(errors, graph, pack, monkeypatch):
     """ComfyUI's box of errors names the widget alone."""
     host, shown = sys.modules[f"{pack.__name__}.nodes.host"], []
