@@ -1,5 +1,8 @@
 """Every example workflow fits the nodes as they are: nothing missing, nothing red."""
 
+import json
+import sys
+
 import av
 import pytest
 from PIL import Image, ImageChops, ImageStat
@@ -137,6 +140,19 @@ def test_the_twin_for_scripts_is_what_the_page_would_queue(path):
     assert {
         name: {key: node[key] for key in ("class_type", "inputs")} for name, node in twin.items()
     } == workflows.to_api(workflows.read(path))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_lists_them_with_what_most_begin_with_first(pack, language):
+    """ComfyUI gives them as its disk has them."""
+    page = sys.modules[f"{pack.__name__}.nodes.host.language"]
+    stems = [path.stem for path in workflows.FILES]
+    assert sorted(page._ORDER) == sorted(stems)
+    given = {page._PACK.name: [*stems[::-1], "of the user"], "another": ["b", "a"]}
+    listed = json.loads(page._listed("/workflow_templates", json.dumps(given), language))
+    wanted = [*page._ORDER, "of the user"]
+    assert listed == {page._PACK.name: [page._title(stem, language) for stem in wanted], "another": ["b", "a"]}
+    assert listed[page._PACK.name][0] == {"en": "text_to_video", "zh": "文生视频"}[language]
 
 
 def test_twins_are_not_listed_as_templates():
