@@ -111,7 +111,17 @@ WIDGETS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS)
+#: What no widget takes, and the nearest that the widget does.
+BEYOND = [
+    ("EmptyLatent", "width", 99999, "Set it to 16384."),
+    ("EmptyLatent", "width", 16383, "Set it to 16368 or 16384."),
+    ("EmptyLatent", "length", 99998, "Set it to 16001."),
+    ("Extend", "length", 99999, "Set it to 16001."),
+    ("ContextWindows", "length", 99998, "Set it to 16001;"),
+]
+
+
+@pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS + BEYOND)
 def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, value, said):
     nodes = graph({"ContextWindows": "long_video", "Extend": "extend"}.get(kind, "text_to_video"))
     of(nodes, f"CogVideoX15{kind}")[widget] = value
