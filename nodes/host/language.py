@@ -120,7 +120,9 @@ def _template(path: str, language: str) -> Any:
     if file.parent != _TEMPLATES or not file.is_file():
         return None
     if ending != "json":
-        return web.FileResponse(file) if stem in names else None
+        # Thumbnails have words, too.
+        own = _TEMPLATES / language / file.name
+        return web.FileResponse(own if own.is_file() else file) if stem in names else None
     workflow = json.loads(file.read_text(encoding="utf-8"))
     return web.json_response(workflow_in(workflow, language))
 

@@ -119,7 +119,7 @@ def test_the_templates_are_in_the_pages_language(comfy, chinese):
         assert notes
         assert all(CHINESE.search(note["title"] + note["widgets_values"][0]) for note in notes)
         with comfy.open(f"{address}.jpg") as picture:
-            assert picture.read() == path.with_suffix(".jpg").read_bytes()
+            assert picture.read() == (path.parent / "zh" / f"{path.stem}.jpg").read_bytes()
 
 
 def test_the_templates_are_as_they_lie_there_for_everybody_else_but_in_order(comfy):
