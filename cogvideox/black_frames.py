@@ -189,7 +189,7 @@ def enforce(report: BlackFrameReport, action: str) -> None:
     """
     check_choice("action", action, ON_BLACK)
     if action == STOP and report.verdict == "black":
-        meant = "" if report.nonfinite else " If the video is meant to be dark, set action to warn."
+        meant = "" if report.nonfinite else "\nIf the video is meant to be dark, set action to warn."
         raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.explained}{meant}")
     if action == WARN and report.verdict != "ok":
         logger.warning("%s", report.explained)
