@@ -83,6 +83,11 @@ class BlackFrameReport:
         return "\n".join(lines)
 
     @property
+    def explained(self) -> str:
+        """The verdict, and the advice where there is one."""
+        return f"{self.text}\n{self.advice}".rstrip()
+
+    @property
     def advice(self) -> str:
         """The likely cause of a black video and what to do about it; "" where the verdict is not black."""
         if self.verdict != "black":
@@ -99,13 +104,12 @@ class BlackFrameReport:
                 "NaN is saved as black: an overflow cannot be seen in them any more. Likely cause: the model that "
                 "made them ran in a dtype too small for its activations, as fp16 is for weights trained in bf16 (all "
                 "CogVideoX but 2b). To tell, put this check directly behind the decoder, where it sees NaN itself, or "
-                "make the video again with dtype at auto in CogVideoX-1.5 Model Loader. If the video is meant to be "
-                "dark, set action to warn."
+                "make the video again with dtype at auto in CogVideoX-1.5 Model Loader."
             )
         return (
             "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent "
             "was decoded without sampling, the prompt asks for darkness, or the latents come from another model. "
-            "Check what is connected to the decoder; if the video is meant to be dark, set action to warn."
+            "Check what is connected to the decoder."
         )
 
 
@@ -191,11 +195,10 @@ def enforce(report: BlackFrameReport, action: str) -> None:
     """
     check_choice("action", action, ON_BLACK)
     if action == STOP and report.verdict == "black":
-        raise BlackVideoError(
-            f"The video is black, so it is not passed on to be saved.\n{report.text}\n{report.advice}"
-        )
+        meant = "" if report.nonfinite else "\nIf the video is meant to be dark, set action to warn."
+        raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.explained}{meant}")
     if action == WARN and report.verdict != "ok":
-        logger.warning("%s\n%s", report.text, report.advice)
+        logger.warning("%s", report.explained)
 
 
 def frame_ranges(frames: Sequence[int]) -> str:

@@ -8,6 +8,9 @@ from .tensors import check_room
 from .variants import LATENT_CHANNELS, SIZE_STEP, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, rest_of
 from .words import short
 
+#: The largest side in pixels and the longest clip in frames, 16N+1, that the nodes take; nothing larger is advised.
+LARGEST_SIDE, LONGEST = 16384, 16001
+
 
 def latent_frames(frames: int) -> int:
     """Return the latent frames of a clip of ``frames`` pixel frames: ``(frames - 1) // 4 + 1``."""
@@ -31,8 +34,8 @@ def check_frames(frames: int, step: int = 16, in_pairs: bool = False) -> None:
     rest = rest_of(in_pairs)
     if frames == 1 or (frames > 1 and frames % step == rest % step):
         return
-    below = (frames - rest) // step * step + rest
-    near = f"{below} or {below + step}" if below >= rest and frames > 0 else f"1 or {step + 1 if rest == 1 else rest}"
+    below = (min(frames, LONGEST) - rest) // step * step + rest
+    near = near_lengths(below, step) if below >= rest and frames > 0 else f"1 or {step + 1 if rest == 1 else rest}"
     if in_pairs:
         raise ValueError(
             f"The clip length is {frames} frames, but this model makes {step}N+{rest}, or a single one: it reads "
@@ -43,6 +46,11 @@ def check_frames(frames: int, step: int = 16, in_pairs: bool = False) -> None:
         f"The clip length is {frames} frames, but this model makes {step}N+1 frames: the first frame stands alone and "
         f"the others are compressed in groups, so any other length would be cut or stretched. Set it to {near}."
     )
+
+
+def near_lengths(below: int, step: int) -> str:
+    """Name two lengths that work, or the one that is not too long."""
+    return f"{below} or {below + step}" if below + step <= LONGEST else f"{below}"
 
 
 def check_size(width: int, height: int) -> None:
@@ -62,8 +70,8 @@ def check_side(name: str, value: int) -> None:
         ValueError: with the nearest values that work.
     """
     if value < SIZE_STEP or value % SIZE_STEP:
-        below = max(SIZE_STEP, value // SIZE_STEP * SIZE_STEP)
-        above = max(value // SIZE_STEP + 1, 1) * SIZE_STEP
+        below = min(max(SIZE_STEP, value // SIZE_STEP * SIZE_STEP), LARGEST_SIDE)
+        above = min(max(value // SIZE_STEP + 1, 1) * SIZE_STEP, LARGEST_SIDE)
         near = f"{below}" if above == below else f"{below} or {above}"
         raise ValueError(
             f"The {name} is {value} pixels, but it must be a multiple of {SIZE_STEP}: the VAE shrinks the picture 8 "

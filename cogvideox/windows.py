@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .choices import BLENDS, LINEAR, check_choice
-from .geometry import latent_frames, padding_frames, pixel_frames
+from .geometry import LONGEST, latent_frames, near_lengths, padding_frames, pixel_frames
 from .variants import TEMPORAL_COMPRESSION
 
 
@@ -69,8 +69,8 @@ def check_window_length(length: int) -> None:
     """
     if length > 1 and length % TEMPORAL_COMPRESSION == 1:
         return
-    below = max(pixel_frames(2), (length - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1)
-    near = f"{below} or {below + TEMPORAL_COMPRESSION}"
+    below = max(pixel_frames(2), (min(length, LONGEST) - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1)
+    near = near_lengths(below, TEMPORAL_COMPRESSION)
     raise ValueError(
         f"The length of the context windows is {length} frames, but a window is a clip, and those have 4N+1 frames: "
         f"the first alone and the others in fours. Set it to {near}; 161 is the longest that CogVideoX-1.5 was trained "

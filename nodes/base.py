@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..cogvideox.dependencies import require_dependencies
-from ..cogvideox.geometry import SIZE_STEP
+from ..cogvideox.geometry import LARGEST_SIDE, LONGEST, SIZE_STEP
 from . import host
 from .inputs import checked, inputs_of, objections
 from .queued import Validation
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 #: loaded apart from the transformer cannot know.
 IN_PAIRS = "cogvideox_in_pairs"
 #: The widgets of a clip's size and length, but for what differs with the model that a node is for.
-SIZE = {"min": SIZE_STEP, "max": 16384, "step": SIZE_STEP}
+SIZE = {"min": SIZE_STEP, "max": LARGEST_SIDE, "step": SIZE_STEP}
 #: A widget's limits that is a share of the steps, or of the work.
 SHARE = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
 #: A VAE's socket.
@@ -32,7 +32,7 @@ LENGTH = (
     {
         "default": 81,
         "min": 1,
-        "max": 16001,
+        "max": LONGEST,
         "step": 16,
         "tooltip": (
             "Frames to make, 16N+1: 81 is 5 seconds and 161 is 10 seconds at 16 fps. Longer than 161 was not trained."
@@ -45,7 +45,7 @@ LENGTH_IN_PAIRS = (
     {
         "default": 85,
         "min": 1,
-        "max": 16001,
+        "max": LONGEST,
         "step": 4,
         "tooltip": "Frames to make, 8N+5 (77, 85 …) or 1. Longer than 85 was not trained.",
     },

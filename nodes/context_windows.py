@@ -1,6 +1,7 @@
 """CogVideoX-1.5 Context Windows: clips that are longer than the model was trained for."""
 
 from ..cogvideox.choices import BLENDS, LINEAR, check_choice
+from ..cogvideox.geometry import LONGEST
 from ..cogvideox.windows import check_overlap, check_window_length
 from . import host
 from .base import Node
@@ -42,7 +43,7 @@ class ContextWindows(Node):
                     {
                         "default": 161,
                         "min": 5,
-                        "max": 16001,
+                        "max": LONGEST,
                         "step": 4,
                         "tooltip": (
                             "Frames of a window, not of the video, whose length is that of the latent. 161 is the "

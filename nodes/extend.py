@@ -1,6 +1,6 @@
 """CogVideoX-1.5 Extend: the part of a video that follows a clip."""
 
-from ..cogvideox.geometry import check_frames
+from ..cogvideox.geometry import LONGEST, check_frames
 from ..cogvideox.going_on import check_known
 from . import host
 from .base import VAE, Node, with_latents
@@ -56,7 +56,7 @@ class Extend(Node):
                     {
                         "default": 81,
                         "min": 5,
-                        "max": 16001,
+                        "max": LONGEST,
                         "step": 4,
                         "tooltip": (
                             "Frames of the next part, those of the overlap included: 16N+1 for CogVideoX-1.5, 8N+5 "
@@ -69,7 +69,7 @@ class Extend(Node):
                     {
                         "default": 1,
                         "min": 1,
-                        "max": 16001,
+                        "max": LONGEST,
                         "step": 4,
                         "tooltip": (
                             "Frames at the end of the clip with which the next part begins, 4N+1: 1 for image-to-video "

@@ -1,5 +1,6 @@
 """CogVideoX-1.5 Join Clips: two parts of a video in one."""
 
+from ..cogvideox.geometry import LONGEST
 from .base import Node
 
 
@@ -27,7 +28,7 @@ class JoinClips(Node):
                     {
                         "default": 1,
                         "min": 0,
-                        "max": 16001,
+                        "max": LONGEST,
                         "tooltip": (
                             "Frames that both clips have: what CogVideoX-1.5 Extend was told. 0 puts one behind the "
                             "other."

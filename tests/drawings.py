@@ -1,10 +1,13 @@
 """Draws what the examples bring along: the clip that ``video_to_video`` opens with, and the templates' thumbnails.
 
 ``python -m tests.drawings`` writes both into example_workflows. No model has drawn any of it: the thumbnails show what
-goes in and what comes out, and promise no quality.
+goes in and what comes out, and promise no quality. Those of another language are in a folder of that name, and need a
+font that has its letters.
 """
 
 import math
+from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -19,6 +22,44 @@ SIZE, FRAMES, FPS = (680, 384), 81, 16
 _FINE = 2
 _SUMMER = {"sky": ((86, 156, 214), (250, 214, 165)), "hills": ((96, 125, 139), (69, 110, 92), (46, 90, 62))}
 _WINTER = {"sky": ((150, 165, 182), (226, 230, 236)), "hills": ((176, 188, 198), (205, 214, 222), (236, 240, 244))}
+#: Where Linux has fonts with Chinese letters.
+_FONTS = (
+    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/google-noto-sans-cjk-fonts/NotoSansCJK-Regular.ttc",
+)
+_CHINESE = {
+    "5 seconds, 1360 x 768": "5 秒，1360 x 768",
+    "10 seconds, 1360 x 768": "10 秒，1360 x 768",
+    "19.5 seconds, 1360 x 768": "19.5 秒，1360 x 768",
+    "a drawing, not made by the model": "示意图，不是模型生成的",
+    "Text to video": "文生视频",
+    "Text to video with LoRA": "文生视频加 LoRA",
+    "Text to video, faster": "文生视频（更快）",
+    "With ComfyUI's own nodes": "ComfyUI 自带节点",
+    "Super-resolution": "超分辨率",
+    "Image to video": "图生视频",
+    "Long video": "长视频",
+    "Extend a video": "续写视频",
+    "Inpaint": "局部重绘",
+    "Object removal (VOID)": "移除物体（VOID）",
+    "Video to video": "视频生视频",
+    "Prompt\nA sailing boat crosses a lake\nbetween green hills, the sun is low …": (
+        "提示词\n一艘帆船驶过青山环绕的湖面，\n太阳已经很低……"
+    ),
+    "Prompt\nA sailing boat crosses\na lake …": "提示词\n一艘帆船驶过湖面……",
+    "Your LoRA\nadds its style:\nink.safetensors": "你的 LoRA\n加上它的风格：\nink.safetensors",
+    "Faster\nkernels, TeaCache,\ncompile": "更快\n注意力内核、TeaCache、\n编译",
+    "Core nodes\nKSampler, CLIP Text\nEncode, VAE Decode": "自带节点\nK采样器、CLIP 文本\n编码、VAE 解码",
+    "DOVE, SparkVSR\none step, no prompt,\nany size and length": (
+        "DOVE、SparkVSR\n只需一步，不用提示词，\n任意尺寸和长度"
+    ),
+    "Prompt\nThe boat sails\nto the right …": "提示词\n小船向右驶去……",
+    "Windows\n161 frames each,\nin the memory of one": "窗口\n每个 161 帧，\n只占一个的内存",
+    "Prompt\nThe boat sails on …": "提示词\n小船继续\n前行……",
+    "Prompt\nA boat drawn\nin ink …": "提示词\n水墨画中的\n小船……",
+    "Prompt\nDeep winter,\nsnow falls …": "提示词\n隆冬，\n大雪纷飞……",
+}
 _CARD, _INK, _PALE, _ACCENT = (30, 33, 40), (240, 240, 240), (160, 166, 176), (143, 111, 232)
 
 
@@ -95,32 +136,39 @@ def thumbnail(
     inputs: list[str | Image.Image],
     output: list[Image.Image],
     size: str = "5 seconds, 1360 x 768",
+    language: str = "en",
 ) -> Image.Image:
     """Draw what goes in, as texts or pictures beside one another, above the film that comes out of it."""
+    font_of = ImageFont.load_default if language == "en" else partial(ImageFont.truetype, font())
+    said = {text: text for text in _CHINESE} if language == "en" else _CHINESE
     width, height, edge = 720, 480, 24
     card = Image.new("RGB", (width, height), _CARD)
     draw = ImageDraw.Draw(card)
-    draw.text((edge, 16), title, _INK, ImageFont.load_default(46))
+    draw.text((edge, 16), said[title], _INK, font_of(size=46))
     across = (width - edge * (len(inputs) + 1)) // len(inputs)
     top, deep = 84, 142
     for place, given in enumerate(inputs):
         left = edge + place * (across + edge)
         if isinstance(given, str):
             draw.rounded_rectangle([left, top, left + across, top + deep], 12, fill=(46, 50, 60))
-            head, _, rest = given.partition("\n")
-            draw.text((left + 16, top + 10), head, _ACCENT, ImageFont.load_default(24))
-            draw.multiline_text((left + 16, top + 44), rest, _INK, ImageFont.load_default(23), spacing=7)
+            head, _, rest = said[given].partition("\n")
+            draw.text((left + 16, top + 10), head, _ACCENT, font_of(size=24))
+            draw.multiline_text((left + 16, top + 44), rest, _INK, font_of(size=23), spacing=7)
         else:
             shown = ImageOps.fit(given, (across, deep))
             card.paste(shown, (left, top))
     middle = width // 2
     draw.polygon([(middle - 26, 238), (middle + 26, 238), (middle, 262)], _ACCENT)
     _film(card, output, 274, edge)
-    draw.text((edge, height - 36), size, _INK, ImageFont.load_default(24))
-    drawn = "a drawing, not made by the model"
-    font = ImageFont.load_default(18)
-    draw.text((width - edge - draw.textlength(drawn, font), height - 31), drawn, _PALE, font)
+    draw.text((edge, height - 36), said[size], _INK, font_of(size=24))
+    drawn, small = said["a drawing, not made by the model"], font_of(size=18)
+    draw.text((width - edge - draw.textlength(drawn, small), height - 31), drawn, _PALE, small)
     return card
+
+
+def font() -> str | None:
+    """Return a font with Chinese letters, if there is one here."""
+    return next((path for path in _FONTS if Path(path).exists()), None)
 
 
 def _film(card: Image.Image, frames: list[Image.Image], top: int, edge: int) -> None:
@@ -135,57 +183,58 @@ def _film(card: Image.Image, frames: list[Image.Image], top: int, edge: int) -> 
         card.paste(ImageOps.fit(frame, (across, deep - 44)), (edge + place * (across + gap), top + 22))
 
 
-def thumbnails() -> dict[str, Image.Image]:
-    """Draw the thumbnail of each workflow, by its name."""
+def thumbnails(language: str = "en") -> dict[str, Image.Image]:
+    """Draw the thumbnail of each workflow, by its name, with words in a language; Chinese ones need ``font``."""
+    card = partial(thumbnail, language=language)
     times = (0.0, 0.4, 0.8)
     film, snow = ([scene(time, winter=winter) for time in times] for winter in (False, True))
     prompt = "Prompt\nA sailing boat crosses a lake\nbetween green hills, the sun is low …"
     return {
-        "text_to_video": thumbnail("Text to video", [prompt], film),
-        "text_to_video_lora": thumbnail(
+        "text_to_video": card("Text to video", [prompt], film),
+        "text_to_video_lora": card(
             "Text to video with LoRA",
             ["Prompt\nA sailing boat crosses\na lake …", "Your LoRA\nadds its style:\nink.safetensors"],
             [_ink(frame) for frame in film],
         ),
-        "text_to_video_fast": thumbnail(
+        "text_to_video_fast": card(
             "Text to video, faster",
             ["Prompt\nA sailing boat crosses\na lake …", "Faster\nkernels, TeaCache,\ncompile"],
             film,
         ),
-        "native_nodes": thumbnail(
+        "native_nodes": card(
             "With ComfyUI's own nodes",
             ["Prompt\nA sailing boat crosses\na lake …", "Core nodes\nKSampler, CLIP Text\nEncode, VAE Decode"],
             film,
         ),
-        "super_resolution": thumbnail(
+        "super_resolution": card(
             "Super-resolution",
             [film[0].resize((60, 34)), "DOVE, SparkVSR\none step, no prompt,\nany size and length"],
             film,
         ),
-        "image_to_video": thumbnail("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
-        "long_video": thumbnail(
+        "image_to_video": card("Image to video", [film[0], "Prompt\nThe boat sails\nto the right …"], film),
+        "long_video": card(
             "Long video",
             ["Prompt\nA sailing boat crosses\na lake …", "Windows\n161 frames each,\nin the memory of one"],
             [scene(time) for time in (0.0, 0.2, 0.4, 0.6, 0.8)],
             "19.5 seconds, 1360 x 768",
         ),
-        "extend": thumbnail(
+        "extend": card(
             "Extend a video",
             [film[0], film[1], "Prompt\nThe boat sails on …"],
             [scene(time) for time in (0.0, 0.4, 0.8, 1.0)],
             "10 seconds, 1360 x 768",
         ),
-        "inpaint": thumbnail(
+        "inpaint": card(
             "Inpaint",
             [film[1], _marked(film[1], times[1], "black", "white"), "Prompt\nA boat drawn\nin ink …"],
             [Image.composite(_ink(frame), frame, _mask(time)) for frame, time in zip(film, times, strict=True)],
         ),
-        "object_removal": thumbnail(
+        "object_removal": card(
             "Object removal (VOID)",
             [film[1], _marked(film[1], times[1], "white", "black")],
             [scene(time, boat=False) for time in times],
         ),
-        "video_to_video": thumbnail("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
+        "video_to_video": card("Video to video", [film[0], film[2], "Prompt\nDeep winter,\nsnow falls …"], snow),
     }
 
 
@@ -211,5 +260,8 @@ def _ink(picture: Image.Image) -> Image.Image:
 if __name__ == "__main__":
     CLIP.parent.mkdir(exist_ok=True)
     write_mp4(clip(), CLIP, FPS, overwrite=True)
-    for name, picture in thumbnails().items():
-        picture.save(CLIP.parent.parent / f"{name}.jpg", quality=88, optimize=True)
+    for language, folder in (("en", CLIP.parent.parent), ("zh", CLIP.parent.parent / "zh")):
+        if language == "en" or font():
+            folder.mkdir(exist_ok=True)
+            for name, picture in thumbnails(language).items():
+                picture.save(folder / f"{name}.jpg", quality=88, optimize=True)

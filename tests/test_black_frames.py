@@ -228,6 +228,16 @@ def test_what_happens_on_black_is_a_choice(action, caplog):
     assert ("3 of 3 frames" in caplog.text) == (action == "warn")
 
 
+def test_who_was_warned_is_not_told_to_choose_to_be(caplog):
+    for images in (torch.zeros(3, HEIGHT, WIDTH, 3), torch.rand(3, HEIGHT, WIDTH, 3) * 0.05):
+        report = check_black_frames(images)
+        with pytest.raises(BlackVideoError, match="If the video is meant to be dark, set action to warn"):
+            enforce(report, "stop")
+        enforce(report, "warn")
+    assert "Likely cause" in caplog.text
+    assert "set action to warn" not in caplog.text
+
+
 def test_partly_black_never_stops_a_video_but_is_warned_of(caplog):
     enforce(BlackFrameReport((1.0, 0.0), (), 0.98, 1.0), "stop")
     enforce(BlackFrameReport((1.0, 0.0), (), 0.98, 1.0), "warn")

@@ -111,7 +111,17 @@ WIDGETS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS)
+#: What no widget takes, and the nearest that the widget does.
+BEYOND = [
+    ("EmptyLatent", "width", 99999, "Set it to 16384."),
+    ("EmptyLatent", "width", 16383, "Set it to 16368 or 16384."),
+    ("EmptyLatent", "length", 99998, "Set it to 16001."),
+    ("Extend", "length", 99999, "Set it to 16001."),
+    ("ContextWindows", "length", 99998, "Set it to 16001;"),
+]
+
+
+@pytest.mark.parametrize(("kind", "widget", "value", "said"), WIDGETS + BEYOND)
 def test_a_bad_widget_is_one_error_at_that_widget(errors, graph, kind, widget, value, said):
     nodes = graph({"ContextWindows": "long_video", "Extend": "extend"}.get(kind, "text_to_video"))
     of(nodes, f"CogVideoX15{kind}")[widget] = value
@@ -160,6 +170,31 @@ def test_what_is_no_longer_to_be_told_is_a_blank(pack, monkeypatch):
     page.show("one\ntwo", "5")
     page.show("", "5")
     assert sent == [("one  \ntwo", "5"), (" ", "5")]
+
+
+class InterruptProcessingException(Exception):
+    """What Cancel raises in older versions of ComfyUI."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), ["OSError: [Errno 28] No space left on device"]),
+        (KeyError("samples"), ["KeyError: 'samples'"]),
+        (MemoryError(), ["MemoryError"]),
+        (NotImplementedError(), ["NotImplementedError"]),
+        (InterruptProcessingException(), []),
+    ],
+)
+def test_so_is_what_the_system_or_a_library_says_but_not_that_its_user_cancelled(pack, monkeypatch, error, said):
+    page, shown = sys.modules[f"{pack.__name__}.nodes.host.page"], []
+    monkeypatch.setattr(page, "_failed", set())
+    monkeypatch.setattr(page, "running_node", lambda: "5:7")
+    monkeypatch.setattr(page, "show", lambda text, node: shown.append(text))
+    with pytest.raises(type(error)) as raised, page.failures_shown():
+        raise error
+    assert raised.value is error
+    assert shown == said
 
 
 def test_the_sentence_is_on_its_node_until_it_is_mended(errors, graph, pack, monkeypatch):

@@ -1,5 +1,8 @@
 """Every example workflow fits the nodes as they are: nothing missing, nothing red."""
 
+import json
+import sys
+
 import av
 import pytest
 from PIL import Image, ImageChops, ImageStat
@@ -59,19 +62,23 @@ def test_every_required_socket_is_connected(workflow, pack):
     workflows.check_required(workflow, pack)
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    return drawings.thumbnails()
+@pytest.fixture(scope="module", params=["en", "zh"])
+def drawn(request):
+    """The thumbnails of a language as they are drawn, by the files that they are in."""
+    if request.param != "en" and drawings.font() is None:
+        pytest.skip("no font here has the letters")
+    folder = drawings.CLIP.parent.parent / ("" if request.param == "en" else request.param)
+    return {folder / f"{name}.jpg": picture for name, picture in drawings.thumbnails(request.param).items()}
 
 
 @pytest.mark.parametrize("path", workflows.FILES, ids=lambda path: path.name)
 def test_it_has_its_thumbnail_as_it_is_drawn(path, drawn):
-    file = path.with_suffix(".jpg")
+    file = next(file for file in drawn if file.stem == path.stem)
     assert file.stat().st_size < 100_000
     with Image.open(file) as picture:
         assert picture.format == "JPEG"
-        assert picture.size == drawn[path.stem].size
-        assert max(ImageStat.Stat(ImageChops.difference(picture, drawn[path.stem])).mean) < 3
+        assert picture.size == drawn[file].size
+        assert max(ImageStat.Stat(ImageChops.difference(picture, drawn[file])).mean) < 3
 
 
 def test_the_example_clip_is_the_one_that_is_drawn_and_short():
@@ -137,6 +144,19 @@ def test_the_twin_for_scripts_is_what_the_page_would_queue(path):
     assert {
         name: {key: node[key] for key in ("class_type", "inputs")} for name, node in twin.items()
     } == workflows.to_api(workflows.read(path))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_lists_them_with_what_most_begin_with_first(pack, language):
+    """ComfyUI gives them as its disk has them."""
+    page = sys.modules[f"{pack.__name__}.nodes.host.language"]
+    stems = [path.stem for path in workflows.FILES]
+    assert sorted(page._ORDER) == sorted(stems)
+    given = {page._PACK.name: [*stems[::-1], "of the user"], "another": ["b", "a"]}
+    listed = json.loads(page._listed("/workflow_templates", json.dumps(given), language))
+    wanted = [*page._ORDER, "of the user"]
+    assert listed == {page._PACK.name: [page._title(stem, language) for stem in wanted], "another": ["b", "a"]}
+    assert listed[page._PACK.name][0] == {"en": "text_to_video", "zh": "文生视频"}[language]
 
 
 def test_twins_are_not_listed_as_templates():

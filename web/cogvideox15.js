@@ -1,4 +1,5 @@
-// What the pack adds to ComfyUI's page: colours of its own socket types, and texts on its nodes that keep their words whole.
+// What the pack adds to ComfyUI's page: colours of its own socket types, texts on its nodes that keep their words whole, and
+// links of nodes that it stands in for.
 import { app } from '../../scripts/app.js'
 
 // Of the hues that core gives MODEL, CLIP and VAE, but darker: each stands out at 3 to 1 from the nodes of dark and of light palettes.
@@ -48,6 +49,20 @@ function heightOf(text, width) {
   return ruler.measured
 }
 
+// ComfyUI-CogVideoXWrapper's text encoder hands on its CLIP, from one prompt to the next. Where the page has put ours in its
+// place, what came from it comes from where its own does: ours has no such output, and the page leaves the link there.
+function handOn(node) {
+  const links = node.graph?.links
+  const own = links?.get(node.inputs[node.findInputSlot('text_encoder')]?.link)
+  const output = own && node.graph.getNodeById(own.origin_id)?.outputs?.[own.origin_slot]
+  for (const link of links?.values() ?? []) {
+    if (!own || String(link.origin_id) !== String(node.id) || link.origin_slot < node.outputs.length) continue
+    Object.assign(link, { origin_id: own.origin_id, origin_slot: own.origin_slot })
+    output?.links?.push(link.id)
+  }
+  node.graph?.setDirtyCanvas(true, true)
+}
+
 app.registerExtension({
   name: 'CogVideoX-1.5',
 
@@ -66,6 +81,8 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith('CogVideoX15')) return
+    // Once the page has given it the links of the one that was missing.
+    if (node.comfyClass === 'CogVideoX15TextEncode') setTimeout(() => handOn(node))
     const add = node.addCustomWidget
     node.addCustomWidget = function (widget) {
       if (widget?.type === 'progressText') {

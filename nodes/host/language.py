@@ -1,4 +1,4 @@
-"""In which language ComfyUI's page is, and what is said to it in that language.
+"""In which language ComfyUI's page is, and what is said to it in that language; and the order of the templates there.
 
 The page's language is the setting ``Comfy.Locale`` of its user, which ComfyUI keeps; where nobody has set it, the page
 takes the browser's, which each request names in ``Accept-Language``. Scripts that send neither are answered in English.
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
 _PACK = Path(__file__).parents[2]
 _TEMPLATES = _PACK / "example_workflows"
+#: The example workflows, the first ones first. ComfyUI lists them as the folder has them, in any order.
+_ORDER = (
+    "text_to_video",
+    "image_to_video",
+    "video_to_video",
+    "text_to_video_lora",
+    "text_to_video_fast",
+    "native_nodes",
+    "long_video",
+    "extend",
+    "super_resolution",
+    "inpaint",
+    "object_removal",
+)
 #: Pages that are remembered at most.
 _MOST_CLIENTS = 64
 #: The language of the request that is being answered.
@@ -29,8 +43,8 @@ _of_client: dict[Any, str] = {}
 
 
 def watch_language() -> None:
-    """Notice the language of each graph that is queued from now on, and give the example workflows and the blocks to
-    Chinese pages in Chinese."""
+    """Notice the language of each graph that is queued from now on, and give the example workflows, in their order, and
+    the blocks to Chinese pages in Chinese."""
     server = comfyui.server()
     app = getattr(server, "app", None)
     if server is None or app is None or app.frozen:
@@ -50,7 +64,7 @@ def watch_language() -> None:
         answer = _template(path, language) or await handler(request)
         # The same address has another text once the language is changed.
         answer.headers["Cache-Control"] = "no-cache"
-        if language != ENGLISH and isinstance(answer, web.Response) and answer.content_type == "application/json":
+        if isinstance(answer, web.Response) and answer.content_type == "application/json":
             answer.text = _listed(path, answer.text or "", language)
         return answer
 
@@ -106,22 +120,27 @@ def _template(path: str, language: str) -> Any:
     if file.parent != _TEMPLATES or not file.is_file():
         return None
     if ending != "json":
-        return web.FileResponse(file) if stem in names else None
+        # Thumbnails have words, too.
+        own = _TEMPLATES / language / file.name
+        return web.FileResponse(own if own.is_file() else file) if stem in names else None
     workflow = json.loads(file.read_text(encoding="utf-8"))
     return web.json_response(workflow_in(workflow, language))
 
 
 def _title(stem: str, language: str) -> str:
-    return translate(stem.replace("_", " "), language)
+    return stem if language == ENGLISH else translate(stem.replace("_", " "), language)
 
 
 def _listed(path: str, text: str, language: str) -> str:
-    """Name the example workflows, and the blocks, in a list of all packs' in another language. What is not as it is
-    known stays as it is."""
+    """Name the example workflows, and the blocks, in a list of all packs' in another language, and put the example
+    workflows in order. What is not as it is known stays as it is."""
+    if language == ENGLISH and path != "/workflow_templates":
+        return text
     try:
         answer = json.loads(text)
         if path == "/workflow_templates":
-            answer[_PACK.name] = [_title(stem, language) for stem in answer[_PACK.name]]
+            stems = sorted(answer[_PACK.name], key=lambda stem: _ORDER.index(stem) if stem in _ORDER else len(_ORDER))
+            answer[_PACK.name] = [_title(stem, language) for stem in stems]
         elif path == "/global_subgraphs":
             for block in answer.values():
                 _name_block(block, language)

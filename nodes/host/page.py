@@ -160,6 +160,7 @@ def failures_shown() -> Iterator[None]:
     Raises:
         ValueError: in the page's language, where one was raised.
         RuntimeError: likewise; and where a package is missing or cannot be imported for another one.
+        Exception: anything else, such as a full disk, as it is.
     """
     node = running_node()
     if node in _failed:
@@ -168,16 +169,19 @@ def failures_shown() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if type(error).__name__ == "InterruptProcessingException":
+            # Cancelled by its user: an Exception in older versions of ComfyUI.
+            raise
         # A library's import may fail in any way.
         told = import_failure(error) or error
-        if not isinstance(told, ValueError | RuntimeError | ImportError):
-            raise
+        in_words = isinstance(told, ValueError | RuntimeError | ImportError)
         # The page prints a class with its module and before its sentence: of the engine's own, nobody needs that.
         plain, words = ValueError if isinstance(told, ValueError) else RuntimeError, said(str(told))
         if node is not None:
             _failed.add(node)
-            show(words, node)
-        if type(told).__module__.startswith(_PACK) or words != str(error):
+            # Some say nothing without their class: MemoryError, or KeyError, which has the key alone.
+            show(words if in_words and words else f"{type(told).__name__}: {words}".removesuffix(": "), node)
+        if in_words and (type(told).__module__.startswith(_PACK) or words != str(error)):
             # The log has both, as one is the other's cause: the English sentence and the page's.
             raise plain(words) from error
         raise

@@ -335,6 +335,14 @@ const commands = {
     return panel.innerText()
   },
 
+  // Takes the page's offer to put other nodes in the place of missing ones.
+  async replace_missing() {
+    await page.getByTestId('error-overlay-see-errors').click()
+    await page.getByRole('button', { name: 'Replace All' }).click()
+    await page.waitForFunction(() => !window.app.graph.nodes.some((node) => !(node.type in window.LiteGraph.registered_node_types)))
+    await settle()
+  },
+
   // The graph as the page's Save writes it, and as it is queued.
   async save() {
     return page.evaluate(() => window.app.graph.serialize())

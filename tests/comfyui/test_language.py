@@ -13,6 +13,7 @@ from tests.comfyui.page import HOW, Page, available
 
 PACK = "a pack with spaces"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+#: In the order in which they are shown: what most begin with comes first.
 TITLES = {
     "text_to_video": "文生视频",
     "image_to_video": "图生视频",
@@ -110,7 +111,7 @@ def test_the_report_is_shown_and_given_on_in_chinese_and_logged_in_english(comfy
 
 
 def test_the_templates_are_in_the_pages_language(comfy, chinese):
-    assert sorted(comfy.get("/api/workflow_templates")[PACK]) == sorted(TITLES[path.stem] for path in workflows.FILES)
+    assert comfy.get("/api/workflow_templates")[PACK] == list(TITLES.values())
     for path in workflows.FILES:
         address = f"/api/workflow_templates/{quote(PACK)}/{quote(TITLES[path.stem])}"
         opened = comfy.get(f"{address}.json")
@@ -118,11 +119,11 @@ def test_the_templates_are_in_the_pages_language(comfy, chinese):
         assert notes
         assert all(CHINESE.search(note["title"] + note["widgets_values"][0]) for note in notes)
         with comfy.open(f"{address}.jpg") as picture:
-            assert picture.read() == path.with_suffix(".jpg").read_bytes()
+            assert picture.read() == (path.parent / "zh" / f"{path.stem}.jpg").read_bytes()
 
 
-def test_the_templates_are_as_they_lie_there_for_everybody_else(comfy):
-    assert sorted(comfy.get("/api/workflow_templates")[PACK]) == sorted(path.stem for path in workflows.FILES)
+def test_the_templates_are_as_they_lie_there_for_everybody_else_but_in_order(comfy):
+    assert comfy.get("/api/workflow_templates")[PACK] == list(TITLES)
     for path in workflows.FILES:
         assert comfy.get(f"/api/workflow_templates/{quote(PACK)}/{path.name}") == workflows.read(path)
 

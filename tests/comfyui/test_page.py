@@ -199,6 +199,40 @@ def test_the_block_is_found_added_and_run_from_the_page(page, shots):
     assert complaints(page) == []
 
 
+def test_where_the_page_puts_our_text_encoders_both_have_the_clip_that_one_handed_on(page):
+    """In the workflows of ComfyUI-CogVideoXWrapper the second prompt's CLIP comes through the first's node."""
+
+    def node(number, kind, inputs, outputs, values):
+        sockets = [{"name": name, "type": type_, "link": link} for name, type_, link in inputs]
+        given = [{"name": name, "type": type_, "links": links} for name, type_, links in outputs]
+        more = {"size": [300, 150], "flags": {}, "order": number, "mode": 0, "properties": {}}
+        return {
+            **{"id": number, "type": kind, "pos": [350 * number, 0], "inputs": sockets, "outputs": given},
+            **{"widgets_values": values, **more},
+        }
+
+    encode = "CogVideoTextEncode"
+    outputs = [[("conditioning", "CONDITIONING", []), ("clip", "CLIP", links)] for links in ([2], [])]
+    page.load(
+        workflow={
+            "version": 0.4,
+            **{"last_node_id": 3, "last_link_id": 2, "config": {}, "extra": {}, "groups": []},
+            "nodes": [
+                node(1, "CLIPLoader", [], [("CLIP", "CLIP", [1])], ["t5.safetensors", "sd3", "default"]),
+                node(2, encode, [("clip", "CLIP", 1)], outputs[0], ["a boat", 1, False]),
+                node(3, encode, [("clip", "CLIP", 2)], outputs[1], ["blurred", 1, True]),
+            ],
+            "links": [[1, 1, 0, 2, 0, "CLIP"], [2, 2, 1, 3, 0, "CLIP"]],
+        }
+    )
+    page.replace_missing()
+    queued = page.prompt()
+    assert {name: queued[name]["inputs"] for name in ("2", "3")} == {
+        "2": {"prompt": "a boat", "text_encoder": ["1", 0]},
+        "3": {"prompt": "blurred", "text_encoder": ["1", 0]},
+    }
+
+
 def test_every_node_has_its_words_and_tooltips_in_that_language(page, shots, pack, language):
     for node_id, wanted in locales.read(language).items():
         page.alone(type=node_id)
