@@ -264,4 +264,4 @@ if __name__ == "__main__":
         if language == "en" or font():
             folder.mkdir(exist_ok=True)
             for name, picture in thumbnails(language).items():
-                picture.save(folder / f"{name}.jpg", quality=88, optimize=True)
+                picture.save(folder / f"{name}.jpg", quality=78, optimize=True, progressive=True)
