@@ -126,15 +126,17 @@ def free_host_bytes() -> int:
 
         free.append(psutil.virtual_memory().available)
     # Of a container, in both versions of cgroups.
-    for folder, limit, taken, cached in (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for folder, limit, taken, total in (
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         with suppress(OSError, ValueError, KeyError):
             group = _CGROUPS / folder
             most, now = (int((group / file).read_text(encoding="ascii")) for file in (limit, taken))
             known = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-            free.append(max(0, most - now + int(known[cached])))
+            # What was read twice is among what the system calls active, and is given up all the same.
+            cached = sum(int(known[f"{total}{kind}_file"]) for kind in ("inactive", "active"))
+            free.append(max(0, most - now + cached))
     return min(free, default=_ANY_MACHINE)
 
 

@@ -210,15 +210,17 @@ class Weights:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether they could not make way for another part: they are on a device whole, and the host has no room for
-        them now."""
+        """Whether they could not make way for another part: they are on a device whole now, and the host has no room
+        for them."""
         return self._lacks_host_room(0)
 
     def _lacks_host_room(self, beside: int) -> bool:
         """``is_stuck``, where the part that they make way for takes so many bytes of the host's memory, too."""
-        if _is_host(self.device) or self._mode not in (None, GPU) or not self.is_loaded:
+        if _is_host(self.device) or self._mode not in (None, GPU):
             return False
-        return self.nbytes + beside + _ROOM > free_host_bytes()
+        # Those that wait in the host's memory already take no more of it.
+        moved = self.resident
+        return moved > 0 and moved + beside + _ROOM > free_host_bytes()
 
     def _host_bytes(self, device: torch.device) -> int:
         """Bytes of the host's memory that loading them to ``device`` takes. What runs there as it is stored is mapped
