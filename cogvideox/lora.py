@@ -290,14 +290,17 @@ def _add_convolved(
 def _add_range_safe(
     down: RangeSafeLinear, up: RangeSafeLinear, layer: nn.Module, inputs: tuple, output: torch.Tensor
 ) -> torch.Tensor:
-    # A few tokens at a time, as what is added to them comes in fp32; a compiler makes one pass of all.
-    step = output.shape[-2] if torch.compiler.is_compiling() else _TOKENS
-    for start in range(0, output.shape[-2], step):
-        given = tuple(x[..., start : start + step, :] for x in inputs)
+    # A few tokens at a time, as what is added to them comes in fp32. A compiler makes one pass of all: what counts them
+    # is compiled for their number alone.
+    pieces = [slice(None)]
+    if not torch.compiler.is_compiling():
+        pieces = [slice(start, start + _TOKENS) for start in range(0, output.shape[-2], _TOKENS)]
+    for piece in pieces:
+        given = tuple(x[..., piece, :] for x in inputs)
         if len(given) == 2 and down.column_scale is not None:
             # Scaled per token already, which leaves no room for the scales of columns.
             given = (given[0].float().mul_(given[1]),)
-        output[..., start : start + step, :].add_(up(down(*given)))
+        output[..., piece, :].add_(up(down(*given)))
     return output
 
 

@@ -221,6 +221,10 @@ class TestTogether:
         plain, compiled = run(model, prompts), run(model, prompts, Compiled())
         assert len(graphs) == 1
         assert ((compiled - plain).norm() / plain.norm()).item() < 2e-3
+        graphs.clear()
+        for shape in ((1, 16, 4, 6, 10), (1, 16, 4, 8, 14)):
+            run(model, prompts, Compiled(dynamic=True), shape=shape)
+        assert len(graphs) == 1
 
     @pytest.mark.parametrize("method", ["teacache", "first_block", "taylorseer"])
     def test_caches_around_the_blocks(self, model, prompts, graphs, method):
