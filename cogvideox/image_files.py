@@ -211,16 +211,19 @@ def _profile(image: Any, path: Path, tell: Tell) -> Callable[[Any], Any]:
                 if space != "LAB"
                 else "CIELAB"
             )
+            wanted: Any = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
+            flat = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "1": "L", "LA": "L", "La": "L"}.get(
+                mode, mode
+            )
+            transform = None
+            if wanted == flat or (wanted == "RGB" and flat == "L"):
+                transform = cms.buildTransform(profile, cms.createProfile("sRGB"), wanted, "RGB")
         except Exception as error:
             # littlecms' errors have types of their own, and a damaged profile raises others too; the picture itself is
             # well.
             tell(f"The colour profile of {short(path)} is damaged ({reason(error)}): its colours are taken as sRGB.")
             return plain
-        wanted: Any = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}.get(space)
-        flat = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "1": "L", "LA": "L", "La": "L"}.get(mode, mode)
-        if wanted == flat or (wanted == "RGB" and flat == "L"):
-            target = cms.createProfile("sRGB")
-            transform = cms.buildTransform(profile, target, wanted, "RGB")
+        if transform is not None:
             if "srgb" in name.lower() and _keeps_grey(cms, transform, wanted):
                 return plain
             tell(f"The colours of {short(path)} were brought from its profile ({name}) to sRGB, which the model knows.")

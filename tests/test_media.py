@@ -224,6 +224,14 @@ class TestPictures:
         assert "colour profile" in said
         assert np.abs(pixels - RAMP[..., None]).max() < 0.51 / 255
 
+    @pytest.mark.parametrize("mode", ["RGB", "L"])
+    def test_a_profile_that_lacks_a_curve_is_damaged_whatever_its_name(self, read, tmp_path, mode):
+        icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"rTRC", b"none")
+        grey(mode).save(tmp_path / "c.png", icc_profile=icc)
+        pixels, said = read("c.png")
+        assert "is damaged" in said
+        assert np.abs(pixels - RAMP[..., None]).max() < 0.51 / 255
+
     @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
     def test_of_several_pictures_the_first_is_used_and_that_is_said(self, read, tmp_path, suffix):
         others = [Image.new("RGB", (WIDTH, HEIGHT), "red")]
