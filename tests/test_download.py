@@ -4,6 +4,7 @@ The hub is a server on loopback; the client is huggingface_hub as it is installe
 """
 
 import email.utils
+import errno
 import gzip
 import importlib
 import itertools
@@ -272,6 +273,18 @@ class TestCancelling:
 
 
 class TestTwoAtOnce:
+    @pytest.mark.skipif(sys.platform == "win32", reason="locks otherwise")
+    @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+    def test_a_disk_without_locks_is_written_to_all_the_same(self, hub, tmp_path, target, monkeypatch, code):
+        import fcntl
+
+        def flock(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        download_checkpoint("t2v", tmp_path, endpoint=hub.endpoint)
+        assert files_in(target) == needed(hub)
+
     def test_a_second_download_into_the_folder_is_refused_and_the_first_is_whole(self, hub, tmp_path, target):
         refused = []
 

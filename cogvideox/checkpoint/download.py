@@ -286,7 +286,7 @@ def _alone(target: Path) -> Iterator[None]:
     """Be the only process that downloads into a folder: two would write into each other's files.
 
     Raises:
-        RuntimeError: if another is, or the folder cannot be written to.
+        RuntimeError: if another is, or the folder cannot be made.
     """
     # huggingface_hub's own, which needs it.
     from filelock import FileLock, Timeout
@@ -295,16 +295,16 @@ def _alone(target: Path) -> Iterator[None]:
     lock = FileLock(path)
     with _disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(
-                f"Another program is downloading into {short(target, 400)} just now, and two would spoil each other's "
-                "files. Wait until it is done, or stop it and download again: it goes on where that stopped."
-            ) from None
-        except NotImplementedError:
-            # No locks on this disk, as on some network drives.
-            pass
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"Another program is downloading into {short(target, 400)} just now, and two would spoil each other's "
+            "files. Wait until it is done, or stop it and download again: it goes on where that stopped."
+        ) from None
+    except (NotImplementedError, OSError):
+        # No locks on this disk, as on some network drives; where nothing can be written, the first file tells.
+        pass
     try:
         yield
     finally:
