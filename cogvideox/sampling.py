@@ -303,7 +303,7 @@ def _holding(model: Model, *given: torch.Tensor | None) -> torch.dtype:
     """Return the dtype in which a run begins: that of its activations, or fp32 where something given, scaled, would
     become Inf in that. So a first step that is healed finds it as it was given."""
     scale = max(1.0, model.latent_scale, model.image_latent_scale)
-    largest = max(float(tensor.abs().max()) for tensor in given if tensor is not None)
+    largest = max(float(tensor.abs().max()) for tensor in given if tensor is not None and tensor.numel())
     dtype = model.weights.precision.activations
     # Half of it: noise is added.
     return dtype if scale * largest < torch.finfo(dtype).max / 2 else torch.float32

@@ -267,6 +267,9 @@ class TestInputsThatTheRunsDtypeCannotHold:
             run(opened, (bad, prompts[1]))
         assert not opened.model.weights.is_loaded
 
+    def test_a_prompt_without_tokens_holds_nothing_that_is_too_large(self, tiny, prompts):
+        assert run(open_handles(tiny, "fp32", CPU), [prompt[:, :0] for prompt in prompts]).isfinite().all()
+
 
 def test_an_error_after_healing_does_not_advise_to_heal(tiny, prompts, fault):
     fault("transformer", "transformer_blocks.0", lambda call, _: True, INF)
