@@ -244,7 +244,11 @@ def lacks_fused_attention(dtype: torch.dtype, device: torch.device, channels: in
     if not getattr(torch, device.type).is_available():
         return False
     query = torch.zeros(1, 1, 8, channels, dtype=dtype, device=device)
-    return torch._fused_sdp_choice(query, query, query) == torch.nn.attention.SDPBackend.MATH.value
+    try:
+        return torch._fused_sdp_choice(query, query, query) == torch.nn.attention.SDPBackend.MATH.value
+    except RuntimeError:
+        # A device of which this version of torch does not say: it has the choice.
+        return False
 
 
 def lacks_cpp_compiler() -> bool:
