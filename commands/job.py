@@ -357,7 +357,9 @@ def read_source(options: argparse.Namespace, variant: "Variant", output: Path | 
     if clip is not None:
 
         def fit(frame: torch.Tensor) -> torch.Tensor:
-            return fit_area(frame[None] / 255, width, height)[0]
+            # At its size already it stays in bytes, a quarter of the memory.
+            same = frame.shape[:2] == (height, width)
+            return frame if same else fit_area(frame[None] / 255, width, height)[0]
 
         source.clip = read_video(
             clip,

@@ -111,8 +111,8 @@ def _table_lines(text: str) -> Iterator[Line]:
             return
         except csv.Error as error:
             raise ValueError(
-                f"Line {number} is no row of a table ({reason(error)}): a cell with commas or quotes stands in quotes, "
-                'and a quote in it is written "". Correct it.'
+                f"Line {number} is no row of a table ({reason(error)}): a cell with quotes or {short(repr(between))} "
+                'stands in quotes, and a quote in it is written "". Correct it.'
             ) from error
         cells = [cell.strip() for cell in row]
         if not any(cells):
@@ -128,8 +128,8 @@ def _table_lines(text: str) -> Iterator[Line]:
             continue
         if len(cells) > len(header):
             raise ValueError(
-                f"Line {number} has {len(cells)} cells, and the first row names {len(header)} columns. Put a cell with "
-                "commas in quotes."
+                f"Line {number} has {len(cells)} cells, and the first row names {len(header)} columns. Put a cell that "
+                f"holds {short(repr(between))}, which stands between cells here, in quotes."
             )
         yield Line(number, {name: cell for name, cell in zip(header, cells, strict=False) if cell})
 

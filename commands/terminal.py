@@ -19,11 +19,11 @@ from cogvideox.words import reason, short
 if TYPE_CHECKING:
     from cogvideox.events import Events
 
-#: What nodes call otherwise than the option, and the engine as they do; what is a word of its own, too, where it stands
-#: before a value.
+#: What nodes call otherwise than the option, and the engine as they do; what is a word of its own, too, and may be one
+#: of a file's name, as the engine's sentences have it alone. What is quoted is a person's own.
 _WIDGET = re.compile(
-    r"(?<![\w./\\-])(denoise(?= (?:\S+ )?\d)|action(?= \S+ warn)|cfg_start|cfg_end|on_nan|on_mismatch"
-    r"|reference_frames|reference_guidance)(?![\w/\\-]|\.\w)",
+    r"(?<![\w./\\'\"-])(denoise(?= (?:is|to|是|提高到) \d| \S+ (?:of \d+ steps|没有))|action(?= (?:to|设为) warn)"
+    r"|cfg_start|cfg_end|on_nan|on_mismatch|reference_frames|reference_guidance)(?![\w/\\-]|\.\w)",
     re.ASCII,
 )
 _OPTION = {

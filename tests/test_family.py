@@ -18,14 +18,17 @@ from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import generate
 from cogvideox import conditioning, sampling
 from cogvideox.conditioning import fit_area, mirror, taken_away
+from cogvideox.events import Events
 from cogvideox.geometry import check_frames
 from cogvideox.handles import open_handles, quantized, with_lora
 from cogvideox.sampling import sample
 from cogvideox.schedulers import make_scheduler
 from cogvideox.vae import decode, encode, pair_lengths
 from cogvideox.video import read_video, write_latent, write_mp4
+from commands.job import read_source
 from tests import family, layouts
 from tests.conftest import CPU
 from tests.fun_reference import import_pipeline
@@ -311,6 +314,14 @@ class TestTheCommandLine:
         seen, real = {}, sampling.sample
         monkeypatch.setattr(sampling, "sample", lambda *a, **more: real(*a, **(seen.update(more) or more)))
         return seen
+
+    @pytest.mark.parametrize(("size", "dtype"), [((80, 48), torch.uint8), ((64, 32), torch.float32)])
+    def test_a_clip_of_the_videos_size_stays_in_bytes(self, built, files, size, dtype):
+        words = ("--prompt", "x", "--model", "x", "--video", str(files / "clip.mp4"), "--frames", "5", "--fps", "8")
+        width, height = map(str, size)
+        options = generate.build_parser().parse_args([*words, "--width", width, "--height", height])
+        source = read_source(options, built("fun-inp")[1].model.variant, None, Events())
+        assert (source.clip.dtype, *source.clip.shape[1:3]) == (dtype, *size[::-1])
 
     def test_a_mask_and_images(self, built, files, capsys, given):
         model, output = built("fun-inp")[0], files / "out.mp4"

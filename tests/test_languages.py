@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogvideox.black_frames import check_black_frames, enforce
+from cogvideox.checkpoint.audit import WeightAudit
 from cogvideox.checkpoint.layout import open_checkpoint
 from cogvideox.choices import BACKENDS, DTYPES, TAYLORSEER, check_choice
 from cogvideox.geometry import check_frames
@@ -362,6 +363,18 @@ def test_a_check_is_told_in_chinese_and_its_json_is_for_programs(tiny, capsys):
     _, data, _ = run_generate(capsys, "--check", tiny, "--device", "cpu", "--json")
     assert not CHINESE.search(data)
     assert json.loads(data)["verdict"] == "ok"
+
+
+def test_what_a_cast_loses_is_told_in_chinese():
+    counts = dict(values=9, beyond_fp16=1, flushed=2, subnormal=3, overflowed=1, vanished=2, rounding=0.5)
+    for few in (counts, {"values": 9, "subnormal": 3}):
+        said = chinese(WeightAudit("transformer", torch.float16, **few).text)
+        assert english_left(said) == []
+        assert not re.search("overflow|flush|subnormal", said)
+    said = chinese(
+        "VAE: cast from fp32 (2.65 MB) + bf16 (1.00 MB) to fp16 (1.33 MB), in 2 files; from /x (layout: SAT)"
+    )
+    assert "cast" not in said
 
 
 @pytest.mark.usefixtures("chinese_terminal")

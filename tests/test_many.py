@@ -268,6 +268,8 @@ class TestLines:
             ),
             ("x.csv", "prompt,prompt\na,b", "names that are empty or twice there"),
             ("x.csv", "prompt\na,b", "Line 2 has 2 cells"),
+            ("x.csv", "prompt;seed\na, b; c;1", "Put a cell that holds ';', which stands between"),
+            ("x.csv", "prompt,cfg_start\na,1", "line 2: 'cfg_start' is no option of a single video"),
             ("x.csv", 'prompt\na\n"b', "Line 3 is no row of a table"),
         ],
     )

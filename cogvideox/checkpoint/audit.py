@@ -94,15 +94,13 @@ class WeightAudit:
             )
         label = "mismatch" if self.damaged else "ok"
         lines = [f"[{label}] {self.name or 'weights'}: {_number(self.values)} weights read: {sound}"]
-        fp16 = [
-            f"{what} {_number(count)} ({_percent(count / max(self.values, 1))})"
-            for what, count in (
-                ("overflow at", self.beyond_fp16),
-                ("flush to zero", self.flushed),
-                ("keep only as subnormals", self.subnormal),
-            )
-            if count
-        ]
+        beyond, flushed, subnormal = (
+            f"{_number(count)} ({_percent(count / max(self.values, 1))})" if count else ""
+            for count in (self.beyond_fp16, self.flushed, self.subnormal)
+        )
+        fp16 = [f"overflow at {beyond}"] if beyond else []
+        fp16 += [f"flush to zero {flushed}"] if flushed else []
+        fp16 += [f"keep only as subnormals {subnormal}"] if subnormal else []
         lines.append(f"An fp16 copy would {_listed(fp16) if fp16 else 'hold every weight in its normal range'}.")
         if self.beyond_fp16 and not self.damaged:
             lines[-1] += f" Beyond 65504: {named}."

@@ -67,7 +67,7 @@ class ConvertedPart:
             " + ".join(f"{dtype_name(dtype)} ({size_text(n)})" for dtype, n in stored.items())
             for stored in (self.before, self.after)
         )
-        change = f"{before} cast to {after}" if self.audit or self.widened else f"{after} as stored"
+        change = f"cast from {before} to {after}" if self.audit or self.widened else f"{after} as stored"
         files = self.files[0][0] if len(self.files) == 1 else f"{len(self.files)} files"
         lines = [f"{PARTS[self.kind][0]}: {change}, in {files}; from {self.source} (layout: {self.layout})"]
         if self.audit:
