@@ -1,6 +1,6 @@
 """CogVideoX-1.5 Black Frame Check: no black video is saved unseen."""
 
-from ..cogvideox.choices import ON_BLACK, WARN, check_choice
+from ..cogvideox.choices import ON_BLACK, check_choice
 from . import host
 from .base import Node
 
@@ -102,7 +102,8 @@ class BlackFrameCheck(Node):
             video_black_ratio,
             events=host.NodeEvents(),
         )
-        host.show(report.explained if action == WARN else report.text)
+        # What is advised has no room beside the sheet; it is in the log, and in the error.
+        host.show(report.text)
         sheet = contact_sheet(images, report)
         pictures = {} if sheet is None else host.pictures(sheet)
         try:

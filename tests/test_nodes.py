@@ -564,17 +564,6 @@ class TestModelFolders:
         assert "called 't5xxl.safetensors' in" in said
         assert loader.VALIDATE_INPUTS(model="tiny") is True
 
-    @pytest.mark.parametrize(("action", "advises"), [("warn", True), ("pass", False)])
-    def test_why_a_video_is_black_is_on_the_node_that_warns(self, pack, host, monkeypatch, action, advises):
-        shown = []
-        monkeypatch.setattr(host, "show", shown.append)
-        monkeypatch.setattr(host, "NodeEvents", Events)
-        monkeypatch.setattr(host, "pictures", lambda picture: {})
-        call(pack, "CogVideoX15BlackFrameCheck", images=torch.zeros(2, 16, 16, 3), action=action)
-        (text,) = shown
-        assert text.startswith("verdict: black\n2 of 2 frames are black")
-        assert ("Likely cause" in text) == advises
-
     @pytest.mark.parametrize("action", ["warn", "stop"])
     def test_a_picture_that_cannot_be_saved_takes_nothing_along(
         self, pack, host, tmp_path, monkeypatch, action, caplog
