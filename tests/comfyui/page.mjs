@@ -300,7 +300,11 @@ const commands = {
       for (const [name, listener] of Object.entries(listeners)) window.app.api.addEventListener(name, listener)
       window.forget = () => Object.entries(listeners).forEach(([name, listener]) => window.app.api.removeEventListener(name, listener))
     })
+    // That of a run before goes when this one begins.
+    const before = page.getByTestId('error-overlay')
+    const leaves = await before.count()
     await page.getByTestId('queue-button').click()
+    if (leaves) await before.waitFor({ state: 'detached', timeout: 5 * SECONDS }).catch(() => {})
     await page.waitForFunction(
       () => window.seen.end || document.querySelector('[data-testid="error-overlay"]'),
       null,
