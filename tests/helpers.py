@@ -12,9 +12,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import pytest
 import torch
 
 import generate
+from cogvideox import weights
 from cogvideox.video import read_video
 from tests.conftest import ROOT
 
@@ -143,3 +145,19 @@ def generate_beside(packages: Path, model: Path, *more: str) -> subprocess.Compl
         capture_output=True,
         text=True,
     )
+
+
+def offload_what_is_loaded(monkeypatch: pytest.MonkeyPatch, mode: str, then: Callable = lambda module: None) -> None:
+    """Have what is loaded from now on brought to the device as on a card, and ``then`` called with it."""
+    real = weights.load_module
+
+    def load(*given):
+        module = real(*given)
+        try:
+            weights._offload(module, mode, torch.device("cpu"))
+        except AttributeError as error:
+            pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
+        then(module)
+        return module
+
+    monkeypatch.setattr(weights, "load_module", load)

@@ -25,7 +25,7 @@ from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
-from tests.helpers import inside
+from tests.helpers import inside, offload_what_is_loaded
 from tests.reference import draw_beside, draw_prompts, reference_latents
 from tests.tiny_checkpoint import LAYERS
 from tests.told import Told
@@ -364,22 +364,15 @@ class TestTogether:
     def offloads(self, monkeypatch):
         from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 
-        real = weights_module.load_module
-
         def offload(mode, notes_order):
-            def load(*given):
-                module = real(*given)
-                try:
-                    weights_module._offload(module, mode, torch.device("cpu"))
-                except AttributeError as error:
-                    pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
+            notes = []
+
+            def note_order(module):
                 if notes_order:
                     notes.append(LazyPrefetchGroupOffloadingHook())
                     module._diffusers_hook.register_hook(notes[-1], "lazy_prefetch_group_offloading")
-                return module
 
-            notes = []
-            monkeypatch.setattr(weights_module, "load_module", load)
+            offload_what_is_loaded(monkeypatch, mode, note_order)
             return notes
 
         return offload

@@ -2,6 +2,7 @@
 model."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from safetensors.torch import save_file
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cogvideox import weights as weights_module
 from cogvideox.choices import BACKENDS
 from cogvideox.handles import open_handles, quantized, with_attention, with_cache, with_compile, with_lora
 from cogvideox.modules import attention as attention_module
@@ -21,7 +21,7 @@ from cogvideox.precision.hardware import NATIVE, Hardware
 from cogvideox.sampling import sample
 from tests import layouts
 from tests.conftest import CPU
-from tests.helpers import inside
+from tests.helpers import inside, offload_what_is_loaded
 from tests.reference import draw_prompts
 from tests.tiny_checkpoint import LAYERS, build_checkpoint, build_transformer
 from tests.told import Told
@@ -62,22 +62,7 @@ def inductor():
 
 @pytest.fixture
 def offloads(monkeypatch):
-    """Have what is loaded from now on brought to the device as on a card."""
-
-    def offload(mode):
-        real = weights_module.load_module
-
-        def load(*given):
-            module = real(*given)
-            try:
-                weights_module._offload(module, mode, torch.device("cpu"))
-            except AttributeError as error:
-                pytest.skip(f"this diffusers cannot offload without an accelerator ({error})")
-            return module
-
-        monkeypatch.setattr(weights_module, "load_module", load)
-
-    return offload
+    return partial(offload_what_is_loaded, monkeypatch)
 
 
 @pytest.fixture(scope="module")
