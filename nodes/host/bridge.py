@@ -717,9 +717,11 @@ def _second_entered(guider, run: _Run, noise: torch.Tensor, sigmas: torch.Tensor
     """Have the second model of Dual Model CFG Guider, where it is called, called in the run of the first if it is the
     same, and else in one of its own, for the length of a ``with`` block."""
     second = getattr(guider, "uncond_model_patcher", None)
-    called = isinstance(second, ModelPatcher) and getattr(guider, "uncond_inner", None) is not None
-    net = second.model.diffusion_model if called else None
-    if net is None or net.run is run:
+    if not isinstance(second, ModelPatcher) or getattr(guider, "uncond_inner", None) is None:
+        yield
+        return
+    net = second.model.diffusion_model
+    if net.run is run:
         yield
     elif second.weights is guider.model_patcher.weights:
         # As ``_refuse_second`` has it, nothing of it is otherwise.
