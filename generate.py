@@ -43,11 +43,12 @@ from cogvideox.choices import (
     SCHEDULERS,
 )
 from cogvideox.languages import ENGLISH, preferred
-from cogvideox.words import short
+from cogvideox.words import settings_called, short
 from commands.job import changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
 from commands.passes import make_both
 from commands.ranks import AUTO, PROMPTS, SPLITS, place_of
 from commands.terminal import (
+    OPTIONS,
     complain,
     in_words,
     keep_quiet,
@@ -606,6 +607,7 @@ def _windows(text: str) -> tuple[int, int | None]:
     return _whole(length), _whole(overlap) if colon else None
 
 
+@settings_called(OPTIONS)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; whatever happens ends in a sentence and a status, and in a traceback only with
     ``--debug``."""

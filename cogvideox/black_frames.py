@@ -17,6 +17,7 @@ import torch
 
 from .choices import ON_BLACK, STOP, WARN, check_choice, check_share
 from .events import Events
+from .words import setting
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +194,9 @@ def enforce(report: BlackFrameReport, action: str) -> None:
         BlackVideoError: if ``action`` is ``stop`` and the verdict is ``black``.
         ValueError: for an unknown action.
     """
-    check_choice("action", action, ON_BLACK)
+    check_choice(setting("action"), action, ON_BLACK)
     if action == STOP and report.verdict == "black":
-        meant = "" if report.nonfinite else "\nIf the video is meant to be dark, set action to warn."
+        meant = "" if report.nonfinite else f"\nIf the video is meant to be dark, set {setting('action')} to warn."
         raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.explained}{meant}")
     if action == WARN and report.verdict != "ok":
         logger.warning("%s", report.explained)

@@ -220,13 +220,16 @@ class Catalogue:
         """Return the translation of a sentence without places."""
         return self._whole.get(text)
 
-    def candidates(self, text: str) -> list[_Template]:
-        """List the templates that a text may have been made from, those with the most letters of their own first."""
+    def candidates(self, text: str) -> Iterator[list[_Template]]:
+        """List the templates that a text may have been made from, those with the most letters of their own first: first
+        those that begin with its first word, so that what stands before a colon is not read as part of a name."""
         start, words = _WORD.match(text), frozenset(_WORD.findall(text))
-        found = [] if start is None else [each for each in self._by_start.get(start[0], ()) if each.words <= words]
-        for word in ("", *words):
-            found += [each for each in self._by_word.get(word, ()) if each.words <= words]
-        return sorted(found, key=lambda each: -each.letters)
+        yield self._fitting([] if start is None else self._by_start.get(start[0], ()), words)
+        yield self._fitting([each for word in ("", *words) for each in self._by_word.get(word, ())], words)
+
+    @staticmethod
+    def _fitting(templates: Iterable[_Template], words: frozenset[str]) -> list[_Template]:
+        return sorted((each for each in templates if each.words <= words), key=lambda each: -each.letters)
 
 
 def _plain(template: str) -> str:
@@ -319,14 +322,15 @@ class _Parse:
             return sum(map(str.isalpha, text)), said
         found, letters = (0, text), sum(map(str.isalpha, text))
         self._work += 2 + len(text) // 100
-        for template in self._catalogue.candidates(text):
-            self._work += 1
-            for given in template.places_of(text):
+        for templates in self._catalogue.candidates(text):
+            for template in templates:
                 self._work += 1
-                found = max(found, self._filled(template, given, depth), key=lambda reading: reading[0])
-            if 2 * found[0] > letters and 2 * found[0] > 3 * template.letters:
-                # Those that follow say less of their own.
-                break
+                for given in template.places_of(text):
+                    self._work += 1
+                    found = max(found, self._filled(template, given, depth), key=lambda reading: reading[0])
+                if 2 * found[0] > letters and 2 * found[0] > 3 * template.letters:
+                    # Those that follow say less of their own.
+                    break
         return found
 
     def _filled(self, template: _Template, given: list[str], depth: int) -> tuple[int, str]:

@@ -29,7 +29,7 @@ from .variants import (
     full_config,
 )
 from .windows import spans, windows_text
-from .words import short
+from .words import setting, short
 
 #: The last of the videos whose noise can be asked for.
 _MOST_VIDEOS = 4095
@@ -227,7 +227,7 @@ def _strange(model: Model, channels: int) -> str:
         return (
             f"{model.variant.name} is a text-to-video model and a start image is connected, which it cannot read. "
             "Load an image-to-video checkpoint such as CogVideoX1.5-5B-I2V, or use CogVideoX-1.5 VAE Encode and "
-            "denoise below 1 to start from a video."
+            f"{setting('denoise')} below 1 to start from a video."
         )
     return (
         f"The conditioning holds latents of {channels} channels, and {name} reads {CONDITIONING_CHANNELS[reads]} "
@@ -270,9 +270,10 @@ def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
     if cfg <= 1.0:
         return range(0)
     if not found:
+        begin, finish = setting("cfg_start"), setting("cfg_end")
         raise ValueError(
-            f"cfg_start is {start} and cfg_end {end}, and none of {steps} steps lies between them, so none would be "
-            "guided. Set cfg_end higher or cfg_start lower, or cfg to 1, which switches guidance off."
+            f"{begin} is {start} and {finish} {end}, and none of {steps} steps lies between them, so none would be "
+            f"guided. Set {finish} higher or {begin} lower, or cfg to 1, which switches guidance off."
         )
     return found
 
@@ -289,11 +290,12 @@ def check_guidance_range(start: float, end: float) -> None:
     Raises:
         ValueError: for what is no share, and for a start that is not below the end.
     """
-    for name, share in (("cfg_start", start), ("cfg_end", end)):
-        check_share(name, share, "Set cfg_start to 0 and cfg_end to 1 to guide every step.")
+    begin, finish = setting("cfg_start"), setting("cfg_end")
+    for name, share in ((begin, start), (finish, end)):
+        check_share(name, share, f"Set {begin} to 0 and {finish} to 1 to guide every step.")
     if start >= end:
         raise ValueError(
-            f"cfg_start is {start} and cfg_end {end}, so no step would be guided. Set cfg_start below cfg_end, or cfg "
+            f"{begin} is {start} and {finish} {end}, so no step would be guided. Set {begin} below {finish}, or cfg "
             "to 1, which switches guidance off."
         )
 

@@ -52,6 +52,7 @@ from .tensors import check_tensor
 from .variants import CONDITIONING_CHANNELS, INPAINT, OFS, full_config
 from .weights import Placement
 from .windows import Canvas, latents_at_once, spans
+from .words import setting
 
 
 def sample(
@@ -128,8 +129,8 @@ def sample(
     )
     if denoise < 1.0 and not latents.any().item():
         events.note(
-            f"denoise is {denoise}, but the latent is empty: there is no video to start from, so the run starts from "
-            "noise."
+            f"{setting('denoise')} is {denoise}, but the latent is empty: there is no video to start from, so the run "
+            "starts from noise."
         )
         denoise = 1.0
     noise_schedule, timesteps = plan_steps(

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .checkpoint.configs import known_fields
 from .choices import DDIM_ORIGIN, SCHEDULERS, check_choice, check_share
 from .variants import TRAINED_STEPS
+from .words import setting
 
 #: ``snr_shift_scale`` of diffusers' ``CogVideoXDDIMScheduler`` where a config has none.
 _SHIFT = 3.0
@@ -85,12 +86,12 @@ def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> in
             f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card "
             "uses 50."
         )
-    check_share("denoise", denoise, "Set it to 1 to make all.", "how much of the video is made anew")
+    check_share(setting("denoise"), denoise, "Set it to 1 to make all.", "how much of the video is made anew")
     count = min(int(steps * denoise), steps)
     if count == 0:
         raise ValueError(
-            f"denoise {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise denoise to "
-            f"{math.ceil(10_000 / steps) / 10_000} or more, or steps."
+            f"{setting('denoise')} {denoise} of {steps} steps leaves no step to run, so nothing would change. Raise "
+            f"{setting('denoise')} to {math.ceil(10_000 / steps) / 10_000} or more, or steps."
         )
     return count
 

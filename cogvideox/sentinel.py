@@ -22,7 +22,7 @@ from .out_of_memory import empty_cache, is_out_of_memory
 from .precision.policy import safer
 from .variants import PARTS
 from .weights import Placement, Weights
-from .words import size_text
+from .words import setting, size_text
 
 Result = TypeVar("Result", torch.Tensor, tuple)
 
@@ -115,7 +115,7 @@ class Sentinel:
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
-        check_choice("on_nan", on_nan, ON_NAN)
+        check_choice(setting("on_nan"), on_nan, ON_NAN)
         self.weights, self._on_nan, self._events = weights, on_nan, events or Events()
         self._prepare, self._shortcuts, self._team = prepare, shortcuts, team
         self.placement: Placement | None = placements[0] if placements else None
@@ -236,7 +236,7 @@ class Sentinel:
         fact = f"{where}: the {name} in {ran.name} gave NaN or Inf; {cause}."
         if self._on_nan == STOP:
             raise NonFiniteError(
-                f"{fact} The run stops here, as on_nan is stop, instead of ending in a black video. "
+                f"{fact} The run stops here, as {setting('on_nan')} is stop, instead of ending in a black video. "
                 f"{_advice(culprit, ran, healing=False)}"
             )
         if finite:
@@ -287,10 +287,10 @@ def _advice(culprit: Culprit | None, ran: Precision, healing: bool) -> str:
             "--check PATH --scan)."
         )
     if ran.dtype == torch.float16 and not ran.range_safe:
-        return "Set on_nan to heal, or in the loader dtype to auto or on_mismatch to fix."
+        return f"Set {setting('on_nan')} to heal, or in the loader dtype to auto or {setting('on_mismatch')} to fix."
     return (
-        "Set on_nan to heal, or check the inputs and the weights (scan_weights in the loader, or generate.py --check "
-        "PATH --scan)."
+        f"Set {setting('on_nan')} to heal, or check the inputs and the weights (scan_weights in the loader, or "
+        "generate.py --check PATH --scan)."
     )
 
 

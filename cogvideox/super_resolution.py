@@ -44,7 +44,7 @@ from .text import check_width
 from .vae import decode, moments
 from .variants import LATENT_CHANNELS, OFS, SIZE_STEP, TEMPORAL_COMPRESSION, full_config
 from .weights import Placement, placements
-from .words import listed
+from .words import listed, setting
 
 #: The timestep of the one step (``sr_noise_step`` of both scripts).
 TIMESTEP = 399
@@ -118,8 +118,8 @@ def check_reference_guidance(guidance: float) -> None:
     """
     if not 0 <= guidance < math.inf:
         raise ValueError(
-            f"reference_guidance is {guidance}, but it is a factor from 0 (the references are not followed) over 1 "
-            "(off, the default) upwards. Set it to 1."
+            f"{setting('reference_guidance')} is {guidance}, but it is a factor from 0 (the references are not "
+            "followed) over 1 (off, the default) upwards. Set it to 1."
         )
 
 
@@ -129,18 +129,18 @@ def read_reference_frames(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: for what is no list of frames, or frames that are too near to each other.
     """
+    name = setting("reference_frames")
     words = [word for word in re.split(r"[\s,;，；、]+", text) if word]
     odd = [word for word in words if not re.fullmatch(r"[0-9]{1,7}", word)]
     if odd:
         raise ValueError(
-            f"reference_frames holds {listed(odd)}, which is no frame. Give whole numbers from 0, with commas: 0, 24, "
-            "48."
+            f"{name} holds {listed(odd)}, which is no frame. Give whole numbers from 0, with commas: 0, 24, 48."
         )
     frames = tuple(int(word) for word in words)
     for first, second in zip(sorted(frames), sorted(frames)[1:], strict=False):
         if second - first < REFERENCE_STEP:
             raise ValueError(
-                f"reference_frames has the frames {first} and {second}, and they have to be {REFERENCE_STEP} or more "
+                f"{name} has the frames {first} and {second}, and they have to be {REFERENCE_STEP} or more "
                 "apart: nearer ones fall on one latent frame, where the second would replace the first. Take one away."
             )
     return frames
@@ -157,32 +157,32 @@ def check_references(kind: str, given: int | None, reference_frames: str, frames
     Raises:
         ValueError: saying what does not fit what.
     """
-    places = read_reference_frames(reference_frames)
+    places, name = read_reference_frames(reference_frames), setting("reference_frames")
     if given == 0 and not places:
         return ()
     if kind != SPARKVSR:
         raise ValueError(
             "References are given, and this checkpoint is run as DOVE, which reads none. Take them away and empty "
-            "reference_frames, or load SparkVSR."
+            f"{name}, or load SparkVSR."
         )
     if given == 0:
         raise ValueError(
-            f"reference_frames names {len(places)} frames, and no reference images are given. Connect them to "
-            "references, or empty reference_frames."
+            f"{name} names {len(places)} frames, and no reference images are given. Connect them to "
+            f"{setting('references')}, or empty {name}."
         )
     if not places:
         raise ValueError(
-            "References are given, and reference_frames does not say which frames of the clip they are. Name them, "
+            f"References are given, and {name} does not say which frames of the clip they are. Name them, "
             "counted from 0, such as 0, 24, 48."
         )
     if given is not None and given != len(places):
         raise ValueError(
-            f"There are {given} reference images, and reference_frames names {len(places)} frames: each image needs "
+            f"There are {given} reference images, and {name} names {len(places)} frames: each image needs "
             "the frame that it shows. Name as many."
         )
     if frames is not None and max(places) >= frames:
         raise ValueError(
-            f"reference_frames names the frame {max(places)}, and the clip has {frames}, counted from 0: its last is "
+            f"{name} names the frame {max(places)}, and the clip has {frames}, counted from 0: its last is "
             f"{frames - 1}. Name one of them."
         )
     return places
@@ -323,7 +323,7 @@ def _notes(model: Model, kind: str, refers: bool, guidance: float) -> Iterator[s
             "not trained for super-resolution and make noise of a clip."
         )
     if not refers and abs(guidance - 1) > 1e-3:
-        yield f"reference_guidance is {guidance}, and there are no references to follow: it has no effect."
+        yield f"{setting('reference_guidance')} is {guidance}, and there are no references to follow: it has no effect."
 
 
 @dataclass(frozen=True)

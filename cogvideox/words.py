@@ -1,6 +1,7 @@
 """Quote names, errors and sizes in sentences: whatever comes from a file or a person is printable and short."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 #: Letters of a name that comes from a file or a person.
 LIMIT = 80
@@ -14,6 +15,29 @@ _UNITS = (
 )
 #: From here on a size is damage or a joke, and its digits would fill the sentence.
 _BEYOND = 10**24
+#: What a caller calls settings otherwise than the engine, which names them as its nodes do.
+_called: Mapping[str, str] = {}
+
+
+@contextmanager
+def settings_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Have sentences name settings as in ``names`` for the length of a ``with`` block: a command line's are options."""
+    global _called
+    before, _called = _called, names
+    try:
+        yield
+    finally:
+        _called = before
+
+
+def setting(name: str) -> str:
+    """Name a setting in a sentence as who set it knows it.
+
+    >>> with settings_called({"denoise": "--strength"}):
+    ...     setting("denoise"), setting("steps")
+    ('--strength', 'steps')
+    """
+    return _called.get(name, name)
 
 
 def short(value: object, limit: int = LIMIT) -> str:

@@ -19,16 +19,12 @@ from cogvideox.words import reason, short
 if TYPE_CHECKING:
     from cogvideox.events import Events
 
-#: What nodes call otherwise than the option, and the engine as they do; what is a word of its own, too, and may be one
-#: of a file's name, as the engine's sentences have it alone. What is quoted is a person's own.
-_WIDGET = re.compile(
-    r"(?<![\w./\\'\"-])(denoise(?= (?:is|to|是|提高到) \d| \S+ (?:of \d+ steps|没有))|action(?= (?:to|设为) warn)"
-    r"|cfg_start|cfg_end|on_nan|on_mismatch|reference_frames|reference_guidance)(?![\w/\\-]|\.\w)",
-    re.ASCII,
-)
-_OPTION = {
-    **{"denoise": ("--strength",), "action": ("--on-black",)},
-    **{"cfg_start": ("--cfg-range", "START"), "cfg_end": ("--cfg-range", "END")},
+#: Settings that nodes, and the engine as they do, call otherwise than an option is called.
+OPTIONS = {
+    **{name: f"--{name.replace('_', '-')}" for name in ("on_mismatch", "on_nan", "references")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("reference_frames", "reference_guidance")},
+    **{"denoise": "--strength", "action": "--on-black"},
+    **{"cfg_start": "--cfg-range START", "cfg_end": "--cfg-range END"},
 }
 #: What was printed already, where no line is to be printed twice.
 _said: set[str] | None = None
@@ -43,13 +39,8 @@ def keep_quiet(quiet: bool) -> None:
 
 
 def in_words(text: str) -> str:
-    """Say a finished English text in the terminal's language, and an error with the names of options."""
-    said = translate(text, preferred())
-    return _WIDGET.sub(_option, said) if "error: " in text else said
-
-
-def _option(widget: re.Match) -> str:
-    return " ".join(_OPTION.get(widget[0], (f"--{widget[0].replace('_', '-')}",)))
+    """Say a finished English text in the terminal's language."""
+    return translate(text, preferred())
 
 
 def lines_of(text: str, width: int) -> Iterator[str]:

@@ -113,6 +113,7 @@ def test_errors_are_sentences(tiny, capsys, arguments, said):
         (("--video", "clip.mp4", "--strength", 0.5), "--strength 0.5"),
         (("--cfg-range", 0.5, 0.5), "--cfg-range START"),
         (("--cfg-range", 0, 1.5), "--cfg-range END"),
+        (("--video", "clip.mp4", "--strength", 0.01, "--steps", 5), "--strength 0.01"),
         (("--on-mismatch", "stop", "--dtype", "fp16"), "--on-mismatch"),
         (("--prompts", "my denoise.txt"), "my denoise.txt"),
         (("--video", "my denoise 0.5 take.mp4", "--steps", 9), "my denoise 0.5 take.mp4"),

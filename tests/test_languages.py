@@ -1,6 +1,7 @@
 """Every sentence that people are shown has its Chinese, and finished texts are said in it."""
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -40,6 +41,18 @@ def english_left(text: str) -> list[str]:
     """Three English words or more in a row, outside quotes, paths and brackets that hold what a library said."""
     bare = re.sub(r"'[^']*'|\"[^\"]*\"|“[^”]*”|[^\s，。；：（）]*[/\\][^\s，。；：（）]*|`[^`]*`", " ", text)
     return re.findall(r"[A-Za-z]*[a-z]+(?:,? [a-z]+){2,}", bare)
+
+
+def test_a_label_before_a_sentence_is_not_read_as_part_of_a_name_in_it():
+    """``{setting} {denoise} of {steps} steps`` may begin with any word, ``error:`` too; Chinese puts it elsewhere."""
+    wrong = []
+    for template in sentences.read("zh"):
+        if template.startswith("{") and template != "{error}":
+            numbers = itertools.count()
+            said = re.sub(r"\{\w+\}", lambda _, numbers=numbers: f"--x{next(numbers)}", template)
+            if chinese(f"error: {said}") != f"错误：{chinese(said)}":
+                wrong.append(said)
+    assert wrong == []
 
 
 def test_every_sentence_of_the_code_has_its_chinese_and_nothing_is_left_over():

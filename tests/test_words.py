@@ -250,11 +250,21 @@ def is_said(quote: str, language: str) -> bool:
 
 def _holds(template: str, piece: str) -> bool:
     literals = re.split(r"\{\w+\}", template)
-    return any(piece in literal for literal in literals) or any(
-        before.endswith(piece[:cut]) and any(after.startswith(piece[rest:]) for rest in range(cut, len(piece) + 1))
-        for before, after in pairwise(literals)
-        for cut in range(3, len(piece) + 1)
+    return (
+        any(piece in literal for literal in literals)
+        or any(
+            before.endswith(piece[:cut]) and any(after.startswith(piece[rest:]) for rest in range(cut, len(piece) + 1))
+            for before, after in pairwise(literals)
+            for cut in range(3, len(piece) + 1)
+        )
+        or _holds_after_a_name(literals, piece)
     )
+
+
+def _holds_after_a_name(literals: list[str], piece: str) -> bool:
+    """Whether a sentence that begins with the name of a setting begins so."""
+    name = re.match(r"[a-z]+_[a-z_]+(?=.)", piece)
+    return name is not None and literals[0] == "" and literals[1].startswith(piece[name.end() :])
 
 
 def outline(text: str, leads: Callable[[str], str] = str) -> list[dict]:

@@ -13,7 +13,7 @@ from ..checkpoint.parts import Part
 from ..choices import AUTO, FIX, ON_MISMATCH, STOP, check_choice
 from ..dtypes import FP8_DTYPES, FP32, RANGE_SAFE_FP16, Precision, dtype_name
 from ..variants import PARTS, Variant
-from ..words import short, size_text
+from ..words import setting, short, size_text
 from .hardware import ABSENT, EMULATED, NATIVE, Hardware
 from .verdict import MISMATCH, OK, WARNING, Finding, worst
 
@@ -194,7 +194,7 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
         DtypeMismatch: for a mismatch if ``on_mismatch`` is ``stop``.
     """
     check_choice("dtype", choice, CHOICES)
-    check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
+    check_choice(setting("on_mismatch"), on_mismatch, ON_MISMATCH)
     parts = []
     for kind, part in checkpoint.parts.items():
         asked, asker = CHOICES[choice], _Asker(f"dtype {choice} was chosen", "Choose auto")
@@ -208,7 +208,7 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
     mismatches = [finding for part in parts for finding in part.findings if finding.verdict == MISMATCH]
     if mismatches and on_mismatch == STOP:
         raise DtypeMismatch(
-            "The dtype does not suit this checkpoint, and on_mismatch is stop.\n"
+            f"The dtype does not suit this checkpoint, and {setting('on_mismatch')} is stop.\n"
             + "\n".join(f"{finding.where}: {finding.reason} {finding.remedy}" for finding in mismatches)
         )
     absent = tuple(kind for kind in PARTS if kind not in checkpoint.parts and kind not in checkpoint.incomplete)
@@ -353,7 +353,7 @@ def _asked_findings(
             f"{asker.said}, but {who} was trained in {dtype_name(trained)}: in plain fp16 its activations can pass "
             "65504, become Inf, then NaN, and the video turns black."
         )
-        remedy = f"{asker.undo}, or leave on_mismatch at fix: range-safe fp16 cannot overflow."
+        remedy = f"{asker.undo}, or leave {setting('on_mismatch')} at fix: range-safe fp16 cannot overflow."
         run, findings = RANGE_SAFE_FP16, [Finding(where, MISMATCH, reason, remedy)]
     elif asked == torch.bfloat16 and trained == torch.float16 and kind == "transformer":
         reason = (
