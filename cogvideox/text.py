@@ -245,9 +245,10 @@ def read_embeddings(path: Path, width: int) -> torch.Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    content = read_bytes(path, _MAX_EMBEDDING)
     try:
-        tensors = load(read_bytes(path, _MAX_EMBEDDING))
-    except (SafetensorError, KeyError, MemoryError) as error:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, MemoryError) as error:
         raise ValueError(
             f"{short(path, 400)} cannot be read as a prompt's embedding ({reason(error)}): it is cut off, or something "
             "else. Take it away and connect a text encoder, which makes it anew."

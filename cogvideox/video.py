@@ -292,22 +292,24 @@ def read_latent(path: Path) -> torch.Tensor:
     Raises:
         ValueError: if it is not there, damaged, or of another kind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors import SafetensorError, safe_open
 
-    with open_regular(path, " as a latent") as file:
+    # Tensor by tensor: safetensors 0.4.3 reads no file whole that has an empty one in it.
+    with open_regular(path, " as a latent"):
         try:
-            tensors = load(file.read())
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())
+                samples = file.get_tensor("latent_tensor") if "latent_tensor" in names else None
         except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
             raise ValueError(
                 f"{short(path, 400)} cannot be read as a latent ({reason(error)}): it is cut off, or something else. "
                 "Choose a file that ends in .latent, as this program and Save Latent write them."
             ) from error
-    samples = tensors.get("latent_tensor")
-    if samples is None or "latent_format_version_0" not in tensors or not samples.is_floating_point():
+    if samples is None or "latent_format_version_0" not in names or not samples.is_floating_point():
         raise ValueError(
             f"{short(path, 400)} holds no latent of a video "
-            f"({', '.join(map(short, sorted(tensors)[:3])) or 'nothing'}). Choose a file that ends in .latent, as "
+            f"({', '.join(map(short, sorted(names)[:3])) or 'nothing'}). Choose a file that ends in .latent, as "
             "this program and Save Latent write them."
         )
-    return samples.float()
+    # A copy: what is read may be the file itself, which may change.
+    return samples.to(torch.float32, copy=True)

@@ -738,10 +738,10 @@ def test_a_picture_that_was_made_to_fill_the_memory_is_passed_over(tmp_path):
     text = b"workflow\0\0" + packed
     chunk = len(text).to_bytes(4, "big") + b"zTXt" + text + bytes(4)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + (bytes(4) + b"IDAT" + bytes(4)) * 300_000)
-    begun = time.perf_counter()
+    begun = time.process_time()
     (found,) = texts_in(tmp_path / "a.png")
     assert len(found) == 64 << 20
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 # --- Models and dtypes ---

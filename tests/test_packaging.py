@@ -282,6 +282,8 @@ class TestDependencies:
         ],
     )
     def test_a_package_that_is_needed_and_cannot_be_imported_is_named(self, tiny, tmp_path, name, does, said):
+        if name == "google.protobuf" and not dependencies.is_at_least("transformers", "5"):
+            pytest.skip("transformers before 5 reads the tokenizer without")
         folder = tmp_path.joinpath("path", *name.split("."))
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text(does, encoding="utf-8")

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,12 +48,15 @@ def build_checkpoint(
 
     folder = Path(folder)
     stored = STORED | (stored or {})
-    torch.manual_seed(seed)
-    parts = {
-        "transformer": build_transformer(variant),
-        "text_encoder": build_text_encoder(),
-        "vae": build_vae(invert=variant == "1.5-i2v"),
-    }
+    parts = {}
+    for name, build in (
+        ("transformer", partial(build_transformer, variant)),
+        ("text_encoder", build_text_encoder),
+        ("vae", partial(build_vae, invert=variant == "1.5-i2v")),
+    ):
+        # Each anew: how many numbers a library draws for its part depends on its version.
+        torch.manual_seed(seed)
+        parts[name] = build()
     if change is not None:
         change(parts)
     for name, module in parts.items():
