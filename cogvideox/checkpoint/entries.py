@@ -40,11 +40,19 @@ def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder, by name; none where it cannot be read."""
     try:
         with os.scandir(folder) as found:
-            inside = {entry.name for entry in found if entry.is_dir()}
+            inside = {entry.name for entry in found if is_folder(entry)}
     except (OSError, ValueError):
         # Told, if it is anything but missing, by whoever reads its names.
         inside = set()
     return [folder / name for name in names_in(folder) if name in inside] if inside else []
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Say whether an entry is a folder, or a link to one; of a link to itself the system only says that it fails."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def holds_something(folder: Path) -> bool:
@@ -111,12 +119,24 @@ def hub_cache() -> Path:
     return Path(os.path.expanduser(home)) / "hub"
 
 
+#: How a repository on the hub is named.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def cached_repository(name: Path) -> Path | None:
     """The folder in the cache of a repository that is given by its name on the hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.as_posix()):
+    if not _REPOSITORY.fullmatch(name.as_posix()):
         return None
     folder = hub_cache() / f"models--{name.as_posix().replace('/', '--')}"
     return folder if os.path.isdir(folder) else None
+
+
+def not_cached(name: Path) -> str:
+    """A sentence about a path that leads nowhere and may name a repository on the hub, or nothing."""
+    if not _REPOSITORY.fullmatch(name.as_posix()) or os.path.isdir(name.parent):
+        return ""
+    shown = short(name.as_posix(), 200)
+    return f" If it is a repository on huggingface.co, download it first: hf download {shown} --local-dir FOLDER."
 
 
 def repository_name(folder: Path) -> str:

@@ -5,27 +5,33 @@ from pathlib import Path
 
 from ..files import unreadable
 from ..words import listed, short
-from .folders import is_checkpoint, sat_weights
+from .entries import cached_repository, not_cached
+from .folders import is_checkpoint, sat_weights, snapshot
+from .weight_sets import LORAS
 
 _SAFETENSORS, PICKLES = (".safetensors", ".sft"), (".pt", ".pth", ".ckpt", ".bin")
-#: What a LoRA in a folder of its own is called, by peft and by diffusers, and what its optimizer's and other states are
-#: called beside it.
-_FILES = tuple(f"{name}{end}" for end in (".safetensors", ".bin") for name in ("adapter_model", "pytorch_lora_weights"))
+#: What a LoRA in a folder of its own is called, and what its optimizer's and other states are called beside it.
+_FILES = tuple(f"{name}{end}" for end in (".safetensors", ".bin") for name in LORAS)
 _STATES = ("optimizer", "scheduler", "random_states", "rng_state", "training_args", "scaler", "sampler")
 #: Folders below the one that was given that are looked into, and levels of them: trainers write ``checkpoint-500/``.
 _MOST_FOLDERS, _LEVELS = 200, 3
 
 
 def find_lora(path: Path) -> Path:
-    """The file of a LoRA, of which it or a folder that trainers wrote is given.
+    """The file of a LoRA, of which it or a folder that trainers wrote is given, or a repository in the Hugging Face
+    cache.
 
     Raises:
         ValueError: if there is none, or more than one.
     """
+    if not os.path.exists(path):
+        cached = cached_repository(path)
+        if cached is None:
+            raise ValueError(f"There is no LoRA {short(path, 400)}. Check the path.{not_cached(path)}")
+        path = cached
     if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise ValueError(f"There is no LoRA {short(path, 400)}. Check the path.")
         return path
+    path = snapshot(path) or path
     if is_checkpoint(path):
         raise ValueError(
             f"{short(path, 400)} is a CogVideoX checkpoint and no LoRA. A model is loaded with CogVideoX-1.5 Model "

@@ -47,13 +47,14 @@ INDEX = re.compile(
 )
 #: What diffusers, transformers, accelerate and zero_to_fp32 call a model's weights.
 _USUAL = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_model_fsdp")
+#: What peft, diffusers and VideoX-Fun's trainer call a LoRA in a folder of its own.
+LORAS = ("adapter_model", "pytorch_lora_weights", "lora_diffusion_pytorch_model")
 #: Files of a training's state that end as weights do, and LoRAs.
 _NO_WEIGHTS = re.compile(
     r"(optimizer|scheduler|lr_scheduler|scaler|sampler|dataloader|training_args|random_states|rng_state|custom_checkpoint|zero_pp_rank"
-    r"|pytorch_lora_weights|adapter_model).*|.*optim_states\.pt",
+    rf"|{'|'.join(LORAS)}).*|.*optim_states\.pt",
     re.IGNORECASE,
 )
-_LORAS = ("pytorch_lora_weights", "adapter_model", "adapter_config")
 
 
 def piece_of(file: Path) -> tuple[int, int] | None:
@@ -217,7 +218,7 @@ def what_else(folder: Path) -> str:
             "Its weights are in the pieces of a training on several cards (DeepSpeed ZeRO); join them with the "
             "zero_to_fp32.py beside them. "
         )
-    if any(label.startswith(_LORAS) for label in names):
+    if any(label.startswith((*LORAS, "adapter_config")) for label in names):
         return (
             "It holds a LoRA, which changes a model and is none: give it in the LoRA's place (--lora, CogVideoX-1.5 "
             "LoRA Loader). "
