@@ -277,6 +277,9 @@ PACKED = {
         {"to_q.weight": ["to_q.qweight", "to_q.wscales", "to_q.smooth_factor", "to_q.lora_down", "to_q.lora_up"]},
     ),
     "NVFP4": ("NVFP4", {"to_q.weight": ["to_q.weight", "to_q.weight_scale", "to_q.weight_scale_2"]}),
+    "ComfyUI": ("ComfyUI (int8 or int4)", {"to_q.weight": ["to_q.weight", "to_q.weight_scale", "to_q.comfy_quant"]}),
+    "fp8 in blocks": ("transformers or DeepSeek", {"to_q.weight": ["to_q.weight", "to_q.weight_scale_inv"]}),
+    "ModelOpt": ("NVIDIA's ModelOpt", {"to_q.weight": ["to_q.weight", "to_q.weight_quantizer._amax"]}),
 }
 
 
@@ -304,6 +307,16 @@ def test_weights_packed_by_other_programs_are_refused_by_its_name(copy, tmp_path
             "GGUF",
             error=ForeignError,
         )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"state": {0: {"exp_avg": torch.ones(2)}}}, {"decay": 0.99, "shadow_params": [torch.ones(2)]}],
+    ids=["an optimizer's", "diffusers' average"],
+)
+def test_what_a_training_keeps_beside_its_model_is_called_that(tmp_path, state):
+    torch.save(state, tmp_path / "x.pt")
+    refused(lambda: open_checkpoint(tmp_path / "x.pt"), "no weights that have names", "(EMA)", error=ForeignError)
 
 
 def test_a_config_that_says_its_weights_are_packed_is_believed(copy):
