@@ -385,6 +385,15 @@ class TestTrainingRuns:
         for path in (step, run):
             assert open_checkpoint(path).part("transformer").source == step / "transformer"
 
+    def test_what_zero_to_fp32_writes_into_a_folder_that_is_called_as_a_file(self, source, tmp_path):
+        step = tmp_path / "run" / "checkpoint-500"
+        (step / "pytorch_model").mkdir(parents=True)
+        (step / "pytorch_model" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+        named = "pytorch_model.bin.index.json", "pytorch_model-{:05}-of-00002.bin"
+        write_shards(step / "pytorch_model.bin", source[1], *named, torch.save)
+        for path in (step, step.parent):
+            assert is_the_one(open_checkpoint(path), source[1])
+
     def test_what_deepspeed_saves(self, source, tmp_path):
         (tmp_path / "checkpoint-500" / "pytorch_model").mkdir(parents=True)
         (tmp_path / "checkpoint-500" / "latest").write_text("pytorch_model")
@@ -499,6 +508,25 @@ class TestSetsSideBySide:
         opened = open_checkpoint(bare)
         assert is_the_one(opened, other(source[1]))
         assert "lacks 1 of 2 shards" in opened.notes[0]
+
+    def test_shards_without_an_index_and_a_config_are_listed_and_stand_for_each_other(self, source, tmp_path):
+        write_shards(tmp_path / "cog", source[1])
+        (tmp_path / "cog" / INDEX).unlink()
+        (entry,) = list_checkpoints([tmp_path], [tmp_path])
+        assert entry.name == "cog"
+        shards = sorted((tmp_path / "cog").iterdir())
+        for path in (entry.path, *shards):
+            assert is_the_one(open_checkpoint(path), source[1])
+        shards[0].unlink()
+        refused(tmp_path / "cog", "lacks 1 of 2 shards of the transformer", shards[0].name)
+        refused(shards[1], "is piece 2 of 2 of a")
+        assert list_checkpoints([tmp_path], [tmp_path]) == []
+
+    def test_a_whole_file_comes_before_shards_without_an_index(self, source, bare):
+        write_shards(bare / "transformer", other(source[1]))
+        (bare / "transformer" / INDEX).unlink()
+        save_file(source[1], bare / "transformer" / SINGLE)
+        assert is_the_one(open_checkpoint(bare), source[1])
 
     def test_shards_of_another_saving_are_left(self, source, bare):
         write_shards(bare / "transformer", source[1])

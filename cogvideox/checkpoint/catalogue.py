@@ -29,6 +29,7 @@ from .folders import (
     may_be_checkpoint,
     repository_name,
     sat_weights,
+    shows_shards,
     snapshot,
     transformer_folders,
 )
@@ -38,7 +39,6 @@ from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .lora_places import PICKLES
 from .parts import Part
-from .weight_sets import INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class _Looked:
     Attributes:
         folders: those that may be checkpoints or parts, by their names, in their order.
         files: those that may be parts: path -> name, size and time.
-        configured: the folders that have a config.json, and whether an index of shards beside it.
+        configured: the folders that have a config.json, and whether shards beside it.
     """
 
     folders: list[tuple[str, Path]] = field(default_factory=list)
@@ -326,7 +326,7 @@ def _look(root: Path) -> _Looked:
                 todo.append((*cached, depth + 1))
             continue
         if "config.json" in names:
-            looked_at.configured[path] = any(map(INDEX.fullmatch, names))
+            looked_at.configured[path] = shows_shards(names)
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name

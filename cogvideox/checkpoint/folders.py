@@ -190,8 +190,8 @@ def _nested_place(path: Path) -> Place:
 def _is_checkpoint_folder(folder: Path) -> bool:
     try:
         folder = snapshot(folder) or folder
-        # A training's step may be weights without a config.
-        is_step = _STEP.fullmatch(folder.name) and any(
+        # A training's step may be weights without a config, and what zero_to_fp32 makes a folder that is called a file.
+        is_step = (_STEP.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name)) and any(
             is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer")
         )
         return bool(is_step or transformer_folders(folder) or sat_weights(folder))
@@ -257,14 +257,19 @@ def _transformer_subfolders(folder: Path, others: bool = False) -> list[Path]:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder holds an index of shards, and no config that says what they are."""
+    """Whether a folder holds shards, and no config that says what they are."""
     names = names_in(folder)
-    return "config.json" not in names and any(map(INDEX.fullmatch, names))
+    return "config.json" not in names and shows_shards(names)
+
+
+def shows_shards(names: Iterable[str]) -> bool:
+    """Whether there are shards, or an index of them, among the names of files."""
+    return any(is_shard(name) or INDEX.fullmatch(name) for name in names)
 
 
 def may_be_checkpoint(names: Iterable[str]) -> bool:
     """Whether a folder without folders in it may be a checkpoint, by the names of its files."""
-    return any(name == _SAT_WEIGHTS or name.endswith(".json") for name in names)
+    return any(name == _SAT_WEIGHTS or name.endswith(".json") or is_shard(name) for name in names)
 
 
 def is_sat_piece(name: str, beside: Container[str]) -> bool:
@@ -391,12 +396,12 @@ def _folder_of(file: Path, kind: str) -> Path | None:
         return None
     if weights["number"] and (os.path.isfile(folder / "config.json") or any(map(INDEX.fullmatch, names_in(folder)))):
         return folder
-    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do.
-    if (
-        _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
-    ) and is_usual(weights["stem"]):
+    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do. A
+    # shard, if the others are there.
+    configured = _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
+    if is_shard(file.name) or (configured and is_usual(weights["stem"])):
         try:
-            return folder if choose_weights(folder, kind).files == (file,) else None
+            return folder if file in choose_weights(folder, kind).files else None
         except ValueError as error:
             logger.info("%s is opened by itself: %s", file, error)
     return None
