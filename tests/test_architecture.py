@@ -568,6 +568,11 @@ class TestFiles:
         )
         refused(lambda: layouts.open_whole(file), "holds 2 transformers", "model.…", "ema.…")
 
+    def test_another_part_of_cogvideox_is_called_that(self, copy):
+        for held, said in (("vae", "a VAE"), ("text_encoder", "a text encoder")):
+            refused(lambda held=held: open_checkpoint(copy / held), f"{held} holds {said} and no transformer, so")
+        refused(lambda: open_part(copy / "transformer", "vae"), "transformer holds a transformer and no VAE. Choose")
+
     def test_a_part_that_is_replaced_is_not_looked_into(self, tmp_path, states):
         state = {f"model.diffusion_model.{name}": value for name, value in states["transformer"].items()}
         state |= {f"first_stage_model.{name}": value for name, value in states["vae"].items() if "conv_out" not in name}
