@@ -148,7 +148,7 @@ def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
             indexed.add(saved)
             yield index, _indexed(here, label, name)
         elif match and match["number"] and not _NO_WEIGHTS.fullmatch(label):
-            counted.setdefault((*saved, int(match["count"])), []).append(match)
+            counted.setdefault((saved, int(match["count"])), []).append(match)
         elif match and not match["number"] and not _NO_WEIGHTS.fullmatch(label) and not os.path.isdir(here / label):
             wrong = ""
             if dangles(here / label):
@@ -157,8 +157,8 @@ def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
                     "file again."
                 )
             yield match, WeightSet(label, (here / label,), wrong)
-    for (*saved, count), found in counted.items():
-        if tuple(saved) not in indexed:
+    for (saved, count), found in counted.items():
+        if saved not in indexed:
             yield found[0], _counted(here, found, count, name)
 
 
