@@ -364,6 +364,20 @@ def as_pipe(file):
     os.mkfifo(file)
 
 
+def test_a_folder_in_a_checkpoint_that_may_not_be_read_does_not_hide_it(tmp_path, source, monkeypatch):
+    shutil.copytree(source[0], tmp_path / "mine")
+    (tmp_path / "mine" / "locked").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [entry.name for entry in list_checkpoints([tmp_path], [])] == ["mine"]
+
+
 def test_what_modelscope_is_downloading_is_not_listed(tmp_path, source):
     shutil.copytree(source[0], tmp_path / "ZhipuAI" / "CogVideoX1___5-5B")
     shutil.copytree(source[0], tmp_path / "._____temp" / "ZhipuAI" / "CogVideoX1.5-5B-I2V")

@@ -2,6 +2,7 @@
 reason."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -434,6 +435,33 @@ def test_beside_other_files_pefts_config_is_that_of_pefts_own(tmp_path, part):
         write(tmp_path / name, named("base_model.model."))
     for name, scale in scales.items():
         assert_is(open_lora(tmp_path / name, part), HALVES, scale)
+
+
+def test_what_macos_writes_beside_files_on_other_disks_is_no_lora(tmp_path, part):
+    """Nor does it keep peft's settings from being those of the one file that is there."""
+    for name in ("mine.safetensors", "._mine.safetensors"):
+        write(tmp_path / name, named("base_model.model."))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+    assert find_lora(tmp_path) == tmp_path / "mine.safetensors"
+    assert_is(open_lora(tmp_path, part), HALVES, 2.0)
+
+
+def test_a_folder_of_a_run_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "checkpoint-500").mkdir()
+    file = write(tmp_path / "checkpoint-500" / "pytorch_lora_weights.safetensors", named("transformer."))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder.name != "wandb")
+    monkeypatch.setattr(os, "listdir", locked_out(os.listdir))
+    assert find_lora(tmp_path) == file
+
+
+def locked_out(real):
+    def look(path):
+        if str(path).endswith("wandb"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    return look
 
 
 def test_of_what_videox_funs_trainer_writes_twice_its_own_form_is_read(tmp_path, part):

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-from ..files import unreadable
 from ..words import listed, short
-from .entries import cached_repository, not_cached
+from .entries import cached_repository, names_in, not_cached, subfolders
 from .folders import is_checkpoint, sat_weights, snapshot
 from .weight_sets import LORAS
 
@@ -54,7 +53,8 @@ def find_lora(path: Path) -> Path:
                     "of them."
                 )
             return files[0]
-        folders = [inner for folder in folders for inner in _inside(folder) if inner.is_dir()][:_MOST_FOLDERS]
+        inside = [inner for folder in folders for inner in subfolders(folder)]
+        folders = [inner for inner in inside if os.access(inner, os.R_OK | os.X_OK)][:_MOST_FOLDERS]
     raise ValueError(
         f"{short(path, 400)} is a folder without a LoRA in it: no adapter_model.safetensors, "
         "pytorch_lora_weights.safetensors or other file of weights. Check the path, or give that of the file."
@@ -64,22 +64,15 @@ def find_lora(path: Path) -> Path:
 def weights_in(folder: Path) -> list[Path]:
     """The files in a folder that can be the LoRA: the one with a usual name, else those that are no trainer's
     states."""
-    usual = next((folder / name for name in _FILES if (folder / name).is_file()), None) or sat_weights(folder)
+    usual = next((folder / name for name in _FILES if os.path.isfile(folder / name)), None) or sat_weights(folder)
     if usual is not None:
         return [usual]
     for endings in (_SAFETENSORS, PICKLES):
         found = [
-            file
-            for file in _inside(folder)
-            if file.suffix.lower() in endings and not file.name.startswith(_STATES) and file.is_file()
+            folder / name
+            for name in names_in(folder)
+            if name.lower().endswith(endings) and not name.startswith(_STATES) and os.path.isfile(folder / name)
         ]
         if found:
             return found
     return []
-
-
-def _inside(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise ValueError(unreadable(folder, error)) from error
