@@ -624,7 +624,8 @@ class TestTheHuggingFaceCache:
         with pytest.raises(ValueError, match="hf download me/style"):
             find_lora(Path("me/style"))
         monkeypatch.chdir(hub.parent)
-        assert "hf download" not in refused("hub/gone", "There is no hub/gone")
+        for path in ("hub/gone", "elsewhere/gone.safetensors"):
+            assert "hf download" not in refused(path, f"There is no {path}")
 
     def test_a_lora_in_it_is_opened_so_too(self, tmp_path, hub):
         (tmp_path / "style").mkdir()

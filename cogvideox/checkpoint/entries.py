@@ -119,8 +119,9 @@ def hub_cache() -> Path:
     return Path(os.path.expanduser(home)) / "hub"
 
 
-#: How a repository on the hub is named.
+#: How a repository on the hub is named, and how files are that no repository is called like.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
 def cached_repository(name: Path) -> Path | None:
@@ -133,7 +134,8 @@ def cached_repository(name: Path) -> Path | None:
 
 def not_cached(name: Path) -> str:
     """A sentence about a path that leads nowhere and may name a repository on the hub, or nothing."""
-    if not _REPOSITORY.fullmatch(name.as_posix()) or os.path.isdir(name.parent):
+    is_file = name.suffix.lower() in _FILES or os.path.isdir(name.parent)
+    if is_file or not _REPOSITORY.fullmatch(name.as_posix()):
         return ""
     shown = short(name.as_posix(), 200)
     return f" If it is a repository on huggingface.co, download it first: hf download {shown} --local-dir FOLDER."
