@@ -579,6 +579,12 @@ class TestSetsSideBySide:
         shard = bare / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
         shard.rename(f"{shard}.aria2")
         refused(bare, "lacks 1 of 2 shards", f"A download was broken off ({shard.name}.aria2)")
+        (shard.parent / f"{shard.name}.aria2").unlink()
+        # As hf download --local-dir leaves it.
+        kept = bare / ".cache" / "huggingface" / "download" / "transformer"
+        kept.mkdir(parents=True)
+        (kept / "hash.etag.incomplete").write_bytes(b"x")
+        refused(bare, "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
 
 
 def to_cache(checkpoint: Path, hub: Path, name: str = "zai-org/CogVideoX1.5-5B", commit: str = "a" * 40) -> Path:

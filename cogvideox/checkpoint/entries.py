@@ -66,8 +66,11 @@ def dangles(file: Path) -> bool:
 
 
 def unfinished(folder: Path) -> str:
-    """A sentence about downloads that were broken off, in a folder or in the cache that it belongs to."""
-    places: Iterable[Path] = (folder, folder / "blobs", *(parent / "blobs" for parent in tuple(folder.parents)[:4]))
+    """A sentence about downloads that were broken off, in a folder, in the cache that it belongs to, or where ``hf
+    download --local-dir`` keeps them."""
+    above = (folder, *tuple(folder.parents)[:4])
+    kept = (parent / ".cache" / "huggingface" / "download" / folder.relative_to(parent) for parent in above)
+    places: Iterable[Path] = (folder, *(parent / "blobs" for parent in above), *kept)
     found = [
         label for place in places if os.path.isdir(place) for label in names_in(place) if label.endswith(_UNFINISHED)
     ]
