@@ -81,6 +81,7 @@ from commands.void import add_options as add_passes
 from commands.void import check_options as check_passes
 
 if TYPE_CHECKING:
+    from cogvideox.lora import Lora
     from cogvideox.precision.policy import DtypePlan
     from interop.report import ConfigReport
 
@@ -893,6 +894,7 @@ def check(options: argparse.Namespace) -> int:
     from cogvideox.precision.verdict import MISMATCH
 
     backup, incomplete = None, list[str]()
+    loras: list[Lora] = []
     report: ConfigReport | DtypePlan
     if is_config(options.check):
         # Nothing that imports torch: a config is text.
@@ -911,15 +913,19 @@ def check(options: argparse.Namespace) -> int:
                 "--dtype."
             )
         from cogvideox.checkpoint.layout import open_checkpoint
+        from cogvideox.lora import open_lora
         from cogvideox.precision.hardware import Hardware
         from cogvideox.precision.policy import plan_dtypes, scan_parts
 
         checkpoint = open_checkpoint(options.check, options.text_encoder, options.vae, options.tokenizer)
+        loras = [open_lora(path, checkpoint.part("transformer"), strength) for path, strength in options.lora]
         incomplete = list(checkpoint.incomplete.values())
         report = plan = plan_dtypes(checkpoint, options.dtype, Hardware.detect(options.device), options.on_mismatch)
         if options.scan:
             report = scan_parts(checkpoint, plan, on_progress=terminal_events().counter("reading weights", "B"))
     say(json.dumps(report.as_dict(), indent=2) if options.json else report.text, is_data=options.json)
+    for lora in loras if not options.json else ():
+        say(lora.text)
     if backup is not None and not options.json:
         say(f"written; the file as it was is {backup}")
     if incomplete:
@@ -949,6 +955,11 @@ def convert(options: argparse.Namespace) -> int:
     from cogvideox.precision.policy import CHOICES
 
     source, destination = options.convert
+    if options.lora:
+        raise ValueError(
+            "--lora is given with --convert, which copies the weights as they are: no LoRA is merged into them. Leave "
+            "it away, and give the LoRA with the copy when it runs."
+        )
     checkpoint = open_checkpoint(source, options.text_encoder, options.vae, options.tokenizer)
     told = terminal_events().counter("converting", "B")
     say(convert_checkpoint(checkpoint, destination, CHOICES[options.dtype], on_progress=told).text)

@@ -277,6 +277,9 @@ PACKED = {
         {"to_q.weight": ["to_q.qweight", "to_q.wscales", "to_q.smooth_factor", "to_q.lora_down", "to_q.lora_up"]},
     ),
     "NVFP4": ("NVFP4", {"to_q.weight": ["to_q.weight", "to_q.weight_scale", "to_q.weight_scale_2"]}),
+    "ComfyUI": ("ComfyUI (int8 or int4)", {"to_q.weight": ["to_q.weight", "to_q.weight_scale", "to_q.comfy_quant"]}),
+    "fp8 in blocks": ("transformers or DeepSeek", {"to_q.weight": ["to_q.weight", "to_q.weight_scale_inv"]}),
+    "ModelOpt": ("NVIDIA's ModelOpt", {"to_q.weight": ["to_q.weight", "to_q.weight_quantizer._amax"]}),
 }
 
 
@@ -304,6 +307,16 @@ def test_weights_packed_by_other_programs_are_refused_by_its_name(copy, tmp_path
             "GGUF",
             error=ForeignError,
         )
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"state": {0: {"exp_avg": torch.ones(2)}}}, {"decay": 0.99, "shadow_params": [torch.ones(2)]}],
+    ids=["an optimizer's", "diffusers' average"],
+)
+def test_what_a_training_keeps_beside_its_model_is_called_that(tmp_path, state):
+    torch.save(state, tmp_path / "x.pt")
+    refused(lambda: open_checkpoint(tmp_path / "x.pt"), "no weights that have names", "(EMA)", error=ForeignError)
 
 
 def test_a_config_that_says_its_weights_are_packed_is_believed(copy):
@@ -554,6 +567,11 @@ class TestFiles:
             {f"{prefix}.{name}": state[name] for prefix in ("ema", "model") for name in state},
         )
         refused(lambda: layouts.open_whole(file), "holds 2 transformers", "model.…", "ema.…")
+
+    def test_another_part_of_cogvideox_is_called_that(self, copy):
+        for held, said in (("vae", "a VAE"), ("text_encoder", "a text encoder")):
+            refused(lambda held=held: open_checkpoint(copy / held), f"{held} holds {said} and no transformer, so")
+        refused(lambda: open_part(copy / "transformer", "vae"), "transformer holds a transformer and no VAE. Choose")
 
     def test_a_part_that_is_replaced_is_not_looked_into(self, tmp_path, states):
         state = {f"model.diffusion_model.{name}": value for name, value in states["transformer"].items()}

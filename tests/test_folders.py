@@ -16,6 +16,7 @@ from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints
 from cogvideox.checkpoint.convert import convert_checkpoint
 from cogvideox.checkpoint.headers import read_tensor
 from cogvideox.checkpoint.layout import open_checkpoint, open_part
+from cogvideox.checkpoint.lora_places import find_lora
 from cogvideox.handles import open_handles
 from cogvideox.precision.policy import plan_dtypes
 from interop.check import is_config
@@ -358,6 +359,41 @@ class TestTrainingRuns:
             torch.save({"state": 1}, step / beside)
         assert is_the_one(open_checkpoint(step), source[1])
 
+    def test_the_run_of_what_has_no_config_is_its_last_step_too(self, source, tmp_path):
+        """As accelerate saves with FSDP, and VideoX-Fun's trainer."""
+        for step, state in ((500, other(source[1])), (1000, source[1])):
+            (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+            save_file(state, tmp_path / "run" / f"checkpoint-{step}" / SINGLE)
+        last = open_checkpoint(tmp_path / "run")
+        assert is_the_one(last, source[1])
+        assert any("checkpoint-1000 in it, the last of 2 training steps" in note for note in last.notes)
+
+    def test_finetrainers_calls_steps_by_their_numbers_alone(self, source, run):
+        (run.parent / "out").mkdir()
+        weights = run.rename(run.parent / "out" / "model_weights")
+        for step in (500, 1000):
+            (weights / f"checkpoint-{step}").rename(weights / f"{step:06d}")
+        for path in (weights, weights.parent):
+            assert is_the_one(open_checkpoint(path), source[1])
+
+    def test_the_transformers_folder_counts_before_deepspeeds_states_beside_it(self, source, run):
+        """They hold the same weights, and no config."""
+        step = run / "checkpoint-1000"
+        (step / "pytorch_model").mkdir()
+        (step / "latest").write_text("pytorch_model")
+        torch.save({"module": source[1]}, step / "pytorch_model" / "mp_rank_00_model_states.pt")
+        for path in (step, run):
+            assert open_checkpoint(path).part("transformer").source == step / "transformer"
+
+    def test_what_zero_to_fp32_writes_into_a_folder_that_is_called_as_a_file(self, source, tmp_path):
+        step = tmp_path / "run" / "checkpoint-500"
+        (step / "pytorch_model").mkdir(parents=True)
+        (step / "pytorch_model" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+        named = "pytorch_model.bin.index.json", "pytorch_model-{:05}-of-00002.bin"
+        write_shards(step / "pytorch_model.bin", source[1], *named, torch.save)
+        for path in (step, step.parent):
+            assert is_the_one(open_checkpoint(path), source[1])
+
     def test_what_deepspeed_saves(self, source, tmp_path):
         (tmp_path / "checkpoint-500" / "pytorch_model").mkdir(parents=True)
         (tmp_path / "checkpoint-500" / "latest").write_text("pytorch_model")
@@ -473,6 +509,25 @@ class TestSetsSideBySide:
         assert is_the_one(opened, other(source[1]))
         assert "lacks 1 of 2 shards" in opened.notes[0]
 
+    def test_shards_without_an_index_and_a_config_are_listed_and_stand_for_each_other(self, source, tmp_path):
+        write_shards(tmp_path / "cog", source[1])
+        (tmp_path / "cog" / INDEX).unlink()
+        (entry,) = list_checkpoints([tmp_path], [tmp_path])
+        assert entry.name == "cog"
+        shards = sorted((tmp_path / "cog").iterdir())
+        for path in (entry.path, *shards):
+            assert is_the_one(open_checkpoint(path), source[1])
+        shards[0].unlink()
+        refused(tmp_path / "cog", "lacks 1 of 2 shards of the transformer", shards[0].name)
+        refused(shards[1], "is piece 2 of 2 of a")
+        assert list_checkpoints([tmp_path], [tmp_path]) == []
+
+    def test_a_whole_file_comes_before_shards_without_an_index(self, source, bare):
+        write_shards(bare / "transformer", other(source[1]))
+        (bare / "transformer" / INDEX).unlink()
+        save_file(source[1], bare / "transformer" / SINGLE)
+        assert is_the_one(open_checkpoint(bare), source[1])
+
     def test_shards_of_another_saving_are_left(self, source, bare):
         write_shards(bare / "transformer", source[1])
         save_file(other(source[1]), bare / "transformer" / "diffusion_pytorch_model-00003-of-00003.safetensors")
@@ -524,6 +579,12 @@ class TestSetsSideBySide:
         shard = bare / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
         shard.rename(f"{shard}.aria2")
         refused(bare, "lacks 1 of 2 shards", f"A download was broken off ({shard.name}.aria2)")
+        (shard.parent / f"{shard.name}.aria2").unlink()
+        # As hf download --local-dir leaves it.
+        kept = bare / ".cache" / "huggingface" / "download" / "transformer"
+        kept.mkdir(parents=True)
+        (kept / "hash.etag.incomplete").write_bytes(b"x")
+        refused(bare, "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
 
 
 def to_cache(checkpoint: Path, hub: Path, name: str = "zai-org/CogVideoX1.5-5B", commit: str = "a" * 40) -> Path:
@@ -549,7 +610,7 @@ class TestTheHuggingFaceCache:
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         return tmp_path / "hf" / "hub"
 
-    def test_is_opened_by_its_folder_its_snapshots_one_of_them_or_its_name_on_the_hub(self, source, hub):
+    def test_is_opened_by_its_folder_its_snapshots_one_of_them_or_its_name_on_the_hub(self, source, hub, monkeypatch):
         repository = to_cache(source[0], hub)
         (snapshot,) = (repository / "snapshots").iterdir()
         for path in (
@@ -565,7 +626,21 @@ class TestTheHuggingFaceCache:
             assert checkpoint.part("vae").source == snapshot / "vae"
             assert is_the_one(checkpoint, source[1])
         assert open_part("zai-org/CogVideoX1.5-5B", "text_encoder").source == snapshot / "text_encoder"
-        refused("zai-org/CogVideoX-2b", "There is no zai-org/CogVideoX-2b")
+        refused("zai-org/CogVideoX-2b", "There is no zai-org/CogVideoX-2b", "hf download zai-org/CogVideoX-2b")
+        with pytest.raises(ValueError, match="hf download me/style"):
+            find_lora(Path("me/style"))
+        monkeypatch.chdir(hub.parent)
+        for path in ("hub/gone", "elsewhere/gone.safetensors"):
+            assert "hf download" not in refused(path, f"There is no {path}")
+
+    def test_a_lora_in_it_is_opened_so_too(self, tmp_path, hub):
+        (tmp_path / "style").mkdir()
+        save_file({"x": torch.ones(1)}, tmp_path / "style" / "pytorch_lora_weights.safetensors")
+        for commit in ("a" * 40, "b" * 40):
+            repository = to_cache(tmp_path / "style", hub, "me/style", commit=commit)
+        (repository / "refs" / "main").write_text("b" * 40)
+        for path in (repository, repository / "snapshots", Path("me/style")):
+            assert find_lora(path) == repository / "snapshots" / ("b" * 40) / "pytorch_lora_weights.safetensors"
 
     def test_is_listed_by_the_name_on_the_hub(self, source, hub):
         repository = to_cache(source[0], hub)

@@ -174,6 +174,16 @@ class TestCheck:
         assert (code, report["verdict"]) == (0, "ok")
         assert report["weights"]
 
+    def test_loras_are_checked_with_it(self, tiny, tmp_path, capsys):
+        lora = tmp_path / "style.safetensors"
+        halves = {"lora_A": torch.ones(4, 128), "lora_B": torch.ones(128, 4)}
+        save_file({f"transformer.proj_out.{half}.weight": value for half, value in halves.items()}, lora)
+        code, said, _ = run(capsys, "--check", tiny, "--device", "cpu", "--lora", f"{lora}:0.5")
+        assert code == 0
+        assert "LoRA style.safetensors: strength 0.5, rank 4, 1 layers" in said
+        save_file({"transformer.proj_out.lora_A.weight": halves["lora_A"]}, lora)
+        assert run(capsys, "--check", tiny, "--device", "cpu", "--lora", lora)[0] == 1
+
     def test_a_sat_config_is_checked_and_fixed(self, tmp_path, capsys):
         config = tmp_path / "inference.yaml"
         config.write_text("args:\n  # the frames a second\n  sampling_fps: 16\n  fp16: True # why not\n")
@@ -244,6 +254,8 @@ def test_a_checkpoint_is_converted(tiny, tmp_path, capsys):
     assert "x.safetensors" in said
     assert run(capsys, "--check", tmp_path / "x.safetensors", "--dtype", "fp32")[0] == 0
     assert "There is no" in run(capsys, "--convert", tmp_path / "nowhere", tmp_path / "y")[2]
+    said = run(capsys, "--convert", tiny, tmp_path / "y", "--lora", tmp_path / "style.safetensors")[2]
+    assert "no LoRA is merged" in said
 
 
 def test_a_mismatch_can_stop_the_run_before_it_starts(tiny, capsys):

@@ -2,6 +2,7 @@
 reason."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -436,6 +437,39 @@ def test_beside_other_files_pefts_config_is_that_of_pefts_own(tmp_path, part):
         assert_is(open_lora(tmp_path / name, part), HALVES, scale)
 
 
+def test_what_macos_writes_beside_files_on_other_disks_is_no_lora(tmp_path, part):
+    """Nor does it keep peft's settings from being those of the one file that is there."""
+    for name in ("mine.safetensors", "._mine.safetensors"):
+        write(tmp_path / name, named("base_model.model."))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+    assert find_lora(tmp_path) == tmp_path / "mine.safetensors"
+    assert_is(open_lora(tmp_path, part), HALVES, 2.0)
+
+
+def test_a_folder_of_a_run_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "checkpoint-500").mkdir()
+    file = write(tmp_path / "checkpoint-500" / "pytorch_lora_weights.safetensors", named("transformer."))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder.name != "wandb")
+    monkeypatch.setattr(os, "listdir", locked_out(os.listdir))
+    assert find_lora(tmp_path) == file
+
+
+def locked_out(real):
+    def look(path):
+        if str(path).endswith("wandb"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    return look
+
+
+def test_of_what_videox_funs_trainer_writes_twice_its_own_form_is_read(tmp_path, part):
+    own = write(tmp_path / "lora_diffusion_pytorch_model.safetensors", named("transformer."))
+    write(tmp_path / "lora_diffusion_pytorch_model_compatible_with_comfyui.safetensors", named("transformer."))
+    assert find_lora(tmp_path) == own
+
+
 def test_a_folder_of_several_is_not_guessed_in(tmp_path, part):
     for step in (500, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -541,6 +575,9 @@ def test_alphas_are_finite_and_not_negative_and_ranks_at_least_one(tmp_path, par
         ({"init_lora_weights": "pissa_niter_4"}, "began with pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "changes the model's own weights"),
         ({"init_lora_weights": "loftq"}, "changes the model's own weights"),
+        ({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["to_q"]}}, "a LoRA of blocks"),
+        ({"kasa_config": {"beta": 0.0001}}, "a KaSA"),
+        ({"monteclora_config": {"num_samples": 8}}, "a MonteCLoRA"),
         ({"use_rslora": "yes"}, "must be true or false"),
         ({"alpha_pattern": [4]}, "must be a table"),
     ],
@@ -548,6 +585,19 @@ def test_alphas_are_finite_and_not_negative_and_ranks_at_least_one(tmp_path, par
 def test_settings_that_mean_more_than_a_lora_are_refused_by_name(tmp_path, part, settings, said):
     with pytest.raises(ValueError, match=said):
         open_lora(with_settings(tmp_path, r=RANK, lora_alpha=RANK, **settings), part)
+
+
+def test_a_lora_that_begins_with_what_the_weights_have_least_of_leaves_them_as_they_are(tmp_path, part, trained):
+    """MiCA: peft's up half is frozen, and its down half begins at zero."""
+    from peft import LoraConfig, get_peft_model
+
+    weight = trained[0].transformer_blocks[0].attn1.to_q.weight.clone()
+    module = get_peft_model(
+        trained[0], LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"], init_lora_weights="mica")
+    )
+    assert torch.equal(trained[0].transformer_blocks[0].attn1.to_q.base_layer.weight, weight)
+    module.save_pretrained(tmp_path)
+    assert_equal(open_lora(tmp_path, part), adapter_of(module, "default"))
 
 
 def test_settings_without_effect_on_a_linear_layer_are_passed_over(tmp_path, part):
@@ -593,6 +643,7 @@ Q = "transformer.transformer_blocks.0.attn1.to_q"
         ({f"{Q}.diff_b": torch.ones(2)}, "full weights"),
         ({f"{Q}.dora_scale": torch.ones(2)}, "a DoRA"),
         ({f"{Q}.lora_mid.weight": torch.ones(2)}, "LoCon"),
+        ({f"{Q}.lambda_layer": torch.ones(1, 2)}, "a T-LoRA"),
         ({f"{Q}.lora_B.bias": torch.ones(128)}, "biases"),
         ({f"{Q}.lora_A.scale_weight": torch.ones(1)}, "scaled fp8"),
         ({"transformer.x.lora_embedding_A": torch.ones(2)}, "LoRA of an embedding"),

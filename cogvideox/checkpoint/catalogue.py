@@ -21,7 +21,7 @@ from ..dtypes import dtype_name
 from ..files import open_regular, read_json
 from ..variants import PARTS, identify
 from ..words import LIMIT, reason, short
-from .entries import CONTROL
+from .entries import CONTROL, is_folder
 from .folders import (
     holds_shards,
     is_sat_piece,
@@ -29,6 +29,7 @@ from .folders import (
     may_be_checkpoint,
     repository_name,
     sat_weights,
+    shows_shards,
     snapshot,
     transformer_folders,
 )
@@ -38,7 +39,6 @@ from .layout import file_kinds, open_checkpoint, open_part
 from .lora_files import read_lora
 from .lora_places import PICKLES
 from .parts import Part
-from .weight_sets import INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ _ROUNDING_SCALED, _ROUNDING_OF_ONE_BIT = 0.8, 1.37
 #: Folders below a root that are looked into: levels, how many, and how often one that links lead to again. Beyond that
 #: it is no folder of models.
 _DEEPEST, _MOST_FOLDERS, _MOST_VISITS = 64, 20_000, 8
-_PASSED_OVER = (".git", ".cache", ".locks", ".ipynb_checkpoints", "__pycache__")
+#: The last is where ModelScope keeps a repository until it is downloaded.
+_PASSED_OVER = (".git", ".cache", ".locks", ".ipynb_checkpoints", "__pycache__", "._____temp")
 #: Files of a folder whose sizes and times are looked at to see whether it changed.
 _MOST_FILES = 500
 _STEP = re.compile(r"checkpoint-\d+")
@@ -145,7 +146,7 @@ class _Looked:
     Attributes:
         folders: those that may be checkpoints or parts, by their names, in their order.
         files: those that may be parts: path -> name, size and time.
-        configured: the folders that have a config.json, and whether an index of shards beside it.
+        configured: the folders that have a config.json, and whether shards beside it.
     """
 
     folders: list[tuple[str, Path]] = field(default_factory=list)
@@ -325,7 +326,7 @@ def _look(root: Path) -> _Looked:
                 todo.append((*cached, depth + 1))
             continue
         if "config.json" in names:
-            looked_at.configured[path] = any(map(INDEX.fullmatch, names))
+            looked_at.configured[path] = shows_shards(names)
         below = []
         for entry in here:
             inner = f"{name}/{entry.name}" if name else entry.name
@@ -374,13 +375,12 @@ def _state(folder: Path) -> tuple:
     todo = [(str(folder.parent if folder.name.startswith("transformer") else folder), 0)]
     while todo and len(state) < _MOST_FILES:
         path, depth = todo.pop()
-        with os.scandir(path) as found:
-            for entry in found:
-                if depth < 2 and entry.is_dir():
-                    todo.append((entry.path, depth + 1))
-                elif os.path.exists(entry.path):
-                    seen = entry.stat()
-                    state.append((entry.path, seen.st_size, seen.st_mtime_ns))
+        for entry in _unless_bad(path, _scan, []):
+            if depth < 2 and is_folder(entry):
+                todo.append((entry.path, depth + 1))
+            elif os.path.exists(entry.path):
+                seen = entry.stat()
+                state.append((entry.path, seen.st_size, seen.st_mtime_ns))
     return tuple(sorted(state))
 
 

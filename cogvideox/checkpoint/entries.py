@@ -40,11 +40,19 @@ def subfolders(folder: Path) -> list[Path]:
     """List the folders in a folder, by name; none where it cannot be read."""
     try:
         with os.scandir(folder) as found:
-            inside = {entry.name for entry in found if entry.is_dir()}
+            inside = {entry.name for entry in found if is_folder(entry)}
     except (OSError, ValueError):
         # Told, if it is anything but missing, by whoever reads its names.
         inside = set()
     return [folder / name for name in names_in(folder) if name in inside] if inside else []
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Say whether an entry is a folder, or a link to one; of a link to itself the system only says that it fails."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def holds_something(folder: Path) -> bool:
@@ -58,8 +66,11 @@ def dangles(file: Path) -> bool:
 
 
 def unfinished(folder: Path) -> str:
-    """A sentence about downloads that were broken off, in a folder or in the cache that it belongs to."""
-    places: Iterable[Path] = (folder, folder / "blobs", *(parent / "blobs" for parent in tuple(folder.parents)[:4]))
+    """A sentence about downloads that were broken off, in a folder, in the cache that it belongs to, or where ``hf
+    download --local-dir`` keeps them."""
+    above = (folder, *tuple(folder.parents)[:4])
+    kept = (parent / ".cache" / "huggingface" / "download" / folder.relative_to(parent) for parent in above)
+    places: Iterable[Path] = (folder, *(parent / "blobs" for parent in above), *kept)
     found = [
         label for place in places if os.path.isdir(place) for label in names_in(place) if label.endswith(_UNFINISHED)
     ]
@@ -111,12 +122,26 @@ def hub_cache() -> Path:
     return Path(os.path.expanduser(home)) / "hub"
 
 
+#: How a repository on the hub is named, and how files are that no repository is called like.
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".json")
+
+
 def cached_repository(name: Path) -> Path | None:
     """The folder in the cache of a repository that is given by its name on the hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name.as_posix()):
+    if not _REPOSITORY.fullmatch(name.as_posix()):
         return None
     folder = hub_cache() / f"models--{name.as_posix().replace('/', '--')}"
     return folder if os.path.isdir(folder) else None
+
+
+def not_cached(name: Path) -> str:
+    """A sentence about a path that leads nowhere and may name a repository on the hub, or nothing."""
+    is_file = name.suffix.lower() in _FILES or os.path.isdir(name.parent)
+    if is_file or not _REPOSITORY.fullmatch(name.as_posix()):
+        return ""
+    shown = short(name.as_posix(), 200)
+    return f" If it is a repository on huggingface.co, download it first: hf download {shown} --local-dir FOLDER."
 
 
 def repository_name(folder: Path) -> str:

@@ -22,7 +22,17 @@ from pathlib import Path
 
 from ..files import read_json
 from ..words import listed, short
-from .entries import cached_repository, gone, holds_something, is_cache, names_in, one_name, subfolders, unfinished
+from .entries import (
+    cached_repository,
+    gone,
+    holds_something,
+    is_cache,
+    names_in,
+    not_cached,
+    one_name,
+    subfolders,
+    unfinished,
+)
 from .entries import hub_cache as hub_cache
 from .entries import repository_name as repository_name
 from .weight_sets import INDEX, PART_NAMES, WEIGHTS, choose_weights, is_usual, weight_sets, what_else
@@ -44,6 +54,8 @@ _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
 _SAT_SECOND = "mp_rank_01_model_states.pt"
 #: Where SAT's guide puts the other parts.
 _SAT_PARTS = {"vae": "vae/3d-vae.pt", "text_encoder": "t5-v1_1-xxl"}
+#: What trainers call the folder of a step: ``checkpoint-500``, finetrainers ``000500``.
+_STEP = re.compile(r"(?:(?:checkpoint|step|global_step|epoch)[-_]?)?(\d{1,18})")
 #: How far above SAT's weights they are looked for: transformer/1000/ is two folders below them, and the folder may be
 #: in another.
 _SAT_ABOVE = 4
@@ -104,7 +116,8 @@ def find_place(path: Path | str) -> Place:
 
 def _folder_place(path: Path) -> Place:
     weights = sat_weights(path)
-    if weights is not None:
+    # A transformer's folder beside DeepSpeed's states holds the same weights, and a config that says more than shapes.
+    if weights is not None and not transformer_folders(path):
         return _sat_place(path, weights)
     if _is_transformer_folder(path) or (path.name in _TRANSFORMER_FOLDERS and os.path.isfile(path / "config.json")):
         # A transformer's own folder: in a checkpoint, or all there is.
@@ -150,11 +163,7 @@ def _nested_place(path: Path) -> Place:
     for _ in range(_LEVELS):
         level = [inner for folder in level for inner in subfolders(folder)][:_MOST_FOLDERS]
         below = below or [inner for inner in level if _is_checkpoint_folder(inner)]
-    steps = {
-        int(number[1]): inner
-        for inner in below
-        if (number := re.fullmatch(r"(?:checkpoint|step|global_step)[-_]?(\d+)", inner.name))
-    }
+    steps = {int(number[1]): inner for inner in below if (number := _STEP.fullmatch(inner.name))}
     if steps and len(steps) == len(below):
         below = [steps[max(steps)]]
     if len(below) == 1:
@@ -181,7 +190,11 @@ def _nested_place(path: Path) -> Place:
 def _is_checkpoint_folder(folder: Path) -> bool:
     try:
         folder = snapshot(folder) or folder
-        return bool(transformer_folders(folder) or sat_weights(folder))
+        # A training's step may be weights without a config, and what zero_to_fp32 makes a folder that is called a file.
+        is_step = (_STEP.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name)) and any(
+            is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer")
+        )
+        return bool(is_step or transformer_folders(folder) or sat_weights(folder))
     except ValueError as error:
         logger.info("%s is passed over: %s", folder, error)
         return False
@@ -244,14 +257,19 @@ def _transformer_subfolders(folder: Path, others: bool = False) -> list[Path]:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder holds an index of shards, and no config that says what they are."""
+    """Whether a folder holds shards, and no config that says what they are."""
     names = names_in(folder)
-    return "config.json" not in names and any(map(INDEX.fullmatch, names))
+    return "config.json" not in names and shows_shards(names)
+
+
+def shows_shards(names: Iterable[str]) -> bool:
+    """Whether there are shards, or an index of them, among the names of files."""
+    return any(is_shard(name) or INDEX.fullmatch(name) for name in names)
 
 
 def may_be_checkpoint(names: Iterable[str]) -> bool:
     """Whether a folder without folders in it may be a checkpoint, by the names of its files."""
-    return any(name == _SAT_WEIGHTS or name.endswith(".json") for name in names)
+    return any(name == _SAT_WEIGHTS or name.endswith(".json") or is_shard(name) for name in names)
 
 
 def is_sat_piece(name: str, beside: Container[str]) -> bool:
@@ -356,8 +374,9 @@ def _nothing(here: Path, kind: str) -> ValueError:
             "itself."
         )
     if kind != "transformer":
-        return ValueError(f"There is no {shown}, so there is no {PART_NAMES.get(kind, kind)} to load. Check the path.")
-    return ValueError(f"There is no {shown}, so there is nothing to load. Check the path. {WHERE}")
+        what = PART_NAMES.get(kind, kind)
+        return ValueError(f"There is no {shown}, so there is no {what} to load. Check the path.{not_cached(here)}")
+    return ValueError(f"There is no {shown}, so there is nothing to load. Check the path.{not_cached(here)} {WHERE}")
 
 
 def is_checkpoint_json(file: Path) -> bool:
@@ -377,12 +396,12 @@ def _folder_of(file: Path, kind: str) -> Path | None:
         return None
     if weights["number"] and (os.path.isfile(folder / "config.json") or any(map(INDEX.fullmatch, names_in(folder)))):
         return folder
-    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do.
-    if (
-        _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
-    ) and is_usual(weights["stem"]):
+    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do. A
+    # shard, if the others are there.
+    configured = _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
+    if is_shard(file.name) or (configured and is_usual(weights["stem"])):
         try:
-            return folder if choose_weights(folder, kind).files == (file,) else None
+            return folder if file in choose_weights(folder, kind).files else None
         except ValueError as error:
             logger.info("%s is opened by itself: %s", file, error)
     return None

@@ -150,11 +150,7 @@ def open_checkpoint(
     )
     parts = _open_transformer(place, given)
     if "transformer" not in parts:
-        kinds = ", ".join(PARTS[kind][0] for kind in file_kinds(path))
-        raise ValueError(
-            f"{short(path, 400)} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it "
-            f"beside one. {_WHERE}"
-        )
+        raise _other_part(path, file_kinds(path), "transformer")
     transformer = parts["transformer"]
     if transformer.lora:
         lora_inside(transformer)
@@ -219,8 +215,7 @@ def open_part(path: Path | str, kind: str) -> Part:
     else:
         parts = _open_file(path, set(PARTS) - {kind})
         if kind not in parts:
-            held = ", ".join(PARTS[found][0] for found in file_kinds(path))
-            raise ValueError(f"{short(path, 400)} holds a {held} and no {PARTS[kind][0]}. Choose another file.")
+            raise _other_part(path, file_kinds(path), kind)
         part = parts[kind]
     check_part(part)
     return part
@@ -233,6 +228,17 @@ def file_kinds(file: Path) -> list[str]:
         ValueError: if it cannot be read, or holds none.
     """
     return list(dict.fromkeys(found.kind for found in find_parts(read_any_header(file), file)))
+
+
+def _other_part(path: Path, held: Sequence[str], kind: str) -> ValueError:
+    """The error for a file or folder that holds other parts of CogVideoX than the one that is needed."""
+    kinds = ", ".join(PARTS[one][0] for one in held)
+    if kind == "transformer":
+        return ValueError(
+            f"{short(path, 400)} holds a {kinds} and no transformer, so it is not a checkpoint by itself. Choose it "
+            f"beside one. {_WHERE}"
+        )
+    return ValueError(f"{short(path, 400)} holds a {kinds} and no {PARTS[kind][0]}. Choose another.")
 
 
 def _open_transformer(place: Place, given: Container[str] = ()) -> dict[str, Part]:
@@ -324,8 +330,11 @@ def _open_part(here: Path, kind: str) -> Part:
         or config.get("architectures")
         or (class_name if config.get("model_type") == "t5" else "no class")
     )
-    names = names if isinstance(names, list) else [names]
-    if not {class_name, *_WHOLE.get(kind, ())}.intersection(name for name in names if isinstance(name, str)):
+    names = [name for name in (names if isinstance(names, list) else [names]) if isinstance(name, str)]
+    held = next((one for one, (_, cls) in PARTS.items() if {cls, *_WHOLE.get(one, ())}.intersection(names)), None)
+    if held is not None and held != kind:
+        raise _other_part(here, [held], kind)
+    if held is None:
         raise ForeignError(
             f"{short(config_file, 400)} describes {listed(names)}, not {class_name}: this is another model's {name}, "
             f"and CogVideoX cannot run with it. Choose a CogVideoX checkpoint. {_WHERE}"

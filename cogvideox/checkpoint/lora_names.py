@@ -37,6 +37,7 @@ _RELATIVES = {
     "lora_E": "AdaLoRA",
     "vera_": "VeRA",
     "lora_mid": "LoCon with a middle part",
+    "lambda_layer": "T-LoRA",
     "lora_embedding_": "LoRA of an embedding",
     "lllite_": "ControlNet-LLLite",
     "controlnet": "ControlNet",
@@ -211,7 +212,7 @@ def sort_names(tensors: Mapping[str, StoredTensor], where: str) -> Names:
         else:
             known[name] = said
     if strange and not (trained_on and known and not _relative(strange)):
-        raise _not_a_lora(tensors, strange, bool(known), where)
+        raise _not_a_lora(tensors, strange, any(said.kind != "alpha" for said in known.values()), where)
     names.model, names.sat = len(strange), any(said.number is not None for said in known.values())
     names.biases = sum(name.endswith(".bias") for name in strange)
     # A layer's halves and its alpha say the same.
@@ -349,7 +350,7 @@ def _relative(names: Iterable[str]) -> list[str]:
         words = name.split(".")
         kinds |= {kind for mark, kind in _RELATIVES.items() if any(word.startswith(mark) for word in words)}
         if any(word in _FULL_WEIGHTS for word in words):
-            kinds.add("full weights")
+            kinds.add("change in full weights")
         if _GLORA.search(name):
             kinds.add("GLoRA")
         if "bias" in words and any(marker in words for marker in _MARKERS):

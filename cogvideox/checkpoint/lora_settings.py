@@ -57,9 +57,13 @@ _MORE_THAN_LORA = {
     "layer_replication": "LoRA of replicated layers",
     "alora_invocation_tokens": "aLoRA",
     "trainable_token_indices": "LoRA and trained tokens",
+    "use_bdlora": "LoRA of blocks (BD-LoRA)",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "router of LoRAs (Arrow)",
 }
 #: peft's ways to begin that leave the base weights as they are.
-_BEGUN = ("gaussian", "eva", "orthogonal", "default", "true", "false", "")
+_BEGUN = ("gaussian", "eva", "orthogonal", "mica", "default", "true", "false", "")
 _BASES = (
     "base_model_name_or_path",
     "base_model",

@@ -7,13 +7,16 @@ names are put under a prefix. One file, as each program's names are told from al
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from ..words import listed, short
 from .foreign import ForeignError, packed_error
 from .headers import StoredTensor
+from .weight_sets import piece_of
 
 Tensors = Mapping[str, StoredTensor]
 #: What a tensor becomes: its new name and the pieces of it that go there (None: all of it).
@@ -87,23 +90,39 @@ _PACKED = (
     ("torchao", ("_weight_", "weight:")),
     ("GPTQ or AWQ", ("qweight", "qzeros", "g_idx")),
     ("HQQ", ("W_q",)),
+    ("transformers or DeepSeek (fp8 in blocks)", ("weight_scale_inv",)),
+    ("NVIDIA's ModelOpt", ("_amax", "_pre_quant_scale")),
     ("compressed-tensors", ("weight_packed", "weight_zero_point", "weight_shape")),
     ("NVFP4", ("weight_scale_2",)),
 )
+#: What ComfyUI puts beside each weight that it quantized.
+_COMFY_MARK = ".comfy_quant"
 _ANY_PACKED = tuple(word for _, words in _PACKED for word in words)
 
 
-def check_unpacked(names: Iterable[str], source: Path) -> None:
+def check_unpacked(tensors: Tensors, source: Path) -> None:
     """Make sure that weights are not packed by a program whose packing is not read here.
 
     Raises:
         ForeignError: if they are, naming the program.
     """
-    marked = sorted(name for name in names if name.startswith(_ANY_PACKED, name.rfind(".") + 1))
+    marked = sorted(name for name in tensors if name.startswith(_ANY_PACKED, name.rfind(".") + 1))
     for program, words in _PACKED if marked else ():
         fitting = [name for name in marked if name.rpartition(".")[2].startswith(words)]
         if fitting:
             raise packed_error(program, source, f"{len(fitting)} tensors such as {short(fitting[0])}")
+    # ComfyUI's mark stands beside fp8 with plain scales, too, which is read.
+    whole = [
+        name
+        for mark in tensors
+        if mark.endswith(_COMFY_MARK) and (name := f"{mark.removesuffix(_COMFY_MARK)}.weight") in tensors
+        if tensors[name].dtype in (torch.int8, torch.uint8) and tensors[name].quantization is None
+    ]
+    if whole:
+        kind = str(tensors[whole[0]].dtype).removeprefix("torch.")
+        raise packed_error(
+            "ComfyUI (int8 or int4)", source, f"{len(whole)} weights such as {short(whole[0])} in {kind}"
+        )
 
 
 #: What torch puts between a module's name and its parent's: torch.compile, FSDP, activation checkpointing.
@@ -145,7 +164,7 @@ def unwrapped(kind: str, tensors: Tensors, source: Path) -> Tensors:
 
 #: How the scales of fp8 weights are named, and what else files of scaled weights hold that is of no use here.
 _SCALES = (".scale_weight", ".weight_scale")
-_SCALE_EXTRAS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8", "spiece_model", "logit_scale")
+_SCALE_EXTRAS = (".scale_input", ".input_scale", _COMFY_MARK, "scaled_fp8", "spiece_model", "logit_scale")
 
 
 def split_scales(tensors: Tensors) -> tuple[Tensors, Tensors]:
@@ -226,7 +245,17 @@ _OTHERS = (
 def _unknown(tensors: Tensors, file: Path) -> ValueError:
     names = sorted(tensors)
     few = listed(names)
-    check_unpacked(names, file)
+    check_unpacked(tensors, file)
+    if piece := piece_of(file):
+        return ValueError(
+            f"{short(file, 400)} is piece {piece[0]} of {piece[1]} of a model, and one piece alone cannot run. Give "
+            "the folder that all of them lie in."
+        )
+    if not names:
+        return ForeignError(
+            f"{short(file, 400)} holds no weights that have names: it is what a training keeps beside its model, such "
+            "as the states of an optimizer or an average (EMA) in a list. Choose the file of the model itself."
+        )
     if any(
         re.search(r"lora_(A|B|up|down)\b|lora\.(up|down)\b|\.matrix_[AB]\.|\.alpha$|lokr_|hada_", name)
         for name in names

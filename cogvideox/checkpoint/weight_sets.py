@@ -1,6 +1,6 @@
 """Which files of a folder a part's weights are read from, told by their names and the indices of shards.
 
-Weights are safetensors or torch's .bin, in one file or in shards with an index, in several dtypes side by side.
+Weights are safetensors or torch's .bin, in one file or in shards, in several dtypes side by side.
 """
 
 import os
@@ -47,13 +47,14 @@ INDEX = re.compile(
 )
 #: What diffusers, transformers, accelerate and zero_to_fp32 call a model's weights.
 _USUAL = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_model_fsdp")
+#: What peft, diffusers and VideoX-Fun's trainer call a LoRA in a folder of its own.
+LORAS = ("adapter_model", "pytorch_lora_weights", "lora_diffusion_pytorch_model")
 #: Files of a training's state that end as weights do, and LoRAs.
 _NO_WEIGHTS = re.compile(
     r"(optimizer|scheduler|lr_scheduler|scaler|sampler|dataloader|training_args|random_states|rng_state|custom_checkpoint|zero_pp_rank"
-    r"|pytorch_lora_weights|adapter_model).*|.*optim_states\.pt",
+    rf"|{'|'.join(LORAS)}).*|.*optim_states\.pt",
     re.IGNORECASE,
 )
-_LORAS = ("pytorch_lora_weights", "adapter_model", "adapter_config")
 
 
 def piece_of(file: Path) -> tuple[int, int] | None:
@@ -103,8 +104,9 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
             order.index(variant) if variant in order else len(order),
             _ENDINGS.index(match["ending"].lower()),
             usual.index(stem) if stem in usual else len(usual),
-            # An index and a file of the same name: what was saved last is not known, and diffusers reads the shards.
-            len(found.files) == 1 and found.label == found.files[0].name,
+            # An index and a file of the same name: what was saved last is not known, and diffusers reads the shards; of
+            # shards without an index it knows nothing.
+            len(found.files) if found.files and found.label == found.files[0].name else 0,
         )
         ranked.setdefault(rank, []).append(found)
     if not ranked:
@@ -113,7 +115,7 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
     if rivals:
         labels = listed((one.label for one in (best, *rivals)), 5)
         raise ValueError(
-            f"{short(here, 400)} should hold the {name}'s weights in one file or in shards with an index, and it is "
+            f"{short(here, 400)} should hold the {name}'s weights in one file or in shards, and it is "
             f"not known which of these is meant: {labels}. Keep exactly one set, or give the path of the file."
         )
     if best.wrong:
@@ -135,13 +137,18 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
 
 def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
     """Yield the sets of weights that a folder has for a part called ``name``, each with the match of its file's name:
-    an index of shards, or a single file, the first by name first."""
-    names = names_in(here)
-    for label in names:
+    an index of shards, or a single file, the first by name first; then shards without an index."""
+    indexed, counted = set[tuple](), dict[tuple, list[re.Match]]()
+    for label in names_in(here):
         index = INDEX.fullmatch(label)
         match = index or WEIGHTS.fullmatch(label)
+        if match:
+            saved = (match["stem"], match["variant"] or match["late"], match["ending"])
         if index:
+            indexed.add(saved)
             yield index, _indexed(here, label, name)
+        elif match and match["number"] and not _NO_WEIGHTS.fullmatch(label):
+            counted.setdefault((saved, int(match["count"])), []).append(match)
         elif match and not match["number"] and not _NO_WEIGHTS.fullmatch(label) and not os.path.isdir(here / label):
             wrong = ""
             if dangles(here / label):
@@ -150,6 +157,28 @@ def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
                     "file again."
                 )
             yield match, WeightSet(label, (here / label,), wrong)
+    for (saved, count), found in counted.items():
+        if saved not in indexed:
+            yield found[0], _counted(here, found, count, name)
+
+
+def _counted(here: Path, found: list[re.Match], count: int, name: str) -> WeightSet:
+    """The shards of one saving, told by their numbers alone; that no tensor is missing is seen when they are read."""
+    first, there = found[0], {int(match["number"]) for match in found if os.path.isfile(here / match[0])}
+    missing = [number for number in range(1, count + 1) if number not in there]
+    start, end = first.span("number")
+    labels = [f"{first[0][:start]}{number:0{end - start}d}{first[0][end:]}" for number in missing[:9]]
+    files = tuple(here / match[0] for match in found)
+    return WeightSet(first[0], files, _lacking(here, labels, len(missing), count, name) if missing else "")
+
+
+def _lacking(here: Path, labels: Sequence[str], missing: int, count: int, name: str) -> str:
+    """Why a set of shards cannot be read of which some are missing, the first of them by their ``labels``."""
+    link = f" {gone(here / labels[0])}." if dangles(here / labels[0]) else ""
+    return (
+        f"{short(here, 400)} lacks {missing} of {count} shards of the {name}: {listed(labels, 8)}. Without them "
+        f"weights are missing.{link}{unfinished(here)} Download them from the same repository into this folder."
+    )
 
 
 def _indexed(here: Path, label: str, name: str) -> WeightSet:
@@ -176,30 +205,17 @@ def _indexed(here: Path, label: str, name: str) -> WeightSet:
         return WeightSet(label, (), f"{what}: nothing else is opened. Download this file again.")
     files = tuple(here / file for file in sorted(shards))
     missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        link = f" {gone(missing[0])}." if dangles(missing[0]) else ""
-        wrong = (
-            f"{short(here, 400)} lacks {len(missing)} of {len(files)} shards of the {name}: "
-            f"{listed((file.name for file in missing), 8)}. Without them weights are "
-            f"missing.{link}{unfinished(here)} Download them from the same repository into this folder."
-        )
-        return WeightSet(label, files, wrong)
-    return WeightSet(label, files)
+    labels = [file.name for file in missing]
+    return WeightSet(label, files, _lacking(here, labels, len(missing), len(files), name) if missing else "")
 
 
 _SHARD = "model-00001-of-00003.safetensors"
 
 
 def _no_weights(here: Path, name: str) -> ValueError:
-    shards = [label for label in names_in(here) if (match := WEIGHTS.fullmatch(label)) and match["number"]]
-    if shards:
-        return ValueError(
-            f"{short(here, 400)} holds {len(shards)} shards of the {name} but no index (*.safetensors.index.json), so "
-            "it is not known whether they are all there. Download the index from the same repository into this folder."
-        )
     return ValueError(
-        f"{short(here, 400)} should hold the {name}'s weights in one safetensors or .bin file, or in shards with an "
-        f"index, and holds none.{unfinished(here)} {what_else(here)}Download the part again."
+        f"{short(here, 400)} should hold the {name}'s weights in one safetensors or .bin file, or in shards, and holds "
+        f"none.{unfinished(here)} {what_else(here)}Download the part again."
     )
 
 
@@ -217,7 +233,7 @@ def what_else(folder: Path) -> str:
             "Its weights are in the pieces of a training on several cards (DeepSpeed ZeRO); join them with the "
             "zero_to_fp32.py beside them. "
         )
-    if any(label.startswith(_LORAS) for label in names):
+    if any(label.startswith((*LORAS, "adapter_config")) for label in names):
         return (
             "It holds a LoRA, which changes a model and is none: give it in the LoRA's place (--lora, CogVideoX-1.5 "
             "LoRA Loader). "
@@ -225,7 +241,9 @@ def what_else(folder: Path) -> str:
     files = [
         label
         for label in names_in(folder)
-        if label.lower().endswith((*_ENDINGS, ".gguf")) and not _NO_WEIGHTS.fullmatch(label)
+        if label.lower().endswith((*_ENDINGS, ".gguf"))
+        and not _NO_WEIGHTS.fullmatch(label)
+        and piece_of(folder / label) is None
     ]
     return f"It holds {listed(files, 5)}: give the path of that file itself, if it is meant. " if files else ""
 
