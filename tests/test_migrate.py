@@ -1446,6 +1446,18 @@ def test_so_are_those_of_a_node_that_scales_a_start_image(migrate, as_text):
     assert node_of(page, "CogVideoX15ImageToVideo")["widgets_values"][:2] == [768, 1024]
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "1e400"])
+def test_texts_of_numbers_that_no_widget_has_are_none(migrate, number):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "lora")
+    w.add("INTConstant", "strength", value=number)
+    w.change("lora", strength=("strength", 0))
+    w.change("loader", lora=("lora", 0))
+    page, report = migrate(w)
+    assert node_of(page, "CogVideoX15LoraLoader")["widgets_values"][1] == 1.0
+    assert not said(report, "strength")
+
+
 # --- What is refused ---
 
 
