@@ -1,5 +1,6 @@
 """What every step of a migration needs: the old graph, what is made of it, and what is said about it."""
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,7 +25,8 @@ def as_number(value: Any, kind: type | tuple) -> Any:
         return value
     with suppress(ValueError, OverflowError):
         number = int(value) if kind is int else float(value)
-        return number if isinstance(value, str) or number == value else value
+        # "nan" and "inf" are no numbers that a widget has.
+        return number if math.isfinite(number) and (isinstance(value, str) or number == value) else value
     return value
 
 

@@ -18,7 +18,7 @@ from cogvideox.words import listed, reason, short
 
 from . import tables
 from .api import Api
-from .conversion import is_inpaint, is_old
+from .conversion import as_number, is_inpaint, is_old
 from .graph import Changes, Node
 from .kinds import KINDS
 from .page import Page
@@ -259,7 +259,8 @@ class _Migration(VideoXFun):
             if node is not None and mask is not None and node.kind in tables.ENCODERS:
                 yield "an inpainting mask", mask, "Delete or mute it"
         known = (*tables.ENCODERS, tables.FUN_ENCODER, "CogVideoSampler", *tables.EMPTY_LATENTS)
-        if start is not None and start.kind not in known and sampler.values.get("denoise_strength", 1.0) == 1.0:
+        strength = as_number(sampler.values.get("denoise_strength", 1.0), float)
+        if start is not None and start.kind not in known and strength == 1.0:
             yield (
                 "noise that another node makes",
                 start,

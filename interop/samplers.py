@@ -461,7 +461,7 @@ class Samplers(Loaders):
 
     def resized_to(self, node: Node, order: tuple[str, ...]) -> tuple[int, int] | None:
         """The size that a node scales every picture to, if the file says it."""
-        given = self.graph.widgets(node, order)
+        given = {name: as_number(value, int) for name, value in self.graph.widgets(node, order).items()}
         width, height = given.get("width"), given.get("height")
         depends = (
             given.get("keep_proportion", given.get("method")) not in tables.EXACT

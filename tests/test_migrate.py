@@ -1437,6 +1437,27 @@ def test_numbers_that_programs_write_as_texts_or_with_a_point_are_numbers(migrat
         assert other.differs == report.differs
 
 
+@pytest.mark.parametrize("as_text", [str, float])
+def test_so_are_those_of_a_node_that_scales_a_start_image(migrate, as_text):
+    w = image_to_video()
+    w.add("ImageScale", "scale", image=("picture", 0), width=as_text(768), height=as_text(1024))
+    w.change("encode", start_image=("scale", 0))
+    page, _ = migrate(w)
+    assert node_of(page, "CogVideoX15ImageToVideo")["widgets_values"][:2] == [768, 1024]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e400"])
+def test_texts_of_numbers_that_no_widget_has_are_none(migrate, number):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "lora")
+    w.add("INTConstant", "strength", value=number)
+    w.change("lora", strength=("strength", 0))
+    w.change("loader", lora=("lora", 0))
+    page, report = migrate(w)
+    assert node_of(page, "CogVideoX15LoraLoader")["widgets_values"][1] == 1.0
+    assert not said(report, "strength")
+
+
 # --- What is refused ---
 
 
@@ -1457,7 +1478,8 @@ def with_controlnet():
 def with_noise():
     w = text_to_video()
     w.add("GetWarpedNoiseFromVideo", "special")
-    w.change("sampler", samples=("special", 0))
+    # As a script may write it.
+    w.change("sampler", samples=("special", 0), denoise_strength="1.0")
     return w
 
 

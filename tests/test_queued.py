@@ -162,6 +162,18 @@ def test_why_a_node_failed_is_on_it_until_it_runs_again(pack, monkeypatch):
         assert shown[1:] == [("5:7", "")]
 
 
+def test_so_it_is_on_a_node_of_cores_until_it_is_queued_again(pack, monkeypatch):
+    """Load LoRA with a strength of 0 asks nothing of ours that could take it off."""
+    page, shown, handlers = sys.modules[f"{pack.__name__}.nodes.host.page"], [], []
+    monkeypatch.setattr(page, "_failed", {"5"})
+    monkeypatch.setattr(page, "show", lambda text, node: shown.append((node, text)))
+    monkeypatch.setattr(page.comfyui, "server", lambda: SimpleNamespace(add_on_prompt_handler=handlers.append))
+    page.watch_queue(lambda nodes: None)
+    for key in ("6", "5", "5"):
+        handlers[0]({"prompt": {key: {"class_type": "LoraLoader", "inputs": {}}}})
+    assert shown == [("5", "")]
+
+
 def test_what_is_no_longer_to_be_told_is_a_blank(pack, monkeypatch):
     """ComfyUI's page takes no notice of a text of no letters, so that what was there before would stay."""
     page, sent = sys.modules[f"{pack.__name__}.nodes.host.page"], []

@@ -30,8 +30,8 @@ const BESIDE = 52
 let ruler
 
 function heightOf(text, width) {
-  // What was wrong and is mended leaves an empty text.
-  if (!text) return 0
+  // What was wrong and is mended leaves a blank: of an empty text the page takes no notice.
+  if (!text?.trim()) return 0
   if (!ruler) {
     ruler = document.createElement('div')
     ruler.className = 'cogvideox15-text text-xs whitespace-pre-line'
@@ -88,6 +88,12 @@ app.registerExtension({
       if (widget?.type === 'progressText') {
         widget.props = { ...widget.props, class: 'cogvideox15-text' }
         widget.options.getMinHeight = () => heightOf(widget.value, node.size[0])
+        // Where there is nothing to read any more, the node is as high as it was before it grew.
+        const [{ setValue }, height] = [widget.options, node.size[1]]
+        widget.options.setValue = (text) => {
+          setValue(text)
+          if (!text?.trim()) node.setSize([node.size[0], height])
+        }
       }
       return add.apply(this, arguments)
     }

@@ -150,12 +150,14 @@ class Net(nn.Module):
     Attributes:
         handle: the model.
         run: the run in progress.
+        patches: those of the patcher that a sampler runs, as ``_split_patches`` has them.
     """
 
     def __init__(self, handle: "Model", config: Mapping):
         super().__init__()
         self.handle, self.config = handle, config
         self.run: _Run | None = None
+        self.patches: tuple[dict, dict] = {}, {}
         self.padding = 0
         # What core casts the latents to; the engine casts to its own precision, which healing may change.
         self.dtype = torch.float32
@@ -167,11 +169,15 @@ class Net(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_inner", ()):
-            raise ValueError(
-                f"Something asks for a module inside of the model ({name}), and only the engine may work on those: a "
-                f"bypass LoRA or a patch of single blocks does so. {OURS}"
-            )
+            self._refuse_inner(name)
         return super().__getattr__(name)
+
+    @failures_shown()
+    def _refuse_inner(self, name: str) -> None:
+        raise ValueError(
+            f"Something asks for a module inside of the model ({name}), and only the engine may work on those: a "
+            f"bypass LoRA or a patch of single blocks does so. {OURS}"
+        )
 
     @cached_property
     def advertised(self) -> Mapping[str, torch.Tensor]:
@@ -227,9 +233,9 @@ class Net(nn.Module):
         own = slice(None), slice(None), slice(padding, None), slice(height), slice(width)
         if self.run is not None:
             return self.run.predict(x, timestep, context, ofs, transformer_options)[own]
-        # Called by something that is no sampler.
-        latents = x[:, :16]
-        with _Run(self, self.handle, latents, [float(timestep[0])], [float("nan")], context.shape[1]) as run:
+        # Called by something that is no sampler, or by one that began with another model (Dual Model CFG Guider).
+        given: dict[str, Any] = dict(timesteps=[float(timestep[0])], sigmas=[float("nan")], tokens=context.shape[1])
+        with _Run(self, self.handle, x[:, :16], **given, patches=self.patches) as run:
             return run.predict(x, timestep, context, ofs, transformer_options)[own]
 
 
@@ -256,6 +262,14 @@ class ModelPatcher(PartPatcher):
 
     def detach(self, unpatch_all=True):
         return self.model if self._busy else super().detach(unpatch_all)
+
+    def pre_run(self):
+        super().pre_run()
+        self.model.diffusion_model.patches = _split_patches(self)
+
+    def cleanup(self):
+        super().cleanup()
+        self.model.diffusion_model.patches = {}, {}
 
     @failures_shown()
     def set_injections(self, key, injections):
@@ -685,8 +699,7 @@ def _sample_entered(executor, guider, sigmas, extra_args, callback, noise, *args
     """Stand around the sampler itself, when core has made room: the transformer is entered once for all its calls."""
     from ...cogvideox.sentinel import NonFiniteError
 
-    patcher = guider.model_patcher
-    net, options = patcher.model.diffusion_model, extra_args["model_options"]
+    net, options = guider.model_patcher.model.diffusion_model, extra_args["model_options"]
     entries = [entry for side in guider.conds.values() for entry in side]
     tokens = {entry["cross_attn"].shape[1] for entry in entries}
     cfg = getattr(guider, "cfg", 1.0)
@@ -701,7 +714,7 @@ def _sample_entered(executor, guider, sigmas, extra_args, callback, noise, *args
         max(tokens),
         guided,
         len(tokens) == 1,
-        _split_patches(patcher),
+        net.patches,
         net.padding,
     )
     try:
@@ -716,8 +729,8 @@ def _sample_entered(executor, guider, sigmas, extra_args, callback, noise, *args
 def _second_entered(guider, run: _Run, noise: torch.Tensor, sigmas: torch.Tensor, tokens: int) -> Iterator[None]:
     """Have the second model of Dual Model CFG Guider, where it is called, called in the run of the first if it is the
     same, and else in one of its own, for the length of a ``with`` block."""
-    second = getattr(guider, "uncond_model_patcher", None)
-    if not isinstance(second, ModelPatcher) or getattr(guider, "uncond_inner", None) is None:
+    second = _second(guider)
+    if second is None or getattr(guider, "uncond_inner", None) is None:
         yield
         return
     net = second.model.diffusion_model
@@ -732,7 +745,7 @@ def _second_entered(guider, run: _Run, noise: torch.Tensor, sigmas: torch.Tensor
             net.run = None
     else:
         timesteps = second.get_model_object("model_sampling").timestep(sigmas[:-1]).tolist()
-        how: dict[str, Any] = dict(patches=_split_patches(second), padding=run.padding)
+        how: dict[str, Any] = dict(patches=net.patches, padding=run.padding)
         with _Run(net, net.handle, noise, timesteps, sigmas[:-1].tolist(), tokens, **how):
             yield
 
@@ -766,16 +779,11 @@ def _refuse(guider, sampler) -> None:
             "LazyCache compares latents that begin at 4519 times the size of a picture with zero terminal SNR, so it "
             "would skip the wrong steps. Use EasyCache, or CogVideoX-1.5 Cache before CogVideoX-1.5 to ComfyUI."
         )
-    # The second is how core itself has CogVideoX; older versions lack it.
-    reads_v = model_sampling.V_PREDICTION, getattr(model_sampling, "V_PREDICTION_DDPM", model_sampling.V_PREDICTION)
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    if not isinstance(sampling, reads_v) or isinstance(sampling, model_sampling.EDM):
-        raise ValueError(
-            "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
-            "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "
-            "v_prediction in ModelSamplingDiscrete."
-        )
-    _refuse_second(guider.model_patcher, getattr(guider, "uncond_model_patcher", None))
+    second = _second(guider)
+    for patcher in (guider.model_patcher, *([] if second is None else [second])):
+        _refuse_sampling(patcher)
+    if second is not None:
+        _refuse_second(guider.model_patcher, second)
     handler = guider.model_options.get("context_handler")
     if handler is not None and getattr(handler, "dim", 2) != 2:
         raise ValueError(
@@ -801,19 +809,47 @@ def _refuse(guider, sampler) -> None:
         )
 
 
-def _refuse_second(first: ModelPatcher, second: Any) -> None:
-    """Refuse a second model (Dual Model CFG Guider) of the first one's weights that is set up otherwise: both are set
-    up at once.
+def _second(guider) -> ModelPatcher | None:
+    """Return the second model of Dual Model CFG Guider, which reads the negative conditioning, where it is ours."""
+    second = getattr(guider, "uncond_model_patcher", None)
+    return second if isinstance(second, ModelPatcher) else None
+
+
+def _refuse_sampling(patcher: ModelPatcher) -> None:
+    """Refuse a model whose predictions a node has core read as another model's.
+
+    Raises:
+        ValueError: naming such nodes.
+    """
+    # The second is how core itself has CogVideoX; older versions lack it.
+    reads_v = model_sampling.V_PREDICTION, getattr(model_sampling, "V_PREDICTION_DDPM", model_sampling.V_PREDICTION)
+    sampling = patcher.get_model_object("model_sampling")
+    if not isinstance(sampling, reads_v) or isinstance(sampling, model_sampling.EDM):
+        raise ValueError(
+            "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
+            "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "
+            "v_prediction in ModelSamplingDiscrete."
+        )
+
+
+def _refuse_second(first: ModelPatcher, second: ModelPatcher) -> None:
+    """Refuse a second model (Dual Model CFG Guider) of the first one's weights that is set up otherwise, as both are
+    set up at once; and one that reads other latents.
 
     Raises:
         ValueError: saying how to have both.
     """
-    if not isinstance(second, ModelPatcher) or second.weights is not first.weights:
+    one, other = first.model.diffusion_model, second.model.diffusion_model
+    if (one.handle.latent_scale, one.patch_size_t) != (other.handle.latent_scale, other.patch_size_t):
+        raise ValueError(
+            f"The second model of Dual Model CFG Guider, {other.handle.variant.name}, reads latents otherwise than the "
+            f"first, {one.handle.variant.name}, so what it makes of those would be wrong. Give it a model of the same "
+            "release."
+        )
+    if second.weights is not first.weights:
         return
     patched = bool(first.patches or second.patches)
-    if second.model.diffusion_model.handle is not first.model.diffusion_model.handle or (
-        patched and second.patches_uuid != first.patches_uuid
-    ):
+    if other.handle is not one.handle or (patched and second.patches_uuid != first.patches_uuid):
         raise ValueError(
             "The second model of Dual Model CFG Guider differs from the first in its LoRAs or settings alone, and both "
             "are set up at once: what belongs to one would act in both. Give it a CogVideoX-1.5 Model Loader of its "
@@ -834,17 +870,21 @@ def _check(
     """
     from ...cogvideox.requests import check_embeddings, outside_training, plan_steps
 
-    config, events = full_config(model.weights.config), NodeEvents()
+    second, events = _second(guider), NodeEvents()
+    readers = {} if second is None else {"negative": second.model.diffusion_model.handle}
+    of_images = model.variant.image_to_video or any(reader.variant.image_to_video for reader in readers.values())
     images: list[torch.Tensor | None] = []
     for side, entries in guider.conds.items():
+        reader = readers.get(side, model)
         for entry in entries:
             if entry.get("cross_attn") is None:
                 raise ValueError(f"The {side} conditioning has no prompt. Connect CLIP Text Encode.")
-            check_embeddings(entry["cross_attn"], side, config, latents.shape[0])
+            check_embeddings(entry["cross_attn"], side, full_config(reader.weights.config), latents.shape[0])
             _check_part(entry, side, latents.shape[2] + padding)
-            images.append(entry.get("concat_latent_image"))
-    for image in images:
-        plan_steps(model, latents, image)
+            image = entry.get("concat_latent_image")
+            # Both sides have an image, of which each of two models reads what it can.
+            images.append(image if reader.variant.image_to_video or not of_images else None)
+            plan_steps(reader, latents, images[-1])
     for note in outside_training(model, latents, images[0]):
         events.note(note)
     begins, top = float(sigmas[0]), float(guider.model_patcher.get_model_object("model_sampling").sigma_max)

@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from ...cogvideox.dtypes import Precision, dtype_name
 from ...cogvideox.words import short, size_text
 from .memory import hardware
+from .page import failures_shown
 from .progress import NodeEvents
 
 _KEY = "cogvideox15_check"
@@ -91,6 +92,7 @@ class _Watch:
         self._stop = stop
         self._told: torch.Tensor | None = None
 
+    @failures_shown()
     def __call__(self, executor, *args, **kwargs):
         from ...cogvideox.finite import is_finite
         from ...cogvideox.sentinel import probes

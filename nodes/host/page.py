@@ -70,7 +70,11 @@ def watch_queue(look: Callable[[dict[str, dict]], None]) -> None:
     def remember(data: dict) -> dict:
         # A script may post anything, and ComfyUI has not looked at it yet.
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        look(_needed(_nodes_of(prompt), data.get("partial_execution_targets") if isinstance(data, dict) else None))
+        needed = _needed(_nodes_of(prompt), data.get("partial_execution_targets") if isinstance(data, dict) else None)
+        for node in _failed & needed.keys():
+            # One of core's may run without anything of ours, as a LoRA of strength 0 does.
+            _forget(node)
+        look(needed)
         return data
 
     server = comfyui.server()
@@ -152,6 +156,13 @@ def show(text: str, node: str | None = None) -> None:
         server.send_progress_text(lines or " ", node)
 
 
+def _forget(node: str | None) -> None:
+    """Take off a node why it failed."""
+    if node in _failed:
+        _failed.discard(node)
+        show("", node)
+
+
 @contextmanager
 def failures_shown() -> Iterator[None]:
     """Show on the node that is running, one of ours or of core's, why it failed, until it runs again, and raise that in
@@ -163,9 +174,7 @@ def failures_shown() -> Iterator[None]:
         Exception: anything else, such as a full disk, as it is.
     """
     node = running_node()
-    if node in _failed:
-        _failed.remove(node)
-        show("", node)
+    _forget(node)
     try:
         yield
     except Exception as error:

@@ -56,7 +56,7 @@ handles, choices, sampling, sentinel, lora, weights, cache, vae, text, naming = 
         "checkpoint.naming",
     )
 )
-bridge, progress = (importlib.import_module(f"pack.nodes.host.{name}") for name in ("bridge", "progress"))
+bridge, page, progress = (importlib.import_module(f"pack.nodes.host.{name}") for name in ("bridge", "page", "progress"))
 FOLDER = Path(tempfile.mkdtemp())
 NODES = pack.NODE_CLASS_MAPPINGS
 
@@ -99,14 +99,19 @@ def empty(length, batch=1, height=12, width=20):
 
 
 def refused(words, work):
-    """Assert that ``work`` is refused with a plain error whose sentence has ``words`` in it."""
-    said = None
+    """Assert that ``work`` is refused with a plain error whose sentence has ``words`` in it, and is on the node that
+    runs."""
+    said, shown, before = None, [], (page.running_node, page.show)
+    page.running_node, page.show = lambda: "5", lambda text, *_: shown.append(text)
     try:
         work()
     except (ValueError, RuntimeError) as error:
         said = error
+    finally:
+        page.running_node, page.show = before
     assert type(said) in (ValueError, RuntimeError), (words, said)
     assert words in str(said), str(said)
+    assert str(said) in shown[-1:], (words, shown)
     print(f"refused: {words}", flush=True)
 
 
@@ -403,9 +408,9 @@ def conditionings():
     patched, _ = comfy.sd.load_lora_for_models(model, None, halves, 1.0, 0)
     apart = bridge.to_model(build("1.5").model)
 
-    def dual(first, second, steps=2, cfg=6.0):
+    def dual(first, second, steps=2, cfg=6.0, given=(prompt, negative), latents=latents, noise=noise):
         guider = nodes_custom_sampler.Guider_DualModel(first, second)
-        guider.set_conds(prompt, negative)
+        guider.set_conds(*given)
         guider.set_cfg(cfg)
         sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", steps)
         ddim = comfy.samplers.sampler_object("ddim")
@@ -421,6 +426,24 @@ def conditionings():
     near("a LoRA in the second", dual(apart, with_lora), plain, 1.0, 1e-4)
     for first, second in ((with_lora, model), (model, with_lora), (patched, model), (model, patched)):
         refused("what belongs to one would act in both", lambda pair=(first, second): dual(*pair))
+
+    # The second is looked at as the first is.
+    (shifted,) = nodes_model_advanced.ModelSamplingSD3().patch(apart, 3.0)
+    refused("such as ModelSamplingSD3", lambda: dual(model, shifted))
+    refused("Give it a model of the same release", lambda: dual(model, bridge.to_model(build("2b", "2b").model)))
+    of_images = bridge.to_model(build("1.5-i2v", "1.5-i2v").model)
+    refused("no start image is connected", lambda: dual(model, of_images))
+    image = torch.cat([random(1, 16, 1, 12, 20, seed=9), empty(4)], dim=2)
+    alike, unlike = ([[entries[0][0], {"concat_latent_image": image}]] for entries in (prompt, negative))
+    for pair, one_side in (((of_images, model), (alike, negative)), ((model, of_images), (prompt, unlike))):
+        both = dual(*pair, given=(alike, unlike))
+        near("of the two one reads images", dual(*pair, given=one_side), both, 0.0)
+    # Behind core's own, which has no wrappers of ours.
+    own, even, drawn = core_model(FOLDER / "1.5"), empty(4), random(1, 16, 4, 12, 20)
+    (own,) = nodes_model_advanced.ModelSamplingDiscrete().patch(own, "v_prediction", True)
+    other, _ = comfy.sd.load_lora_for_models(apart, None, halves, 1.0, 0)
+    found, wanted = (dual(first, other, latents=even, noise=drawn) for first in (own, model))
+    near("a LoRA in the second, behind core's own model", found, wanted, 1e-4)
 
     # Each has its own cache, which counts the steps of the whole run.
     cached, also = (

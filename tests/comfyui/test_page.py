@@ -138,6 +138,7 @@ def test_run_makes_a_video_with_progress_and_the_report_on_the_loader(page, shot
 
 def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     page.drop(path=ROOT / "example_workflows" / "text_to_video.json")
+    before = node_of(page.graph(), "CogVideoX15EmptyLatent")["size"]
     page.set_widgets(values=SMALL | {"length": 80})
     page.run()
     told = page.error_details()
@@ -155,7 +156,9 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     assert latent["size"][1] >= sum(text["place"]) > text["place"][0] + 58
     page.set_widgets(values=SMALL)
     assert page.run()["end"] == "success"
-    assert told_on_it()[1]["value"].strip() == ""
+    latent, text = told_on_it()
+    assert text["value"].strip() == ""
+    assert latent["size"] == before
 
 
 def test_why_a_node_failed_while_it_ran_is_on_it_until_it_runs_again(page, shots):
