@@ -120,7 +120,8 @@ def test_a_row_that_is_healed_has_no_seconds(bench, tmp_path):
 def test_what_only_the_first_step_waits_for_is_not_of_a_ways_seconds(bench):
     waits = [2.0]
     with bench.first.weights.running() as module:
-        hook = module.transformer_blocks[0].register_forward_pre_hook(lambda *_: time.sleep(waits.pop() if waits else 0))
+        block = module.transformer_blocks[0]
+        hook = block.register_forward_pre_hook(lambda *_: time.sleep(waits.pop() if waits else 0))
     row = bench.ours(bench.first)
     hook.remove()
     assert not waits
