@@ -263,9 +263,10 @@ def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
         start, end: shares of the steps, between which they are.
 
     Raises:
-        ValueError: for what is no share, for a start that is not below the end, and where no step lies between them.
+        ValueError: for what is no share; where it guides, for a start that is not below the end, and where no step lies
+            between them.
     """
-    check_guidance_range(start, end)
+    check_guidance_range(start, end, cfg)
     found = steps_between(start, end, steps)
     if cfg <= 1.0:
         return range(0)
@@ -283,15 +284,15 @@ def turns_of(guided: range) -> set[int]:
     return {guided.start, guided.stop} if guided else set()
 
 
-def check_guidance_range(start: float, end: float) -> None:
-    """Refuse a part of the steps in which nothing would be guided.
+def check_guidance_range(start: float, end: float, cfg: float = math.inf) -> None:
+    """Refuse a part of the steps in which nothing would be guided, unless ``cfg`` says so too.
 
     Raises:
         ValueError: for what is no share, and for a start that is not below the end.
     """
     for name, share in (("cfg_start", start), ("cfg_end", end)):
         check_share(name, share, "Set cfg_start to 0 and cfg_end to 1 to guide every step.")
-    if start >= end:
+    if start >= end and cfg > 1.0:
         raise ValueError(
             f"cfg_start is {start} and cfg_end {end}, so no step would be guided. Set cfg_start below cfg_end, or cfg "
             "to 1, which switches guidance off."
