@@ -235,6 +235,11 @@ class TestTraces:
         with pytest.raises(ValueError, match=r"has a cache already \(teacache\)"):
             with_cache(cached, Cache("pab"))
 
+    def test_one_that_skips_nothing_changes_nothing_before_another_or_behind_it(self, model):
+        off, on = Cache("pab", 0.0), Cache()
+        assert with_cache(with_cache(model, off), on).cache == on
+        assert with_cache(with_cache(model, on), off).cache == on
+
 
 class TestTogether:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
