@@ -480,6 +480,17 @@ class TestCombinations:
             with_cache(model, Cache())
         with_cache(model, Cache("taylorseer"))
 
+    @pytest.mark.parametrize("method", CACHES)
+    def test_where_memory_auto_comes_to_that_the_run_goes_without_the_cache(
+        self, deep, prompts, plain, monkeypatch, method
+    ):
+        offload_what_is_loaded(monkeypatch, "offload_layers")
+        monkeypatch.setattr("cogvideox.combinations.is_at_least", lambda name, version: False)
+        said = []
+        ours, _ = run(open_handles(deep, "fp32", CPU).model, prompts, Cache(method), said)
+        refused = any(f"runs without the cache {method}: its layers" in text for text in said)
+        assert refused == torch.equal(ours, plain) == (method != "taylorseer")
+
     def test_compiling_does_not_go_with_layers_brought_one_by_one(self, deep):
         card = Hardware(torch.device("meta"), "a card")
         with pytest.raises(ValueError, match="Compiling and memory offload_layers do not work together"):
