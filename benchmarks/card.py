@@ -10,8 +10,8 @@ failed.
 Beside PyTorch with CUDA and a C compiler for Triton it needs accelerate, diffusers, einops, pytest, safetensors,
 sentencepiece and transformers, and nothing of the network.
 
-- *seconds*: of a guided step, its forward and the sampler's own work. diffusers, plain and ways that compile are timed
-  at their second step; what compiling took is not in it.
+- *seconds*: of a guided step, its forward and the sampler's own work. Each way is timed at its second step: what loads,
+  plans or compiles kernels, and notes the order of what is brought to the card, in the first is not in it.
 - *x diffusers*: how many times faster than diffusers' pipeline, eager, in bf16 (on a CPU in fp32).
 - *peak*: what CUDA had allocated at most beside what was there before, in GB.
 - *error*: relative L2 of the clean latents that the first step predicts against plain ours. With random weights it says
@@ -254,9 +254,9 @@ class Bench:
         times = [began[0], *ends.ends]
         return [after - before for before, after in pairwise(times)], ends, peak
 
-    def ours(self, model: Model, steps: int = 1, **settings) -> Row:
-        """Measure a way of running by its last step."""
-        taken, ends, peak = self.run(model, steps, **settings)
+    def ours(self, model: Model, batched: bool = True) -> Row:
+        """Measure a way of running by its second step."""
+        taken, ends, peak = self.run(model, 2, batched)
         if self._clean is None:
             self._clean = ends.clean
         assert ends.clean is not None
@@ -366,7 +366,7 @@ def _rows(bench: Bench, table: Table, hardware: Hardware, tiny: bool) -> None:
     halves = {"fp16, range-safe": opened("fp16"), "fp16, plain": opened("fp16", "warn")}
     eight = {method: partial(quantized, bench.first, method) for method in ("fp8_dynamic", "int8_dynamic")}
     table.measure("diffusers, eager", bench.diffusers)
-    table.measure("plain", lambda: bench.ours(bench.first, 2))
+    table.measure("plain", lambda: bench.ours(bench.first))
     missing = missing_compiler(bench.device)
     best, compiled = (FASTEST, False), [(FASTEST, True), (AUTO, True)] if missing is None else []
     if missing is not None:
@@ -415,9 +415,7 @@ def _way(bench: Bench, attention: str, compiled: bool) -> Model:
 
 
 def _way_row(bench: Bench, table: Table, attention: str, compiled: bool) -> None:
-    table.measure(
-        _name(attention, compiled), lambda: bench.ours(_way(bench, attention, compiled), 2 if compiled else 1)
-    )
+    table.measure(_name(attention, compiled), lambda: bench.ours(_way(bench, attention, compiled)))
 
 
 def _teacache_rows(bench: Bench, table: Table, attention: str, compiled: bool) -> None:
@@ -458,7 +456,7 @@ def _made_rows(bench: Bench, table: Table, ways: Mapping[str, Callable[[], Model
     def measured(make: Callable[[], Model]) -> Row:
         model = make()
         try:
-            return bench.ours(with_compile(model, Compiled()), 2) if compiled else bench.ours(model)
+            return bench.ours(with_compile(model, Compiled()) if compiled else model)
         finally:
             model.weights.release()
 

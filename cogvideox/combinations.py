@@ -37,7 +37,7 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
                 "which then cannot be compiled as a whole. Choose teacache, first_block or taylorseer, or take "
                 "CogVideoX-1.5 Compile away."
             )
-        if layers and cache != TAYLORSEER and not is_at_least("diffusers", "0.37"):
+        if layers and loses_layers(cache):
             raise ValueError(
                 f"The cache {cache} and memory offload_layers do not work together with diffusers "
                 f"{metadata.version('diffusers')}: layers that were skipped are not brought to the card when they run "
@@ -50,6 +50,11 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
             "within what would be compiled. Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile "
             "away."
         )
+
+
+def loses_layers(cache: str) -> bool:
+    """Return whether diffusers does not bring layers to the card again that this cache has skipped."""
+    return cache != TAYLORSEER and not is_at_least("diffusers", "0.37")
 
 
 def check_second(cache: str | None, compiled: bool) -> None:

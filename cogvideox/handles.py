@@ -209,14 +209,15 @@ def with_lora(model: Model, path: Path | str, strength: float = 1.0) -> Model:
 
 
 def with_cache(model: Model, cache: Cache) -> Model:
-    """The model with a step cache; the one given is not changed.
+    """The model with a step cache; the one given is not changed. One that skips nothing takes no other's place.
 
     Raises:
         ValueError: if it has one already, or one does not go with what else it has.
     """
-    if model.cache is not None:
-        check_combination([model.cache.method, cache.method], [], False, False)
-    return replace(model, cache=cache)
+    if model.skipping is None:
+        return replace(model, cache=cache)
+    check_combination([model.skipping, *([cache.method] if cache.strength else [])], [], False, False)
+    return model
 
 
 def with_attention(model: Model, attention: str) -> Model:

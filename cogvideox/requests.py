@@ -263,9 +263,10 @@ def guided_steps(cfg: float, start: float, end: float, steps: int) -> range:
         start, end: shares of the steps, between which they are.
 
     Raises:
-        ValueError: for what is no share, for a start that is not below the end, and where no step lies between them.
+        ValueError: for what is no share; where it guides, for a start that is not below the end, and where no step lies
+            between them.
     """
-    check_guidance_range(start, end)
+    check_guidance_range(start, end, cfg)
     found = steps_between(start, end, steps)
     if cfg <= 1.0:
         return range(0)
@@ -284,8 +285,8 @@ def turns_of(guided: range) -> set[int]:
     return {guided.start, guided.stop} if guided else set()
 
 
-def check_guidance_range(start: float, end: float) -> None:
-    """Refuse a part of the steps in which nothing would be guided.
+def check_guidance_range(start: float, end: float, cfg: float = math.inf) -> None:
+    """Refuse a part of the steps in which nothing would be guided, unless ``cfg`` says so too.
 
     Raises:
         ValueError: for what is no share, and for a start that is not below the end.
@@ -293,7 +294,7 @@ def check_guidance_range(start: float, end: float) -> None:
     begin, finish = setting("cfg_start"), setting("cfg_end")
     for name, share in ((begin, start), (finish, end)):
         check_share(name, share, f"Set {begin} to 0 and {finish} to 1 to guide every step.")
-    if start >= end:
+    if start >= end and cfg > 1.0:
         raise ValueError(
             f"{begin} is {start} and {finish} {end}, so no step would be guided. Set {begin} below {finish}, or cfg "
             "to 1, which switches guidance off."

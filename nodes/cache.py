@@ -113,7 +113,7 @@ class Cache(Node):
 
         cache = Cache(method, strength, start, end)
         changed = with_cache(model, cache)
-        skips = skips_text(changed)
+        skips = skips_text(changed) if cache.strength else None
         report = "\n".join([cache.text, *([f"At 50 steps: {skips}"] if skips else []), memory_text(changed)])
         host.tell(report)
         return (changed,)

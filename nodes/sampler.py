@@ -1,6 +1,7 @@
 """CogVideoX-1.5 Sampler: noise and a prompt to video latents."""
 
 import logging
+import math
 from contextlib import suppress
 
 import torch
@@ -182,7 +183,7 @@ class Sampler(Node):
             ("steps", steps_to_run, steps, 1.0),
             ("denoise", steps_to_run, some, denoise),
             ("cfg", check_guidance, cfg),
-            ("cfg_end", check_guidance_range, cfg_start, cfg_end),
+            ("cfg_end", check_guidance_range, cfg_start, cfg_end, math.inf if cfg is None else cfg),
             ("cfg_end", guided_steps, cfg, cfg_start, cfg_end, run),
             ("scheduler", check_choice, "scheduler", scheduler, SCHEDULERS),
             ("on_nan", check_choice, "on_nan", on_nan, ON_NAN),

@@ -8,10 +8,12 @@ import re
 import sys
 import time
 import types
+from dataclasses import replace
 from importlib import invalidate_caches
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,6 +25,7 @@ from cogvideox.modules.attention import available, check_attention
 from cogvideox.modules.fastest import Fastest, Shape, find_fastest
 from cogvideox.modules.joint import attend_in_pieces, join
 from cogvideox.sampling import sample
+from cogvideox.sentinel import OutOfMemory
 from tests.conftest import CPU
 from tests.helpers import write_package
 from tests.tiny_checkpoint import TEXT_WIDTH, build_transformer
@@ -338,6 +341,59 @@ def test_what_another_program_sets_in_diffusers_changes_nothing(tiny, dtype):
         assert torch.equal(sample(model, *prompts, latents, **given), expected)
         assert all(torch.equal(*pair) for pair in zip(attend(video, encoder_hidden_states=text), plain, strict=True))
     assert not used
+
+
+class TestChosen:
+    """A kernel of another package, which a stand-in for diffusers' dispatch takes the place of."""
+
+    @pytest.fixture
+    def chosen(self, tiny, monkeypatch):
+        """``chosen(kernel, dtype)``: the model with the attention ``flash``, which is ``kernel``."""
+        dispatch = attention_dispatch.dispatch_attention_fn
+
+        def choose(kernel, dtype="bf16"):
+            def stand_in(query, key, value, backend, **more):
+                if backend.value == "flash":
+                    return kernel(query, key, value)
+                return dispatch(query, key, value, backend=backend, **more)
+
+            monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", stand_in)
+            return replace(open_handles(tiny, dtype, CPU).model, attention="flash")
+
+        return choose
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_a_run_that_is_healed_in_fp32_goes_on_in_sdpa_where_it_computes_in_16_bits(self, chosen, dtype):
+        calls = []
+
+        def flash(query, key, value):
+            if query.dtype == torch.float32:
+                raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+            calls.append(query.dtype)
+            return exact(query, key, value) * (torch.nan if len(calls) > 4 else 1.0)
+
+        events = Told()
+        latents, prompts = torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 8, TEXT_WIDTH)
+        assert sample(chosen(flash, dtype), *prompts, latents, seed=1, steps=3, events=events).isfinite().all()
+        assert "Going on from here in fp32" in events.heals[-1]
+        assert "flash computes in 16 bits only, so in fp32 sdpa takes its place" in " ".join(events.notes)
+
+    def test_one_that_raises_ends_the_run_before_its_first_step_with_a_sentence(self, chosen):
+        def unbuilt(*_):
+            raise ValueError("Unsupported CUDA architecture: sm100")
+
+        latents, prompts, steps = torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 8, TEXT_WIDTH), []
+        with pytest.raises(RuntimeError, match=r"flash does not run on this card \(Unsup.*sm100\)\. Choose fastest or"):
+            sample(chosen(unbuilt), *prompts, latents, seed=1, steps=1, events=Told(step=lambda *_: steps.append(1)))
+        assert not steps
+
+    def test_memory_that_runs_out_while_it_is_tried_is_that(self, chosen):
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        latents, prompts = torch.zeros(1, 16, 3, 6, 10), torch.randn(2, 1, 8, TEXT_WIDTH)
+        with pytest.raises(OutOfMemory):
+            sample(chosen(full), *prompts, latents, seed=1, steps=1)
 
 
 class TestHub:

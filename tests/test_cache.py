@@ -235,6 +235,11 @@ class TestTraces:
         with pytest.raises(ValueError, match=r"has a cache already \(teacache\)"):
             with_cache(cached, Cache("pab"))
 
+    def test_one_that_skips_nothing_changes_nothing_before_another_or_behind_it(self, model):
+        off, on = Cache("pab", 0.0), Cache()
+        assert with_cache(with_cache(model, off), on).cache == on
+        assert with_cache(with_cache(model, on), off).cache == on
+
 
 class TestTogether:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -474,6 +479,17 @@ class TestCombinations:
         with pytest.raises(ValueError, match=r"teacache and memory offload_layers do not work together with diffusers"):
             with_cache(model, Cache())
         with_cache(model, Cache("taylorseer"))
+
+    @pytest.mark.parametrize("method", CACHES)
+    def test_where_memory_auto_comes_to_that_the_run_goes_without_the_cache(
+        self, deep, prompts, plain, monkeypatch, method
+    ):
+        offload_what_is_loaded(monkeypatch, "offload_layers")
+        monkeypatch.setattr("cogvideox.combinations.is_at_least", lambda name, version: False)
+        said = []
+        ours, _ = run(open_handles(deep, "fp32", CPU).model, prompts, Cache(method), said)
+        refused = any(f"runs without the cache {method}: its layers" in text for text in said)
+        assert refused == torch.equal(ours, plain) == (method != "taylorseer")
 
     def test_compiling_does_not_go_with_layers_brought_one_by_one(self, deep):
         card = Hardware(torch.device("meta"), "a card")

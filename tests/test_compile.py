@@ -154,6 +154,30 @@ class TestSharing:
         assert torch.equal(run(second, prompts, Compiled()), run(second, prompts))
         assert len(graphs) == 1
 
+    @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+    def test_code_of_blocks_without_a_lora_is_not_taken_for_those_with_it_nor_the_reverse(
+        self, deep, prompts, tmp_path, graphs, dtype
+    ):
+        """In one process, as a person adds a LoRA and takes it away again."""
+        model, models = open_handles(deep, dtype, CPU).model, {}
+        for name, blocks in (("of every block", range(LAYERS)), ("of the first", (0,)), ("of the last", (LAYERS - 1,))):
+            tensors = {}
+            for block in blocks:
+                layer = f"transformer.transformer_blocks.{block}.attn1.to_v"
+                tensors[f"{layer}.lora_A.weight"] = torch.randn(2, 128) * 128**-0.5
+                tensors[f"{layer}.lora_B.weight"] = torch.randn(128, 2)
+            save_file(tensors, tmp_path / f"{name}.safetensors")
+            models[name] = with_lora(model, tmp_path / f"{name}.safetensors")
+        models["none"] = model
+        plain = {name: run(each, prompts) for name, each in models.items()}
+        for order in (("none", "of every block", "of the first", "of the last", "none"), models, reversed(models)):
+            for name in order:
+                compiled = run(models[name], prompts, Compiled())
+                assert (compiled - plain[name]).norm() < 1e-5 * plain[name].norm(), name
+                assert name == "none" or (plain[name] - plain["none"]).norm() > 1e-2 * plain["none"].norm()
+        # With one and without: which block it is does not matter.
+        assert len(graphs) == 2
+
 
 class TestTogether:
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

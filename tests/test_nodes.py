@@ -896,6 +896,8 @@ def test_bad_widgets_are_refused_with_the_engines_sentences_and_linked_ones_left
     assert "leaves no step" in sampler.VALIDATE_INPUTS(steps=5, denoise=0.1)
     assert "guidance begins at 1" in sampler.VALIDATE_INPUTS(cfg=0.5)
     assert "no step would be guided" in sampler.VALIDATE_INPUTS(cfg_start=0.8, cfg_end=0.8)
+    assert "no step would be guided" in sampler.VALIDATE_INPUTS(cfg=6.0, cfg_start=0.0, cfg_end=0.0)
+    assert sampler.VALIDATE_INPUTS(cfg=1.0, cfg_start=0.0, cfg_end=0.0) is True
     assert sampler.VALIDATE_INPUTS(cfg_start=0.2, cfg_end=0.8) is True
     between = dict(cfg_start=0.51, cfg_end=0.7, denoise=1.0, cfg=6.0)
     assert "none of 4 steps lies between" in sampler.VALIDATE_INPUTS(steps=4, **between)

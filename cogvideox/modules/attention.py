@@ -24,6 +24,7 @@ from ..choices import (
     XFORMERS,
 )
 from ..dependencies import importable, installed, is_at_least, is_older
+from ..out_of_memory import is_out_of_memory
 from ..words import reason, short
 from . import internals
 from .fastest import Fastest, Kernel, Shape, find_fastest
@@ -51,6 +52,8 @@ _NEEDS: dict[str, tuple[str | None, str | None, Callable[[tuple[int, int]], bool
 #: Bytes that scores may take where a device has no kernel that goes without them. A step of the model card's size has
 #: 98 billion of them for each prompt.
 _MOST_SCORES = 1 << 29
+#: Tokens that a kernel is tried with.
+_FEW = 256
 #: What was timed in this process, by kernels, shape, dtype and device.
 _timed: dict[tuple, Fastest] = {}
 #: Kernels of the hub that were chosen, and fetched, in this process.
@@ -105,12 +108,18 @@ def attention_attached(
         tell: called with sentences for the user, and logging's level of each.
 
     Raises:
-        RuntimeError: if a kernel of the hub cannot be fetched.
+        RuntimeError: if a kernel of the hub cannot be fetched, or the kernel does not run on this card.
     """
+    if dtype == torch.float32 and choice not in _FP32:
+        # Refused for a model in fp32: this one was healed, in the middle of a run.
+        tell(f"The attention {choice} computes in 16 bits only, so in fp32 sdpa takes its place.", logging.INFO)
+        choice = SDPA
     if choice in _HUB:
         _fetch(choice, tell)
     if choice == FASTEST:
         choice = _fastest(shape, dtype, device, tell)
+    elif choice not in (AUTO, SDPA):
+        _try_once(choice, shape, dtype, device)
     most = _MOST_SCORES if _scores_bytes(choice, shape, dtype, device) > _MOST_SCORES else None
     processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
     before = [(processor.backend, processor.most_scores) for processor in processors]
@@ -211,6 +220,27 @@ def _fetch(choice: str, tell: Callable[[str, int], None]) -> None:
             "or sdpa, or see to the connection and try again."
         ) from error
     _fetched.add(choice)
+
+
+def _try_once(choice: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """Call a kernel with a few tokens: a package may have been built for other cards than this one, which it says when
+    it is called.
+
+    Raises:
+        RuntimeError: if the kernel raises.
+    """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    query = torch.zeros(shape.batch, min(shape.tokens, _FEW), shape.heads, shape.channels, dtype=dtype, device=device)
+    try:
+        dispatch_attention_fn(query, query.clone(), query.clone(), backend=_backend(choice))
+    # Of any type: the kernel is another package's.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError(
+            f"The attention {choice} does not run on this card ({reason(error)}). Choose fastest or sdpa."
+        ) from error
 
 
 def _unloadable(choice: str) -> str | None:

@@ -4,14 +4,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import metadata
 
 import torch
 from torch import nn
 
+from ..combinations import loses_layers
 from ..dtypes import Precision
 from .attention import attends_in_pieces, attention_attached
 from .cache import Cache, CacheRun
-from .compiled import Compiled, CompileRun
+from .compiled import Compiled, CompileRun, offloads_layers
 from .fastest import Shape
 from .joint import projection_attached, room_attached
 from .teacache import Schedule, TeaRun
@@ -52,6 +54,8 @@ class Speedups:
             self._cache = TeaRun(skips)
         elif cache is not None:
             self._cache = CacheRun(cache, timesteps)
+        #: The method of a cache that does not go with layers brought to the device one by one.
+        self._loses_layers = cache.method if cache and cache.strength > 0 and loses_layers(cache.method) else None
         self._compiled = None if compiled is None else CompileRun(compiled, device, tell)
         named = (("the cache", self._cache), ("compiled code", self._compiled))
         self.shortcuts = " and ".join(name for name, there in named if there is not None)
@@ -80,7 +84,15 @@ class Speedups:
                 stack.enter_context(self._compiled.attached(module))
             elif self._device.type == "cpu":
                 stack.enter_context(room_attached(module))
-            if self._cache is not None:
+            if self._loses_layers is not None and offloads_layers(module):
+                # Refused where it was asked for: this is what memory auto came to.
+                self._tell(
+                    f"The model runs without the cache {self._loses_layers}: its layers are brought to the card one by "
+                    f"one, and diffusers {metadata.version('diffusers')} does not bring those again that were "
+                    "skipped. Install diffusers 0.37 or newer.",
+                    logging.WARNING,
+                )
+            elif self._cache is not None:
                 stack.enter_context(self._cache.attached(module, batched))
             yield
 
