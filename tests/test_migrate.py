@@ -658,6 +658,28 @@ def as_packed_png(file, text):
     Image.new("RGB", (8, 8)).save(file, pnginfo=info)
 
 
+def as_animated_png(file, text):
+    """As SaveAnimatedPNG of ComfyUI writes it."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (("prompt", "{}"), ("workflow", json.dumps(json.loads(text)))):
+        info.add(b"comf", key.encode() + b"\0" + value.encode("latin-1"), after_idat=True)
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(file, pnginfo=info, save_all=True, append_images=frames[1:])
+
+
+def as_exported_png(file, text):
+    """As ComfyUI-Custom-Scripts exports a workflow as a picture: UTF-8 where the format has latin-1."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add(b"tEXt", b"workflow\0" + json.dumps(json.loads(text), ensure_ascii=False).encode())
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
 def as_webp(file, text):
     """As SaveAnimatedWEBP of ComfyUI writes it."""
     from PIL import Image
@@ -694,6 +716,8 @@ def write_video(file, metadata, **options):
 INSIDE = {
     "a.png": as_png,
     "packed.PNG": as_packed_png,
+    "animated.png": as_animated_png,
+    "exported.png": as_exported_png,
     "a.webp": as_webp,
     "a.mp4": as_video,
     "helpers.mp4": as_helpers_video,
