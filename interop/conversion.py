@@ -61,7 +61,8 @@ class Conversion:
         self.starts: dict[object, Node] = {}
         for node in self.nodes.values():
             if node.id not in self.old and node.kind not in PASSING:
-                self.shared |= {wire.node for wire in node.wires.values()}
+                wires = [each for wire in node.wires.values() for each in (wire, graph.origin(wire))]
+                self.shared |= {wire.node for wire in wires if wire is not None}
         for node in self.samplers:
             for name in ("image_cond_latents", "samples"):
                 start = graph.trace(node.wires.get(name))

@@ -475,6 +475,42 @@ def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrat
     assert not said(report, "not connected")
 
 
+@pytest.mark.parametrize("kind", ["Reroute (rgthree)", "mxReroute", "ReroutePrimitive|pysssss", "Any Switch (rgthree)"])
+def test_nodes_of_other_packs_that_only_lead_a_link_elsewhere_do_so_still(migrate, pack, kind):
+    w = text_to_video()
+    name = next(iter(w.table[kind][0]))
+    w.add(kind, "turn", **{name: ("loader", 0)})
+    w.change("sampler", model=("turn", 0), num_frames=82)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model")[0] == kind
+    assert source_of(page, node_of(page, kind), name) == ("CogVideoX15ModelLoader", "model")
+    assert {socket["type"] for socket in node_of(page, kind)["outputs"]} <= {"*", "COGVIDEOX_MODEL"}
+    assert said(report, "length 81", "16N+1") and not said(report, "not connected")
+
+
+def test_a_link_that_easy_use_gave_a_name_is_taken_up_by_that_name(migrate, pack):
+    w = text_to_video()
+    w.add("SetNode", "other", VAE=("loader", 1), Constant="model")
+    w.add("easy setNode", "set", **{"*": ("loader", 0)})
+    w.add("easy getNode", "get")
+    w.change("sampler", model=("get", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model") == ("easy getNode", "COGVIDEOX_MODEL")
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_a_switch_leads_on_the_first_link_that_brings_something(migrate, pack, mode):
+    w = text_to_video()
+    w.add("DownloadAndLoadCogVideoModel", "off", mode=mode, model="THUDM/CogVideoX-5b")
+    w.add("Any Switch (rgthree)", "switch", any_01=("off", 0), any_03=("loader", 0))
+    w.change("sampler", model=("switch", 0), num_frames=82)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "length 81", "16N+1")
+
+
 def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(migrate, pack):
     w = image_to_video()
     again = dict(
@@ -493,19 +529,24 @@ def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(m
     ]
 
 
-def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack):
+@pytest.mark.parametrize("turns", [False, True])
+def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack, turns):
     w = text_to_video()
     w.add("GetWarpedNoiseFromVideo", "other")
+    w.add("mxReroute", "turn", **{"": ("size", 0)})
     page = w.page()
     # A node of another pack that takes the latent.
     other = next(node for node in page["nodes"] if node["type"] == "GetWarpedNoiseFromVideo")
     other["inputs"] = [{"name": "latent", "type": "LATENT", "link": 500}]
-    size = next(node for node in page["nodes"] if node["type"] == "EmptyLatentImage")
-    size["outputs"][0]["links"].append(500)
-    page["links"].append([500, size["id"], 0, other["id"], 0, "LATENT"])
+    size, turn = (node_of(page, kind) for kind in ("EmptyLatentImage", "mxReroute"))
+    source = turn if turns else size
+    source["outputs"][0]["links"] = [*(source["outputs"][0]["links"] or []), 500]
+    page["links"].append([500, source["id"], 0, other["id"], 0, "LATENT"])
     new, _ = migrate(page)
     workflows.check(new, pack, FILES)
-    assert source_of(new, node_of(new, "GetWarpedNoiseFromVideo"), "latent") == ("EmptyLatentImage", "LATENT")
+    assert source_of(new, node_of(new, "GetWarpedNoiseFromVideo"), "latent")[0] == source["type"]
+    if turns:
+        assert source_of(new, node_of(new, "mxReroute"), "") == ("EmptyLatentImage", "LATENT")
     assert source_of(new, node_of(new, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15EmptyLatent", "latent")
 
 

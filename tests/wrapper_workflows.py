@@ -184,6 +184,16 @@ NODES = {
     "Reroute": ({"": "*"}, {}, {"": "VAE"}),
     "SetNode": ({"VAE": "VAE"}, {"Constant": "VAE"}, {"*": "*"}),
     "GetNode": ({}, {"Constant": "VAE"}, {"VAE": "VAE"}),
+    "easy setNode": ({"*": "*"}, {"Constant": "model"}, {}),
+    "easy getNode": ({}, {"Constant": "model"}, {"COGVIDEOMODEL": "COGVIDEOMODEL"}),
+    "Reroute (rgthree)": ({"": "*"}, {}, {"": "*"}),
+    "mxReroute": ({"": "*"}, {}, {"": "*"}),
+    "ReroutePrimitive|pysssss": ({"value": "*"}, {}, {"": "*"}),
+    "Any Switch (rgthree)": (
+        {"any_01": "COGVIDEOMODEL", "any_02": "COGVIDEOMODEL", "any_03": "COGVIDEOMODEL"},
+        {},
+        {"COGVIDEOMODEL": "COGVIDEOMODEL"},
+    ),
     "Note": ({}, {"text": "Mind the seed."}, {}),
 }
 _PIPE = {"cogvideo_pipe": "COGVIDEOPIPE"}
