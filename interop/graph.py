@@ -110,7 +110,7 @@ class Graph:
         raise NotImplementedError
 
     def hidden(self) -> list[str]:
-        """The types of nodes that lie in subgraphs and group nodes, and not in ``nodes``."""
+        """The types of nodes that lie in subgraphs and group nodes that are in use, and not in ``nodes``."""
         return []
 
     def widgets(self, node: Node, order: Iterable[str]) -> dict:

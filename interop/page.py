@@ -26,12 +26,20 @@ class Page(Graph):
     """A workflow as the page saves it."""
 
     def hidden(self) -> list[str]:
-        inside = [node for _, _, graph in list(graphs(self.data))[1:] for node in dicts(graph["nodes"])]
+        parts = {id_: graph for id_, _, graph in graphs(self.data) if id_ is not None}
         extra = self.data.get("extra")
         groups = extra.get("groupNodes") if isinstance(extra, dict) else None
-        for group in groups.values() if isinstance(groups, dict) else []:
-            inside += dicts(group.get("nodes")) if isinstance(group, dict) else []
-        return [node["type"] for node in inside if isinstance(node.get("type"), str)]
+        for name, group in groups.items() if isinstance(groups, dict) else ():
+            if isinstance(group, dict):
+                parts |= {f"workflow{sign}{name}": group for sign in "/>"}
+        # Those in use: files keep what nodes stood for that are unpacked since.
+        found: list[str] = []
+        todo = [self.data]
+        for part in todo:
+            types = [node["type"] for node in dicts(part.get("nodes")) if isinstance(node.get("type"), str)]
+            found += [] if part is self.data else types
+            todo += [parts.pop(type_) for type_ in types if type_ in parts]
+        return found
 
     def _read(self) -> Iterator[Node]:
         self.links = dict(_page_links(self.data.get("links")))

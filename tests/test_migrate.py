@@ -374,6 +374,19 @@ def test_a_bypassed_lora_stays_bypassed(migrate):
     assert node_of(page, "CogVideoX15LoraLoader")["mode"] == 4
 
 
+def test_a_muted_lora_switches_off_those_before_it_and_leaves_the_sampler_its_model(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "first", fuse_lora=True, lora="orbit_rank_64.safetensors")
+    w.add("CogVideoLoraSelect", "muted", mode=2, prev_lora=("first", 0))
+    w.add("CogVideoLoraSelect", "last", prev_lora=("muted", 0))
+    w.change("loader", lora=("last", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    modes = {node["id"]: node["mode"] for node in nodes_of(page, "CogVideoX15LoraLoader")}
+    assert modes == {w.names["first"]: 4, w.names["muted"]: 4, w.names["last"]: 0}
+    assert said(report, "it is muted", "bypassed") and not said(report, "rank")
+
+
 def test_two_loaders_with_one_lora_have_one_each(migrate, pack):
     w = text_to_video()
     w.add("CogVideoLoraSelect", "lora")
@@ -1680,14 +1693,23 @@ def test_a_model_of_another_kind_is_told_by_a_word_and_not_by_letters(migrate):
 def test_subgraphs_with_the_old_nodes_are_refused_and_others_kept(migrate):
     page = text_to_video().page("new")
     inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoDecode"}], "links": []}
-    page["definitions"] = {"subgraphs": [inner]}
+    outer = {"id": "y", "name": "Outer", "nodes": [{"id": 1, "type": "x"}], "links": []}
+    page["definitions"] = {"subgraphs": [inner, outer]}
+    page["nodes"].append({"id": 900, "type": "y"})
     with pytest.raises(ValueError, match="subgraph.*Unpack Subgraph"):
         migrate(page)
-    page["definitions"]["subgraphs"][0]["nodes"][0]["type"] = "VAEDecode"
+    inner["nodes"][0]["type"] = "VAEDecode"
     assert migrate(page)[0]["definitions"] == page["definitions"]
     page["extra"]["groupNodes"] = {"mine": {"nodes": [{"type": "CogVideoSampler"}]}}
-    with pytest.raises(ValueError, match="group node"):
-        migrate(page)
+    for sign in "/>":
+        page["nodes"][-1]["type"] = f"workflow{sign}mine"
+        with pytest.raises(ValueError, match="group node"):
+            migrate(page)
+    # What it was told to unpack, and ComfyUI keeps though nothing stands for it any more.
+    page["nodes"].pop()
+    inner["nodes"][0]["type"] = "CogVideoDecode"
+    new, _ = migrate(page)
+    assert (new["definitions"], new["extra"]) == (page["definitions"], page["extra"])
 
 
 def test_a_workflow_without_a_sampler_of_that_pack_is_refused(migrate):

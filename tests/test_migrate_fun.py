@@ -648,6 +648,7 @@ def test_nodes_of_videox_fun_in_a_subgraph_are_refused(migrate):
     page = text_to_video().page("new")
     inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoXFunT2VSampler"}], "links": []}
     page["definitions"] = {"subgraphs": [inner]}
+    page["nodes"].append({"id": 900, "type": "x"})
     with pytest.raises(ValueError, match="nodes of VideoX-Fun in a subgraph.*Unpack Subgraph"):
         migrate(page)
     # A text box there may be anyone's.
