@@ -45,10 +45,13 @@ class Loaders(Conversion):
                 self.used_by.setdefault(loader.id, []).append(sampler)
 
     def loader(self, node: Node) -> None:
-        asked = self.asked(node)
-        if tables.MODEL_LOADERS[node.kind][0] in node.values:
-            self.setting(node, tables.MODEL_LOADERS[node.kind][0], str, "")
-        values = {"model": self.model_name(node, asked), "dtype": self.dtype(node, asked)}
+        asked, widget = self.asked(node), tables.MODEL_LOADERS[node.kind][0]
+        if widget in node.values:
+            self.setting(node, widget, str, "")
+        elif widget in node.wires:
+            self.settled.add((node.id, widget))
+            self.say(node, f"which {widget} came over its link does not stand in the file. Choose it here.")
+        values = {"model": self.model_name(node, asked) if asked else "", "dtype": self.dtype(node, asked)}
         if node.kind == "MZ_CogVideoXLoader":
             values["vae_name"] = self.setting(node, "vae_name", str, "auto").replace("\\", "/")
         if self.setting(node, "enable_sequential_cpu_offload", bool, False):

@@ -169,11 +169,10 @@ class Samplers(Loaders):
     def near_scheduler(self, node: Node, name: str, usual: str) -> str:
         """Take what is nearest to a scheduler that is not here: ``usual`` where nothing is known of it."""
         near = tables.NEAR_SCHEDULER.get(name, usual)
-        self.say(
-            node,
-            f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
-            f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
-        )
+        self.say(node, f"scheduler {short(name)} is not here: {near} was taken. The video will differ.")
+        steps = self._number(node, "steps", 50, whole=True)
+        if steps < 50:
+            self.say(node, f"{steps} steps may be too few for {near}: 50 are usual.")
         return near
 
     def temporal_tiles(self, node: Node) -> None:

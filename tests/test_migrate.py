@@ -469,6 +469,34 @@ def test_numbers_and_prompts_that_come_over_links_still_do(migrate, pack):
         }
 
 
+@pytest.mark.parametrize("kind", ["PrimitiveNode", "PrimitiveString"])
+def test_what_comes_over_a_link_and_stands_in_the_file_is_what_ran(migrate, pack, kind):
+    """And not what the widget was left at when it was turned into an input."""
+    w = text_to_video()
+    w.add(kind, "name", value="THUDM/CogVideoX-5b")
+    w.add(kind, "how", value="CogVideoXDDIM")
+    w.change("loader", model=("name", 0))
+    w.change("sampler", scheduler=("how", 0), num_frames=58)
+    for old in (w.page("old"), w.page("new"), *([w.api()] if kind == "PrimitiveString" else [])):
+        new, report = migrate(old)
+        if "nodes" in new:
+            workflows.check(new, pack, FILES)
+            assert values_of(new, "CogVideoX15ModelLoader")["model"] == "CogVideoX-5b"
+            assert values_of(new, "CogVideoX15Sampler")["scheduler"] == "ddim"
+        assert said(report, "model came over a link", "THUDM/CogVideoX-5b was taken")
+        assert said(report, "scheduler came over a link", "CogVideoXDDIM was taken")
+        assert said(report, "length 57", "8N+1")
+
+
+def test_a_model_that_came_over_a_link_and_is_not_known_is_to_be_chosen(migrate):
+    w = text_to_video()
+    w.add("ConsisIDFaceEncode", "other")
+    w.change("loader", model=("other", 0))
+    prompt, report = migrate(w.api())
+    assert prompt[str(w.names["loader"])]["inputs"]["model"] == ""
+    assert said(report, "which model came over its link", "Choose it") and not said(report, "CogVideoX-2b")
+
+
 def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrate, pack):
     w = image_to_video()
     w.add("SetNode", "set", VAE=("loader", 1))
@@ -1267,6 +1295,11 @@ def test_schedulers_that_are_not_here_are_said(migrate, name, ours, is_same):
     page, report = migrate(w)
     assert values_of(page, "CogVideoX15Sampler")["scheduler"] == ours
     assert bool(said(report, name, ours)) == (not is_same)
+    assert bool(said(report, "25 steps may be too few", ours)) == (not is_same)
+    w.add("INTConstant", "steps", value=60)
+    w.change("sampler", steps=("steps", 0))
+    for old in (w.page(), w.api()):
+        assert not said(migrate(old)[1], "too few")
 
 
 def test_plain_ddim_is_ours_but_for_2b(migrate):

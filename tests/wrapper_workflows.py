@@ -180,6 +180,8 @@ NODES = {
     "PreviewImage": ({"images": "IMAGE"}, {}, {}),
     "INTConstant": ({}, {"value": 49}, {"value": "INT"}),
     "StringConstant": ({}, {"string": "a city"}, {"STRING": "STRING"}),
+    "PrimitiveNode": ({}, {"value": "", "control_after_generate": "fixed"}, {"COMBO": "COMBO"}),
+    "PrimitiveString": ({}, {"value": ""}, {"STRING": "STRING"}),
     "GetWarpedNoiseFromVideo": ({"images": "IMAGE"}, {"degradation": 0.5}, {"noise": "LATENT"}),
     "Reroute": ({"": "*"}, {}, {"": "VAE"}),
     "SetNode": ({"VAE": "VAE"}, {"Constant": "VAE"}, {"*": "*"}),
