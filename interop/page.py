@@ -43,10 +43,14 @@ class Page(Graph):
 
     def _read(self) -> Iterator[Node]:
         self.links = dict(_page_links(self.data.get("links")))
+        self.broadcast = self._broadcast()
         self.numbered = {_id(raw["id"]) for raw in dicts(self.data["nodes"]) if type(raw.get("id")) in (int, str)}
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
-                wires = {_name(socket): self._wire(socket.get("link")) for socket in dicts(raw.get("inputs"))}
+                wires = {
+                    _name(socket): self._wire(socket.get("link")) or self.broadcast.get((_id(raw["id"]), slot))
+                    for slot, socket in enumerate(dicts(raw.get("inputs")))
+                }
                 yield Node(
                     _id(raw["id"]),
                     raw["type"],
@@ -91,6 +95,17 @@ class Page(Graph):
         _forget_links(data, {link[0] for link in links} & self.links.keys())
         return data
 
+    def _broadcast(self) -> dict[tuple, Wire]:
+        """(Node, number of its input) -> what cg-use-everywhere gives it without a link, as it noted that in the file
+        (``ue_links`` in its use_everywhere_graph_analysis.js)."""
+        extra = self.data.get("extra")
+        found = {}
+        for link in dicts(extra.get("ue_links")) if isinstance(extra, dict) else ():
+            ends = [link.get(name) for name in ("upstream", "upstream_slot", "downstream", "downstream_slot")]
+            if all(type(end) in (int, str) for end in ends):
+                found[_id(ends[2]), ends[3]] = Wire(_id(ends[0]), ends[1])
+        return found
+
     def _wire(self, link) -> Wire | None:
         if type(link) is not int or link not in self.links:
             return None
@@ -124,7 +139,8 @@ class Page(Graph):
             **look,
             "inputs": inputs,
             "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in kind.outputs],
-            "properties": {"Node name for S&R": node.kind},
+            # What was broadcast to the old node has a link now, and nothing more is to arrive.
+            "properties": {"Node name for S&R": node.kind, **({"rejects_ue_links": True} if self.broadcast else {})},
             "widgets_values": list(widgets.values()),
             "widgets_values_named": widgets,
         }

@@ -384,7 +384,8 @@ def test_a_muted_lora_switches_off_those_before_it_and_leaves_the_sampler_its_mo
     workflows.check(page, pack, FILES)
     modes = {node["id"]: node["mode"] for node in nodes_of(page, "CogVideoX15LoraLoader")}
     assert modes == {w.names["first"]: 4, w.names["muted"]: 4, w.names["last"]: 0}
-    assert said(report, "it is muted", "bypassed") and not said(report, "rank")
+    assert said(report, "it is muted", "bypassed")
+    assert not said(report, "rank")
 
 
 def test_two_loaders_with_one_lora_have_one_each(migrate, pack):
@@ -494,7 +495,8 @@ def test_a_model_that_came_over_a_link_and_is_not_known_is_to_be_chosen(migrate)
     w.change("loader", model=("other", 0))
     prompt, report = migrate(w.api())
     assert prompt[str(w.names["loader"])]["inputs"]["model"] == ""
-    assert said(report, "which model came over its link", "Choose it") and not said(report, "CogVideoX-2b")
+    assert said(report, "which model came over its link", "Choose it")
+    assert not said(report, "CogVideoX-2b")
 
 
 def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrate, pack):
@@ -527,7 +529,8 @@ def test_nodes_of_other_packs_that_only_lead_a_link_elsewhere_do_so_still(migrat
     assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model")[0] == kind
     assert source_of(page, node_of(page, kind), name) == ("CogVideoX15ModelLoader", "model")
     assert {socket["type"] for socket in node_of(page, kind)["outputs"]} <= {"*", "COGVIDEOX_MODEL"}
-    assert said(report, "length 81", "16N+1") and not said(report, "not connected")
+    assert said(report, "length 81", "16N+1")
+    assert not said(report, "not connected")
 
 
 def test_a_link_that_easy_use_gave_a_name_is_taken_up_by_that_name(migrate, pack):
@@ -539,6 +542,40 @@ def test_a_link_that_easy_use_gave_a_name_is_taken_up_by_that_name(migrate, pack
     page, _ = migrate(w)
     workflows.check(page, pack, FILES)
     assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model") == ("easy getNode", "COGVIDEOX_MODEL")
+
+
+def test_what_is_broadcast_to_a_node_without_a_link_has_one_then(migrate, pack):
+    """As cg-use-everywhere saves it: a node that takes the model, and a list of whom it gives it to."""
+    w = text_to_video()
+    w.add("EmptyLatentImage", "unused")
+    w.change("sampler", num_frames=82)
+    linked, _ = migrate(w)
+    page = w.page("new")
+    page["nodes"].append({"id": 900, "type": "Anything Everywhere", "pos": [0, 0], "inputs": [], "outputs": []})
+    page["extra"]["ue_links"] = []
+    by_id = {node["id"]: node for node in page["nodes"]}
+    for number, (name, socket, type_) in enumerate(
+        (("sampler", "model", "COGVIDEOMODEL"), ("sampler", "samples", "LATENT"), ("decode", "vae", "VAE"))
+    ):
+        inputs = by_id[w.names[name]]["inputs"]
+        slot = next(slot for slot, entry in enumerate(inputs) if entry["name"] == socket)
+        link = next(link for link in page["links"] if link[0] == inputs[slot]["link"])
+        ends = {"downstream": link[3], "downstream_slot": slot, "upstream": str(link[1]), "upstream_slot": link[2]}
+        page["extra"]["ue_links"].append({**ends, "controller": 900, "type": type_})
+        # It leads to the node that broadcasts it.
+        inputs[slot]["link"] = None
+        link[3:5] = 900, number
+        by_id[900]["inputs"].append({"name": f"anything{number}", "type": type_, "link": link[0]})
+    page["extra"]["ue_links"] += [None, {}, {"upstream": [], "upstream_slot": 0, "downstream": 1, "downstream_slot": 0}]
+    new, report = migrate(page)
+    workflows.check(new, pack, FILES)
+    assert said(report, "length 81", "16N+1")
+    for kind, socket in (("Sampler", "model"), ("Sampler", "latent_image"), ("VAEDecode", "vae")):
+        node = node_of(new, f"CogVideoX15{kind}")
+        assert source_of(new, node, socket) == source_of(linked, node_of(linked, node["type"]), socket)
+        # Nor does what is broadcast arrive where the old node had no input.
+        assert node["properties"]["rejects_ue_links"] is True
+    assert "rejects_ue_links" not in node_of(linked, "CogVideoX15Sampler")["properties"]
 
 
 @pytest.mark.parametrize("mode", [2, 4])
