@@ -467,16 +467,8 @@ class Loaders(Conversion):
 
     def vae(self, node: Node) -> Wire | None:
         """The VAE of an old node, which comes from a model loader now."""
-        wire = node.wires.get("vae_override") or node.wires.get("vae")
-        now, source, old = self.resolve(wire), self.graph.trace(wire), self.loader_beside(node)
-        if (now is not None and (source is None or source.id in self.old)) or old is None:
-            return now
-        if source is not None:
-            self.say(
-                node,
-                f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.",
-            )
-        return Wire(old.id, 2)
+        now, old = self.resolve(node.wires.get("vae_override") or node.wires.get("vae")), self.loader_beside(node)
+        return now if now is not None or old is None else Wire(old.id, 2)
 
 
 def tea_strength(threshold: float) -> float:

@@ -191,6 +191,48 @@ def test_video_to_video_starts_from_the_encoded_clip(migrate):
     assert said(report, "num_frames 49", "as long as the clip")
 
 
+def test_of_a_clip_that_may_be_longer_as_many_frames_are_taken(migrate, pack):
+    w = video_to_video()
+    w.change("clip", frame_load_cap=0)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15VAEEncode", "latent")
+    assert source_of(page, node_of(page, "CogVideoX15VAEEncode"), "images") == ("ImageFromBatch", "IMAGE")
+    assert source_of(page, node_of(page, "ImageFromBatch"), "image") == ("VHS_LoadVideo", "IMAGE")
+    assert values_of(page, "ImageFromBatch") == {"batch_index": 0, "length": 49}
+    assert not said(report, "num_frames")
+    # A number that came over a link still does, and two lengths of one clip are two.
+    w.add("INTConstant", "frames", value=33)
+    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), samples=("encode", 0))
+    w.add("CogVideoSampler", "again", **again, denoise_strength=0.8, num_frames=("frames", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    cuts = nodes_of(page, "ImageFromBatch")
+    assert sorted(node["widgets_values_named"]["length"] for node in cuts) == [33, 49]
+    assert {source_of(page, node, "length") for node in cuts} == {None, ("INTConstant", "value")}
+    assert len(nodes_of(page, "CogVideoX15VAEEncode")) == 2
+    # As long as the clip, whatever that is.
+    w.change("sampler", num_frames=("clip", 1))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "num_frames is not a setting here", "as long as the clip")
+    # What a resizer hands on was loaded with a limit.
+    w.add("ImageResizeKJ", "resize", image=("clip", 0))
+    w.change("clip", frame_load_cap=33)
+    w.change("encode", start_image=("resize", 0))
+    assert not nodes_of(migrate(w)[0], "ImageFromBatch")
+
+
+def test_a_vae_that_comes_from_another_pack_stays(migrate, pack):
+    """Ours take that of Load VAE too."""
+    w = text_to_video()
+    w.add("VAELoader")
+    w.change("decode", vae=("VAELoader", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "vae") == ("VAELoader", "VAE")
+
+
 def test_start_and_end_images_of_fun_go_to_inpaint(migrate):
     w = inpaint()
     w.change("encode", noise_aug_strength=0.0563)

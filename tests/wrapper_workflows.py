@@ -158,6 +158,7 @@ NODES = {
         {"images": "IMAGE", "width": "INT", "height": "INT"},
     ),
     "CLIPLoader": ({}, {"clip_name": "t5xxl_fp16.safetensors", "type": "sd3"}, {"CLIP": "CLIP"}),
+    "VAELoader": ({}, {"vae_name": "cogvideox_vae.safetensors"}, {"VAE": "VAE"}),
     "EmptyLatentImage": ({}, {"width": 720, "height": 480, "batch_size": 1}, {"LATENT": "LATENT"}),
     "LoadImage": ({}, {"image": "example.png", "upload": "image"}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
     "ImageResizeKJ": (
@@ -394,7 +395,10 @@ class Workflow:
                         "Node name for S&R": node["kind"],
                         **({} if age == "old" else {"cnr_id": "some-pack", "ver": "1"}),
                     },
-                    "widgets_values": dict(node["values"]) if age == "named" else list(node["values"].values()),
+                    # Nodes of ComfyUI-VideoHelperSuite are saved with an object in every age.
+                    "widgets_values": dict(node["values"])
+                    if age == "named" or node["kind"].startswith("VHS_")
+                    else list(node["values"].values()),
                 }
             )
         by_id = {node["id"]: node for node in nodes}
