@@ -166,23 +166,21 @@ class Graph:
 
     def before(self, node: Node, slot: int) -> Wire | None:
         """What a node that passes something on is given."""
-        source: Node | None = node
         if node.kind in _NAMES.values():
             name = _first(node)
-            source = self._named.get((node.kind, name)) if isinstance(name, str) else None
-        if source is None:
+            named = self._named.get((node.kind, name)) if isinstance(name, str) else None
+            return next(iter(named.wires.values()), None) if named else None
+        if node.raw.get("mode") != BYPASSED:
+            return next((wire for wire in node.wires.values() if self._brings(wire)), None)
+        # As the page chooses it (ExecutableNodeDTO._getBypassSlotIndex): the input beside the output, else the first.
+        wanted, sockets = socket_type(node.raw.get("outputs"), slot), dicts(node.raw.get("inputs"))
+        if wanted is None:
             return None
-        if source.raw.get("mode") != BYPASSED:
-            return next((wire for wire in source.wires.values() if self._brings(wire)), None)
-        wanted = socket_type(source.raw.get("outputs"), slot)
-        return next(
-            (
-                wire
-                for name, wire in source.wires.items()
-                if wanted is not None and socket_type(source.raw.get("inputs"), name) == wanted
-            ),
-            None,
-        )
+        exact = [socket for socket in sockets if socket.get("type") == wanted]
+        fitting = [socket for socket in sockets if "*" in (wanted, socket.get("type"))]
+        beside = [socket for socket in sockets[slot : slot + 1] if socket in exact or socket in fitting]
+        chosen = next(iter([*beside, *exact, *fitting]), {}).get("name")
+        return node.wires.get(chosen) if isinstance(chosen, str) else None
 
     def _brings(self, wire: Wire) -> bool:
         """Whether something may come over a wire: its node is not muted, nor bypassed with nothing to pass on."""

@@ -620,6 +620,22 @@ def test_what_is_broadcast_to_a_node_without_a_link_has_one_then(migrate, pack):
     assert "rejects_ue_links" not in node_of(linked, "CogVideoX15Sampler")["properties"]
 
 
+@pytest.mark.parametrize("kind", ["easy setNode", "mxReroute"])
+def test_what_only_leads_a_link_does_so_when_it_is_bypassed(migrate, pack, kind):
+    w = text_to_video()
+    name = next(iter(w.table[kind][0]))
+    w.add(kind, "turn", mode=4, **{name: ("loader", 0)})
+    w.add("easy getNode", "get")
+    w.change("sampler", model=("turn" if kind == "mxReroute" else "get", 0), num_frames=82)
+    page = w.page()
+    # As the page types what a link goes through.
+    for socket in node_of(page, kind)["outputs"]:
+        socket["type"] = "COGVIDEOMODEL"
+    page, report = migrate(page)
+    workflows.check(page, pack, FILES)
+    assert said(report, "length 81", "16N+1")
+
+
 @pytest.mark.parametrize("mode", [2, 4])
 def test_a_switch_leads_on_the_first_link_that_brings_something(migrate, pack, mode):
     w = text_to_video()
