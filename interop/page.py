@@ -34,7 +34,7 @@ class Page(Graph):
                 parts |= {f"workflow{sign}{name}": group for sign in "/>"}
         # Those in use: files keep what nodes stood for that are unpacked since.
         found: list[str] = []
-        todo = [self.data]
+        todo: list[Mapping] = [self.data]
         for part in todo:
             types = [node["type"] for node in dicts(part.get("nodes")) if isinstance(node.get("type"), str)]
             found += [] if part is self.data else types
@@ -101,9 +101,11 @@ class Page(Graph):
         extra = self.data.get("extra")
         found = {}
         for link in dicts(extra.get("ue_links")) if isinstance(extra, dict) else ():
-            ends = [link.get(name) for name in ("upstream", "upstream_slot", "downstream", "downstream_slot")]
-            if all(type(end) in (int, str) for end in ends):
-                found[_id(ends[2]), ends[3]] = Wire(_id(ends[0]), ends[1])
+            origin, slot, target, entry = (
+                link.get(name) for name in ("upstream", "upstream_slot", "downstream", "downstream_slot")
+            )
+            if type(slot) is int and type(entry) is int and {type(origin), type(target)} <= {int, str}:
+                found[_id(target), entry] = Wire(_id(origin), slot)
         return found
 
     def _wire(self, link) -> Wire | None:
