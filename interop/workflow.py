@@ -109,6 +109,8 @@ _LOADERS = {
     "UnetLoaderGGUFMultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
     "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
+#: Names of CogVideoX's files, and of the one descendant for which ComfyUI has nodes, VOID.
+_COGVIDEO = "cog.?video|void.?pass"
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
 _DTYPES = KINDS[OURS].input("dtype").options
 #: Values of a node's mode on the page.
@@ -150,7 +152,7 @@ def is_2b(name: str) -> bool:
 def _loads_cogvideo(kind: str, widgets: Mapping) -> bool:
     name = widgets.get(_LOADERS[kind].model)
     return not _LOADERS[kind].any_model or (
-        isinstance(name, str) and re.search("cog.?video", name, re.IGNORECASE) is not None
+        isinstance(name, str) and re.search(_COGVIDEO, name, re.IGNORECASE) is not None
     )
 
 

@@ -720,6 +720,7 @@ LOADERS = [
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp8_e4m3fn", "fp16"], "mismatch"),
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "default"], "mismatch"),
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "bf16"], "ok"),
+    ("DiffusionModelLoaderKJ", ["void_pass1.safetensors", "default", "fp16"], "mismatch"),
 ]
 WIDGETS = {
     OURS: ["model", "dtype", "on_mismatch"],
@@ -789,7 +790,8 @@ def test_the_wrappers_loader_is_judged_as_it_was_in_every_age(judged, values, ve
 def test_loaders_of_all_models_count_where_the_name_is_a_cogvideox(judged):
     for kind in ("UNETLoader", "DiffusionModelLoaderKJ", "UnetLoaderGGUF", "CheckpointLoaderSimple"):
         assert judged(ui(node(kind, "wan2.1_t2v_14B_fp16.safetensors", "fp16", "fp16"))).model == "none"
-        assert "CogVideoX" in judged(ui(node(kind, "video/CogVideoX_5b.safetensors", "default", "default"))).model
+        for name in ("CogVideoX_5b", "void_pass2"):
+            assert name in judged(ui(node(kind, f"video/{name}.safetensors", "default", "default"))).model
 
 
 def test_a_loader_without_a_dtype_says_what_decides(judged):
