@@ -831,6 +831,33 @@ def test_a_finding_names_its_node_and_subgraph(judged):
     ]
 
 
+def test_a_widget_that_a_subgraph_shows_is_read(judged):
+    """As ComfyUI's own templates have them: a link from the subgraph's inputs, and the value inside or outside."""
+
+    def socket(name, link):
+        return {"name": name, "type": "COMBO", "widget": {"name": name}, "link": link}
+
+    inner = node("UNETLoader", "CogVideoX_5b.safetensors", "default") | {
+        "type": "DiffusionModelLoaderKJ",
+        "widgets_values": ["CogVideoX_5b.safetensors", "default", "fp16"],
+        "inputs": [socket("model_name", 7), socket("weight_dtype", None), socket("compute_dtype", 8)],
+    }
+    links = [{"id": 7 + slot, "origin_id": -10, "origin_slot": slot, "target_id": 1} for slot in (0, 1)]
+    names = [{"name": "model"}, {"name": "compute_dtype"}]
+    part = {"id": "uuid", "name": "Load", "nodes": [inner], "links": links, "inputs": names}
+
+    def report(*values, link=None):
+        shown = node("uuid", *values, id=2) | {"inputs": [socket("model", None), socket("compute_dtype", link)]}
+        return judged(ui(shown, definitions={"subgraphs": [part]}))
+
+    assert report().verdict == report("CogVideoX_5b.safetensors", "fp16").verdict == "mismatch"
+    assert report("CogVideoX_5b.safetensors", "bf16").verdict == "ok"
+    assert report("wan.safetensors", "fp16").model == "none"
+    assert "comes from another node" in only(report("CogVideoX_5b.safetensors", "bf16", link=9)).reason
+    for odd in ([None], None, {}, [{}]):
+        assert judged(ui(node("uuid"), definitions={"subgraphs": [part | {"inputs": odd, "links": [*links, None]}]}))
+
+
 @pytest.mark.parametrize("mode", [2, 4])
 def test_what_is_muted_or_bypassed_does_not_run_and_is_not_judged(judged, mode):
     bad = node(DOWNLOAD, "THUDM/CogVideoX-5b", "fp16")
