@@ -57,13 +57,19 @@ class Conversion:
                 graph.pass_on(node, 0, node.wires.get("images"))
             elif is_piped(node) and node.kind == "CogVideoSampler":
                 graph.pass_on(node, 0, node.wires.get("pipeline"))
+        for node in self.old.values():
+            for name in tables.known_widgets(node.kind) & node.wires.keys():
+                # What a widget was left at when it was turned into an input is not what it ran with.
+                if tables.fits(name, value := self.given(node.wires[name])):
+                    node.values[name] = value
         #: Nodes whose outputs others than those of the old pack take too.
         self.shared: set = set()
         #: The first sampler that starts from what a node made.
         self.starts: dict[object, Node] = {}
         for node in self.nodes.values():
             if node.id not in self.old and node.kind not in PASSING:
-                self.shared |= {wire.node for wire in node.wires.values()}
+                wires = [each for wire in node.wires.values() for each in (wire, graph.origin(wire))]
+                self.shared |= {wire.node for wire in wires if wire is not None}
         for node in self.samplers:
             for name in ("image_cond_latents", "samples"):
                 start = graph.trace(node.wires.get(name))
@@ -143,13 +149,17 @@ class Conversion:
         if name in node.wires:
             wires[new_name or name] = self.resolve(node.wires[name])
 
-    def constant(self, wire: Wire | None) -> int | float | None:
-        """The number that comes over a wire, if it stands in the file."""
+    def given(self, wire: Wire | None):
+        """The value that comes over a wire, if it stands in the file."""
         node = self.graph.trace(wire)
         if node is None or node.kind not in tables.CONSTANTS:
             return None
         value = next(iter(self.graph.widgets(node, ("value",)).values()), None)
-        value = as_number(as_number(value, int), (int, float))
+        return value if isinstance(value, str | int | float) else None
+
+    def constant(self, wire: Wire | None) -> int | float | None:
+        """The number that comes over a wire, if it stands in the file."""
+        value = as_number(as_number(self.given(wire), int), (int, float))
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def model_wire(self, node: Node) -> Wire | None:
@@ -173,7 +183,7 @@ class Conversion:
             name
             if isinstance(name, str)
             else "THUDM/CogVideoX-2b"
-            if loader.kind == "DownloadAndLoadCogVideoModel"
+            if loader.kind == "DownloadAndLoadCogVideoModel" and "model" not in loader.wires
             else ""
         )
 

@@ -9,8 +9,15 @@ from cogvideox.words import short
 
 from .workflow import BYPASSED, MUTED
 
-#: Nodes of the page that only lead a link elsewhere.
-PASSING = ("Reroute", "SetNode", "GetNode")
+#: Nodes that give a link a name -> those that take it up by that name: ComfyUI-KJNodes', ComfyUI-Easy-Use's.
+_NAMES = {"SetNode": "GetNode", "easy setNode": "easy getNode"}
+#: Nodes that only lead a link elsewhere: the page's, and those of rgthree, ComfyUI-mxToolkit and
+#: ComfyUI-Custom-Scripts. rgthree's switch leads on the first of its links that brings something.
+PASSING = (
+    *_NAMES,
+    *_NAMES.values(),
+    *("Reroute", "Reroute (rgthree)", "mxReroute", "ReroutePrimitive|pysssss", "Any Switch (rgthree)"),
+)
 #: Types of which this pack has its own, and which no other node takes.
 OWN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_VAE")
 
@@ -94,16 +101,16 @@ class Graph:
         self._origins: dict[tuple, Wire | None] = {}
         self._last = max(numbers(self.nodes), default=0)
         self._named = {
-            name: node
+            (_NAMES[node.kind], name): node
             for node in reversed(self.nodes.values())
-            if node.kind == "SetNode" and isinstance(name := _first(node), str)
+            if node.kind in _NAMES and isinstance(name := _first(node), str)
         }
 
     def _read(self) -> Iterator[Node]:
         raise NotImplementedError
 
     def hidden(self) -> list[str]:
-        """The types of nodes that lie in subgraphs and group nodes, and not in ``nodes``."""
+        """The types of nodes that lie in subgraphs and group nodes that are in use, and not in ``nodes``."""
         return []
 
     def widgets(self, node: Node, order: Iterable[str]) -> dict:
@@ -159,23 +166,26 @@ class Graph:
 
     def before(self, node: Node, slot: int) -> Wire | None:
         """What a node that passes something on is given."""
-        source: Node | None = node
-        if node.kind == "GetNode":
+        if node.kind in _NAMES.values():
             name = _first(node)
-            source = self._named.get(name) if isinstance(name, str) else None
-        if source is None:
+            named = self._named.get((node.kind, name)) if isinstance(name, str) else None
+            return next(iter(named.wires.values()), None) if named else None
+        if node.raw.get("mode") != BYPASSED:
+            return next((wire for wire in node.wires.values() if self._brings(wire)), None)
+        # As the page chooses it (ExecutableNodeDTO._getBypassSlotIndex): the input beside the output, else the first.
+        wanted, sockets = socket_type(node.raw.get("outputs"), slot), dicts(node.raw.get("inputs"))
+        if wanted is None:
             return None
-        if source.raw.get("mode") != BYPASSED:
-            return next(iter(source.wires.values()), None)
-        wanted = socket_type(source.raw.get("outputs"), slot)
-        return next(
-            (
-                wire
-                for name, wire in source.wires.items()
-                if wanted is not None and socket_type(source.raw.get("inputs"), name) == wanted
-            ),
-            None,
-        )
+        exact = [socket for socket in sockets if socket.get("type") == wanted]
+        fitting = [socket for socket in sockets if "*" in (wanted, socket.get("type"))]
+        beside = [socket for socket in sockets[slot : slot + 1] if socket in exact or socket in fitting]
+        chosen = next(iter([*beside, *exact, *fitting]), {}).get("name")
+        return node.wires.get(chosen) if isinstance(chosen, str) else None
+
+    def _brings(self, wire: Wire) -> bool:
+        """Whether something may come over a wire: its node is not muted, nor bypassed with nothing to pass on."""
+        node = self.nodes.get(wire.node)
+        return node is not None and node.raw.get("mode") != MUTED and (not node.is_off or bool(node.wires))
 
 
 def dicts(values) -> list[dict]:

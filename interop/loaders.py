@@ -7,6 +7,7 @@ decided for what works, and said. One file, as every link of that chain depends 
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from cogvideox.choices import COMPILE_DEFAULT, COMPILE_MODES, COMPILE_TUNED, FASTER_CACHE, FIRST_BLOCK, PAB, TEACACHE
@@ -17,7 +18,7 @@ from . import tables
 from .conversion import Conversion, as_number, is_inpaint
 from .graph import PASSING, Node, Wire
 from .kinds import KINDS
-from .workflow import OURS, is_2b
+from .workflow import BYPASSED, MUTED, OURS, is_2b
 
 _CACHE_NAMES = {"CogVideoXFasterCache": "FasterCache", "CogVideoXTeaCache": "TeaCache", "CogVideoPABConfig": "PAB"}
 
@@ -44,10 +45,13 @@ class Loaders(Conversion):
                 self.used_by.setdefault(loader.id, []).append(sampler)
 
     def loader(self, node: Node) -> None:
-        asked = self.asked(node)
-        if tables.MODEL_LOADERS[node.kind][0] in node.values:
-            self.setting(node, tables.MODEL_LOADERS[node.kind][0], str, "")
-        values = {"model": self.model_name(node, asked), "dtype": self.dtype(node, asked)}
+        asked, widget = self.asked(node), tables.MODEL_LOADERS[node.kind][0]
+        if widget in node.values:
+            self.setting(node, widget, str, "")
+        elif widget in node.wires:
+            self.settled.add((node.id, widget))
+            self.say(node, f"which {widget} came over its link does not stand in the file. Choose it here.")
+        values = {"model": self.model_name(node, asked) if asked else "", "dtype": self.dtype(node, asked)}
         if node.kind == "MZ_CogVideoXLoader":
             values["vae_name"] = self.setting(node, "vae_name", str, "auto").replace("\\", "/")
         if self.setting(node, "enable_sequential_cpu_offload", bool, False):
@@ -199,7 +203,7 @@ class Loaders(Conversion):
     def lora_chain(self, loader: Node) -> list[tuple[Node, float]]:
         """The LoRAs that a loader is given, in the order in which they were chosen, and what their strengths are
         multiplied by."""
-        chain = list(self._loras(loader))[::-1]
+        chain = self._loras(loader)
         running = [node for node in chain if not node.is_off]
         # That pack fuses all if the last is to be, and divides by the last one's rank if one (in older versions: the
         # last) is a DimensionX.
@@ -226,18 +230,27 @@ class Loaders(Conversion):
         )
         return [(node, 1 / known) for node in chain]
 
-    def _loras(self, loader: Node) -> Iterator[Node]:
+    def _loras(self, loader: Node) -> list[Node]:
         # Bypassed ones are kept, bypassed: ours pass their model on as those passed on their list.
-        wire, seen = loader.wires.get("lora"), set()
+        chain: list[Node] = []
+        wire, seen, is_cut = loader.wires.get("lora"), set(), False
         while wire is not None and (node := self.nodes.get(wire.node)) is not None and node.id not in seen:
             seen.add(node.id)
             if node.kind in tables.LORAS:
-                yield node
+                if node.raw.get("mode") == MUTED:
+                    is_cut = True
+                    self.say(
+                        node,
+                        "it is muted, so neither it nor the LoRAs before it were used: here they are bypassed, as a "
+                        "muted LoRA Loader would leave the sampler without a model.",
+                    )
+                chain.insert(0, replace(node, raw={**node.raw, "mode": BYPASSED}) if is_cut else node)
                 wire = node.wires.get("prev_lora")
             elif node.kind in PASSING:
                 wire = self.graph.before(node, wire.slot)
             else:
-                return
+                break
+        return chain
 
     def lora(self, node: Node, share: float, model: Wire) -> Node:
         values, wires = {"lora_name": self.setting(node, "lora", str, "").replace("\\", "/")}, {"model": model}
@@ -454,16 +467,8 @@ class Loaders(Conversion):
 
     def vae(self, node: Node) -> Wire | None:
         """The VAE of an old node, which comes from a model loader now."""
-        wire = node.wires.get("vae_override") or node.wires.get("vae")
-        now, source, old = self.resolve(wire), self.graph.trace(wire), self.loader_beside(node)
-        if (now is not None and (source is None or source.id in self.old)) or old is None:
-            return now
-        if source is not None:
-            self.say(
-                node,
-                f"its VAE came from {source.where}, which makes none for this pack; node {short(old.id)} gives it now.",
-            )
-        return Wire(old.id, 2)
+        now, old = self.resolve(node.wires.get("vae_override") or node.wires.get("vae")), self.loader_beside(node)
+        return now if now is not None or old is None else Wire(old.id, 2)
 
 
 def tea_strength(threshold: float) -> float:

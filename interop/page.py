@@ -26,19 +26,31 @@ class Page(Graph):
     """A workflow as the page saves it."""
 
     def hidden(self) -> list[str]:
-        inside = [node for _, _, graph in list(graphs(self.data))[1:] for node in dicts(graph["nodes"])]
+        parts = {id_: graph for id_, _, graph in graphs(self.data) if id_ is not None}
         extra = self.data.get("extra")
         groups = extra.get("groupNodes") if isinstance(extra, dict) else None
-        for group in groups.values() if isinstance(groups, dict) else []:
-            inside += dicts(group.get("nodes")) if isinstance(group, dict) else []
-        return [node["type"] for node in inside if isinstance(node.get("type"), str)]
+        for name, group in groups.items() if isinstance(groups, dict) else ():
+            if isinstance(group, dict):
+                parts |= {f"workflow{sign}{name}": group for sign in "/>"}
+        # Those in use: files keep what nodes stood for that are unpacked since.
+        found: list[str] = []
+        todo: list[Mapping] = [self.data]
+        for part in todo:
+            types = [node["type"] for node in dicts(part.get("nodes")) if isinstance(node.get("type"), str)]
+            found += [] if part is self.data else types
+            todo += [parts.pop(type_) for type_ in types if type_ in parts]
+        return found
 
     def _read(self) -> Iterator[Node]:
         self.links = dict(_page_links(self.data.get("links")))
+        self.broadcast = self._broadcast()
         self.numbered = {_id(raw["id"]) for raw in dicts(self.data["nodes"]) if type(raw.get("id")) in (int, str)}
         for raw in self.data["nodes"]:
             if _is_page_node(raw):
-                wires = {_name(socket): self._wire(socket.get("link")) for socket in dicts(raw.get("inputs"))}
+                wires = {
+                    _name(socket): self._wire(socket.get("link")) or self.broadcast.get((_id(raw["id"]), slot))
+                    for slot, socket in enumerate(dicts(raw.get("inputs")))
+                }
                 yield Node(
                     _id(raw["id"]),
                     raw["type"],
@@ -83,6 +95,19 @@ class Page(Graph):
         _forget_links(data, {link[0] for link in links} & self.links.keys())
         return data
 
+    def _broadcast(self) -> dict[tuple, Wire]:
+        """(Node, number of its input) -> what cg-use-everywhere gives it without a link, as it noted that in the file
+        (``ue_links`` in its use_everywhere_graph_analysis.js)."""
+        extra = self.data.get("extra")
+        found = {}
+        for link in dicts(extra.get("ue_links")) if isinstance(extra, dict) else ():
+            origin, slot, target, entry = (
+                link.get(name) for name in ("upstream", "upstream_slot", "downstream", "downstream_slot")
+            )
+            if type(slot) is int and type(entry) is int and {type(origin), type(target)} <= {int, str}:
+                found[_id(target), entry] = Wire(_id(origin), slot)
+        return found
+
     def _wire(self, link) -> Wire | None:
         if type(link) is not int or link not in self.links:
             return None
@@ -116,7 +141,8 @@ class Page(Graph):
             **look,
             "inputs": inputs,
             "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in kind.outputs],
-            "properties": {"Node name for S&R": node.kind},
+            # What was broadcast to the old node has a link now, and nothing more is to arrive.
+            "properties": {"Node name for S&R": node.kind, **({"rejects_ue_links": True} if self.broadcast else {})},
             "widgets_values": list(widgets.values()),
             "widgets_values_named": widgets,
         }

@@ -71,21 +71,29 @@ def _chunks(file: FileIO, size: int, begin: int, order: Literal["little", "big"]
 def _png(file: FileIO, size: int) -> Iterator[tuple[str, str]]:
     left = MAX_TEXT
     for kind, length in _chunks(file, size, 8, "big"):
-        if kind not in (b"tEXt", b"zTXt", b"iTXt") or length > left:
+        # The last is what SaveAnimatedPNG of ComfyUI writes, as a tEXt.
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"comf") or length > left:
             continue
         left -= length
         key, _, data = file.read(length).partition(b"\0")
         if key.lower().decode("latin-1") not in _KEYS:
             continue
-        encoding = "latin-1"
         if kind == b"iTXt":
             # Whether it is packed, how, its language and its key in that.
-            packed, data, encoding = data[:1] == b"\1", data[2:].split(b"\0", 2)[-1], "utf-8"
+            packed, data = data[:1] == b"\1", data[2:].split(b"\0", 2)[-1]
         else:
             packed, data = kind == b"zTXt", data[1:] if kind == b"zTXt" else data
         with suppress(zlib.error):
             text = zlib.decompressobj().decompress(data, MAX_TEXT) if packed else data
-            yield key.decode("latin-1"), text.decode(encoding, "replace")
+            yield key.decode("latin-1"), _decoded(text)
+
+
+def _decoded(text: bytes) -> str:
+    """A text of a PNG: UTF-8, as ComfyUI's page reads and ComfyUI-Custom-Scripts writes all of them, or latin-1."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
 
 
 def _webp(file: FileIO, size: int) -> Iterator[tuple[str, str]]:

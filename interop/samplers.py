@@ -28,7 +28,7 @@ class Samplers(Loaders):
     def __init__(self, *given):
         super().__init__(*given)
         self.image_nodes: dict[tuple, Node] = {}
-        self.video_nodes: dict[object, Node] = {}
+        self.video_nodes: dict[tuple, Node] = {}
         for node in self.old.values():
             if node.kind in ("CogVideoTextEncode", "CogVideoTextEncodeCombine", "CogVideoDecode"):
                 self.outputs[node.id, 0] = Wire(node.id, 0)
@@ -169,11 +169,10 @@ class Samplers(Loaders):
     def near_scheduler(self, node: Node, name: str, usual: str) -> str:
         """Take what is nearest to a scheduler that is not here: ``usual`` where nothing is known of it."""
         near = tables.NEAR_SCHEDULER.get(name, usual)
-        self.say(
-            node,
-            f"scheduler {short(name)} is not here: {near} was taken. The video will differ, and "
-            f"{short(node.values.get('steps'))} steps may be too few: 50 are usual.",
-        )
+        self.say(node, f"scheduler {short(name)} is not here: {near} was taken. The video will differ.")
+        steps = self._number(node, "steps", 50, whole=True)
+        if steps < 50:
+            self.say(node, f"{steps} steps may be too few for {near}: 50 are usual.")
         return near
 
     def temporal_tiles(self, node: Node) -> None:
@@ -190,12 +189,16 @@ class Samplers(Loaders):
     def given_latent(self, node: Node, start: Node) -> Wire | None:
         """The latents that a run with denoise below 1 starts from."""
         if start.kind in tables.ENCODERS:
-            encoded, frames = self.video_encode(start), self.frames(node)
-            asked = "num_frames" if frames is None else f"num_frames {short(frames)}"
-            self.say(
-                node,
-                f"{asked} is not a setting here: the video is as long as the clip that node {short(encoded.id)} gets.",
-            )
+            frames, most = self.frames(node), self.most_frames(start_image(start))
+            is_cut = frames is not None and (most is None or most > frames)
+            encoded = self.video_encode(start, frames if is_cut else None, node.wires.get("num_frames"))
+            if not is_cut:
+                asked = "num_frames" if frames is None else f"num_frames {short(frames)}"
+                self.say(
+                    node,
+                    f"{asked} is not a setting here: the video is as long as the clip that node {short(encoded.id)} "
+                    "gets.",
+                )
             self.settled |= {(node.id, side) for side in ("width", "height")}
             return self.through(node.wires["samples"], start, Wire(encoded.id, 0))
         if start.kind != "CogVideoSampler":
@@ -209,12 +212,30 @@ class Samplers(Loaders):
 
     # --- Pictures and clips ---
 
-    def video_encode(self, node: Node) -> Node:
-        if node.id not in self.video_nodes:
-            wires = {"images": self.resolve(start_image(node)), "vae": self.vae(node)}
-            self.video_nodes[node.id] = self.make("CogVideoX15VAEEncode", node, {}, wires)
+    def most_frames(self, wire: Wire | None) -> int | None:
+        """The most frames that a clip has, if the file says it: what VideoHelperSuite is to load."""
+        seen: set = set()
+        while (node := self.graph.trace(wire)) is not None and node.kind in tables.RESIZERS and node.id not in seen:
+            seen.add(node.id)
+            wire = node.wires.get("image") or node.wires.get("images")
+        if node is None or not node.kind.startswith("VHS_LoadVideo"):
+            return None
+        cap = self._number(node, "frame_load_cap", 0, whole=True)
+        return cap if cap > 0 else None
+
+    def video_encode(self, node: Node, frames: int | None = None, wire: Wire | None = None) -> Node:
+        """The node that encodes a clip: as many of its frames, which came over ``wire`` if over any, or all."""
+        low, high = KINDS["ImageFromBatch"].limits("length")
+        key = node.id, frames
+        if key not in self.video_nodes:
+            images = self.resolve(start_image(node))
+            if images is not None and frames is not None and low <= frames <= high:
+                cut = {"image": images, "length": self.resolve(wire)}
+                images = Wire(self.make("ImageFromBatch", node, {"length": frames}, cut, own_id=False).id, 0)
+            wires = {"images": images, "vae": self.vae(node)}
+            self.video_nodes[key] = self.make("CogVideoX15VAEEncode", node, {}, wires)
             self.encode_settings(node)
-        return self.video_nodes[node.id]
+        return self.video_nodes[key]
 
     def spare_encode(self, node: Node) -> None:
         """An encoder that no sampler uses."""

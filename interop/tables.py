@@ -419,7 +419,11 @@ RESIZERS = {
 EXACT = (None, False, "stretch", "crop", "pad", "fill / crop")
 #: Their inputs that make the size another.
 SIZE_INPUTS = {"width", "height", "width_input", "height_input", "get_image_size"}
-CONSTANTS = ("INTConstant", "PrimitiveNode", "PrimitiveInt", "Int", "easy int", "ImpactInt")
+#: Nodes whose first widget is what they give: the page's, ComfyUI's, ComfyUI-KJNodes' and others'.
+CONSTANTS = (
+    *("PrimitiveNode", "PrimitiveInt", "PrimitiveFloat", "PrimitiveBoolean", "PrimitiveString"),
+    *("INTConstant", "FloatConstant", "BOOLConstant", "StringConstant", "Int", "easy int", "ImpactInt"),
+)
 OLD = SOCKETS.keys() | ORDERS.keys() | LEFT_OUT.keys() | REST
 #: Widgets of the old nodes that change nothing about the video.
 WITHOUT_EFFECT = {

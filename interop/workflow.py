@@ -109,12 +109,16 @@ _LOADERS = {
     "UnetLoaderGGUFMultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
     "UnetLoaderGGUFDisTorch2MultiGPU": _Loader("unet_name", order=("unet_name",), any_model=True),
 }
+#: Names of CogVideoX's files, and of the one descendant for which ComfyUI has nodes, VOID.
+_COGVIDEO = "cog.?video|void.?pass"
 _VAE_ONLY = ("DownloadAndLoadCogVideoGGUFModel", "CogVideoXVAELoader")
 _DTYPES = KINDS[OURS].input("dtype").options
 #: Values of a node's mode on the page.
 MUTED, BYPASSED = 2, 4
 #: More nodes than this no person has laid out.
 MAX_NODES = 20_000
+#: The number of what brings a subgraph its inputs.
+_SUBGRAPH_INPUTS = -10
 _LINKED = object()  # instead of a widget's value: it comes from another node
 
 
@@ -150,7 +154,7 @@ def is_2b(name: str) -> bool:
 def _loads_cogvideo(kind: str, widgets: Mapping) -> bool:
     name = widgets.get(_LOADERS[kind].model)
     return not _LOADERS[kind].any_model or (
-        isinstance(name, str) and re.search("cog.?video", name, re.IGNORECASE) is not None
+        isinstance(name, str) and re.search(_COGVIDEO, name, re.IGNORECASE) is not None
     )
 
 
@@ -361,9 +365,10 @@ def _api_widgets(node: Mapping) -> dict:
 
 
 def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
+    parts = list(graphs(workflow))
     nodes = [
         (subgraph, inside, node)
-        for subgraph, inside, graph in graphs(workflow)
+        for subgraph, inside, graph in parts
         for node in graph["nodes"]
         if isinstance(node, dict) and isinstance(node.get("type"), str)
     ]
@@ -375,9 +380,15 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
     muted = {node["type"] for *_, node in nodes if is_off(node)} - {
         node["type"] for *_, node in nodes if not is_off(node)
     }
+    shown: dict[str | None, dict] = {subgraph: {} for subgraph, *_ in parts}
+    for *_, node in nodes:
+        if node["type"] in shown and not is_off(node):
+            shown[node["type"]] |= _ui_widgets(node)
+    promoted = {subgraph: _promoted(graph, shown[subgraph]) for subgraph, _, graph in parts}
     for subgraph, inside, node in nodes:
         if subgraph not in muted and not is_off(node):
-            yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], _ui_widgets(node)
+            widgets = _ui_widgets(node, promoted[subgraph] if inside else None)
+            yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], widgets
 
 
 def graphs(workflow: Mapping, inside: str = "") -> Iterator[tuple[str | None, str, Mapping]]:
@@ -391,9 +402,33 @@ def graphs(workflow: Mapping, inside: str = "") -> Iterator[tuple[str | None, st
             yield from graphs(subgraph, f' in subgraph "{short(subgraph.get("name") or subgraph.get("id"))}"')
 
 
-def _ui_widgets(node: Mapping) -> dict:
-    linked = {socket["widget"]["name"]: _LINKED for socket in _widget_sockets(node) if socket.get("link") is not None}
-    return widget_values(node) | linked
+def _promoted(graph: Mapping, shown: Mapping) -> dict[int, Any]:
+    """The links in a subgraph that bring what a widget of the node that stands for it is set to, by their numbers: its
+    value, of those that ``shown`` has, or None where the widget inside has it."""
+    entries, links = graph.get("inputs"), graph.get("links")
+    names = [
+        entry.get("name") if isinstance(entry, dict) else None
+        for entry in (entries if isinstance(entries, list) else [])
+    ]
+    return {
+        link["id"]: shown.get(names[slot])
+        for link in (links if isinstance(links, list) else [])
+        if isinstance(link, dict)
+        and link.get("origin_id") == _SUBGRAPH_INPUTS
+        and type(link.get("id")) is int
+        and type(slot := link.get("origin_slot")) is int
+        and 0 <= slot < len(names)
+        and isinstance(names[slot], str)
+    }
+
+
+def _ui_widgets(node: Mapping, promoted: Mapping[int, Any] | None = None) -> dict:
+    linked = {
+        socket["widget"]["name"]: promoted.get(link, _LINKED) if promoted and type(link) is int else _LINKED
+        for socket in _widget_sockets(node)
+        if (link := socket.get("link")) is not None
+    }
+    return widget_values(node) | {name: value for name, value in linked.items() if value is not None}
 
 
 def _widget_sockets(node: Mapping) -> list[dict]:

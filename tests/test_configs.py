@@ -720,6 +720,7 @@ LOADERS = [
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp8_e4m3fn", "fp16"], "mismatch"),
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "default"], "mismatch"),
     ("DiffusionModelLoaderKJ", ["CogVideoX_5b.safetensors", "fp16", "bf16"], "ok"),
+    ("DiffusionModelLoaderKJ", ["void_pass1.safetensors", "default", "fp16"], "mismatch"),
 ]
 WIDGETS = {
     OURS: ["model", "dtype", "on_mismatch"],
@@ -789,7 +790,8 @@ def test_the_wrappers_loader_is_judged_as_it_was_in_every_age(judged, values, ve
 def test_loaders_of_all_models_count_where_the_name_is_a_cogvideox(judged):
     for kind in ("UNETLoader", "DiffusionModelLoaderKJ", "UnetLoaderGGUF", "CheckpointLoaderSimple"):
         assert judged(ui(node(kind, "wan2.1_t2v_14B_fp16.safetensors", "fp16", "fp16"))).model == "none"
-        assert "CogVideoX" in judged(ui(node(kind, "video/CogVideoX_5b.safetensors", "default", "default"))).model
+        for name in ("CogVideoX_5b", "void_pass2"):
+            assert name in judged(ui(node(kind, f"video/{name}.safetensors", "default", "default"))).model
 
 
 def test_a_loader_without_a_dtype_says_what_decides(judged):
@@ -827,6 +829,33 @@ def test_a_finding_names_its_node_and_subgraph(judged):
         f'node 12 "{DOWNLOAD}" in subgraph "Load"',
         f'node 3 "{DOWNLOAD}" in subgraph "x"',
     ]
+
+
+def test_a_widget_that_a_subgraph_shows_is_read(judged):
+    """As ComfyUI's own templates have them: a link from the subgraph's inputs, and the value inside or outside."""
+
+    def socket(name, link):
+        return {"name": name, "type": "COMBO", "widget": {"name": name}, "link": link}
+
+    inner = node("UNETLoader", "CogVideoX_5b.safetensors", "default") | {
+        "type": "DiffusionModelLoaderKJ",
+        "widgets_values": ["CogVideoX_5b.safetensors", "default", "fp16"],
+        "inputs": [socket("model_name", 7), socket("weight_dtype", None), socket("compute_dtype", 8)],
+    }
+    links = [{"id": 7 + slot, "origin_id": -10, "origin_slot": slot, "target_id": 1} for slot in (0, 1)]
+    names = [{"name": "model"}, {"name": "compute_dtype"}]
+    part = {"id": "uuid", "name": "Load", "nodes": [inner], "links": links, "inputs": names}
+
+    def report(*values, link=None):
+        shown = node("uuid", *values, id=2) | {"inputs": [socket("model", None), socket("compute_dtype", link)]}
+        return judged(ui(shown, definitions={"subgraphs": [part]}))
+
+    assert report().verdict == report("CogVideoX_5b.safetensors", "fp16").verdict == "mismatch"
+    assert report("CogVideoX_5b.safetensors", "bf16").verdict == "ok"
+    assert report("wan.safetensors", "fp16").model == "none"
+    assert "comes from another node" in only(report("CogVideoX_5b.safetensors", "bf16", link=9)).reason
+    for odd in ([None], None, {}, [{}]):
+        assert judged(ui(node("uuid"), definitions={"subgraphs": [part | {"inputs": odd, "links": [*links, None]}]}))
 
 
 @pytest.mark.parametrize("mode", [2, 4])

@@ -191,6 +191,48 @@ def test_video_to_video_starts_from_the_encoded_clip(migrate):
     assert said(report, "num_frames 49", "as long as the clip")
 
 
+def test_of_a_clip_that_may_be_longer_as_many_frames_are_taken(migrate, pack):
+    w = video_to_video()
+    w.change("clip", frame_load_cap=0)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15VAEEncode", "latent")
+    assert source_of(page, node_of(page, "CogVideoX15VAEEncode"), "images") == ("ImageFromBatch", "IMAGE")
+    assert source_of(page, node_of(page, "ImageFromBatch"), "image") == ("VHS_LoadVideo", "IMAGE")
+    assert values_of(page, "ImageFromBatch") == {"batch_index": 0, "length": 49}
+    assert not said(report, "num_frames")
+    # A number that came over a link still does, and two lengths of one clip are two.
+    w.add("INTConstant", "frames", value=33)
+    again = dict(model=("loader", 0), positive=("positive", 0), negative=("negative", 0), samples=("encode", 0))
+    w.add("CogVideoSampler", "again", **again, denoise_strength=0.8, num_frames=("frames", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    cuts = nodes_of(page, "ImageFromBatch")
+    assert sorted(node["widgets_values_named"]["length"] for node in cuts) == [33, 49]
+    assert {source_of(page, node, "length") for node in cuts} == {None, ("INTConstant", "value")}
+    assert len(nodes_of(page, "CogVideoX15VAEEncode")) == 2
+    # As long as the clip, whatever that is.
+    w.change("sampler", num_frames=("clip", 1))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "num_frames is not a setting here", "as long as the clip")
+    # What a resizer hands on was loaded with a limit.
+    w.add("ImageResizeKJ", "resize", image=("clip", 0))
+    w.change("clip", frame_load_cap=33)
+    w.change("encode", start_image=("resize", 0))
+    assert not nodes_of(migrate(w)[0], "ImageFromBatch")
+
+
+def test_a_vae_that_comes_from_another_pack_stays(migrate, pack):
+    """Ours take that of Load VAE too."""
+    w = text_to_video()
+    w.add("VAELoader")
+    w.change("decode", vae=("VAELoader", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15VAEDecode"), "vae") == ("VAELoader", "VAE")
+
+
 def test_start_and_end_images_of_fun_go_to_inpaint(migrate):
     w = inpaint()
     w.change("encode", noise_aug_strength=0.0563)
@@ -374,6 +416,20 @@ def test_a_bypassed_lora_stays_bypassed(migrate):
     assert node_of(page, "CogVideoX15LoraLoader")["mode"] == 4
 
 
+def test_a_muted_lora_switches_off_those_before_it_and_leaves_the_sampler_its_model(migrate, pack):
+    w = text_to_video()
+    w.add("CogVideoLoraSelect", "first", fuse_lora=True, lora="orbit_rank_64.safetensors")
+    w.add("CogVideoLoraSelect", "muted", mode=2, prev_lora=("first", 0))
+    w.add("CogVideoLoraSelect", "last", prev_lora=("muted", 0))
+    w.change("loader", lora=("last", 0))
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    modes = {node["id"]: node["mode"] for node in nodes_of(page, "CogVideoX15LoraLoader")}
+    assert modes == {w.names["first"]: 4, w.names["muted"]: 4, w.names["last"]: 0}
+    assert said(report, "it is muted", "bypassed")
+    assert not said(report, "rank")
+
+
 def test_two_loaders_with_one_lora_have_one_each(migrate, pack):
     w = text_to_video()
     w.add("CogVideoLoraSelect", "lora")
@@ -456,6 +512,35 @@ def test_numbers_and_prompts_that_come_over_links_still_do(migrate, pack):
         }
 
 
+@pytest.mark.parametrize("kind", ["PrimitiveNode", "PrimitiveString"])
+def test_what_comes_over_a_link_and_stands_in_the_file_is_what_ran(migrate, pack, kind):
+    """And not what the widget was left at when it was turned into an input."""
+    w = text_to_video()
+    w.add(kind, "name", value="THUDM/CogVideoX-5b")
+    w.add(kind, "how", value="CogVideoXDDIM")
+    w.change("loader", model=("name", 0))
+    w.change("sampler", scheduler=("how", 0), num_frames=58)
+    for old in (w.page("old"), w.page("new"), *([w.api()] if kind == "PrimitiveString" else [])):
+        new, report = migrate(old)
+        if "nodes" in new:
+            workflows.check(new, pack, FILES)
+            assert values_of(new, "CogVideoX15ModelLoader")["model"] == "CogVideoX-5b"
+            assert values_of(new, "CogVideoX15Sampler")["scheduler"] == "ddim"
+        assert said(report, "model came over a link", "THUDM/CogVideoX-5b was taken")
+        assert said(report, "scheduler came over a link", "CogVideoXDDIM was taken")
+        assert said(report, "length 57", "8N+1")
+
+
+def test_a_model_that_came_over_a_link_and_is_not_known_is_to_be_chosen(migrate):
+    w = text_to_video()
+    w.add("ConsisIDFaceEncode", "other")
+    w.change("loader", model=("other", 0))
+    prompt, report = migrate(w.api())
+    assert prompt[str(w.names["loader"])]["inputs"]["model"] == ""
+    assert said(report, "which model came over its link", "Choose it")
+    assert not said(report, "CogVideoX-2b")
+
+
 def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrate, pack):
     w = image_to_video()
     w.add("SetNode", "set", VAE=("loader", 1))
@@ -473,6 +558,93 @@ def test_links_led_by_set_and_get_nodes_and_reroutes_have_their_new_types(migrat
         == "COGVIDEOX_VAE"
     )
     assert not said(report, "not connected")
+
+
+@pytest.mark.parametrize("kind", ["Reroute (rgthree)", "mxReroute", "ReroutePrimitive|pysssss", "Any Switch (rgthree)"])
+def test_nodes_of_other_packs_that_only_lead_a_link_elsewhere_do_so_still(migrate, pack, kind):
+    w = text_to_video()
+    name = next(iter(w.table[kind][0]))
+    w.add(kind, "turn", **{name: ("loader", 0)})
+    w.change("sampler", model=("turn", 0), num_frames=82)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model")[0] == kind
+    assert source_of(page, node_of(page, kind), name) == ("CogVideoX15ModelLoader", "model")
+    assert {socket["type"] for socket in node_of(page, kind)["outputs"]} <= {"*", "COGVIDEOX_MODEL"}
+    assert said(report, "length 81", "16N+1")
+    assert not said(report, "not connected")
+
+
+def test_a_link_that_easy_use_gave_a_name_is_taken_up_by_that_name(migrate, pack):
+    w = text_to_video()
+    w.add("SetNode", "other", VAE=("loader", 1), Constant="model")
+    w.add("easy setNode", "set", **{"*": ("loader", 0)})
+    w.add("easy getNode", "get")
+    w.change("sampler", model=("get", 0))
+    page, _ = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "CogVideoX15Sampler"), "model") == ("easy getNode", "COGVIDEOX_MODEL")
+
+
+def test_what_is_broadcast_to_a_node_without_a_link_has_one_then(migrate, pack):
+    """As cg-use-everywhere saves it: a node that takes the model, and a list of whom it gives it to."""
+    w = text_to_video()
+    w.add("EmptyLatentImage", "unused")
+    w.change("sampler", num_frames=82)
+    linked, _ = migrate(w)
+    page = w.page("new")
+    page["nodes"].append({"id": 900, "type": "Anything Everywhere", "pos": [0, 0], "inputs": [], "outputs": []})
+    page["extra"]["ue_links"] = []
+    by_id = {node["id"]: node for node in page["nodes"]}
+    for number, (name, socket, type_) in enumerate(
+        (("sampler", "model", "COGVIDEOMODEL"), ("sampler", "samples", "LATENT"), ("decode", "vae", "VAE"))
+    ):
+        inputs = by_id[w.names[name]]["inputs"]
+        slot = next(slot for slot, entry in enumerate(inputs) if entry["name"] == socket)
+        link = next(link for link in page["links"] if link[0] == inputs[slot]["link"])
+        ends = {"downstream": link[3], "downstream_slot": slot, "upstream": str(link[1]), "upstream_slot": link[2]}
+        page["extra"]["ue_links"].append({**ends, "controller": 900, "type": type_})
+        # It leads to the node that broadcasts it.
+        inputs[slot]["link"] = None
+        link[3:5] = 900, number
+        by_id[900]["inputs"].append({"name": f"anything{number}", "type": type_, "link": link[0]})
+    page["extra"]["ue_links"] += [None, {}, {"upstream": [], "upstream_slot": 0, "downstream": 1, "downstream_slot": 0}]
+    new, report = migrate(page)
+    workflows.check(new, pack, FILES)
+    assert said(report, "length 81", "16N+1")
+    for kind, socket in (("Sampler", "model"), ("Sampler", "latent_image"), ("VAEDecode", "vae")):
+        node = node_of(new, f"CogVideoX15{kind}")
+        assert source_of(new, node, socket) == source_of(linked, node_of(linked, node["type"]), socket)
+        # Nor does what is broadcast arrive where the old node had no input.
+        assert node["properties"]["rejects_ue_links"] is True
+    assert "rejects_ue_links" not in node_of(linked, "CogVideoX15Sampler")["properties"]
+
+
+@pytest.mark.parametrize("kind", ["easy setNode", "mxReroute"])
+def test_what_only_leads_a_link_does_so_when_it_is_bypassed(migrate, pack, kind):
+    w = text_to_video()
+    name = next(iter(w.table[kind][0]))
+    w.add(kind, "turn", mode=4, **{name: ("loader", 0)})
+    w.add("easy getNode", "get")
+    w.change("sampler", model=("turn" if kind == "mxReroute" else "get", 0), num_frames=82)
+    page = w.page()
+    # As the page types what a link goes through.
+    for socket in node_of(page, kind)["outputs"]:
+        socket["type"] = "COGVIDEOMODEL"
+    page, report = migrate(page)
+    workflows.check(page, pack, FILES)
+    assert said(report, "length 81", "16N+1")
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_a_switch_leads_on_the_first_link_that_brings_something(migrate, pack, mode):
+    w = text_to_video()
+    w.add("DownloadAndLoadCogVideoModel", "off", mode=mode, model="THUDM/CogVideoX-5b")
+    w.add("Any Switch (rgthree)", "switch", any_01=("off", 0), any_03=("loader", 0))
+    w.change("sampler", model=("switch", 0), num_frames=82)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert said(report, "length 81", "16N+1")
 
 
 def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(migrate, pack):
@@ -493,19 +665,24 @@ def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(m
     ]
 
 
-def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack):
+@pytest.mark.parametrize("turns", [False, True])
+def test_an_empty_latent_that_others_use_too_stays_beside_ours(migrate, pack, turns):
     w = text_to_video()
     w.add("GetWarpedNoiseFromVideo", "other")
+    w.add("mxReroute", "turn", **{"": ("size", 0)})
     page = w.page()
     # A node of another pack that takes the latent.
     other = next(node for node in page["nodes"] if node["type"] == "GetWarpedNoiseFromVideo")
     other["inputs"] = [{"name": "latent", "type": "LATENT", "link": 500}]
-    size = next(node for node in page["nodes"] if node["type"] == "EmptyLatentImage")
-    size["outputs"][0]["links"].append(500)
-    page["links"].append([500, size["id"], 0, other["id"], 0, "LATENT"])
+    size, turn = (node_of(page, kind) for kind in ("EmptyLatentImage", "mxReroute"))
+    source = turn if turns else size
+    source["outputs"][0]["links"] = [*(source["outputs"][0]["links"] or []), 500]
+    page["links"].append([500, source["id"], 0, other["id"], 0, "LATENT"])
     new, _ = migrate(page)
     workflows.check(new, pack, FILES)
-    assert source_of(new, node_of(new, "GetWarpedNoiseFromVideo"), "latent") == ("EmptyLatentImage", "LATENT")
+    assert source_of(new, node_of(new, "GetWarpedNoiseFromVideo"), "latent")[0] == source["type"]
+    if turns:
+        assert source_of(new, node_of(new, "mxReroute"), "") == ("EmptyLatentImage", "LATENT")
     assert source_of(new, node_of(new, "CogVideoX15Sampler"), "latent_image") == ("CogVideoX15EmptyLatent", "latent")
 
 
@@ -658,6 +835,28 @@ def as_packed_png(file, text):
     Image.new("RGB", (8, 8)).save(file, pnginfo=info)
 
 
+def as_animated_png(file, text):
+    """As SaveAnimatedPNG of ComfyUI writes it."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (("prompt", "{}"), ("workflow", json.dumps(json.loads(text)))):
+        info.add(b"comf", key.encode() + b"\0" + value.encode("latin-1"), after_idat=True)
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(file, pnginfo=info, save_all=True, append_images=frames[1:])
+
+
+def as_exported_png(file, text):
+    """As ComfyUI-Custom-Scripts exports a workflow as a picture: UTF-8 where the format has latin-1."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add(b"tEXt", b"workflow\0" + json.dumps(json.loads(text), ensure_ascii=False).encode())
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+
+
 def as_webp(file, text):
     """As SaveAnimatedWEBP of ComfyUI writes it."""
     from PIL import Image
@@ -694,6 +893,8 @@ def write_video(file, metadata, **options):
 INSIDE = {
     "a.png": as_png,
     "packed.PNG": as_packed_png,
+    "animated.png": as_animated_png,
+    "exported.png": as_exported_png,
     "a.webp": as_webp,
     "a.mp4": as_video,
     "helpers.mp4": as_helpers_video,
@@ -1189,6 +1390,11 @@ def test_schedulers_that_are_not_here_are_said(migrate, name, ours, is_same):
     page, report = migrate(w)
     assert values_of(page, "CogVideoX15Sampler")["scheduler"] == ours
     assert bool(said(report, name, ours)) == (not is_same)
+    assert bool(said(report, "25 steps may be too few", ours)) == (not is_same)
+    w.add("INTConstant", "steps", value=60)
+    w.change("sampler", steps=("steps", 0))
+    for old in (w.page(), w.api()):
+        assert not said(migrate(old)[1], "too few")
 
 
 def test_plain_ddim_is_ours_but_for_2b(migrate):
@@ -1637,14 +1843,23 @@ def test_a_model_of_another_kind_is_told_by_a_word_and_not_by_letters(migrate):
 def test_subgraphs_with_the_old_nodes_are_refused_and_others_kept(migrate):
     page = text_to_video().page("new")
     inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoDecode"}], "links": []}
-    page["definitions"] = {"subgraphs": [inner]}
+    outer = {"id": "y", "name": "Outer", "nodes": [{"id": 1, "type": "x"}], "links": []}
+    page["definitions"] = {"subgraphs": [inner, outer]}
+    page["nodes"].append({"id": 900, "type": "y"})
     with pytest.raises(ValueError, match="subgraph.*Unpack Subgraph"):
         migrate(page)
-    page["definitions"]["subgraphs"][0]["nodes"][0]["type"] = "VAEDecode"
+    inner["nodes"][0]["type"] = "VAEDecode"
     assert migrate(page)[0]["definitions"] == page["definitions"]
     page["extra"]["groupNodes"] = {"mine": {"nodes": [{"type": "CogVideoSampler"}]}}
-    with pytest.raises(ValueError, match="group node"):
-        migrate(page)
+    for sign in "/>":
+        page["nodes"][-1]["type"] = f"workflow{sign}mine"
+        with pytest.raises(ValueError, match="group node"):
+            migrate(page)
+    # What it was told to unpack, and ComfyUI keeps though nothing stands for it any more.
+    page["nodes"].pop()
+    inner["nodes"][0]["type"] = "CogVideoDecode"
+    new, _ = migrate(page)
+    assert (new["definitions"], new["extra"]) == (page["definitions"], page["extra"])
 
 
 def test_a_workflow_without_a_sampler_of_that_pack_is_refused(migrate):

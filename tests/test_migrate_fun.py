@@ -648,6 +648,7 @@ def test_nodes_of_videox_fun_in_a_subgraph_are_refused(migrate):
     page = text_to_video().page("new")
     inner = {"id": "x", "name": "Inner", "nodes": [{"id": 1, "type": "CogVideoXFunT2VSampler"}], "links": []}
     page["definitions"] = {"subgraphs": [inner]}
+    page["nodes"].append({"id": 900, "type": "x"})
     with pytest.raises(ValueError, match="nodes of VideoX-Fun in a subgraph.*Unpack Subgraph"):
         migrate(page)
     # A text box there may be anyone's.
@@ -692,12 +693,12 @@ def test_whatever_a_page_holds_it_is_migrated_or_refused_and_nothing_is_lost(tmp
         match data.draw(st.sampled_from(["mode", "value", "link", "values", "kind"])):
             case "mode":
                 node["mode"] = data.draw(st.sampled_from([2, 4]))
-            case "value" if node["widgets_values"]:
+            case "value" if node["widgets_values"] and isinstance(node["widgets_values"], list):
                 place = data.draw(st.integers(0, len(node["widgets_values"]) - 1))
                 node["widgets_values"][place] = data.draw(_ODD)
             case "link" if page["links"]:
                 page["links"].pop(data.draw(st.integers(0, len(page["links"]) - 1)))
-            case "values":
+            case "values" if isinstance(node["widgets_values"], list):
                 node["widgets_values"] = node["widgets_values"][: data.draw(st.integers(0, 3))]
             case "kind":
                 node["type"] = data.draw(st.sampled_from(["FunTextBox", "CogVideoXFunV2VSampler", "Reroute", "Other"]))

@@ -158,6 +158,7 @@ NODES = {
         {"images": "IMAGE", "width": "INT", "height": "INT"},
     ),
     "CLIPLoader": ({}, {"clip_name": "t5xxl_fp16.safetensors", "type": "sd3"}, {"CLIP": "CLIP"}),
+    "VAELoader": ({}, {"vae_name": "cogvideox_vae.safetensors"}, {"VAE": "VAE"}),
     "EmptyLatentImage": ({}, {"width": 720, "height": 480, "batch_size": 1}, {"LATENT": "LATENT"}),
     "LoadImage": ({}, {"image": "example.png", "upload": "image"}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
     "ImageResizeKJ": (
@@ -180,10 +181,22 @@ NODES = {
     "PreviewImage": ({"images": "IMAGE"}, {}, {}),
     "INTConstant": ({}, {"value": 49}, {"value": "INT"}),
     "StringConstant": ({}, {"string": "a city"}, {"STRING": "STRING"}),
+    "PrimitiveNode": ({}, {"value": "", "control_after_generate": "fixed"}, {"COMBO": "COMBO"}),
+    "PrimitiveString": ({}, {"value": ""}, {"STRING": "STRING"}),
     "GetWarpedNoiseFromVideo": ({"images": "IMAGE"}, {"degradation": 0.5}, {"noise": "LATENT"}),
     "Reroute": ({"": "*"}, {}, {"": "VAE"}),
     "SetNode": ({"VAE": "VAE"}, {"Constant": "VAE"}, {"*": "*"}),
     "GetNode": ({}, {"Constant": "VAE"}, {"VAE": "VAE"}),
+    "easy setNode": ({"*": "*"}, {"Constant": "model"}, {}),
+    "easy getNode": ({}, {"Constant": "model"}, {"COGVIDEOMODEL": "COGVIDEOMODEL"}),
+    "Reroute (rgthree)": ({"": "*"}, {}, {"": "*"}),
+    "mxReroute": ({"": "*"}, {}, {"": "*"}),
+    "ReroutePrimitive|pysssss": ({"value": "*"}, {}, {"": "*"}),
+    "Any Switch (rgthree)": (
+        {"any_01": "COGVIDEOMODEL", "any_02": "COGVIDEOMODEL", "any_03": "COGVIDEOMODEL"},
+        {},
+        {"COGVIDEOMODEL": "COGVIDEOMODEL"},
+    ),
     "Note": ({}, {"text": "Mind the seed."}, {}),
 }
 _PIPE = {"cogvideo_pipe": "COGVIDEOPIPE"}
@@ -382,7 +395,10 @@ class Workflow:
                         "Node name for S&R": node["kind"],
                         **({} if age == "old" else {"cnr_id": "some-pack", "ver": "1"}),
                     },
-                    "widgets_values": dict(node["values"]) if age == "named" else list(node["values"].values()),
+                    # Nodes of ComfyUI-VideoHelperSuite are saved with an object in every age.
+                    "widgets_values": dict(node["values"])
+                    if age == "named" or node["kind"].startswith("VHS_")
+                    else list(node["values"].values()),
                 }
             )
         by_id = {node["id"]: node for node in nodes}
