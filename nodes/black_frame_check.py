@@ -11,7 +11,7 @@ class BlackFrameCheck(Node):
         "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which "
         "turn black when saved. Shows the frames it objects to. Works behind any model."
     )
-    SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video"]
+    SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video", "黑屏", "黑色视频"]
     RETURN_TYPES = ("IMAGE", "BOOLEAN", "INT", "STRING")
     RETURN_NAMES = ("images", "is_black", "black_frame_count", "report")
     OUTPUT_TOOLTIPS = (
