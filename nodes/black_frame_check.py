@@ -104,7 +104,7 @@ class BlackFrameCheck(Node):
         )
         # What is advised has no room beside the sheet; it is in the log, and in the error.
         host.show(report.text)
-        sheet = contact_sheet(images, report)
+        sheet = contact_sheet(images, report, host.said)
         pictures = {} if sheet is None else host.pictures(sheet)
         try:
             enforce(report, action)
