@@ -716,7 +716,8 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
 
 def _refuse(parser: argparse.ArgumentParser, name: str, asked: str) -> NoReturn:
     """End the program where an option is given of which what is asked for would make nothing."""
-    parser.error(f"--{name.replace('_', '-')} goes with what makes a video, and not with --{asked}")
+    option = name.replace("_", "-")
+    parser.error(f"--{option} goes with what makes a video, and not with --{asked}")
 
 
 def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
