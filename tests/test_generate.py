@@ -305,6 +305,14 @@ def test_the_plan_says_what_each_mode_takes_and_loads_nothing(tiny, tmp_path, ca
 
 
 class TestImagesVideosAndLoras:
+    @pytest.mark.parametrize(
+        ("variant", "size"), [("1.5-i2v", "1360x768, 81"), ("fun-inp", "1008x576, 85"), ("void", "672x384, 85")]
+    )
+    def test_a_plan_needs_nothing_but_the_model(self, checkpoints, capsys, variant, size):
+        code, said, _ = run(capsys, "--plan", "--model", checkpoints(variant))
+        assert code == 0
+        assert f"memory to sample {size} frames" in said
+
     @pytest.fixture
     def image(self, tmp_path):
         path = tmp_path / "start.png"
