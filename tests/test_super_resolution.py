@@ -571,6 +571,7 @@ class TestCommandLine:
         )
         assert code == 0
         assert "128x64 pixels and 9 frames are made in one piece" in said
+        assert "Nothing in the checkpoint's name says DOVE" in said
         assert not (tmp_path / "x.mp4").exists()
 
     @pytest.mark.parametrize(
