@@ -42,7 +42,7 @@ from cogvideox.choices import (
     QUANTIZE,
     SCHEDULERS,
 )
-from cogvideox.languages import ENGLISH, preferred
+from cogvideox.languages import preferred
 from cogvideox.words import settings_called, short
 from commands.job import changed, is_config, open_handles_of, output_of, placed, prepared, rate_of
 from commands.passes import make_both
@@ -125,8 +125,8 @@ class _LineParser(_Parser):
 
 
 class _Help(argparse.RawTextHelpFormatter):
-    """The help in the terminal's language, where that is not English: each text translated, and lines broken between
-    its wide letters."""
+    """The help in the terminal's language: each text translated, and broken into lines as wide as the terminal, in
+    Chinese between letters too; examples stay as they are."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, actions, groups, f"{in_words('usage:')} " if prefix is None else prefix)
@@ -135,13 +135,22 @@ class _Help(argparse.RawTextHelpFormatter):
         super().start_section(heading and in_words(heading))
 
     def add_text(self, text: str | None) -> None:
-        super().add_text(text and in_words(text))
+        # Lines that begin with a blank are examples; others go on in the next one of their paragraph.
+        joined = re.sub(r"(?<=[!-~])\n(?=[!-~])", " ", in_words(text or ""))
+        lines = re.sub(r"(?<=[^\n])\n(?=[^ \n])", "", joined).split("\n")
+        wide = self._columns() - 2
+        broken = [part for line in lines for part in ([line] if line.startswith(" ") else lines_of(line, wide))]
+        super().add_text(text and "\n".join(broken))
 
     def add_argument(self, action: argparse.Action) -> None:
         shown = copy(action)
         if shown.help:
-            shown.help = "\n".join(lines_of(in_words(shown.help), shutil.get_terminal_size().columns - 28))
+            shown.help = "\n".join(lines_of(in_words(shown.help), self._columns() - 28))
         super().add_argument(shown)
+
+    @staticmethod
+    def _columns() -> int:
+        return shutil.get_terminal_size().columns
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
@@ -150,7 +159,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         prog="generate.py",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter if preferred() == ENGLISH else _Help,
+        formatter_class=_Help,
     )
     what = parser.add_argument_group("what to make")
     what.add_argument(
@@ -687,7 +696,7 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
             if getattr(options, name) is None and not (options.plan and name == "prompt"):
                 parser.error(f"--{name} is required to make a video (or give --check PATH to only check something)")
     elif options.plan and work is not upscale:
-        parser.error(f"--plan goes with what makes a video, and not with --{asked[0]}")
+        _refuse(parser, "plan", asked[0])
     if work is decode_latent and options.model is None:
         parser.error("--decode needs --model, whose VAE makes the video")
     check_options(parser, options)
@@ -700,7 +709,18 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
     for name in ("scan", "fix", "json"):
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
+    if asked and asked[0] in _READ:
+        read = (asked[0], "debug", "split", *_READ[asked[0]])
+        for name, value in vars(options).items():
+            if name not in read and value != parser.get_default(name):
+                _refuse(parser, name, asked[0])
     return work
+
+
+def _refuse(parser: argparse.ArgumentParser, name: str, asked: str) -> NoReturn:
+    """End the program where an option is given of which what is asked for would make nothing."""
+    option = name.replace("_", "-")
+    parser.error(f"--{option} goes with what makes a video, and not with --{asked}")
 
 
 def _check_partners(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -975,6 +995,13 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
+#: What is no video, and the options that it reads.
+_READ = {
+    "check": ("dtype", "on_mismatch", "device", "text_encoder", "vae", "tokenizer", "scan", "fix", "json"),
+    "convert": ("dtype", "text_encoder", "vae", "tokenizer"),
+    "download": (),
+    "migrate": (),
+}
 _WORK = {
     "prompts": make_many,
     "check": check,

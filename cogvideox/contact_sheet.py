@@ -1,6 +1,9 @@
 """Draw the frames that the black-frame check objects to: people look rather than read."""
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,9 +17,16 @@ from .black_frames import BlackFrameReport
 _FRAMES, _COLUMNS, _WIDTH, _HEIGHT = 6, 2, 300, 190
 _MARGIN, _TEXT = 8, 34
 _GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75), (255, 0, 255)
+#: Fonts with Chinese letters as Windows, macOS and Linux have them; Pillow's own has none.
+_CHINESE = (
+    *("msyh.ttc", "simhei.ttf", "PingFang.ttc", "Songti.ttc"),
+    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),
+)
 
 
-def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image | None:
+def contact_sheet(
+    images: torch.Tensor, report: BlackFrameReport, say: Callable[[str], str] = str
+) -> Image.Image | None:
     """Draw the frames that are black or hold NaN or Inf, each with its number and what is wrong with it.
 
     Pixels that are NaN or Inf are magenta, so that they are seen: saved, they would be black. Of more than 6 frames,
@@ -25,6 +35,7 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
 
     Args:
         images: ``[frames, H, W, 3]`` (or 4, whose alpha is ignored), floating point, 0..1: those that were checked.
+        say: says an English text in the language of the labels. They stay English where no font here has its letters.
 
     Returns:
         An RGB picture, or None where there is nothing to object to.
@@ -41,16 +52,30 @@ def contact_sheet(images: torch.Tensor, report: BlackFrameReport) -> Image.Image
     head = _TEXT + 3 * _MARGIN
     size = (_COLUMNS * cell_width + _MARGIN, head + math.ceil(len(shown) / _COLUMNS) * cell_height)
     sheet = Image.new("RGB", size, _GROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+    letters = None if say("black").isascii() else _chinese_letters()
+    say, letters = (str, ImageFont.load_default) if letters is None else (say, letters)
+    draw, font = ImageDraw.Draw(sheet), letters(_TEXT)
     what = f"{len(bad)} of {len(images)} frames" + (f", {len(shown)} shown" if len(shown) < len(bad) else "")
-    draw.text((_MARGIN, _MARGIN), f"{report.verdict}: {what}", _BAD, font)
+    title = f"{say(report.verdict)}: {say(what)}"
+    # Of many frames, the one line is written smaller.
+    fits = min(1.0, (size[0] - 2 * _MARGIN) / font.getlength(title))
+    draw.text((_MARGIN, _MARGIN), title, _BAD, letters(int(_TEXT * fits)))
     for place, index in enumerate(shown):
         left, top = _MARGIN + place % _COLUMNS * cell_width, head + place // _COLUMNS * cell_height
         draw.rectangle((left - 2, top - 2, left + width + 1, top + height + 1), outline=_BAD, width=2)
         sheet.paste(_thumbnail(images[index], width, height), (left, top))
         said = "NaN or Inf" if index in report.nonfinite else f"{report.ratios[index]:.0%} black"
-        draw.text((left, top + height + _MARGIN // 2), f"{index} · {said}", _INK, font)
+        draw.text((left, top + height + _MARGIN // 2), f"{index} · {say(said)}", _INK, font)
     return sheet
+
+
+def _chinese_letters() -> "Callable[[float], ImageFont.FreeTypeFont | ImageFont.ImageFont] | None":
+    """Find a font with Chinese letters where the system keeps its fonts: what gives it in a size."""
+    for name in _CHINESE:
+        with suppress(OSError):
+            ImageFont.truetype(name, _TEXT)
+            return partial(ImageFont.truetype, name)
+    return None
 
 
 def _thumbnail(frame: torch.Tensor, width: int, height: int) -> Image.Image:

@@ -267,7 +267,7 @@ def upscale(
     check_finite(embeddings, "The empty prompt's embedding", "Make it anew, with a text encoder.")
     shown = Shown([], ()) if references is None else _shown(check_images(references, "references"), places, clip)
     guidance = reference_guidance if places else 1.0
-    for note in _notes(model, kind, bool(places), reference_guidance):
+    for note in notes_of(model, kind, bool(places), reference_guidance):
         events.note(note)
     model = replace(model, cache=None)
 
@@ -314,7 +314,8 @@ def _grid(kind: str, scale: int) -> int:
     return SIZE_STEP if kind == DOVE else math.lcm(4, SIZE_STEP // math.gcd(SIZE_STEP, scale))
 
 
-def _notes(model: Model, kind: str, refers: bool, guidance: float) -> Iterator[str]:
+def notes_of(model: Model, kind: str, refers: bool, guidance: float) -> Iterator[str]:
+    """Say what a run leaves out, and what it may not be meant for."""
     if model.cache is not None:
         yield "The cache is left out: it reuses what one step leaves to the next, and there is only one."
     if kind == DOVE and not _is_named(model, DOVE):

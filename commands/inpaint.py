@@ -47,14 +47,17 @@ def foresee_conditioning(options: argparse.Namespace, variant: Variant, latent: 
         kind = INPAINT
     elif given:
         kind = START_IMAGE
-    else:
+    elif variant.reads not in (START_IMAGE, VOID):
         # Without anything CogVideoX-Fun makes a video of the text alone.
-        if variant.reads in (START_IMAGE, VOID):
-            raise ValueError(
-                f"{variant.name} needs {_OPTION[variant.reads]}, and makes noise of a prompt alone. Give it, or a "
-                "text-to-video checkpoint such as CogVideoX1.5-5B."
-            )
         return None
+    elif options.plan:
+        # What it takes is known without what will be read, as without a prompt.
+        kind = variant.reads
+    else:
+        raise ValueError(
+            f"{variant.name} needs {_OPTION[variant.reads]}, and makes noise of a prompt alone. Give it, or a "
+            "text-to-video checkpoint such as CogVideoX1.5-5B."
+        )
     if kind != variant.reads:
         raise ValueError(
             f"{_OPTION[kind]} is given, which {variant.name} does not read. Leave it away, or give a checkpoint that "

@@ -45,9 +45,9 @@ def in_words(text: str) -> str:
 
 def lines_of(text: str, width: int) -> Iterator[str]:
     """Break a text into lines of at most ``width`` columns: between words, and between letters two columns wide, but
-    for signs that end what is before them."""
+    not before signs that end something, nor after those that begin it."""
     line, columns = "", 0
-    for piece in re.findall(r"[!-~]+[，。；：、）]*| +|.[，。；：、）]*", text):
+    for piece in re.findall(r"[（“]*(?:[!-~]+|[^（“ ])[，。；：、）”]*| +|.", text):
         size = sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in piece)
         if line and columns + size > max(width, 20):
             yield line.rstrip()

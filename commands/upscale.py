@@ -204,12 +204,14 @@ def enlarge(
 
 
 def describe(options: argparse.Namespace, request: Request, model: "Model") -> str:
-    """Say in what pieces, and in what memory, the clip would be made larger."""
-    from cogvideox.super_resolution import describe_plan
+    """Say in what pieces, and in what memory, the clip would be made larger, after what a run would note."""
+    from cogvideox.super_resolution import describe_plan, notes_of
 
     frames, height, width = request.images.shape[:3]
-    guidance = 1.0 if request.references is None else options.reference_guidance
-    return describe_plan(model, frames, height, width, options.scale, request.kind, guidance)
+    refers = request.references is not None
+    notes = notes_of(model, request.kind, refers, options.reference_guidance)
+    guidance = options.reference_guidance if refers else 1.0
+    return "\n".join((*notes, describe_plan(model, frames, height, width, options.scale, request.kind, guidance)))
 
 
 def _empty_prompt(

@@ -15,7 +15,16 @@ class Attention(Node):
         "listed. All but those named sage give the same picture up to rounding. Another branch of the graph can use "
         "another; taking the node away restores the model exactly."
     )
-    SEARCH_ALIASES = ["cogvideo attention", "sage attention", "flash attention", "sdpa", "cudnn", "xformers", "speed"]
+    SEARCH_ALIASES = [
+        "cogvideo attention",
+        "sage attention",
+        "flash attention",
+        "sdpa",
+        "cudnn",
+        "xformers",
+        "speed",
+        "加速",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer with this attention, for the sampler or another node.",)

@@ -11,7 +11,7 @@ class BlackFrameCheck(Node):
         "Looks at every frame before the video is saved, as ffmpeg's blackdetect does, and for NaN and Inf, which "
         "turn black when saved. Shows the frames it objects to. Works behind any model."
     )
-    SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video"]
+    SEARCH_ALIASES = ["black video", "black frames", "blackdetect", "nan check", "validate video", "黑屏", "黑色视频"]
     RETURN_TYPES = ("IMAGE", "BOOLEAN", "INT", "STRING")
     RETURN_NAMES = ("images", "is_black", "black_frame_count", "report")
     OUTPUT_TOOLTIPS = (
@@ -104,7 +104,7 @@ class BlackFrameCheck(Node):
         )
         # What is advised has no room beside the sheet; it is in the log, and in the error.
         host.show(report.text)
-        sheet = contact_sheet(images, report)
+        sheet = contact_sheet(images, report, host.said)
         pictures = {} if sheet is None else host.pictures(sheet)
         try:
             enforce(report, action)

@@ -24,6 +24,7 @@ class Cache(Node):
         "fastercache",
         "pab",
         "speed up",
+        "加速",
     ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)

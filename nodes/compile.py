@@ -21,6 +21,7 @@ class Compile(Node):
         "inductor",
         "triton",
         "speed up",
+        "加速",
     ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)

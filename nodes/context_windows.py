@@ -23,6 +23,7 @@ class ContextWindows(Node):
         "sliding window",
         "temporal multidiffusion",
         "longer video",
+        "长视频",
     ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)

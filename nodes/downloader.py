@@ -20,7 +20,14 @@ class Downloader(Node):
         "needed and not there yet, each checked. Looks at the free space first, can be cancelled, and goes on where "
         "it stopped. Does nothing until download is switched on."
     )
-    SEARCH_ALIASES = ["download cogvideo", "cogvideox download", "huggingface", "get model", "checkpoint downloader"]
+    SEARCH_ALIASES = [
+        "download cogvideo",
+        "cogvideox download",
+        "huggingface",
+        "get model",
+        "checkpoint downloader",
+        "下载模型",
+    ]
     OUTPUT_NODE = True
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("model_name", "report")

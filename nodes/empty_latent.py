@@ -10,7 +10,16 @@ class EmptyLatent(Node):
     DESCRIPTION = (
         "The size and length of the video to make: an empty latent, which the sampler fills with noise to start from."
     )
-    SEARCH_ALIASES = ["cogvideo latent", "cogvideox size", "empty latent video", "resolution", "frames"]
+    SEARCH_ALIASES = [
+        "cogvideo latent",
+        "cogvideox size",
+        "empty latent video",
+        "resolution",
+        "frames",
+        "分辨率",
+        "尺寸",
+        "帧数",
+    ]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("An empty video latent, for the sampler's latent_image.",)

@@ -22,6 +22,8 @@ class Extend(Node):
         "longer video",
         "video continuation",
         "next part",
+        "延长视频",
+        "长视频",
     ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT", "IMAGE", "MASK")
     RETURN_NAMES = ("positive", "negative", "latent", "video", "mask")

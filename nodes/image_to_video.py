@@ -32,6 +32,9 @@ class ImageToVideo(Node):
         "end image",
         "first last frame",
         "animate image",
+        "起始图像",
+        "首帧",
+        "首尾帧",
     ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")

@@ -37,6 +37,9 @@ class Inpaint(Node):
         "mask video",
         "first last frame",
         "start end image",
+        "修复视频",
+        "遮罩",
+        "首尾帧",
     ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")

@@ -10,7 +10,16 @@ class JoinClips(Node):
         "Puts one clip behind another. The last frames of the first and the first frames of the second, which show the "
         "same, are faded into each other; with an overlap of 1 the first clip's own frame stays."
     )
-    SEARCH_ALIASES = ["cogvideo join", "cogvideox concatenate", "cross-fade", "crossfade", "combine videos", "append"]
+    SEARCH_ALIASES = [
+        "cogvideo join",
+        "cogvideox concatenate",
+        "cross-fade",
+        "crossfade",
+        "combine videos",
+        "append",
+        "拼接视频",
+        "合并视频",
+    ]
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
     OUTPUT_TOOLTIPS = ("The frames of both, for CogVideoX-1.5 Black Frame Check, Extend again, or Create Video.",)

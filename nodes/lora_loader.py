@@ -25,6 +25,7 @@ class LoraLoader(Node):
         "load lora",
         "style",
         "adapter",
+        "加载 LoRA",
     ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)

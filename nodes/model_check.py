@@ -14,7 +14,14 @@ class ModelCheck(Node):
         "trained in, what ComfyUI will compute in on this card and what follows, and watches the run: the first step "
         "that is not finite stops it and names the module, instead of a black video after a quarter of an hour."
     )
-    SEARCH_ALIASES = ["cogvideo check", "cogvideox nan", "black video", "fp16 bf16 mismatch", "native cogvideo dtype"]
+    SEARCH_ALIASES = [
+        "cogvideo check",
+        "cogvideox nan",
+        "black video",
+        "fp16 bf16 mismatch",
+        "native cogvideo dtype",
+        "黑屏",
+    ]
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "report")
     OUTPUT_TOOLTIPS = (

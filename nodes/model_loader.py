@@ -33,6 +33,7 @@ class ModelLoader(Node):
         "load cogvideox",
         "text to video",
         "checkpoint loader",
+        "加载模型",
     ]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "COGVIDEOX_VAE", "STRING")
     RETURN_NAMES = ("model", "text_encoder", "vae", "report")

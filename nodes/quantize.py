@@ -14,7 +14,16 @@ class Quantize(Node):
         "off. Works with every dtype, memory mode and LoRA; taking the node away restores the model exactly. The "
         "weights are read here, once."
     )
-    SEARCH_ALIASES = ["cogvideo quantize", "cogvideox quantize", "int8", "fp8", "torchao", "low vram"]
+    SEARCH_ALIASES = [
+        "cogvideo quantize",
+        "cogvideox quantize",
+        "int8",
+        "fp8",
+        "torchao",
+        "low vram",
+        "省显存",
+        "低显存",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_TEXT_ENCODER", "STRING")
     RETURN_NAMES = ("model", "text_encoder", "report")
     OUTPUT_TOOLTIPS = (

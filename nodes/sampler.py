@@ -35,6 +35,8 @@ class Sampler(Node):
         "ksampler",
         "denoise",
         "generate video",
+        "文生视频",
+        "生成视频",
     ]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)

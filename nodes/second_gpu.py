@@ -14,7 +14,18 @@ class SecondGPU(Node):
         "one kind bit for bit that of one that evaluates the halves one after the other. Where the second runs out of "
         "memory, the first does both, and says so."
     )
-    SEARCH_ALIASES = ["cogvideo multi gpu", "second gpu", "two gpus", "multigpu", "cfg parallel", "cuda:1", "speed"]
+    SEARCH_ALIASES = [
+        "cogvideo multi gpu",
+        "second gpu",
+        "two gpus",
+        "multigpu",
+        "cfg parallel",
+        "cuda:1",
+        "speed",
+        "双卡",
+        "多卡",
+        "双显卡",
+    ]
     RETURN_TYPES = ("COGVIDEOX_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The transformer on two cards, for the sampler or another node.",)

@@ -27,6 +27,9 @@ class SuperResolution(Node):
         "restore",
         "enhance",
         "cogvideo upscale",
+        "放大视频",
+        "视频放大",
+        "高清",
     ]
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)

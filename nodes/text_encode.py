@@ -25,6 +25,8 @@ class TextEncode(Node):
         "clip text encode",
         "positive",
         "negative",
+        "提示词",
+        "文生视频",
     ]
     RETURN_TYPES = ("CONDITIONING",)
     RETURN_NAMES = ("conditioning",)

@@ -20,6 +20,7 @@ class ToComfyUI(Node):
         "convert to model",
         "model clip vae",
         "native nodes",
+        "K采样器",
     ]
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     RETURN_NAMES = ("MODEL", "CLIP", "VAE")

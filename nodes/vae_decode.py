@@ -11,7 +11,14 @@ class VAEDecode(Node):
         "as much memory as is free: without seams, as nothing is tiled, and without running out. Can be cancelled at "
         "any time."
     )
-    SEARCH_ALIASES = ["CogVideo Decode", "cogvideo decode", "cogvideox vae", "latent to image", "decode video"]
+    SEARCH_ALIASES = [
+        "CogVideo Decode",
+        "cogvideo decode",
+        "cogvideox vae",
+        "latent to image",
+        "decode video",
+        "解码视频",
+    ]
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
     OUTPUT_TOOLTIPS = ("The video's frames, for CogVideoX-1.5 Black Frame Check and Create Video.",)

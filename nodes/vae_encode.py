@@ -18,6 +18,7 @@ class VAEEncode(Node):
         "video to video",
         "v2v",
         "image to latent",
+        "视频生视频",
     ]
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)

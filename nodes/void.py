@@ -28,6 +28,8 @@ class Void(Node):
         "quadmask",
         "VOID Inpaint Conditioning",
         "cogvideox void",
+        "去除物体",
+        "消除物体",
     ]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
     RETURN_NAMES = ("positive", "negative", "latent")

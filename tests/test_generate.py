@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
@@ -157,6 +158,37 @@ def test_help_names_every_option_with_its_default(capsys):
     assert "examples:" in said
 
 
+@pytest.mark.parametrize("language", ["C.UTF-8", "zh_CN.UTF-8"])
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch, language):
+    monkeypatch.setenv("LC_ALL", language)
+    monkeypatch.setenv("COLUMNS", "64")
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  python generate.py --check my_workflow.json") for line in lines)
+    for line in lines:
+        # Examples are to be copied, and choices are one word.
+        if not re.match(r"usage|  python | +\[?-|    --", line):
+            assert sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line) <= 64, line
+        assert not line.endswith("（")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--convert", "a", "b.safetensors", "--quantize", "fp8_weight_only"),
+        ("--convert", "a", "b.safetensors", "--lora", "style.safetensors"),
+        ("--download", "t2v", "--output", "models"),
+        ("--migrate", "a.json", "b.json", "--overwrite"),
+        ("--check", "a", "--cfg-range", 0, 0.5),
+    ],
+)
+def test_what_is_no_video_is_not_done_without_an_option_that_was_given(capsys, arguments):
+    with pytest.raises(SystemExit):
+        run(capsys, *arguments)
+    assert f"goes with what makes a video, and not with {arguments[0]}" in capsys.readouterr().err
+
+
 class TestCheck:
     def test_a_checkpoint_that_runs_well_ends_with_status_0(self, tiny, capsys):
         code, said, _ = run(capsys, "--check", tiny, "--device", "cpu")
@@ -286,6 +318,14 @@ def test_the_plan_says_what_each_mode_takes_and_loads_nothing(tiny, tmp_path, ca
 
 
 class TestImagesVideosAndLoras:
+    @pytest.mark.parametrize(
+        ("variant", "size"), [("1.5-i2v", "1360x768, 81"), ("fun-inp", "1008x576, 85"), ("void", "672x384, 85")]
+    )
+    def test_a_plan_needs_nothing_but_the_model(self, checkpoints, capsys, variant, size):
+        code, said, _ = run(capsys, "--plan", "--model", checkpoints(variant))
+        assert code == 0
+        assert f"memory to sample {size} frames" in said
+
     @pytest.fixture
     def image(self, tmp_path):
         path = tmp_path / "start.png"

@@ -287,6 +287,8 @@ def test_every_node_explains_itself(pack, node_id):
     node = pack.NODE_CLASS_MAPPINGS[node_id]
     assert len(node.DESCRIPTION) > 60
     assert len(node.SEARCH_ALIASES) >= 3
+    # The page looks for what is typed in names and these alone, whatever its language: 黑屏, 双卡.
+    assert any("\u4e00" <= name[0] <= "\u9fff" or "\u4e00" <= name[-1] <= "\u9fff" for name in node.SEARCH_ALIASES)
     assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
     assert all(node.OUTPUT_TOOLTIPS)
     for key, spec in inputs(node).items():

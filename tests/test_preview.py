@@ -5,10 +5,11 @@ import numpy
 import pytest
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageFont
 
 from cogvideox.black_frames import BlackFrameReport, check_black_frames
 from cogvideox.contact_sheet import contact_sheet
+from cogvideox.languages import translate
 from cogvideox.preview import LATENT_RGB, preview_frames, stretched
 
 
@@ -103,3 +104,26 @@ def test_a_frame_on_a_sheet_has_its_shape_and_its_mean():
     frame = sheet[58 : 58 + 190, 8 : 8 + 158]
     assert frame[:, :8].mean() == pytest.approx(images[0, :, 0].mean().item(), abs=0.01)
     assert frame[:, -8:].mean() == pytest.approx(images[0, :, -1].mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize("bad", [30, 100, 1000])
+def test_the_title_of_a_sheet_is_not_cut(bad):
+    images = torch.ones(1, 16, 16, 3).expand(bad + 161, -1, -1, -1)
+    sheet = contact_sheet(images, BlackFrameReport((1.0,) * bad + (0.0,) * 161, (), 0.98, 1.0))
+    edge = sheet.crop((sheet.width - 8, 0, sheet.width, 50))
+    assert edge.getcolors() == [(8 * 50, (32, 32, 32))]
+
+
+def test_labels_are_in_the_pages_language_where_a_font_has_its_letters(tmp_path, monkeypatch):
+    images, font = torch.zeros(3, 16, 16, 3), tmp_path / "font.ttf"
+    font.write_bytes(ImageFont.load_default(10).path.getvalue())
+
+    def drawn(fonts, language):
+        monkeypatch.setattr("cogvideox.contact_sheet._CHINESE", fonts)
+        translated = contact_sheet(images, check_black_frames(images), lambda text: translate(text, language))
+        return translated.tobytes()
+
+    english = drawn((), "en")
+    assert drawn(("no such font.ttc",), "zh") == english
+    assert drawn(("no such font.ttc", str(font)), "zh") != english
+    assert drawn((str(font),), "en") == english

@@ -571,7 +571,13 @@ class TestCommandLine:
         )
         assert code == 0
         assert "128x64 pixels and 9 frames are made in one piece" in said
+        assert "says DOVE" not in said
         assert not (tmp_path / "x.mp4").exists()
+
+    def test_a_plan_notes_what_its_run_would(self, stored, tmp_path, capsys, clip):
+        shutil.copytree(stored("1.5"), tmp_path / "base")
+        said = run(capsys, "--upscale", clip, "--model", tmp_path / "base", "--plan", "--output", tmp_path / "x.mp4")[1]
+        assert "Nothing in the checkpoint's name says DOVE" in said
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
