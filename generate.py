@@ -997,8 +997,8 @@ def migrate(options: argparse.Namespace) -> int:
 
 #: What is no video, and the options that it reads.
 _READ = {
-    "check": ("dtype", "on_mismatch", "device", "text_encoder", "vae", "tokenizer", "scan", "fix", "json"),
-    "convert": ("dtype", "text_encoder", "vae", "tokenizer"),
+    "check": ("dtype", "on_mismatch", "device", "lora", "text_encoder", "vae", "tokenizer", "scan", "fix", "json"),
+    "convert": ("dtype", "lora", "text_encoder", "vae", "tokenizer"),
     "download": (),
     "migrate": (),
 }
