@@ -3,6 +3,7 @@ lost."""
 
 import gc
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -454,6 +455,28 @@ class TestHost:
         assert any("The transformer takes" in text and "0.0 MB are free" in text for text in said) != stays
         # It is read again when it runs.
         assert encode_prompt(opened.text_encoder, "a panda").embeddings.isfinite().all()
+
+    @pytest.mark.parametrize("how", ["released", "makes way", "in another mode", "of handles that are gone"])
+    def test_what_is_freed_is_gone_at_once(self, tiny, prompts, monkeypatch, how):
+        opened = open_handles(tiny, "fp16", CPU)
+        weights = opened.model.weights
+        sample(opened.model, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=2)
+        held = [weakref.ref(tensor) for tensor in weights._module.parameters()]
+        gc.disable()
+        try:
+            if how == "released":
+                weights.release()
+            elif how == "makes way":
+                monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)
+                encode_prompt(opened.text_encoder, "a panda")
+            elif how == "in another mode":
+                weights._mode = "offload_blocks"
+                with weights.running(mode="gpu"):
+                    pass
+            del opened, weights
+            assert not any(tensor() is not None for tensor in held)
+        finally:
+            gc.enable()
 
     def test_one_that_runs_stays(self, opened, monkeypatch):
         monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)
