@@ -35,6 +35,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("torch", "_int_mm"),
     ("torch", "_scaled_mm"),
     ("torch", "_dynamo.config.recompile_limit"),
+    ("torch", "_dynamo.config.skip_nnmodule_hook_guards"),
     ("torch._dynamo.callback", "callback_handler.register_start_callback"),
     ("torch._dynamo.exc", "TorchDynamoException"),
     ("torch._inductor.cpp_builder", "get_cpp_compiler"),
@@ -279,8 +280,9 @@ def on_compiling(begin: Callable[..., None], end: Callable[..., None]) -> Sequen
 
 
 def compiled_versions(most: int) -> AbstractContextManager:
-    """Have torch keep up to ``most`` versions of one function's code."""
-    return torch._dynamo.config.patch(recompile_limit=most)
+    """Have torch keep up to ``most`` versions of one function's code, one for each set of layers with hooks, as LoRAs
+    put on: of itself it takes code that was compiled without for one that has some."""
+    return torch._dynamo.config.patch(recompile_limit=most, skip_nnmodule_hook_guards=False)
 
 
 def compiler_error() -> type[Exception]:
