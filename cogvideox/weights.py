@@ -359,15 +359,15 @@ class Weights:
                 copy.release()
 
     def _free(self) -> None:
-        """Free the module now: what stands in the place of its methods refers to it, so that it would stay, on a card
-        too, until the interpreter looks for what nobody uses any more."""
-        self._mode = None
-        if self._module is not None:
-            self._module = None
-            gc.collect()
+        """Free the module now, or what there is of one that could not be loaded: what stands in the place of its
+        methods refers to it, so that it would stay, on a card too, until the interpreter looks for what nobody uses
+        any more."""
+        self._module = self._mode = None
+        gc.collect()
 
     def __del__(self) -> None:
-        self._free()
+        if self._module is not None:
+            self._free()
 
 
 class SharedWeights(Weights):
