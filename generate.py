@@ -85,6 +85,9 @@ if TYPE_CHECKING:
     from cogvideox.precision.policy import DtypePlan
     from interop.report import ConfigReport
 
+#: Signals that end a program: of the system, of a terminal that is closed, and of Ctrl+Break on Windows.
+_STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
 EXAMPLE = """examples:
   python generate.py --model models/CogVideoX1.5-5B --prompt "A panda plays the guitar." --output panda.mp4
   python generate.py --model models/CogVideoX1.5-5B-I2V --image panda.png --prompt "The panda looks up." \\
@@ -648,16 +651,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stopped_in_order() -> Iterator[None]:
-    """Have what a system stops programs with do in a ``with`` block what Ctrl+C does, so that nothing half written
-    stays. Processes that share a video wait for each other in what only their own end ends."""
-    if place_of().count > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Have what a system, or a terminal that is closed, stops programs with do in a ``with`` block what Ctrl+C does, so
+    that nothing half written stays. Processes that share a video wait for each other in what only their own end
+    ends."""
+    before: dict[int, Any] = {}
+    if place_of().count == 1 and threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in _STOPS}
+        # nohup has a closed terminal ignored.
+        before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _begun(options: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> bool:

@@ -219,7 +219,7 @@ def applied(
         device: where it runs, if its weights are not there all the time.
 
     Raises:
-        ValueError: if a LoRA's weights hold NaN or Inf, or its file changed.
+        ValueError: if a LoRA's weights hold NaN or Inf, were not written to their end, or its file changed.
     """
     layers: dict[str, list[tuple[Lora, Pair]]] = {}
     for lora in loras:
@@ -228,7 +228,7 @@ def applied(
         for name, pair in lora.pairs.items():
             layers.setdefault(name, []).append((lora, pair))
     # A layer's at a time: in fp32 those of a large LoRA are gigabytes.
-    changes = ((name, [_changes(lora, pair) for lora, pair in pairs]) for name, pairs in layers.items())
+    changes = ((name, [_changes(lora, name, pair) for lora, pair in pairs]) for name, pairs in layers.items())
     with added(changes, module, precision, device):
         yield
 
@@ -310,8 +310,15 @@ def _range_safe(weight: torch.Tensor, device: torch.device) -> RangeSafeLinear:
     return linear
 
 
-def _changes(lora: Lora, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    return _read(lora, pair.down), _scaled(_read(lora, pair.up), lora, pair)
+def _changes(lora: Lora, name: str, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
+    # One of the two begins as zeros, and stays so where nothing was trained.
+    if not (down.any() or up.any()):
+        raise ValueError(
+            f"{short(lora.path, 400)} is not whole: its weights for {name} are zeros throughout, as where a download "
+            "or a copy was not finished, so it would do nothing there. Delete the file and download it again."
+        )
+    return down, _scaled(up, lora, pair)
 
 
 def _scaled(up: torch.Tensor, lora: Lora, pair: Pair) -> torch.Tensor:

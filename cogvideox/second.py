@@ -1,6 +1,7 @@
 """A second copy of the transformer on another device, which evaluates one half of guidance while the first evaluates
 the other: the numbers of one device that evaluates them one after the other."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -38,7 +39,8 @@ class Second:
         self._weights, self._mode, self._speedups = weights, mode, speedups
         self._prepared, self._events = prepared, events
         self._module: nn.Module | None = None
-        self._first: nn.Module | None = None
+        # Not kept: one that was not finite makes way for what is loaded in its place.
+        self._first: weakref.ref[nn.Module] | None = None
         self._running = ExitStack()
         self._turn, self._again = (-1, 0), False
         # Windows whose last step the first device evaluated alone.
@@ -88,9 +90,9 @@ class Second:
         Args:
             restart: has the first device begin the step anew.
         """
-        self._first = self._first or transformer
+        self._first = self._first or weakref.ref(transformer)
         # One that was loaded anew, as the first was not finite or had no room, runs otherwise than the copy.
-        if self._module is None or len(calls) < 2 or transformer is not self._first:
+        if self._module is None or len(calls) < 2 or transformer is not self._first():
             return [call(transformer) for call in calls]
         if self._again:
             self._missed.add(self._turn[1])

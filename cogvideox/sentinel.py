@@ -213,13 +213,13 @@ class Sentinel:
 
     def _run_finite(self, work: Callable[[nn.Module, Precision], Result], where: str) -> Result:
         """``run``, where memory does not run out."""
-        module = self._entered
-        result = work(module, self.weights.precision)
+        # Not kept in a variable: what is loaded in its place has its room.
+        result = work(self._entered, self.weights.precision)
         if self._is_finite(result):
             return result
         del result
-        with probes(module, self.weights.precision) as found:
-            result = work(module, self.weights.precision)
+        with probes(self._entered, self.weights.precision) as found:
+            result = work(self._entered, self.weights.precision)
         culprit = found[0] if found else None
         if self._team is not None:
             culprit = self._team.first_of(culprit)

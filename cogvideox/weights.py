@@ -1,5 +1,6 @@
 """The weights of one part as they run on one device, and where they are meanwhile."""
 
+import gc
 import logging
 import threading
 import weakref
@@ -93,6 +94,8 @@ class Weights:
     Shared by every copy of a handle, and freed with the last of them.
     """
 
+    _module: nn.Module | None = None
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -106,7 +109,6 @@ class Weights:
         quantized."""
         self._checkpoint, self.kind, self.precision = checkpoint, kind, precision
         self.hardware, self.memory, self.method = hardware, memory, method
-        self._module: nn.Module | None = None
         # How it was set up to run; None while any is open.
         self._mode: str | None = None
         # How often ``running`` is entered.
@@ -257,7 +259,7 @@ class Weights:
             mode = mode or self.fitting_mode()
             if self._mode not in (None, mode):
                 # Hooks that offload cannot be taken off again by anything that is public.
-                self._module, self._mode = None, None
+                self._free()
             offloads = mode != GPU and not _is_host(self.device)
             module = self._load(torch.device("cpu") if offloads else self.device, events)
             if offloads and self._mode is None:
@@ -307,7 +309,7 @@ class Weights:
         for other in sorted(_loaded, key=lambda part: part.nbytes, reverse=True):
             if nbytes and nbytes + _ROOM > free_host_bytes() and other is not self and other._waits:
                 logger.info("The %s makes way in this computer's memory", PARTS[other.kind][0])
-                other._module = None
+                other._free()
         free = free_host_bytes()
         if events is not None and nbytes > free and self.method is None and self.kind != "vae":
             events.note(
@@ -343,7 +345,7 @@ class Weights:
             if self._in_use:
                 pass
             elif self._lacks_host_room(beside):
-                self._module = None
+                self._free()
             elif self._module is not None and self._mode in (None, GPU):
                 self._module.to("cpu")
             for copy in self._copies.values() if copies else ():
@@ -352,9 +354,20 @@ class Weights:
     def release(self) -> None:
         """Free the weights, and their copies'; the next ``running`` loads them again."""
         with _turn:
-            self._module = None
+            self._free()
             for copy in self._copies.values():
                 copy.release()
+
+    def _free(self) -> None:
+        """Free the module now, or what there is of one that could not be loaded: what stands in the place of its
+        methods refers to it, so that it would stay, on a card too, until the interpreter looks for what nobody uses
+        any more."""
+        self._module = self._mode = None
+        gc.collect()
+
+    def __del__(self) -> None:
+        if self._module is not None:
+            self._free()
 
 
 class SharedWeights(Weights):

@@ -261,7 +261,8 @@ def _kept(path: Path, shape: "torch.Size") -> "torch.Tensor":
         latents = read_latent(path)
     except ValueError as error:
         failed = error
-    if latents is None or latents.shape != shape or not is_finite(latents):
+    # A channel of a frame is zeros throughout where a copy was not finished.
+    if latents is None or latents.shape != shape or not is_finite(latents) or not latents.any(-1).any(-1).all():
         raise ValueError(
             f"{short(path, 400)} is not the part of the video that was written there: the file is damaged, or another "
             "is in its place. Delete it, and the part is made anew."

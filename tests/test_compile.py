@@ -134,19 +134,27 @@ class TestSharing:
         assert torch.equal(compiled, run(model, prompts, shape=larger, cfg=cfg))
         assert len(graphs) == 1
 
+    @pytest.fixture
+    def lora(self, model, tmp_path):
+        """``lora(name, blocks)``: the model with a new LoRA beside those blocks."""
+
+        def get(name, blocks):
+            tensors = {}
+            for block in blocks:
+                for layer in ("attn1.to_q", "attn1.to_out.0", "ff.net.2"):
+                    layer = f"transformer_blocks.{block}.{layer}"
+                    out, inner = model.weights.part.tensors[f"{layer}.weight"].shape
+                    tensors[f"transformer.{layer}.lora_A.weight"] = torch.randn(2, inner) * inner**-0.5
+                    tensors[f"transformer.{layer}.lora_B.weight"] = torch.randn(out, 2) * 0.2
+            save_file(tensors, tmp_path / f"{name}.safetensors")
+            return with_lora(model, tmp_path / f"{name}.safetensors")
+
+        return get
+
     def test_a_lora_is_compiled_in_once_and_another_one_of_its_kind_uses_the_same_code(
-        self, model, prompts, tmp_path, graphs
+        self, model, prompts, lora, graphs
     ):
-        tensors = {}
-        for block in range(LAYERS):
-            for layer in ("attn1.to_q", "attn1.to_out.0", "ff.net.2"):
-                name = f"transformer_blocks.{block}.{layer}"
-                out, inner = model.weights.part.tensors[f"{name}.weight"].shape
-                tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, inner) * inner**-0.5
-                tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, 2) * 0.2
-        save_file(tensors, tmp_path / "first.safetensors")
-        save_file({name: value.flip(0) for name, value in tensors.items()}, tmp_path / "second.safetensors")
-        first, second = (with_lora(model, tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+        first, second = (lora(name, range(LAYERS)) for name in ("first", "second"))
         plain = run(first, prompts)
         assert not torch.equal(plain, run(model, prompts))
         assert torch.equal(run(first, prompts, Compiled()), plain)

@@ -647,26 +647,31 @@ class TestTheOutput:
             assert video.streams.video[0].average_rate == 20
             assert [stream.type for stream in video.streams] == ["video", "audio"]
 
-    def test_a_run_that_the_system_stops_leaves_nothing_half_written(self, tiny, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_a_run_that_the_system_stops_leaves_nothing_half_written(self, tiny, tmp_path, capsys, monkeypatch, number):
         import cogvideox.video as module
 
-        stopped = []
+        stopped, real = [], module._encode
 
         def stop(_, path, *__):
             path.write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
         monkeypatch.setattr(module, "_encode", stop)
-        before = signal.signal(signal.SIGTERM, lambda *_: stopped.append("not by the program"))
+        before = signal.signal(number, lambda *_: stopped.append("not by the program"))
         try:
             code, _, error = run(capsys, *short_run(tiny, tmp_path / "a.mp4"))
             assert (code, error.splitlines()[-1]) == (130, "stopped.")
             assert list(tmp_path.iterdir()) == []
             # Afterwards it is as it was.
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             assert stopped
+            # As nohup has it.
+            signal.signal(number, signal.SIG_IGN)
+            monkeypatch.setattr(module, "_encode", lambda *_: os.kill(os.getpid(), number) or real(*_))
+            assert run(capsys, *short_run(tiny, tmp_path / "a.mp4"))[0] == 0
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(number, before)
 
     def test_latents_go_elsewhere_where_their_folder_is_gone(self, tiny, tmp_path, capsys, monkeypatch):
         import cogvideox.video as module

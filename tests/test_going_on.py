@@ -364,8 +364,9 @@ class TestChain:
             lambda good: b"",
             lambda good: latent_bytes(torch.ones(1, 16, 3, 4, 6)),
             lambda good: latent_bytes(torch.full((1, 16, 5, 4, 6), torch.nan)),
+            lambda good: good[: len(good) // 2] + bytes(len(good) - len(good) // 2),
         ],
-        ids=["cut off", "empty", "shorter", "NaN"],
+        ids=["cut off", "empty", "shorter", "NaN", "half written"],
     )
     def test_what_is_no_such_part_is_not_taken_for_one(self, checkpoints, tmp_path, capsys, image, other):
         arguments = self.arguments(checkpoints, tmp_path, image, "--overwrite", "--steps", "1")

@@ -467,6 +467,25 @@ def test_a_lora_with_nan_is_refused_by_name_and_leaves_no_hook(tmp_path, tiny, p
     sample(model, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=1)
 
 
+@pytest.mark.parametrize("precision", [FP32, RANGE_SAFE_FP16], ids=["fp32", "range-safe"])
+def test_a_lora_that_was_not_written_to_its_end_is_refused_by_name(tmp_path, part, precision):
+    module = load_module(part, precision, torch.device("cpu"))
+    halves = draw(part)
+    # Those that were not trained.
+    halves |= {name: (down, 0 * up) for name, (down, up) in halves.items() if name.endswith("to_q")}
+    whole = write(tmp_path / "lora.safetensors", halves, **FORMATS["diffusers"])
+    with applied([open_lora(whole, part)], module, precision):
+        pass
+    content = whole.read_bytes()
+    whole.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with (
+        pytest.raises(ValueError, match="lora.safetensors is not whole: its weights for .* are zeros throughout"),
+        applied([open_lora(whole, part)], module, precision),
+    ):
+        pass
+    assert not any(child._forward_hooks for child in module.modules())
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1e-3, 0])
 @pytest.mark.parametrize("place", ["weights", "settings"])
 def test_an_alpha_below_one_is_what_peft_makes_of_it(tmp_path, part, inputs, with_peft, alpha, place):

@@ -3,6 +3,7 @@ lost."""
 
 import gc
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cogvideox.loading as loading_module
 import cogvideox.lora as lora_module
 import cogvideox.memory as memory_module
 import cogvideox.modules.attention as attention_module
@@ -29,7 +31,7 @@ from cogvideox.modules.cache import Cache
 from cogvideox.modules.fastest import Shape
 from cogvideox.precision.hardware import Hardware
 from cogvideox.sampling import sample
-from cogvideox.sentinel import OutOfMemory
+from cogvideox.sentinel import OutOfMemory, Sentinel
 from cogvideox.tensors import free_host_bytes
 from cogvideox.text import encode_prompt
 from cogvideox.video import write_latent
@@ -454,6 +456,52 @@ class TestHost:
         assert any("The transformer takes" in text and "0.0 MB are free" in text for text in said) != stays
         # It is read again when it runs.
         assert encode_prompt(opened.text_encoder, "a panda").embeddings.isfinite().all()
+
+    @pytest.mark.parametrize("how", ["released", "makes way", "in another mode", "of handles that are gone"])
+    def test_what_is_freed_is_gone_at_once(self, tiny, prompts, monkeypatch, how):
+        opened = open_handles(tiny, "fp16", CPU)
+        weights = opened.model.weights
+        sample(opened.model, *prompts, torch.zeros(1, 16, 4, 6, 10), seed=1, steps=2)
+        held = [weakref.ref(tensor) for tensor in weights._module.parameters()]
+        gc.disable()
+        try:
+            if how == "released":
+                weights.release()
+            elif how == "makes way":
+                monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)
+                encode_prompt(opened.text_encoder, "a panda")
+            elif how == "in another mode":
+                weights._mode = "offload_blocks"
+                with weights.running(mode="gpu"):
+                    pass
+            del opened, weights
+            assert not any(tensor() is not None for tensor in held)
+        finally:
+            gc.enable()
+
+    def test_what_there_is_of_one_that_had_no_room_is_gone_before_it_is_loaded_otherwise(self, tiny, monkeypatch):
+        real, held, there = loading_module.empty_module, [], []
+
+        def begin(part):
+            there.append(sum(module() is not None for module in held))
+            begun = real(part)
+            held.extend(weakref.ref(module) for module in begun[0].modules())
+            return begun
+
+        def progress(*_):
+            if len(there) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(loading_module, "empty_module", begin)
+        events, weights = Told(), open_handles(tiny, "fp16", CPU).model.weights
+        monkeypatch.setattr(events, "counter", lambda *_: progress)
+        gc.disable()
+        try:
+            with Sentinel(weights, events=events, placements=[Placement("gpu"), Placement("offload_layers")]):
+                pass
+        finally:
+            gc.enable()
+        assert there == [0, 0]
 
     def test_one_that_runs_stays(self, opened, monkeypatch):
         monkeypatch.setattr(weights_module, "free_host_bytes", lambda: 1000)

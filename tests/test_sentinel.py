@@ -1,6 +1,10 @@
 """No value that is not finite survives: faults are put into chosen modules at chosen times, and the run heals or names
 them."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,6 +117,27 @@ def test_a_lasting_fault_of_one_dtype_is_healed_from_the_last_finite_latents(
     assert (result - truth).norm() / truth.norm() < 0.05
     # The handle is as it was: it can be used again, in any order.
     assert opened.model.weights.precision == bf16
+
+
+@pytest.mark.parametrize("second", [None, CPU])
+def test_what_was_not_finite_has_made_way_before_another_is_loaded(tiny, prompts, monkeypatch, second):
+    real, held, there = weights_module.load_module, [], []
+
+    def load(*given):
+        there.append(sum(any(tensor() is not None for tensor in module) for module in held))
+        module = real(*given)
+        held.append([weakref.ref(tensor) for tensor in module.parameters()])
+        return module
+
+    monkeypatch.setattr(weights_module, "load_module", load)
+    model = replace(open_handles(tiny, "fp16", CPU, on_mismatch="warn").model, second=second)
+    gc.disable()
+    try:
+        sample(model, *(1e6 * prompt for prompt in prompts), empty_latent(80, 48, 17), seed=1, steps=2)
+    finally:
+        gc.enable()
+    # The copy on a second device stays.
+    assert there == ([0, 0] if second is None else [0, 1, 1])
 
 
 def test_the_largest_value_before_the_fault_is_told(tiny, prompts, fault):
