@@ -23,7 +23,7 @@ from ...cogvideox.geometry import padded, padding_frames, rotary_embedding
 from ...cogvideox.preview import LATENT_RGB, stretched
 from ...cogvideox.variants import OFS, full_config
 from ...cogvideox.words import listed, short
-from .core_parts import OURS, PartPatcher
+from .core_parts import OURS, Known, PartPatcher, StandIn
 from .page import failures_shown
 from .progress import NodeEvents, saving_latents
 
@@ -44,6 +44,8 @@ _CORES_MARGIN = 1.5
 _LARGEST_BATCH = 64
 #: How far two sigmas may be apart, relatively, that are one step's.
 _SAME_SIGMA = 1e-3
+#: What LTXV's guidance (STG, modality) asks of a call of its own: parts of attention that are left out.
+_LTXV_GUIDANCE = ("stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn")
 #: Core maps LoRAs under ``transformer.``, as diffusers' trainers write them, and under no prefix by the model's class:
 #: this one of its classes stands for names that are the model's own.
 _Diffusers: Any = getattr(model_base, "Kandinsky5", object)
@@ -91,6 +93,10 @@ class _LatentFormat(latent_formats.CogVideoX):
         self.scale_factor = scale
 
 
+class _Sampling(StandIn, model_sampling.ModelSamplingDiscrete, model_sampling.V_PREDICTION):
+    """Core's sampling of a model that predicts v, over the checkpoint's own noise levels."""
+
+
 class Bridged(model_base.CogVideoX, _Diffusers):
     """Core's model around ``Net``: what a sampler's latents and conditionings are before the transformer reads them."""
 
@@ -103,8 +109,12 @@ class Bridged(model_base.CogVideoX, _Diffusers):
         settings.latent_format = _LatentFormat(model.latent_scale)
         # Not through the classes between, which would build core's transformer.
         model_base.BaseModel.__init__(self, settings, model_base.ModelType.V_PREDICTION, model.weights.device)
+        settings.unet_config = Known(settings.unet_config)
         self.image_to_video = model.variant.image_to_video
-        self.model_sampling.set_sigmas(noise_levels(model.scheduler_config))
+        #: Of the timesteps that the model knows, whatever another node samples by.
+        self.levels = noise_levels(model.scheduler_config).float()
+        self.model_sampling = _Sampling(settings)
+        self.model_sampling.set_sigmas(self.levels)
         self.diffusion_model = Net(model, config)
 
     @property
@@ -143,7 +153,7 @@ class Bridged(model_base.CogVideoX, _Diffusers):
         return self.diffusion_model.step_bytes(tuple(input_shape))
 
 
-class Net(nn.Module):
+class Net(StandIn):
     """What core calls as ``diffusion_model``: no parameters, names of those that it stands for, and the engine's
     transformer within a run.
 
@@ -169,15 +179,12 @@ class Net(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_inner", ()):
-            self._refuse_inner(name)
+            with failures_shown():
+                raise ValueError(
+                    f"Something asks for a module inside of the model ({name}), and only the engine may work on those: "
+                    f"a bypass LoRA, a patch of single blocks or saving a LoRA out of a model does so. {OURS}"
+                )
         return super().__getattr__(name)
-
-    @failures_shown()
-    def _refuse_inner(self, name: str) -> None:
-        raise ValueError(
-            f"Something asks for a module inside of the model ({name}), and only the engine may work on those: a "
-            f"bypass LoRA or a patch of single blocks does so. {OURS}"
-        )
 
     @cached_property
     def advertised(self) -> Mapping[str, torch.Tensor]:
@@ -218,10 +225,8 @@ class Net(nn.Module):
         executor = WrapperExecutor.new_class_executor(self._predict, self, wrappers)
         return executor.execute(x, timestep, context, ofs, transformer_options, **given)
 
-    def _predict(self, x, timestep, context, ofs, transformer_options, control=None, **_):
+    def _predict(self, x, timestep, context, ofs, transformer_options, **_):
         """Predict v ``[B, 16, T, h, w]`` for ``x`` ``[B, C, T, h, w]``."""
-        if control is not None:
-            raise ValueError("A ControlNet of another model is connected, which this one cannot read. Take it away.")
         # A whole video is padded before it is sampled; windows of it, and areas, may be odd.
         padding, (height, width) = padding_frames(x.shape[2], self.config), x.shape[-2:]
         if padding:
@@ -290,7 +295,7 @@ class ModelPatcher(PartPatcher):
                 "more formats."
             )
         if strength_model != 1.0:
-            raise ValueError(f"Merging with other weights is not possible. {OURS}")
+            raise ValueError(f"This node scales the model's own weights, which stay as they are. {OURS}")
         net = self.model.diffusion_model
         dense = []
         for key, patch in patches.items():
@@ -600,7 +605,7 @@ def _replacements(options: dict) -> dict[int, Callable]:
     if others:
         raise ValueError(
             f"A node patches what this model does not give out ({listed(others)}) in calls of its own, which would "
-            "take their time and change nothing: PAG and its like work on attention. Take it away."
+            "take their time and change nothing: PAG, STG and their like work on attention. Take it away."
         )
     found = options.get("patches_replace", {}).get("dit", {})
     return {key[1]: partial(_replaced, patch) for key, patch in found.items() if key[0] == "double_block"}
@@ -608,7 +613,8 @@ def _replacements(options: dict) -> dict[int, Callable]:
 
 def _replaced_elsewhere(options: dict) -> list[str]:
     """List what other nodes replace that is no block of the transformer."""
-    return [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
+    replaced = [name for name, patches in options.get("patches_replace", {}).items() if patches and name != "dit"]
+    return replaced + [name for name in _LTXV_GUIDANCE if name in options]
 
 
 def _replaced(patch, own, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, **given):
@@ -779,6 +785,12 @@ def _refuse(guider, sampler) -> None:
             "LazyCache compares latents that begin at 4519 times the size of a picture with zero terminal SNR, so it "
             "would skip the wrong steps. Use EasyCache, or CogVideoX-1.5 Cache before CogVideoX-1.5 to ComfyUI."
         )
+    changed = guider.model_options.get("sampler_post_cfg_function", ())
+    if any(getattr(function, "__name__", "") == "epsilon_scaling_function" for function in changed):
+        raise ValueError(
+            "Epsilon Scaling takes a share less of the noise off, and with zero terminal SNR the noise begins at 4519 "
+            "times the size of a picture, so it would stay in the video. Take it away."
+        )
     second = _second(guider)
     for patcher in (guider.model_patcher, *([] if second is None else [second])):
         _refuse_sampling(patcher)
@@ -789,6 +801,11 @@ def _refuse(guider, sampler) -> None:
         raise ValueError(
             f"Context Windows (Manual) has dim at {handler.dim}, and a video's frames are dimension 2, so no window "
             "would be made along them. Set dim to 2."
+        )
+    if handler is not None and "easycache" in options:
+        raise ValueError(
+            "EasyCache compares each call of the model with the one before, and with Context Windows (Manual) that is "
+            "another window of the video. Take one of the two away."
         )
     if options.get("rope_options"):
         raise ValueError(
@@ -827,8 +844,17 @@ def _refuse_sampling(patcher: ModelPatcher) -> None:
     if not isinstance(sampling, reads_v) or isinstance(sampling, model_sampling.EDM):
         raise ValueError(
             "A node such as ModelSamplingSD3 or ModelSamplingDiscrete has the sampler read what the model predicts as "
-            "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away, or choose "
-            "v_prediction in ModelSamplingDiscrete."
+            "another model's, and CogVideoX predicts v, so the video would be wrong. Take it away."
+        )
+    levels = patcher.model.levels
+    told = sampling.timestep(levels).float()
+    wrong = (told - torch.arange(len(levels))).abs()
+    if wrong.max() > 1:
+        at = int(wrong.argmax())
+        raise ValueError(
+            "A node such as ModelSamplingContinuousEDM, or ModelSamplingDiscrete with zsnr off, samples by another "
+            f"noise schedule than this model was trained with: at sigma {levels[at]:.4g} it tells the model timestep "
+            f"{told[at]:.4g}, and that is {at} of the model's, so the video would be wrong. Take it away."
         )
 
 
@@ -879,6 +905,10 @@ def _check(
         for entry in entries:
             if entry.get("cross_attn") is None:
                 raise ValueError(f"The {side} conditioning has no prompt. Connect CLIP Text Encode.")
+            if entry.get("control") is not None:
+                raise ValueError(
+                    "A ControlNet of another model is connected, which this one cannot read. Take it away."
+                )
             check_embeddings(entry["cross_attn"], side, full_config(reader.weights.config), latents.shape[0])
             _check_part(entry, side, latents.shape[2] + padding)
             image = entry.get("concat_latent_image")
@@ -891,8 +921,8 @@ def _check(
     if begins < 0.9 * top and noise.any() and not latents.any():
         events.note(
             f"The schedule begins at sigma {begins:.4g}, and the model was trained to begin at {top:.4g}, with noise "
-            "alone: the video will be washed out. Choose the scheduler simple; ddim_uniform is none for a model with "
-            "zero terminal SNR."
+            "alone: the video will be washed out. Sample all steps (denoise 1, from step 0) by the scheduler simple; "
+            "ddim_uniform is none for a model with zero terminal SNR."
         )
     if padding and latents.any() and not noise.any() and begins > float(sigmas[-1]):
         events.note(

@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import nn
 
 from ...cogvideox.variants import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from ...cogvideox.words import short
+from .language import said
 from .memory import whole_bytes
 from .page import failures_shown
 from .progress import NodeEvents, saving_latents
@@ -25,6 +27,34 @@ if TYPE_CHECKING:
 
 #: What to use instead of a node that works on a model's weights themselves.
 OURS = "Make the change on our model, before CogVideoX-1.5 to ComfyUI, or take the node away."
+
+
+def _made_for_others(name: str) -> str:
+    """Say that a node looks for what other models have."""
+    return (
+        f"This node asks for '{short(name)}', which CogVideoX does not have: it is made for other models, as FreeU is "
+        "for UNets. Take it away."
+    )
+
+
+class Known(dict):
+    """What core's nodes may read by name: a name of other models is refused in words."""
+
+    @failures_shown()
+    def __missing__(self, name):
+        raise ValueError(_made_for_others(str(name)))
+
+
+class StandIn(nn.Module):
+    """What core has in the place of a module of its own: an attribute that it lacks, as any object may, is one that
+    other models' have."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Of this class, as some only look whether it is there.
+            raise AttributeError(said(_made_for_others(name))) from None
 
 
 class PartPatcher(ModelPatcher):
@@ -96,7 +126,7 @@ class PartPatcher(ModelPatcher):
         )
 
 
-class _Stage(nn.Module):
+class _Stage(StandIn):
     """A part's module in core's eyes: none of its own weights, and none that core could move."""
 
     def __init__(self, handle: Any):
@@ -138,7 +168,7 @@ class _Tokenizer:
     CogVideoX knows no weights of words."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict:
-        return {"t5xxl": text}
+        return Known(t5xxl=text)
 
     def state_dict(self) -> dict:
         return {}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from inside import ROOT, arguments, load, pack, tiny  # isort: skip # It comes first: it makes the others importable.
 
+import comfy.controlnet
 import comfy.k_diffusion.sampling
 import comfy.model_management as management
 import comfy.sample
@@ -98,20 +99,20 @@ def empty(length, batch=1, height=12, width=20):
     return torch.zeros(batch, 16, length, height, width)
 
 
-def refused(words, work):
+def refused(words, work, kinds=(ValueError, RuntimeError)):
     """Assert that ``work`` is refused with a plain error whose sentence has ``words`` in it, and is on the node that
-    runs."""
+    runs, unless it is what a look for an attribute raises."""
     said, shown, before = None, [], (page.running_node, page.show)
     page.running_node, page.show = lambda: "5", lambda text, *_: shown.append(text)
     try:
         work()
-    except (ValueError, RuntimeError) as error:
+    except kinds as error:
         said = error
     finally:
         page.running_node, page.show = before
-    assert type(said) in (ValueError, RuntimeError), (words, said)
+    assert type(said) in kinds, (words, said)
     assert words in str(said), str(said)
-    assert str(said) in shown[-1:], (words, shown)
+    assert isinstance(said, AttributeError) or str(said) in shown[-1:], (words, shown)
     print(f"refused: {words}", flush=True)
 
 
@@ -276,7 +277,16 @@ def core_nodes():
     refused("VOID's sampler", lambda: custom(model, latents, noise, of(nodes_void.VOIDSampler)))
     lazy = of(nodes_easycache.LazyCacheNode, model, 0.2, 0.15, 0.95, False)
     refused("LazyCache", lambda: run(lazy, latents, noise))
-    from comfy_extras import nodes_model_merging, nodes_nag, nodes_pag, nodes_rope
+    from comfy_extras import (
+        nodes_attention_multiply,
+        nodes_eps,
+        nodes_freelunch,
+        nodes_lt,
+        nodes_model_merging,
+        nodes_nag,
+        nodes_pag,
+        nodes_rope,
+    )
 
     refused("cannot be saved", lambda: nodes_model_merging.ModelSave().save(model, "x"))
     refused("cannot be saved", lambda: nodes_model_merging.CheckpointSave().save(model, None, None, "x"))
@@ -284,7 +294,10 @@ def core_nodes():
     nag = of(nodes_nag.NAGuidance, model, 5.0, 0.5, 1.5)
     refused("NAG, PAG", lambda: run(nag, latents, noise))
     perturbed = of(nodes_pag.PerturbedAttentionGuidance, model, 3.0)
-    refused("PAG and its like", lambda: run(perturbed, latents, noise))
+    refused("PAG, STG and their like", lambda: run(perturbed, latents, noise))
+    for node, *given in ((nodes_lt.LTXVSpatioTemporalGuidance, 3.0, "0"), (nodes_lt.LTXVModalityGuidance, 3.0)):
+        apart = of(node, model, *given, 0.0, 1.0)
+        refused("change nothing", lambda apart=apart: run(apart, latents, noise))
     turned = of(nodes_rope.ScaleROPE, model, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0)
     refused("rotary positions", lambda: run(turned, latents, noise))
     sd3 = nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0]
@@ -292,9 +305,37 @@ def core_nodes():
         other = nodes_model_advanced.ModelSamplingDiscrete().patch(model, kind, False)[0]
         refused("CogVideoX predicts v", lambda other=other: run(other, latents, noise))
     refused("CogVideoX predicts v", lambda: run(sd3, latents, noise))
+    edm, continuous = nodes_model_advanced.ModelSamplingContinuousEDM(), nodes_model_advanced.ModelSamplingContinuousV()
     for kind in ("edm", "edm_playground_v2.5", "eps"):
-        other = nodes_model_advanced.ModelSamplingContinuousEDM().patch(model, kind, 120.0, 0.002)[0]
+        other = edm.patch(model, kind, 120.0, 0.002)[0]
         refused("CogVideoX predicts v", lambda other=other: run(other, latents, noise))
+    # Those that predict v, and tell the model other timesteps than the noise is of.
+    for node, *given in (
+        (edm, "v_prediction", 120.0, 0.002),
+        (continuous, "v_prediction", 500.0, 0.03),
+        (nodes_model_advanced.ModelSamplingDiscrete(), "v_prediction", False),
+    ):
+        other = node.patch(model, *given)[0]
+        refused("another noise schedule", lambda other=other: run(other, latents, noise))
+    shifted = bridge.to_model(build("2b", "2b").model)
+    (zero_snr,) = nodes_model_advanced.ModelSamplingDiscrete().patch(shifted, "v_prediction", True)
+    refused("another noise schedule", lambda: run(zero_snr, latents, noise))
+    scaled = of(nodes_eps.EpsilonScaling, model, 1.005)
+    refused("Epsilon Scaling", lambda: run(scaled, latents, noise))
+    cached = of(nodes_easycache.EasyCacheNode, windows, 0.2, 0.15, 0.95, False)
+    refused("another window", lambda: run(cached, long, long_noise))
+    # What looks for other models' parts.
+    for node, *given in ((nodes_freelunch.FreeU, 1.1, 1.2, 0.9, 0.2), (nodes_freelunch.FreeU_V2, 1.3, 1.4, 0.9, 0.2)):
+        refused("made for other models", lambda node=node, given=given: of(node, model, *given))
+    refused(
+        "made for other models", lambda: nodes_model_advanced.ModelNoiseScale().patch(model, 1.0), (AttributeError,)
+    )
+    refused("made for other models", lambda: model.model.diffusion_model.forward_video, (AttributeError,))
+    assert not hasattr(model.model.diffusion_model, "forward_video")
+    attention = lambda: of(nodes_attention_multiply.UNetSelfAttentionMultiply, model, 2.0, 1.0, 1.0, 1.0)  # noqa: E731
+    refused("scales the model's own weights", attention)
+    control = {"control": comfy.controlnet.ControlBase(), "control_apply_to_uncond": True}
+    refused("A ControlNet", lambda: run(model, latents, noise, extra=control))
     for dimension in (0, 1, 3, 4):
         along = of(
             nodes_context_windows.ContextWindowsManualNode, model, 4, 2, "standard_static", 1, False, "pyramid",
@@ -597,6 +638,9 @@ def parts():
     assert any("cut to 17" in text for text in told.texts)
     assert any("cropped to 48x32" in text for text in told.texts)
     refused("cannot be saved", core_vae.get_sd)
+    refused("made for other models", lambda: clip.generate(clip.tokenize("a cat")), (AttributeError,))
+    refused("made for other models", lambda: core_vae.first_stage_model.gaussians_per_point, (AttributeError,))
+    refused("asks for 'l'", lambda: clip.tokenize("a cat")["l"])
     print("CLIP and VAE are ours", flush=True)
 
 
