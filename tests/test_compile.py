@@ -183,8 +183,8 @@ class TestSharing:
                 compiled = run(models[name], prompts, Compiled())
                 assert (compiled - plain[name]).norm() < 1e-5 * plain[name].norm(), name
                 assert name == "none" or (plain[name] - plain["none"]).norm() > 1e-2 * plain["none"].norm()
-        # With one and without: which block it is does not matter.
-        assert len(graphs) == 2
+        # With one and without: which block it is does not matter. In fp16 LoRAs may be of two kinds, widened and not.
+        assert len(graphs) == 2 or (dtype == "fp16" and len(graphs) <= 4)
 
 
 class TestTogether:

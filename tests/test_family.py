@@ -386,8 +386,10 @@ class TestTheCommandLine:
     )
     def test_wrong_combinations_are_refused_before_the_first_step(self, built, files, capsys, variant, option, said):
         more = (option, files / "mask.mp4") if option else ()
-        video = ("--video", files / "clip.mp4", *more)
-        code, _, errors = run_generate(capsys, "--model", built(variant)[0], *self.SMALL, *video, "--plan")
+        # A plan takes what is missing for given.
+        plan = ("--plan",) if option else ()
+        video = ("--video", files / "clip.mp4", *more, *plan)
+        code, _, errors = run_generate(capsys, "--model", built(variant)[0], *self.SMALL, *video)
         assert code == 1
         assert said in errors
 

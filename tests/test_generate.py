@@ -177,7 +177,6 @@ def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch, language):
     "arguments",
     [
         ("--convert", "a", "b.safetensors", "--quantize", "fp8_weight_only"),
-        ("--convert", "a", "b.safetensors", "--lora", "style.safetensors"),
         ("--download", "t2v", "--output", "models"),
         ("--migrate", "a.json", "b.json", "--overwrite"),
         ("--check", "a", "--cfg-range", 0, 0.5),

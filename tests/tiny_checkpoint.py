@@ -82,9 +82,9 @@ def build_checkpoint(
 
 def build_deep(folder: Path | str, variant: str = "1.5") -> Path:
     """A checkpoint whose transformer has ``LAYERS`` layers, stored in fp32, for what works block by block."""
-    torch.manual_seed(0)
 
     def deepen(parts: dict) -> None:
+        torch.manual_seed(0)
         parts["transformer"] = build_transformer(variant, num_layers=LAYERS)
 
     return build_checkpoint(folder, variant, change=deepen, stored={"transformer": torch.float32})
