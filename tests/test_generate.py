@@ -189,6 +189,16 @@ def test_what_is_no_video_is_not_done_without_an_option_that_was_given(capsys, a
     assert f"goes with what makes a video, and not with {arguments[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--lora", "x"), ("--dtype", "fp16"), ("--device", "cpu"), ("--vae", "x")])
+def test_a_config_is_not_checked_without_an_option_that_was_given(tmp_path, capsys, option):
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text('{"nodes": [], "links": []}')
+    assert run(capsys, "--check", workflow, "--dtype", "auto")[0] == 0
+    with pytest.raises(SystemExit):
+        run(capsys, "--check", workflow, *option)
+    assert f"{option[0]} goes with a checkpoint" in capsys.readouterr().err
+
+
 class TestCheck:
     def test_a_checkpoint_that_runs_well_ends_with_status_0(self, tiny, capsys):
         code, said, _ = run(capsys, "--check", tiny, "--device", "cpu")
