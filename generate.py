@@ -718,11 +718,25 @@ def _checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ca
         if getattr(options, name) and work is not check:
             parser.error(f"--{name} goes with --check PATH")
     if asked and asked[0] in _READ:
-        read = (asked[0], "debug", "split", *_READ[asked[0]])
-        for name, value in vars(options).items():
-            if name not in read and value != parser.get_default(name):
-                _refuse(parser, name, asked[0])
+        _check_read(parser, options, asked[0])
     return work
+
+
+def _check_read(parser: argparse.ArgumentParser, options: argparse.Namespace, asked: str) -> None:
+    """End the program where an option is given that what is asked for, which is no video, does not read."""
+    read = (asked, "debug", "split", *_READ[asked])
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    for name in given:
+        if name not in read:
+            _refuse(parser, name, asked)
+    if options.check is not None and is_config(options.check):
+        for name in given:
+            if name in _OF_CHECKPOINTS:
+                option = name.replace("_", "-")
+                parser.error(
+                    f"--{option} goes with a checkpoint, and {short(options.check, 400)} is a config: what it runs "
+                    "with stands in it"
+                )
 
 
 def _refuse(parser: argparse.ArgumentParser, name: str, asked: str) -> NoReturn:
@@ -1003,9 +1017,11 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
+#: What --check reads of a checkpoint, and not of a config.
+_OF_CHECKPOINTS = ("dtype", "on_mismatch", "device", "lora", "text_encoder", "vae", "tokenizer")
 #: What is no video, and the options that it reads.
 _READ = {
-    "check": ("dtype", "on_mismatch", "device", "lora", "text_encoder", "vae", "tokenizer", "scan", "fix", "json"),
+    "check": (*_OF_CHECKPOINTS, "scan", "fix", "json"),
     "convert": ("dtype", "lora", "text_encoder", "vae", "tokenizer"),
     "download": (),
     "migrate": (),

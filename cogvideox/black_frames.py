@@ -97,7 +97,7 @@ class BlackFrameReport:
             return (
                 "Likely cause: the model ran in a dtype too small for its activations. CogVideoX-1.5 was trained in "
                 "bf16; in fp16 activations pass 65504, become Inf and then NaN. Set dtype to auto in CogVideoX-1.5 "
-                "Model Loader and run again."
+                "Model Loader (--dtype) and run again."
             )
         if self.eight_bit:
             return (
@@ -105,7 +105,7 @@ class BlackFrameReport:
                 "NaN is saved as black: an overflow cannot be seen in them any more. Likely cause: the model that "
                 "made them ran in a dtype too small for its activations, as fp16 is for weights trained in bf16 (all "
                 "CogVideoX but 2b). To tell, put this check directly behind the decoder, where it sees NaN itself, or "
-                "make the video again with dtype at auto in CogVideoX-1.5 Model Loader."
+                "make the video again with dtype at auto in CogVideoX-1.5 Model Loader (--dtype)."
             )
         return (
             "Every value is finite, and finer than 8 bits, so this is not an overflow. Likely causes: an empty latent "

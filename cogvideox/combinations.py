@@ -35,20 +35,20 @@ def check_combination(caches: Sequence[str], methods: Sequence[str], compiled: b
             raise ValueError(
                 f"The cache {cache} and compiling do not work together: this cache replaces parts of the blocks, "
                 "which then cannot be compiled as a whole. Choose teacache, first_block or taylorseer, or take "
-                "CogVideoX-1.5 Compile away."
+                "CogVideoX-1.5 Compile (--compile) away."
             )
         if layers and loses_layers(cache):
             raise ValueError(
                 f"The cache {cache} and memory offload_layers do not work together with diffusers "
                 f"{metadata.version('diffusers')}: layers that were skipped are not brought to the card when they run "
                 "again. Install diffusers 0.37 or newer, choose taylorseer, or set memory to offload_blocks in the "
-                "loader."
+                "loader (--memory)."
             )
     if compiled and layers:
         raise ValueError(
             "Compiling and memory offload_layers do not work together: layers are brought to the card one by one, "
-            "within what would be compiled. Set memory to offload_blocks in the loader, or take CogVideoX-1.5 Compile "
-            "away."
+            "within what would be compiled. Set memory to offload_blocks in the loader (--memory), or take "
+            "CogVideoX-1.5 Compile (--compile) away."
         )
 
 

@@ -78,7 +78,7 @@ class MemoryPlan:
         raise ValueError(
             f"This video needs {size_text(least, 1)} on the card even in the mode that takes the least, and "
             f"{size_text(self.free or 0, 1)} are free ({self._modes}). Make it smaller or shorter, close other "
-            "programs that use the card, or set memory to cpu in the loader, which takes hours."
+            "programs that use the card, or set memory to cpu in the loader (--memory), which takes hours."
         )
 
     @property

@@ -287,7 +287,10 @@ def _advice(culprit: Culprit | None, ran: Precision, healing: bool) -> str:
             "--check PATH --scan)."
         )
     if ran.dtype == torch.float16 and not ran.range_safe:
-        return f"Set {setting('on_nan')} to heal, or in the loader dtype to auto or {setting('on_mismatch')} to fix."
+        return (
+            f"Set {setting('on_nan')} to heal, or in the loader dtype (--dtype) to auto or {setting('on_mismatch')} to "
+            "fix."
+        )
     return (
         f"Set {setting('on_nan')} to heal, or check the inputs and the weights (scan_weights in the loader, or "
         "generate.py --check PATH --scan)."

@@ -84,7 +84,8 @@ def embedding_distances(part: Part, config: Mapping, timesteps: Sequence[float])
         check_finite(
             embedded,
             "The transformer's timestep embedding",
-            "Its file is damaged: download it again (scan_weights in the loader lists what is wrong in it).",
+            "Its file is damaged: download it again (scan_weights in the loader, or generate.py --check PATH --scan, "
+            "lists what is wrong in it).",
         )
         distances = [0.0]
         for now, before in zip(embedded[1:], embedded[:-1], strict=True):

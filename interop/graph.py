@@ -11,12 +11,14 @@ from .workflow import BYPASSED, MUTED
 
 #: Nodes that give a link a name -> those that take it up by that name: ComfyUI-KJNodes', ComfyUI-Easy-Use's.
 _NAMES = {"SetNode": "GetNode", "easy setNode": "easy getNode"}
+#: It leads on the first of its links that brings something.
+_SWITCH = "Any Switch (rgthree)"
 #: Nodes that only lead a link elsewhere: the page's, and those of rgthree, ComfyUI-mxToolkit and
-#: ComfyUI-Custom-Scripts. rgthree's switch leads on the first of its links that brings something.
+#: ComfyUI-Custom-Scripts.
 PASSING = (
     *_NAMES,
     *_NAMES.values(),
-    *("Reroute", "Reroute (rgthree)", "mxReroute", "ReroutePrimitive|pysssss", "Any Switch (rgthree)"),
+    *("Reroute", "Reroute (rgthree)", "mxReroute", "ReroutePrimitive|pysssss", _SWITCH),
 )
 #: Types of which this pack has its own, and which no other node takes.
 OWN_TYPES = ("COGVIDEOX_MODEL", "COGVIDEOX_VAE")
@@ -98,7 +100,10 @@ class Graph:
                     "not known. Open it in ComfyUI, which numbers them anew, save it and take that file."
                 )
             self.nodes[node.id] = node
+        # What was found out, by the output or node that it was asked of.
         self._origins: dict[tuple, Wire | None] = {}
+        self._beginnings: dict[object, Wire | None] = {}
+        self._bringing: dict[tuple, bool] = {}
         self._last = max(numbers(self.nodes), default=0)
         self._named = {
             (_NAMES[node.kind], name): node
@@ -166,12 +171,8 @@ class Graph:
 
     def before(self, node: Node, slot: int) -> Wire | None:
         """What a node that passes something on is given."""
-        if node.kind in _NAMES.values():
-            name = _first(node)
-            named = self._named.get((node.kind, name)) if isinstance(name, str) else None
-            return next(iter(named.wires.values()), None) if named else None
-        if node.raw.get("mode") != BYPASSED:
-            return next((wire for wire in node.wires.values() if self._brings(wire)), None)
+        if node.kind in _NAMES.values() or node.raw.get("mode") != BYPASSED:
+            return next((wire for wire in self.led(node) if node.kind != _SWITCH or self._brings(wire)), None)
         # As the page chooses it (ExecutableNodeDTO._getBypassSlotIndex): the input beside the output, else the first.
         wanted, sockets = socket_type(node.raw.get("outputs"), slot), dicts(node.raw.get("inputs"))
         if wanted is None:
@@ -182,10 +183,51 @@ class Graph:
         chosen = next(iter([*beside, *exact, *fitting]), {}).get("name")
         return node.wires.get(chosen) if isinstance(chosen, str) else None
 
+    def beginning(self, node: Node) -> Wire | None:
+        """The output at the beginning of what a node that only leads links elsewhere leads, switched on or off."""
+        seen: dict[object, None] = {}
+        found, on = None, node
+        while on.id not in seen and on.id not in self._beginnings:
+            seen[on.id] = None
+            wire = next(iter(self.led(on)), None)
+            if wire is None or wire.node not in self.nodes:
+                break
+            on = self.nodes[wire.node]
+            if on.kind not in PASSING:
+                found = wire
+                break
+        self._beginnings |= dict.fromkeys(seen, self._beginnings.get(on.id, found))
+        return self._beginnings[node.id]
+
+    def led(self, node: Node) -> list[Wire]:
+        """What a node that only leads links elsewhere may lead, switched on or off."""
+        if node.kind in _NAMES.values():
+            name = _first(node)
+            named = self._named.get((node.kind, name)) if isinstance(name, str) else None
+            return list(named.wires.values())[:1] if named else []
+        return list(node.wires.values())
+
     def _brings(self, wire: Wire) -> bool:
-        """Whether something may come over a wire: its node is not muted, nor bypassed with nothing to pass on."""
-        node = self.nodes.get(wire.node)
-        return node is not None and node.raw.get("mode") != MUTED and (not node.is_off or bool(node.wires))
+        """Whether something may come over a wire: no node on its way is muted, or bypassed with nothing to pass on."""
+        todo, after = [wire], {wire.key: wire.key}
+        while todo:
+            on = todo.pop()
+            key, known, node = on.key, self._bringing.get(on.key), self.nodes.get(on.node)
+            if known is False or node is None or node.raw.get("mode") == MUTED:
+                continue
+            is_bypassed = node.raw.get("mode") == BYPASSED
+            if known or (node.kind not in PASSING and not is_bypassed):
+                self._bringing[key] = True
+                while not self._bringing.get(key := after[key]):
+                    self._bringing[key] = True
+                return True
+            is_switch = node.kind == _SWITCH and not is_bypassed
+            for each in self.led(node) if is_switch else [self.before(node, on.slot)]:
+                if each is not None and each.key not in after:
+                    after[each.key] = key
+                    todo.append(each)
+        self._bringing |= dict.fromkeys(after, False)
+        return False
 
 
 def dicts(values) -> list[dict]:

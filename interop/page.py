@@ -152,7 +152,9 @@ class Page(Graph):
         for raw in nodes:
             if not _is_page_node(raw) or raw["type"] not in PASSING:
                 continue
-            now = changes.resolve(self.origin(self.before(self.nodes[_id(raw["id"])], 0)))
+            node = self.nodes[_id(raw["id"])]
+            # Where nothing comes over it now, what will once it is switched on.
+            now = changes.resolve(self.origin(self.before(node, 0)) or self.beginning(node))
             if now is None or now.node not in changes.made:
                 continue
             type_ = KINDS[changes.made[now.node].kind].outputs[now.slot][1]

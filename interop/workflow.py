@@ -380,15 +380,21 @@ def _ui_nodes(workflow: Mapping) -> Iterator[tuple[str, str, dict]]:
     muted = {node["type"] for *_, node in nodes if is_off(node)} - {
         node["type"] for *_, node in nodes if not is_off(node)
     }
-    shown: dict[str | None, dict] = {subgraph: {} for subgraph, *_ in parts}
+    # Nodes that stand for one subgraph may each be set otherwise.
+    shown: dict[str | None, dict[str, dict]] = {subgraph: {} for subgraph, *_ in parts}
     for *_, node in nodes:
         if node["type"] in shown and not is_off(node):
-            shown[node["type"]] |= _ui_widgets(node)
-    promoted = {subgraph: _promoted(graph, shown[subgraph]) for subgraph, _, graph in parts}
+            widgets = _ui_widgets(node)
+            shown[node["type"]][repr(widgets)] = widgets
+    promoted = {
+        subgraph: [_promoted(graph, widgets) for widgets in shown[subgraph].values() or [{}]]
+        for subgraph, _, graph in parts
+    }
     for subgraph, inside, node in nodes:
         if subgraph not in muted and not is_off(node):
-            widgets = _ui_widgets(node, promoted[subgraph] if inside else None)
-            yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], widgets
+            every = [_ui_widgets(node, links) for links in promoted[subgraph]] if inside else [_ui_widgets(node)]
+            for widgets in {repr(widgets): widgets for widgets in every}.values():
+                yield f'node {short(node.get("id"))} "{short(node["type"])}"{inside}', node["type"], widgets
 
 
 def graphs(workflow: Mapping, inside: str = "") -> Iterator[tuple[str | None, str, Mapping]]:

@@ -854,6 +854,15 @@ def test_a_widget_that_a_subgraph_shows_is_read(judged):
     assert report("CogVideoX_5b.safetensors", "bf16").verdict == "ok"
     assert report("wan.safetensors", "fp16").model == "none"
     assert "comes from another node" in only(report("CogVideoX_5b.safetensors", "bf16", link=9)).reason
+    # Of two that stand for it each is judged, whichever comes last.
+    for values in (("fp16", "bf16"), ("bf16", "fp16")):
+        both = [
+            node("uuid", "CogVideoX_5b.safetensors", value, id=2 + number)
+            | {"inputs": [socket("model", None), socket("compute_dtype", None)]}
+            for number, value in enumerate(values)
+        ]
+        twice = judged(ui(*both, both[0] | {"id": 4}, definitions={"subgraphs": [part]}))
+        assert sorted(finding.verdict for finding in twice.findings) == ["mismatch", "ok"]
     for odd in ([None], None, {}, [{}]):
         assert judged(ui(node("uuid"), definitions={"subgraphs": [part | {"inputs": odd, "links": [*links, None]}]}))
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import unicodedata
@@ -186,6 +187,33 @@ def test_what_is_no_video_is_not_done_without_an_option_that_was_given(capsys, a
     with pytest.raises(SystemExit):
         run(capsys, *arguments)
     assert f"goes with what makes a video, and not with {arguments[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "named"),
+    [
+        ("vae", (), "--vae"),
+        ("text_encoder", (), "--text-encoder"),
+        (None, ("--compile", "--cache", "pab"), "--compile"),
+    ],
+)
+def test_what_to_do_is_said_with_the_option_that_does_it(tiny, tmp_path, capsys, missing, options, named):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model, ignore=shutil.ignore_patterns(missing or ""))
+    size = ("--width", 80, "--height", 48, "--frames", 17, "--steps", 2)
+    code, _, said = run(capsys, "--prompt", "x", "--model", model, *size, "--output", tmp_path / "x.mp4", *options)
+    assert code == 1
+    assert re.search(rf"{named}\b", said.split("error: ")[-1])
+
+
+@pytest.mark.parametrize("option", [("--lora", "x"), ("--dtype", "fp16"), ("--device", "cpu"), ("--vae", "x")])
+def test_a_config_is_not_checked_without_an_option_that_was_given(tmp_path, capsys, option):
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text('{"nodes": [], "links": []}')
+    assert run(capsys, "--check", workflow, "--dtype", "auto")[0] == 0
+    with pytest.raises(SystemExit):
+        run(capsys, "--check", workflow, *option)
+    assert f"{option[0]} goes with a checkpoint" in capsys.readouterr().err
 
 
 class TestCheck:

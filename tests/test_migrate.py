@@ -636,15 +636,36 @@ def test_what_only_leads_a_link_does_so_when_it_is_bypassed(migrate, pack, kind)
     assert said(report, "length 81", "16N+1")
 
 
+@pytest.mark.parametrize("turn", [None, "Reroute", "mxReroute", "Any Switch (rgthree)"])
 @pytest.mark.parametrize("mode", [2, 4])
-def test_a_switch_leads_on_the_first_link_that_brings_something(migrate, pack, mode):
+def test_a_switch_leads_on_the_first_link_that_brings_something(migrate, pack, mode, turn):
     w = text_to_video()
     w.add("DownloadAndLoadCogVideoModel", "off", mode=mode, model="THUDM/CogVideoX-5b")
-    w.add("Any Switch (rgthree)", "switch", any_01=("off", 0), any_03=("loader", 0))
+    if turn:
+        w.add(turn, "turn", **{next(iter(w.table[turn][0])): ("off", 0)})
+    w.add("Any Switch (rgthree)", "switch", any_01=("turn" if turn else "off", 0), any_03=("loader", 0))
     w.change("sampler", model=("switch", 0), num_frames=82)
     page, report = migrate(w)
     workflows.check(page, pack, FILES)
     assert said(report, "length 81", "16N+1")
+    assert not said(report, "not connected")
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_links_led_from_what_is_switched_off_are_there_when_it_is_switched_on(migrate, pack, mode):
+    w = text_to_video()
+    w.add("Any Switch (rgthree)", "switch", any_01=("loader", 0))
+    w.add("SetNode", "set", VAE=("loader", 1))
+    w.add("GetNode", "get")
+    w.change("sampler", model=("switch", 0), mode=mode)
+    w.change("decode", vae=("get", 0), mode=mode)
+    w.change("loader", mode=mode)
+    page, report = migrate(w)
+    workflows.check(page, pack, FILES)
+    assert source_of(page, node_of(page, "Any Switch (rgthree)"), "any_01")[0] == "CogVideoX15ModelLoader"
+    set_node = node_of(page, "SetNode")
+    assert source_of(page, set_node, set_node["inputs"][0]["name"])[0] == "CogVideoX15ModelLoader"
+    assert not said(report, "not connected")
 
 
 def test_two_samplers_that_share_an_image_share_its_node_where_all_is_the_same(migrate, pack):

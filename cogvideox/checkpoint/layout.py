@@ -57,10 +57,10 @@ _WHOLE = {"text_encoder": ("T5ForConditionalGeneration", "T5Model", "T5WithLMHea
 _INSTEAD = {
     "transformer": "Choose another checkpoint.",
     "text_encoder": (
-        "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders), or connect ComfyUI's "
-        "CLIPLoader (t5xxl, type cogvideox) to CogVideoX-1.5 Text Encode."
+        "Choose one in the loader's text_encoder_name (a T5-XXL file in models/text_encoders) or with --text-encoder, "
+        "or connect ComfyUI's CLIPLoader (t5xxl, type cogvideox) to CogVideoX-1.5 Text Encode."
     ),
-    "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae).",
+    "vae": "Choose one in the loader's vae_name (a CogVideoX VAE in models/vae) or with --vae.",
 }
 
 

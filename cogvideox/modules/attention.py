@@ -88,7 +88,7 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
     if dtype == torch.float32 and choice not in _FP32:
         raise ValueError(
             f"The attention {choice} computes in 16 bits only, and the model runs in fp32. Choose sdpa, or in the "
-            "loader a dtype of 16 bits."
+            "loader a dtype of 16 bits (--dtype)."
         )
 
 
