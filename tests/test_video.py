@@ -187,6 +187,12 @@ class TestLatents:
         assert torch.equal(read_latent(path), latents)
         assert names(tmp_path / "new") == ["panda_00001.latent"]
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
+    def test_so_it_is_from_a_folder_whose_name_is_no_text(self, tmp_path):
+        latents = torch.randn(1, 16, 3, 4, 4)
+        path = write_latent(latents, tmp_path / "a\udcff", "panda")
+        assert torch.equal(read_latent(path), latents)
+
     def test_latents_that_a_disk_does_not_take_are_not_said_to_be_kept(self, tmp_path, monkeypatch):
         """Some disks say only when all is to be on them that they are full."""
 
