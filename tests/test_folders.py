@@ -606,7 +606,7 @@ class TestSetsSideBySide:
         refused(bare, str(bare / "transformer" / INDEX))
         assert list_checkpoints([bare.parent], [])
 
-    def test_a_download_that_was_broken_off_is_named(self, source, bare):
+    def test_a_download_that_was_broken_off_is_named(self, source, bare, monkeypatch):
         write_shards(bare / "transformer", source[1])
         shard = bare / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
         shard.rename(f"{shard}.aria2")
@@ -617,6 +617,8 @@ class TestSetsSideBySide:
         kept.mkdir(parents=True)
         (kept / "hash.etag.incomplete").write_bytes(b"x")
         refused(bare, "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
+        monkeypatch.chdir(bare / "transformer")
+        refused(".", "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
 
 
 def to_cache(checkpoint: Path, hub: Path, name: str = "zai-org/CogVideoX1.5-5B", commit: str = "a" * 40) -> Path:
@@ -662,7 +664,7 @@ class TestTheHuggingFaceCache:
         with pytest.raises(ValueError, match="hf download me/style"):
             find_lora(Path("me/style"))
         monkeypatch.chdir(hub.parent)
-        for path in ("hub/gone", "elsewhere/gone.safetensors"):
+        for path in ("hub/gone", "elsewhere/gone.safetensors", "模型/gone", "-x/gone"):
             assert "hf download" not in refused(path, f"There is no {path}")
 
     def test_a_lora_in_it_is_opened_so_too(self, tmp_path, hub):
