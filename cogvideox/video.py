@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint.headers import DTYPES
 from .clip_files import read_shape, read_sound, read_video
 from .dependencies import installed, reinstall, unimportable
 from .events import Events
@@ -42,6 +41,8 @@ __all__ = [
 _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
 #: Of H.264.
 _ENCODER = "libx264"
+#: What latents are in, as safetensors calls it.
+_LATENT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: What latents are called that are kept of a run that ended.
 _UNFINISHED = "CogVideoX_unfinished"
 
@@ -302,8 +303,8 @@ def read_latent(path: Path) -> torch.Tensor:
             # UTF-8 for that.
             stored = dict(deserialize(file.read()))
             found = stored.get("latent_tensor", {})
-            dtype = DTYPES.get(found.get("dtype"))
-            if dtype is not None and dtype.is_floating_point:
+            dtype = _LATENT_DTYPES.get(found.get("dtype"))
+            if dtype is not None:
                 samples = torch.frombuffer(found["data"], dtype=dtype).reshape(found["shape"])
         except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
             raise ValueError(

@@ -519,7 +519,7 @@ class TestSetsSideBySide:
             assert is_the_one(open_checkpoint(path), source[1])
         shards[0].unlink()
         refused(tmp_path / "cog", "lacks 1 of 2 shards of the transformer", shards[0].name)
-        refused(shards[1], "lacks 1 of 2 shards of the model", shards[0].name)
+        refused(shards[1], "lacks 1 of 2 shards of the transformer", shards[0].name)
         assert list_checkpoints([tmp_path], [tmp_path]) == []
 
     def test_another_models_shards_and_files_stand_in_no_ones_way(self, source, tmp_path):

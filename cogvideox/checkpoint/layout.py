@@ -279,16 +279,18 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, ValueError]:
 def _open_file(file: Path, without: Container[str] = (), files: Sequence[Path] = ()) -> dict[str, Part]:
     """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are
     not wanted are not looked into."""
-    found = [part for part in find_parts(_stored(file, files), file) if part.kind not in without]
+    wanted = next(kind for kind in PARTS if kind not in without)
+    found = [part for part in find_parts(_stored(file, wanted, files), file) if part.kind not in without]
     return {
         kind: _file_part(kind, [part for part in found if part.kind == kind], file)
         for kind in dict.fromkeys(part.kind for part in found)
     }
 
 
-def _stored(file: Path, files: Sequence[Path] = ()) -> dict[str, StoredTensor]:
-    """The tensors of a file, and of the other shards if it is one; or those of the ``files`` of a folder."""
-    files = files or shards_of(file, "model")
+def _stored(file: Path, kind: str = "transformer", files: Sequence[Path] = ()) -> dict[str, StoredTensor]:
+    """The tensors of a file, and of the other shards of that part if it is one; or those of the ``files`` of a
+    folder."""
+    files = files or shards_of(file, PARTS[kind][0])
     return {name: tensor for one in files for name, tensor in read_any_header(one).items()}
 
 
