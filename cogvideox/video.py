@@ -42,7 +42,10 @@ _BYTES_PER_PIXEL, _BYTES_ASIDE = 0.25, 16 << 20
 #: Of H.264.
 _ENCODER = "libx264"
 #: What latents are in, as safetensors calls it.
-_LATENT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LATENT_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 #: What latents are called that are kept of a run that ended.
 _UNFINISHED = "CogVideoX_unfinished"
 

@@ -187,6 +187,12 @@ class TestLatents:
         assert torch.equal(read_latent(path), latents)
         assert names(tmp_path / "new") == ["panda_00001.latent"]
 
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+    def test_so_it_is_in_any_floats(self, tmp_path, dtype):
+        latents = torch.randn(1, 16, 3, 4, 4).to(getattr(torch, dtype))
+        save_file({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, tmp_path / "a.latent")
+        assert torch.equal(read_latent(tmp_path / "a.latent"), latents.float())
+
     @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
     def test_so_it_is_from_a_folder_whose_name_is_no_text(self, tmp_path):
         latents = torch.randn(1, 16, 3, 4, 4)
