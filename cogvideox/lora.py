@@ -7,6 +7,7 @@ for bit, and may be stored in any way.
 What files of LoRAs look like is known by ``checkpoint.lora_files``.
 """
 
+import logging
 import math
 import os
 import re
@@ -32,6 +33,10 @@ from .words import listed, short
 
 #: Tokens that a change is added to at once in range-safe fp16.
 _TOKENS = 4096
+#: Numbers at a tensor's ends that are not all zeros by chance.
+_EDGE = 64
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -227,9 +232,7 @@ def applied(
             continue
         for name, pair in lora.pairs.items():
             layers.setdefault(name, []).append((lora, pair))
-    # A layer's at a time: in fp32 those of a large LoRA are gigabytes.
-    changes = ((name, [_changes(lora, name, pair) for lora, pair in pairs]) for name, pairs in layers.items())
-    with added(changes, module, precision, device):
+    with added(_changes(layers), module, precision, device):
         yield
 
 
@@ -310,15 +313,44 @@ def _range_safe(weight: torch.Tensor, device: torch.device) -> RangeSafeLinear:
     return linear
 
 
-def _changes(lora: Lora, name: str, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-    down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
-    # One of the two begins as zeros, and stays so where nothing was trained.
-    if not (down.any() or up.any()):
-        raise ValueError(
-            f"{short(lora.path, 400)} is not whole: its weights for {name} are zeros throughout, as where a download "
-            "or a copy was not finished, so it would do nothing there. Delete the file and download it again."
-        )
-    return down, _scaled(up, lora, pair)
+def _changes(
+    layers: Mapping[str, Sequence[tuple[Lora, Pair]]],
+) -> Iterator[tuple[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Read the changes of LoRAs, a layer's at a time: in fp32 those of a large LoRA are gigabytes.
+
+    Raises:
+        ValueError: if a LoRA's weights hold NaN or Inf, were not written to their end, or its file changed.
+    """
+    # Files of LoRAs: with a layer of zeros, with one that is more, and with a tensor that was not written to its end.
+    empty, filled, broken_off = dict[Path, str](), set[Path](), set[Path]()
+
+    def change(name: str, lora: Lora, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        down, up = (_read(lora, tensor) for tensor in (pair.down, pair.up))
+        # One of the two begins as zeros, and stays so where nothing was trained.
+        if down.any() or up.any():
+            filled.add(lora.path)
+        else:
+            empty.setdefault(lora.path, name)
+        if _breaks_off(down) or _breaks_off(up):
+            broken_off.add(lora.path)
+        return down, _scaled(up, lora, pair)
+
+    for name, pairs in layers.items():
+        yield name, [change(name, lora, pair) for lora, pair in pairs]
+    for path, name in empty.items():
+        # Whoever takes a LoRA out of layers scales both to nothing, and all else is whole.
+        if path in broken_off or path not in filled:
+            raise ValueError(
+                f"{short(path, 400)} is not whole: its weights for {name} are zeros throughout, as where a download "
+                "or a copy was not finished, so it would do nothing there. Delete the file and download it again."
+            )
+        logger.info("%s does nothing in layers such as %s, where its weights are zeros", path, name)
+
+
+def _breaks_off(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor begins or ends as zeros, and is more than that."""
+    flat = tensor.flatten()
+    return bool(flat.any()) and not (flat[:_EDGE].any() and flat[-_EDGE:].any())
 
 
 def _scaled(up: torch.Tensor, lora: Lora, pair: Pair) -> torch.Tensor:

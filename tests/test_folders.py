@@ -519,8 +519,40 @@ class TestSetsSideBySide:
             assert is_the_one(open_checkpoint(path), source[1])
         shards[0].unlink()
         refused(tmp_path / "cog", "lacks 1 of 2 shards of the transformer", shards[0].name)
-        refused(shards[1], "is piece 2 of 2 of a")
+        refused(shards[1], "lacks 1 of 2 shards of the transformer", shards[0].name)
         assert list_checkpoints([tmp_path], [tmp_path]) == []
+
+    def test_another_models_shards_and_files_stand_in_no_ones_way(self, source, tmp_path):
+        models = tmp_path / "diffusion_models"
+        write_shards(models, other(source[1]))
+        for shard in sorted(models.iterdir()):
+            shard.rename(models / shard.name.replace("diffusion_pytorch_model", "wan2.1"))
+        (models / INDEX.replace("diffusion_pytorch_model", "wan2.1")).unlink()
+        save_file(source[1], models / "cog.safetensors")
+        assert is_the_one(open_checkpoint(models), source[1])
+        assert [entry.name for entry in list_checkpoints([tmp_path], [tmp_path])] == [
+            "diffusion_models/cog.safetensors"
+        ]
+        # A shard that is named is one of its set, whatever lies beside it.
+        assert is_the_one(open_checkpoint(models / "wan2.1-00002-of-00002.safetensors"), other(source[1]))
+        (models / "cog.safetensors").rename(models / "model.safetensors")
+        assert [entry.name for entry in list_checkpoints([tmp_path], [tmp_path])] == [
+            "diffusion_models/model.safetensors"
+        ]
+
+    def test_shards_of_a_text_encoder_need_no_config_as_a_file_needs_none(self, source, tmp_path):
+        shutil.copytree(source[0] / "text_encoder", tmp_path / "t5")
+        for beside in tmp_path.glob("t5/*.json"):
+            beside.unlink()
+        shard, *_ = sorted((tmp_path / "t5").iterdir())
+        ours, own = open_part(shard, "text_encoder"), open_part(source[0] / "text_encoder", "text_encoder")
+        assert ours.tensors.keys() == own.tensors.keys()
+
+    def test_a_training_s_state_is_no_second_checkpoint_beside_what_came_of_it(self, source, tmp_path):
+        shutil.copytree(source[0], tmp_path / "run" / "final")
+        (tmp_path / "run" / "checkpoint-500").mkdir()
+        save_file(other(source[1]), tmp_path / "run" / "checkpoint-500" / "model.safetensors")
+        assert is_the_one(open_checkpoint(tmp_path / "run"), source[1])
 
     def test_a_whole_file_comes_before_shards_without_an_index(self, source, bare):
         write_shards(bare / "transformer", other(source[1]))
@@ -574,7 +606,7 @@ class TestSetsSideBySide:
         refused(bare, str(bare / "transformer" / INDEX))
         assert list_checkpoints([bare.parent], [])
 
-    def test_a_download_that_was_broken_off_is_named(self, source, bare):
+    def test_a_download_that_was_broken_off_is_named(self, source, bare, monkeypatch):
         write_shards(bare / "transformer", source[1])
         shard = bare / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
         shard.rename(f"{shard}.aria2")
@@ -585,6 +617,8 @@ class TestSetsSideBySide:
         kept.mkdir(parents=True)
         (kept / "hash.etag.incomplete").write_bytes(b"x")
         refused(bare, "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
+        monkeypatch.chdir(bare / "transformer")
+        refused(".", "lacks 1 of 2 shards", "A download was broken off (hash.etag.incomplete)")
 
 
 def to_cache(checkpoint: Path, hub: Path, name: str = "zai-org/CogVideoX1.5-5B", commit: str = "a" * 40) -> Path:
@@ -630,7 +664,7 @@ class TestTheHuggingFaceCache:
         with pytest.raises(ValueError, match="hf download me/style"):
             find_lora(Path("me/style"))
         monkeypatch.chdir(hub.parent)
-        for path in ("hub/gone", "elsewhere/gone.safetensors"):
+        for path in ("hub/gone", "elsewhere/gone.safetensors", "模型/gone", "-x/gone"):
             assert "hf download" not in refused(path, f"There is no {path}")
 
     def test_a_lora_in_it_is_opened_so_too(self, tmp_path, hub):

@@ -486,6 +486,24 @@ def test_a_lora_that_was_not_written_to_its_end_is_refused_by_name(tmp_path, par
     assert not any(child._forward_hooks for child in module.modules())
 
 
+def test_a_lora_that_was_taken_out_of_some_layers_is_whole(tmp_path, part):
+    """Merging it with weights by block scales both halves to nothing."""
+    module = load_module(part, FP32, torch.device("cpu"))
+    halves = draw(part)
+    halves |= {name: (0 * down, 0 * up) for name, (down, up) in halves.items() if ".1." in name}
+    some = write(tmp_path / "some.safetensors", halves, **FORMATS["diffusers"])
+    with applied([open_lora(some, part)], module, FP32):
+        pass
+    nothing = {name: (0 * down, 0 * up) for name, (down, up) in halves.items()}
+    empty = write(tmp_path / "empty.safetensors", nothing, **FORMATS["diffusers"])
+    with (
+        pytest.raises(ValueError, match="empty.safetensors is not whole"),
+        applied([open_lora(some, part), open_lora(empty, part)], module, FP32),
+    ):
+        pass
+    assert not any(child._forward_hooks for child in module.modules())
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1e-3, 0])
 @pytest.mark.parametrize("place", ["weights", "settings"])
 def test_an_alpha_below_one_is_what_peft_makes_of_it(tmp_path, part, inputs, with_peft, alpha, place):

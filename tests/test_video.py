@@ -187,6 +187,18 @@ class TestLatents:
         assert torch.equal(read_latent(path), latents)
         assert names(tmp_path / "new") == ["panda_00001.latent"]
 
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+    def test_so_it_is_in_any_floats(self, tmp_path, dtype):
+        latents = torch.randn(1, 16, 3, 4, 4).to(getattr(torch, dtype))
+        save_file({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, tmp_path / "a.latent")
+        assert torch.equal(read_latent(tmp_path / "a.latent"), latents.float())
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text are Linux's")
+    def test_so_it_is_from_a_folder_whose_name_is_no_text(self, tmp_path):
+        latents = torch.randn(1, 16, 3, 4, 4)
+        path = write_latent(latents, tmp_path / "a\udcff", "panda")
+        assert torch.equal(read_latent(path), latents)
+
     def test_latents_that_a_disk_does_not_take_are_not_said_to_be_kept(self, tmp_path, monkeypatch):
         """Some disks say only when all is to be on them that they are full."""
 

@@ -68,6 +68,7 @@ def dangles(file: Path) -> bool:
 def unfinished(folder: Path) -> str:
     """A sentence about downloads that were broken off, in a folder, in the cache that it belongs to, or where ``hf
     download --local-dir`` keeps them."""
+    folder = Path(os.path.abspath(folder))
     above = (folder, *tuple(folder.parents)[:4])
     kept = (parent / ".cache" / "huggingface" / "download" / folder.relative_to(parent) for parent in above)
     places: Iterable[Path] = (folder, *(parent / "blobs" for parent in above), *kept)
@@ -123,7 +124,7 @@ def hub_cache() -> Path:
 
 
 #: How a repository on the hub is named, and how files are that no repository is called like.
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = (".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 

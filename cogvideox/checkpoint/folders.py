@@ -35,7 +35,7 @@ from .entries import (
 )
 from .entries import hub_cache as hub_cache
 from .entries import repository_name as repository_name
-from .weight_sets import INDEX, PART_NAMES, WEIGHTS, choose_weights, is_usual, weight_sets, what_else
+from .weight_sets import INDEX, PART_NAMES, WEIGHTS, choose_weights, is_shard, is_usual, weight_sets, what_else
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +154,15 @@ def _sat_place(path: Path, weights: Path) -> Place:
 def _nested_place(path: Path) -> Place:
     """What a folder without a transformer's holds: weights without a config, or one checkpoint in its folders; of a
     training run, the last step."""
-    sets = [match["stem"] for match, _ in weight_sets(path, "transformer")]
+    sets = [(match["stem"], found.label) for match, found in weight_sets(path, "transformer")]
     # What it is can then be told from names and shapes, as of a single file.
     alone = Place(path, path, path, (path,))
-    if any(map(is_usual, sets)):
+    if any(is_usual(stem) for stem, _ in sets):
         return alone
     below, level = list[Path](), [path]
     for _ in range(_LEVELS):
         level = [inner for folder in level for inner in subfolders(folder)][:_MOST_FOLDERS]
-        below = below or [inner for inner in level if _is_checkpoint_folder(inner)]
+        below = below or _checkpoints_among(level)
     steps = {int(number[1]): inner for inner in below if (number := _STEP.fullmatch(inner.name))}
     if steps and len(steps) == len(below):
         below = [steps[max(steps)]]
@@ -182,19 +182,37 @@ def _nested_place(path: Path) -> Place:
             f"{short(path, 400)} holds {len(below)} checkpoints ({names}), and which is meant is not known. Give the "
             "path of one of them."
         )
-    if len(sets) == 1:
+    # Shards without an index may be another model's, beside a file.
+    if len([label for _, label in sets if not is_shard(label)] or sets) == 1:
         return alone
     raise _no_checkpoint(path)
+
+
+def _checkpoints_among(folders: Iterable[Path]) -> list[Path]:
+    """Those that are checkpoints; and those of weights without a config, unless they are the states of a training
+    beside what came out of it."""
+    kinds = {folder: (_is_checkpoint_folder(folder), _is_weights_folder(folder)) for folder in folders}
+    either = [folder for folder, kind in kinds.items() if any(kind)]
+    whole = [folder for folder in either if kinds[folder][0]]
+    return whole if whole and not all(_STEP.fullmatch(folder.name) for folder in either) else either
 
 
 def _is_checkpoint_folder(folder: Path) -> bool:
     try:
         folder = snapshot(folder) or folder
-        # A training's step may be weights without a config, and what zero_to_fp32 makes a folder that is called a file.
-        is_step = (_STEP.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name)) and any(
-            is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer")
-        )
-        return bool(is_step or transformer_folders(folder) or sat_weights(folder))
+        return bool(transformer_folders(folder) or sat_weights(folder))
+    except ValueError as error:
+        logger.info("%s is passed over: %s", folder, error)
+        return False
+
+
+def _is_weights_folder(folder: Path) -> bool:
+    """Whether a folder holds weights without a config: a training's step may, and zero_to_fp32 makes one that is called
+    a file."""
+    if not (_STEP.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name)):
+        return False
+    try:
+        return any(is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer"))
     except ValueError as error:
         logger.info("%s is passed over: %s", folder, error)
         return False
@@ -257,9 +275,15 @@ def _transformer_subfolders(folder: Path, others: bool = False) -> list[Path]:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder holds shards, and no config that says what they are."""
+    """Whether shards are what would be read from a folder, and no config says what they are.
+
+    Raises:
+        ValueError: if they are not whole.
+    """
     names = names_in(folder)
-    return "config.json" not in names and shows_shards(names)
+    if "config.json" in names or not shows_shards(names):
+        return False
+    return shows_shards((choose_weights(folder, "transformer").label,))
 
 
 def shows_shards(names: Iterable[str]) -> bool:
@@ -275,12 +299,6 @@ def may_be_checkpoint(names: Iterable[str]) -> bool:
 def is_sat_piece(name: str, beside: Container[str]) -> bool:
     """Whether a file of SAT's is one of several pieces, by its name and those beside it."""
     return name.startswith("mp_rank_") and _SAT_SECOND in beside
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file of weights is one of several, by its name."""
-    match = WEIGHTS.fullmatch(name) if "-of-" in name else None
-    return match is not None and bool(match["number"]) and int(match["count"]) > 1
 
 
 def _is_transformer_folder(folder: Path) -> bool:
@@ -394,14 +412,14 @@ def _folder_of(file: Path, kind: str) -> Path | None:
     weights = WEIGHTS.fullmatch(file.name)
     if weights is None:
         return None
-    if weights["number"] and (os.path.isfile(folder / "config.json") or any(map(INDEX.fullmatch, names_in(folder)))):
+    if weights["number"] and os.path.isfile(folder / "config.json"):
         return folder
-    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do. A
-    # shard, if the others are there.
-    configured = _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
-    if is_shard(file.name) or (configured and is_usual(weights["stem"])):
+    # A file beside its config, if it is the one that would be read from there: the config says more than shapes do.
+    if (
+        _is_transformer_folder(folder) if kind == "transformer" else os.path.isfile(folder / "config.json")
+    ) and is_usual(weights["stem"]):
         try:
-            return folder if file in choose_weights(folder, kind).files else None
+            return folder if choose_weights(folder, kind).files == (file,) else None
         except ValueError as error:
             logger.info("%s is opened by itself: %s", file, error)
     return None

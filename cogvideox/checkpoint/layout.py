@@ -47,7 +47,7 @@ from .parts import Part
 from .reading import read_any_header
 from .shapes import infer_config
 from .tokenizer import check_tokenizer, has_tokenizer, tokenizer_files
-from .weight_sets import piece_of
+from .weight_sets import shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def file_kinds(file: Path) -> list[str]:
     Raises:
         ValueError: if it cannot be read, or holds none.
     """
-    return list(dict.fromkeys(found.kind for found in find_parts(read_any_header(file), file)))
+    return list(dict.fromkeys(found.kind for found in find_parts(_stored(file), file)))
 
 
 def _other_part(path: Path, held: Sequence[str], kind: str) -> ValueError:
@@ -279,12 +279,19 @@ def _add_own(place: Place, parts: dict[str, Part]) -> dict[str, ValueError]:
 def _open_file(file: Path, without: Container[str] = (), files: Sequence[Path] = ()) -> dict[str, Part]:
     """The parts that a single file holds, or the ``files`` of a folder, with configs from their shapes; kinds that are
     not wanted are not looked into."""
-    stored = {name: tensor for one in files or (file,) for name, tensor in read_any_header(one).items()}
-    found = [part for part in find_parts(stored, file) if part.kind not in without]
+    wanted = next(kind for kind in PARTS if kind not in without)
+    found = [part for part in find_parts(_stored(file, wanted, files), file) if part.kind not in without]
     return {
         kind: _file_part(kind, [part for part in found if part.kind == kind], file)
         for kind in dict.fromkeys(part.kind for part in found)
     }
+
+
+def _stored(file: Path, kind: str = "transformer", files: Sequence[Path] = ()) -> dict[str, StoredTensor]:
+    """The tensors of a file, and of the other shards of that part if it is one; or those of the ``files`` of a
+    folder."""
+    files = files or shards_of(file, PARTS[kind][0])
+    return {name: tensor for one in files for name, tensor in read_any_header(one).items()}
 
 
 def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
@@ -293,13 +300,6 @@ def _file_part(kind: str, found: list[FoundPart], file: Path) -> Part:
         raise ValueError(
             f"{short(file, 400)} holds {len(found)} {PARTS[kind][0]}s ({places}), and which is meant is not known: one "
             "may be the average that training keeps (EMA). Save the one you want in a file of its own."
-        )
-    piece = piece_of(file)
-    if piece is not None:
-        raise ValueError(
-            f"{short(file, 400)} is piece {piece[0]} of {piece[1]} of a {PARTS[kind][0]}, and one piece "
-            "alone cannot run. Give the folder that all of them lie in, with its config.json and index, or choose a "
-            "file that is whole."
         )
     check_unpacked(found[0].tensors, file)
     tensors, scales = split_scales(found[0].tensors)

@@ -16,7 +16,6 @@ import torch
 from ..words import listed, short
 from .foreign import ForeignError, packed_error
 from .headers import StoredTensor
-from .weight_sets import piece_of
 
 Tensors = Mapping[str, StoredTensor]
 #: What a tensor becomes: its new name and the pieces of it that go there (None: all of it).
@@ -246,11 +245,6 @@ def _unknown(tensors: Tensors, file: Path) -> ValueError:
     names = sorted(tensors)
     few = listed(names)
     check_unpacked(tensors, file)
-    if piece := piece_of(file):
-        return ValueError(
-            f"{short(file, 400)} is piece {piece[0]} of {piece[1]} of a model, and one piece alone cannot run. Give "
-            "the folder that all of them lie in."
-        )
     if not names:
         return ForeignError(
             f"{short(file, 400)} holds no weights that have names: it is what a training keeps beside its model, such "

@@ -100,7 +100,8 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
         stem, variant = match["stem"].lower(), (match["variant"] or match["late"] or "").lower()
         rank = (
             bool(found.wrong),
-            not is_usual(stem),
+            # Shards of any name and without an index may be another model's.
+            0 if is_usual(stem) else 2 if is_shard(found.label) else 1,
             order.index(variant) if variant in order else len(order),
             _ENDINGS.index(match["ending"].lower()),
             usual.index(stem) if stem in usual else len(usual),
@@ -133,6 +134,30 @@ def choose_weights(here: Path, kind: str, name: str = "", exact: Sequence[str] =
             f"not {rest}."
         ),
     )
+
+
+def shards_of(file: Path, name: str) -> tuple[Path, ...]:
+    """All shards of the set that a file is one of, or the file alone.
+
+    Args:
+        name: what to call the part.
+
+    Raises:
+        ValueError: if some are missing.
+    """
+    if not is_shard(file.name):
+        return (file,)
+    fitting = [found for _, found in weight_sets(file.parent, name) if file in found.files]
+    best = min(fitting, key=lambda found: bool(found.wrong), default=WeightSet(file.name, (file,)))
+    if best.wrong:
+        raise ValueError(best.wrong)
+    return best.files
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of weights is one of several, by its name."""
+    match = WEIGHTS.fullmatch(name) if "-of-" in name else None
+    return match is not None and bool(match["number"]) and int(match["count"]) > 1
 
 
 def weight_sets(here: Path, name: str) -> Iterator[tuple[re.Match, WeightSet]]:
@@ -243,7 +268,7 @@ def what_else(folder: Path) -> str:
         for label in names_in(folder)
         if label.lower().endswith((*_ENDINGS, ".gguf"))
         and not _NO_WEIGHTS.fullmatch(label)
-        and piece_of(folder / label) is None
+        and (piece_of(folder / label) or (1,))[0] == 1
     ]
     return f"It holds {listed(files, 5)}: give the path of that file itself, if it is meant. " if files else ""
 
