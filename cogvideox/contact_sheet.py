@@ -17,10 +17,11 @@ from .black_frames import BlackFrameReport
 _FRAMES, _COLUMNS, _WIDTH, _HEIGHT = 6, 2, 300, 190
 _MARGIN, _TEXT = 8, 34
 _GROUND, _INK, _BAD, _NOT_FINITE = (32, 32, 32), (235, 235, 235), (229, 83, 75), (255, 0, 255)
-#: Fonts with Chinese letters as Windows, macOS and Linux have them; Pillow's own has none.
+#: Fonts with Chinese letters as Windows, macOS and Linux have them; Pillow's own has none. Not Droid Sans Fallback,
+#: which has neither Latin letters nor digits.
 _CHINESE = (
     *("msyh.ttc", "simhei.ttf", "PingFang.ttc", "Songti.ttc"),
-    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),
+    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc"),
 )
 
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from PIL import Image, ImageFont
 
 from cogvideox.black_frames import BlackFrameReport, check_black_frames
-from cogvideox.contact_sheet import contact_sheet
+from cogvideox.contact_sheet import _CHINESE, contact_sheet
 from cogvideox.languages import translate
 from cogvideox.preview import LATENT_RGB, preview_frames, stretched
 
@@ -127,3 +127,14 @@ def test_labels_are_in_the_pages_language_where_a_font_has_its_letters(tmp_path,
     assert drawn(("no such font.ttc",), "zh") == english
     assert drawn(("no such font.ttc", str(font)), "zh") != english
     assert drawn((str(font),), "en") == english
+
+
+@pytest.mark.parametrize("name", _CHINESE)
+def test_a_font_of_labels_has_all_that_they_are_made_of(name):
+    """As far as it is here: some with Chinese letters have no others."""
+    try:
+        font = ImageFont.truetype(name, 34)
+    except OSError:
+        pytest.skip("no such font here")
+    missing = bytes(font.getmask("\U000fffff"))
+    assert not [letter for letter in "黑：07%NIx·" if bytes(font.getmask(letter)) == missing]

@@ -88,11 +88,16 @@ app.registerExtension({
       if (widget?.type === 'progressText') {
         widget.props = { ...widget.props, class: 'cogvideox15-text' }
         widget.options.getMinHeight = () => heightOf(widget.value, node.size[0])
-        // Where there is nothing to read any more, the node is as high as it was before it grew.
-        const [{ setValue }, height] = [widget.options, node.size[1]]
+        // Where there is nothing to read any more, the node is as high as it was before it grew, unless it has been made
+        // higher than it had to grow.
+        const { setValue } = widget.options
+        let height, needed
         widget.options.setValue = (text) => {
+          if (!widget.value?.trim()) height = needed = node.size[1]
+          needed = Math.max(needed, node.computeSize()[1])
+          const grown = node.size[1] <= needed
           setValue(text)
-          if (!text?.trim()) node.setSize([node.size[0], height])
+          if (!text?.trim() && grown) node.setSize([node.size[0], Math.min(height, node.size[1])])
         }
       }
       return add.apply(this, arguments)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ...cogvideox.handles import VAE, TextEncoder
     from ...cogvideox.weights import Weights
 
+#: What core's own text encoders and VAEs have inside, and ours as well, but in the engine.
+_INSIDE = ("t5xxl", "transformer", "encode", "encoder", "decode", "decoder")
 #: What to use instead of a node that works on a model's weights themselves.
 OURS = "Make the change on our model, before CogVideoX-1.5 to ComfyUI, or take the node away."
 
@@ -120,10 +122,11 @@ class PartPatcher(ModelPatcher):
 
     @failures_shown()
     def set_model_compute_dtype(self, dtype):
-        """Refuse: the precision is the engine's."""
-        raise ValueError(
-            f"The model runs in {self.weights.precision.name}. Choose dtype in CogVideoX-1.5 Model Loader."
-        )
+        """Refuse any but the model's own, which is None: the precision is the engine's."""
+        if dtype is not None:
+            raise ValueError(
+                f"The model runs in {self.weights.precision.name}. Choose dtype in CogVideoX-1.5 Model Loader."
+            )
 
 
 class _Stage(StandIn):
@@ -133,6 +136,16 @@ class _Stage(StandIn):
         super().__init__()
         #: Read by ``given``: a node of ours that gets core's object takes the handle.
         self.cogvideox15 = handle
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _INSIDE:
+            raise AttributeError(
+                said(
+                    f"This node works inside of a text encoder or VAE ('{name}'), and only the engine may work on "
+                    "those. Take it away."
+                )
+            )
+        return super().__getattr__(name)
 
     @property
     def weights(self) -> "Weights":

@@ -272,6 +272,9 @@ def core_nodes():
         near(name, run(patched, latents, noise), plain, 5.0, 1e-4)
     (discrete,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)
     near("ModelSamplingDiscrete", run(discrete, latents, noise), plain, 1e-3)
+    (as_it_is,) = nodes_model_advanced.ModelComputeDtype().patch(model, "default")
+    near("ModelComputeDtype, default", run(as_it_is, latents, noise), plain, 0.0)
+    refused("The model runs in fp32", lambda: nodes_model_advanced.ModelComputeDtype().patch(model, "fp16"))
     # A patch of one branch is gone in the other.
     near("after all of them", run(model, latents, noise), plain, 0.0)
     refused("VOID's sampler", lambda: custom(model, latents, noise, of(nodes_void.VOIDSampler)))
@@ -640,6 +643,10 @@ def parts():
     refused("cannot be saved", core_vae.get_sd)
     refused("made for other models", lambda: clip.generate(clip.tokenize("a cat")), (AttributeError,))
     refused("made for other models", lambda: core_vae.first_stage_model.gaussians_per_point, (AttributeError,))
+    # As nodes look that compile or decode by themselves.
+    refused("works inside of a text encoder or VAE", lambda: core_vae.first_stage_model.decoder, (AttributeError,))
+    refused("works inside of a text encoder or VAE", lambda: clip.cond_stage_model.t5xxl, (AttributeError,))
+    assert not hasattr(clip.cond_stage_model, "t5xxl")
     refused("asks for 'l'", lambda: clip.tokenize("a cat")["l"])
     print("CLIP and VAE are ours", flush=True)
 

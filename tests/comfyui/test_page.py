@@ -160,6 +160,16 @@ def test_a_wrong_length_is_told_in_the_engines_words(page, shots):
     assert text["value"].strip() == ""
     assert latent["size"] == before
 
+    # What its user has made higher meanwhile stays so.
+    page.set_widgets(values=SMALL | {"length": 80})
+    page.run()
+    script = "(type) => window.app.graph.nodes.find((node) => node.type === type).setSize([310, 420])"
+    page.evaluate(script=script, argument="CogVideoX15EmptyLatent")
+    page.set_widgets(values=SMALL)
+    assert page.run()["end"] == "success"
+    latent, text = told_on_it()
+    assert (text["value"].strip(), latent["size"][1]) == ("", 420)
+
 
 def test_why_a_node_failed_while_it_ran_is_on_it_until_it_runs_again(page, shots):
     """The page's own box and panel have the places in the code, and not the sentence."""
