@@ -790,7 +790,8 @@ def caches():
     refused("counts steps", lambda: run(bridge.to_model(cached), latents, noise, sampler="heun", steps=10))
     skip = of(nodes_slg.SkipLayerGuidanceDiT, bridge.to_model(cached), 3.0, 0.3, 1.0, "0", "", 0.0)
     refused("counts steps", lambda: run(skip, latents, noise, steps=10))
-    scheduled(handles.with_cache(plain, cache.Cache(choices.TEACACHE, 0.5, 0.0, 1.0)), latents, noise)
+    # All steps but the first and the last, whatever the weights are.
+    scheduled(handles.with_cache(plain, cache.Cache(choices.TEACACHE, 0.8, 0.0, 1.0)), latents, noise)
 
 
 def scheduled(cached, latents, noise):
