@@ -95,6 +95,8 @@ class Weights:
     """
 
     _module: nn.Module | None = None
+    #: Whether a part of a module may be there, of one that could not be loaded.
+    _begun = False
 
     def __init__(
         self,
@@ -297,7 +299,9 @@ class Weights:
             what = f"loading {name}" if self.method is None else f"quantizing {name}"
             told = None if events is None else events.counter(what, "B")
             self._make_host_room(self._host_bytes(device), events)
+            self._begun = True
             self._module, self._mode = load_module(part, self.precision, device, told, quantizer), None
+            self._begun = False
             self._losses = {} if quantizer is None else quantizer.losses
             _loaded.add(self)
         return self._module
@@ -362,8 +366,13 @@ class Weights:
         """Free the module now, or what there is of one that could not be loaded: what stands in the place of its
         methods refers to it, so that it would stay, on a card too, until the interpreter looks for what nobody uses
         any more."""
+        there = () if self._module is None else (*self._module.parameters(), *self._module.buffers())
+        held = [weakref.ref(tensor) for tensor in there]
+        del there
         self._module = self._mode = None
-        gc.collect()
+        if self._begun or any(tensor() is not None for tensor in held):
+            gc.collect()
+        self._begun = False
 
     def __del__(self) -> None:
         if self._module is not None:

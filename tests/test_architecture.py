@@ -557,7 +557,7 @@ class TestVaes:
 class TestFiles:
     def test_one_piece_of_several_says_so(self, tmp_path, states):
         file = layouts.write_file(tmp_path / "model-00001-of-00002.safetensors", states["text_encoder"])
-        refused(lambda: open_part(file, "text_encoder"), "is piece 1 of 2 of a text encoder", "config.json and index")
+        refused(lambda: open_part(file, "text_encoder"), "lacks 1 of 2 shards of the text encoder", "00002-of-00002")
         assert open_part(file.rename(tmp_path / "model-00001-of-00001.safetensors"), "text_encoder")
 
     def test_two_transformers_and_no_choice(self, tmp_path, states):
