@@ -116,10 +116,12 @@ def attention_attached(
         choice = SDPA
     if choice in _HUB:
         _fetch(choice, tell)
-    if choice == FASTEST:
-        choice = _fastest(shape, dtype, device, tell)
-    elif choice not in (AUTO, SDPA):
-        _try_once(choice, shape, dtype, device)
+    # Some kernels run on the card that is current, and leave theirs so.
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        if choice == FASTEST:
+            choice = _fastest(shape, dtype, device, tell)
+        elif choice not in (AUTO, SDPA):
+            _try_once(choice, shape, dtype, device)
     most = _MOST_SCORES if _scores_bytes(choice, shape, dtype, device) > _MOST_SCORES else None
     processors = {id(block.attn1.processor): block.attn1.processor for block in module.transformer_blocks}.values()
     before = [(processor.backend, processor.most_scores) for processor in processors]
