@@ -194,7 +194,7 @@ def enforce(report: BlackFrameReport, action: str) -> None:
         BlackVideoError: if ``action`` is ``stop`` and the verdict is ``black``.
         ValueError: for an unknown action.
     """
-    check_choice(setting("action"), action, ON_BLACK)
+    check_choice("action", action, ON_BLACK)
     if action == STOP and report.verdict == "black":
         meant = "" if report.nonfinite else f"\nIf the video is meant to be dark, set {setting('action')} to warn."
         raise BlackVideoError(f"The video is black, so it is not passed on to be saved.\n{report.explained}{meant}")

@@ -7,7 +7,7 @@ settings that exclude each other. Imports no library, so that the nodes appear i
 import math
 from collections.abc import Iterable
 
-from .words import short
+from .words import setting, short
 
 #: The choice that leaves the decision to the program: of dtypes, of memory modes, of the attention's kernel.
 AUTO = "auto"
@@ -86,7 +86,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     Raises:
         ValueError: with the name, the value and the choices.
     """
-    choices = list(choices)
+    name, choices = setting(name), list(choices)
     if value not in choices:
         raise ValueError(
             f"{name} is {short(repr(value))}, which is not known here, so it cannot be done. Choose one of "
@@ -105,7 +105,7 @@ def check_share(name: str, value: float, remedy: str, meaning: str = "") -> None
         ValueError: outside 0..1, or NaN.
     """
     if not 0.0 <= value <= 1.0:
-        what = f": {meaning}" if meaning else ""
+        name, what = setting(name), f": {meaning}" if meaning else ""
         raise ValueError(f"{name} is {value}, but it is a share between 0 and 1{what}. {remedy}")
 
 

@@ -292,7 +292,7 @@ def check_guidance_range(start: float, end: float, cfg: float = math.inf) -> Non
         ValueError: for what is no share, and for a start that is not below the end.
     """
     begin, finish = setting("cfg_start"), setting("cfg_end")
-    for name, share in ((begin, start), (finish, end)):
+    for name, share in (("cfg_start", start), ("cfg_end", end)):
         check_share(name, share, f"Set {begin} to 0 and {finish} to 1 to guide every step.")
     if start >= end and cfg > 1.0:
         raise ValueError(

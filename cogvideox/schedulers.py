@@ -86,7 +86,7 @@ def steps_to_run(steps: int, denoise: float, trained: int = TRAINED_STEPS) -> in
             f"steps is {steps}; the model's noise schedule has 1 to {trained}, so this cannot be run. The model card "
             "uses 50."
         )
-    check_share(setting("denoise"), denoise, "Set it to 1 to make all.", "how much of the video is made anew")
+    check_share("denoise", denoise, "Set it to 1 to make all.", "how much of the video is made anew")
     count = min(int(steps * denoise), steps)
     if count == 0:
         raise ValueError(

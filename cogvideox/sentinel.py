@@ -115,7 +115,7 @@ class Sentinel:
         Raises:
             ValueError: for an unknown ``on_nan``.
         """
-        check_choice(setting("on_nan"), on_nan, ON_NAN)
+        check_choice("on_nan", on_nan, ON_NAN)
         self.weights, self._on_nan, self._events = weights, on_nan, events or Events()
         self._prepare, self._shortcuts, self._team = prepare, shortcuts, team
         self.placement: Placement | None = placements[0] if placements else None

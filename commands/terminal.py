@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 #: Settings that nodes, and the engine as they do, call otherwise than an option is called.
 OPTIONS = {
-    **{name: f"--{name.replace('_', '-')}" for name in ("on_mismatch", "on_nan", "references")},
-    **{name: f"--{name.replace('_', '-')}" for name in ("reference_frames", "reference_guidance")},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("on_mismatch", "on_nan", "references", "reference_frames", "reference_guidance")
+    },
     **{"denoise": "--strength", "action": "--on-black"},
     **{"cfg_start": "--cfg-range START", "cfg_end": "--cfg-range END"},
 }

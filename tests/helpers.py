@@ -161,3 +161,16 @@ def offload_what_is_loaded(monkeypatch: pytest.MonkeyPatch, mode: str, then: Cal
         return module
 
     monkeypatch.setattr(weights, "load_module", load)
+
+
+def lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder that may not be read, by root neither."""
+    folder.mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from cogvideox.checkpoint import catalogue
 from cogvideox.checkpoint.catalogue import find_entry, list_checkpoints, list_parts
 from tests import layouts
+from tests.helpers import lock
 from tests.tiny_checkpoint import build_transformer
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="names and files that Windows does not have")
@@ -157,15 +158,7 @@ def test_a_folder_that_may_not_be_read(models):
 
 
 def test_a_folder_that_cannot_be_read_is_told(models, monkeypatch, caplog):
-    (models / "locked").mkdir()
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
+    lock(models / "locked", monkeypatch)
     with caplog.at_level(logging.INFO, logger=catalogue.__name__):
         assert listed(models) == ["good.safetensors"]
     assert "locked is passed over: Permission denied" in caplog.text

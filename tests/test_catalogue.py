@@ -15,6 +15,7 @@ from cogvideox.checkpoint.layout import open_checkpoint, open_part
 from cogvideox.handles import open_handles
 from tests import layouts
 from tests.conftest import CPU
+from tests.helpers import lock
 
 SIZE = "(custom size: 2 layers x 2 heads)"
 
@@ -366,15 +367,7 @@ def as_pipe(file):
 
 def test_a_folder_in_a_checkpoint_that_may_not_be_read_does_not_hide_it(tmp_path, source, monkeypatch):
     shutil.copytree(source[0], tmp_path / "mine")
-    (tmp_path / "mine" / "locked").mkdir()
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
+    lock(tmp_path / "mine" / "locked", monkeypatch)
     assert [entry.name for entry in list_checkpoints([tmp_path], [])] == ["mine"]
 
 

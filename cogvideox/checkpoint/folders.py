@@ -16,7 +16,7 @@ people type, a cache and a checkpoint's folder lead to each other.
 import logging
 import os
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,19 +191,15 @@ def _nested_place(path: Path) -> Place:
 def _checkpoints_among(folders: Iterable[Path]) -> list[Path]:
     """Those that are checkpoints; and those of weights without a config, unless they are the states of a training
     beside what came out of it."""
-    kinds = {folder: (_is_checkpoint_folder(folder), _is_weights_folder(folder)) for folder in folders}
-    either = [folder for folder, kind in kinds.items() if any(kind)]
-    whole = [folder for folder in either if kinds[folder][0]]
+    folders = list(folders)
+    whole = [folder for folder in folders if _unless_bad(_is_checkpoint_folder, folder)]
+    either = [folder for folder in folders if folder in whole or _unless_bad(_is_weights_folder, folder)]
     return whole if whole and not all(_STEP.fullmatch(folder.name) for folder in either) else either
 
 
 def _is_checkpoint_folder(folder: Path) -> bool:
-    try:
-        folder = snapshot(folder) or folder
-        return bool(transformer_folders(folder) or sat_weights(folder))
-    except ValueError as error:
-        logger.info("%s is passed over: %s", folder, error)
-        return False
+    folder = snapshot(folder) or folder
+    return bool(transformer_folders(folder) or sat_weights(folder))
 
 
 def _is_weights_folder(folder: Path) -> bool:
@@ -211,8 +207,13 @@ def _is_weights_folder(folder: Path) -> bool:
     a file."""
     if not (_STEP.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name)):
         return False
+    return any(is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer"))
+
+
+def _unless_bad(look: Callable[[Path], bool], folder: Path) -> bool:
+    """Look at a folder among others: one that cannot be read is none of them."""
     try:
-        return any(is_usual(match["stem"]) for match, _ in weight_sets(folder, "transformer"))
+        return look(folder)
     except ValueError as error:
         logger.info("%s is passed over: %s", folder, error)
         return False

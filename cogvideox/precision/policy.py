@@ -194,7 +194,7 @@ def plan_dtypes(checkpoint: Checkpoint, choice: str, hardware: Hardware, on_mism
         DtypeMismatch: for a mismatch if ``on_mismatch`` is ``stop``.
     """
     check_choice("dtype", choice, CHOICES)
-    check_choice(setting("on_mismatch"), on_mismatch, ON_MISMATCH)
+    check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
     parts = []
     for kind, part in checkpoint.parts.items():
         asked, asker = CHOICES[choice], _Asker(f"dtype {choice} was chosen", "Choose auto")
